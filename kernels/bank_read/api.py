@@ -1,0 +1,40 @@
+"""Entry point of the gated bank read."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from memcache_jax._typing import Array, Float, Matrices
+from memcache_jax.kernels.bank_read import reference, xla
+
+_IMPLEMENTATIONS = {"reference": reference.bank_read, "xla": xla.bank_read}
+
+
+def bank_read(
+    read: Callable[[Matrices, Array], Array],
+    bank: Matrices,
+    query: Float[Array, "n c k"],
+    gates: Float[Array, "n c r"],
+    reads: np.ndarray,
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "n c v"]:
+    """Returns Y_t = sum over the states i that block n reads of gates[t, i] read(bank_i, x_t).
+
+    Args:
+      read: reads one state: (matrices, rows (c, k)) -> rows (c, v).
+      bank: the cached states, each matrix stacked along its first axis.
+      query: the rows x, block by block.
+      gates: weight of each row and slot of ``reads``; slots that hold no state are ignored.
+      reads: (n, r) which states each block reads, -1 for an empty slot; static.
+      implementation: ``"xla"`` (the default) or ``"reference"``.
+
+    Raises:
+      ValueError: for an unknown implementation.
+    """
+    implementation = implementation or "xla"
+    if implementation not in _IMPLEMENTATIONS:
+        raise ValueError(
+            f"bank_read has the implementations {sorted(_IMPLEMENTATIONS)}, got {implementation!r}"
+        )
+    return _IMPLEMENTATIONS[implementation](read, bank, query, gates, reads)

@@ -1,0 +1,84 @@
+"""The gated bank read in plain XLA: work in proportion to the pairs that are really read.
+
+The (block, slot) pairs of the plan are visited in groups of one pair per block on average: a group
+gathers its blocks and states, reads them in one batched product, and adds into the output. The
+backward pass visits the same groups and recomputes the reads, so memory does not grow with the
+number of pairs.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from memcache_jax._typing import Array, Float, Matrices
+
+
+def bank_read(
+    read: Callable[[Matrices, Array], Array],
+    bank: Matrices,
+    query: Float[Array, "n c k"],
+    gates: Float[Array, "n c r"],
+    reads: np.ndarray,
+) -> Float[Array, "n c v"]:
+    """See ``api.bank_read``."""
+    groups = _pair_groups(reads)
+    row = jax.eval_shape(
+        read,
+        jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape[1:], m.dtype), bank),
+        jax.ShapeDtypeStruct(query.shape[1:], query.dtype),
+    )
+    nothing = jnp.zeros((query.shape[0], *row.shape), row.dtype)
+    if not groups[0].size:
+        return nothing
+
+    def take(bank, query, gates, group):
+        """The states, rows and gates of a group's pairs."""
+        block, slot, state, real = group
+        states = jax.tree.map(lambda matrix: matrix[state], bank)
+        return states, query[block], gates[block, :, slot] * real[:, None]
+
+    def pairs(states, query, gates):
+        return gates[..., None] * jax.vmap(read)(states, query)
+
+    @jax.custom_vjp
+    def gated_read(bank, query, gates):
+        def visit(total, group):
+            return total.at[group[0]].add(pairs(*take(bank, query, gates, group))), None
+
+        return lax.scan(visit, nothing, groups)[0]
+
+    def forward(bank, query, gates):
+        return gated_read(bank, query, gates), (bank, query, gates)
+
+    def backward(residuals, cotangent):
+        def visit(totals, group):
+            block, slot, state, real = group
+            _, pull = jax.vjp(pairs, *take(*residuals, group))
+            d_states, d_query, d_gates = pull(cotangent[block])
+            bank, query, gates = totals
+            return (
+                jax.tree.map(lambda total, d: total.at[state].add(d), bank, d_states),
+                query.at[block].add(d_query),
+                gates.at[block, :, slot].add(d_gates * real[:, None]),
+            ), None
+
+        return lax.scan(visit, jax.tree.map(jnp.zeros_like, residuals), groups)[0]
+
+    gated_read.defvjp(forward, backward)
+    return gated_read(bank, query, gates)
+
+
+def _pair_groups(reads: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Lists (block, slot, state, real) of the pairs, (groups, pairs in a group) each.
+
+    The last group is filled up with pairs that are not real.
+    """
+    block, slot = np.nonzero(reads >= 0)
+    size = reads.shape[0]
+    groups = -(-len(block) // size)
+    fill = (0, groups * size - len(block))
+    lists = (block, slot, reads[block, slot], np.ones(len(block), bool))
+    return tuple(np.pad(values, fill).reshape(groups, size) for values in lists)

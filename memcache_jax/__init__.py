@@ -1,0 +1,18 @@
+"""Memory Caching (arXiv:2602.24281) in JAX: recurrent sequence models whose memory grows."""
+
+from memcache_jax import memories
+from memcache_jax.aggregation import GRM, Aggregation, Residual
+from memcache_jax.caching import memory_caching
+from memcache_jax.segmentation import Constant, ReadPlan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GRM",
+    "Aggregation",
+    "Constant",
+    "ReadPlan",
+    "Residual",
+    "memories",
+    "memory_caching",
+]

@@ -1,0 +1,75 @@
+"""Memory Caching token by token, as the paper writes it: what every fast path must equal.
+
+Nothing here is chunked or parallel in time, and gradients are automatic differentiation's.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from memcache_jax._typing import Array, Float, State
+from memcache_jax.aggregation import Aggregation
+from memcache_jax.memories import Memory
+from memcache_jax.segmentation import ReadPlan
+
+
+def one_head(
+    tokens: tuple,
+    weights: Mapping[str, Array],
+    *,
+    memory: Memory,
+    aggregation: Aggregation,
+    plan: ReadPlan,
+    start: str,
+) -> Float[Array, "t v"]:
+    """One head of one sequence, with the arguments of ``caching``'s fast path."""
+    query, key, value, connector, controls = tokens
+    length, segment = key.shape[0], plan.block_size
+    initial = memory.init(weights, key.shape[-1], value.shape[-1], key.dtype)
+
+    def run(first: int, after: int, restart: bool) -> State:
+        """The states after each token in [first, after), from the initial state at ``first``."""
+
+        def token(carry, t):
+            state, anchor = carry
+            begins = (t % segment == 0) & restart
+            state = jax.tree.map(lambda new, old: jnp.where(begins, new, old), initial, state)
+            begins = t % segment % (memory.chunk_size or 1) == 0
+            anchor = jax.tree.map(lambda new, old: jnp.where(begins, new, old), state, anchor)
+            coefficients = jax.tree.map(lambda x: x[t], controls)
+            state = memory.step(state, anchor, key[t], value[t], coefficients)
+            return (state, anchor), state
+
+        return lax.scan(token, (initial, initial), jnp.arange(first, after))[1]
+
+    live = run(0, length, restart=start == "independent")
+    bank, pooled = [], []
+    for first, after in plan.buckets * segment:
+        if start == "independent":
+            end = jax.tree.map(lambda x: x[-1], run(first, after, restart=False))
+        else:
+            end = jax.tree.map(lambda x, last=after - 1: x[last], live)
+        bank.append(memory.matrices(end))
+        pooled.append(key[first:after].mean(axis=0))
+
+    outputs = []
+    for t in range(length):
+        block = t // segment
+        slots = [int(bucket) for bucket in plan.reads[block] if bucket >= 0]
+        online = memory.matrices(jax.tree.map(lambda x, t=t: x[t], live))
+        states = [bank[bucket] for bucket in slots] + [online]
+        keys = [pooled[bucket] for bucket in slots]
+        keys.append(key[block * segment : t + 1].mean(axis=0))
+        scores = jnp.stack(keys) @ connector[t]
+        cached_gates, online_gate = aggregation.gates(scores[:-1], scores[-1])
+        outputs.append(
+            aggregation.combine_token(
+                memory,
+                jax.tree.map(lambda *matrices: jnp.stack(matrices), *states),
+                query[t],
+                jnp.append(cached_gates, online_gate),
+            )
+        )
+    return jnp.stack(outputs)

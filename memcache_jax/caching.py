@@ -1,0 +1,167 @@
+"""The functional core: a recurrent memory whose segment-end states stay readable."""
+
+import functools
+from collections.abc import Mapping
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from memcache_jax import _checks, _reference
+from memcache_jax._typing import Array, Float, State
+from memcache_jax.aggregation import Aggregation
+from memcache_jax.gating import relevance
+from memcache_jax.memories import Memory
+from memcache_jax.segmentation import Constant, ReadPlan
+
+Start: TypeAlias = Literal["independent", "checkpoint"]
+Implementation: TypeAlias = Literal["xla", "reference"]
+
+
+def memory_caching(
+    query: Float[Array, "b t h k"],
+    key: Float[Array, "b t h k"],
+    value: Float[Array, "b t h v"],
+    connector: Float[Array, "b t h k"] | None = None,
+    *,
+    memory: Memory,
+    controls: Mapping[str, Array] | None = None,
+    weights: Mapping[str, Array] | None = None,
+    aggregation: Aggregation,
+    segmentation: Constant,
+    start: Start = "independent",
+    implementation: Implementation | None = None,
+) -> Float[Array, "b t h v"]:
+    """Memory Caching (Eq. 4-10 of arXiv:2602.24281): a recurrent memory with cached past states.
+
+    Every token is written to the live memory, M_t = f(M_{t-1}; k_t, v_t, controls_t), and then
+    reads it together with the states that the memory had at the ends of earlier segments::
+
+        y_t = Agg(M_1, ..., M_{s-1}; M_t; q_t)
+
+    The output at t depends on no later token and not on the sequence's length. States, gates and
+    sums are kept in float32 (float64 for float64 inputs); the output has ``value``'s dtype.
+
+    Args:
+      query: q, what a token reads with.
+      key: k, where a token writes.
+      value: v, what a token writes.
+      connector: u, what a token's gates compare with the pooled keys of each state. Not needed by
+        ``Residual``.
+      memory: the write rule, such as ``memories.Titans(chunk_size=64)``.
+      controls: the rule's per-token coefficients by name, shapes as ``memory.controls`` says.
+        Decays are given as logs, <= 0.
+      weights: initial weights of a deep memory by name, one per head: (h, out, in).
+      aggregation: how reads become one output: ``Residual()`` or ``GRM()``.
+      segmentation: where states are cached: ``Constant(C)``.
+      start: what a segment's memory begins with: ``"independent"``, the initial state, or
+        ``"checkpoint"``, the state at the end of the segment before. Independent segments run side
+        by side, so that the sequential part is C / chunk_size steps at any length.
+      implementation: ``"xla"`` (the default), matrix products over chunks, or ``"reference"``, the
+        recurrence token by token, slow and plain.
+
+    Returns:
+      The outputs y.
+
+    Raises:
+      ValueError: for shapes, controls or weights that do not fit each other or the memory, a
+        missing connector, a segment size that the memory's chunk size does not divide, or an
+        unknown start or implementation.
+
+    Example:
+      >>> import jax, memcache_jax as mc
+      >>> q, k, v, u = jax.random.normal(jax.random.key(0), (4, 2, 100, 4, 16))
+      >>> y = mc.memory_caching(q, k, v, u, memory=mc.memories.LinearAttention(),
+      ...                       aggregation=mc.GRM(), segmentation=mc.Constant(32))
+      >>> y.shape
+      (2, 100, 4, 16)
+    """
+    controls, weights = dict(controls or {}), dict(weights or {})
+    _checks.check_memory_caching(
+        query, key, value, connector, memory, controls, weights, aggregation, segmentation
+    )
+    _checks.check_choice("start", start, ("independent", "checkpoint"))
+    _checks.check_choice("implementation", implementation, (None, "xla", "reference"))
+
+    dtype = jnp.promote_types(jnp.result_type(query, key, value), jnp.float32)
+    if connector is None:
+        connector = jnp.zeros_like(query)
+    tokens = (query, key, value, connector, controls)
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x.astype(dtype), 2, 1), tokens)
+    weights = jax.tree.map(lambda x: x.astype(dtype), weights)
+
+    one_head = functools.partial(
+        _reference.one_head if implementation == "reference" else _one_head,
+        memory=memory,
+        aggregation=aggregation,
+        plan=segmentation.plan(query.shape[1]),
+        start=start,
+    )
+    heads = jax.vmap(one_head)
+    y = jax.vmap(heads, in_axes=(0, None))(tokens, weights)
+    return jnp.moveaxis(y, 1, 2).astype(value.dtype)
+
+
+def _one_head(
+    tokens: tuple,
+    weights: Mapping[str, Array],
+    *,
+    memory: Memory,
+    aggregation: Aggregation,
+    plan: ReadPlan,
+    start: Start,
+) -> Float[Array, "t v"]:
+    """One head of one sequence: write all segments, then read live and cached states."""
+    length = tokens[0].shape[0]
+    block = plan.block_size if plan.num_blocks > 1 else length
+    chunk = memory.chunk_size or _exact_chunk(block)
+    if plan.num_blocks == 1:
+        block = -(-length // chunk) * chunk
+    padding = plan.num_blocks * block - length
+
+    def split(x: Array) -> Array:
+        """(t, ...) to (n, c, ...), the end filled up with zeros that no real token sees."""
+        x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(plan.num_blocks, block, *x.shape[1:])
+
+    query, key, value, connector, controls = jax.tree.map(split, tokens)
+    initial = memory.init(weights, key.shape[-1], value.shape[-1], key.dtype)
+    write = functools.partial(_write_segment, memory, chunk)
+    segments = (query, key, value, controls)
+    if start == "independent":
+        ends, online = jax.vmap(write, in_axes=(None, 0))(initial, segments)
+    else:
+        _, (ends, online) = lax.scan(
+            lambda state, segment: (lambda end, y: (end, (end, y)))(*write(state, segment)),
+            initial,
+            segments,
+        )
+    bank = jax.tree.map(lambda x: x[plan.buckets[:, 1] - 1], memory.matrices(ends))
+    gates = aggregation.gates(*relevance(connector, key, plan))
+    y = aggregation.combine(memory, bank, query, online, gates, plan)
+    return y.reshape(-1, y.shape[-1])[:length]
+
+
+def _write_segment(
+    memory: Memory, chunk: int, state: State, segment: tuple
+) -> tuple[State, Float[Array, "c v"]]:
+    """Writes a segment chunk by chunk; returns its end state and the reads of the live memory."""
+
+    def write(state: State, rows: tuple) -> tuple[State, Array]:
+        query, key, value, controls = rows
+        end, view = memory.write(state, state, key, value, controls)
+        return end, memory.read_online(view, query)
+
+    chunks = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), segment)
+    end, online = lax.scan(write, state, chunks)
+    return end, online.reshape(-1, online.shape[-1])
+
+
+def _exact_chunk(block: int, most: int = 128) -> int:
+    """A chunk length for rules that are exact for any: the largest divisor up to ``most``.
+
+    A block with no divisor of a useful size is one chunk.
+    """
+    best = max(size for size in range(1, min(block, most) + 1) if block % size == 0)
+    return best if best * 4 >= min(block, most) else block

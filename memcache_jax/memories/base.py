@@ -1,0 +1,122 @@
+"""The protocol that a write rule fulfils to get every aggregation and segmentation."""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from memcache_jax._typing import Apply, Array, Controls, Float, Matrices, State
+
+
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """One coefficient of a write rule: its axes, and how a layer makes it from its input.
+
+    A layer computes ``scale * activation(x W + bias)``.
+
+    Attributes:
+      axes: its shape in axis letters, ``"b t h"`` for one number per token and head.
+      activation: from logits to the coefficient; decays travel as logs (<= 0).
+      bias: what the logits are before training.
+      scale: a constant factor.
+      optional: whether a caller may leave it out.
+    """
+
+    axes: str = "b t h"
+    activation: Callable[[Array], Array] = jax.nn.sigmoid
+    bias: float = 0.0
+    scale: float = 1.0
+    optional: bool = False
+
+
+class Memory(abc.ABC):
+    """A recurrent memory: how it is written and how it is read, for one head of one sequence.
+
+    A rule implements six small methods on unbatched arrays; the callers map them over batch,
+    heads and segments. ``write`` is the fast path, ``step`` the equation it must equal.
+
+    A memory's parameters are a tuple of matrices, and its forward pass is code over an abstract
+    ``apply(layer, x)``. So one ``forward`` serves a frozen state (``x W^T``), the live state at
+    every token of a chunk (``apply``), and a mixture of many states.
+    """
+
+    chunk_size: int | None = None
+    """Tokens that share one inner gradient, or None for rules that are exact for any chunk."""
+
+    @property
+    def controls(self) -> Mapping[str, Control]:
+        """The rule's coefficients, by name."""
+        return {}
+
+    def weight_shapes(self, key_dim: int, value_dim: int) -> dict[str, tuple[int, int]]:
+        """Shapes (out, in) of the learned initial weights, by name; empty if it starts at zero."""
+        del key_dim, value_dim
+        return {}
+
+    @abc.abstractmethod
+    def init(
+        self, weights: Mapping[str, Array], key_dim: int, value_dim: int, dtype: Any
+    ) -> State:
+        """Returns the state before the first token."""
+
+    @abc.abstractmethod
+    def step(
+        self,
+        state: State,
+        anchor: State,
+        key: Float[Array, "k"],
+        value: Float[Array, "v"],
+        controls: Controls,
+    ) -> State:
+        """Writes one token.
+
+        Args:
+          state: the state after the previous token.
+          anchor: the state at which the current chunk began; rules that are exact for any chunk
+            ignore it.
+          key: the token's key.
+          value: the token's value.
+          controls: the token's coefficients.
+
+        Returns:
+          The state after the token.
+        """
+
+    @abc.abstractmethod
+    def write(
+        self,
+        state: State,
+        anchor: State,
+        key: Float[Array, "m k"],
+        value: Float[Array, "m v"],
+        controls: Controls,
+    ) -> tuple[State, Any]:
+        """Writes a chunk of tokens with matrix products.
+
+        Returns:
+          The state after the chunk, and a view of the chunk through which ``apply`` reads the
+          live memory at each of its tokens.
+        """
+
+    @abc.abstractmethod
+    def apply(self, chunk: Any, layer: int, x: Float[Array, "m in"]) -> Float[Array, "m out"]:
+        """Passes row t of ``x`` through a layer of the live memory as it is after token t."""
+
+    @abc.abstractmethod
+    def matrices(self, state: State) -> Matrices:
+        """The parameters that a read of ``state`` needs, which is what a cache keeps."""
+
+    @abc.abstractmethod
+    def forward(self, apply: Apply, query: Float[Array, "rows k"]) -> Float[Array, "rows v"]:
+        """The memory as a function of the query, over an abstract ``apply``."""
+
+    def read(self, matrices: Matrices, query: Float[Array, "rows k"]) -> Float[Array, "rows v"]:
+        """Reads a frozen state."""
+        return self.forward(lambda layer, x: jnp.matmul(x, matrices[layer].T), query)
+
+    def read_online(self, chunk: Any, query: Float[Array, "m k"]) -> Float[Array, "m v"]:
+        """Reads the live memory with each token's query, right after that token's write."""
+        return self.forward(lambda layer, x: self.apply(chunk, layer, x), query)

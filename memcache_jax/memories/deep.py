@@ -1,0 +1,217 @@
+"""Deep memories: a small network per head whose weights are written by gradient descent.
+
+Within a chunk every gradient is taken at the state the chunk began with. Such a gradient is rank
+one per token, delta_j x_j^T for a layer with input x_j, so the weights at every token of the chunk
+are a known combination of the start state and the rank-one terms, and a whole chunk is a few
+matrix products.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from memcache_jax._typing import Apply, Array, Controls, Float, Matrices
+from memcache_jax.memories._decay import decay_matrix
+from memcache_jax.memories.base import Control, Memory
+
+
+class DeepState(NamedTuple):
+    """Weights and momentum of one head's network, layer by layer."""
+
+    weights: Matrices
+    momentum: Matrices
+
+
+class DeepChunk(NamedTuple):
+    """A chunk of a deep memory, from which the weights at each of its tokens follow.
+
+    With the start state (W, S), the weights of a layer after token t are
+    ``weight_decay[t] W + momentum_decay[t] S - sum_j mixing[t, j] deltas[j] inputs[j]^T``.
+    """
+
+    start: DeepState
+    weight_decay: Float[Array, "m"]
+    momentum_decay: Float[Array, "m"]
+    mixing: Float[Array, "m m"]
+    inputs: Matrices
+    deltas: Matrices
+
+
+@dataclasses.dataclass(frozen=True)
+class Titans(Memory):
+    """Titans' long-term memory: descent on the recall error, with momentum and weight decay.
+
+    Eq. 34-36 of arXiv:2602.24281, with l_t(M) = ||M(k_t) - v_t||^2::
+
+        S_t = beta_t S_{t-1} - eta_t grad l_t
+        M_t = alpha_t M_{t-1} + S_t
+
+    The paper prints ``M_t = alpha_t M_{t-1} - S_t``, which climbs the loss; the sign here is that
+    of the Titans paper (arXiv:2501.00663). The gradient is taken at the state with which the
+    token's chunk began; ``chunk_size=1`` is the exact online rule.
+
+    ``depth=2`` is M(x) = x + W1 gelu(W2 x), with weights ``W2`` (f, k), ``W1`` (v, f),
+    f = ``expansion`` * k and k = v; ``depth=1`` is M(x) = W x, with weight ``W`` (v, k).
+
+    Controls, each (b, t, h): ``log_alpha`` and ``log_beta`` (<= 0), ``eta`` (>= 0).
+
+    Attributes:
+      chunk_size: tokens that share the point at which gradients are taken.
+      expansion: hidden width over key dimension.
+      depth: number of layers, 1 or 2.
+
+    Raises:
+      ValueError: for a depth other than 1 or 2, or sizes below 1.
+
+    Example:
+      >>> import memcache_jax as mc
+      >>> mc.memories.Titans(chunk_size=32).weight_shapes(64, 64)
+      {'W2': (256, 64), 'W1': (64, 256)}
+    """
+
+    chunk_size: int = 64
+    expansion: int = 4
+    depth: int = 2
+
+    def __post_init__(self) -> None:
+        if self.depth not in (1, 2):
+            raise ValueError(f"Titans has depth 1 or 2, got depth={self.depth}")
+        if self.chunk_size < 1 or self.expansion < 1:
+            raise ValueError(
+                "Titans needs chunk_size >= 1 and expansion >= 1, got "
+                f"chunk_size={self.chunk_size}, expansion={self.expansion}"
+            )
+
+    @property
+    def controls(self) -> Mapping[str, Control]:
+        """log_alpha (weight decay, near 0), log_beta (momentum), eta (step size)."""
+        # A chunk's gradients are summed at one point, so the step starts at 1 / chunk_size.
+        return {
+            "log_alpha": Control(activation=jax.nn.log_sigmoid, bias=5.0),
+            "log_beta": Control(activation=jax.nn.log_sigmoid, bias=0.0),
+            "eta": Control(activation=jax.nn.softplus, scale=1.0 / self.chunk_size),
+        }
+
+    def weight_shapes(self, key_dim: int, value_dim: int) -> dict[str, tuple[int, int]]:
+        """W2 and W1, or W for depth 1."""
+        if self.depth == 1:
+            return {"W": (value_dim, key_dim)}
+        if key_dim != value_dim:
+            raise ValueError(
+                "a memory of depth 2 adds its input to its output and needs k = v, "
+                f"got k={key_dim}, v={value_dim}"
+            )
+        hidden = self.expansion * key_dim
+        return {"W2": (hidden, key_dim), "W1": (value_dim, hidden)}
+
+    def init(
+        self, weights: Mapping[str, Array], key_dim: int, value_dim: int, dtype: Any
+    ) -> DeepState:
+        """Returns the learned initial weights, and no momentum."""
+        start = tuple(weights[name] for name in self.weight_shapes(key_dim, value_dim))
+        start = tuple(weight.astype(dtype) for weight in start)
+        return DeepState(start, tuple(jnp.zeros_like(weight) for weight in start))
+
+    def forward(self, apply: Apply, query: Float[Array, "rows k"]) -> Array:
+        """W q, or q + W1 gelu(W2 q)."""
+        if self.depth == 1:
+            return apply(0, query)
+        return query + apply(1, jax.nn.gelu(apply(0, query)))
+
+    def loss(self, prediction: Float[Array, "rows v"], value: Float[Array, "rows v"]) -> Array:
+        """The inner loss, summed over rows: the squared error of recall."""
+        return jnp.sum((prediction - value) ** 2)
+
+    def step(
+        self,
+        state: DeepState,
+        anchor: DeepState,
+        key: Float[Array, "k"],
+        value: Float[Array, "v"],
+        controls: Controls,
+    ) -> DeepState:
+        """One step of descent with momentum, the gradient taken at the anchor."""
+
+        def loss(weights: Matrices) -> Array:
+            return self.loss(self.read(weights, key[None]), value[None])
+
+        gradient = jax.grad(loss)(anchor.weights)
+        alpha, beta = jnp.exp(controls["log_alpha"]), jnp.exp(controls["log_beta"])
+        momentum = jax.tree.map(
+            lambda s, g: beta * s - controls["eta"] * g, state.momentum, gradient
+        )
+        return DeepState(
+            jax.tree.map(lambda w, s: alpha * w + s, state.weights, momentum), momentum
+        )
+
+    def write(
+        self,
+        state: DeepState,
+        anchor: DeepState,
+        key: Float[Array, "m k"],
+        value: Float[Array, "m v"],
+        controls: Controls,
+    ) -> tuple[DeepState, DeepChunk]:
+        """A chunk of descent steps in matrix products."""
+        inputs, deltas = self._inner_gradient(anchor.weights, key, value)
+        log_alpha, log_beta, eta = (controls[name] for name in ("log_alpha", "log_beta", "eta"))
+        # S_t = B_t S_0 - sum_j decay_beta[t, j] eta_j G_j, and W_t sums what alpha leaves of S_t.
+        decay_alpha, decay_beta = decay_matrix(log_alpha), decay_matrix(log_beta)
+        beta_product = jnp.exp(jnp.cumsum(log_beta))
+        chunk = DeepChunk(
+            start=state,
+            weight_decay=jnp.exp(jnp.cumsum(log_alpha)),
+            momentum_decay=jnp.matmul(decay_alpha, beta_product),
+            mixing=jnp.matmul(decay_alpha, decay_beta) * eta[None],
+            inputs=inputs,
+            deltas=deltas,
+        )
+
+        def combine(weight_decay, momentum_decay, mixing):
+            """The state with these coefficients of W_0, S_0 and the rank-one terms."""
+            return tuple(
+                weight_decay * w + momentum_decay * s - jnp.matmul(delta.T, mixing[:, None] * x)
+                for w, s, x, delta in zip(*state, inputs, deltas, strict=True)
+            )
+
+        weights = combine(chunk.weight_decay[-1], chunk.momentum_decay[-1], chunk.mixing[-1])
+        momentum = combine(0.0, beta_product[-1], decay_beta[-1] * eta)
+        return DeepState(weights, momentum), chunk
+
+    def apply(self, chunk: DeepChunk, layer: int, x: Float[Array, "m in"]) -> Array:
+        """A layer with the weights it has after each token, never forming those weights."""
+        weight, momentum = chunk.start.weights[layer], chunk.start.momentum[layer]
+        written = chunk.mixing * jnp.matmul(x, chunk.inputs[layer].T)
+        return (
+            chunk.weight_decay[:, None] * jnp.matmul(x, weight.T)
+            + chunk.momentum_decay[:, None] * jnp.matmul(x, momentum.T)
+            - jnp.matmul(written, chunk.deltas[layer])
+        )
+
+    def matrices(self, state: DeepState) -> Matrices:
+        """The weights; momentum is not read."""
+        return state.weights
+
+    def _inner_gradient(
+        self, weights: Matrices, key: Float[Array, "m k"], value: Float[Array, "m v"]
+    ) -> tuple[Matrices, Matrices]:
+        """Inputs x_j and output gradients delta_j of each layer: its gradient is delta_j x_j^T.
+
+        A zero is added to each layer's output; the loss gradient with respect to it is delta.
+        """
+
+        def loss(zeros: Matrices) -> tuple[Array, Matrices]:
+            inputs = []
+
+            def apply(layer: int, x: Array) -> Array:
+                inputs.append(x)
+                return jnp.matmul(x, weights[layer].T) + zeros[layer]
+
+            return self.loss(self.forward(apply, key), value), tuple(inputs)
+
+        zeros = tuple(jnp.zeros((key.shape[0], w.shape[0]), key.dtype) for w in weights)
+        deltas, inputs = jax.grad(loss, has_aux=True)(zeros)
+        return inputs, deltas

@@ -1,0 +1,1 @@
+"""Training: data, tokenizers and the training loop."""

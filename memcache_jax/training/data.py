@@ -1,0 +1,177 @@
+"""Streams of token rows: a resumable Grain pipeline to train on, fixed rows to measure on."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import grain
+import grain.experimental
+import numpy as np
+
+from memcache_jax.training.files import Records, stable_fraction
+from memcache_jax.training.tokenizers import Tokenizer
+
+
+class HeldOut(NamedTuple):
+    """Rows to measure a model on.
+
+    Attributes:
+        tokens: (rows, sequence_length + 1) int32; neighbours overlap by one token, so that each
+            row's inputs are `[:, :-1]`, its targets `[:, 1:]`, and no target comes twice.
+        bytes_per_token: Bytes of text per token, ends of documents counted as tokens. Bits per
+            byte are the mean loss in nats / ln 2 / bytes_per_token.
+    """
+
+    tokens: np.ndarray
+    bytes_per_token: float
+
+
+def training_iterator(
+    records: Records,
+    tokenizer: Tokenizer,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator:
+    """Returns an endless iterator over shuffled, packed batches.
+
+    Records are shuffled anew each epoch and dealt out to the processes; each document is followed
+    by the end token, and the whole is cut into rows without padding. `get_state` returns a small
+    dict that JSON can hold; `set_state` of it in an iterator made with the same arguments
+    continues with the very next batch.
+
+    Args:
+        records: The documents to train on.
+        tokenizer: Turns them into ids.
+        sequence_length: Tokens predicted per row; a row has one more.
+        batch_size: Rows per batch of this process.
+        seed: Decides the order.
+        process_index: Which process this is.
+        process_count: How many processes share the records.
+
+    Returns:
+        An iterator over `{"tokens": (batch_size, sequence_length + 1) int32}`.
+
+    Raises:
+        ValueError: If a process would have no records, or the records no text.
+
+    Example:
+        >>> records = Records(find_files("corpus"))  # doctest: +SKIP
+        >>> batches = training_iterator(  # doctest: +SKIP
+        ...     records, ByteTokenizer(), sequence_length=1024, batch_size=8, seed=0
+        ... )
+    """
+    if sequence_length < 1 or batch_size < 1 or seed < 0:
+        raise ValueError(
+            "sequence_length and batch_size must be positive and seed not negative, got "
+            f"{sequence_length=}, {batch_size=}, {seed=}"
+        )
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index must be in [0, {process_count}), got {process_index}")
+    if len(records) < process_count:
+        raise ValueError(
+            f"{process_count} processes need as many records at least, got {len(records)}: "
+            "give more files, or files with more lines or row groups"
+        )
+    # Grain would look for a first token forever.
+    if not any(records[i] for i in range(len(records))):
+        raise ValueError(f"expected records with text, got {len(records)} without any")
+    dataset = (
+        grain.MapDataset.source(records)
+        .seed(seed)
+        .shuffle()[process_index::process_count]
+        .map(_tokenize_with(tokenizer))
+        .repeat()
+        # Reading ahead in threads is slower: Python's lock is held most of the time.
+        .to_iter_dataset(grain.ReadOptions(num_threads=0))
+    )
+    dataset = grain.experimental.ConcatThenSplitIterDataset(
+        dataset, length_struct={"tokens": sequence_length + 1}
+    )
+    return iter(_PackedTokens(dataset).batch(batch_size, drop_remainder=True))
+
+
+def _tokenize_with(tokenizer: Tokenizer) -> Callable[[Iterable[bytes]], dict[str, np.ndarray]]:
+    end = np.array([tokenizer.eos_id], np.int32)
+
+    def tokenize(documents: Iterable[bytes]) -> dict[str, np.ndarray]:
+        parts = [part for text in documents for part in (tokenizer.encode(text), end)]
+        return {"tokens": np.concatenate(parts) if parts else end[:0]}
+
+    return tokenize
+
+
+class _PackedTokens(grain.IterDataset):
+    """Drops the positions and segments of packed rows, and mends the packer's saved state."""
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _PackedTokensIterator(iter(self._parent))
+
+
+class _PackedTokensIterator(grain.DatasetIterator):
+    def __next__(self) -> dict[str, np.ndarray]:
+        return {"tokens": next(self._parent)["tokens"]}
+
+    def get_state(self) -> dict[str, Any]:
+        return self._parent.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        # Checkpoints go through JSON, which turns tuples into lists. Grain 0.2.18 compares with
+        # the tuple (-1, -1), so that it would drop a document where a row ends with one.
+        slices = {key: tuple(value) for key, value in state["remainder_slices"].items()}
+        self._parent.set_state({**state, "remainder_slices": slices})
+
+
+def heldout_rows(
+    records: Records, tokenizer: Tokenizer, *, sequence_length: int, max_tokens: int
+) -> HeldOut:
+    """Returns fixed rows of held-out text, at most `max_tokens` targets.
+
+    Documents come in the order of the files, the end token after each. Where there are more than
+    `max_tokens`, records are taken in the order of a hash of their index until there are enough,
+    so that not only the first file is measured. What does not fill a row is left out.
+
+    Args:
+        records: The held-out documents.
+        tokenizer: Turns them into ids.
+        sequence_length: Tokens predicted per row.
+        max_tokens: The most targets over all rows.
+
+    Raises:
+        ValueError: If there are too few tokens for one row, or `max_tokens` is below one row.
+    """
+    if not 1 <= sequence_length <= max_tokens:
+        raise ValueError(
+            f"max_tokens must hold one row of sequence_length, got {max_tokens=}, {sequence_length=}"
+        )
+    indices = range(len(records))
+    tokens, num_bytes, complete = _read(records, indices, tokenizer, max_tokens)
+    if not complete:
+        spread = sorted(indices, key=lambda i: stable_fraction(str(i)))
+        tokens, num_bytes, _ = _read(records, spread, tokenizer, max_tokens)
+    if len(tokens) < sequence_length + 1:
+        raise ValueError(
+            f"the held-out text has {len(tokens)} tokens, but one row needs {sequence_length + 1}: "
+            "hold out more, or shorten sequence_length"
+        )
+    rows = min(len(tokens) - 1, max_tokens) // sequence_length
+    starts = np.arange(rows)[:, None] * sequence_length
+    return HeldOut(tokens[starts + np.arange(sequence_length + 1)], num_bytes / len(tokens))
+
+
+def _read(
+    records: Records, indices: Iterable[int], tokenizer: Tokenizer, max_tokens: int
+) -> tuple[np.ndarray, int, bool]:
+    """Returns the tokens and bytes of whole records, and whether all of them were read."""
+    tokenize = _tokenize_with(tokenizer)
+    parts, num_tokens, num_bytes = [np.empty(0, np.int32)], 0, 0
+    for index in indices:
+        if num_tokens > max_tokens:  # the first token is no target
+            return np.concatenate(parts), num_bytes, False
+        documents = records[index]
+        parts.append(tokenize(documents)["tokens"])
+        num_tokens += len(parts[-1])
+        num_bytes += sum(map(len, documents))
+    return np.concatenate(parts), num_bytes, True

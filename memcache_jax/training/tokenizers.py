@@ -1,0 +1,141 @@
+"""Tokenizers: raw bytes, or a Hugging Face `tokenizers` JSON file."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+EOS_TOKENS = ("</s>", "<|endoftext|>", "<eos>", "[SEP]", "<|end_of_text|>")
+
+
+class Tokenizer(Protocol):
+    """What the data pipeline and generation need of a tokenizer."""
+
+    name: str
+    eos_id: int
+    vocab_size: int
+
+    def encode(self, text: bytes) -> np.ndarray:
+        """Returns the int32 ids of `text`, with no special tokens added."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of `ids`, without end-of-document tokens."""
+        ...
+
+
+class ByteTokenizer:
+    """Ids 0 to 255 are the bytes themselves, 256 ends a document.
+
+    Example:
+        >>> ByteTokenizer().encode("né".encode()).tolist()
+        [110, 195, 169]
+    """
+
+    name = "bytes"
+    eos_id = 256
+    vocab_size = 257
+
+    def encode(self, text: bytes) -> np.ndarray:
+        """Returns one int32 id per byte of `text`."""
+        return np.frombuffer(text, np.uint8).astype(np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of `ids`; those that are no byte are dropped."""
+        return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", errors="replace")
+
+
+class FileTokenizer:
+    """A tokenizer read from a Hugging Face `tokenizers` JSON file.
+
+    Truncation and padding set in the file are turned off, as they would cut or pad documents.
+
+    Attributes:
+        num_replaced_documents: Documents encoded so far in this process that held bytes which are
+            not UTF-8 and were replaced by U+FFFD; a document read twice counts twice.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, eos_token: str | None = None):
+        """Reads the file.
+
+        Args:
+            path: The JSON file.
+            eos_token: The token that ends a document; by default the first of `EOS_TOKENS` that
+                the vocabulary has.
+
+        Raises:
+            ValueError: If there is no such file, if it is not a tokenizer, or if the end token
+                is not in its vocabulary.
+            ImportError: If the package `tokenizers` is not installed.
+        """
+        if not Path(path).is_file():
+            raise ValueError(f"tokenizer must be 'bytes' or a JSON file, got {str(path)!r}: no file")
+        try:
+            import tokenizers
+        except ImportError as e:
+            raise ImportError(
+                f"reading {path} needs the package tokenizers: pip install 'memcache_jax[data]'"
+            ) from e
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as e:  # the package raises bare Exceptions
+            raise ValueError(f"{path} is not a Hugging Face tokenizers JSON file: {e}") from e
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.name = str(path)
+        # Ids may have gaps, and the largest must index the embedding too.
+        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+        size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = max(size, max(vocab.values(), default=-1) + 1)
+        candidates = EOS_TOKENS if eos_token is None else (eos_token,)
+        found = [vocab[token] for token in candidates if token in vocab]
+        if not found:
+            raise ValueError(
+                f"{path} has no end-of-document token: looked for {', '.join(candidates)}; "
+                "pass eos_token= a token of its vocabulary"
+            )
+        self.eos_id = found[0]
+        self.num_replaced_documents = 0
+
+    def encode(self, text: bytes) -> np.ndarray:
+        """Returns the int32 ids of `text`, read as UTF-8 with invalid bytes replaced."""
+        try:
+            string = text.decode("utf-8")
+        except UnicodeDecodeError:
+            string = text.decode("utf-8", errors="replace")
+            self.num_replaced_documents += 1
+        return np.asarray(self._tokenizer.encode(string, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of `ids`, without the end-of-document tokens."""
+        kept = [i for i in map(int, ids) if i != self.eos_id]
+        return self._tokenizer.decode(kept, skip_special_tokens=False)
+
+
+def make_tokenizer(
+    name: str, *, eos_token: str | None = None, vocab_size: int | None = None
+) -> Tokenizer:
+    """Returns the tokenizer called `name`.
+
+    Args:
+        name: "bytes", or the path of a Hugging Face `tokenizers` JSON file.
+        eos_token: The token that ends a document, for a file; see `FileTokenizer`.
+        vocab_size: The model's number of ids, if it is to be checked.
+
+    Raises:
+        ValueError: If the tokenizer has more ids than the model, or as `FileTokenizer` does.
+    """
+    if name == "bytes":
+        if eos_token is not None:
+            raise ValueError(f"the tokenizer 'bytes' has a fixed end token, got {eos_token=}")
+        tokenizer = ByteTokenizer()
+    else:
+        tokenizer = FileTokenizer(name, eos_token=eos_token)
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"tokenizer {name!r} has {tokenizer.vocab_size} ids, but the model's vocab_size is "
+            f"{vocab_size}: set it to at least {tokenizer.vocab_size}"
+        )
+    return tokenizer
