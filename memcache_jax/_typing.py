@@ -15,7 +15,10 @@ from jax import Array
 from jaxtyping import Float, Int
 
 Matrices: TypeAlias = tuple[Array, ...]
-"""The parameters that a memory reads through, one matrix (out, in) per layer."""
+"""The parameters that a memory reads through, one matrix (in, out) per layer.
+
+Rows times a matrix is the product that every backend runs without a transposed copy.
+"""
 
 Apply: TypeAlias = Callable[[int, Array], Array]
 """``apply(layer, x)``: rows ``x`` (rows, in) through one layer of a memory, to (rows, out)."""

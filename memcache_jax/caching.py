@@ -154,7 +154,7 @@ def _write_segment(
         return end, memory.read_online(view, query)
 
     chunks = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), segment)
-    end, online = lax.scan(write, state, chunks)
+    end, online = lax.scan(jax.checkpoint(write, prevent_cse=False), state, chunks)
     return end, online.reshape(-1, online.shape[-1])
 
 

@@ -30,9 +30,9 @@ def bank_read(
         jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape[1:], m.dtype), bank),
         jax.ShapeDtypeStruct(query.shape[1:], query.dtype),
     )
-    nothing = jnp.zeros((query.shape[0], *row.shape), row.dtype)
+    shape = (query.shape[0], *row.shape)
     if not groups[0].size:
-        return nothing
+        return jnp.zeros(shape, row.dtype)
 
     def take(bank, query, gates, group):
         """The states, rows and gates of a group's pairs."""
@@ -48,7 +48,7 @@ def bank_read(
         def visit(total, group):
             return total.at[group[0]].add(pairs(*take(bank, query, gates, group))), None
 
-        return lax.scan(visit, nothing, groups)[0]
+        return lax.scan(visit, jnp.zeros(shape, row.dtype), groups)[0]
 
     def forward(bank, query, gates):
         return gated_read(bank, query, gates), (bank, query, gates)

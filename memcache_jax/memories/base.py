@@ -39,7 +39,7 @@ class Memory(abc.ABC):
     heads and segments. ``write`` is the fast path, ``step`` the equation it must equal.
 
     A memory's parameters are a tuple of matrices, and its forward pass is code over an abstract
-    ``apply(layer, x)``. So one ``forward`` serves a frozen state (``x W^T``), the live state at
+    ``apply(layer, x)``. So one ``forward`` serves a frozen state (``x W``), the live state at
     every token of a chunk (``apply``), and a mixture of many states.
     """
 
@@ -115,7 +115,7 @@ class Memory(abc.ABC):
 
     def read(self, matrices: Matrices, query: Float[Array, "rows k"]) -> Float[Array, "rows v"]:
         """Reads a frozen state."""
-        return self.forward(lambda layer, x: jnp.matmul(x, matrices[layer].T), query)
+        return self.forward(lambda layer, x: jnp.matmul(x, matrices[layer]), query)
 
     def read_online(self, chunk: Any, query: Float[Array, "m k"]) -> Float[Array, "m v"]:
         """Reads the live memory with each token's query, right after that token's write."""

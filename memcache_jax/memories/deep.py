@@ -112,7 +112,7 @@ class Titans(Memory):
     ) -> DeepState:
         """Returns the learned initial weights, and no momentum."""
         start = tuple(weights[name] for name in self.weight_shapes(key_dim, value_dim))
-        start = tuple(weight.astype(dtype) for weight in start)
+        start = tuple(weight.astype(dtype).T for weight in start)
         return DeepState(start, tuple(jnp.zeros_like(weight) for weight in start))
 
     def forward(self, apply: Apply, query: Float[Array, "rows k"]) -> Array:
@@ -173,7 +173,7 @@ class Titans(Memory):
         def combine(weight_decay, momentum_decay, mixing):
             """The state with these coefficients of W_0, S_0 and the rank-one terms."""
             return tuple(
-                weight_decay * w + momentum_decay * s - jnp.matmul(delta.T, mixing[:, None] * x)
+                weight_decay * w + momentum_decay * s - jnp.matmul(x.T, mixing[:, None] * delta)
                 for w, s, x, delta in zip(*state, inputs, deltas, strict=True)
             )
 
@@ -186,8 +186,8 @@ class Titans(Memory):
         weight, momentum = chunk.start.weights[layer], chunk.start.momentum[layer]
         written = chunk.mixing * jnp.matmul(x, chunk.inputs[layer].T)
         return (
-            chunk.weight_decay[:, None] * jnp.matmul(x, weight.T)
-            + chunk.momentum_decay[:, None] * jnp.matmul(x, momentum.T)
+            chunk.weight_decay[:, None] * jnp.matmul(x, weight)
+            + chunk.momentum_decay[:, None] * jnp.matmul(x, momentum)
             - jnp.matmul(written, chunk.deltas[layer])
         )
 
@@ -208,10 +208,10 @@ class Titans(Memory):
 
             def apply(layer: int, x: Array) -> Array:
                 inputs.append(x)
-                return jnp.matmul(x, weights[layer].T) + zeros[layer]
+                return jnp.matmul(x, weights[layer]) + zeros[layer]
 
             return self.loss(self.forward(apply, key), value), tuple(inputs)
 
-        zeros = tuple(jnp.zeros((key.shape[0], w.shape[0]), key.dtype) for w in weights)
+        zeros = tuple(jnp.zeros((key.shape[0], w.shape[1]), key.dtype) for w in weights)
         deltas, inputs = jax.grad(loss, has_aux=True)(zeros)
         return inputs, deltas

@@ -1,4 +1,4 @@
-"""Matrix memories: a state M (v, k) that is read by one product, M q."""
+"""Matrix memories: a state M that is read by one product, M q; kept as M^T (k, v)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,13 +13,13 @@ from memcache_jax.memories.base import Memory
 class MatrixState(NamedTuple):
     """The matrix of one head."""
 
-    matrix: Float[Array, "v k"]
+    matrix: Float[Array, "k v"]
 
 
 class MatrixChunk(NamedTuple):
     """A chunk of a matrix memory: the state it began with and what it writes."""
 
-    matrix: Float[Array, "v k"]
+    matrix: Float[Array, "k v"]
     key: Float[Array, "m k"]
     value: Float[Array, "m v"]
 
@@ -42,7 +42,7 @@ class LinearAttention(Memory):
     ) -> MatrixState:
         """Returns the zero matrix."""
         del weights
-        return MatrixState(jnp.zeros((value_dim, key_dim), dtype))
+        return MatrixState(jnp.zeros((key_dim, value_dim), dtype))
 
     def step(
         self,
@@ -54,7 +54,7 @@ class LinearAttention(Memory):
     ) -> MatrixState:
         """Adds the outer product of one token."""
         del anchor, controls
-        return MatrixState(state.matrix + jnp.outer(value, key))
+        return MatrixState(state.matrix + jnp.outer(key, value))
 
     def write(
         self,
@@ -67,13 +67,13 @@ class LinearAttention(Memory):
         """Adds the outer products of a chunk in one matrix product."""
         del anchor, controls
         chunk = MatrixChunk(state.matrix, key, value)
-        return MatrixState(state.matrix + jnp.einsum("mv,mk->vk", value, key)), chunk
+        return MatrixState(state.matrix + jnp.matmul(key.T, value)), chunk
 
     def apply(self, chunk: MatrixChunk, layer: int, x: Float[Array, "m k"]) -> Array:
         """The state's product with x, plus causal attention without softmax inside the chunk."""
         del layer
         scores = jnp.tril(jnp.matmul(x, chunk.key.T))
-        return jnp.matmul(x, chunk.matrix.T) + jnp.matmul(scores, chunk.value)
+        return jnp.matmul(x, chunk.matrix) + jnp.matmul(scores, chunk.value)
 
     def matrices(self, state: MatrixState) -> Matrices:
         """The matrix itself."""

@@ -144,7 +144,8 @@ def heldout_rows(
     """
     if not 1 <= sequence_length <= max_tokens:
         raise ValueError(
-            f"max_tokens must hold one row of sequence_length, got {max_tokens=}, {sequence_length=}"
+            "sequence_length must be positive and max_tokens no less, got "
+            f"{sequence_length=}, {max_tokens=}"
         )
     indices = range(len(records))
     tokens, num_bytes, complete = _read(records, indices, tokenizer, max_tokens)

@@ -3,7 +3,6 @@
 import fnmatch
 import glob
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,19 +35,19 @@ def find_files(patterns: str | Sequence[str], exclude: str | Sequence[str] = ())
     found: set[Path] = set()
     remarks = []
     for pattern in patterns:
-        path = os.path.abspath(os.path.expanduser(pattern))
+        path = os.path.expanduser(pattern)
         if os.path.isdir(path):
-            new, remark = set(_walk(path)), "is an empty folder"
+            new, remark = list(_walk(path)), "is an empty folder"
         elif os.path.isfile(path):
-            new, remark = {path}, ""
+            new, remark = [path], ""
         elif glob.has_magic(path):
-            new = {match for match in glob.iglob(path, recursive=True) if os.path.isfile(match)}
+            new = [match for match in glob.iglob(path, recursive=True) if os.path.isfile(match)]
             remark = "matches no file"
         else:
             raise ValueError(f"expected a folder, a file or a glob, got {pattern!r}: not found")
         if not new:
             remarks.append(f"{pattern!r} {remark}")
-        found.update(map(Path, new))
+        found.update(Path(os.path.abspath(file)) for file in new)
     if not found:
         raise ValueError(f"found no files: {'; '.join(remarks) or 'no patterns were given'}")
     kept = [p for p in found if not any(fnmatch.fnmatchcase(p.as_posix(), e) for e in exclude)]
@@ -88,7 +87,7 @@ def split_files(
         heldout = find_files(heldout_patterns)
         train = sorted(set(files) - set(heldout), key=Path.as_posix)
         if not train:
-            raise ValueError(f"{heldout_patterns} hold out all {len(files)} files: none to train on")
+            raise ValueError(f"all {len(files)} files are held out by {heldout_patterns}")
         return train, heldout
     if not 0 < heldout_fraction < 1:
         raise ValueError(f"heldout_fraction must be in (0, 1), got {heldout_fraction}")
@@ -99,7 +98,7 @@ def split_files(
     common = os.path.commonpath([file.parent for file in files])
     place = {file: stable_fraction(file.relative_to(common).as_posix()) for file in files}
     by_place = sorted(files, key=lambda file: (place[file], file.as_posix()))
-    # Adding files later moves none of the others from one side to the other.
+    # By threshold, not by rank: files added to the tree later do not move the others.
     count = sum(value < heldout_fraction for value in place.values())
     count = min(max(count, 1), len(files) - 1)
     return sorted(by_place[count:], key=Path.as_posix), sorted(by_place[:count], key=Path.as_posix)
@@ -110,7 +109,8 @@ class Records:
 
     A record is a line of a `.jsonl` file, a row group of a `.parquet` file, or the whole of any
     other file, which is taken for text. Empty files, blank lines and empty or null texts are no
-    documents. Only positions are held in memory, 8 bytes per `.jsonl` line.
+    documents. Only positions are held in memory, 8 bytes per `.jsonl` line; a record is read and
+    tokenized at once, so cut texts of gigabytes into several files.
 
     Example:
         >>> records = Records(find_files("corpus"))  # doctest: +SKIP
@@ -149,6 +149,7 @@ class Records:
             raise ValueError(f"expected files with text, got {len(self._files)} file(s), all empty")
 
     def __len__(self) -> int:
+        """Returns the number of records."""
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, index: int) -> list[bytes]:
@@ -191,8 +192,7 @@ def _read_line(file: Path, start: int, text_field: str) -> bytes:
         return _to_bytes(record[text_field])
     except ValueError as e:  # JSONDecodeError and UnicodeDecodeError among them
         with file.open("rb") as f:
-            chunks = itertools.takewhile(bool, iter(lambda: f.read(min(_CHUNK, start - f.tell())), 0))
-            number = 1 + sum(chunk.count(b"\n") for chunk in chunks)
+            number = next(n for n, _ in enumerate(f, start=1) if f.tell() > start)
         raise ValueError(f"{file}, line {number}: {e}; got {line[:80]!r}") from e
 
 

@@ -71,7 +71,7 @@ class FileTokenizer:
             ImportError: If the package `tokenizers` is not installed.
         """
         if not Path(path).is_file():
-            raise ValueError(f"tokenizer must be 'bytes' or a JSON file, got {str(path)!r}: no file")
+            raise ValueError(f"tokenizer must be 'bytes' or a file, got {str(path)!r}: not found")
         try:
             import tokenizers
         except ImportError as e:
@@ -85,10 +85,9 @@ class FileTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.name = str(path)
-        # Ids may have gaps, and the largest must index the embedding too.
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
-        size = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        self.vocab_size = max(size, max(vocab.values(), default=-1) + 1)
+        # Not the number of tokens: ids may have gaps, and the largest must index the embedding.
+        self.vocab_size = max(vocab.values(), default=-1) + 1
         candidates = EOS_TOKENS if eos_token is None else (eos_token,)
         found = [vocab[token] for token in candidates if token in vocab]
         if not found:
