@@ -1,6 +1,6 @@
 """Memory Caching (arXiv:2602.24281) in JAX: recurrent sequence models whose memory grows."""
 
-from memcache_jax import memories
+from memcache_jax import memories, nn
 from memcache_jax.aggregation import GRM, Aggregation, Residual
 from memcache_jax.caching import memory_caching
 from memcache_jax.segmentation import Constant, ReadPlan
@@ -15,4 +15,5 @@ __all__ = [
     "Residual",
     "memories",
     "memory_caching",
+    "nn",
 ]

@@ -38,7 +38,8 @@ def bank_read(
         """The states, rows and gates of a group's pairs."""
         block, slot, state, real = group
         states = jax.tree.map(lambda matrix: matrix[state], bank)
-        return states, query[block], gates[block, :, slot] * real[:, None]
+        taken = states, query[block], gates[block, :, slot] * real[:, None]
+        return lax.optimization_barrier(taken)
 
     def pairs(states, query, gates):
         return gates[..., None] * jax.vmap(read)(states, query)

@@ -1,0 +1,23 @@
+"""Flax modules: the layer, attention, and a language model of either."""
+
+from memcache_jax.nn import linen
+from memcache_jax.nn.attention import Attention
+from memcache_jax.nn.language_model import (
+    AttentionMixer,
+    LanguageModel,
+    LanguageModelConfig,
+    MemoryCachingMixer,
+    Mixer,
+)
+from memcache_jax.nn.memory_caching import MemoryCaching
+
+__all__ = [
+    "Attention",
+    "AttentionMixer",
+    "LanguageModel",
+    "LanguageModelConfig",
+    "MemoryCaching",
+    "MemoryCachingMixer",
+    "Mixer",
+    "linen",
+]

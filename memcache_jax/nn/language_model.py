@@ -1,0 +1,211 @@
+"""A decoder-only language model whose blocks mix tokens by memory caching or by attention."""
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from memcache_jax._typing import Array, Float, Int
+from memcache_jax.aggregation import GRM, Aggregation
+from memcache_jax.caching import Implementation, Start
+from memcache_jax.memories import Memory, Titans
+from memcache_jax.nn.attention import Attention
+from memcache_jax.nn.layers import SwiGLU
+from memcache_jax.nn.memory_caching import MemoryCaching
+from memcache_jax.segmentation import Constant
+
+
+class Mixer(Protocol):
+    """A description of a token mixer, from which each block builds its own."""
+
+    def build(self, in_features: int, num_heads: int, **options: Any) -> nnx.Module:
+        """Returns a module (b, t, d) -> (b, t, d); options: head_dim, dtype, param_dtype, rngs."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryCachingMixer:
+    """Blocks mix tokens with ``MemoryCaching``; its arguments are the attributes."""
+
+    memory: Memory = Titans()
+    aggregation: Aggregation = GRM()
+    segmentation: Constant = Constant(256)
+    start: Start = "independent"
+    implementation: Implementation | None = None
+
+    def build(self, in_features: int, num_heads: int, **options: Any) -> MemoryCaching:
+        """Returns the layer."""
+        arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return MemoryCaching(in_features, num_heads, **arguments, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionMixer:
+    """Blocks mix tokens with ``Attention``; its arguments are the attributes."""
+
+    window: int | None = None
+    rope_base: float = 10_000.0
+
+    def build(self, in_features: int, num_heads: int, **options: Any) -> Attention:
+        """Returns the layer."""
+        return Attention(
+            in_features, num_heads, window=self.window, rope_base=self.rope_base, **options
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelConfig:
+    """The shape of a ``LanguageModel``.
+
+    Attributes:
+      vocab_size: number of token ids.
+      num_layers: blocks; a multiple of the number of mixers.
+      features: model dimension d.
+      num_heads: heads of every mixer.
+      mixers: the mixers of consecutive blocks, repeated over the depth.
+      head_dim: dimension of a head; ``features // num_heads`` by default.
+      mlp_features: hidden width of the SwiGLU MLP, by default 8/3 d rounded up to a multiple of
+        64; 0 for blocks without an MLP.
+      tie_embeddings: whether the output layer is the embedding's transpose.
+      remat: whether each block's activations are recomputed in the backward pass.
+      dtype: dtype of the arithmetic; parameters and logits are float32 or wider.
+      param_dtype: dtype of the parameters.
+
+    Raises:
+      ValueError: if ``num_layers`` is not a multiple of the number of mixers, or sizes are < 1.
+    """
+
+    vocab_size: int
+    num_layers: int
+    features: int
+    num_heads: int
+    mixers: tuple[Mixer, ...] = (MemoryCachingMixer(),)
+    head_dim: int | None = None
+    mlp_features: int | None = None
+    tie_embeddings: bool = False
+    remat: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "num_layers", "features", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.mixers or self.num_layers % len(self.mixers):
+            raise ValueError(
+                f"num_layers={self.num_layers} must be a multiple of the number of mixers, "
+                f"got {len(self.mixers)}"
+            )
+
+
+class Block(nnx.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: LanguageModelConfig, mixer: Mixer, *, rngs: nnx.Rngs) -> None:
+        options = dict(dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)
+        self.mixer_norm = nnx.RMSNorm(config.features, **options)
+        self.mixer = mixer.build(
+            config.features, config.num_heads, head_dim=config.head_dim, **options
+        )
+        hidden = config.mlp_features
+        if hidden is None:
+            hidden = -(-8 * config.features // (3 * 64)) * 64
+        self.has_mlp = hidden > 0
+        if self.has_mlp:
+            self.mlp_norm = nnx.RMSNorm(config.features, **options)
+            self.mlp = SwiGLU(config.features, hidden, **options)
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        x = x + self.mixer(self.mixer_norm(x))
+        return x + self.mlp(self.mlp_norm(x)) if self.has_mlp else x
+
+
+class _Period(nnx.Module):
+    """One block of each mixer: what the stack repeats."""
+
+    def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.blocks = nnx.List([Block(config, mixer, rngs=rngs) for mixer in config.mixers])
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class LanguageModel(nnx.Module):
+    """Token embedding, a stack of blocks, RMSNorm and an output layer.
+
+    The blocks' parameters are stacked along a first axis and the stack is a ``lax.scan``, so that
+    compile time does not grow with depth.
+
+    Args:
+      config: the model's shape.
+      rngs: random keys.
+
+    Example:
+      >>> import jax.numpy as jnp, memcache_jax as mc
+      >>> from flax import nnx
+      >>> config = mc.nn.LanguageModelConfig(vocab_size=257, num_layers=2, features=64, num_heads=4)
+      >>> model = mc.nn.LanguageModel(config, rngs=nnx.Rngs(0))
+      >>> model(jnp.zeros((1, 16), jnp.int32)).shape
+      (1, 16, 257)
+    """
+
+    def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        options = dict(dtype=config.dtype, param_dtype=config.param_dtype)
+        self.embedding = nnx.Embed(
+            config.vocab_size,
+            config.features,
+            embedding_init=jax.nn.initializers.normal(0.02),
+            rngs=rngs,
+            **options,
+        )
+        repeats = config.num_layers // len(config.mixers)
+
+        @nnx.split_rngs(splits=repeats)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        @nnx.transform_metadata(in_axes=None, out_axes=0, partition="layers")
+        def stack(rngs: nnx.Rngs) -> _Period:
+            return _Period(config, rngs=rngs)
+
+        self.layers = stack(rngs)
+        self.norm = nnx.RMSNorm(config.features, rngs=rngs, **options)
+        if not config.tie_embeddings:
+            self.head = nnx.Linear(
+                config.features, config.vocab_size, use_bias=False, rngs=rngs, **options
+            )
+
+    def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t vocab"]:
+        """Returns the logits of the next token at every position.
+
+        Raises:
+          ValueError: for tokens that are not integers of shape (b, t).
+        """
+        return self.logits(self.hidden(tokens))
+
+    def hidden(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """Returns the normalised output of the last block."""
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                f"tokens must be integers of shape (b, t), got {tokens.dtype} {tokens.shape}"
+            )
+        graph, stacked = nnx.split(self.layers)
+
+        def period(x: Array, state: nnx.State) -> tuple[Array, None]:
+            return nnx.merge(graph, state)(x), None
+
+        if self.config.remat:
+            period = jax.checkpoint(period, prevent_cse=False)
+        x, _ = lax.scan(period, self.embedding(tokens), stacked)
+        return self.norm(x)
+
+    def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
+        """Returns the output layer's logits, in float32 or wider."""
+        logits = (
+            self.embedding.attend(hidden) if self.config.tie_embeddings else self.head(hidden)
+        )
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
