@@ -3,7 +3,9 @@
 Nothing here is chunked or parallel in time, and gradients are automatic differentiation's.
 """
 
+import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,15 @@ from memcache_jax.memories import Memory
 from memcache_jax.segmentation import ReadPlan
 
 
-def one_head(
+def memory_caching(
+    tokens: tuple, weights: Mapping[str, Array], **configuration: Any
+) -> Float[Array, "b h t v"]:
+    """Every head of every row by itself, with the arguments of ``caching``'s fast path."""
+    heads = jax.vmap(functools.partial(_one_head, **configuration))
+    return jax.vmap(heads, in_axes=(0, None))(tokens, weights)
+
+
+def _one_head(
     tokens: tuple,
     weights: Mapping[str, Array],
     *,
@@ -24,7 +34,6 @@ def one_head(
     plan: ReadPlan,
     start: str,
 ) -> Float[Array, "t v"]:
-    """One head of one sequence, with the arguments of ``caching``'s fast path."""
     query, key, value, connector, controls = tokens
     length, segment = key.shape[0], plan.block_size
     initial = memory.init(weights, key.shape[-1], value.shape[-1], key.dtype)

@@ -38,13 +38,13 @@ class Aggregation(abc.ABC):
         self,
         memory: Memory,
         bank: Matrices,
-        query: Float[Array, "n c k"],
-        online: Float[Array, "n c v"],
-        gates: tuple[Float[Array, "n c r"], Float[Array, "n c"]],
+        query: Float[Array, "b h n c k"],
+        online: Float[Array, "b h n c v"],
+        gates: tuple[Float[Array, "b h n c r"], Float[Array, "b h n c"]],
         plan: ReadPlan,
-    ) -> Float[Array, "n c v"]:
+    ) -> Float[Array, "b h n c v"]:
         """The outputs of all tokens, from the reads of the live memory and a bank of states."""
-        cached = bank_read(memory.read, bank, query, gates[0], plan.reads)
+        cached = bank_read(memory.read, bank, query, gates[0], plan.reads, linear=memory.linear)
         return gates[1][..., None] * online + cached
 
     def combine_token(

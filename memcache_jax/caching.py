@@ -12,6 +12,7 @@ from memcache_jax import _checks, _reference
 from memcache_jax._typing import Array, Float, State
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.gating import relevance
+from memcache_jax.kernels.chunk_update import chunk_update
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Constant, ReadPlan
 
@@ -90,20 +91,19 @@ def memory_caching(
     tokens = (query, key, value, connector, controls)
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x.astype(dtype), 2, 1), tokens)
     weights = jax.tree.map(lambda x: x.astype(dtype), weights)
-
-    one_head = functools.partial(
-        _reference.one_head if implementation == "reference" else _one_head,
+    run = _reference.memory_caching if implementation == "reference" else _chunked
+    y = run(
+        tokens,
+        weights,
         memory=memory,
         aggregation=aggregation,
         plan=segmentation.plan(query.shape[1]),
         start=start,
     )
-    heads = jax.vmap(one_head)
-    y = jax.vmap(heads, in_axes=(0, None))(tokens, weights)
     return jnp.moveaxis(y, 1, 2).astype(value.dtype)
 
 
-def _one_head(
+def _chunked(
     tokens: tuple,
     weights: Mapping[str, Array],
     *,
@@ -111,51 +111,66 @@ def _one_head(
     aggregation: Aggregation,
     plan: ReadPlan,
     start: Start,
-) -> Float[Array, "t v"]:
-    """One head of one sequence: write all segments, then read live and cached states."""
-    length = tokens[0].shape[0]
-    block = plan.block_size if plan.num_blocks > 1 else length
-    chunk = memory.chunk_size or _exact_chunk(block)
+) -> Float[Array, "b h t v"]:
+    """The fast path: write all segments chunk by chunk, then read live and cached states."""
+    length = tokens[0].shape[2]
+    block = plan.block_size
+    chunk = memory.chunk_size or _exact_chunk(min(block, length))
     if plan.num_blocks == 1:
         block = -(-length // chunk) * chunk
     padding = plan.num_blocks * block - length
 
     def split(x: Array) -> Array:
-        """(t, ...) to (n, c, ...), the end filled up with zeros that no real token sees."""
-        x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(plan.num_blocks, block, *x.shape[1:])
+        """(b, h, t, ...) to (b, h, n, c, ...), zeros at the end that no real token sees."""
+        x = jnp.pad(x, [(0, padding if axis == 2 else 0) for axis in range(x.ndim)])
+        return x.reshape(*x.shape[:2], plan.num_blocks, block, *x.shape[3:])
 
     query, key, value, connector, controls = jax.tree.map(split, tokens)
-    initial = memory.init(weights, key.shape[-1], value.shape[-1], key.dtype)
-    write = functools.partial(_write_segment, memory, chunk)
-    segments = (query, key, value, controls)
-    if start == "independent":
-        ends, online = jax.vmap(write, in_axes=(None, 0))(initial, segments)
-    else:
-        _, (ends, online) = lax.scan(
-            lambda state, segment: (lambda end, y: (end, (end, y)))(*write(state, segment)),
-            initial,
-            segments,
-        )
-    bank = jax.tree.map(lambda x: x[plan.buckets[:, 1] - 1], memory.matrices(ends))
-    gates = aggregation.gates(*relevance(connector, key, plan))
+    ends, online = _write(memory, chunk, weights, (query, key, value, controls), start)
+    bank = jax.tree.map(lambda x: x[:, :, plan.buckets[:, 1] - 1], memory.matrices(ends))
+    scores = jax.vmap(jax.vmap(functools.partial(relevance, plan=plan)))(connector, key)
+    gates = aggregation.gates(*scores)
     y = aggregation.combine(memory, bank, query, online, gates, plan)
-    return y.reshape(-1, y.shape[-1])[:length]
+    return y.reshape(*y.shape[:2], -1, y.shape[-1])[:, :, :length]
 
 
-def _write_segment(
-    memory: Memory, chunk: int, state: State, segment: tuple
-) -> tuple[State, Float[Array, "c v"]]:
-    """Writes a segment chunk by chunk; returns its end state and the reads of the live memory."""
+def _write(
+    memory: Memory, chunk: int, weights: Mapping[str, Array], segments: tuple, start: Start
+) -> tuple[State, Float[Array, "b h n c v"]]:
+    """Writes segments (b, h, n, c, ...); returns their end states and the live memory's reads."""
 
-    def write(state: State, rows: tuple) -> tuple[State, Array]:
+    def write_and_read(state: State, rows: tuple) -> tuple[State, Array]:
         query, key, value, controls = rows
         end, view = memory.write(state, state, key, value, controls)
         return end, memory.read_online(view, query)
 
-    chunks = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), segment)
-    end, online = lax.scan(jax.checkpoint(write, prevent_cse=False), state, chunks)
-    return end, online.reshape(-1, online.shape[-1])
+    _, key, value, _ = segments
+    batch, heads, num_segments = key.shape[:3]
+    init = functools.partial(
+        memory.init, key_dim=key.shape[-1], value_dim=value.shape[-1], dtype=key.dtype
+    )
+    initial = jax.vmap(init, axis_size=heads)(weights)
+    lead = (batch, heads, num_segments) if start == "independent" else (batch, heads)
+    states = jax.tree.map(
+        lambda x: jnp.broadcast_to(
+            x.reshape(1, heads, *[1] * (len(lead) - 2), *x.shape[1:]), (*lead, *x.shape[1:])
+        ),
+        initial,
+    )
+    rows = jax.tree.map(
+        lambda x: x.reshape(*x.shape[:3], -1, chunk, *x.shape[4:]), segments
+    )
+    if start == "independent":
+        ends, online = chunk_update(write_and_read, states, rows, batch_dims=3)
+    else:
+
+        def segment(states: State, rows: tuple) -> tuple[State, tuple[State, Array]]:
+            states, online = chunk_update(write_and_read, states, rows, batch_dims=2)
+            return states, (states, online)
+
+        _, out = lax.scan(segment, states, jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), rows))
+        ends, online = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), out)
+    return ends, online.reshape(*online.shape[:3], -1, online.shape[-1])
 
 
 def _exact_chunk(block: int, most: int = 128) -> int:

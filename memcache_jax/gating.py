@@ -25,7 +25,7 @@ def pooled_keys(key: Float[Array, "n c k"], plan: ReadPlan) -> Float[Array, "buc
 def running_mean_keys(key: Float[Array, "n c k"]) -> Float[Array, "n c k"]:
     """Returns, for each token, the mean key of its segment up to and including the token."""
     counts = jnp.arange(1, key.shape[1] + 1, dtype=key.dtype)
-    return jnp.cumsum(key, axis=1) / counts[None, :, None]
+    return _running_sum(key) / counts[None, :, None]
 
 
 def relevance(
@@ -35,7 +35,8 @@ def relevance(
 
     Slots of ``plan.reads`` that hold no bucket score -inf.
     """
-    scores = jnp.einsum("nck,rk->ncr", connector, pooled_keys(key, plan))
+    pooled = pooled_keys(key, plan)
+    scores = jnp.einsum("nck,rk->ncr", connector, pooled, precision="highest")
     bucket_of_slot = np.arange(scores.shape[-1])[None]
     if np.any(plan.visible & (plan.reads != bucket_of_slot)):
         scores = jnp.take_along_axis(scores, jnp.asarray(plan.reads)[:, None], axis=-1)
@@ -49,3 +50,12 @@ def softmax_gates(
     """Softmax over the visible cached states and the online one together (Eq. 10)."""
     gates = jax.nn.softmax(jnp.concatenate([cached, online[..., None]], axis=-1), axis=-1)
     return gates[..., :-1], gates[..., -1]
+
+
+def _running_sum(x: Float[Array, "n c k"], width: int = 16) -> Float[Array, "n c k"]:
+    """Cumulative sum over c in two levels: ``jnp.cumsum`` of the whole axis is slow on CPU."""
+    n, c, k = x.shape
+    rows = jnp.pad(x, ((0, 0), (0, -c % width), (0, 0))).reshape(n, -1, width, k)
+    inner = jnp.einsum("ij,nwjk->nwik", jnp.tri(width, dtype=x.dtype), rows, precision="highest")
+    before = jnp.cumsum(inner[:, :, -1], axis=1) - inner[:, :, -1]
+    return (inner + before[:, :, None]).reshape(n, -1, k)[:, :c]

@@ -1,4 +1,4 @@
-"""The gated bank read as its equation: every block reads every state, and gates pick."""
+"""The gated bank read as its equation: every block reads each of its states, and gates weigh."""
 
 from collections.abc import Callable
 
@@ -12,15 +12,20 @@ from memcache_jax._typing import Array, Float, Matrices
 def bank_read(
     read: Callable[[Matrices, Array], Array],
     bank: Matrices,
-    query: Float[Array, "n c k"],
-    gates: Float[Array, "n c r"],
+    query: Float[Array, "b h n c k"],
+    gates: Float[Array, "b h n c r"],
     reads: np.ndarray,
-) -> Float[Array, "n c v"]:
+    linear: bool,
+) -> Float[Array, "b h n c v"]:
     """See ``api.bank_read``."""
+    del linear
 
-    def block(query, gates, reads):
-        states = jax.tree.map(lambda matrix: matrix[jnp.maximum(reads, 0)], bank)
-        every = jax.vmap(read, in_axes=(0, None))(states, query)
-        return jnp.einsum("cr,rcv->cv", jnp.where(reads[None] >= 0, gates, 0), every)
+    def unit(bank, query, gates):
+        def block(query, gates, reads):
+            states = jax.tree.map(lambda matrix: matrix[jnp.maximum(reads, 0)], bank)
+            every = jax.vmap(read, in_axes=(0, None))(states, query)
+            return jnp.einsum("cr,rcv->cv", jnp.where(reads[None] >= 0, gates, 0), every)
 
-    return jax.vmap(block)(query, gates, jnp.asarray(reads))
+        return jax.vmap(block)(query, gates, jnp.asarray(reads))
+
+    return jax.vmap(jax.vmap(unit))(bank, query, gates)

@@ -14,59 +14,70 @@ import numpy as np
 from jax import lax
 
 from memcache_jax._typing import Array, Float, Matrices
+from memcache_jax.kernels._units import for_each_unit
 
 
 def bank_read(
     read: Callable[[Matrices, Array], Array],
     bank: Matrices,
-    query: Float[Array, "n c k"],
-    gates: Float[Array, "n c r"],
+    query: Float[Array, "b h n c k"],
+    gates: Float[Array, "b h n c r"],
     reads: np.ndarray,
-) -> Float[Array, "n c v"]:
+    linear: bool,
+) -> Float[Array, "b h n c v"]:
     """See ``api.bank_read``."""
     groups = _pair_groups(reads)
     row = jax.eval_shape(
         read,
-        jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape[1:], m.dtype), bank),
-        jax.ShapeDtypeStruct(query.shape[1:], query.dtype),
+        jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape[3:], m.dtype), bank),
+        jax.ShapeDtypeStruct(query.shape[3:], query.dtype),
     )
-    shape = (query.shape[0], *row.shape)
     if not groups[0].size:
-        return jnp.zeros(shape, row.dtype)
+        return jnp.zeros((*query.shape[:3], *row.shape), row.dtype)
 
     def take(bank, query, gates, group):
         """The states, rows and gates of a group's pairs."""
         block, slot, state, real = group
         states = jax.tree.map(lambda matrix: matrix[state], bank)
-        taken = states, query[block], gates[block, :, slot] * real[:, None]
-        return lax.optimization_barrier(taken)
+        return states, query[block], gates[block, :, slot] * real[:, None]
 
     def pairs(states, query, gates):
+        # Gating the rows of a linear read spares the backward pass a read: the gates' gradient
+        # is then a product of rows that it has anyway.
+        if linear:
+            return jax.vmap(read)(states, gates[..., None] * query)
         return gates[..., None] * jax.vmap(read)(states, query)
 
-    @jax.custom_vjp
-    def gated_read(bank, query, gates):
+    def forward_unit(bank, query, gates):
         def visit(total, group):
             return total.at[group[0]].add(pairs(*take(bank, query, gates, group))), None
 
-        return lax.scan(visit, jnp.zeros(shape, row.dtype), groups)[0]
+        return lax.scan(visit, jnp.zeros((query.shape[0], *row.shape), row.dtype), groups)[0]
+
+    def backward_unit(bank, query, gates, cotangent):
+        def visit(totals, group):
+            block, slot, state, real = group
+            _, pull = jax.vjp(pairs, *take(bank, query, gates, group))
+            d_states, d_query, d_gates = pull(cotangent[block])
+            states, queries, every_gate = totals
+            return (
+                jax.tree.map(lambda total, d: total.at[state].add(d), states, d_states),
+                queries.at[block].add(d_query),
+                every_gate.at[block, :, slot].add(d_gates * real[:, None]),
+            ), None
+
+        zeros = jax.tree.map(jnp.zeros_like, (bank, query, gates))
+        return lax.scan(visit, zeros, groups)[0]
+
+    @jax.custom_vjp
+    def gated_read(bank, query, gates):
+        return for_each_unit(forward_unit, 2)(bank, query, gates)
 
     def forward(bank, query, gates):
         return gated_read(bank, query, gates), (bank, query, gates)
 
     def backward(residuals, cotangent):
-        def visit(totals, group):
-            block, slot, state, real = group
-            _, pull = jax.vjp(pairs, *take(*residuals, group))
-            d_states, d_query, d_gates = pull(cotangent[block])
-            bank, query, gates = totals
-            return (
-                jax.tree.map(lambda total, d: total.at[state].add(d), bank, d_states),
-                query.at[block].add(d_query),
-                gates.at[block, :, slot].add(d_gates * real[:, None]),
-            ), None
-
-        return lax.scan(visit, jax.tree.map(jnp.zeros_like, residuals), groups)[0]
+        return for_each_unit(backward_unit, 2)(*residuals, cotangent)
 
     gated_read.defvjp(forward, backward)
     return gated_read(bank, query, gates)

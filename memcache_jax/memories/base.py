@@ -47,6 +47,11 @@ class Memory(abc.ABC):
     """Tokens that share one inner gradient, or None for rules that are exact for any chunk."""
 
     @property
+    def linear(self) -> bool:
+        """Whether a read is linear in the query."""
+        return False
+
+    @property
     def controls(self) -> Mapping[str, Control]:
         """The rule's coefficients, by name."""
         return {}

@@ -86,6 +86,11 @@ class Titans(Memory):
             )
 
     @property
+    def linear(self) -> bool:
+        """True for depth 1."""
+        return self.depth == 1
+
+    @property
     def controls(self) -> Mapping[str, Control]:
         """log_alpha (weight decay, near 0), log_beta (momentum), eta (step size)."""
         # A chunk's gradients are summed at one point, so the step starts at 1 / chunk_size.

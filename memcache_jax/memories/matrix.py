@@ -37,6 +37,11 @@ class LinearAttention(Memory):
       []
     """
 
+    @property
+    def linear(self) -> bool:
+        """True."""
+        return True
+
     def init(
         self, weights: Mapping[str, Array], key_dim: int, value_dim: int, dtype: Any
     ) -> MatrixState:

@@ -1,0 +1,31 @@
+"""Mapping a computation over independent units (rows of a batch, heads, segments)."""
+
+import math
+from collections.abc import Callable
+
+import jax
+from jax import lax
+
+
+def for_each_unit(unit: Callable, batch_dims: int) -> Callable:
+    """Returns ``unit`` mapped over the first ``batch_dims`` axes of all its arguments.
+
+    Accelerators run all units side by side. A CPU runs them in turn, so that what a unit works on
+    stays in its cache: about twice as fast for a deep memory's chunks. The choice is made when the
+    program is lowered for a platform. Not meant to be differentiated: the residuals of both forms
+    would be kept.
+    """
+
+    def side_by_side(*args):
+        mapped = unit
+        for _ in range(batch_dims):
+            mapped = jax.vmap(mapped)
+        return mapped(*args)
+
+    def in_turn(*args):
+        batch = jax.tree.leaves(args)[0].shape[:batch_dims]
+        flat = jax.tree.map(lambda x: x.reshape(math.prod(batch), *x.shape[batch_dims:]), args)
+        out = lax.map(lambda arguments: unit(*arguments), flat)
+        return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), out)
+
+    return lambda *args: lax.platform_dependent(*args, cpu=in_turn, default=side_by_side)

@@ -1,0 +1,40 @@
+"""Entry point of the chunked update."""
+
+from collections.abc import Callable
+from typing import Any
+
+from memcache_jax.kernels.chunk_update import reference, xla
+
+_IMPLEMENTATIONS = {"reference": reference.chunk_update, "xla": xla.chunk_update}
+
+
+def chunk_update(
+    chunk: Callable[[Any, Any], tuple[Any, Any]],
+    state: Any,
+    rows: Any,
+    *,
+    batch_dims: int,
+    implementation: str | None = None,
+) -> tuple[Any, Any]:
+    """Carries memories through their chunks: state_{i+1}, y_i = chunk(state_i, rows_i).
+
+    Args:
+      chunk: one chunk of one memory: (state, rows) -> (next state, outputs).
+      state: the first states, arrays (*batch, ...).
+      rows: what is written and read, arrays (*batch, chunks, ...).
+      batch_dims: how many leading axes are independent memories.
+      implementation: ``"xla"`` (the default) or ``"reference"``.
+
+    Returns:
+      The last states (*batch, ...) and the outputs (*batch, chunks, ...).
+
+    Raises:
+      ValueError: for an unknown implementation.
+    """
+    implementation = implementation or "xla"
+    if implementation not in _IMPLEMENTATIONS:
+        raise ValueError(
+            f"chunk_update has the implementations {sorted(_IMPLEMENTATIONS)}, "
+            f"got {implementation!r}"
+        )
+    return _IMPLEMENTATIONS[implementation](chunk, state, rows, batch_dims)
