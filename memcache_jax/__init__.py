@@ -3,6 +3,7 @@
 from memcache_jax import memories, nn
 from memcache_jax.aggregation import GRM, Aggregation, Residual
 from memcache_jax.caching import memory_caching
+from memcache_jax.generation import generate
 from memcache_jax.segmentation import Constant, ReadPlan
 
 __version__ = "0.1.0"
@@ -13,6 +14,7 @@ __all__ = [
     "Constant",
     "ReadPlan",
     "Residual",
+    "generate",
     "memories",
     "memory_caching",
     "nn",

@@ -45,7 +45,7 @@ class Aggregation(abc.ABC):
     ) -> Float[Array, "b h n c v"]:
         """The outputs of all tokens, from the reads of the live memory and a bank of states."""
         cached = bank_read(memory.read, bank, query, gates[0], plan.reads, linear=memory.linear)
-        return gates[1][..., None] * online + cached
+        return jnp.einsum("bhnc,bhncv->bhncv", gates[1], online) + cached
 
     def combine_token(
         self, memory: Memory, states: Matrices, query: Float[Array, "k"], gates: Float[Array, "s"]

@@ -40,7 +40,7 @@ def relevance(
     bucket_of_slot = np.arange(scores.shape[-1])[None]
     if np.any(plan.visible & (plan.reads != bucket_of_slot)):
         scores = jnp.take_along_axis(scores, jnp.asarray(plan.reads)[:, None], axis=-1)
-    online = jnp.sum(connector * running_mean_keys(key), axis=-1)
+    online = jnp.vecdot(connector, running_mean_keys(key), precision="highest")
     return jnp.where(plan.visible[:, None], scores, -jnp.inf), online
 
 

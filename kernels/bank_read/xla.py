@@ -45,8 +45,8 @@ def bank_read(
         # Gating the rows of a linear read spares the backward pass a read: the gates' gradient
         # is then a product of rows that it has anyway.
         if linear:
-            return jax.vmap(read)(states, gates[..., None] * query)
-        return gates[..., None] * jax.vmap(read)(states, query)
+            return jax.vmap(read)(states, jnp.einsum("gc,gck->gck", gates, query))
+        return jnp.einsum("gc,gcv->gcv", gates, jax.vmap(read)(states, query))
 
     def forward_unit(bank, query, gates):
         def visit(total, group):

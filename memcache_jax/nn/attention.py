@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from memcache_jax._typing import Array, Float
+from memcache_jax.nn.layers import Linear
 
 
 class Attention(nnx.Module):
@@ -53,11 +54,11 @@ class Attention(nnx.Module):
             raise ValueError(f"window must be at least 1 token, got {window}")
         self.window, self.rope_base, self.dtype = window, rope_base, dtype
         inner = num_heads * self.head_dim
-        options = dict(use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.query = nnx.Linear(in_features, inner, **options)
-        self.key = nnx.Linear(in_features, inner, **options)
-        self.value = nnx.Linear(in_features, inner, **options)
-        self.out = nnx.Linear(inner, in_features, **options)
+        options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.query = Linear(in_features, inner, **options)
+        self.key = Linear(in_features, inner, **options)
+        self.value = Linear(in_features, inner, **options)
+        self.out = Linear(inner, in_features, **options)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Mixes tokens causally."""

@@ -13,7 +13,7 @@ from memcache_jax.aggregation import GRM, Aggregation
 from memcache_jax.caching import Implementation, Start
 from memcache_jax.memories import Memory, Titans
 from memcache_jax.nn.attention import Attention
-from memcache_jax.nn.layers import SwiGLU
+from memcache_jax.nn.layers import Linear, SwiGLU
 from memcache_jax.nn.memory_caching import MemoryCaching
 from memcache_jax.segmentation import Constant
 
@@ -175,8 +175,8 @@ class LanguageModel(nnx.Module):
         self.layers = stack(rngs)
         self.norm = nnx.RMSNorm(config.features, rngs=rngs, **options)
         if not config.tie_embeddings:
-            self.head = nnx.Linear(
-                config.features, config.vocab_size, use_bias=False, rngs=rngs, **options
+            self.head = Linear(
+                config.features, config.vocab_size, rngs=rngs, **options
             )
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t vocab"]:

@@ -7,6 +7,20 @@ from flax import nnx
 from memcache_jax._typing import Array, Float
 
 
+class Linear(nnx.Linear):
+    """``nnx.Linear`` on all rows as one matrix, with no bias unless asked for.
+
+    With batch and time as separate axes XLA's CPU backend transposes every cotangent: 1.7 times
+    slower, forward and backward.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, use_bias: bool = False, **options):
+        super().__init__(in_features, out_features, use_bias=use_bias, **options)
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... e"]:
+        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
 class CausalConv(nnx.Module):
     """Depthwise convolution over time that sees a token and the ``width - 1`` before it.
 
@@ -30,11 +44,37 @@ class CausalConv(nnx.Module):
         self.kernel = nnx.Param(kernel_init(rngs.params(), (width, features), param_dtype))
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        """y_t = sum over j of kernel[width - 1 - j] x_{t-j}."""
-        kernel = self.kernel[...].astype(x.dtype)
-        width, length = kernel.shape[0], x.shape[1]
-        padded = jnp.pad(x, ((0, 0), (width - 1, 0), (0, 0)))
-        return sum(padded[:, j : j + length] * kernel[None, None, j] for j in range(width))
+        """y_t = sum over j of kernel[j] x_{t - width + 1 + j}."""
+        return _causal_conv(x, self.kernel[...].astype(x.dtype))
+
+
+@jax.custom_vjp
+def _causal_conv(x: Float[Array, "b t d"], kernel: Float[Array, "w d"]) -> Float[Array, "b t d"]:
+    return _weighted_shifts(x, kernel, before=kernel.shape[0] - 1)
+
+
+def _weighted_shifts(x: Array, kernel: Array, before: int) -> Array:
+    """sum over j of kernel[j] x_{t - before + j}, zero outside of x."""
+    width, length = kernel.shape[0], x.shape[1]
+    padded = jnp.pad(x, ((0, 0), (before, width - 1 - before), (0, 0)))
+    return sum(padded[:, j : j + length] * kernel[j][None, None] for j in range(width))
+
+
+def _causal_conv_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _causal_conv(x, kernel), (x, kernel)
+
+
+def _causal_conv_backward(residuals: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
+    # By hand, because XLA's CPU backend sums the broadcast kernel's gradient ten times slower than
+    # the same sum as a contraction.
+    x, kernel = residuals
+    width, length = kernel.shape[0], x.shape[1]
+    padded = jnp.pad(x, ((0, 0), (width - 1, 0), (0, 0)))
+    taps = [jnp.einsum("btd,btd->d", padded[:, j : j + length], d_y) for j in range(width)]
+    return _weighted_shifts(d_y, kernel[::-1], before=0), jnp.stack(taps)
+
+
+_causal_conv.defvjp(_causal_conv_forward, _causal_conv_backward)
 
 
 class SwiGLU(nnx.Module):
@@ -49,10 +89,10 @@ class SwiGLU(nnx.Module):
         param_dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        options = dict(use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.gate = nnx.Linear(features, hidden, **options)
-        self.up = nnx.Linear(features, hidden, **options)
-        self.down = nnx.Linear(hidden, features, **options)
+        options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.gate = Linear(features, hidden, **options)
+        self.up = Linear(features, hidden, **options)
+        self.down = Linear(hidden, features, **options)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
@@ -61,5 +101,5 @@ class SwiGLU(nnx.Module):
 def l2_normalize(x: Float[Array, "... k"], epsilon: float = 1e-6) -> Float[Array, "... k"]:
     """Returns x / |x| along the last axis, computed in float32 or wider."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    norm = jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + epsilon)
-    return (wide * norm).astype(x.dtype)
+    norm = jax.lax.rsqrt(jnp.vecdot(wide, wide, precision="highest") + epsilon)
+    return jnp.einsum("...k,...->...k", wide, norm, precision="highest").astype(x.dtype)

@@ -9,7 +9,7 @@ from memcache_jax._typing import Array, Float
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.caching import Implementation, Start, memory_caching
 from memcache_jax.memories import Control, Memory
-from memcache_jax.nn.layers import CausalConv, l2_normalize
+from memcache_jax.nn.layers import CausalConv, Linear, l2_normalize
 from memcache_jax.segmentation import Constant
 
 
@@ -79,9 +79,9 @@ class MemoryCaching(nnx.Module):
         self.dtype = dtype
         inner = num_heads * self.head_dim
 
-        def linear(size_in: int, size_out: int, **options) -> nnx.Linear:
-            options = dict(use_bias=False, dtype=dtype, param_dtype=param_dtype) | options
-            return nnx.Linear(size_in, size_out, rngs=rngs, **options)
+        def linear(size_in: int, size_out: int, **options) -> Linear:
+            options = dict(dtype=dtype, param_dtype=param_dtype) | options
+            return Linear(size_in, size_out, rngs=rngs, **options)
 
         def conv(kernel_init=jax.nn.initializers.normal(conv_width**-0.5)) -> CausalConv:
             return CausalConv(

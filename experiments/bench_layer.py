@@ -1,0 +1,147 @@
+"""Times the layer, forward and backward, beside its FLOPs and the machine's matmul rate.
+
+    python -m experiments.bench_layer [--length=1024 --features=256 --heads=4 --segment=128 --chunk=32]
+
+On a CPU the program keeps to one core (``--cores``). Times are medians of interleaved rounds, so
+that a noisy machine disturbs all rows alike. FLOPs are those of the matrix products in the traced
+program, each loop's body times its trips; "x matmul" is the time over the time that the same FLOPs
+take at the rate of a large float32 matmul measured in the same rounds.
+"""
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+from absl import app, flags
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("only", None, "Part of a layer's name, to time that one alone.")
+flags.DEFINE_integer("length", 1024, "Tokens T.")
+flags.DEFINE_integer("features", 256, "Model dimension d.")
+flags.DEFINE_integer("heads", 4, "Heads h.")
+flags.DEFINE_integer("segment", 128, "Segment size C.")
+flags.DEFINE_integer("chunk", 32, "Chunk size m of deep memories.")
+flags.DEFINE_integer("batch", 1, "Sequences.")
+flags.DEFINE_integer("rounds", 15, "Timed rounds.")
+flags.DEFINE_integer("cores", 1, "CPU cores to keep to; 0 for all.")
+flags.DEFINE_string("start", "independent", "Start of a segment: independent or checkpoint.")
+flags.DEFINE_string("json", None, "File to write the table to.")
+
+
+def layers() -> dict[str, Callable]:
+    """The layers to time, by name: functions of nothing that build them."""
+    from flax import nnx
+
+    import memcache_jax as mc
+
+    size, heads = FLAGS.features, FLAGS.heads
+    memories = {
+        "LinearAttention": mc.memories.LinearAttention(),
+        "Titans depth 1": mc.memories.Titans(FLAGS.chunk, depth=1),
+        "Titans": mc.memories.Titans(FLAGS.chunk),
+    }
+    aggregations = {"Residual": mc.Residual(), "GRM": mc.GRM()}
+
+    def caching(memory, aggregation):
+        return lambda: mc.nn.MemoryCaching(
+            size,
+            heads,
+            memory=memory,
+            aggregation=aggregation,
+            segmentation=mc.Constant(FLAGS.segment),
+            start=FLAGS.start,
+            rngs=nnx.Rngs(0),
+        )
+
+    rows = {
+        f"{memory} + {aggregation}": caching(memories[memory], aggregations[aggregation])
+        for memory in memories
+        for aggregation in aggregations
+    }
+    rows["causal attention"] = lambda: mc.nn.Attention(size, heads, rngs=nnx.Rngs(0))
+    return rows
+
+
+def programs(build: Callable) -> tuple[Callable, Callable, tuple]:
+    """Forward and gradient of a layer (all parameters and the input), and their arguments."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    graph, params = nnx.split(build())
+    x = jax.random.normal(jax.random.key(1), (FLAGS.batch, FLAGS.length, FLAGS.features))
+
+    def forward(params, x):
+        return nnx.merge(graph, params)(x)
+
+    def loss(params, x):
+        return jnp.sum(forward(params, x) ** 2)
+
+    return forward, jax.grad(loss, argnums=(0, 1)), (params, x)
+
+
+def main(argv: list[str]) -> None:
+    """Compiles everything, then times it in interleaved rounds and prints the table."""
+    del argv
+    if FLAGS.cores:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-FLAGS.cores :])
+    import jax
+
+    from experiments._flops import count_flops
+
+    square = jax.random.normal(jax.random.key(0), (1024, 1024))
+    jobs = {("matmul 1024", "forward"): (jax.jit(lambda a: a @ a), (square,))}
+    flops = {("matmul 1024", "forward"): 2 * 1024**3}
+    compile_seconds = {}
+    for name, build in layers().items():
+        forward, gradient, arguments = programs(build)
+        for kind, function in (("forward", forward), ("gradient", gradient)):
+            begin = time.perf_counter()
+            jobs[name, kind] = jax.jit(function).lower(*arguments).compile(), arguments
+            compile_seconds[name, kind] = time.perf_counter() - begin
+            flops[name, kind] = count_flops(function, *arguments)
+
+    seconds = {job: [] for job in jobs}
+    for warm in [True] + [False] * FLAGS.rounds:
+        for job, (function, arguments) in jobs.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(function(*arguments))
+            if not warm:
+                seconds[job].append(time.perf_counter() - begin)
+    median = {job: statistics.median(times) for job, times in seconds.items()}
+    rate = 2 * 1024**3 / median.pop(("matmul 1024", "forward"))
+
+    device = jax.devices()[0]
+    print(
+        f"{device.platform} ({device.device_kind}), T={FLAGS.length}, d={FLAGS.features}, "
+        f"{FLAGS.heads} heads, C={FLAGS.segment}, m={FLAGS.chunk}, batch {FLAGS.batch}, "
+        f"{FLAGS.start} start, float32\n"
+        f"float32 matmul, 1024 x 1024 x 1024: {rate / 1e9:.0f} GFLOP/s\n"
+    )
+    print(f"{'layer':30} {'pass':9} {'ms':>8} {'GFLOP':>7} {'x matmul':>9} {'compile s':>10}")
+    table = []
+    for name, kind in median:
+        ideal = flops[name, kind] / rate
+        row = dict(
+            layer=name,
+            kind=kind,
+            ms=median[name, kind] * 1e3,
+            gflop=flops[name, kind] / 1e9,
+            times_matmul=median[name, kind] / ideal,
+            compile_seconds=compile_seconds[name, kind],
+        )
+        table.append(row)
+        print(
+            f"{name:30} {kind:9} {row['ms']:8.1f} {row['gflop']:7.2f} "
+            f"{row['times_matmul']:9.2f} {row['compile_seconds']:10.1f}"
+        )
+    print("\ngradient: forward and backward, with respect to all parameters and the input.")
+    if FLAGS.json:
+        with open(FLAGS.json, "w") as file:
+            json.dump(dict(matmul_gflops=rate / 1e9, rows=table), file, indent=2)
+
+
+if __name__ == "__main__":
+    app.run(main)
