@@ -55,30 +55,31 @@ def _one_head(
 
     live = run(0, length, restart=start == "independent")
     bank, pooled = [], []
-    for first, after in plan.buckets * segment:
-        if start == "independent":
-            end = jax.tree.map(lambda x: x[-1], run(first, after, restart=False))
-        else:
-            end = jax.tree.map(lambda x, last=after - 1: x[last], live)
-        bank.append(memory.matrices(end))
+    for first, after in (plan.buckets * segment).tolist():
+        states = run(first, after, restart=False) if start == "independent" else live
+        last = -1 if start == "independent" else after - 1
+        bank.append(memory.matrices(jax.tree.map(lambda x, last=last: x[last], states)))
         pooled.append(key[first:after].mean(axis=0))
 
     outputs = []
-    for t in range(length):
-        block = t // segment
-        slots = [int(bucket) for bucket in plan.reads[block] if bucket >= 0]
-        online = memory.matrices(jax.tree.map(lambda x, t=t: x[t], live))
-        states = [bank[bucket] for bucket in slots] + [online]
-        keys = [pooled[bucket] for bucket in slots]
-        keys.append(key[block * segment : t + 1].mean(axis=0))
-        scores = jnp.stack(keys) @ connector[t]
-        cached_gates, online_gate = aggregation.gates(scores[:-1], scores[-1])
-        outputs.append(
-            aggregation.combine_token(
+    for block, slots in enumerate(plan.reads.tolist()):
+        first, after = block * segment, min((block + 1) * segment, length)
+        slots = [bucket for bucket in slots if bucket >= 0]
+
+        def token(t, first=first, slots=slots):
+            online = memory.matrices(jax.tree.map(lambda x: x[t], live))
+            states = [bank[bucket] for bucket in slots] + [online]
+            so_far = (jnp.arange(length) >= first) & (jnp.arange(length) <= t)
+            mean_key = jnp.sum(jnp.where(so_far[:, None], key, 0), axis=0) / (t - first + 1)
+            keys = [pooled[bucket] for bucket in slots] + [mean_key]
+            scores = jnp.stack(keys) @ connector[t]
+            cached_gates, online_gate = aggregation.gates(scores[:-1], scores[-1])
+            return aggregation.combine_token(
                 memory,
                 jax.tree.map(lambda *matrices: jnp.stack(matrices), *states),
                 query[t],
                 jnp.append(cached_gates, online_gate),
             )
-        )
-    return jnp.stack(outputs)
+
+        outputs.append(jax.vmap(token)(jnp.arange(first, after)))
+    return jnp.concatenate(outputs)

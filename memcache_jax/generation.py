@@ -31,7 +31,7 @@ def generate(
 
     Every new token costs a pass over a buffer of the next power of two (64 or more) that holds the
     prompt and all new tokens. There is one compilation per buffer length and batch size. A row's
-    tokens depend on the row, its number and ``key`` alone, not on the other rows.
+    tokens depend on no other row's.
 
     Args:
       model: a causal model (b, t) int -> logits (b, t, vocab): an NNX module, in evaluation mode
@@ -118,13 +118,8 @@ def _continue(
         if greedy:
             token = jnp.argmax(logits, axis=-1)
         else:
-            # Keys of their own, so that a row does not depend on how many there are.
             step_key = jax.random.fold_in(key, position)
-            keys = jax.vmap(lambda row: jax.random.fold_in(step_key, row))(
-                jnp.arange(buffer.shape[0])
-            )
-            sample = functools.partial(_sample, temperature=temperature, top_p=top_p)
-            token = jax.vmap(functools.partial(sample, nucleus=nucleus))(keys, logits)
+            token = _sample(step_key, logits, temperature, top_p, nucleus=nucleus)
         token = jnp.where(finished, stop_token, token.astype(jnp.int32))
         buffer = lax.dynamic_update_slice(buffer, token[:, None], (0, position))
         return position + 1, buffer, finished | (token == stop_token)
@@ -154,24 +149,26 @@ def _next_logits(
 
 def _sample(
     key: Array,
-    logits: Float[Array, "vocab"],
-    *,
+    logits: Float[Array, "b vocab"],
     temperature: Float[Array, ""],
     top_p: Float[Array, ""],
+    *,
     nucleus: bool,
-) -> Int[Array, ""]:
-    """Draws one token."""
+) -> Int[Array, "b"]:
+    """Draws one token per row."""
     # The largest logit becomes 0 first: then a tiny temperature overflows to -inf, never to nan.
-    logits = (logits - jnp.max(logits)) / jnp.maximum(temperature, jnp.finfo(logits.dtype).tiny)
+    logits = logits - jnp.max(logits, axis=-1, keepdims=True)
+    logits = logits / jnp.maximum(temperature, jnp.finfo(logits.dtype).tiny)
     if not nucleus:
         return jax.random.categorical(key, logits)
-    order = jnp.argsort(-logits)
-    ordered = logits[order]
-    probability = jax.nn.softmax(ordered)
-    before = jnp.cumsum(probability) - probability
-    # Rank 0 stays whatever rounding says.
-    kept = (before < top_p) | (jnp.arange(before.shape[0]) == 0)
-    return order[jax.random.categorical(key, jnp.where(kept, ordered, -jnp.inf))]
+    order = jnp.argsort(-logits, axis=-1)
+    ordered = jnp.take_along_axis(logits, order, axis=-1)
+    probability = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    # The most likely token stays whatever rounding says.
+    kept = (before < top_p).at[:, 0].set(True)
+    rank = jax.random.categorical(key, jnp.where(kept, ordered, -jnp.inf))
+    return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0]
 
 
 def _vocab_size(model: Any) -> int | None:

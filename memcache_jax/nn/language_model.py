@@ -1,7 +1,7 @@
 """A decoder-only language model whose blocks mix tokens by memory caching or by attention."""
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from memcache_jax.nn.memory_caching import MemoryCaching
 from memcache_jax.segmentation import Constant
 
 
+@runtime_checkable
 class Mixer(Protocol):
     """A description of a token mixer, from which each block builds its own."""
 

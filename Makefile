@@ -1,0 +1,70 @@
+# Everything runs in .venv, which the first command makes. Needs Python 3.11 or newer and make.
+#
+#   make demo         trains a small model on this machine's own Python files, in runs/demo
+#   make test         all tests; make test-fast leaves out the slow ones
+#   make lint         ruff and pyright
+#   make bench        time and memory of the layer
+#
+# Another Python: make demo PYTHON=python3.12. An NVIDIA GPU or a TPU is found by itself; to choose,
+# ACCELERATOR=cuda13, cuda12, tpu or cpu.
+
+PYTHON ?= python3
+ACCELERATOR ?= auto
+WORKDIR ?= runs/demo
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --disable-pip-version-check --quiet
+SPEC := setup.cfg pyproject.toml
+
+.PHONY: demo test test-fast lint bench clean
+.DEFAULT_GOAL := test
+
+demo: $(VENV)/.demo
+	$(RUN) -m experiments.train --config=configs/demo.py --workdir=$(WORKDIR)
+
+test: $(VENV)/.test
+	$(RUN) -m pytest -n auto --maxprocesses=8
+
+test-fast: $(VENV)/.test
+	$(RUN) -m pytest -n auto --maxprocesses=8 -m "not slow"
+
+lint: $(VENV)/.dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright --pythonpath $(RUN)
+
+bench: $(VENV)/.demo
+	$(RUN) -m experiments.bench_layer
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
+
+$(RUN):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "memcache_jax needs Python 3.11 or newer, got $$($(PYTHON) --version 2>&1)."; \
+	    echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# What the demo needs, with the JAX for this machine's accelerator.
+$(VENV)/.demo: $(SPEC) | $(RUN)
+	@extra=$(ACCELERATOR); \
+	if [ "$$extra" = auto ]; then \
+	    driver=$$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null \
+	        | head -n 1 | cut -d . -f 1); \
+	    case "$$driver" in \
+	        5[3-7][0-9] | 52[5-9]) extra=cuda12 ;; \
+	        5[89][0-9] | [6-9][0-9][0-9]) extra=cuda13 ;; \
+	        *) extra=cpu; if [ -e /dev/accel0 ] || [ -e /dev/vfio/0 ]; then extra=tpu; fi ;; \
+	    esac; \
+	fi; \
+	if [ "$$extra" = cpu ]; then target=.; else target=".[$$extra]"; fi; \
+	echo "Installing $$target into $(VENV) ..."; \
+	$(PIP) -e "$$target"
+	@touch $@
+
+$(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(SPEC) | $(RUN)
+	@echo "Installing .[$*] into $(VENV) ..."
+	@$(PIP) -e '.[$*]'
+	@touch $@

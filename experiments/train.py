@@ -1,0 +1,93 @@
+"""Trains a language model: ``python -m experiments.train --config=FILE --workdir=FOLDER``.
+
+Any key of the configuration can be set, as in ``--config.data.files=PATH --config.steps=2000``;
+``memcache_jax.training.default_config`` explains them all.
+"""
+
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+from memcache_jax.training import CheckpointError, StoppedError, train
+
+_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; made if it does not exist.")
+_DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+# What a person can mend; anything else is a bug, whose traceback is needed.
+_EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, CheckpointError)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Trains, then prints the results and what to try next."""
+    if len(argv) > 1:
+        raise app.UsageError(f"expected only flags, got {' '.join(argv[1:])}")
+    _log_to_stdout()
+    config, workdir = _CONFIG.value, _WORKDIR.value
+    try:
+        results = train(config, workdir)
+    except StoppedError as e:
+        print(f"\n{e}", flush=True)
+        sys.exit(128 + e.signal_number)
+    except _EXPECTED as e:
+        if _DEBUG.value:
+            raise
+        print(f"\nerror: {e}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    print(_summary(results, workdir, sys.argv[1:]), flush=True)
+
+
+def _log_to_stdout() -> None:
+    """Shows this library's messages as plain lines, and none of Orbax's."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("memcache_jax")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    # Orbax logs its every step, and pages for an error that it also raises.
+    absl_logging.set_verbosity(absl_logging.FATAL)
+
+
+def _summary(results: dict, workdir: str, argv: Sequence[str]) -> str:
+    """The results, and commands to try next."""
+    # Later flags win, so that the run's own come along.
+    again = f"python -m experiments.train {shlex.join(argv)}"
+    lines = [""]
+    if "sample" in results:
+        lines += ["Sample:", results["sample"], ""]
+    lines += [
+        f"parameters           {results['parameters']:,}",
+        f"tokens trained on    {results['tokens']:,}",
+        f"held-out bits/byte   {results['heldout_bits_per_byte']:.4f}",
+        f"held-out perplexity  {results['heldout_perplexity']:.3f} per token",
+        f"curve, sample, model {workdir}/loss.png, {workdir}/sample.txt, {workdir}/params",
+        "",
+        "Try next:",
+        f"  another prompt  python -m experiments.generate --workdir={shlex.quote(workdir)} "
+        "--prompt='class Stack:'",
+        f"  train longer    {again} --config.resume=True --config.steps={2 * results['step']}",
+        f"  your own files  {again} --workdir=runs/mine --config.data.files=FOLDER",
+        "  attention       python -m experiments.train --config=configs/transformer_demo.py "
+        "--workdir=runs/transformer_demo",
+    ]
+    return "\n".join(lines)
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as e:
+        if "--debug" in argv:
+            raise
+        sys.exit(f"error: in the flags {' '.join(argv[1:])}: {e}")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse_flags)

@@ -1,0 +1,231 @@
+"""A run's configuration: its keys and defaults, its checks, and the model that it describes."""
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict, config_dict
+
+import memcache_jax as mc
+from memcache_jax.memories import Memory
+from memcache_jax.nn import AttentionMixer, LanguageModelConfig, MemoryCachingMixer, Mixer
+
+MIXERS = ("memory_caching", "attention", "sliding_window")
+
+# Keys that steer a run without changing what a given step computes; `steps` changes the schedule.
+_STEERING = (
+    "steps",
+    "resume",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "tensorboard",
+    "sample",
+)
+
+
+def default_config() -> ConfigDict:
+    """Returns a complete configuration, which files under ``configs/`` change.
+
+    Every key can be set on the command line, as in ``--config.optimizer.learning_rate=1e-3``;
+    ``memory``, ``aggregation`` and ``segmentation`` also as a whole, as in
+    ``--config.model.memory="{'name': 'LinearAttention'}"``.
+
+    Example:
+      >>> from memcache_jax.training import default_config, model_config
+      >>> model_config(default_config().model).mixers[0].aggregation
+      GRM(gate='content')
+    """
+    config = ConfigDict()
+    config.seed = 0  # of the initial parameters, the order of the data and the sample
+    config.steps = 1000  # updates in all; the learning rate's schedule ends there
+    config.batch_size = 8  # rows per update, over all devices
+    config.sequence_length = 512  # tokens predicted per row
+    config.resume = False  # go on from the newest checkpoint in the workdir, if there is one
+    config.log_every = 10  # steps between lines of metrics
+    config.eval_every = 250  # steps between measurements on held-out text
+    config.checkpoint_every = 250  # steps between checkpoints
+    config.keep_checkpoints = 2  # the newest so many are kept
+    config.tensorboard = False  # also write metrics for TensorBoard (extra `tensorboard`)
+
+    config.model = ConfigDict()
+    config.model.vocab_size = 257  # at least the tokenizer's; bytes have 257
+    config.model.num_layers = 4  # a multiple of the number of mixers
+    config.model.features = 256
+    config.model.num_heads = 4
+    config.model.head_dim = config_dict.placeholder(int)  # features / num_heads by default
+    config.model.mlp_features = config_dict.placeholder(int)  # 8/3 features by default; 0: no MLP
+    config.model.tie_embeddings = False
+    config.model.remat = False  # recompute activations in the backward pass, to save memory
+    config.model.dtype = "float32"  # of the arithmetic, or "bfloat16"; parameters are float32
+    config.model.mixers = ("memory_caching",)  # of consecutive blocks, repeated; see MIXERS
+    config.model.memory = ConfigDict(
+        {"name": "Titans", "chunk_size": 32, "expansion": 2, "depth": 2}
+    )  # a class of mc.memories and its arguments
+    config.model.aggregation = ConfigDict({"name": "GRM"})  # mc.GRM and the others
+    config.model.segmentation = ConfigDict({"name": "Constant", "size": 128})  # mc.Constant, ...
+    config.model.start = "independent"  # what a segment's memory begins with, or "checkpoint"
+    config.model.window = 256  # tokens that sliding-window attention sees
+    config.model.rope_base = 10_000.0  # of attention's rotary positions
+
+    config.data = ConfigDict()
+    config.data.files = ()  # folders, files or globs: text, .jsonl, .parquet (extra `data`)
+    config.data.exclude = ()  # fnmatch patterns against full paths
+    config.data.heldout_files = ()  # held out, named like files; else a fraction by file
+    config.data.heldout_fraction = 0.05
+    config.data.heldout_tokens = 65_536  # the most that are measured
+    config.data.text_field = "text"  # of .jsonl and .parquet files
+    config.data.tokenizer = "bytes"  # or the path of a Hugging Face `tokenizers` JSON file
+    config.data.eos_token = config_dict.placeholder(str)  # ends a document; found by default
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 1e-3  # at the end of the warm-up
+    config.optimizer.warmup_steps = 50
+    config.optimizer.final_fraction = 0.1  # of the peak rate, reached at the last step
+    config.optimizer.weight_decay = 0.1  # of matrices and embeddings only
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.95
+    config.optimizer.clip_norm = 1.0  # of the whole gradient
+    config.optimizer.z_loss = 0.0  # weight of the mean squared log-partition; 1e-4 is usual
+
+    config.sample = ConfigDict()  # the text written at the end
+    config.sample.prompt = ""  # the end token where empty
+    config.sample.max_new_tokens = 256  # 0 for no sample
+    config.sample.temperature = 0.8
+    config.sample.top_p = 0.95
+    return config
+
+
+def model_config(options: ConfigDict) -> LanguageModelConfig:
+    """Returns the model that ``config.model`` describes.
+
+    Rules are looked up by name in ``mc.memories`` and ``mc``, so that a new one needs nothing here.
+
+    Args:
+      options: the ``model`` part of a configuration, as in ``default_config``.
+
+    Raises:
+      ValueError: for a name that does not exist, or arguments that the named class does not take.
+    """
+    if options["dtype"] not in ("float32", "bfloat16"):
+        raise ValueError(f'model.dtype must be "float32" or "bfloat16", got {options["dtype"]!r}')
+    if not options["mixers"] or (unknown := set(options["mixers"]) - set(MIXERS)):
+        got = sorted(unknown) if options["mixers"] else "none"
+        raise ValueError(f"model.mixers must be of {', '.join(MIXERS)}; got {got}")
+    return LanguageModelConfig(
+        vocab_size=options["vocab_size"],
+        num_layers=options["num_layers"],
+        features=options["features"],
+        num_heads=options["num_heads"],
+        mixers=tuple(_mixer(name, options) for name in options["mixers"]),
+        head_dim=options["head_dim"],
+        mlp_features=options["mlp_features"],
+        tie_embeddings=options["tie_embeddings"],
+        remat=options["remat"],
+        dtype=jnp.dtype(options["dtype"]),
+    )
+
+
+def _mixer(name: str, options: ConfigDict) -> Mixer:
+    if name == "attention":
+        return AttentionMixer(rope_base=options["rope_base"])
+    if name == "sliding_window":
+        return AttentionMixer(window=options["window"], rope_base=options["rope_base"])
+    return MemoryCachingMixer(
+        memory=_build("memory", options, _concrete(mc.memories, Memory)),
+        aggregation=_build("aggregation", options, _concrete(mc, mc.Aggregation)),
+        segmentation=_build("segmentation", options, _segmentations()),
+        start=options["start"],
+    )
+
+
+def _concrete(module: Any, base: type) -> dict[str, type]:
+    classes = {k: v for k, v in vars(module).items() if inspect.isclass(v) and issubclass(v, base)}
+    return {name: cls for name, cls in classes.items() if not inspect.isabstract(cls)}
+
+
+def _segmentations() -> dict[str, type]:
+    """Segmentations have no base class; what they share is that they make plans."""
+    return {k: v for k, v in vars(mc).items() if inspect.isclass(v) and hasattr(v, "plan")}
+
+
+def _build(key: str, options: ConfigDict, classes: Mapping[str, type]) -> Any:
+    arguments = dict(options[key])
+    name = arguments.pop("name", None)
+    if name not in classes:
+        raise ValueError(f"model.{key}.name must be one of {_list(classes)}; got {name!r}")
+    known = [field.name for field in dataclasses.fields(classes[name]) if field.init]
+    if unknown := set(arguments) - set(known):
+        raise ValueError(
+            f"model.{key}: {name} has the arguments {_list(known)}; got {_list(unknown)}"
+        )
+    # Lists come from JSON; the classes are hashable.
+    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+    try:
+        return classes[name](**arguments)
+    except TypeError as e:
+        raise ValueError(f"model.{key}: cannot make {name} with {arguments}: {e}") from e
+
+
+def _list(names: Any) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
+def check_config(config: ConfigDict) -> None:
+    """Checks the numbers that nothing else checks.
+
+    Raises:
+      ValueError: for a number that is out of range.
+    """
+    positive = ("steps", "batch_size", "sequence_length", "log_every", "eval_every")
+    for name in (*positive, "checkpoint_every", "keep_checkpoints"):
+        if config[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {config[name]}")
+    for name in ("learning_rate", "clip_norm"):
+        if not config.optimizer[name] > 0:
+            raise ValueError(f"optimizer.{name} must be above 0, got {config.optimizer[name]}")
+    for name in ("weight_decay", "z_loss", "final_fraction"):
+        if not config.optimizer[name] >= 0:
+            raise ValueError(f"optimizer.{name} must not be negative, got {config.optimizer[name]}")
+    if config.sample.max_new_tokens < 0:
+        raise ValueError(
+            f"sample.max_new_tokens must not be negative, got {config.sample.max_new_tokens}"
+        )
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """Returns the configuration as JSON holds it, which ``ConfigDict`` takes back."""
+    return json.loads(config.to_json())
+
+
+def config_differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each key whose value differs, as ``key: stored, now given``.
+
+    Keys that only steer a run, such as ``log_every``, may differ, and ``steps``.
+
+    Args:
+      stored: a configuration as ``to_json`` returns it.
+      given: another.
+    """
+    flat_stored, flat_given = _flatten(stored), _flatten(given)
+
+    def show(flat: dict[str, Any], key: str) -> str:
+        return repr(flat[key]) if key in flat else "nothing"
+
+    return [
+        f"{key}: {show(flat_stored, key)}, now {show(flat_given, key)}"
+        for key in sorted(flat_stored.keys() | flat_given.keys())
+        if key.split(".")[0] not in _STEERING and show(flat_stored, key) != show(flat_given, key)
+    ]
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        is_tree = isinstance(value, Mapping)
+        flat |= _flatten(value, f"{prefix}{key}.") if is_tree else {f"{prefix}{key}": value}
+    return flat

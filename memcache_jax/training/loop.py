@@ -1,0 +1,279 @@
+"""The training loop: data, steps, metrics, checkpoints, and going on where a run stopped."""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from memcache_jax.training.checkpoint import TOKENIZER_FILE, Checkpoints
+from memcache_jax.training.config import check_config, config_differences, model_config, to_json
+from memcache_jax.training.corpus import ReplacedDocuments, load_corpus
+from memcache_jax.training.data import training_iterator
+from memcache_jax.training.metrics import MetricsWriter, Progress, read_metrics
+from memcache_jax.training.optimizer import make_optimizer, make_schedule
+from memcache_jax.training.report import read_results, replace_file, write_report
+from memcache_jax.training.step import (
+    abstract_state,
+    create_state,
+    evaluate,
+    make_eval_step,
+    make_train_step,
+)
+
+_log = logging.getLogger(__name__)
+
+
+class StoppedError(Exception):
+    """A signal ended the run, after its checkpoint was saved."""
+
+    def __init__(self, step: int, signal_number: int) -> None:
+        super().__init__(
+            f"{signal.Signals(signal_number).name}: stopped after step {step}, with a checkpoint. "
+            "The same command with --config.resume=True goes on from there."
+        )
+        self.step, self.signal_number = step, signal_number
+
+
+def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """Trains the language model that ``config`` describes and returns the final results.
+
+    The workdir then holds ``config.json``, ``metrics.jsonl``, ``checkpoints/``, the parameters
+    alone in ``params/``, ``results.json``, ``loss.png``, ``sample.txt`` and, where the tokenizer
+    is a file, its copy. A line of metrics has the means of ``loss``, ``z_loss`` and
+    ``gradient_norm`` over the steps since the line before, and ``heldout_*`` at evaluations. A run
+    that goes on from a checkpoint writes the same numbers as one that was never stopped.
+
+    Args:
+      config: as from ``default_config``.
+      workdir: the run's folder; made if it does not exist.
+
+    Returns:
+      The held-out loss in nats per token, bits per byte and perplexity, and the run's size.
+
+    Raises:
+      ValueError: for a configuration or data that cannot work, or a workdir that holds another run.
+      FloatingPointError: if the loss or the gradient is no longer finite.
+      CheckpointError: if a checkpoint cannot be written.
+      StoppedError: on SIGINT or SIGTERM, with a checkpoint of the last step.
+    """
+    check_config(config)
+    with contextlib.closing(_Run(config, Path(os.path.abspath(workdir)))) as run:
+        run.restore()
+        if run.step >= config.steps and (results := read_results(run.workdir, run.step)):
+            _log.info("The run in %s is complete, at step %d.", run.workdir, run.step)
+            return results
+        if run.step < config.steps:
+            with _StopSignal() as stop:
+                run.train(stop)
+        return run.finish()
+
+
+class _StopSignal:
+    """Notes the first SIGINT or SIGTERM, for the loop to look at; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_StopSignal":
+        # Python lets only the main thread handle signals; elsewhere they stay the caller's.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        self.number = number
+        self.__exit__()
+
+
+class _Run:
+    """What one run holds; ``step`` updates have been made."""
+
+    def __init__(self, config: ConfigDict, workdir: Path) -> None:
+        self.config, self.workdir = config, workdir
+        model = model_config(config.model)
+        self.optimizer = make_optimizer(config.optimizer, config.steps)
+        self.graph, target = abstract_state(model, self.optimizer)
+        self.corpus = load_corpus(config)
+        self.replaced = ReplacedDocuments(self.corpus.tokenizer)
+        self.batches = training_iterator(
+            self.corpus.train,
+            self.corpus.tokenizer,
+            sequence_length=config.sequence_length,
+            batch_size=config.batch_size,
+            seed=config.seed,
+        )
+        self.eval_step = make_eval_step(self.graph)
+        self.create = lambda: create_state(model, self.optimizer, config.seed)
+        self.target = target
+        # Before anything in the workdir is touched.
+        found = Checkpoints.steps_in(workdir)
+        if found and not config.resume:
+            raise ValueError(
+                f"{workdir} holds a run with a checkpoint of step {found[0]}: "
+                "go on from it with --config.resume=True, or give another --workdir"
+            )
+        workdir.mkdir(parents=True, exist_ok=True)
+        self.checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
+        self.metrics: MetricsWriter | None = None
+        self.step = 0
+        self.since_line: list[dict[str, float]] = []  # metrics of the steps since the last line
+        self.on_device: list[dict[str, jax.Array]] = []  # those of later steps, not fetched yet
+
+    def restore(self) -> None:
+        """Takes the state of the newest checkpoint, or makes the first one."""
+        notes = self.checkpoints.notes()
+        if notes is not None:
+            self._check_same_run(notes)
+        restored = self.checkpoints.restore(self.target, self.batches)
+        if restored is None:
+            self.state = self.create()
+        else:
+            self.step, self.state, notes = restored
+            self.since_line = list(notes["since_line"])
+            _log.info("Going on from the checkpoint of step %d.", self.step)
+        replace_file(
+            self.workdir / "config.json", json.dumps(to_json(self.config), indent=2) + "\n"
+        )
+        if self.config.data.tokenizer != "bytes":
+            shutil.copyfile(self.config.data.tokenizer, self.workdir / TOKENIZER_FILE)
+        self.metrics = MetricsWriter(
+            self.workdir, step=self.step, tensorboard=self.config.tensorboard
+        )
+
+    def _check_same_run(self, notes: dict[str, Any]) -> None:
+        if different := config_differences(notes["config"], to_json(self.config)):
+            raise ValueError(
+                f"{self.workdir} holds a run with another configuration, which cannot go on with "
+                f"this one: {'; '.join(different)}. Give another --workdir, or the old values"
+            )
+        if notes["data"] != self.corpus.identity:
+            raise ValueError(
+                f"the data of the run in {self.workdir} has changed, so that it cannot go on with "
+                f"the same stream: it was {notes['data']}, and is {self.corpus.identity}. "
+                "Bring the old files back, or give another --workdir"
+            )
+        before = notes["config"]["steps"]
+        if before != self.config.steps:
+            _log.info(
+                "steps was %d and is %d: from here on the learning rate follows the new schedule.",
+                *(before, self.config.steps),
+            )
+
+    def train(self, stop: _StopSignal) -> None:
+        """Makes the updates that are left.
+
+        Raises:
+          FloatingPointError, CheckpointError, StoppedError: as ``train``.
+        """
+        config = self.config
+        train_step = make_train_step(self.graph, self.optimizer, config.optimizer.z_loss)
+        schedule = make_schedule(config.optimizer, config.steps)
+        size = config.batch_size * config.sequence_length
+        progress = Progress(config.steps, size, self.step)
+        first = self.step + 1
+        while self.step < config.steps and not stop.number:
+            tokens = next(self.batches)["tokens"]
+            self.state, metrics = train_step(self.state, tokens)
+            self.step += 1
+            # The device computes one step while the host prepares the next; with more in flight,
+            # a signal would wait for all of them.
+            jax.block_until_ready(metrics if self.step == first else self.on_device[-1:])
+            self.on_device.append(metrics)
+            if self.step == first:
+                progress.start(self.step)
+            last = self.step == config.steps
+            row: dict[str, float] = {}
+            if last or self.step % config.log_every == 0:
+                self._fetch()
+                row = _means(self.since_line)
+                self.since_line = []
+                row["learning_rate"] = float(schedule(self.step - 1))
+                row["tokens_per_second"] = round(progress.update(self.step, row["loss"]), 1)
+                self.checkpoints.wait(only_if_done=True)
+            with progress.pause():
+                if last or self.step % config.eval_every == 0:
+                    row |= self._evaluate()
+                    bits, perplexity = row["heldout_bits_per_byte"], row["heldout_perplexity"]
+                    progress.note(
+                        f"step {self.step}/{config.steps}  held-out: {bits:.3f} bits per byte, "
+                        f"perplexity {perplexity:.2f} per token"
+                    )
+                    self.replaced.tell()
+                if row:
+                    self.metrics.write(self.step, row)
+                # After the line, which a run that goes on from here will not write again.
+                if last or stop.number or self.step % config.checkpoint_every == 0:
+                    self._save()
+        self.checkpoints.wait()
+        if stop.number and self.step < config.steps:
+            raise StoppedError(self.step, stop.number)
+
+    def _fetch(self) -> None:
+        """Brings the metrics of the last steps from the device."""
+        fetched = jax.device_get(self.on_device)
+        for step, metrics in enumerate(fetched, start=self.step - len(fetched) + 1):
+            metrics = {name: float(value) for name, value in metrics.items()}
+            if not all(map(math.isfinite, metrics.values())):
+                good = self.checkpoints.steps
+                raise FloatingPointError(
+                    f"step {step} is no longer finite: {metrics}. "
+                    + (f"The checkpoint of step {good[0]} is good. " if good else "")
+                    + "Try a lower optimizer.learning_rate, or optimizer.z_loss=1e-4, "
+                    "in another --workdir"
+                )
+            self.since_line.append(metrics)
+        self.on_device = []
+
+    def _save(self) -> None:
+        self._fetch()  # No state with NaN in it is saved.
+        notes = {
+            "config": to_json(self.config),
+            "data": self.corpus.identity,
+            "since_line": self.since_line,
+        }
+        self.checkpoints.save(self.step, self.state, self.batches, notes)
+
+    def _evaluate(self) -> dict[str, float]:
+        return evaluate(
+            self.eval_step, self.state.params, self.corpus.heldout, self.config.batch_size
+        )
+
+    def finish(self) -> dict[str, Any]:
+        """Writes what a run leaves behind, and returns the results."""
+        rows = [row for row in read_metrics(self.workdir) if row["step"] == self.step]
+        measured = {k: v for row in rows for k, v in row.items() if k.startswith("heldout_")}
+        return write_report(
+            self.workdir,
+            self.config,
+            self.graph,
+            self.state.params,
+            self.corpus.tokenizer,
+            self.corpus.heldout.bytes_per_token,
+            {"step": self.step, **(measured or self._evaluate())},
+        )
+
+    def close(self) -> None:
+        """Closes the files, and waits for a save in progress."""
+        if self.metrics is not None:
+            self.metrics.close()
+        self.checkpoints.close()
+
+
+def _means(metrics: list[dict[str, float]]) -> dict[str, float]:
+    return {name: math.fsum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}

@@ -1,0 +1,67 @@
+"""The optimizer: AdamW with gradient clipping, warm-up and cosine decay."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from memcache_jax._typing import Array
+
+
+def make_schedule(options: ConfigDict, steps: int) -> optax.Schedule:
+    """Returns the learning rate by step: a linear rise, then half a cosine.
+
+    Args:
+      options: ``learning_rate`` (the peak), ``warmup_steps``, ``final_fraction`` of the peak at the
+        last step.
+      steps: length of the schedule.
+
+    Raises:
+      ValueError: if the warm-up does not end before the last step.
+    """
+    peak, warmup = options["learning_rate"], options["warmup_steps"]
+    final = options["final_fraction"]
+    if not 0 <= warmup < steps:
+        raise ValueError(
+            f"optimizer.warmup_steps must be in [0, steps), got {warmup} for steps={steps}"
+        )
+
+    def schedule(count: Any) -> Any:
+        # The first step is part of the rise: at a rate of zero it would be wasted.
+        rise = jnp.minimum((count + 1) / (warmup + 1), 1.0)
+        progress = jnp.clip((count - warmup) / max(steps - 1 - warmup, 1), 0.0, 1.0)
+        fall = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        return peak * rise * fall
+
+    return schedule
+
+
+def make_optimizer(options: ConfigDict, steps: int) -> optax.GradientTransformation:
+    """Returns AdamW behind a clipped global gradient norm, with the rate of ``make_schedule``.
+
+    Only matrices decay: leaves called ``kernel`` or ``embedding``, but not the few taps of
+    ``*_conv``. Initial weights of deep memories, norms, temperatures and biases do not.
+
+    Args:
+      options: those of ``make_schedule``, ``weight_decay``, ``b1``, ``b2``, ``clip_norm``.
+      steps: length of the schedule.
+
+    Raises:
+      ValueError: as ``make_schedule`` does.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(options["clip_norm"]),
+        optax.scale_by_adam(b1=options["b1"], b2=options["b2"]),
+        optax.add_decayed_weights(options["weight_decay"], mask=_decays),
+        optax.scale_by_learning_rate(make_schedule(options, steps)),
+    )
+
+
+def _decays(params: Any) -> Any:
+    def decays(path: tuple[Any, ...], _: Array) -> bool:
+        *_, parent, name = ("", *(str(key.key) for key in path))
+        return name in ("kernel", "embedding") and not parent.endswith("_conv")
+
+    return jax.tree_util.tree_map_with_path(decays, params)

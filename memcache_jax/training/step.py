@@ -1,0 +1,157 @@
+"""The training step: creation of the state, one jitted update, one evaluation."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from memcache_jax._typing import Array, Float, Int
+from memcache_jax.nn import LanguageModel, LanguageModelConfig
+from memcache_jax.training.data import HeldOut
+
+Params = dict[str, Any]
+
+
+class TrainState(NamedTuple):
+    """What a step changes: nested dictionaries of arrays, and the optimizer's state."""
+
+    params: Params
+    opt_state: optax.OptState
+
+
+def abstract_state(
+    config: LanguageModelConfig, optimizer: optax.GradientTransformation
+) -> tuple[nnx.GraphDef, TrainState]:
+    """Returns the model without its arrays, and the shapes and dtypes of a state.
+
+    ``nnx.merge(graph, state.params)`` is the model again.
+    """
+    model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model, nnx.Param)
+    params = _string_keys(nnx.to_pure_dict(state))
+    return graph, TrainState(params, jax.eval_shape(optimizer.init, params))
+
+
+def create_state(
+    config: LanguageModelConfig,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    shardings: TrainState | None = None,
+) -> TrainState:
+    """Returns the state before the first step, made on the devices it is to live on.
+
+    Args:
+      config: the model's shape.
+      optimizer: as from ``make_optimizer``.
+      seed: decides the initial parameters.
+      shardings: a sharding for every leaf; the default device where it is None.
+    """
+
+    def create(key: Array) -> TrainState:
+        model = LanguageModel(config, rngs=nnx.Rngs(key))
+        params = _string_keys(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+        return TrainState(params, optimizer.init(params))
+
+    return jax.jit(create, out_shardings=shardings)(jax.random.key(seed))
+
+
+def _string_keys(tree: Any) -> Any:
+    """The places in a list become strings, as they come back from a checkpoint."""
+    if isinstance(tree, dict):
+        return {str(key): _string_keys(value) for key, value in tree.items()}
+    return tree
+
+
+def make_train_step(
+    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, z_loss: float = 0.0
+) -> Callable[[TrainState, Int[Array, "b l"]], tuple[TrainState, dict[str, Array]]]:
+    """Returns the jitted update (state, tokens) -> (state, metrics); the old state is donated.
+
+    Metrics, each of the given tokens with the parameters before the update: ``loss`` (mean
+    cross-entropy in nats per token), ``z_loss`` (``z_loss`` times the mean squared
+    log-partition) and ``gradient_norm`` before clipping.
+
+    Args:
+      graph: the model, as from ``abstract_state``.
+      optimizer: as from ``make_optimizer``.
+      z_loss: weight of the z-loss, which keeps logits from drifting.
+    """
+
+    def loss_fn(params: Params, tokens: Array) -> tuple[Array, dict[str, Array]]:
+        loss, log_partition = _cross_entropy(graph, params, tokens)
+        metrics = {"loss": loss.mean(), "z_loss": z_loss * jnp.mean(log_partition**2)}
+        return metrics["loss"] + metrics["z_loss"], metrics
+
+    def train_step(state: TrainState, tokens: Array) -> tuple[TrainState, dict[str, Array]]:
+        gradient, metrics = jax.grad(loss_fn, has_aux=True)(state.params, tokens)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        metrics["gradient_norm"] = optax.tree.norm(gradient)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_eval_step(
+    graph: nnx.GraphDef,
+) -> Callable[[Params, Int[Array, "b l"], Float[Array, "b"]], tuple[Array, Array]]:
+    """Returns jitted (params, tokens, mask) -> (summed loss in nats, number of targets).
+
+    Rows whose mask is 0 do not count; they fill up a last batch.
+    """
+
+    def eval_step(params: Params, tokens: Array, mask: Array) -> tuple[Array, Array]:
+        loss, _ = _cross_entropy(graph, params, tokens)
+        return jnp.sum(loss * mask[:, None]), jnp.sum(mask) * loss.shape[1]
+
+    return jax.jit(eval_step)
+
+
+def _cross_entropy(graph: nnx.GraphDef, params: Params, tokens: Array) -> tuple[Array, Array]:
+    """The loss of each target in float32, and the log-partition that it contains."""
+    logits = nnx.merge(graph, params)(tokens[:, :-1]).astype(jnp.float32)
+    log_partition = jax.nn.logsumexp(logits, axis=-1)
+    target = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+    return log_partition - target, log_partition
+
+
+def evaluate(
+    eval_step: Callable[[Params, Array, Array], tuple[Array, Array]],
+    params: Params,
+    heldout: HeldOut,
+    batch_size: int,
+) -> dict[str, float]:
+    """Measures a model on held-out rows.
+
+    Args:
+      eval_step: as from ``make_eval_step``.
+      params: the model's parameters.
+      heldout: the rows.
+      batch_size: rows at a time.
+
+    Returns:
+      ``heldout_loss`` in nats per token, ``heldout_bits_per_byte``, and ``heldout_perplexity`` per
+      token.
+    """
+    tokens = heldout.tokens
+    mask = np.ones(len(tokens), np.float32)
+    # One shape for all batches, or the last would compile anew.
+    missing = -len(tokens) % batch_size
+    tokens = np.concatenate([tokens, np.zeros((missing, tokens.shape[1]), tokens.dtype)])
+    mask = np.concatenate([mask, np.zeros(missing, np.float32)])
+    sums = [
+        eval_step(params, tokens[i : i + batch_size], mask[i : i + batch_size])
+        for i in range(0, len(tokens), batch_size)
+    ]
+    total, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+    loss = float(total / count)
+    return {
+        "heldout_loss": loss,
+        "heldout_bits_per_byte": loss / math.log(2) / heldout.bytes_per_token,
+        "heldout_perplexity": math.exp(min(loss, 700.0)),
+    }

@@ -1,0 +1,102 @@
+"""The combinations that the shared tests run over: a new rule or variant is listed here once."""
+
+import contextlib
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+
+import memcache_jax as mc
+
+MEMORIES = {
+    "linear": mc.memories.LinearAttention(),
+    "titans": mc.memories.Titans(chunk_size=4, expansion=2),
+    "titans_online": mc.memories.Titans(chunk_size=1, expansion=2),
+    "titans_depth1": mc.memories.Titans(chunk_size=4, depth=1),
+}
+AGGREGATIONS = {"residual": mc.Residual(), "grm": mc.GRM()}
+SCHEDULES = ("in_turn", "side_by_side")
+STARTS = ("independent", "checkpoint")
+
+
+def unit(x):
+    """Rows of norm one."""
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def make_inputs(memory, length, *, batch=2, heads=3, dim=4, seed=0, dtype=None):
+    """Random arguments of ``memory_caching`` for a memory, as one dict."""
+    keys = iter(jax.random.split(jax.random.key(seed), 20))
+    rows = (batch, length, heads, dim)
+    sizes = dict(b=batch, t=length, h=heads, k=dim, v=dim)
+
+    def normal(shape):
+        return jax.random.normal(next(keys), shape, dtype)
+
+    inputs = dict(query=unit(normal(rows)), key=unit(normal(rows)), value=normal(rows))
+    inputs["connector"] = 3 * unit(normal(rows))
+    inputs["controls"] = {}
+    for name, control in memory.controls.items():
+        logits = normal(tuple(sizes[axis] for axis in control.axes.split()))
+        inputs["controls"][name] = control.scale * control.activation(logits)
+    inputs["weights"] = {
+        name: normal((heads, *shape)) / jnp.sqrt(1.0 * shape[1]).astype(rows_dtype(dtype))
+        for name, shape in memory.weight_shapes(dim, dim).items()
+    }
+    return inputs
+
+
+def rows_dtype(dtype):
+    """The dtype that None stands for."""
+    return dtype or jnp.zeros(()).dtype
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2), static_argnames=("size", "start", "schedule"))
+def run(inputs, memory, aggregation, *, size=8, start="independent", schedule="in_turn"):
+    """``memory_caching`` on the inputs of ``make_inputs``, by the fast path."""
+    with scheduled(schedule):
+        return mc.memory_caching(
+            **inputs,
+            memory=memory,
+            aggregation=aggregation,
+            segmentation=mc.Constant(size),
+            start=start,
+        )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2), static_argnames=("size", "start"))
+def run_reference(inputs, memory, aggregation, *, size=8, start="independent"):
+    """The same, token by token."""
+    return mc.memory_caching(
+        **inputs,
+        memory=memory,
+        aggregation=aggregation,
+        segmentation=mc.Constant(size),
+        start=start,
+        implementation="reference",
+    )
+
+
+@contextlib.contextmanager
+def scheduled(schedule):
+    """Units run in turn, as a CPU does, or side by side, as accelerators do."""
+    if schedule == "in_turn":
+        yield
+        return
+    with mock.patch(
+        "memcache_jax.kernels._units.lax.platform_dependent",
+        lambda *args, cpu, default: default(*args),
+    ):
+        yield
+
+
+def assert_close(got, wanted, tolerance, scale=None):
+    """Asserts that all leaves agree to ``tolerance`` relative to each wanted leaf's largest."""
+
+    def check(path, g, w):
+        reference = scale or jnp.maximum(jnp.max(jnp.abs(w)), 1e-30) if w.size else 1.0
+        error = jnp.max(jnp.abs(g - w)) / reference if w.size else 0.0
+        assert error <= tolerance, f"{jax.tree_util.keystr(path)}: {error} > {tolerance}"
+
+    jax.tree_util.tree_map_with_path(check, got, wanted)

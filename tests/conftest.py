@@ -1,0 +1,55 @@
+"""What every test runs under: 8 CPU devices, strict ranks, checked shapes."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# From here on, every module of the library checks its annotations at each call. An int passes for
+# a float.
+jaxtyping.install_import_hook(
+    "memcache_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+)
+
+
+@pytest.fixture
+def x64():
+    """Float64 for one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def unchecked():
+    """No check of annotations for one test: for arguments that our own errors must catch."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory):
+    """The workdir of a language model trained for two steps, ``runs/demo`` in a folder."""
+    from memcache_jax.training import default_config, train
+
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text").mkdir()
+    for i in range(8):
+        (folder / "text" / f"{i}.txt").write_text("the cat sat on the mat. " * 30)
+    config = default_config()
+    config.steps, config.batch_size, config.sequence_length = 2, 2, 32
+    config.model.update(num_layers=1, features=16, num_heads=2, mlp_features=32)
+    config.model.mixers = ("attention",)
+    config.data.files = (str(folder / "text"),)
+    config.data.heldout_fraction, config.data.heldout_tokens = 0.3, 64
+    config.optimizer.warmup_steps = 1
+    config.sample.max_new_tokens = 0
+    train(config, folder / "runs" / "demo")
+    return folder / "runs" / "demo"

@@ -1,0 +1,61 @@
+"""The command that continues a text with a trained model."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import memcache_jax as mc
+from memcache_jax.training import load_model
+
+pytestmark = pytest.mark.slow
+
+
+def generate(*flags):
+    command = [sys.executable, "-m", "experiments.generate", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_the_text_is_that_of_the_model(trained_run):
+    done = generate(f"--workdir={trained_run}", "--prompt=the c", "--max_new_tokens=20", "--seed=3")
+    assert done.returncode == 0, done.stderr
+    model, tokenizer, _ = load_model(trained_run)
+    prompt = tokenizer.encode(b"the c")[None]
+    expected = mc.generate(
+        model,
+        prompt,
+        20,
+        temperature=0.8,
+        top_p=0.95,
+        stop_token=tokenizer.eos_id,
+        key=jax.random.key(3),
+    )
+    assert done.stdout == tokenizer.decode(np.asarray(expected[0])) + "\n"
+    assert done.stdout.startswith("the c")
+
+
+def test_a_new_document_without_a_prompt(trained_run):
+    done = generate(f"--workdir={trained_run}", "--max_new_tokens=8", "--temperature=0", "--nostop")
+    assert done.returncode == 0, done.stderr
+    model, tokenizer, _ = load_model(trained_run)
+    prompt = np.array([[tokenizer.eos_id]])
+    expected = mc.generate(model, prompt, 8, temperature=0)
+    assert done.stdout == tokenizer.decode(np.asarray(expected[0])) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--workdir={empty}"], "error: expected the workdir of a training run, got {empty}"),
+        (["--workdir={run}", "--top_p=2"], "error: top_p must be in (0, 1], got 2.0"),
+    ],
+)
+def test_errors_are_one_line(trained_run, tmp_path, flags, message):
+    places = {"empty": tmp_path, "run": trained_run}
+    done = generate(*(flag.format(**places) for flag in flags))
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith(message.format(**places))
+    assert "Traceback" not in done.stderr

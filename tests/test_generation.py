@@ -1,0 +1,248 @@
+"""Generation: greedy and sampled continuations, the stop token, and what is refused."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import memcache_jax as mc
+
+VOCAB = 23
+MIXERS = {
+    "linear attention": mc.nn.MemoryCachingMixer(
+        memory=mc.memories.LinearAttention(), segmentation=mc.Constant(16)
+    ),
+    "titans": mc.nn.MemoryCachingMixer(
+        memory=mc.memories.Titans(chunk_size=8), segmentation=mc.Constant(16)
+    ),
+    "attention": mc.nn.AttentionMixer(),
+}
+
+
+@functools.cache
+def language_model(mixer="linear attention"):
+    config = mc.nn.LanguageModelConfig(
+        vocab_size=VOCAB, num_layers=2, features=16, num_heads=2, mixers=(MIXERS[mixer],)
+    )
+    model = mc.nn.LanguageModel(config, rngs=nnx.Rngs(0))
+    # An untrained model's logits are nearly equal: make its choices clear.
+    model.head.kernel[...] = 20 * model.head.kernel[...]
+    return model
+
+
+def prompts(batch=3, length=5):
+    return jax.random.randint(jax.random.key(1), (batch, length), 0, VOCAB)
+
+
+@functools.cache
+def always(*probabilities):
+    """A model whose next token has the same distribution everywhere."""
+    logits = jnp.log(jnp.asarray(probabilities))
+    return lambda tokens: jnp.broadcast_to(logits, (*tokens.shape, logits.shape[0]))
+
+
+def count_up(tokens):
+    """A model that is sure of the token before, plus one, modulo 10."""
+    return 50.0 * jax.nn.one_hot((tokens + 1) % 10, 10)
+
+
+def test_greedy_is_the_argmax_of_the_prefix_again_and_again():
+    model, tokens = language_model("titans"), prompts(length=15)
+    got = mc.generate(model, tokens, 4, temperature=0)
+    assert got.dtype == jnp.int32
+    forward = nnx.jit(lambda model, tokens: model(tokens))
+    for _ in range(4):
+        # A length of its own at every step, and nothing behind the last token.
+        following = jnp.argmax(forward(model, tokens)[:, -1:], axis=-1)
+        tokens = jnp.concatenate([tokens, following], axis=1)
+    np.testing.assert_array_equal(got, tokens)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "length", "new"),
+    [("linear attention", 1, 63), ("titans", 20, 20), ("attention", 60, 8)],
+)
+def test_greedy_is_the_argmax_everywhere(mixer, length, new):
+    model, tokens = language_model(mixer), prompts(length=length)
+    got = mc.generate(model, tokens, new, temperature=0)
+    assert got.shape == (3, length + new)
+    np.testing.assert_array_equal(got[:, :length], tokens)
+    # The model is causal, so that one pass tells what follows every prefix.
+    following = jnp.argmax(nnx.jit(lambda model, tokens: model(tokens))(model, got), axis=-1)
+    np.testing.assert_array_equal(got[:, length:], following[:, length - 1 : -1])
+    assert len(np.unique(got[:, length:])) > 3, "the continuation is too simple to tell anything"
+
+
+def test_one_trace_for_equal_buffer_lengths():
+    traces = []
+
+    def model(tokens):
+        traces.append(tokens.shape)
+        return count_up(tokens)
+
+    for length, new, temperature in [(5, 3, 1.0), (7, 50, 0.5), (5, 3, 1.0)]:
+        prompt = jnp.zeros((2, length), jnp.int32)
+        mc.generate(model, prompt, new, temperature=temperature, key=jax.random.key(length))
+    assert traces == [(2, 64)]
+    mc.generate(model, prompt, 60, key=jax.random.key(0))
+    assert traces == [(2, 64), (2, 128)]
+
+
+def test_an_updated_model_is_read_anew():
+    model, tokens = nnx.clone(language_model()), prompts()
+    before = mc.generate(model, tokens, 8, temperature=0)
+    model.head.kernel[...] = -model.head.kernel[...]
+    assert (mc.generate(model, tokens, 8, temperature=0) != before).any()
+
+
+def test_rows_are_filled_with_the_stop_token_after_it():
+    prompt = jnp.array([[1, 2], [0, 7], [8, 4]])
+    got = mc.generate(count_up, prompt, 5, temperature=0, stop_token=4)
+    # 4 in a prompt stops nothing.
+    assert got.tolist() == [
+        [1, 2, 3, 4, 4, 4, 4],
+        [0, 7, 8, 9, 0, 1, 2],
+        [8, 4, 5, 6, 7, 8, 9],
+    ]
+
+
+def test_generation_ends_when_all_rows_have_stopped():
+    steps = []
+
+    def model(tokens):
+        jax.debug.callback(lambda: steps.append(1))
+        return count_up(tokens)
+
+    got = mc.generate(model, jnp.array([[1], [2]]), 40, temperature=0, stop_token=5)
+    jax.effects_barrier()
+    assert got[0].tolist() == [1, 2, 3, 4] + [5] * 37
+    assert got[1].tolist() == [2, 3, 4] + [5] * 38
+    assert len(steps) == 4
+
+
+def test_same_key_same_tokens_and_another_key_others():
+    model, tokens = language_model(), prompts()
+    one, again, other = (
+        mc.generate(model, tokens, 20, key=jax.random.key(seed)) for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(one, again)
+    assert (one != other).any()
+    np.testing.assert_array_equal(one[:, :5], tokens)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_do_not_depend_on_later_rows(temperature):
+    model, tokens, key = language_model(), prompts(batch=4), jax.random.key(3)
+    together = mc.generate(model, tokens, 10, temperature=temperature, key=key)
+    first = mc.generate(model, tokens[:2], 10, temperature=temperature, key=key)
+    np.testing.assert_array_equal(together[:2], first)
+
+
+def test_equal_rows_are_sampled_apart():
+    rows = mc.generate(
+        always(0.25, 0.25, 0.25, 0.25), jnp.zeros((2, 1), int), 30, key=jax.random.key(0)
+    )
+    assert (rows[0] != rows[1]).any()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "expected"),
+    [
+        (1.0, 1.0, [0.1, 0.4, 0.2, 0.3]),
+        (0.5, 1.0, [1 / 30, 16 / 30, 4 / 30, 9 / 30]),  # squares of the probabilities
+        (1.0, 0.65, [0, 4 / 7, 0, 3 / 7]),
+        (1.0, 0.75, [0, 4 / 9, 2 / 9, 3 / 9]),
+        (1.0, 0.3, [0, 1, 0, 0]),  # the first token alone is more than that
+        (1.0, 1e-9, [0, 1, 0, 0]),
+        (1e-30, 1.0, [0, 1, 0, 0]),
+        (1e-45, 0.5, [0, 1, 0, 0]),  # below the smallest normal float32
+    ],
+)
+def test_sampled_frequencies(temperature, top_p, expected):
+    model = always(0.1, 0.4, 0.2, 0.3)
+    prompt = jnp.zeros((200, 1), jnp.int32)
+    tokens = mc.generate(
+        model, prompt, 60, temperature=temperature, top_p=top_p, key=jax.random.key(0)
+    )
+    frequencies = np.bincount(np.asarray(tokens[:, 1:]).ravel(), minlength=4) / (200 * 60)
+    # Five standard deviations of 12,000 draws; a probability of 0 or 1 leaves none.
+    deviation = np.sqrt(np.multiply(expected, np.subtract(1, expected)) / (200 * 60))
+    assert (np.abs(frequencies - expected) <= 5 * deviation).all(), frequencies
+
+
+def test_top_p_keeps_the_same_number_of_equal_tokens():
+    tokens = mc.generate(
+        always(0.25, 0.25, 0.25, 0.25),
+        jnp.zeros((50, 1), int),
+        20,
+        top_p=0.5,
+        key=jax.random.key(0),
+    )
+    assert set(np.unique(tokens[:, 1:])) == {0, 1}
+
+
+def test_minus_infinity_is_never_sampled():
+    model = always(0.0, 0.5, 0.5)
+    for top_p in (0.999, 1.0):
+        tokens = mc.generate(model, jnp.ones((50, 1), int), 20, top_p=top_p, key=jax.random.key(0))
+        assert tokens.min() == 1
+
+
+def test_bfloat16_logits():
+    def model(tokens):
+        return count_up(tokens).astype(jnp.bfloat16)
+
+    got = mc.generate(model, np.array([[1, 2], [3, 4]]), 2, temperature=0)
+    assert got.tolist() == [[1, 2, 3, 4], [3, 4, 5, 6]]
+
+
+def test_inside_jit():
+    generate = jax.jit(lambda prompt: mc.generate(count_up, prompt, 3, temperature=0))
+    assert generate(jnp.array([[4]])).tolist() == [[4, 5, 6, 7]]
+
+
+def test_in_float64(x64):
+    got = mc.generate(language_model(), prompts(), 4, key=jax.random.key(0), top_p=0.9)
+    assert got.dtype == jnp.int32
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        (np.zeros((1, 3)), {}, r"integers of shape \(b, t\), got float64 \(1, 3\)"),
+        (np.zeros((1, 3), bool), {}, "integers .* got bool"),
+        (np.zeros(3, int), {}, r"integers of shape \(b, t\), got int64 \(3,\)"),
+        (np.zeros((1, 0), int), {}, r"at least one row and one token, got shape \(1, 0\)"),
+        (np.zeros((0, 2), int), {}, r"at least one row and one token, got shape \(0, 2\)"),
+        (np.array([[1, VOCAB]]), {}, "prompt must hold .* 0 to 22, got 23"),
+        (np.array([[-1, 2]]), {}, "prompt must hold .* 0 to 22, got -1"),
+        (None, {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        (None, {"temperature": -0.1}, "temperature must be a finite number >= 0, got -0.1"),
+        (None, {"temperature": float("nan")}, "temperature .* got nan"),
+        (None, {"temperature": float("inf")}, "temperature .* got inf"),
+        (None, {"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
+        (None, {"top_p": 1.1}, r"top_p must be in \(0, 1\], got 1.1"),
+        (None, {"stop_token": VOCAB}, "stop_token must hold .* got 23"),
+        (None, {"stop_token": -1}, "stop_token must hold .* got -1"),
+        (None, {"key": None}, r"temperature 1.0 needs key=jax.random.key"),
+    ],
+)
+def test_what_is_refused(prompt, options, message):
+    options = {"max_new_tokens": 2, "key": jax.random.key(0)} | options
+    with pytest.raises(ValueError, match=message):
+        mc.generate(language_model(), prompts() if prompt is None else prompt, **options)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_model_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"return logits \(b, t, vocab\) .* got shape \(1, 9\)"):
+        mc.generate(lambda tokens: jnp.zeros((1, 9)), np.ones((1, 1), int), 2, temperature=0)
+
+
+def test_ids_without_a_vocabulary_must_be_int32():
+    with pytest.raises(ValueError, match=r"prompt must hold .* got 4294967296"):
+        mc.generate(count_up, np.array([[2**32]]), 2, temperature=0)

@@ -1,0 +1,144 @@
+"""Configurations: the models they describe, what they refuse, how two of them are compared."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+from ml_collections import ConfigDict
+
+import memcache_jax as mc
+from memcache_jax.nn import AttentionMixer, MemoryCachingMixer
+from memcache_jax.training.config import (
+    check_config,
+    config_differences,
+    default_config,
+    model_config,
+    to_json,
+)
+
+
+def test_default_describes_titans_with_grm():
+    model = model_config(default_config().model)
+    memory = mc.memories.Titans(chunk_size=32, expansion=2, depth=2)
+    assert model.mixers == (MemoryCachingMixer(memory, mc.GRM(), mc.Constant(128)),)
+    assert model.vocab_size == 257
+    assert model.dtype == jnp.float32
+
+
+def test_mixers_are_a_pattern():
+    config = default_config()
+    config.model.mixers = ("memory_caching", "sliding_window", "attention")
+    config.model.num_layers, config.model.window = 6, 64
+    first, second, third = model_config(config.model).mixers
+    assert isinstance(first, MemoryCachingMixer)
+    assert second == AttentionMixer(window=64)
+    assert third == AttentionMixer(window=None)
+
+
+def test_bfloat16():
+    config = default_config()
+    config.model.dtype = "bfloat16"
+    assert model_config(config.model).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("name", mc.memories.__all__)
+def test_every_memory_is_found_by_its_name(name):
+    cls = getattr(mc.memories, name)
+    if name in ("Control", "Memory"):
+        pytest.skip("not a rule")
+    config = default_config()
+    config.model.memory = ConfigDict({"name": name})
+    assert isinstance(model_config(config.model).mixers[0].memory, cls)
+
+
+def test_a_new_rule_is_found(monkeypatch):
+    class Sum(mc.memories.LinearAttention):
+        pass
+
+    monkeypatch.setattr(mc.memories, "Sum", Sum, raising=False)
+    config = default_config()
+    config.model.memory = ConfigDict({"name": "Sum"})
+    assert isinstance(model_config(config.model).mixers[0].memory, Sum)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "memory",
+            {"name": "Titan"},
+            "model.memory.name must be one of .*LinearAttention.*'Titan'",
+        ),
+        ("memory", {"name": "Memory"}, "model.memory.name must be one of"),
+        ("memory", {"chunk_size": 8}, "model.memory.name must be one of .*got None"),
+        ("memory", {"name": "Titans", "top_k": 4}, "arguments chunk_size, depth, .*got top_k"),
+        ("memory", {"name": "Titans", "depth": 3}, "depth 1 or 2, got depth=3"),
+        ("memory", {"name": "Titans", "chunk_size": "8"}, "model.memory: cannot make Titans"),
+        ("aggregation", {"name": "Sum"}, "model.aggregation.name must be one of GRM.*Residual"),
+        ("segmentation", {"name": "Equal"}, "model.segmentation.name must be one of Constant"),
+        ("segmentation", {"name": "Constant", "size": 0}, "at least 1 token"),
+        ("mixers", ("attention", "rnn"), "model.mixers must be of .*got .'rnn'"),
+        ("mixers", (), "model.mixers must be of .*got none"),
+        ("dtype", "float16", 'model.dtype must be "float32" or "bfloat16", got \'float16\''),
+        ("num_layers", 0, "num_layers must be at least 1"),
+    ],
+)
+def test_bad_models_are_refused(key, value, message):
+    config = default_config()
+    config.model[key] = ConfigDict(value) if isinstance(value, dict) else value
+    with pytest.raises(ValueError, match=message):
+        model_config(config.model)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("steps", 0),
+        ("batch_size", 0),
+        ("log_every", 0),
+        ("keep_checkpoints", 0),
+        ("optimizer.learning_rate", 0.0),
+        ("optimizer.learning_rate", float("nan")),
+        ("optimizer.z_loss", -1.0),
+        ("sample.max_new_tokens", -1),
+    ],
+)
+def test_bad_numbers_are_refused(key, value):
+    config = default_config()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=key):
+        check_config(config)
+
+
+def test_default_passes_the_checks():
+    check_config(default_config())
+
+
+def test_json_describes_the_same_model():
+    config = default_config()
+    config.model.mixers = ("memory_caching", "attention")
+    again = ConfigDict(json.loads(json.dumps(to_json(config))))
+    assert model_config(again.model) == model_config(config.model)
+    assert to_json(again) == to_json(config)
+
+
+def test_differences_name_keys_and_both_values():
+    stored, given = default_config(), default_config()
+    given.optimizer.learning_rate = 0.5
+    given.data.files = ("a", "b")
+    given.model.memory = ConfigDict({"name": "LinearAttention"})
+    assert config_differences(to_json(stored), to_json(given)) == [
+        "data.files: [], now ['a', 'b']",
+        "model.memory.chunk_size: 32, now nothing",
+        "model.memory.depth: 2, now nothing",
+        "model.memory.expansion: 2, now nothing",
+        "model.memory.name: 'Titans', now 'LinearAttention'",
+        "optimizer.learning_rate: 0.001, now 0.5",
+    ]
+
+
+def test_steering_is_no_difference():
+    stored, given = default_config(), default_config()
+    given.steps, given.resume, given.sample.prompt, given.tensorboard = 7, True, "x", True
+    given.log_every, given.eval_every, given.checkpoint_every, given.keep_checkpoints = 1, 1, 1, 9
+    assert config_differences(to_json(stored), to_json(given)) == []
