@@ -16,9 +16,11 @@ from ml_collections import config_flags
 from memcache_jax.training import CheckpointError, StoppedError, train
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; made if it does not exist.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The run's folder; made if it does not exist.", required=True
+)
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
-flags.mark_flags_as_required(["config", "workdir"])
+flags.mark_flag_as_required("config")
 
 # What a person can mend; anything else is a bug, whose traceback is needed.
 _EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, CheckpointError)
@@ -80,7 +82,7 @@ def _summary(results: dict, workdir: str, argv: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
+def _parse_flags(argv: list[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as e:

@@ -56,8 +56,9 @@ def _one_head(
     live = run(0, length, restart=start == "independent")
     bank, pooled = [], []
     for first, after in (plan.buckets * segment).tolist():
-        states = run(first, after, restart=False) if start == "independent" else live
-        last = -1 if start == "independent" else after - 1
+        # A bucket of one segment has been run from the initial state already.
+        fresh = start == "independent" and after - first > segment
+        states, last = (run(first, after, restart=False), -1) if fresh else (live, after - 1)
         bank.append(memory.matrices(jax.tree.map(lambda x, last=last: x[last], states)))
         pooled.append(key[first:after].mean(axis=0))
 

@@ -12,7 +12,6 @@ import memcache_jax as mc
 MEMORIES = {
     "linear": mc.memories.LinearAttention(),
     "titans": mc.memories.Titans(chunk_size=4, expansion=2),
-    "titans_online": mc.memories.Titans(chunk_size=1, expansion=2),
     "titans_depth1": mc.memories.Titans(chunk_size=4, depth=1),
 }
 AGGREGATIONS = {"residual": mc.Residual(), "grm": mc.GRM()}

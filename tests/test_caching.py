@@ -14,7 +14,6 @@ import memcache_jax as mc
 from tests.cases import (
     AGGREGATIONS,
     MEMORIES,
-    SCHEDULES,
     STARTS,
     assert_close,
     make_inputs,
@@ -27,8 +26,6 @@ VECTORS = np.load(pathlib.Path(__file__).parent / "data" / "memory_caching.npz")
 every_memory = pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
 every_aggregation = pytest.mark.parametrize("aggregation", AGGREGATIONS.values(), ids=AGGREGATIONS)
 every_start = pytest.mark.parametrize("start", STARTS)
-every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
-
 
 class TestVectors:
     """Independent token-by-token results in float64."""
@@ -77,9 +74,16 @@ class TestVectors:
 def test_chunks_equal_tokens(memory, aggregation, start, length):
     inputs = make_inputs(memory, length)
     wanted = run_reference(inputs, memory, aggregation, start=start)
-    for schedule in SCHEDULES:
-        got = run(inputs, memory, aggregation, start=start, schedule=schedule)
-        assert_close(got, wanted, 1e-12)
+    assert_close(run(inputs, memory, aggregation, start=start), wanted, 1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@every_start
+def test_chunks_of_one_token_equal_tokens(start):
+    memory = mc.memories.Titans(chunk_size=1, expansion=2)
+    inputs = make_inputs(memory, 21)
+    wanted = run_reference(inputs, memory, mc.GRM(), start=start)
+    assert_close(run(inputs, memory, mc.GRM(), start=start), wanted, 1e-12)
 
 
 @pytest.mark.slow
@@ -117,19 +121,30 @@ def test_gradients_equal_the_references(memory, aggregation, start):
 
         return jax.jit(jax.grad(loss))(inputs)
 
-    wanted = gradients(run_reference)
-    for schedule in SCHEDULES:
-        assert_close(gradients(run, schedule=schedule), wanted, 1e-8, scale=1.0)
+    assert_close(gradients(run), gradients(run_reference), 1e-8, scale=1.0)
 
 
 @pytest.mark.usefixtures("x64")
 @every_start
-@every_aggregation
+def test_schedules_agree(start):
+    inputs = make_inputs(MEMORIES["titans"], 21)
+
+    def outputs(schedule):
+        y, pull = jax.vjp(
+            lambda i: run(i, MEMORIES["titans"], mc.GRM(), start=start, schedule=schedule), inputs
+        )
+        return y, pull(jnp.cos(y))
+
+    assert_close(outputs("side_by_side"), outputs("in_turn"), 1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@every_start
 @every_memory
-def test_gradients_equal_finite_differences(memory, aggregation, start):
+def test_gradients_equal_finite_differences(memory, start):
     inputs = make_inputs(memory, 11, batch=1, heads=1)
     check_grads(
-        lambda inputs: run(inputs, memory, aggregation, size=4, start=start),
+        lambda inputs: run(inputs, memory, mc.GRM(), size=4, start=start),
         (inputs,),
         order=1,
         modes=["rev"],
@@ -160,17 +175,16 @@ def test_no_output_sees_a_later_token(memory, aggregation, start):
 
 @pytest.mark.usefixtures("x64")
 @every_start
-@every_aggregation
 @every_memory
-def test_outputs_do_not_depend_on_the_length(memory, aggregation, start):
+def test_outputs_do_not_depend_on_the_length(memory, start):
     inputs = make_inputs(memory, 21)
-    whole = run(inputs, memory, aggregation, start=start)
-    for length in (1, 5, 8, 9, 16):
+    whole = run(inputs, memory, mc.GRM(), start=start)
+    for length in (1, 5, 8, 9):
         prefix = {
             name: value if name == "weights" else jax.tree.map(lambda x: x[:, :length], value)
             for name, value in inputs.items()
         }
-        assert_close(run(prefix, memory, aggregation, start=start), whole[:, :length], 1e-12)
+        assert_close(run(prefix, memory, mc.GRM(), start=start), whole[:, :length], 1e-12)
 
 
 @pytest.mark.usefixtures("x64")
@@ -210,17 +224,16 @@ def test_checkpoint_carries_on_across_segments(memory):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
 @every_start
-@every_aggregation
 @every_memory
-def test_lower_precision_stays_close(memory, aggregation, start, dtype, tolerance):
+def test_lower_precision_stays_close(memory, start, dtype, tolerance):
     inputs = jax.tree.map(
         lambda x: x.astype(dtype), make_inputs(memory, 200, dim=16, dtype=jnp.float32)
     )
-    got = run(inputs, memory, aggregation, size=64, start=start)
+    got = run(inputs, memory, mc.GRM(), size=64, start=start)
     assert got.dtype == dtype
     with jax.enable_x64(True):
         exact = jax.tree.map(lambda x: x.astype(jnp.float64), inputs)
-        wanted = run(exact, memory, aggregation, size=64, start=start)
+        wanted = run(exact, memory, mc.GRM(), size=64, start=start)
         assert_close(got.astype(jnp.float64), wanted, tolerance)
 
 

@@ -1,6 +1,5 @@
 """Checkpoints of a run, the export of its parameters, and the way back to a model."""
 
-import contextlib
 import copy
 import json
 import logging
@@ -17,7 +16,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
 from memcache_jax.nn import LanguageModel
-from memcache_jax.training.config import model_config
+from memcache_jax.training.config import Config, model_config
 from memcache_jax.training.optimizer import make_optimizer
 from memcache_jax.training.step import Params, TrainState, abstract_state
 from memcache_jax.training.tokenizers import Tokenizer, make_tokenizer
@@ -52,10 +51,9 @@ class Checkpoints:
 
     def __init__(self, workdir: str | os.PathLike[str], *, keep: int = 2) -> None:
         self.folder = Path(os.path.abspath(workdir)) / "checkpoints"
+        policy: Any = ocp.training.preservation_policies.LatestN(keep)
         self._checkpointer = ocp.training.Checkpointer(
-            self.folder,
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
+            str(self.folder), preservation_policy=policy, cleanup_tmp_directories=True
         )
         self._saving: tuple[int, ocp.AsyncResponse[bool]] | None = None
         self._failed = False
@@ -186,8 +184,11 @@ class Checkpoints:
             self.wait()
         finally:
             # It raises a failed save's error again, which has been raised by then.
-            with contextlib.suppress(Exception if self._failed else ()):
+            try:
                 self._checkpointer.close()
+            except Exception:
+                if not self._failed:
+                    raise
 
 
 def export_params(workdir: str | os.PathLike[str], params: Params) -> Path:
@@ -203,7 +204,7 @@ def export_params(workdir: str | os.PathLike[str], params: Params) -> Path:
     for left in (new, old):
         if left.exists() and (path.exists() or left == new):
             shutil.rmtree(left)
-    ocp.save(new, params)
+    ocp.save(str(new), params)
     if path.exists():
         path.rename(old)
     new.rename(path)
@@ -212,7 +213,7 @@ def export_params(workdir: str | os.PathLike[str], params: Params) -> Path:
     return path
 
 
-def load_model(workdir: str | os.PathLike[str]) -> tuple[LanguageModel, Tokenizer, ConfigDict]:
+def load_model(workdir: str | os.PathLike[str]) -> tuple[LanguageModel, Tokenizer, Config]:
     """Returns the model that a run trained, its tokenizer, and the run's configuration.
 
     The parameters are those of the newest readable checkpoint, also of a run that has not ended;
@@ -225,7 +226,7 @@ def load_model(workdir: str | os.PathLike[str]) -> tuple[LanguageModel, Tokenize
     config_file = workdir / "config.json"
     if not config_file.is_file():
         raise ValueError(f"expected the workdir of a training run, got {workdir}: no config.json")
-    config = ConfigDict(json.loads(config_file.read_text()))
+    config: Config = ConfigDict(json.loads(config_file.read_text()))
     model = model_config(config.model)
     optimizer = make_optimizer(config.optimizer, config.steps)
     graph, target = abstract_state(model, optimizer)
@@ -245,8 +246,8 @@ def _load_params(workdir: Path, target: Params) -> Params:
     for place in places:
         try:
             if place.parent == workdir:
-                return ocp.load(place, target)
-            return ocp.load_checkpointables(place, {"params": target})["params"]
+                return ocp.load(str(place), target)
+            return ocp.load_checkpointables(str(place), {"params": target})["params"]
         except Exception as e:  # Orbax raises many kinds on damaged files
             _log.warning("%s cannot be read and is passed over: %s", place, _one_line(e))
     raise ValueError(
@@ -262,10 +263,10 @@ def _steps_on_disk(folder: Path) -> list[int]:
 
 
 def _read_notes(path: Path) -> dict[str, Any]:
-    notes = ocp.metadata(path, "params").custom_metadata
-    if not notes:
+    notes = ocp.metadata(str(path), "params").custom_metadata
+    if not isinstance(notes, dict) or not notes:
         raise ValueError(f"{path} has lost its metadata")
-    return dict(notes)
+    return notes
 
 
 def _on_default_device(target: TrainState) -> TrainState:

@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict, config_dict
@@ -12,6 +12,11 @@ from ml_collections import ConfigDict, config_dict
 import memcache_jax as mc
 from memcache_jax.memories import Memory
 from memcache_jax.nn import AttentionMixer, LanguageModelConfig, MemoryCachingMixer, Mixer
+
+if TYPE_CHECKING:
+    Config = Any  # ConfigDict says of every attribute that it may be anything but a ConfigDict
+else:
+    Config = ConfigDict
 
 MIXERS = ("memory_caching", "attention", "sliding_window")
 
@@ -28,7 +33,7 @@ _STEERING = (
 )
 
 
-def default_config() -> ConfigDict:
+def default_config() -> Config:
     """Returns a complete configuration, which files under ``configs/`` change.
 
     Every key can be set on the command line, as in ``--config.optimizer.learning_rate=1e-3``;
@@ -40,7 +45,7 @@ def default_config() -> ConfigDict:
       >>> model_config(default_config().model).mixers[0].aggregation
       GRM(gate='content')
     """
-    config = ConfigDict()
+    config: Config = ConfigDict()
     config.seed = 0  # of the initial parameters, the order of the data and the sample
     config.steps = 1000  # updates in all; the learning rate's schedule ends there
     config.batch_size = 8  # rows per update, over all devices
@@ -100,7 +105,7 @@ def default_config() -> ConfigDict:
     return config
 
 
-def model_config(options: ConfigDict) -> LanguageModelConfig:
+def model_config(options: Config) -> LanguageModelConfig:
     """Returns the model that ``config.model`` describes.
 
     Rules are looked up by name in ``mc.memories`` and ``mc``, so that a new one needs nothing here.
@@ -113,9 +118,9 @@ def model_config(options: ConfigDict) -> LanguageModelConfig:
     """
     if options["dtype"] not in ("float32", "bfloat16"):
         raise ValueError(f'model.dtype must be "float32" or "bfloat16", got {options["dtype"]!r}')
-    if not options["mixers"] or (unknown := set(options["mixers"]) - set(MIXERS)):
-        got = sorted(unknown) if options["mixers"] else "none"
-        raise ValueError(f"model.mixers must be of {', '.join(MIXERS)}; got {got}")
+    unknown = sorted(set(options["mixers"]) - set(MIXERS))
+    if unknown or not options["mixers"]:
+        raise ValueError(f"model.mixers must be of {_list(MIXERS)}; got {_list(unknown)}")
     return LanguageModelConfig(
         vocab_size=options["vocab_size"],
         num_layers=options["num_layers"],
@@ -130,7 +135,7 @@ def model_config(options: ConfigDict) -> LanguageModelConfig:
     )
 
 
-def _mixer(name: str, options: ConfigDict) -> Mixer:
+def _mixer(name: str, options: Config) -> Mixer:
     if name == "attention":
         return AttentionMixer(rope_base=options["rope_base"])
     if name == "sliding_window":
@@ -153,7 +158,7 @@ def _segmentations() -> dict[str, type]:
     return {k: v for k, v in vars(mc).items() if inspect.isclass(v) and hasattr(v, "plan")}
 
 
-def _build(key: str, options: ConfigDict, classes: Mapping[str, type]) -> Any:
+def _build(key: str, options: Config, classes: Mapping[str, type]) -> Any:
     arguments = dict(options[key])
     name = arguments.pop("name", None)
     if name not in classes:
@@ -175,7 +180,7 @@ def _list(names: Any) -> str:
     return ", ".join(sorted(names)) or "none"
 
 
-def check_config(config: ConfigDict) -> None:
+def check_config(config: Config) -> None:
     """Checks the numbers that nothing else checks.
 
     Raises:
@@ -197,7 +202,7 @@ def check_config(config: ConfigDict) -> None:
         )
 
 
-def to_json(config: ConfigDict) -> dict[str, Any]:
+def to_json(config: Config) -> dict[str, Any]:
     """Returns the configuration as JSON holds it, which ``ConfigDict`` takes back."""
     return json.loads(config.to_json())
 

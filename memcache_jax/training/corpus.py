@@ -6,8 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
+from memcache_jax.training.config import Config
 from memcache_jax.training.data import HeldOut, heldout_rows
 from memcache_jax.training.files import Records, find_files, split_files
 from memcache_jax.training.tokenizers import FileTokenizer, Tokenizer, make_tokenizer
@@ -31,7 +30,7 @@ class Corpus(NamedTuple):
     identity: dict[str, Any]
 
 
-def load_corpus(config: ConfigDict) -> Corpus:
+def load_corpus(config: Config) -> Corpus:
     """Finds, splits and indexes the files that ``config.data`` names.
 
     Raises:

@@ -13,10 +13,15 @@ from types import FrameType
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from memcache_jax.training.checkpoint import TOKENIZER_FILE, Checkpoints
-from memcache_jax.training.config import check_config, config_differences, model_config, to_json
+from memcache_jax.training.config import (
+    Config,
+    check_config,
+    config_differences,
+    model_config,
+    to_json,
+)
 from memcache_jax.training.corpus import ReplacedDocuments, load_corpus
 from memcache_jax.training.data import training_iterator
 from memcache_jax.training.metrics import MetricsWriter, Progress, read_metrics
@@ -44,7 +49,7 @@ class StoppedError(Exception):
         self.step, self.signal_number = step, signal_number
 
 
-def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """Trains the language model that ``config`` describes and returns the final results.
 
     The workdir then holds ``config.json``, ``metrics.jsonl``, ``checkpoints/``, the parameters
@@ -104,7 +109,7 @@ class _StopSignal:
 class _Run:
     """What one run holds; ``step`` updates have been made."""
 
-    def __init__(self, config: ConfigDict, workdir: Path) -> None:
+    def __init__(self, config: Config, workdir: Path) -> None:
         self.config, self.workdir = config, workdir
         model = model_config(config.model)
         self.optimizer = make_optimizer(config.optimizer, config.steps)
@@ -181,6 +186,7 @@ class _Run:
         Raises:
           FloatingPointError, CheckpointError, StoppedError: as ``train``.
         """
+        assert self.metrics is not None, "restore comes first"
         config = self.config
         train_step = make_train_step(self.graph, self.optimizer, config.optimizer.z_loss)
         schedule = make_schedule(config.optimizer, config.steps)

@@ -1,16 +1,17 @@
 """The optimizer: AdamW with gradient clipping, warm-up and cosine decay."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
 from memcache_jax._typing import Array
+from memcache_jax.training.config import Config
 
 
-def make_schedule(options: ConfigDict, steps: int) -> optax.Schedule:
+def make_schedule(options: Config, steps: int) -> Callable[[Any], Array]:
     """Returns the learning rate by step: a linear rise, then half a cosine.
 
     Args:
@@ -28,7 +29,7 @@ def make_schedule(options: ConfigDict, steps: int) -> optax.Schedule:
             f"optimizer.warmup_steps must be in [0, steps), got {warmup} for steps={steps}"
         )
 
-    def schedule(count: Any) -> Any:
+    def schedule(count: Any) -> Array:
         # The first step is part of the rise: at a rate of zero it would be wasted.
         rise = jnp.minimum((count + 1) / (warmup + 1), 1.0)
         progress = jnp.clip((count - warmup) / max(steps - 1 - warmup, 1), 0.0, 1.0)
@@ -38,7 +39,7 @@ def make_schedule(options: ConfigDict, steps: int) -> optax.Schedule:
     return schedule
 
 
-def make_optimizer(options: ConfigDict, steps: int) -> optax.GradientTransformation:
+def make_optimizer(options: Config, steps: int) -> optax.GradientTransformation:
     """Returns AdamW behind a clipped global gradient norm, with the rate of ``make_schedule``.
 
     Only matrices decay: leaves called ``kernel`` or ``embedding``, but not the few taps of
@@ -61,7 +62,7 @@ def make_optimizer(options: ConfigDict, steps: int) -> optax.GradientTransformat
 
 def _decays(params: Any) -> Any:
     def decays(path: tuple[Any, ...], _: Array) -> bool:
-        *_, parent, name = ("", *(str(key.key) for key in path))
+        parent, name = ("", *(str(key.key) for key in path))[-2:]
         return name in ("kernel", "embedding") and not parent.endswith("_conv")
 
     return jax.tree_util.tree_map_with_path(decays, params)

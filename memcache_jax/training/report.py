@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 
 from memcache_jax.generation import generate
 from memcache_jax.nn import LanguageModel
 from memcache_jax.training.checkpoint import export_params
+from memcache_jax.training.config import Config
 from memcache_jax.training.metrics import plot_curve, read_metrics
 from memcache_jax.training.step import Params
 from memcache_jax.training.tokenizers import Tokenizer
@@ -31,7 +31,7 @@ def read_results(workdir: Path, step: int) -> dict[str, Any] | None:
 
 def write_report(
     workdir: Path,
-    config: ConfigDict,
+    config: Config,
     graph: nnx.GraphDef,
     params: Params,
     tokenizer: Tokenizer,
@@ -85,7 +85,7 @@ def replace_file(path: Path, text: str) -> None:
     new.replace(path)
 
 
-def _sample(config: ConfigDict, model: LanguageModel, tokenizer: Tokenizer) -> str:
+def _sample(config: Config, model: LanguageModel, tokenizer: Tokenizer) -> str:
     prompt = tokenizer.encode(config.sample.prompt.encode())
     if not len(prompt):
         prompt = np.array([tokenizer.eos_id], np.int32)

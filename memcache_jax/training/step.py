@@ -91,7 +91,7 @@ def make_train_step(
         gradient, metrics = jax.grad(loss_fn, has_aux=True)(state.params, tokens)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         metrics["gradient_norm"] = optax.tree.norm(gradient)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         return TrainState(params, opt_state), metrics
 
     return jax.jit(train_step, donate_argnums=0)
@@ -121,7 +121,7 @@ def _cross_entropy(graph: nnx.GraphDef, params: Params, tokens: Array) -> tuple[
 
 
 def evaluate(
-    eval_step: Callable[[Params, Array, Array], tuple[Array, Array]],
+    eval_step: Callable[..., tuple[Array, Array]],
     params: Params,
     heldout: HeldOut,
     batch_size: int,
@@ -148,8 +148,8 @@ def evaluate(
         eval_step(params, tokens[i : i + batch_size], mask[i : i + batch_size])
         for i in range(0, len(tokens), batch_size)
     ]
-    total, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
-    loss = float(total / count)
+    totals, counts = zip(*jax.device_get(sums), strict=True)
+    loss = math.fsum(totals) / math.fsum(counts)
     return {
         "heldout_loss": loss,
         "heldout_bits_per_byte": loss / math.log(2) / heldout.bytes_per_token,

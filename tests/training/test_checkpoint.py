@@ -4,6 +4,7 @@ import contextlib
 import resource
 import shutil
 import signal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,8 @@ def saved(tmp_path, batches):
 def restore(workdir, data):
     checkpoints = Checkpoints(workdir, keep=2)
     try:
-        return checkpoints.restore(jax.eval_shape(lambda: state_of(1)), data), checkpoints.steps
+        restored: Any = checkpoints.restore(jax.eval_shape(lambda: state_of(1)), data)
+        return restored, checkpoints.steps
     finally:
         checkpoints.close()
 
@@ -83,7 +85,7 @@ def test_a_save_is_not_changed_by_later_steps(tmp_path, batches):
         state = step(state)
     jax.block_until_ready(state)
     checkpoints.wait()
-    restored = checkpoints.restore(jax.eval_shape(lambda: state), data)
+    restored: Any = checkpoints.restore(jax.eval_shape(lambda: state), data)
     assert not np.any(restored.state.params["kernel"])
     assert restored.notes == {"losses": [1.0]}
     checkpoints.close()
@@ -210,7 +212,7 @@ def test_a_failed_save_is_told_and_earlier_ones_stay(saved, batches, when):
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")  # as a reader without a target
 def test_export_needs_no_class_of_ours(tmp_path):
     path = export_params(tmp_path, state_of(2).params)
-    loaded = ocp.load(path)
+    loaded: Any = ocp.load(str(path))
     assert type(loaded) is type(loaded["layer"]) is dict
     jax.tree.map(np.testing.assert_array_equal, loaded, state_of(2).params)
 
@@ -219,7 +221,9 @@ def test_export_needs_no_class_of_ours(tmp_path):
 def test_export_replaces_the_old_one(tmp_path):
     for step in (1, 2):
         export_params(tmp_path, state_of(step).params)
-    jax.tree.map(np.testing.assert_array_equal, ocp.load(tmp_path / "params"), state_of(2).params)
+    jax.tree.map(
+        np.testing.assert_array_equal, ocp.load(str(tmp_path / "params")), state_of(2).params
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["params"]
 
 
@@ -229,9 +233,13 @@ def test_a_failed_export_leaves_the_old_one(tmp_path):
     big = {"kernel": jax.random.normal(jax.random.key(0), (500_000,))}
     with no_space(100_000), pytest.raises(Exception, match="File too large"):
         export_params(tmp_path, big)
-    jax.tree.map(np.testing.assert_array_equal, ocp.load(tmp_path / "params"), state_of(1).params)
+    jax.tree.map(
+        np.testing.assert_array_equal, ocp.load(str(tmp_path / "params")), state_of(1).params
+    )
     export_params(tmp_path, state_of(2).params)
-    jax.tree.map(np.testing.assert_array_equal, ocp.load(tmp_path / "params"), state_of(2).params)
+    jax.tree.map(
+        np.testing.assert_array_equal, ocp.load(str(tmp_path / "params")), state_of(2).params
+    )
 
 
 @pytest.mark.filterwarnings("ignore")

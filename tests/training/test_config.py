@@ -48,7 +48,9 @@ def test_every_memory_is_found_by_its_name(name):
         pytest.skip("not a rule")
     config = default_config()
     config.model.memory = ConfigDict({"name": name})
-    assert isinstance(model_config(config.model).mixers[0].memory, cls)
+    (mixer,) = model_config(config.model).mixers
+    assert isinstance(mixer, MemoryCachingMixer)
+    assert isinstance(mixer.memory, cls)
 
 
 def test_a_new_rule_is_found(monkeypatch):
@@ -58,7 +60,9 @@ def test_a_new_rule_is_found(monkeypatch):
     monkeypatch.setattr(mc.memories, "Sum", Sum, raising=False)
     config = default_config()
     config.model.memory = ConfigDict({"name": "Sum"})
-    assert isinstance(model_config(config.model).mixers[0].memory, Sum)
+    (mixer,) = model_config(config.model).mixers
+    assert isinstance(mixer, MemoryCachingMixer)
+    assert isinstance(mixer.memory, Sum)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +81,7 @@ def test_a_new_rule_is_found(monkeypatch):
         ("aggregation", {"name": "Sum"}, "model.aggregation.name must be one of GRM.*Residual"),
         ("segmentation", {"name": "Equal"}, "model.segmentation.name must be one of Constant"),
         ("segmentation", {"name": "Constant", "size": 0}, "at least 1 token"),
-        ("mixers", ("attention", "rnn"), "model.mixers must be of .*got .'rnn'"),
+        ("mixers", ("attention", "rnn"), "model.mixers must be of .*got rnn"),
         ("mixers", (), "model.mixers must be of .*got none"),
         ("dtype", "float16", 'model.dtype must be "float32" or "bfloat16", got \'float16\''),
         ("num_layers", 0, "num_layers must be at least 1"),

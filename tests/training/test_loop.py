@@ -27,7 +27,9 @@ def rows(workdir):
 
 def assert_same_params(first, second):
     jax.tree.map(
-        np.testing.assert_array_equal, ocp.load(first / "params"), ocp.load(second / "params")
+        np.testing.assert_array_equal,
+        ocp.load(str(first / "params")),
+        ocp.load(str(second / "params")),
     )
 
 

@@ -1,6 +1,8 @@
 """The step: its loss, what decays, how the state is made, what an evaluation counts."""
 
+import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ from memcache_jax.training.step import (
     make_train_step,
 )
 
-OPTIONS = ConfigDict(
+OPTIONS: Any = ConfigDict(
     dict(
         learning_rate=0.1,
         warmup_steps=3,
@@ -34,13 +36,20 @@ OPTIONS = ConfigDict(
 )
 
 
-def options(**changes):
+def options(**changes) -> Any:
     return ConfigDict({**OPTIONS, **changes})
 
 
 def attention(**changes):
-    arguments = dict(vocab_size=11, num_layers=1, features=8, num_heads=2, mlp_features=8)
-    return mc.nn.LanguageModelConfig(**arguments | dict(mixers=(mc.nn.AttentionMixer(),)) | changes)
+    config = mc.nn.LanguageModelConfig(
+        vocab_size=11,
+        num_layers=1,
+        features=8,
+        num_heads=2,
+        mixers=(mc.nn.AttentionMixer(),),
+        mlp_features=8,
+    )
+    return dataclasses.replace(config, **changes)
 
 
 def titans():
@@ -59,7 +68,7 @@ def names(tree):
 
 
 def test_schedule_rises_and_falls():
-    rate = jax.vmap(make_schedule(OPTIONS, 20))(jnp.arange(20))
+    rate = np.asarray(jax.vmap(make_schedule(OPTIONS, 20))(jnp.arange(20)))
     np.testing.assert_allclose(rate[:4], [0.025, 0.05, 0.075, 0.1], rtol=1e-6)
     assert np.all(np.diff(rate[3:]) < 0)
     np.testing.assert_allclose(rate[-1], 0.01, rtol=1e-5)
