@@ -1,38 +1,49 @@
-"""A small Titans with gated residual memory on the Python standard library, byte by byte.
+"""Titans with gated residual memory learns Python from the standard library, byte by byte.
 
-Command: make demo, or python -m experiments.train --config=configs/demo.py --workdir=runs/demo
+Command:   make demo, or
+           python -m experiments.train --config=configs/demo.py --workdir=runs/demo
+Hardware:  two CPU cores
+Time:      measured below
+Expected:  measured below
 """
 
 import os
 import sysconfig
-
-from ml_collections import ConfigDict
+from typing import Any
 
 from memcache_jax.training import default_config
 
+# Tests and vendored tools are not the library; encodings and topics are tables, not code.
+EXCLUDED = (
+    "__pycache__",
+    "dist-packages",
+    "encodings",
+    "ensurepip",
+    "idlelib",
+    "lib2to3",
+    "pydoc_data",
+    "site-packages",
+    "test",
+    "tests",
+    "turtledemo",
+)
 
-def get_config() -> ConfigDict:
+
+def get_config() -> Any:
     """Returns the configuration."""
     config = default_config()
-    config.steps = 220
-    config.log_every, config.eval_every, config.checkpoint_every = 5, 55, 55
     config.resume = True  # an interrupted run goes on
+    config.steps, config.batch_size, config.sequence_length = 400, 4, 512
+    config.log_every, config.eval_every, config.checkpoint_every = 10, 100, 100
+
     config.model.num_layers, config.model.features, config.model.num_heads = 3, 192, 3
-    config.optimizer.learning_rate, config.optimizer.warmup_steps = 2e-3, 20
+    config.model.memory.update(chunk_size=32, expansion=2)
+    config.model.segmentation.size = 128
+    config.optimizer.learning_rate, config.optimizer.warmup_steps = 3e-3, 30
+
     config.data.files = (os.path.join(sysconfig.get_paths()["stdlib"], "**", "*.py"),)
-    config.data.exclude = tuple(
-        f"*/{name}/*"
-        for name in (
-            "site-packages",
-            "dist-packages",
-            "test",
-            "tests",
-            "idlelib",
-            "lib2to3",
-            "turtledemo",
-            "ensurepip",
-            "__pycache__",
-        )
-    )
-    config.sample.prompt = "class "
+    config.data.exclude = tuple(f"*/{name}/*" for name in EXCLUDED)
+    config.data.heldout_tokens = 32_768
+    config.sample.prompt = "class Node:\n    def __init__(self"
+    config.sample.max_new_tokens, config.sample.temperature = 128, 0.7
     return config

@@ -59,8 +59,21 @@ def _log_to_stdout() -> None:
 
 def _summary(results: dict, workdir: str, argv: Sequence[str]) -> str:
     """The results, and commands to try next."""
-    # Later flags win, so that the run's own come along.
-    again = f"python -m experiments.train {shlex.join(argv)}"
+
+    def again(flags: dict[str, object]) -> str:
+        """The run's own command, with other values of some flags."""
+        kept, old = [], iter(argv)
+        for argument in old:
+            name, equals, _ = argument.lstrip("-").partition("=")
+            if name not in flags:
+                kept.append(argument)
+            elif not equals:
+                next(old)  # the value is the next argument
+        new = [f"--{name}={value}" for name, value in flags.items()]
+        return f"python -m experiments.train {shlex.join([*kept, *new])}"
+
+    longer = {"config.resume": True, "config.steps": 2 * results["step"]}
+    own = {"config.data.files": "FOLDER", "workdir": "runs/mine"}
     lines = [""]
     if "sample" in results:
         lines += ["Sample:", results["sample"], ""]
@@ -74,8 +87,8 @@ def _summary(results: dict, workdir: str, argv: Sequence[str]) -> str:
         "Try next:",
         f"  another prompt  python -m experiments.generate --workdir={shlex.quote(workdir)} "
         "--prompt='class Stack:'",
-        f"  train longer    {again} --config.resume=True --config.steps={2 * results['step']}",
-        f"  your own files  {again} --workdir=runs/mine --config.data.files=FOLDER",
+        f"  train longer    {again(longer)}",
+        f"  your own files  {again(own)}",
         "  attention       python -m experiments.train --config=configs/transformer_demo.py "
         "--workdir=runs/transformer_demo",
     ]

@@ -34,8 +34,7 @@ def test_example(module, docstring):
     names = dict(vars(importlib.import_module(module.removesuffix(".__init__"))))
     test = doctest.DocTestParser().get_doctest(docstring, names, module, None, 0)
     report = []
-    failed, tried = doctest.DocTestRunner(verbose=False).run(test, out=report.append)
-    assert tried > 0
+    failed, _ = doctest.DocTestRunner(verbose=False).run(test, out=report.append)
     assert failed == 0, "".join(report)
 
 

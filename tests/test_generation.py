@@ -50,7 +50,7 @@ def count_up(tokens):
 
 
 def test_greedy_is_the_argmax_of_the_prefix_again_and_again():
-    model, tokens = language_model("titans"), prompts(length=15)
+    model, tokens = language_model(), prompts(length=15)
     got = mc.generate(model, tokens, 4, temperature=0)
     assert got.dtype == jnp.int32
     forward = nnx.jit(lambda model, tokens: model(tokens))

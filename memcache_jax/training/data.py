@@ -34,11 +34,13 @@ def training_iterator(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
+    shuffle_window: int = 256,
 ) -> grain.DatasetIterator:
     """Returns an endless iterator over shuffled, packed batches.
 
     Records are shuffled anew each epoch and dealt out to the processes; each document is followed
-    by the end token, and the whole is cut into rows without padding. `get_state` returns a small
+    by the end token, the whole is cut into rows without padding, and rows change places within
+    windows. `get_state` returns a small
     dict that JSON can hold; `set_state` of it in an iterator made with the same arguments
     continues with the very next batch.
 
@@ -50,6 +52,7 @@ def training_iterator(
         seed: Decides the order.
         process_index: Which process this is.
         process_count: How many processes share the records.
+        shuffle_window: Rows that are shuffled together; 1 keeps a document's rows in order.
 
     Returns:
         An iterator over `{"tokens": (batch_size, sequence_length + 1) int32}`.
@@ -90,7 +93,11 @@ def training_iterator(
     dataset = grain.experimental.ConcatThenSplitIterDataset(
         dataset, length_struct={"tokens": sequence_length + 1}
     )
-    return iter(_PackedTokens(dataset).batch(batch_size, drop_remainder=True))
+    # Neighbouring rows are of one document: a batch of them says less than one of many.
+    rows = grain.experimental.WindowShuffleIterDataset(
+        _PackedTokens(dataset), window_size=shuffle_window, seed=seed
+    )
+    return iter(rows.batch(batch_size, drop_remainder=True))
 
 
 def _tokenize_with(tokenizer: Tokenizer) -> Callable[[Iterable[bytes]], dict[str, np.ndarray]]:

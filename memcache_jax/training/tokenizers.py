@@ -3,13 +3,14 @@
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 EOS_TOKENS = ("</s>", "<|endoftext|>", "<eos>", "[SEP]", "<|end_of_text|>")
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the data pipeline and generation need of a tokenizer."""
 
@@ -21,7 +22,7 @@ class Tokenizer(Protocol):
         """Returns the int32 ids of `text`, with no special tokens added."""
         ...
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """Returns the text of `ids`, without end-of-document tokens."""
         ...
 
@@ -42,7 +43,7 @@ class ByteTokenizer:
         """Returns one int32 id per byte of `text`."""
         return np.frombuffer(text, np.uint8).astype(np.int32)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """Returns the text of `ids`; those that are no byte are dropped."""
         return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", errors="replace")
 
@@ -107,7 +108,7 @@ class FileTokenizer:
             self.num_replaced_documents += 1
         return np.asarray(self._tokenizer.encode(string, add_special_tokens=False).ids, np.int32)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """Returns the text of `ids`, without the end-of-document tokens."""
         kept = [i for i in map(int, ids) if i != self.eos_id]
         return self._tokenizer.decode(kept, skip_special_tokens=False)

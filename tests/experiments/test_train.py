@@ -112,6 +112,8 @@ def test_killed_and_resumed_equals_a_whole_run(folder, start, run):
     assert "held-out bits/byte" in out
     assert "Sample:\n3 app" in out
     assert f"python -m experiments.generate --workdir={whole}" in out
+    assert f"--workdir={whole} --config.resume=True --config.steps=80\n" in out
+    assert f"{folder / 'config.py'} --config.data.files=FOLDER --workdir=runs/mine\n" in out
     assert len(rows(whole)) == 40
 
     process = start(parts)

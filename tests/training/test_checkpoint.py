@@ -247,7 +247,6 @@ def test_a_model_loads_from_every_state_of_a_workdir(config, tmp_path):
     workdir = tmp_path / "run"
     train(config, workdir)
     model, tokenizer, stored = load_model(workdir)
-    assert model(jnp.zeros((1, 3), jnp.int32)).shape == (1, 3, 257)
     assert tokenizer.name == "bytes"
     assert stored.model.features == 16
     expected = model.head.kernel[...]

@@ -33,13 +33,14 @@ def letters(tmp_path, lengths):
     return Records(find_files(str(write(tmp_path / "letters", texts))))
 
 
-def batches(records, *, sequence_length=6, batch_size=2, seed=0, **processes):
+def batches(records, *, sequence_length=6, batch_size=2, seed=0, shuffle_window=1, **processes):
     return training_iterator(
         records,
         ByteTokenizer(),
         sequence_length=sequence_length,
         batch_size=batch_size,
         seed=seed,
+        shuffle_window=shuffle_window,
         **processes,
     )
 
@@ -251,11 +252,23 @@ def test_processes_share_out_each_epoch(tmp_path):
     assert sorted(itertools.chain(*shares)) == sorted(documents(batches(records), 10))
 
 
+def test_rows_change_places_within_windows(tmp_path):
+    records = letters(tmp_path, [30, 50, 20])
+    plain, shuffled = (batches(records, batch_size=4, shuffle_window=w) for w in (1, 4))
+    moved = []
+    for _ in range(5):
+        rows, others = (next(stream)["tokens"].tolist() for stream in (plain, shuffled))
+        assert sorted(rows) == sorted(others)
+        moved.append(rows != others)
+    assert any(moved)
+
+
+@pytest.mark.parametrize("window", [1, 4])
 @pytest.mark.parametrize("through", ["dict", "json"])
-def test_resume_continues_bit_for_bit(tmp_path, through):
+def test_resume_continues_bit_for_bit(tmp_path, through, window):
     # Documents end within rows and at their ends, and some span several rows.
     records = letters(tmp_path, [3, 5, 6, 20, 6, 1, 13, 2])
-    original = batches(records, batch_size=1)
+    original = batches(records, batch_size=1, shuffle_window=window)
     states, rows = [], []
     for _ in range(30):
         states.append(original.get_state())
@@ -263,7 +276,7 @@ def test_resume_continues_bit_for_bit(tmp_path, through):
     assert len(json.dumps(states[-1])) < 300
     for i in range(0, 30 - 2):
         state = states[i] if through == "dict" else json.loads(json.dumps(states[i]))
-        resumed = batches(records, batch_size=1)
+        resumed = batches(records, batch_size=1, shuffle_window=window)
         next(resumed)  # set_state must also forget what was read before
         resumed.set_state(state)
         for row in rows[i : i + 3]:

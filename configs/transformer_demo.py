@@ -1,0 +1,19 @@
+"""The baseline of demo.py: causal attention in place of memory caching, all else the same.
+
+Command:   python -m experiments.train --config=configs/transformer_demo.py \
+               --workdir=runs/transformer_demo
+Hardware:  two CPU cores
+Time:      measured below
+Expected:  measured below
+"""
+
+from typing import Any
+
+from configs import demo
+
+
+def get_config() -> Any:
+    """Returns the configuration."""
+    config = demo.get_config()
+    config.model.mixers = ("attention",)
+    return config
