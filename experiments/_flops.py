@@ -24,9 +24,9 @@ def _count(jaxpr: core.Jaxpr) -> int:
         match equation.primitive.name:
             case "dot_general":
                 (lhs_contracted, _), _ = equation.params["dimension_numbers"]
-                lhs = equation.invars[0].aval.shape
+                lhs = _shape(equation.invars[0])
                 contracted = math.prod(lhs[axis] for axis in lhs_contracted)
-                total += 2 * contracted * math.prod(equation.outvars[0].aval.shape)
+                total += 2 * contracted * math.prod(_shape(equation.outvars[0]))
             case "conv_general_dilated":
                 raise NotImplementedError("convolutions are not counted")
             case "while":
@@ -38,6 +38,10 @@ def _count(jaxpr: core.Jaxpr) -> int:
             case _:
                 total += sum(inner)
     return total
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
 
 
 def _sub_jaxprs(params: dict[str, Any]) -> Iterator[core.Jaxpr]:

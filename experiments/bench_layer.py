@@ -1,6 +1,6 @@
 """Times the layer, forward and backward, beside its FLOPs and the machine's matmul rate.
 
-    python -m experiments.bench_layer [--length=1024 --features=256 --heads=4 --segment=128 --chunk=32]
+    python -m experiments.bench_layer [--length=1024 --features=256 --heads=4 --segment=128]
 
 On a CPU the program keeps to one core (``--cores``). Times are medians of interleaved rounds, so
 that a noisy machine disturbs all rows alike. FLOPs are those of the matrix products in the traced
@@ -55,7 +55,7 @@ def layers() -> dict[str, Callable]:
             rngs=nnx.Rngs(0),
         )
 
-    rows = {
+    rows: dict[str, Callable] = {
         f"{memory} + {aggregation}": caching(memories[memory], aggregations[aggregation])
         for memory in memories
         for aggregation in aggregations
@@ -92,10 +92,15 @@ def main(argv: list[str]) -> None:
     from experiments._flops import count_flops
 
     square = jax.random.normal(jax.random.key(0), (1024, 1024))
-    jobs = {("matmul 1024", "forward"): (jax.jit(lambda a: a @ a), (square,))}
+    jobs: dict[tuple[str, str], tuple[Callable, tuple]] = {
+        ("matmul 1024", "forward"): (jax.jit(lambda a: a @ a), (square,))
+    }
     flops = {("matmul 1024", "forward"): 2 * 1024**3}
     compile_seconds = {}
-    for name, build in layers().items():
+    chosen = {n: build for n, build in layers().items() if FLAGS.only is None or FLAGS.only in n}
+    if not chosen:
+        raise app.UsageError(f"--only={FLAGS.only} names none of {list(layers())}")
+    for name, build in chosen.items():
         forward, gradient, arguments = programs(build)
         for kind, function in (("forward", forward), ("gradient", gradient)):
             begin = time.perf_counter()

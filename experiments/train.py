@@ -7,7 +7,7 @@ Any key of the configuration can be set, as in ``--config.data.files=PATH --conf
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -60,7 +60,7 @@ def _log_to_stdout() -> None:
 def _summary(results: dict, workdir: str, argv: Sequence[str]) -> str:
     """The results, and commands to try next."""
 
-    def again(flags: dict[str, object]) -> str:
+    def again(flags: Mapping[str, object]) -> str:
         """The run's own command, with other values of some flags."""
         kept, old = [], iter(argv)
         for argument in old:

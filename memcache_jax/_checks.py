@@ -83,8 +83,8 @@ def check_memory_caching(
 
 def check_segments(memory: Any, segmentation: Any) -> None:
     """Raises ValueError unless the memory's chunk size divides the segment size."""
-    if memory.chunk_size and segmentation.size % memory.chunk_size:
+    if memory.gradient_chunk and segmentation.size % memory.gradient_chunk:
         raise ValueError(
-            f"the chunk size of {type(memory).__name__}, {memory.chunk_size}, must divide the "
+            f"the chunk size of {type(memory).__name__}, {memory.gradient_chunk}, must divide the "
             f"segment size, got {segmentation}"
         )

@@ -45,7 +45,7 @@ def _one_head(
             state, anchor = carry
             begins = (t % segment == 0) & restart
             state = jax.tree.map(lambda new, old: jnp.where(begins, new, old), initial, state)
-            begins = t % segment % (memory.chunk_size or 1) == 0
+            begins = t % segment % (memory.gradient_chunk or 1) == 0
             anchor = jax.tree.map(lambda new, old: jnp.where(begins, new, old), state, anchor)
             coefficients = jax.tree.map(lambda x: x[t], controls)
             state = memory.step(state, anchor, key[t], value[t], coefficients)

@@ -1,11 +1,11 @@
 """Array types, and the one legend of axis letters used in annotations and in einsum alike.
 
-    b  batch                    k  key dimension of a head
-    t  time (tokens)            v  value dimension of a head
-    h  heads                    f  hidden width of a deep memory
-    n  blocks of segment size   d  model dimension
-    c  tokens in a segment      r  cached states that a block may read
-    m  tokens in a chunk
+b  batch                    k  key dimension of a head
+t  time (tokens)            v  value dimension of a head
+h  heads                    f  hidden width of a deep memory
+n  blocks of segment size   d  model dimension
+c  tokens in a segment      r  cached states that a block may read
+m  tokens in a chunk
 """
 
 from collections.abc import Callable, Mapping

@@ -50,7 +50,7 @@ class Aggregation(abc.ABC):
     def combine_token(
         self, memory: Memory, states: Matrices, query: Float[Array, "k"], gates: Float[Array, "s"]
     ) -> Float[Array, "v"]:
-        """The equation itself: the output of one token from states stacked along their first axis."""
+        """The equation itself: one token's output, from states stacked along their first axis."""
         reads = jax.vmap(memory.read, in_axes=(0, None))(states, query[None])[:, 0]
         return jnp.einsum("s,sv->v", gates, reads)
 

@@ -78,7 +78,8 @@ def memory_caching(
       >>> y.shape
       (2, 100, 4, 16)
     """
-    controls, weights = dict(controls or {}), dict(weights or {})
+    controls = dict(controls or {})
+    weights = dict(weights or {})
     _checks.check_memory_caching(
         query, key, value, connector, memory, controls, weights, aggregation, segmentation
     )
@@ -90,11 +91,11 @@ def memory_caching(
         connector = jnp.zeros_like(query)
     tokens = (query, key, value, connector, controls)
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x.astype(dtype), 2, 1), tokens)
-    weights = jax.tree.map(lambda x: x.astype(dtype), weights)
+    initial = {name: weight.astype(dtype) for name, weight in weights.items()}
     run = _reference.memory_caching if implementation == "reference" else _chunked
     y = run(
         tokens,
-        weights,
+        initial,
         memory=memory,
         aggregation=aggregation,
         plan=segmentation.plan(query.shape[1]),
@@ -115,7 +116,7 @@ def _chunked(
     """The fast path: write all segments chunk by chunk, then read live and cached states."""
     length = tokens[0].shape[2]
     block = plan.block_size
-    chunk = memory.chunk_size or _exact_chunk(min(block, length))
+    chunk = memory.gradient_chunk or _exact_chunk(min(block, length))
     if plan.num_blocks == 1:
         block = -(-length // chunk) * chunk
     padding = plan.num_blocks * block - length
@@ -157,9 +158,7 @@ def _write(
         ),
         initial,
     )
-    rows = jax.tree.map(
-        lambda x: x.reshape(*x.shape[:3], -1, chunk, *x.shape[4:]), segments
-    )
+    rows = jax.tree.map(lambda x: x.reshape(*x.shape[:3], -1, chunk, *x.shape[4:]), segments)
     if start == "independent":
         ends, online = chunk_update(write_and_read, states, rows, batch_dims=3)
     else:

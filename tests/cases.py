@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from typing import Any
 from unittest import mock
 
 import jax
@@ -33,7 +34,9 @@ def make_inputs(memory, length, *, batch=2, heads=3, dim=4, seed=0, dtype=None):
     def normal(shape):
         return jax.random.normal(next(keys), shape, dtype)
 
-    inputs = dict(query=unit(normal(rows)), key=unit(normal(rows)), value=normal(rows))
+    inputs: dict[str, Any] = dict(
+        query=unit(normal(rows)), key=unit(normal(rows)), value=normal(rows)
+    )
     inputs["connector"] = 3 * unit(normal(rows))
     inputs["controls"] = {}
     for name, control in memory.controls.items():
@@ -52,7 +55,7 @@ def rows_dtype(dtype):
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2), static_argnames=("size", "start", "schedule"))
-def run(inputs, memory, aggregation, *, size=8, start="independent", schedule="in_turn"):
+def run(inputs, memory, aggregation, *, size=8, start: Any = "independent", schedule="in_turn"):
     """``memory_caching`` on the inputs of ``make_inputs``, by the fast path."""
     with scheduled(schedule):
         return mc.memory_caching(
@@ -65,7 +68,7 @@ def run(inputs, memory, aggregation, *, size=8, start="independent", schedule="i
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2), static_argnames=("size", "start"))
-def run_reference(inputs, memory, aggregation, *, size=8, start="independent"):
+def run_reference(inputs, memory, aggregation, *, size=8, start: Any = "independent"):
     """The same, token by token."""
     return mc.memory_caching(
         **inputs,

@@ -43,8 +43,10 @@ class Memory(abc.ABC):
     every token of a chunk (``apply``), and a mixture of many states.
     """
 
-    chunk_size: int | None = None
-    """Tokens that share one inner gradient, or None for rules that are exact for any chunk."""
+    @property
+    def gradient_chunk(self) -> int | None:
+        """Tokens that share one inner gradient; None for rules that are exact for any chunk."""
+        return None
 
     @property
     def linear(self) -> bool:
@@ -62,9 +64,7 @@ class Memory(abc.ABC):
         return {}
 
     @abc.abstractmethod
-    def init(
-        self, weights: Mapping[str, Array], key_dim: int, value_dim: int, dtype: Any
-    ) -> State:
+    def init(self, weights: Mapping[str, Array], key_dim: int, value_dim: int, dtype: Any) -> State:
         """Returns the state before the first token."""
 
     @abc.abstractmethod

@@ -86,6 +86,11 @@ class Titans(Memory):
             )
 
     @property
+    def gradient_chunk(self) -> int:
+        """The chunk size."""
+        return self.chunk_size
+
+    @property
     def linear(self) -> bool:
         """True for depth 1."""
         return self.depth == 1
@@ -93,11 +98,13 @@ class Titans(Memory):
     @property
     def controls(self) -> Mapping[str, Control]:
         """log_alpha (weight decay, near 0), log_beta (momentum), eta (step size)."""
-        # A chunk's gradients are summed at one point, so the step starts at 1 / chunk_size.
+        # A chunk's gradients are summed at one point and momentum carries them on. For keys and
+        # features of norm one, descent is stable even if all keys of a chunk are equal while
+        # 2 eta chunk_size / (1 - beta) < 2; it starts at 1.25.
         return {
             "log_alpha": Control(activation=jax.nn.log_sigmoid, bias=5.0),
             "log_beta": Control(activation=jax.nn.log_sigmoid, bias=0.0),
-            "eta": Control(activation=jax.nn.softplus, scale=1.0 / self.chunk_size),
+            "eta": Control(activation=jax.nn.softplus, bias=-1.0, scale=1.0 / self.chunk_size),
         }
 
     def weight_shapes(self, key_dim: int, value_dim: int) -> dict[str, tuple[int, int]]:

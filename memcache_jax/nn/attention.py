@@ -1,5 +1,7 @@
 """Causal self-attention with rotary positions, the Transformer++ baseline's mixer."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -54,7 +56,7 @@ class Attention(nnx.Module):
             raise ValueError(f"window must be at least 1 token, got {window}")
         self.window, self.rope_base, self.dtype = window, rope_base, dtype
         inner = num_heads * self.head_dim
-        options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.query = Linear(in_features, inner, **options)
         self.key = Linear(in_features, inner, **options)
         self.value = Linear(in_features, inner, **options)

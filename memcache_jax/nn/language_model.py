@@ -120,6 +120,7 @@ class Block(nnx.Module):
             self.mlp = SwiGLU(config.features, hidden, **options)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Applies the mixer and the MLP."""
         x = x + self.mixer(self.mixer_norm(x))
         return x + self.mlp(self.mlp_norm(x)) if self.has_mlp else x
 
@@ -176,9 +177,7 @@ class LanguageModel(nnx.Module):
         self.layers = stack(rngs)
         self.norm = nnx.RMSNorm(config.features, rngs=rngs, **options)
         if not config.tie_embeddings:
-            self.head = Linear(
-                config.features, config.vocab_size, rngs=rngs, **options
-            )
+            self.head = Linear(config.features, config.vocab_size, rngs=rngs, **options)
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t vocab"]:
         """Returns the logits of the next token at every position.
@@ -206,7 +205,5 @@ class LanguageModel(nnx.Module):
 
     def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
         """Returns the output layer's logits, in float32 or wider."""
-        logits = (
-            self.embedding.attend(hidden) if self.config.tie_embeddings else self.head(hidden)
-        )
+        logits = self.embedding.attend(hidden) if self.config.tie_embeddings else self.head(hidden)
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

@@ -1,5 +1,7 @@
 """Small layers that several modules share."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,11 +16,15 @@ class Linear(nnx.Linear):
     slower, forward and backward.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, use_bias: bool = False, **options):
+    def __init__(
+        self, in_features: int, out_features: int, *, use_bias: bool = False, **options: Any
+    ):
         super().__init__(in_features, out_features, use_bias=use_bias, **options)
 
-    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... e"]:
-        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+    def __call__(self, inputs: Float[Array, "... d"], **options: Any) -> Float[Array, "... e"]:
+        """Returns inputs W + b."""
+        rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]), **options)
+        return rows.reshape(*inputs.shape[:-1], -1)
 
 
 class CausalConv(nnx.Module):
@@ -54,10 +60,13 @@ def _causal_conv(x: Float[Array, "b t d"], kernel: Float[Array, "w d"]) -> Float
 
 
 def _weighted_shifts(x: Array, kernel: Array, before: int) -> Array:
-    """sum over j of kernel[j] x_{t - before + j}, zero outside of x."""
+    """Sum over j of kernel[j] x_{t - before + j}, zero outside of x."""
     width, length = kernel.shape[0], x.shape[1]
     padded = jnp.pad(x, ((0, 0), (before, width - 1 - before), (0, 0)))
-    return sum(padded[:, j : j + length] * kernel[j][None, None] for j in range(width))
+    return sum(
+        (padded[:, j : j + length] * kernel[j][None, None] for j in range(width)),
+        start=jnp.zeros((), x.dtype).reshape(1, 1, 1),
+    )
 
 
 def _causal_conv_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -89,12 +98,13 @@ class SwiGLU(nnx.Module):
         param_dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.gate = Linear(features, hidden, **options)
         self.up = Linear(features, hidden, **options)
         self.down = Linear(hidden, features, **options)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Applies the MLP to every token."""
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 

@@ -1,5 +1,7 @@
 """The Memory Caching layer: a drop-in for causal self-attention."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -75,13 +77,15 @@ class MemoryCaching(nnx.Module):
         _checks.check_choice("start", start, ("independent", "checkpoint"))
         self.num_heads, self.head_dim = num_heads, head_dim or in_features // num_heads
         self.memory, self.aggregation, self.segmentation = memory, aggregation, segmentation
-        self.start, self.implementation = start, implementation
+        self.start: Start = start
+        self.implementation: Implementation | None = implementation
         self.dtype = dtype
         inner = num_heads * self.head_dim
 
-        def linear(size_in: int, size_out: int, **options) -> Linear:
-            options = dict(dtype=dtype, param_dtype=param_dtype) | options
-            return Linear(size_in, size_out, rngs=rngs, **options)
+        def linear(size_in: int, size_out: int, **options: Any) -> Linear:
+            return Linear(
+                size_in, size_out, dtype=dtype, param_dtype=param_dtype, rngs=rngs, **options
+            )
 
         def conv(kernel_init=jax.nn.initializers.normal(conv_width**-0.5)) -> CausalConv:
             return CausalConv(
@@ -134,7 +138,9 @@ class MemoryCaching(nnx.Module):
         connector = None
         if self.aggregation.needs_connector:
             temperature = self.temperature[...].astype(x.dtype)
-            connector = l2_normalize(self._heads(self.connector(x))) * temperature[None, None, :, None]
+            connector = (
+                l2_normalize(self._heads(self.connector(x))) * temperature[None, None, :, None]
+            )
         y = memory_caching(
             query,
             key,
@@ -165,6 +171,6 @@ class MemoryCaching(nnx.Module):
         return control.scale * control.activation(logits)
 
 
-def _copy(param: nnx.Param) -> jax.nn.initializers.Initializer:
+def _copy(param: nnx.Param) -> Any:
     """An initialiser that returns the value of another parameter."""
     return lambda key, shape, dtype: param[...].astype(dtype)

@@ -80,7 +80,7 @@ def test_work_grows_with_the_pairs_that_are_read():
     def flops(blocks):
         memory, arguments = make("matrix", mc.Constant(4).plan(4 * blocks).reads, jnp.float32)
         reads = mc.Constant(4).plan(4 * blocks).reads
-        return count_flops(lambda *a: bank_read(memory.read, *a, reads), *arguments)
+        return count_flops(lambda b, q, g: bank_read(memory.read, b, q, g, reads), *arguments)
 
     one_pair = flops(2) / 2  # one group of two: one real pair, one to fill up
     assert flops(9) == 36 * one_pair  # 9 x 8 / 2 pairs

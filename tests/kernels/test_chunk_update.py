@@ -16,7 +16,7 @@ def test_xla_equals_reference(memory, schedule):
 
     def heads_first(x):
         x = jnp.moveaxis(x, 2, 1)
-        return x.reshape(*x.shape[:2], -1, memory.chunk_size or 4, *x.shape[3:])
+        return x.reshape(*x.shape[:2], -1, memory.gradient_chunk or 4, *x.shape[3:])
 
     tokens = (inputs["query"], inputs["key"], inputs["value"], inputs["controls"])
     rows = jax.tree.map(heads_first, tokens)

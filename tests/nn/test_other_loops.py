@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import nnx, traverse_util
 
 import memcache_jax as mc
 
@@ -130,7 +130,7 @@ def test_linen_and_nnx_forms_are_equal_for_equal_parameters(name):
     apply = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
     assert not np.allclose(apply(state, x), expected, atol=1e-3)
     flat = dict(nnx.to_flat_state(state))
-    params = flax.traverse_util.flatten_dict(variables["params"])
+    params = traverse_util.flatten_dict(variables["params"])
     assert {tuple(map(str, path)) for path in flat} == {tuple(map(str, path)) for path in params}
     for path, value in params.items():
         flat[path] = flat[path].replace(value)

@@ -274,7 +274,7 @@ def test_resume_continues_bit_for_bit(tmp_path, through, window):
         states.append(original.get_state())
         rows.append(next(original)["tokens"])
     assert len(json.dumps(states[-1])) < 300
-    for i in range(0, 30 - 2):
+    for i in range(30 - 2):
         state = states[i] if through == "dict" else json.loads(json.dumps(states[i]))
         resumed = batches(records, batch_size=1, shuffle_window=window)
         next(resumed)  # set_state must also forget what was read before
