@@ -21,9 +21,9 @@ class Linear(nnx.Linear):
     ):
         super().__init__(in_features, out_features, use_bias=use_bias, **options)
 
-    def __call__(self, inputs: Float[Array, "... d"], **options: Any) -> Float[Array, "... e"]:
+    def __call__(self, inputs: Float[Array, "... d"], out_sharding: Any = None) -> Array:
         """Returns inputs W + b."""
-        rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]), **options)
+        rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]), out_sharding)
         return rows.reshape(*inputs.shape[:-1], -1)
 
 
