@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from memcache_jax._typing import Array, Float
 from memcache_jax.nn.layers import Linear
@@ -41,8 +42,8 @@ class Attention(nnx.Module):
         head_dim: int | None = None,
         window: int | None = None,
         rope_base: float = 10_000.0,
-        dtype: jnp.dtype | None = None,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
         if head_dim is None and in_features % num_heads:

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from memcache_jax._typing import Array, Float
 
@@ -44,7 +45,7 @@ class CausalConv(nnx.Module):
         width: int,
         *,
         kernel_init: jax.nn.initializers.Initializer,
-        param_dtype: jnp.dtype = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
         self.kernel = nnx.Param(kernel_init(rngs.params(), (width, features), param_dtype))
@@ -94,8 +95,8 @@ class SwiGLU(nnx.Module):
         features: int,
         hidden: int,
         *,
-        dtype: jnp.dtype | None = None,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
         options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from memcache_jax import _checks
 from memcache_jax._typing import Array, Float
@@ -65,8 +66,8 @@ class MemoryCaching(nnx.Module):
         start: Start = "independent",
         conv_width: int = 4,
         implementation: Implementation | None = None,
-        dtype: jnp.dtype | None = None,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
         if head_dim is None and in_features % num_heads:
