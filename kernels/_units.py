@@ -16,16 +16,15 @@ def for_each_unit(unit: Callable, batch_dims: int) -> Callable:
     would be kept.
     """
 
-    def side_by_side(*args):
-        mapped = unit
-        for _ in range(batch_dims):
-            mapped = jax.vmap(mapped)
-        return mapped(*args)
+    def flattened(mapped: Callable) -> Callable:
+        # One batch axis: XLA 0.10's simplifier fails on products with three permuted ones.
+        def call(*args):
+            batch = jax.tree.leaves(args)[0].shape[:batch_dims]
+            flat = jax.tree.map(lambda x: x.reshape(math.prod(batch), *x.shape[batch_dims:]), args)
+            return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), mapped(*flat))
 
-    def in_turn(*args):
-        batch = jax.tree.leaves(args)[0].shape[:batch_dims]
-        flat = jax.tree.map(lambda x: x.reshape(math.prod(batch), *x.shape[batch_dims:]), args)
-        out = lax.map(lambda arguments: unit(*arguments), flat)
-        return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), out)
+        return call
 
+    side_by_side = flattened(jax.vmap(unit))
+    in_turn = flattened(lambda *args: lax.map(lambda xs: unit(*xs), args))
     return lambda *args: lax.platform_dependent(*args, cpu=in_turn, default=side_by_side)

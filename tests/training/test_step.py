@@ -59,7 +59,7 @@ def titans():
 
 @pytest.fixture
 def tokens():
-    return np.random.default_rng(0).integers(0, 11, (3, 10)).astype(np.int32)
+    return jnp.asarray(np.random.default_rng(0).integers(0, 11, (3, 10)), jnp.int32)
 
 
 def names(tree):
