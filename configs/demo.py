@@ -3,8 +3,8 @@
 Command:   make demo, or
            python -m experiments.train --config=configs/demo.py --workdir=runs/demo
 Hardware:  two CPU cores
-Time:      measured below
-Expected:  measured below
+Time:      about 12 minutes of CPU time, compilation included
+Expected:  about 2 bits per byte on held-out files
 """
 
 import os

@@ -2,8 +2,6 @@
 
 Command:   python -m experiments.train --config=configs/hybrid_demo.py --workdir=runs/hybrid_demo
 Hardware:  two CPU cores
-Time:      measured below
-Expected:  measured below
 """
 
 from typing import Any

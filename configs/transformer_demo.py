@@ -3,8 +3,6 @@
 Command:   python -m experiments.train --config=configs/transformer_demo.py \
                --workdir=runs/transformer_demo
 Hardware:  two CPU cores
-Time:      measured below
-Expected:  measured below
 """
 
 from typing import Any
