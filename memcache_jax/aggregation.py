@@ -44,7 +44,7 @@ class Aggregation(abc.ABC):
         plan: ReadPlan,
     ) -> Float[Array, "b h n c v"]:
         """The outputs of all tokens, from the reads of the live memory and a bank of states."""
-        cached = bank_read(memory.read, bank, query, gates[0], plan.reads, linear=memory.linear)
+        cached = bank_read(memory.read, bank, query, gates[0], plan.reads)
         return jnp.einsum("bhnc,bhncv->bhncv", gates[1], online) + cached
 
     def combine_token(

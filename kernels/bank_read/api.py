@@ -11,24 +11,23 @@ _IMPLEMENTATIONS = {"reference": reference.bank_read, "xla": xla.bank_read}
 
 
 def bank_read(
-    read: Callable[[Matrices, Array], Array],
+    read: Callable[..., Array],
     bank: Matrices,
     query: Float[Array, "b h n c k"],
     gates: Float[Array, "b h n c r"],
     reads: np.ndarray,
     *,
-    linear: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "b h n c v"]:
     """Returns Y_t = sum over the states i that block n reads of gates[t, i] read(bank_i, x_t).
 
     Args:
-      read: reads one state: (matrices, rows (c, k)) -> rows (c, v).
+      read: reads one state: (matrices, rows (c, k)) -> rows (c, v); with gates (c) as a third
+        argument, the rows it returns times those.
       bank: the cached states, each matrix (b, h, states, in, out).
       query: the rows x, block by block.
       gates: weight of each row and slot of ``reads``; slots that hold no state are ignored.
       reads: (n, r) which states each block reads, -1 for an empty slot; static.
-      linear: whether ``read`` is linear in the rows.
       implementation: ``"xla"`` (the default) or ``"reference"``.
 
     Raises:
@@ -39,4 +38,4 @@ def bank_read(
         raise ValueError(
             f"bank_read has the implementations {sorted(_IMPLEMENTATIONS)}, got {implementation!r}"
         )
-    return _IMPLEMENTATIONS[implementation](read, bank, query, gates, reads, linear)
+    return _IMPLEMENTATIONS[implementation](read, bank, query, gates, reads)

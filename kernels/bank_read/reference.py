@@ -10,15 +10,13 @@ from memcache_jax._typing import Array, Float, Matrices
 
 
 def bank_read(
-    read: Callable[[Matrices, Array], Array],
+    read: Callable[..., Array],
     bank: Matrices,
     query: Float[Array, "b h n c k"],
     gates: Float[Array, "b h n c r"],
     reads: np.ndarray,
-    linear: bool,
 ) -> Float[Array, "b h n c v"]:
     """See ``api.bank_read``."""
-    del linear
 
     def unit(bank, query, gates):
         def block(query, gates, reads):

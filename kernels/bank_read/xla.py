@@ -18,12 +18,11 @@ from memcache_jax.kernels._units import for_each_unit
 
 
 def bank_read(
-    read: Callable[[Matrices, Array], Array],
+    read: Callable[..., Array],
     bank: Matrices,
     query: Float[Array, "b h n c k"],
     gates: Float[Array, "b h n c r"],
     reads: np.ndarray,
-    linear: bool,
 ) -> Float[Array, "b h n c v"]:
     """See ``api.bank_read``."""
     groups = _pair_groups(reads)
@@ -39,14 +38,9 @@ def bank_read(
         """The states, rows and gates of a group's pairs."""
         block, slot, state, real = group
         states = jax.tree.map(lambda matrix: matrix[state], bank)
-        return states, query[block], gates[block, :, slot] * real[:, None]
+        return states, query[block], jnp.where(real[:, None], gates[block, :, slot], 0)
 
-    def pairs(states, query, gates):
-        # Gating the rows of a linear read spares the backward pass a read: the gates' gradient
-        # is then a product of rows that it has anyway.
-        if linear:
-            return jax.vmap(read)(states, jnp.einsum("gc,gck->gck", gates, query))
-        return jnp.einsum("gc,gcv->gcv", gates, jax.vmap(read)(states, query))
+    pairs = jax.vmap(read)
 
     def forward_unit(bank, query, gates):
         def visit(total, group):
@@ -63,7 +57,7 @@ def bank_read(
             return (
                 jax.tree.map(lambda total, d: total.at[state].add(d), states, d_states),
                 queries.at[block].add(d_query),
-                every_gate.at[block, :, slot].add(d_gates * real[:, None]),
+                every_gate.at[block, :, slot].add(jnp.where(real[:, None], d_gates, 0)),
             ), None
 
         zeros = jax.tree.map(jnp.zeros_like, (bank, query, gates))

@@ -49,11 +49,6 @@ class Memory(abc.ABC):
         return None
 
     @property
-    def linear(self) -> bool:
-        """Whether a read is linear in the query."""
-        return False
-
-    @property
     def controls(self) -> Mapping[str, Control]:
         """The rule's coefficients, by name."""
         return {}
@@ -115,13 +110,29 @@ class Memory(abc.ABC):
         """The parameters that a read of ``state`` needs, which is what a cache keeps."""
 
     @abc.abstractmethod
-    def forward(self, apply: Apply, query: Float[Array, "rows k"]) -> Float[Array, "rows v"]:
-        """The memory as a function of the query, over an abstract ``apply``."""
+    def forward(
+        self, apply: Apply, query: Float[Array, "rows k"], gate: Float[Array, "rows"] | None = None
+    ) -> Float[Array, "rows v"]:
+        """The memory as a function of the query, over an abstract ``apply``, times a gate.
 
-    def read(self, matrices: Matrices, query: Float[Array, "rows k"]) -> Float[Array, "rows v"]:
-        """Reads a frozen state."""
-        return self.forward(lambda layer, x: jnp.matmul(x, matrices[layer]), query)
+        A gate goes on the input of the last layer, and on whatever else is added to its output:
+        the gate's gradient is then a product of rows, and needs no output read anew.
+        """
+
+    def read(
+        self,
+        matrices: Matrices,
+        query: Float[Array, "rows k"],
+        gate: Float[Array, "rows"] | None = None,
+    ) -> Float[Array, "rows v"]:
+        """Reads a frozen state, times a gate if there is one."""
+        return self.forward(lambda layer, x: jnp.matmul(x, matrices[layer]), query, gate)
 
     def read_online(self, chunk: Any, query: Float[Array, "m k"]) -> Float[Array, "m v"]:
         """Reads the live memory with each token's query, right after that token's write."""
         return self.forward(lambda layer, x: self.apply(chunk, layer, x), query)
+
+
+def gated(gate: Float[Array, "rows"] | None, x: Float[Array, "rows in"]) -> Array:
+    """Returns the rows of x, each times its gate."""
+    return x if gate is None else jnp.einsum("r,ri->ri", gate, x)

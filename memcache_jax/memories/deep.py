@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from memcache_jax._typing import Apply, Array, Controls, Float, Matrices
-from memcache_jax.memories._decay import decay_matrix
-from memcache_jax.memories.base import Control, Memory
+from memcache_jax.memories._decay import decay_matrix, running_sum
+from memcache_jax.memories.base import Control, Memory, gated
 
 
 class DeepState(NamedTuple):
@@ -91,11 +91,6 @@ class Titans(Memory):
         return self.chunk_size
 
     @property
-    def linear(self) -> bool:
-        """True for depth 1."""
-        return self.depth == 1
-
-    @property
     def controls(self) -> Mapping[str, Control]:
         """log_alpha (weight decay, near 0), log_beta (momentum), eta (step size)."""
         # A chunk's gradients are summed at one point and momentum carries them on. For keys and
@@ -127,11 +122,13 @@ class Titans(Memory):
         start = tuple(weight.astype(dtype).T for weight in start)
         return DeepState(start, tuple(jnp.zeros_like(weight) for weight in start))
 
-    def forward(self, apply: Apply, query: Float[Array, "rows k"]) -> Array:
+    def forward(
+        self, apply: Apply, query: Float[Array, "rows k"], gate: Float[Array, "rows"] | None = None
+    ) -> Array:
         """W q, or q + W1 gelu(W2 q)."""
         if self.depth == 1:
-            return apply(0, query)
-        return query + apply(1, jax.nn.gelu(apply(0, query)))
+            return apply(0, gated(gate, query))
+        return gated(gate, query) + apply(1, gated(gate, jax.nn.gelu(apply(0, query))))
 
     def loss(self, prediction: Float[Array, "rows v"], value: Float[Array, "rows v"]) -> Array:
         """The inner loss, summed over rows: the squared error of recall."""
@@ -172,10 +169,10 @@ class Titans(Memory):
         log_alpha, log_beta, eta = (controls[name] for name in ("log_alpha", "log_beta", "eta"))
         # S_t = B_t S_0 - sum_j decay_beta[t, j] eta_j G_j, and W_t sums what alpha leaves of S_t.
         decay_alpha, decay_beta = decay_matrix(log_alpha), decay_matrix(log_beta)
-        beta_product = jnp.exp(jnp.cumsum(log_beta))
+        beta_product = jnp.exp(running_sum(log_beta))
         chunk = DeepChunk(
             start=state,
-            weight_decay=jnp.exp(jnp.cumsum(log_alpha)),
+            weight_decay=jnp.exp(running_sum(log_alpha)),
             momentum_decay=jnp.matmul(decay_alpha, beta_product),
             mixing=jnp.matmul(decay_alpha, decay_beta) * eta[None],
             inputs=inputs,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from memcache_jax._typing import Apply, Array, Controls, Float, Matrices
-from memcache_jax.memories.base import Memory
+from memcache_jax.memories.base import Memory, gated
 
 
 class MatrixState(NamedTuple):
@@ -36,11 +36,6 @@ class LinearAttention(Memory):
       >>> sorted(memory.controls)
       []
     """
-
-    @property
-    def linear(self) -> bool:
-        """True."""
-        return True
 
     def init(
         self, weights: Mapping[str, Array], key_dim: int, value_dim: int, dtype: Any
@@ -84,6 +79,8 @@ class LinearAttention(Memory):
         """The matrix itself."""
         return (state.matrix,)
 
-    def forward(self, apply: Apply, query: Float[Array, "rows k"]) -> Array:
+    def forward(
+        self, apply: Apply, query: Float[Array, "rows k"], gate: Float[Array, "rows"] | None = None
+    ) -> Array:
         """M q."""
-        return apply(0, query)
+        return apply(0, gated(gate, query))

@@ -63,11 +63,12 @@ def test_write_goes_on_in_the_middle_of_a_chunk(memory):
 
 @pytest.mark.usefixtures("x64")
 @every_memory
-def test_linear_says_whether_reads_are(memory):
+def test_gated_read_is_the_read_times_the_gate(memory):
     state, key, value, controls, query = one_head(memory, 5)
     matrices = memory.matrices(memory.write(state, state, key, value, controls)[0])
-    twice = memory.read(matrices, 2 * query)
-    assert memory.linear == np.allclose(twice, 2 * memory.read(matrices, query))
+    gate = jnp.array([0.0, 0.5, 1.0, 2.0, -1.0])
+    wanted = gate[:, None] * memory.read(matrices, query)
+    assert_close(memory.read(matrices, query, gate), wanted, 1e-14)
 
 
 @pytest.mark.parametrize("depth", [1, 2])
