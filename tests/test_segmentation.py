@@ -11,7 +11,8 @@ def test_constant_reads_every_earlier_segment(length):
     plan = mc.Constant(4).plan(length)
     assert plan.block_size == 4
     assert plan.num_blocks == -(-length // 4)
-    np.testing.assert_array_equal(plan.buckets, [[i, i + 1] for i in range(plan.num_blocks - 1)])
+    buckets = np.array([[i, i + 1] for i in range(plan.num_blocks - 1)]).reshape(-1, 2)
+    np.testing.assert_array_equal(plan.buckets, buckets)
     for block, reads in enumerate(plan.reads):
         assert [i for i in reads if i >= 0] == list(range(block))
 

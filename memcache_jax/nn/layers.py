@@ -29,7 +29,7 @@ class Linear(nnx.Linear):
 
 
 class CausalConv(nnx.Module):
-    """Depthwise convolution over time that sees a token and the ``width - 1`` before it.
+    """Depthwise convolution over a token and the ``width - 1`` before it, then SiLU.
 
     Args:
       features: channels, d.
@@ -51,13 +51,13 @@ class CausalConv(nnx.Module):
         self.kernel = nnx.Param(kernel_init(rngs.params(), (width, features), param_dtype))
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        """y_t = sum over j of kernel[j] x_{t - width + 1 + j}."""
-        return _causal_conv(x, self.kernel[...].astype(x.dtype))
+        """y_t = silu(sum over j of kernel[j] x_{t - width + 1 + j})."""
+        return _conv_silu(x, self.kernel[...].astype(x.dtype))
 
 
 @jax.custom_vjp
-def _causal_conv(x: Float[Array, "b t d"], kernel: Float[Array, "w d"]) -> Float[Array, "b t d"]:
-    return _weighted_shifts(x, kernel, before=kernel.shape[0] - 1)
+def _conv_silu(x: Float[Array, "b t d"], kernel: Float[Array, "w d"]) -> Float[Array, "b t d"]:
+    return jax.nn.silu(_weighted_shifts(x, kernel, before=kernel.shape[0] - 1))
 
 
 def _weighted_shifts(x: Array, kernel: Array, before: int) -> Array:
@@ -70,21 +70,23 @@ def _weighted_shifts(x: Array, kernel: Array, before: int) -> Array:
     )
 
 
-def _causal_conv_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _causal_conv(x, kernel), (x, kernel)
+def _conv_silu_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _conv_silu(x, kernel), (x, kernel)
 
 
-def _causal_conv_backward(residuals: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
-    # By hand, because XLA's CPU backend sums the broadcast kernel's gradient ten times slower than
-    # the same sum as a contraction.
+def _conv_silu_backward(residuals: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
+    # By hand: nothing but the input is kept, and the kernel's gradient is a contraction, which
+    # XLA's CPU backend does ten times faster than the sum that autodiff makes of a broadcast.
     x, kernel = residuals
     width, length = kernel.shape[0], x.shape[1]
+    _, pull = jax.vjp(jax.nn.silu, _weighted_shifts(x, kernel, before=width - 1))
+    (d_y,) = pull(d_y)
     padded = jnp.pad(x, ((0, 0), (width - 1, 0), (0, 0)))
     taps = [jnp.einsum("btd,btd->d", padded[:, j : j + length], d_y) for j in range(width)]
     return _weighted_shifts(d_y, kernel[::-1], before=0), jnp.stack(taps)
 
 
-_causal_conv.defvjp(_causal_conv_forward, _causal_conv_backward)
+_conv_silu.defvjp(_conv_silu_forward, _conv_silu_backward)
 
 
 class SwiGLU(nnx.Module):

@@ -133,9 +133,9 @@ class MemoryCaching(nnx.Module):
         if x.ndim != 3:
             raise ValueError(f"the input must be (b, t, d), got shape {x.shape}")
         x = x if self.dtype is None else x.astype(self.dtype)
-        query = l2_normalize(self._heads(jax.nn.silu(self.query_conv(self.query(x)))))
-        key = l2_normalize(self._heads(jax.nn.silu(self.key_conv(self.key(x)))))
-        value = self._heads(jax.nn.silu(self.value_conv(self.value(x))))
+        query = l2_normalize(self._heads(self.query_conv(self.query(x))))
+        key = l2_normalize(self._heads(self.key_conv(self.key(x))))
+        value = self._heads(self.value_conv(self.value(x)))
         connector = None
         if self.aggregation.needs_connector:
             temperature = self.temperature[...].astype(x.dtype)

@@ -193,6 +193,7 @@ class _Run:
         size = config.batch_size * config.sequence_length
         progress = Progress(config.steps, size, self.step)
         first = self.step + 1
+        saved = self.step if self.checkpoints.steps else None
         while self.step < config.steps and not stop.number:
             tokens = next(self.batches)["tokens"]
             self.state, metrics = train_step(self.state, tokens)
@@ -224,10 +225,13 @@ class _Run:
                 if row:
                     self.metrics.write(self.step, row)
                 # After the line, which a run that goes on from here will not write again.
-                if last or stop.number or self.step % config.checkpoint_every == 0:
+                if last or self.step % config.checkpoint_every == 0:
                     self._save()
+                    saved = self.step
+        if saved != self.step:  # A signal may come at any line of the loop.
+            self._save()
         self.checkpoints.wait()
-        if stop.number and self.step < config.steps:
+        if self.step < config.steps:
             raise StoppedError(self.step, stop.number)
 
     def _fetch(self) -> None:
