@@ -95,11 +95,11 @@ class Titans(Memory):
         """log_alpha (weight decay, near 0), log_beta (momentum), eta (step size)."""
         # A chunk's gradients are summed at one point and momentum carries them on. For keys and
         # features of norm one, descent is stable even if all keys of a chunk are equal while
-        # 2 eta chunk_size / (1 - beta) < 2; it starts at 1.25.
+        # 2 eta chunk_size / (1 - beta) < 2. It starts at 0.5, as features grow in training.
         return {
             "log_alpha": Control(activation=jax.nn.log_sigmoid, bias=5.0),
             "log_beta": Control(activation=jax.nn.log_sigmoid, bias=0.0),
-            "eta": Control(activation=jax.nn.softplus, bias=-1.0, scale=1.0 / self.chunk_size),
+            "eta": Control(activation=jax.nn.softplus, bias=-2.0, scale=1.0 / self.chunk_size),
         }
 
     def weight_shapes(self, key_dim: int, value_dim: int) -> dict[str, tuple[int, int]]:

@@ -15,10 +15,10 @@ class HeldOut(NamedTuple):
     """Rows to measure a model on.
 
     Attributes:
-        tokens: (rows, sequence_length + 1) int32; neighbours overlap by one token, so that each
-            row's inputs are `[:, :-1]`, its targets `[:, 1:]`, and no target comes twice.
-        bytes_per_token: Bytes of text per token, ends of documents counted as tokens. Bits per
-            byte are the mean loss in nats / ln 2 / bytes_per_token.
+      tokens: (rows, sequence_length + 1) int32; neighbours overlap by one token, so that each
+        row's inputs are ``[:, :-1]``, its targets ``[:, 1:]``, and no target comes twice.
+      bytes_per_token: bytes of text per token, ends of documents counted as tokens. Bits per
+        byte are the mean loss in nats / ln 2 / bytes_per_token.
     """
 
     tokens: np.ndarray
@@ -34,37 +34,36 @@ def training_iterator(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
-    shuffle_window: int = 256,
+    shuffle_window: int = 1024,
 ) -> grain.DatasetIterator:
     """Returns an endless iterator over shuffled, packed batches.
 
     Records are shuffled anew each epoch and dealt out to the processes; each document is followed
     by the end token, the whole is cut into rows without padding, and rows change places within
-    windows. `get_state` returns a small
-    dict that JSON can hold; `set_state` of it in an iterator made with the same arguments
-    continues with the very next batch.
+    windows. ``get_state`` returns a small dict that JSON can hold; ``set_state`` of it in an
+    iterator made with the same arguments continues with the very next batch.
 
     Args:
-        records: The documents to train on.
-        tokenizer: Turns them into ids.
-        sequence_length: Tokens predicted per row; a row has one more.
-        batch_size: Rows per batch of this process.
-        seed: Decides the order.
-        process_index: Which process this is.
-        process_count: How many processes share the records.
-        shuffle_window: Rows that are shuffled together; 1 keeps a document's rows in order.
+      records: the documents to train on.
+      tokenizer: turns them into ids.
+      sequence_length: tokens predicted per row; a row has one more.
+      batch_size: rows per batch of this process.
+      seed: decides the order.
+      process_index: which process this is.
+      process_count: how many processes share the records.
+      shuffle_window: rows that are shuffled together; 1 keeps a document's rows in order.
 
     Returns:
-        An iterator over `{"tokens": (batch_size, sequence_length + 1) int32}`.
+      An iterator over ``{"tokens": (batch_size, sequence_length + 1) int32}``.
 
     Raises:
-        ValueError: If a process would have no records, or the records no text.
+      ValueError: if a process would have no records, or the records no text.
 
     Example:
-        >>> records = Records(find_files("corpus"))  # doctest: +SKIP
-        >>> batches = training_iterator(  # doctest: +SKIP
-        ...     records, ByteTokenizer(), sequence_length=1024, batch_size=8, seed=0
-        ... )
+      >>> records = Records(find_files("corpus"))  # doctest: +SKIP
+      >>> batches = training_iterator(  # doctest: +SKIP
+      ...     records, ByteTokenizer(), sequence_length=1024, batch_size=8, seed=0
+      ... )
     """
     if sequence_length < 1 or batch_size < 1 or seed < 0:
         raise ValueError(
@@ -134,20 +133,20 @@ class _PackedTokensIterator(grain.DatasetIterator):
 def heldout_rows(
     records: Records, tokenizer: Tokenizer, *, sequence_length: int, max_tokens: int
 ) -> HeldOut:
-    """Returns fixed rows of held-out text, at most `max_tokens` targets.
+    """Returns fixed rows of held-out text, at most ``max_tokens`` targets.
 
     Documents come in the order of the files, the end token after each. Where there are more than
-    `max_tokens`, records are taken in the order of a hash of their index until there are enough,
+    ``max_tokens``, records are taken in the order of a hash of their index until there are enough,
     so that not only the first file is measured. What does not fill a row is left out.
 
     Args:
-        records: The held-out documents.
-        tokenizer: Turns them into ids.
-        sequence_length: Tokens predicted per row.
-        max_tokens: The most targets over all rows.
+      records: the held-out documents.
+      tokenizer: turns them into ids.
+      sequence_length: tokens predicted per row.
+      max_tokens: the most targets over all rows.
 
     Raises:
-        ValueError: If there are too few tokens for one row, or `max_tokens` is below one row.
+      ValueError: if there are too few tokens for one row, or ``max_tokens`` is below one row.
     """
     if not 1 <= sequence_length <= max_tokens:
         raise ValueError(

@@ -15,20 +15,20 @@ _CHUNK = 1 << 24  # bytes of a .jsonl file looked at at once
 
 
 def stable_fraction(key: str) -> float:
-    """Returns a number in [0, 1) that depends on `key` alone, on every machine."""
+    """Returns a number in [0, 1) that depends on ``key`` alone, on every machine."""
     return int.from_bytes(hashlib.sha1(key.encode()).digest()[:6], "big") / 2**48
 
 
 def find_files(patterns: str | Sequence[str], exclude: str | Sequence[str] = ()) -> list[Path]:
-    """Returns the sorted absolute paths of all files that `patterns` name.
+    """Returns the sorted absolute paths of all files that ``patterns`` name.
 
     Args:
-        patterns: Folders (walked, without following links to folders), files, or globs, in which
-            `**` stands for any folders. Hidden files and folders are skipped unless named.
-        exclude: fnmatch patterns against the full path with forward slashes, such as `*/tests/*`.
+      patterns: folders (walked, without following links to folders), files, or globs, in which
+        ``**`` stands for any folders. Hidden files and folders are skipped unless named.
+      exclude: fnmatch patterns against the full path with forward slashes, such as ``*/tests/*``.
 
     Raises:
-        ValueError: If a path does not exist, or if no file is left.
+      ValueError: if a path does not exist, or if no file is left.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     exclude = [exclude] if isinstance(exclude, str) else list(exclude)
@@ -66,21 +66,21 @@ def _walk(folder: str) -> Iterator[str]:
 def split_files(
     files: Sequence[Path], heldout_fraction: float, heldout_patterns: str | Sequence[str] = ()
 ) -> tuple[list[Path], list[Path]]:
-    """Splits `files` into those to train on and those held out.
+    """Splits ``files`` into those to train on and those held out.
 
     Without patterns, a hash of each file's path relative to the folder common to all decides, so
     that the same tree is split in the same way wherever it lies. Each side gets one file at least.
 
     Args:
-        files: Paths as `find_files` returns them.
-        heldout_fraction: The part to hold out, in (0, 1); not used where patterns are given.
-        heldout_patterns: Files to hold out instead, named as for `find_files`.
+      files: paths as ``find_files`` returns them.
+      heldout_fraction: the part to hold out, in (0, 1); not used where patterns are given.
+      heldout_patterns: files to hold out instead, named as for ``find_files``.
 
     Returns:
-        The training files and the held-out files, each in the order of their paths.
+      The training files and the held-out files, each in the order of their paths.
 
     Raises:
-        ValueError: If nothing would be left to train on, or the fraction is out of range.
+      ValueError: if nothing would be left to train on, or the fraction is out of range.
     """
     files = [Path(os.path.abspath(file)) for file in files]
     if heldout_patterns:
@@ -107,27 +107,27 @@ def split_files(
 class Records:
     """Random access to the documents of files, one list of documents per record.
 
-    A record is a line of a `.jsonl` file, a row group of a `.parquet` file, or the whole of any
+    A record is a line of a ``.jsonl`` file, a row group of a ``.parquet`` file, or the whole of any
     other file, which is taken for text. Empty files, blank lines and empty or null texts are no
-    documents. Only positions are held in memory, 8 bytes per `.jsonl` line; a record is read and
+    documents. Only positions are held in memory, 8 bytes per ``.jsonl`` line; a record is read and
     tokenized at once, so cut texts of gigabytes into several files.
 
     Example:
-        >>> records = Records(find_files("corpus"))  # doctest: +SKIP
-        >>> records[0]  # doctest: +SKIP
-        [b'The first document.']
+      >>> records = Records(find_files("corpus"))  # doctest: +SKIP
+      >>> records[0]  # doctest: +SKIP
+      [b'The first document.']
     """
 
     def __init__(self, files: Iterable[str | os.PathLike[str]], *, text_field: str = "text"):
         """Indexes the files.
 
         Args:
-            files: Paths, as `find_files` returns them.
-            text_field: The field or column of `.jsonl` and `.parquet` files that holds the text.
+          files: paths, as ``find_files`` returns them.
+          text_field: the field or column of ``.jsonl`` and ``.parquet`` files that holds the text.
 
         Raises:
-            ValueError: If no file holds a record, or a `.parquet` file lacks the column.
-            ImportError: If there are `.parquet` files but no `pyarrow`.
+          ValueError: if no file holds a record, or a ``.parquet`` file lacks the column.
+          ImportError: if there are ``.parquet`` files but no ``pyarrow``.
         """
         self._text_field = text_field
         self._files: list[Path] = []
@@ -153,7 +153,7 @@ class Records:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, index: int) -> list[bytes]:
-        """Returns the documents of record `index` as raw bytes, in order."""
+        """Returns the documents of record ``index`` as raw bytes, in order."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         place = int(np.searchsorted(self._ends, index, side="right"))
@@ -169,7 +169,7 @@ class Records:
 
 
 def _line_starts(file: Path) -> np.ndarray:
-    """Returns the byte offsets of all lines of `file` that are not empty."""
+    """Returns the byte offsets of all lines of ``file`` that are not empty."""
     ends = [np.array([-1])]
     size = file.stat().st_size
     with file.open("rb") as f:

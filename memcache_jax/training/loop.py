@@ -1,6 +1,7 @@
 """The training loop: data, steps, metrics, checkpoints, and going on where a run stopped."""
 
 import contextlib
+import fcntl
 import json
 import logging
 import math
@@ -10,7 +11,7 @@ import signal
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 
@@ -134,6 +135,7 @@ class _Run:
                 "go on from it with --config.resume=True, or give another --workdir"
             )
         workdir.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(workdir)
         self.checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
         self.metrics: MetricsWriter | None = None
         self.step = 0
@@ -282,7 +284,26 @@ class _Run:
         """Closes the files, and waits for a save in progress."""
         if self.metrics is not None:
             self.metrics.close()
-        self.checkpoints.close()
+        try:
+            self.checkpoints.close()
+        finally:
+            self._lock.close()
+
+
+def _lock(workdir: Path) -> TextIO:
+    """Makes sure that no other process of this machine writes to the workdir.
+
+    The lock goes with the file, or with the process, however it ends.
+    """
+    file = (workdir / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(
+            f"another run is writing to {workdir}: wait for it, or give another --workdir"
+        ) from None
+    return file
 
 
 def _means(metrics: list[dict[str, float]]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Tokenizers: raw bytes, or a Hugging Face `tokenizers` JSON file."""
+"""Tokenizers: raw bytes, or a Hugging Face ``tokenizers`` JSON file."""
 
 import os
 from collections.abc import Iterable
@@ -19,11 +19,11 @@ class Tokenizer(Protocol):
     vocab_size: int
 
     def encode(self, text: bytes) -> np.ndarray:
-        """Returns the int32 ids of `text`, with no special tokens added."""
+        """Returns the int32 ids of ``text``, with no special tokens added."""
         ...
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """Returns the text of `ids`, without end-of-document tokens."""
+        """Returns the text of ``ids``, without end-of-document tokens."""
         ...
 
 
@@ -31,8 +31,8 @@ class ByteTokenizer:
     """Ids 0 to 255 are the bytes themselves, 256 ends a document.
 
     Example:
-        >>> ByteTokenizer().encode("né".encode()).tolist()
-        [110, 195, 169]
+      >>> ByteTokenizer().encode("né".encode()).tolist()
+      [110, 195, 169]
     """
 
     name = "bytes"
@@ -40,36 +40,36 @@ class ByteTokenizer:
     vocab_size = 257
 
     def encode(self, text: bytes) -> np.ndarray:
-        """Returns one int32 id per byte of `text`."""
+        """Returns one int32 id per byte of ``text``."""
         return np.frombuffer(text, np.uint8).astype(np.int32)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """Returns the text of `ids`; those that are no byte are dropped."""
+        """Returns the text of ``ids``; those that are no byte are dropped."""
         return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", errors="replace")
 
 
 class FileTokenizer:
-    """A tokenizer read from a Hugging Face `tokenizers` JSON file.
+    """A tokenizer read from a Hugging Face ``tokenizers`` JSON file.
 
     Truncation and padding set in the file are turned off, as they would cut or pad documents.
 
     Attributes:
-        num_replaced_documents: Documents encoded so far in this process that held bytes which are
-            not UTF-8 and were replaced by U+FFFD; a document read twice counts twice.
+      num_replaced_documents: documents encoded so far in this process that held bytes which are
+        not UTF-8 and were replaced by U+FFFD; a document read twice counts twice.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, eos_token: str | None = None):
         """Reads the file.
 
         Args:
-            path: The JSON file.
-            eos_token: The token that ends a document; by default the first of `EOS_TOKENS` that
-                the vocabulary has.
+          path: the JSON file.
+          eos_token: the token that ends a document; by default the first of ``EOS_TOKENS`` that
+            the vocabulary has.
 
         Raises:
-            ValueError: If there is no such file, if it is not a tokenizer, or if the end token
-                is not in its vocabulary.
-            ImportError: If the package `tokenizers` is not installed.
+          ValueError: if there is no such file, if it is not a tokenizer, or if the end token
+            is not in its vocabulary.
+          ImportError: if the package ``tokenizers`` is not installed.
         """
         if not Path(path).is_file():
             raise ValueError(f"tokenizer must be 'bytes' or a file, got {str(path)!r}: not found")
@@ -100,7 +100,7 @@ class FileTokenizer:
         self.num_replaced_documents = 0
 
     def encode(self, text: bytes) -> np.ndarray:
-        """Returns the int32 ids of `text`, read as UTF-8 with invalid bytes replaced."""
+        """Returns the int32 ids of ``text``, read as UTF-8 with invalid bytes replaced."""
         try:
             string = text.decode("utf-8")
         except UnicodeDecodeError:
@@ -109,7 +109,7 @@ class FileTokenizer:
         return np.asarray(self._tokenizer.encode(string, add_special_tokens=False).ids, np.int32)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """Returns the text of `ids`, without the end-of-document tokens."""
+        """Returns the text of ``ids``, without the end-of-document tokens."""
         kept = [i for i in map(int, ids) if i != self.eos_id]
         return self._tokenizer.decode(kept, skip_special_tokens=False)
 
@@ -117,15 +117,15 @@ class FileTokenizer:
 def make_tokenizer(
     name: str, *, eos_token: str | None = None, vocab_size: int | None = None
 ) -> Tokenizer:
-    """Returns the tokenizer called `name`.
+    """Returns the tokenizer called ``name``.
 
     Args:
-        name: "bytes", or the path of a Hugging Face `tokenizers` JSON file.
-        eos_token: The token that ends a document, for a file; see `FileTokenizer`.
-        vocab_size: The model's number of ids, if it is to be checked.
+      name: "bytes", or the path of a Hugging Face ``tokenizers`` JSON file.
+      eos_token: the token that ends a document, for a file; see ``FileTokenizer``.
+      vocab_size: the model's number of ids, if it is to be checked.
 
     Raises:
-        ValueError: If the tokenizer has more ids than the model, or as `FileTokenizer` does.
+      ValueError: if the tokenizer has more ids than the model, or as ``FileTokenizer`` does.
     """
     if name == "bytes":
         if eos_token is not None:

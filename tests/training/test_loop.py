@@ -1,5 +1,6 @@
 """The loop: what a run leaves behind, how it goes on, what it refuses, how it stops."""
 
+import contextlib
 import json
 import logging
 import signal
@@ -164,6 +165,31 @@ def test_a_signal_saves_and_stops(config, tmp_path, monkeypatch):
     train(config, tmp_path / "parts")
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
     assert_same_params(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_signal_after_the_last_look_for_one_is_not_lost(config, tmp_path, monkeypatch):
+    class Interrupting(loop.Progress):
+        pauses = 0
+
+        @contextlib.contextmanager
+        def pause(self):
+            with super().pause():
+                yield
+            self.pauses += 1
+            if self.pauses == 5:
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(loop, "Progress", Interrupting)
+    with pytest.raises(StoppedError, match="after step 5, with a checkpoint"):
+        train(config, tmp_path)
+    assert Checkpoints.steps_in(tmp_path)[0] == 5
+
+
+def test_a_workdir_that_another_run_writes_to(config, tmp_path):
+    config.resume = True
+    with loop._lock(tmp_path), pytest.raises(ValueError, match="another run is writing to"):
+        train(config, tmp_path)
+    train(config, tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path, monkeypatch):

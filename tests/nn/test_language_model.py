@@ -1,0 +1,136 @@
+"""The language model: a scanned stack of any mixers, remat, tied embeddings, precision."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import memcache_jax as mc
+from tests.cases import assert_close
+
+CACHING = mc.nn.MemoryCachingMixer(
+    mc.memories.Titans(chunk_size=4, expansion=2), mc.GRM(), mc.Constant(8)
+)
+CONFIG = mc.nn.LanguageModelConfig(
+    vocab_size=19, num_layers=4, features=16, num_heads=2, mixers=(CACHING,)
+)
+MIXERS = {
+    "memory caching": (CACHING,),
+    "attention": (mc.nn.AttentionMixer(),),
+    "sliding window": (mc.nn.AttentionMixer(window=5),),
+    "interleaved": (CACHING, mc.nn.AttentionMixer(window=5)),
+}
+
+
+def make(**changes):
+    return mc.nn.LanguageModel(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(0))
+
+
+def ids(length=13, seed=0):
+    return jax.random.randint(jax.random.key(seed), (2, length), 0, 19)
+
+
+def call(model, tokens):
+    return jax.jit(lambda model, tokens: model(tokens))(model, tokens)
+
+
+def gradient(model, tokens):
+    graph, params = nnx.split(model)
+    return jax.jit(jax.grad(lambda p: jnp.sum(nnx.merge(graph, p)(tokens) ** 2)))(params)
+
+
+@pytest.mark.parametrize("mixers", MIXERS.values(), ids=MIXERS)
+def test_scan_equals_the_blocks_one_by_one(mixers):
+    model, tokens = make(mixers=mixers), ids()
+    graph, stacked = nnx.split(model.layers)
+    x = model.embedding(tokens)
+    for i in range(4 // len(mixers)):
+        period = nnx.merge(graph, jax.tree.map(lambda p, i=i: p[i], stacked))
+        assert len(period.blocks) == len(mixers)
+        for block in period.blocks:
+            x = x + block.mixer(block.mixer_norm(x))
+            x = x + block.mlp(block.mlp_norm(x))
+    assert_close(call(model, tokens), model.head(model.norm(x)), 1e-5)
+
+
+@pytest.mark.parametrize("mixers", MIXERS.values(), ids=MIXERS)
+def test_logits_see_no_later_token(mixers):
+    model, tokens = make(mixers=mixers), ids()
+    y = call(model, tokens)
+    changed = call(model, tokens.at[:, 9:].set((tokens[:, 9:] + 1) % 19))
+    assert_close(changed[:, :9], y[:, :9], 1e-5)
+    assert float(jnp.abs(changed[:, 9:] - y[:, 9:]).max()) > 1e-3
+
+
+def test_no_two_layers_start_alike():
+    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(make().layers)):
+        assert leaf.shape[0] == 4, jax.tree_util.keystr(path)
+        if leaf.ndim > 2 and float(leaf.std()) > 0:
+            assert not np.array_equal(leaf[0], leaf[1]), jax.tree_util.keystr(path)
+
+
+def test_remat_changes_no_number_and_saves_less():
+    tokens = ids()
+    plain, remat = make(), make(remat=True)
+    assert_close(call(remat, tokens), call(plain, tokens), 1e-6)
+    assert_close(gradient(remat, tokens), gradient(plain, tokens), 1e-5)
+
+    def saved(model):
+        _, pull = jax.vjp(lambda model: model(tokens), model)
+        return sum(x.size for x in jax.tree.leaves(pull))
+
+    assert saved(remat) < saved(plain) / 3
+
+
+def test_tied_embeddings_are_the_output_layer():
+    model = make(tie_embeddings=True)
+    assert not hasattr(model, "head")
+    tokens = ids()
+    wanted = model.hidden(tokens) @ model.embedding.embedding[...].T
+    assert_close(model(tokens), wanted, 1e-5)
+
+
+def test_blocks_without_an_mlp():
+    model = make(mlp_features=0)
+    assert not any("mlp" in str(path) for path, _ in nnx.to_flat_state(nnx.state(model)))
+    assert call(model, ids()).shape == (2, 13, 19)
+
+
+def test_bfloat16_has_float32_parameters_and_logits():
+    model = make(dtype=jnp.bfloat16)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(nnx.state(model)))
+    logits = call(model, ids())
+    assert logits.dtype == jnp.float32
+    assert_close(logits, call(make(), ids()), 5e-2)
+
+
+def test_compiled_program_does_not_grow_with_depth():
+    def size(layers):
+        model = make(num_layers=layers)
+        return len(jax.make_jaxpr(lambda model: model(ids()))(model).jaxpr.eqns)
+
+    assert size(2) == size(12)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(num_layers=0), "num_layers must be at least 1, got 0"),
+        (dict(mixers=()), "multiple of the number of mixers, got 0"),
+        (dict(mixers=(CACHING,) * 3), "num_layers=4 must be a multiple .* got 3"),
+    ],
+)
+def test_configurations_that_do_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **changes)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("tokens", [jnp.zeros((3,), int), jnp.zeros((2, 3))])
+def test_tokens_that_are_none(tokens):
+    with pytest.raises(ValueError, match="tokens must be integers of shape"):
+        make()(tokens)

@@ -1,0 +1,171 @@
+"""The layer: causal, any length, its starting point, its precision, its errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import memcache_jax as mc
+from memcache_jax.nn.layers import CausalConv, l2_normalize
+from tests.cases import AGGREGATIONS, MEMORIES, STARTS, assert_close
+
+
+def make(memory="titans", aggregation="grm", **options):
+    options = dict(segmentation=mc.Constant(8), rngs=nnx.Rngs(0)) | options
+    return mc.nn.MemoryCaching(
+        16, 2, memory=MEMORIES[memory], aggregation=AGGREGATIONS[aggregation], **options
+    )
+
+
+def randomized(layer, seed=1):
+    """The layer with other parameters than it starts with, so that no two are alike."""
+    graph, params = nnx.split(layer)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+
+
+def tokens(length, seed=0, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), (2, length, 16), dtype)
+
+
+def call(layer, x):
+    return jax.jit(lambda layer, x: layer(x))(layer, x)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_layer_is_causal_and_prefix_consistent(memory, aggregation, start):
+    layer = randomized(make(memory, aggregation, start=start))
+    x = tokens(21, dtype=jnp.float64)
+    y = call(layer, x)
+    changed = call(layer, x.at[:, 13:].add(1.0))
+    assert_close(changed[:, :13], y[:, :13], 1e-13)
+    assert jnp.abs(changed[:, 13:] - y[:, 13:]).max(axis=(0, 2)).min() > 1e-6
+    assert_close(call(layer, x[:, :13]), y[:, :13], 1e-13)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_every_parameter_has_a_gradient(memory):
+    layer, x = randomized(make(memory)), tokens(21, dtype=jnp.float64)
+    graph, params = nnx.split(layer)
+    gradient = jax.jit(jax.grad(lambda params: jnp.sum(nnx.merge(graph, params)(x) ** 2)))(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert float(jnp.abs(leaf).max()) > 1e-9, jax.tree_util.keystr(path)
+
+
+def test_keys_and_connectors_start_as_copies_of_queries():
+    layer = make()
+    for name in ("key", "connector"):
+        np.testing.assert_array_equal(getattr(layer, name).kernel, layer.query.kernel)
+    np.testing.assert_array_equal(layer.key_conv.kernel, layer.query_conv.kernel)
+    assert not np.array_equal(layer.value.kernel, layer.query.kernel)
+    np.testing.assert_array_equal(layer.temperature, 10.0)
+
+
+def test_residual_has_no_connector():
+    layer = make(aggregation="residual")
+    assert not hasattr(layer, "connector")
+    assert not hasattr(layer, "temperature")
+
+
+def test_titans_controls_start_near_keeping_and_small():
+    layer, x = make(), tokens(9)
+    log_alpha, log_beta, eta = (
+        layer._control(layer.memory.controls[name], layer.controls[name](x))
+        for name in ("log_alpha", "log_beta", "eta")
+    )
+    assert log_alpha.shape == (2, 9, 2)
+    assert 0.9 < float(jnp.exp(log_alpha).mean()) < 1
+    assert 0.3 < float(jnp.exp(log_beta).mean()) < 0.7
+    assert 0 < float(eta.mean()) < 1 / layer.memory.chunk_size
+
+
+def test_initial_memory_is_not_a_saddle():
+    for weight in make().weights.values():
+        assert float(weight[...].std()) > 0.1
+
+
+def test_bfloat16_inputs_keep_float32_parameters_and_return_bfloat16():
+    layer = make(dtype=jnp.bfloat16)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(nnx.state(layer)))
+    x = tokens(21)
+    y = call(layer, x)
+    assert y.dtype == jnp.bfloat16
+    # The projections round at every product; no state or gate does.
+    assert_close(y.astype(jnp.float32), call(make(), x), 3e-2)
+
+
+def test_reference_implementation_gives_the_same_layer():
+    x = tokens(13)
+    assert_close(call(make(implementation="reference"), x), call(make(), x), 1e-5)
+
+
+def test_head_dim_need_not_divide_the_features():
+    layer = make(head_dim=12)
+    assert call(layer, tokens(9)).shape == (2, 9, 16)
+    assert layer.out.kernel.shape == (24, 16)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("length", [1, 3, 11])
+def test_convolution_equals_its_sum(length):
+    conv = CausalConv(
+        4, 4, kernel_init=nnx.initializers.normal(1.0), param_dtype=jnp.float64, rngs=nnx.Rngs(0)
+    )
+    x = jax.random.normal(jax.random.key(1), (2, length, 4))
+
+    def wanted(kernel, x):
+        rows = []
+        for t in range(length):
+            taps = [kernel[j] * x[:, t - 3 + j] for j in range(4) if t - 3 + j >= 0]
+            rows.append(jax.nn.silu(sum(taps)))
+        return jnp.stack(rows, axis=1)
+
+    def got(kernel, x):
+        graph, _, rest = nnx.split(conv, nnx.Param, ...)
+        return nnx.merge(graph, {"kernel": nnx.Param(kernel)}, rest)(x)
+
+    with jax.numpy_rank_promotion("allow"):
+        y, pull = jax.vjp(got, conv.kernel[...], x)
+        y_wanted, pull_wanted = jax.vjp(wanted, conv.kernel[...], x)
+        cotangent = jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
+        assert_close(y, y_wanted, 1e-14)
+        assert_close(pull(cotangent), pull_wanted(cotangent), 1e-13)
+
+
+def test_normalized_rows_have_norm_one_also_from_bfloat16():
+    x = 100 * jax.random.normal(jax.random.key(0), (3, 5, 8))
+    np.testing.assert_allclose(jnp.linalg.norm(l2_normalize(x), axis=-1), 1.0, rtol=1e-5)
+    y = l2_normalize(x.astype(jnp.bfloat16))
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(jnp.linalg.norm(y.astype(float), axis=-1), 1.0, rtol=1e-2)
+    np.testing.assert_array_equal(l2_normalize(jnp.zeros((2, 4))), 0.0)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(num_heads=3), "num_heads=3 must divide in_features=16"),
+        (dict(segmentation=mc.Constant(6)), "chunk size of Titans, 4, must divide"),
+        (dict(start="continue"), r"start must be one of .* got 'continue'"),
+    ],
+)
+def test_arguments_that_do_not_fit(options, message):
+    options = dict(num_heads=2, segmentation=mc.Constant(8)) | options
+    with pytest.raises(ValueError, match=message):
+        mc.nn.MemoryCaching(
+            16, memory=MEMORIES["titans"], aggregation=mc.GRM(), rngs=nnx.Rngs(0), **options
+        )
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_input_without_a_batch():
+    with pytest.raises(ValueError, match=r"must be \(b, t, d\), got shape \(5, 16\)"):
+        make()(jnp.zeros((5, 16)))
