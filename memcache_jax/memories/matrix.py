@@ -1,13 +1,16 @@
-"""Matrix memories: a state M that is read by one product, M q; kept as M^T (k, v)."""
+"""Matrix memories that decay and add: a state M that is read by one product, kept as M^T (k, v)."""
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from memcache_jax._typing import Apply, Array, Controls, Float, Matrices
-from memcache_jax.memories.base import Memory, gated
+from memcache_jax.memories._decay import channel_scores, decay_matrix, end_decay, start_decay
+from memcache_jax.memories.base import Control, Memory, gated
 
 
 class MatrixState(NamedTuple):
@@ -16,16 +19,94 @@ class MatrixState(NamedTuple):
     matrix: Float[Array, "k v"]
 
 
-class MatrixChunk(NamedTuple):
-    """A chunk of a matrix memory: the state it began with and what it writes."""
+class MatrixMemory(Memory):
+    """What matrix memories share: they start at zero and are read by one product."""
+
+    def init(
+        self, weights: Mapping[str, Array], key_dim: int, value_dim: int, dtype: Any
+    ) -> MatrixState:
+        """Returns the zero matrix."""
+        del weights
+        return MatrixState(jnp.zeros((key_dim, value_dim), dtype))
+
+    def matrices(self, state: Any) -> Matrices:
+        """The matrix itself."""
+        return (state.matrix,)
+
+    def forward(
+        self, apply: Apply, query: Float[Array, "rows k"], gate: Float[Array, "rows"] | None = None
+    ) -> Array:
+        """M q."""
+        return apply(0, gated(gate, query))
+
+
+class DecayChunk(NamedTuple):
+    """A chunk of a memory that decays as a whole, from which M at each of its tokens follows.
+
+    M_t = decay[t] M + sum over the writes j of mixing[t, j] values[j] keys[j]^T.
+    """
 
     matrix: Float[Array, "k v"]
-    key: Float[Array, "m k"]
-    value: Float[Array, "m v"]
+    decay: Float[Array, "m"]
+    mixing: Float[Array, "m writes"]
+    key: Float[Array, "writes k"]
+    value: Float[Array, "writes v"]
+
+    def end(self) -> Float[Array, "k v"]:
+        """The matrix after the last token."""
+        written = jnp.matmul(self.key.T, self.mixing[-1][:, None] * self.value)
+        return self.decay[-1] * self.matrix + written
+
+    def apply(self, x: Float[Array, "m k"]) -> Float[Array, "m v"]:
+        """The product of M_t with row t of x."""
+        scores = self.mixing * jnp.matmul(x, self.key.T)
+        old = jnp.matmul(self.decay[:, None] * x, self.matrix)
+        return old + jnp.matmul(scores, self.value)
+
+
+class ScalarDecayMemory(MatrixMemory):
+    """Matrix memories with one decay per token: M_t = alpha_t M_{t-1} + lam_t v_t k_t^T."""
+
+    @abc.abstractmethod
+    def coefficients(self, controls: Controls, ones: Float[Array, "*m"]) -> tuple[Array, Array]:
+        """Returns (log alpha, lam) of tokens, from their controls; ``ones`` has their shape."""
+
+    def step(
+        self,
+        state: MatrixState,
+        anchor: MatrixState,
+        key: Float[Array, "k"],
+        value: Float[Array, "v"],
+        controls: Controls,
+    ) -> MatrixState:
+        """Decays, and adds the outer product of one token."""
+        del anchor
+        log_alpha, lam = self.coefficients(controls, jnp.ones((), key.dtype))
+        return MatrixState(jnp.exp(log_alpha) * state.matrix + lam * jnp.outer(key, value))
+
+    def write(
+        self,
+        state: MatrixState,
+        anchor: MatrixState,
+        key: Float[Array, "m k"],
+        value: Float[Array, "m v"],
+        controls: Controls,
+    ) -> tuple[MatrixState, DecayChunk]:
+        """Adds a chunk in one matrix product."""
+        del anchor
+        log_alpha, lam = self.coefficients(controls, jnp.ones(key.shape[:1], key.dtype))
+        mixing = decay_matrix(log_alpha) * lam[None]
+        chunk = DecayChunk(state.matrix, start_decay(log_alpha), mixing, key, value)
+        return MatrixState(chunk.end()), chunk
+
+    def apply(self, chunk: DecayChunk, layer: int, x: Float[Array, "m k"]) -> Array:
+        """The state's product with x, plus decayed causal attention inside the chunk."""
+        del layer
+        return chunk.apply(x)
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearAttention(Memory):
+class LinearAttention(ScalarDecayMemory):
     """Linear attention: M_t = M_{t-1} + v_t k_t^T (Eq. 12 of arXiv:2602.24281).
 
     It has no controls and no initial weights.
@@ -37,12 +118,204 @@ class LinearAttention(Memory):
       []
     """
 
+    def coefficients(self, controls: Controls, ones: Float[Array, "*m"]) -> tuple[Array, Array]:
+        """No decay, every token as it is."""
+        del controls
+        return jnp.zeros_like(ones), ones
+
+    def write(
+        self,
+        state: MatrixState,
+        anchor: MatrixState,
+        key: Float[Array, "m k"],
+        value: Float[Array, "m v"],
+        controls: Controls,
+    ) -> tuple[MatrixState, DecayChunk]:
+        """Adds a chunk in one matrix product."""
+        del anchor, controls
+        ones = jnp.ones(key.shape[:1], key.dtype)
+        chunk = DecayChunk(state.matrix, ones, jnp.tri(len(ones), dtype=key.dtype), key, value)
+        return MatrixState(state.matrix + jnp.matmul(key.T, value)), chunk
+
+
+@dataclasses.dataclass(frozen=True)
+class RetNet(ScalarDecayMemory):
+    """Retention: M_t = gamma_h M_{t-1} + v_t k_t^T (arXiv:2307.08621), one fixed decay per head.
+
+    Control: ``log_gamma`` (h,), <= 0. A layer takes log(1 - 2^(-5 - head)), as the paper does.
+
+    Example:
+      >>> import memcache_jax as mc
+      >>> mc.memories.RetNet().controls["log_gamma"].axes
+      'h'
+    """
+
+    @property
+    def controls(self) -> Mapping[str, Control]:
+        """log_gamma, the log of each head's decay."""
+        return {
+            "log_gamma": Control(
+                axes="h", per_head=lambda heads: jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(heads))))
+            )
+        }
+
+    def coefficients(self, controls: Controls, ones: Float[Array, "*m"]) -> tuple[Array, Array]:
+        """The head's decay, every token as it is."""
+        return controls["log_gamma"], ones
+
+
+@dataclasses.dataclass(frozen=True)
+class SSD(ScalarDecayMemory):
+    """Mamba-2's state space duality: M_t = alpha_t M_{t-1} + lam_t v_t k_t^T (arXiv:2405.21060).
+
+    Controls, each (b, t, h): ``log_alpha`` (<= 0) and ``lam``.
+
+    Example:
+      >>> import memcache_jax as mc
+      >>> sorted(mc.memories.SSD().controls)
+      ['lam', 'log_alpha']
+    """
+
+    @property
+    def controls(self) -> Mapping[str, Control]:
+        """log_alpha (decay, near 0), lam (weight of a token)."""
+        return {
+            "log_alpha": Control(activation=jax.nn.log_sigmoid, bias=5.0),
+            "lam": Control(activation=jax.nn.softplus),
+        }
+
+    def coefficients(self, controls: Controls, ones: Float[Array, "*m"]) -> tuple[Array, Array]:
+        """The controls as they are."""
+        del ones
+        return controls["log_alpha"], controls["lam"]
+
+
+class WindowState(NamedTuple):
+    """The matrix of one head, and the token before."""
+
+    matrix: Float[Array, "k v"]
+    key: Float[Array, "k"]
+    value: Float[Array, "v"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SWLA(MatrixMemory):
+    """Sliding-window linear attention, window 2 (Eq. 28 of arXiv:2602.24281).
+
+    M_t = alpha_t M_{t-1} + beta_t v_{t-1} k_{t-1}^T + lam_t v_t k_t^T, where an independent segment
+    begins with v_{-1} k_{-1}^T = 0.
+
+    Controls, each (b, t, h): ``log_alpha`` (<= 0), ``beta`` and ``lam``.
+
+    Example:
+      >>> import memcache_jax as mc
+      >>> sorted(mc.memories.SWLA().controls)
+      ['beta', 'lam', 'log_alpha']
+    """
+
+    @property
+    def controls(self) -> Mapping[str, Control]:
+        """log_alpha (decay, near 0), beta (the token before), lam (the token)."""
+        return {
+            "log_alpha": Control(activation=jax.nn.log_sigmoid, bias=5.0),
+            "beta": Control(),
+            "lam": Control(),
+        }
+
     def init(
         self, weights: Mapping[str, Array], key_dim: int, value_dim: int, dtype: Any
-    ) -> MatrixState:
-        """Returns the zero matrix."""
-        del weights
-        return MatrixState(jnp.zeros((key_dim, value_dim), dtype))
+    ) -> WindowState:
+        """Returns the zero matrix, and no token before."""
+        matrix = super().init(weights, key_dim, value_dim, dtype).matrix
+        return WindowState(matrix, jnp.zeros(key_dim, dtype), jnp.zeros(value_dim, dtype))
+
+    def step(
+        self,
+        state: WindowState,
+        anchor: WindowState,
+        key: Float[Array, "k"],
+        value: Float[Array, "v"],
+        controls: Controls,
+    ) -> WindowState:
+        """Decays, and adds the outer products of the token before and of this one."""
+        del anchor
+        matrix = jnp.exp(controls["log_alpha"]) * state.matrix
+        matrix += controls["beta"] * jnp.outer(state.key, state.value)
+        return WindowState(matrix + controls["lam"] * jnp.outer(key, value), key, value)
+
+    def write(
+        self,
+        state: WindowState,
+        anchor: WindowState,
+        key: Float[Array, "m k"],
+        value: Float[Array, "m v"],
+        controls: Controls,
+    ) -> tuple[WindowState, DecayChunk]:
+        """Adds a chunk in one matrix product, the token before it as a write of its own."""
+        del anchor
+        decay = decay_matrix(controls["log_alpha"])
+        chunk = DecayChunk(
+            matrix=state.matrix,
+            decay=start_decay(controls["log_alpha"]),
+            # A token is written with lam at its own time and with beta at the next one's.
+            mixing=jnp.pad(decay * controls["lam"][None], ((0, 0), (1, 0)))
+            + jnp.pad(decay * controls["beta"][None], ((0, 0), (0, 1))),
+            key=jnp.concatenate([state.key[None], key]),
+            value=jnp.concatenate([state.value[None], value]),
+        )
+        return WindowState(chunk.end(), key[-1], value[-1]), chunk
+
+    def apply(self, chunk: DecayChunk, layer: int, x: Float[Array, "m k"]) -> Array:
+        """The state's product with x, plus decayed causal attention inside the chunk."""
+        del layer
+        return chunk.apply(x)
+
+
+class ChannelChunk(NamedTuple):
+    """A chunk of a memory whose key channels decay apart, with one or more writes per token.
+
+    M_t = M diag(decay[t]) + sum over writes w and tokens j <= t of
+    values[w, j] (keys[w, j] * (prod over j < i <= t of decays_i))^T.
+    """
+
+    matrix: Float[Array, "k v"]
+    log_decay: Float[Array, "m k"]
+    keys: Float[Array, "w m k"]
+    values: Float[Array, "w m v"]
+
+    def end(self) -> Float[Array, "k v"]:
+        """The matrix after the last token."""
+        keys = self.keys * end_decay(self.log_decay)[None]
+        kept = start_decay(self.log_decay)[-1][:, None] * self.matrix
+        return kept + jnp.einsum("wmk,wmv->kv", keys, self.values)
+
+    def apply(self, x: Float[Array, "m k"]) -> Float[Array, "m v"]:
+        """The product of M_t with row t of x."""
+        scores = jax.vmap(channel_scores, in_axes=(None, 0, None))(x, self.keys, self.log_decay)
+        old = jnp.matmul(x * start_decay(self.log_decay), self.matrix)
+        return old + jnp.einsum("wtj,wjv->tv", scores, self.values)
+
+
+@dataclasses.dataclass(frozen=True)
+class GLA(MatrixMemory):
+    """Gated linear attention: M_t = M_{t-1} diag(alpha_t) + v_t k_t^T (arXiv:2312.06635).
+
+    Control: ``log_alpha`` (b, t, h, k), <= 0, one decay per key channel.
+
+    Example:
+      >>> import memcache_jax as mc
+      >>> mc.memories.GLA().controls["log_alpha"].axes
+      'b t h k'
+    """
+
+    largest_chunk = 64
+
+    @property
+    def controls(self) -> Mapping[str, Control]:
+        """log_alpha, near 0: log sigmoid over 16, as in the paper."""
+        return {
+            "log_alpha": Control("b t h k", activation=jax.nn.log_sigmoid, scale=1 / 16, bias=1.0)
+        }
 
     def step(
         self,
@@ -52,9 +325,10 @@ class LinearAttention(Memory):
         value: Float[Array, "v"],
         controls: Controls,
     ) -> MatrixState:
-        """Adds the outer product of one token."""
-        del anchor, controls
-        return MatrixState(state.matrix + jnp.outer(key, value))
+        """Decays each channel, and adds the outer product of one token."""
+        del anchor
+        kept = jnp.exp(controls["log_alpha"])[:, None] * state.matrix
+        return MatrixState(kept + jnp.outer(key, value))
 
     def write(
         self,
@@ -63,24 +337,13 @@ class LinearAttention(Memory):
         key: Float[Array, "m k"],
         value: Float[Array, "m v"],
         controls: Controls,
-    ) -> tuple[MatrixState, MatrixChunk]:
-        """Adds the outer products of a chunk in one matrix product."""
-        del anchor, controls
-        chunk = MatrixChunk(state.matrix, key, value)
-        return MatrixState(state.matrix + jnp.matmul(key.T, value)), chunk
+    ) -> tuple[MatrixState, ChannelChunk]:
+        """Adds a chunk in one matrix product."""
+        del anchor
+        chunk = ChannelChunk(state.matrix, controls["log_alpha"], key[None], value[None])
+        return MatrixState(chunk.end()), chunk
 
-    def apply(self, chunk: MatrixChunk, layer: int, x: Float[Array, "m k"]) -> Array:
-        """The state's product with x, plus causal attention without softmax inside the chunk."""
+    def apply(self, chunk: ChannelChunk, layer: int, x: Float[Array, "m k"]) -> Array:
+        """The state's product with x, plus attention inside the chunk, decayed per channel."""
         del layer
-        scores = jnp.tril(jnp.matmul(x, chunk.key.T))
-        return jnp.matmul(x, chunk.matrix) + jnp.matmul(scores, chunk.value)
-
-    def matrices(self, state: MatrixState) -> Matrices:
-        """The matrix itself."""
-        return (state.matrix,)
-
-    def forward(
-        self, apply: Apply, query: Float[Array, "rows k"], gate: Float[Array, "rows"] | None = None
-    ) -> Array:
-        """M q."""
-        return apply(0, gated(gate, query))
+        return chunk.apply(x)
