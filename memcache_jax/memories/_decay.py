@@ -4,6 +4,13 @@ import jax.numpy as jnp
 
 from memcache_jax._typing import Array, Float
 
+_ZERO = -1e6  # the log of a decay that is as good as zero, in any sum; -inf may be given
+
+
+def start_decay(log_decay: Float[Array, "m"]) -> Float[Array, "m"]:
+    """Returns the product of the decays up to and including each token."""
+    return jnp.exp(running_sum(jnp.maximum(log_decay, _ZERO)))
+
 
 def running_sum(x: Float[Array, "m ..."]) -> Float[Array, "m ..."]:
     """Cumulative sum of few rows, as the matrix product that every backend does fast."""
@@ -18,5 +25,5 @@ def decay_matrix(log_decay: Float[Array, "m"]) -> Float[Array, "m m"]:
     """
     size = log_decay.shape[0]
     below = jnp.tri(size, k=-1, dtype=bool)
-    logs = running_sum(jnp.where(below, log_decay[:, None], 0.0))
+    logs = running_sum(jnp.where(below, jnp.maximum(log_decay, _ZERO)[:, None], 0.0))
     return jnp.where(jnp.tri(size, dtype=bool), jnp.exp(logs), 0.0)
