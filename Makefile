@@ -3,7 +3,7 @@
 #   make demo         trains a small model on this machine's own Python files, in runs/demo
 #   make test         all tests; make test-fast leaves out the slow ones
 #   make lint         ruff and pyright
-#   make bench        time and memory of the layer
+#   make bench        time of the layer, forward and backward
 #
 # Another Python: make demo PYTHON=python3.12. An NVIDIA GPU or a TPU is found by itself; to choose,
 # ACCELERATOR=cuda13, cuda12, tpu or cpu.

@@ -85,7 +85,7 @@ def programs(build: Callable) -> tuple[Callable, Callable, tuple]:
 def main(argv: list[str]) -> None:
     """Compiles everything, then times it in interleaved rounds and prints the table."""
     del argv
-    if FLAGS.cores:
+    if FLAGS.cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-FLAGS.cores :])
     import jax
 

@@ -5,6 +5,7 @@ Any key of the configuration can be set, as in ``--config.data.files=PATH --conf
 """
 
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -62,15 +63,19 @@ def _summary(results: dict, workdir: str, argv: Sequence[str]) -> str:
 
     def again(flags: Mapping[str, object]) -> str:
         """The run's own command, with other values of some flags."""
-        kept, old = [], iter(argv)
-        for argument in old:
+        kept, dropped = [], False
+        for argument in argv:
             name, equals, _ = argument.lstrip("-").partition("=")
-            if name not in flags:
+            is_flag = argument.startswith("-")
+            # The value of a flag without "=" is the next argument, if that is no flag itself.
+            if not (name in flags if is_flag else dropped):
                 kept.append(argument)
-            elif not equals:
-                next(old)  # the value is the next argument
+            dropped = is_flag and name in flags and not equals
         new = [f"--{name}={value}" for name, value in flags.items()]
-        return f"python -m experiments.train {shlex.join([*kept, *new])}"
+        return f"{python} -m experiments.train {shlex.join([*kept, *new])}"
+
+    here = os.path.relpath(sys.executable)
+    python = shlex.quote(sys.executable if here.startswith("..") else here)
 
     longer = {"config.resume": True, "config.steps": 2 * results["step"]}
     own = {"config.data.files": "FOLDER", "workdir": "runs/mine"}
@@ -85,11 +90,11 @@ def _summary(results: dict, workdir: str, argv: Sequence[str]) -> str:
         f"curve, sample, model {workdir}/loss.png, {workdir}/sample.txt, {workdir}/params",
         "",
         "Try next:",
-        f"  another prompt  python -m experiments.generate --workdir={shlex.quote(workdir)} "
+        f"  another prompt  {python} -m experiments.generate --workdir={shlex.quote(workdir)} "
         "--prompt='class Stack:'",
         f"  train longer    {again(longer)}",
         f"  your own files  {again(own)}",
-        "  attention       python -m experiments.train --config=configs/transformer_demo.py "
+        f"  attention       {python} -m experiments.train --config=configs/transformer_demo.py "
         "--workdir=runs/transformer_demo",
     ]
     return "\n".join(lines)

@@ -17,7 +17,7 @@ def for_each_unit(unit: Callable, batch_dims: int) -> Callable:
     """
 
     def flattened(mapped: Callable) -> Callable:
-        # One batch axis: XLA 0.10's simplifier fails on products with three permuted ones.
+        # One batch axis: the simplifier of jaxlib 0.10 fails on products with three permuted ones.
         def call(*args):
             batch = jax.tree.leaves(args)[0].shape[:batch_dims]
             flat = jax.tree.map(lambda x: x.reshape(math.prod(batch), *x.shape[batch_dims:]), args)

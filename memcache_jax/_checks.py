@@ -6,6 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from memcache_jax.aggregation import Aggregation
+from memcache_jax.memories import Memory
+from memcache_jax.segmentation import Constant
+
 
 def check_choice(name: str, got: Any, choices: tuple) -> None:
     """Raises ValueError unless ``got`` is one of ``choices``."""
@@ -45,6 +49,7 @@ def check_memory_caching(
     segmentation: Any,
 ) -> None:
     """Raises ValueError unless the arguments of ``memory_caching`` fit each other."""
+    check_configuration(memory, aggregation, segmentation)
     name = type(memory).__name__
     if jnp.ndim(key) != 4 or jnp.ndim(value) != 4:
         raise ValueError(
@@ -53,8 +58,8 @@ def check_memory_caching(
         )
     b, t, h, k = jnp.shape(key)
     v = jnp.shape(value)[-1]
-    if t == 0:
-        raise ValueError(f"the sequence is empty: key has shape (b, t, h, k) = {key.shape}")
+    if 0 in jnp.shape(key):
+        raise ValueError(f"nothing is to be read: key has shape (b, t, h, k) = {key.shape}")
     check_shape("key", key, (b, t, h, k), "b, t, h, k")
     check_shape("query", query, (b, t, h, k), "b, t, h, k")
     check_shape("value", value, (b, t, h, v), "b, t, h, v")
@@ -78,11 +83,38 @@ def check_memory_caching(
     for weight, shape in shapes.items():
         check_shape(f"weight {weight}", weights[weight], (h, *shape), "h, out, in")
 
-    check_segments(memory, segmentation)
+
+def check_heads(in_features: int, num_heads: int, head_dim: int | None) -> int:
+    """Returns the dimension of a head, or raises ValueError."""
+    for name, size in (("in_features", in_features), ("num_heads", num_heads)):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    if head_dim is None and in_features % num_heads:
+        raise ValueError(
+            f"num_heads={num_heads} must divide in_features={in_features}, or give head_dim"
+        )
+    if head_dim is not None and head_dim < 1:
+        raise ValueError(f"head_dim must be at least 1, got {head_dim}")
+    return in_features // num_heads if head_dim is None else head_dim
 
 
-def check_segments(memory: Any, segmentation: Any) -> None:
-    """Raises ValueError unless the memory's chunk size divides the segment size."""
+def check_input(x: jax.Array, in_features: int) -> None:
+    """Raises ValueError unless ``x`` is (b, t, in_features)."""
+    if x.ndim != 3 or x.shape[-1] != in_features:
+        raise ValueError(
+            f"the input must be (b, t, d) with d = in_features = {in_features}, got shape {x.shape}"
+        )
+
+
+def check_configuration(memory: Any, aggregation: Any, segmentation: Any) -> None:
+    """Raises ValueError unless each is an instance, and the chunk size divides the segment's."""
+    for what, got, wanted, example in (
+        ("memory", memory, Memory, "mc.memories.Titans(chunk_size=64)"),
+        ("aggregation", aggregation, Aggregation, "mc.GRM()"),
+        ("segmentation", segmentation, Constant, "mc.Constant(256)"),
+    ):
+        if not isinstance(got, wanted):
+            raise ValueError(f"{what} must be an object such as {example}, got {got!r}")
     if memory.gradient_chunk and segmentation.size % memory.gradient_chunk:
         raise ValueError(
             f"the chunk size of {type(memory).__name__}, {memory.gradient_chunk}, must divide the "

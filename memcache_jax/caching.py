@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from memcache_jax import _checks, _reference
@@ -42,7 +43,8 @@ def memory_caching(
         y_t = Agg(M_1, ..., M_{s-1}; M_t; q_t)
 
     The output at t depends on no later token and not on the sequence's length. States, gates and
-    sums are kept in float32 (float64 for float64 inputs); the output has ``value``'s dtype.
+    sums are kept in float32 (float64 for float64 inputs); the output has ``value``'s dtype. It is
+    differentiable in reverse mode (``jax.grad``, ``jax.vjp``).
 
     Args:
       query: q, what a token reads with.
@@ -116,8 +118,8 @@ def _chunked(
     """The fast path: write all segments chunk by chunk, then read live and cached states."""
     length = tokens[0].shape[2]
     block = plan.block_size
-    chunk = memory.gradient_chunk or _exact_chunk(min(block, length))
-    if plan.num_blocks == 1:
+    chunk = memory.gradient_chunk or _exact_chunk(block, length)
+    if plan.num_blocks == 1:  # nothing reads the state at its end
         block = -(-length // chunk) * chunk
     padding = plan.num_blocks * block - length
 
@@ -128,6 +130,7 @@ def _chunked(
 
     query, key, value, connector, controls = jax.tree.map(split, tokens)
     ends, online = _write(memory, chunk, weights, (query, key, value, controls), start)
+    assert start == "checkpoint" or np.all(np.diff(plan.buckets) == 1), "a bucket is one block"
     bank = jax.tree.map(lambda x: x[:, :, plan.buckets[:, 1] - 1], memory.matrices(ends))
     scores = jax.vmap(jax.vmap(functools.partial(relevance, plan=plan)))(connector, key)
     gates = aggregation.gates(*scores)
@@ -172,10 +175,12 @@ def _write(
     return ends, online.reshape(*online.shape[:3], -1, online.shape[-1])
 
 
-def _exact_chunk(block: int, most: int = 128) -> int:
-    """A chunk length for rules that are exact for any: the largest divisor up to ``most``.
+def _exact_chunk(block: int, length: int, most: int = 128) -> int:
+    """A chunk length for rules that are exact for any: up to ``most``, and a divisor of the block.
 
-    A block with no divisor of a useful size is one chunk.
+    A block with no divisor of a useful size is one chunk. A sequence of one block is filled up.
     """
+    if length <= block:
+        return min(length, most)
     best = max(size for size in range(1, min(block, most) + 1) if block % size == 0)
     return best if best * 4 >= min(block, most) else block

@@ -13,6 +13,7 @@ from jax import lax
 from jax.core import Tracer
 
 from memcache_jax._typing import Array, Float, Int
+from memcache_jax.nn import LanguageModel
 
 _SMALLEST_BUFFER = 64
 
@@ -35,8 +36,8 @@ def generate(
 
     Args:
       model: a causal model (b, t) int -> logits (b, t, vocab): an NNX module, in evaluation mode
-        if it has one, or a function. With the methods ``hidden`` and ``logits`` of
-        ``nn.LanguageModel``, only the last position goes through the output layer. Pass the same
+        if it has one, or a function. Of an ``nn.LanguageModel``, only the last position goes
+        through the output layer. Pass the same
         function again, not a new one, to reuse its compilation.
       prompt: (b, t) token ids.
       max_new_tokens: how many tokens to add to each row.
@@ -133,7 +134,7 @@ def _next_logits(
 ) -> Float[Array, "b vocab"]:
     """The logits of the token after position ``last``, in float32 or wider."""
     model = model if state is None else nnx.merge(model, state)
-    if hasattr(model, "hidden") and hasattr(model, "logits"):
+    if isinstance(model, LanguageModel):
         hidden = lax.dynamic_index_in_dim(model.hidden(tokens), last, axis=1, keepdims=False)
         logits = model.logits(hidden)
     else:

@@ -53,8 +53,8 @@ class Constant:
     size: int
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"a segment needs at least 1 token, got Constant(size={self.size})")
+        if not isinstance(self.size, int) or self.size < 1:
+            raise ValueError(f"a segment needs at least 1 token, got Constant(size={self.size!r})")
 
     def plan(self, length: int) -> ReadPlan:
         """The read plan of a sequence of ``length`` tokens."""

@@ -217,12 +217,49 @@ def test_one_segment_is_the_base_rule(memory, start):
 @pytest.mark.usefixtures("x64")
 @every_memory
 def test_checkpoint_carries_on_across_segments(memory):
-    # Its live memory is that of one long segment: with the cached reads taken away, so is y.
+    inputs = make_inputs(memory, 21, batch=1, heads=1)
+    query, key, value = (inputs[name][0, :, 0] for name in ("query", "key", "value"))
+    weights = {name: weight[0] for name, weight in inputs["weights"].items()}
+    state = anchor = memory.init(weights, 4, 4, key.dtype)
+    live = []
+    for t in range(21):  # one run over the whole sequence, blind to segments
+        anchor = state if t % (memory.gradient_chunk or 1) == 0 else anchor
+        controls = {name: control[0, t, 0] for name, control in inputs["controls"].items()}
+        state = memory.step(state, anchor, key[t], value[t], controls)
+        live.append(memory.matrices(state))
+    wanted = [
+        sum(
+            memory.read(state, query[t : t + 1])[0]
+            for state in (*live[7 : t // 8 * 8 : 8], live[t])
+        )
+        for t in range(21)
+    ]
+    y = run(inputs, memory, mc.Residual(), size=8, start="checkpoint")
+    assert_close(y[0, :, 0], jnp.stack(wanted), 1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@every_memory
+def test_a_decay_of_zero_forgets_and_touches_nothing_before(memory):
     inputs = make_inputs(memory, 21)
-    whole = run(inputs, memory, mc.Residual(), size=24)
-    split = run(inputs, memory, mc.Residual(), size=8, start="checkpoint")
-    assert_close(split[:, :8], whole[:, :8], 1e-12)
-    assert not np.allclose(split[:, 8:], whole[:, 8:])
+    for name in {"log_alpha", "log_beta"} & set(inputs["controls"]):
+        inputs["controls"][name] = inputs["controls"][name].at[:, 5].set(-jnp.inf)
+    wanted = run_reference(inputs, memory, mc.GRM())
+    assert_close(run(inputs, memory, mc.GRM()), wanted, 1e-12)
+    gradient = jax.grad(lambda inputs: jnp.sum(run(inputs, memory, mc.GRM()) ** 2))(inputs)
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(gradient))
+
+
+def test_memory_does_not_grow_with_the_square_of_an_odd_length():
+    memory = MEMORIES["linear"]
+
+    def temporaries(length):
+        inputs = make_inputs(memory, length)
+        compiled = run.lower(inputs, memory, mc.GRM(), size=4096).compile()
+        analysis: Any = compiled.memory_analysis()
+        return analysis.temp_size_in_bytes
+
+    assert temporaries(1021) < 1.5 * temporaries(1024)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
@@ -296,7 +333,8 @@ class TestErrors:
         [
             (dict(query=jnp.ones((2, 20, 3, 4))), r"query must have shape .*\(2, 21, 3, 4\), got"),
             (dict(key=jnp.ones((2, 21, 4))), r"key must be \(b, t, h, k\).*\(2, 21, 4\)"),
-            (dict(key=jnp.ones((2, 0, 3, 4))), "sequence is empty"),
+            (dict(key=jnp.ones((2, 0, 3, 4))), "nothing is to be read"),
+            (dict(key=jnp.ones((0, 21, 3, 4))), "nothing is to be read"),
             (dict(value=jnp.ones((2, 21, 1, 4))), r"value must have shape .*got \(2, 21, 1, 4\)"),
             (dict(value=jnp.ones((2, 21, 3, 5))), "needs k = v, got k=4, v=5"),
             (dict(query=jnp.ones((2, 21, 3, 4), int)), "query must be floating point, got int32"),
@@ -344,8 +382,15 @@ class TestErrors:
                 segmentation=mc.Constant(8),
                 implementation=unknown,
             )
-        with pytest.raises(ValueError, match="at least 1 token"):
-            mc.Constant(0)
+        sizes: Any = (0, 4.0)
+        for size in sizes:
+            with pytest.raises(ValueError, match=f"at least 1 token, got .*size={size}"):
+                mc.Constant(size)
+        good: Any = dict(memory=self.MEMORY, aggregation=mc.GRM(), segmentation=mc.Constant(8))
+        wrong: Any = dict(memory=mc.memories.Titans, aggregation=mc.GRM, segmentation=4)
+        for name in wrong:
+            with pytest.raises(ValueError, match=f"{name} must be an object such as mc"):
+                mc.memory_caching(**inputs, **(good | {name: wrong[name]}))
         with pytest.raises(ValueError, match="gate='loud'"):
             mc.GRM(gate="loud")
         with pytest.raises(ValueError, match="depth=3"):

@@ -2,8 +2,8 @@
 
 The (block, slot) pairs of the plan are visited in groups of one pair per block on average: a group
 gathers its blocks and states, reads them in one batched product, and adds into the output. The
-backward pass visits the same groups and recomputes the reads, so memory does not grow with the
-number of pairs.
+backward pass visits the same groups and recomputes the reads, so that no read of a pair is
+kept.
 """
 
 from collections.abc import Callable

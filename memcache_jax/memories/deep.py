@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from memcache_jax._typing import Apply, Array, Controls, Float, Matrices
-from memcache_jax.memories._decay import decay_matrix, running_sum
+from memcache_jax.memories._decay import decay_matrix, start_decay
 from memcache_jax.memories.base import Control, Memory, gated
 
 
@@ -169,12 +169,12 @@ class Titans(Memory):
         log_alpha, log_beta, eta = (controls[name] for name in ("log_alpha", "log_beta", "eta"))
         # S_t = B_t S_0 - sum_j decay_beta[t, j] eta_j G_j, and W_t sums what alpha leaves of S_t.
         decay_alpha, decay_beta = decay_matrix(log_alpha), decay_matrix(log_beta)
-        beta_product = jnp.exp(running_sum(log_beta))
+        beta_product = start_decay(log_beta)
         chunk = DeepChunk(
             start=state,
-            weight_decay=jnp.exp(running_sum(log_alpha)),
-            momentum_decay=jnp.matmul(decay_alpha, beta_product),
-            mixing=jnp.matmul(decay_alpha, decay_beta) * eta[None],
+            weight_decay=start_decay(log_alpha),
+            momentum_decay=jnp.matmul(decay_alpha, beta_product, precision="highest"),
+            mixing=jnp.matmul(decay_alpha, decay_beta, precision="highest") * eta[None],
             inputs=inputs,
             deltas=deltas,
         )

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from memcache_jax import _checks
 from memcache_jax._typing import Array, Float
 from memcache_jax.nn.layers import Linear
 
@@ -14,13 +15,16 @@ from memcache_jax.nn.layers import Linear
 class Attention(nnx.Module):
     """Causal softmax attention with RoPE, over all past tokens or a sliding window of them.
 
+    y_t = sum over j <= t of softmax_j(<R_t q_t, R_j k_j> / sqrt(k)) v_j in each head, with the
+    rotations R of arXiv:2104.09864.
+
     Args:
       in_features: model dimension d.
       num_heads: heads h.
       head_dim: dimension of a head, even; ``in_features // num_heads`` by default.
       window: tokens that a token sees, itself included; None for all.
       rope_base: wavelength base of the rotary embedding.
-      dtype: dtype of the arithmetic; the input's by default.
+      dtype: dtype of the arithmetic; by default the wider of the input's and ``param_dtype``.
       param_dtype: dtype of the parameters.
       rngs: random keys.
 
@@ -46,11 +50,8 @@ class Attention(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        if head_dim is None and in_features % num_heads:
-            raise ValueError(
-                f"num_heads={num_heads} must divide in_features={in_features}, or give head_dim"
-            )
-        self.num_heads, self.head_dim = num_heads, head_dim or in_features // num_heads
+        self.in_features, self.num_heads = in_features, num_heads
+        self.head_dim = _checks.check_heads(in_features, num_heads, head_dim)
         if self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, got {self.head_dim}")
         if window is not None and window < 1:
@@ -64,7 +65,12 @@ class Attention(nnx.Module):
         self.out = Linear(inner, in_features, **options)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        """Mixes tokens causally."""
+        """Mixes tokens causally.
+
+        Raises:
+          ValueError: for an input that is not (b, t, in_features).
+        """
+        _checks.check_input(x, self.in_features)
         query, key, value = (
             linear(x).reshape(*x.shape[:2], self.num_heads, self.head_dim)
             for linear in (self.query, self.key, self.value)

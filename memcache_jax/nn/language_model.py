@@ -95,6 +95,8 @@ class LanguageModelConfig:
         for name in ("vocab_size", "num_layers", "features", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.mlp_features is not None and self.mlp_features < 0:
+            raise ValueError(f"mlp_features must not be negative, got {self.mlp_features}")
         if not self.mixers or self.num_layers % len(self.mixers):
             raise ValueError(
                 f"num_layers={self.num_layers} must be a multiple of the number of mixers, "
@@ -181,6 +183,8 @@ class LanguageModel(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t vocab"]:
         """Returns the logits of the next token at every position.
+
+        Ids must be below ``vocab_size``: others cannot be checked under jit, and give NaN.
 
         Raises:
           ValueError: for tokens that are not integers of shape (b, t).

@@ -35,8 +35,9 @@ class MemoryCaching(nnx.Module):
       start: what a segment's memory begins with, ``"independent"`` or ``"checkpoint"``.
       conv_width: taps of the convolution.
       implementation: as in ``memory_caching``.
-      dtype: dtype of the projections' arithmetic; the input's by default. Memory states and gates
-        are always float32 or wider.
+      dtype: dtype of the projections' arithmetic and of the output; by default the wider of the
+        input's and ``param_dtype``, as in Flax. Memory states and gates are always float32 or
+        wider.
       param_dtype: dtype of the parameters.
       rngs: random keys.
 
@@ -70,13 +71,11 @@ class MemoryCaching(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        if head_dim is None and in_features % num_heads:
-            raise ValueError(
-                f"num_heads={num_heads} must divide in_features={in_features}, or give head_dim"
-            )
-        _checks.check_segments(memory, segmentation)
+        _checks.check_configuration(memory, aggregation, segmentation)
         _checks.check_choice("start", start, ("independent", "checkpoint"))
-        self.num_heads, self.head_dim = num_heads, head_dim or in_features // num_heads
+        _checks.check_choice("implementation", implementation, (None, "xla", "reference"))
+        self.in_features, self.num_heads = in_features, num_heads
+        self.head_dim = _checks.check_heads(in_features, num_heads, head_dim)
         self.memory, self.aggregation, self.segmentation = memory, aggregation, segmentation
         self.start: Start = start
         self.implementation: Implementation | None = implementation
@@ -128,10 +127,12 @@ class MemoryCaching(nnx.Module):
           x: the input; T need not be a multiple of the segment size.
 
         Returns:
-          The output, of x's shape, in ``dtype`` (x's by default).
+          The output, of x's shape, in ``dtype``.
+
+        Raises:
+          ValueError: for an input that is not (b, t, in_features).
         """
-        if x.ndim != 3:
-            raise ValueError(f"the input must be (b, t, d), got shape {x.shape}")
+        _checks.check_input(x, self.in_features)
         x = x if self.dtype is None else x.astype(self.dtype)
         query = l2_normalize(self._heads(self.query_conv(self.query(x))))
         key = l2_normalize(self._heads(self.key_conv(self.key(x))))

@@ -116,9 +116,9 @@ class Checkpoints:
         step, response = self._saving
         try:
             response.result(timeout=0 if only_if_done else None)
-        except TimeoutError:
-            return
         except Exception as e:
+            if only_if_done and isinstance(e, TimeoutError):
+                return
             self._saving = None
             raise self._error(step, e) from e
         self._saving = None
@@ -197,14 +197,17 @@ def export_params(workdir: str | os.PathLike[str], params: Params) -> Path:
     An export that is already there stays until the new one is complete.
 
     Raises:
-      OSError: if it cannot be written.
+      CheckpointError: if it cannot be written.
     """
     path = Path(os.path.abspath(workdir)) / "params"
     new, old = path.with_name("params.new"), path.with_name("params.old")
     for left in (new, old):
         if left.exists() and (path.exists() or left == new):
             shutil.rmtree(left)
-    ocp.save(str(new), params)
+    try:
+        ocp.save(str(new), params)
+    except Exception as e:  # Orbax raises many kinds
+        raise CheckpointError(f"could not write the parameters to {new}: {_one_line(e)}") from e
     if path.exists():
         path.rename(old)
     new.rename(path)

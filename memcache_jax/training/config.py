@@ -48,7 +48,7 @@ def default_config() -> Config:
     config: Config = ConfigDict()
     config.seed = 0  # of the initial parameters, the order of the data and the sample
     config.steps = 1000  # updates in all; the learning rate's schedule ends there
-    config.batch_size = 8  # rows per update, over all devices
+    config.batch_size = 8  # rows per update
     config.sequence_length = 512  # tokens predicted per row
     config.resume = False  # go on from the newest checkpoint in the workdir, if there is one
     config.log_every = 10  # steps between lines of metrics
@@ -196,6 +196,15 @@ def check_config(config: Config) -> None:
     for name in ("weight_decay", "z_loss", "final_fraction"):
         if not config.optimizer[name] >= 0:
             raise ValueError(f"optimizer.{name} must not be negative, got {config.optimizer[name]}")
+    for name in ("b1", "b2"):
+        if not 0 <= config.optimizer[name] < 1:
+            raise ValueError(f"optimizer.{name} must be in [0, 1), got {config.optimizer[name]}")
+    if not config.sample.temperature >= 0:
+        raise ValueError(
+            f"sample.temperature must not be negative, got {config.sample.temperature}"
+        )
+    if not 0 < config.sample.top_p <= 1:
+        raise ValueError(f"sample.top_p must be in (0, 1], got {config.sample.top_p}")
     if config.sample.max_new_tokens < 0:
         raise ValueError(
             f"sample.max_new_tokens must not be negative, got {config.sample.max_new_tokens}"

@@ -1,8 +1,9 @@
 """A run's text: its tokenizer, the records to train on, the held-out rows, and what they are."""
 
 import hashlib
-import json
 import logging
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,9 @@ class Corpus(NamedTuple):
       tokenizer: turns text into ids.
       train: the documents to train on.
       heldout: the rows to measure on.
-      identity: numbers of files and bytes, and digests, which are equal if the text is.
+      identity: numbers of files and bytes, and a digest of every file's name, size, and first and
+        last 4 KiB, which tell another text from this one, but not an edit in a file's middle that
+        keeps its size.
     """
 
     tokenizer: Tokenizer
@@ -37,6 +40,12 @@ def load_corpus(config: Config) -> Corpus:
       ValueError: if there are no files, they hold too little text, or the tokenizer does not fit.
     """
     options = config.data
+    for key in ("files", "exclude", "heldout_files"):
+        if not all(isinstance(name, str) for name in _as_list(options[key])):
+            raise ValueError(
+                f"data.{key} must be names, got {options[key]!r}: quote one that is a number, "
+                "as in --config.data.files=\"('2024',)\""
+            )
     if not options.files:
         raise ValueError("data.files names no files: set --config.data.files=FOLDER, FILE or GLOB")
     tokenizer = make_tokenizer(
@@ -51,8 +60,7 @@ def load_corpus(config: Config) -> Corpus:
         sequence_length=config.sequence_length,
         max_tokens=options.heldout_tokens,
     )
-    sizes = [(file.as_posix(), file.stat().st_size) for file in (*train, *heldout)]
-    num_bytes = sum(size for _, size in sizes[: len(train)])
+    num_bytes = sum(file.stat().st_size for file in train)
     _log.info(
         "Data: %d files to train on (%.1f MB), %d held out (%d tokens measured).",
         *(len(train), num_bytes / 1e6, len(heldout), rows.tokens[:, 1:].size),
@@ -61,12 +69,30 @@ def load_corpus(config: Config) -> Corpus:
         "train_files": len(train),
         "heldout_files": len(heldout),
         "train_bytes": num_bytes,
-        "names_and_sizes": hashlib.sha1(json.dumps(sizes).encode()).hexdigest(),
+        "files": _digest([*train, *heldout]),
         "tokenizer": "bytes"
         if options.tokenizer == "bytes"
         else hashlib.sha1(Path(options.tokenizer).read_bytes()).hexdigest(),
     }
     return Corpus(tokenizer, records, rows, identity)
+
+
+def _as_list(names: Any) -> list[Any]:
+    return list(names) if isinstance(names, list | tuple) else [names]
+
+
+def _digest(files: Sequence[Path], ends: int = 4096) -> str:
+    """A digest of the names and sizes of files, and of what they begin and end with."""
+    common = os.path.commonpath([file.parent for file in files])
+    digest = hashlib.sha1()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(common).as_posix()}\0{size}\0".encode())
+        with file.open("rb") as f:
+            digest.update(f.read(ends))
+            f.seek(max(size - ends, 0))
+            digest.update(f.read(ends))
+    return digest.hexdigest()
 
 
 class ReplacedDocuments:

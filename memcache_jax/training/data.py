@@ -17,8 +17,9 @@ class HeldOut(NamedTuple):
     Attributes:
       tokens: (rows, sequence_length + 1) int32; neighbours overlap by one token, so that each
         row's inputs are ``[:, :-1]``, its targets ``[:, 1:]``, and no target comes twice.
-      bytes_per_token: bytes of text per token, ends of documents counted as tokens. Bits per
-        byte are the mean loss in nats / ln 2 / bytes_per_token.
+      bytes_per_token: bytes of text per target, ends of documents counted as tokens; a document
+        of which a part is measured counts by its share of tokens. Bits per byte are the mean loss
+        in nats / ln 2 / bytes_per_token.
     """
 
     tokens: np.ndarray
@@ -165,20 +166,25 @@ def heldout_rows(
         )
     rows = min(len(tokens) - 1, max_tokens) // sequence_length
     starts = np.arange(rows)[:, None] * sequence_length
-    return HeldOut(tokens[starts + np.arange(sequence_length + 1)], num_bytes / len(tokens))
+    targets = slice(1, rows * sequence_length + 1)
+    return HeldOut(
+        tokens[starts + np.arange(sequence_length + 1)], float(num_bytes[targets].mean())
+    )
 
 
 def _read(
     records: Records, indices: Iterable[int], tokenizer: Tokenizer, max_tokens: int
-) -> tuple[np.ndarray, int, bool]:
-    """Returns the tokens and bytes of whole records, and whether all of them were read."""
-    tokenize = _tokenize_with(tokenizer)
-    parts, num_tokens, num_bytes = [np.empty(0, np.int32)], 0, 0
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Returns the tokens of whole records, the bytes of each, and whether all were read."""
+    end = np.array([tokenizer.eos_id], np.int32)
+    tokens, num_bytes = [np.empty(0, np.int32)], [np.empty(0)]
+    num_tokens = 0
     for index in indices:
         if num_tokens > max_tokens:  # the first token is no target
-            return np.concatenate(parts), num_bytes, False
-        documents = records[index]
-        parts.append(tokenize(documents)["tokens"])
-        num_tokens += len(parts[-1])
-        num_bytes += sum(map(len, documents))
-    return np.concatenate(parts), num_bytes, True
+            return np.concatenate(tokens), np.concatenate(num_bytes), False
+        for text in records[index]:
+            ids = tokenizer.encode(text)
+            tokens += [ids, end]
+            num_bytes += [np.full(len(ids), len(text) / max(len(ids), 1)), np.zeros(1)]
+            num_tokens += len(ids) + 1
+    return np.concatenate(tokens), np.concatenate(num_bytes), True

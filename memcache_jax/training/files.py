@@ -98,7 +98,7 @@ def split_files(
     common = os.path.commonpath([file.parent for file in files])
     place = {file: stable_fraction(file.relative_to(common).as_posix()) for file in files}
     by_place = sorted(files, key=lambda file: (place[file], file.as_posix()))
-    # By threshold, not by rank: files added to the tree later do not move the others.
+    # By threshold, not by rank: files added below the common folder later do not move the others.
     count = sum(value < heldout_fraction for value in place.values())
     count = min(max(count, 1), len(files) - 1)
     return sorted(by_place[count:], key=Path.as_posix), sorted(by_place[:count], key=Path.as_posix)

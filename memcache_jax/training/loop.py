@@ -38,6 +38,8 @@ from memcache_jax.training.step import (
 
 _log = logging.getLogger(__name__)
 
+_FINISHED = ("params", "params.new", "params.old", "results.json")  # what is left at the end
+
 
 class StoppedError(Exception):
     """A signal ended the run, after its checkpoint was saved."""
@@ -57,7 +59,8 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     alone in ``params/``, ``results.json``, ``loss.png``, ``sample.txt`` and, where the tokenizer
     is a file, its copy. A line of metrics has the means of ``loss``, ``z_loss`` and
     ``gradient_norm`` over the steps since the line before, and ``heldout_*`` at evaluations. A run
-    that goes on from a checkpoint writes the same numbers as one that was never stopped.
+    that goes on from a checkpoint writes the same numbers as one that was never stopped (on a GPU,
+    with ``XLA_FLAGS=--xla_gpu_deterministic_ops=true``). One run at a time holds ``.lock``.
 
     Args:
       config: as from ``default_config``.
@@ -133,6 +136,11 @@ class _Run:
             raise ValueError(
                 f"{workdir} holds a run with a checkpoint of step {found[0]}: "
                 "go on from it with --config.resume=True, or give another --workdir"
+            )
+        if not found and (left := [n for n in _FINISHED if (workdir / n).exists()]):
+            raise ValueError(
+                f"{workdir} holds {', '.join(left)} of a finished run without its checkpoints, "
+                "which a new run would replace: give another --workdir, or move them away"
             )
         workdir.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(workdir)
@@ -282,12 +290,11 @@ class _Run:
 
     def close(self) -> None:
         """Closes the files, and waits for a save in progress."""
-        if self.metrics is not None:
-            self.metrics.close()
-        try:
-            self.checkpoints.close()
-        finally:
-            self._lock.close()
+        with contextlib.ExitStack() as closing:
+            closing.callback(self._lock.close)
+            closing.callback(self.checkpoints.close)
+            if self.metrics is not None:
+                closing.callback(self.metrics.close)
 
 
 def _lock(workdir: Path) -> TextIO:

@@ -41,6 +41,7 @@ class MetricsWriter:
         """Writes one step's metrics, on disk when this returns."""
         self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())
         if self._board is not None:
             for name, value in row.items():
                 self._board.add_scalar(name, value, step)

@@ -104,7 +104,8 @@ def test_bfloat16_has_float32_parameters_and_logits():
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(nnx.state(model)))
     logits = call(model, ids())
     assert logits.dtype == jnp.float32
-    assert_close(logits, call(make(), ids()), 5e-2)
+    wanted = call(make(), ids())
+    assert float(jnp.linalg.norm(logits - wanted) / jnp.linalg.norm(wanted)) < 0.1
 
 
 def test_compiled_program_does_not_grow_with_depth():
@@ -120,6 +121,7 @@ def test_compiled_program_does_not_grow_with_depth():
     ("changes", "message"),
     [
         (dict(num_layers=0), "num_layers must be at least 1, got 0"),
+        (dict(mlp_features=-1), "mlp_features must not be negative, got -1"),
         (dict(mixers=()), "multiple of the number of mixers, got 0"),
         (dict(mixers=(CACHING,) * 3), "num_layers=4 must be a multiple .* got 3"),
     ],

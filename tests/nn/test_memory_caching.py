@@ -1,5 +1,7 @@
 """The layer: causal, any length, its starting point, its precision, its errors."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +13,8 @@ from memcache_jax.nn.layers import CausalConv, l2_normalize
 from tests.cases import AGGREGATIONS, MEMORIES, STARTS, assert_close
 
 
-def make(memory="titans", aggregation="grm", **options):
-    options = dict(segmentation=mc.Constant(8), rngs=nnx.Rngs(0)) | options
+def make(memory="titans", aggregation="grm", **changes):
+    options: Any = dict(segmentation=mc.Constant(8), rngs=nnx.Rngs(0)) | changes
     return mc.nn.MemoryCaching(
         16, 2, memory=MEMORIES[memory], aggregation=AGGREGATIONS[aggregation], **options
     )
@@ -62,10 +64,10 @@ def test_every_parameter_has_a_gradient(memory):
 def test_keys_and_connectors_start_as_copies_of_queries():
     layer = make()
     for name in ("key", "connector"):
-        np.testing.assert_array_equal(getattr(layer, name).kernel, layer.query.kernel)
-    np.testing.assert_array_equal(layer.key_conv.kernel, layer.query_conv.kernel)
-    assert not np.array_equal(layer.value.kernel, layer.query.kernel)
-    np.testing.assert_array_equal(layer.temperature, 10.0)
+        np.testing.assert_array_equal(getattr(layer, name).kernel[...], layer.query.kernel[...])
+    np.testing.assert_array_equal(layer.key_conv.kernel[...], layer.query_conv.kernel[...])
+    assert not np.array_equal(layer.value.kernel[...], layer.query.kernel[...])
+    np.testing.assert_array_equal(layer.temperature[...], 10.0)
 
 
 def test_residual_has_no_connector():
@@ -83,7 +85,7 @@ def test_titans_controls_start_near_keeping_and_small():
     assert log_alpha.shape == (2, 9, 2)
     assert 0.9 < float(jnp.exp(log_alpha).mean()) < 1
     assert 0.3 < float(jnp.exp(log_beta).mean()) < 0.7
-    assert 0 < float(eta.mean()) < 1 / layer.memory.chunk_size
+    assert 0 < float(eta.mean()) < 1 / 4  # a chunk has 4 tokens
 
 
 def test_initial_memory_is_not_a_saddle():
@@ -154,18 +156,25 @@ def test_normalized_rows_have_norm_one_also_from_bfloat16():
     [
         (dict(num_heads=3), "num_heads=3 must divide in_features=16"),
         (dict(segmentation=mc.Constant(6)), "chunk size of Titans, 4, must divide"),
+        (dict(num_heads=0), "num_heads must be at least 1, got 0"),
+        (dict(head_dim=0), "head_dim must be at least 1, got 0"),
+        (dict(implementation="cuda"), r"implementation must be one of .* got 'cuda'"),
+        (dict(aggregation=mc.GRM), "aggregation must be an object such as"),
         (dict(start="continue"), r"start must be one of .* got 'continue'"),
     ],
 )
 def test_arguments_that_do_not_fit(options, message):
-    options = dict(num_heads=2, segmentation=mc.Constant(8)) | options
+    options = (
+        dict(num_heads=2, segmentation=mc.Constant(8), aggregation=mc.GRM(), rngs=nnx.Rngs(0))
+        | options
+    )
     with pytest.raises(ValueError, match=message):
-        mc.nn.MemoryCaching(
-            16, memory=MEMORIES["titans"], aggregation=mc.GRM(), rngs=nnx.Rngs(0), **options
-        )
+        mc.nn.MemoryCaching(16, memory=MEMORIES["titans"], **options)
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_input_without_a_batch():
-    with pytest.raises(ValueError, match=r"must be \(b, t, d\), got shape \(5, 16\)"):
-        make()(jnp.zeros((5, 16)))
+@pytest.mark.parametrize("shape", [(5, 16), (2, 5, 15)])
+@pytest.mark.parametrize("build", [make, lambda: mc.nn.Attention(16, 2, rngs=nnx.Rngs(0))])
+def test_input_of_another_shape(build, shape):
+    with pytest.raises(ValueError, match=r"must be \(b, t, d\) with d = in_features = 16"):
+        build()(jnp.zeros(shape))

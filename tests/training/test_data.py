@@ -335,7 +335,7 @@ def test_heldout_predicts_every_target_once(tmp_path, length, max_tokens):
     np.testing.assert_array_equal(rows.tokens[1:, 0], rows.tokens[:-1, -1])
     if max_tokens == 1000:
         assert rows.tokens[:, 1:].ravel().tolist() == stream[1 : count * length + 1]
-        assert rows.bytes_per_token == pytest.approx(30 / 35)
+        assert rows.bytes_per_token == pytest.approx(float((rows.tokens[:, 1:] < EOS).mean()))
 
 
 def test_heldout_spreads_a_small_share_over_the_files(tmp_path):
@@ -358,3 +358,12 @@ def test_heldout_refuses_too_little_text(tmp_path):
         heldout_rows(records, ByteTokenizer(), sequence_length=8, max_tokens=7)
     rows = heldout_rows(records, ByteTokenizer(), sequence_length=7, max_tokens=100)
     assert rows.tokens.shape == (1, 8)
+
+
+def test_bytes_per_token_is_that_of_the_measured_targets(tmp_path):
+    lines = [json.dumps({"text": "ab"})] * 300 + [json.dumps({"text": "x" * 100_000})]
+    (tmp_path / "uneven.jsonl").write_text("\n".join(lines))
+    records = Records([tmp_path / "uneven.jsonl"])
+    rows = heldout_rows(records, ByteTokenizer(), sequence_length=100, max_tokens=900)
+    targets = rows.tokens[:, 1:]
+    assert rows.bytes_per_token == pytest.approx(float((targets < 256).mean()))

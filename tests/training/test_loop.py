@@ -68,6 +68,7 @@ def test_a_run_leaves_everything_behind(config, tmp_path, caplog):
     results = train(config, tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {
+        ".lock",
         "checkpoints",
         "config.json",
         "loss.png",
@@ -183,6 +184,16 @@ def test_a_signal_after_the_last_look_for_one_is_not_lost(config, tmp_path, monk
     with pytest.raises(StoppedError, match="after step 5, with a checkpoint"):
         train(config, tmp_path)
     assert Checkpoints.steps_in(tmp_path)[0] == 5
+
+
+@pytest.mark.parametrize("left", ["params", "results.json"])
+def test_what_a_finished_run_left_is_not_replaced(config, tmp_path, left):
+    workdir = tmp_path / "run"
+    (workdir / left).mkdir(parents=True)
+    config.resume = True
+    with pytest.raises(ValueError, match=f"holds {left} of a finished run without its checkpoints"):
+        train(config, workdir)
+    assert [path.name for path in workdir.iterdir()] == [left]
 
 
 def test_a_workdir_that_another_run_writes_to(config, tmp_path):
