@@ -1,19 +1,24 @@
 """Memory Caching (arXiv:2602.24281) in JAX: recurrent sequence models whose memory grows."""
 
 from memcache_jax import memories, nn
-from memcache_jax.aggregation import GRM, Aggregation, Residual
+from memcache_jax.aggregation import GRM, SSC, Aggregation, Residual, Soup
 from memcache_jax.caching import memory_caching
 from memcache_jax.generation import generate
-from memcache_jax.segmentation import Constant, ReadPlan
+from memcache_jax.segmentation import Constant, Lengths, Logarithmic, ReadPlan, Segmentation
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GRM",
+    "SSC",
     "Aggregation",
     "Constant",
+    "Lengths",
+    "Logarithmic",
     "ReadPlan",
     "Residual",
+    "Segmentation",
+    "Soup",
     "generate",
     "memories",
     "memory_caching",

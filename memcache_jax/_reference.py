@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from memcache_jax._typing import Array, Float, State
@@ -37,13 +38,14 @@ def _one_head(
     query, key, value, connector, controls = tokens
     length, segment = key.shape[0], plan.block_size
     initial = memory.init(weights, key.shape[-1], value.shape[-1], key.dtype)
+    begin = np.isin(np.arange(length), plan.first * segment)
 
     def run(first: int, after: int, restart: bool) -> State:
         """The states after each token in [first, after), from the initial state at ``first``."""
 
         def token(carry, t):
             state, anchor = carry
-            begins = (t % segment == 0) & restart
+            begins = jnp.asarray(begin)[t] & restart
             state = jax.tree.map(lambda new, old: jnp.where(begins, new, old), initial, state)
             begins = t % segment % (memory.gradient_chunk or 1) == 0
             anchor = jax.tree.map(lambda new, old: jnp.where(begins, new, old), state, anchor)
@@ -53,27 +55,35 @@ def _one_head(
 
         return lax.scan(token, (initial, initial), jnp.arange(first, after))[1]
 
+    pool = jnp.mean if aggregation.pooling == "mean" else jnp.sum
     live = run(0, length, restart=start == "independent")
     bank, pooled = [], []
     for first, after in (plan.buckets * segment).tolist():
-        # A bucket of one segment has been run from the initial state already.
-        fresh = start == "independent" and after - first > segment
+        fresh = start == "independent"
         states, last = (run(first, after, restart=False), -1) if fresh else (live, after - 1)
         bank.append(memory.matrices(jax.tree.map(lambda x, last=last: x[last], states)))
-        pooled.append(key[first:after].mean(axis=0))
+        pooled.append(pool(key[first:after], axis=0))
 
     outputs = []
     for block, slots in enumerate(plan.reads.tolist()):
-        first, after = block * segment, min((block + 1) * segment, length)
+        after = min((block + 1) * segment, length)
         slots = [bucket for bucket in slots if bucket >= 0]
+        distances = plan.distances[block, : len(slots)].tolist()
 
-        def token(t, first=first, slots=slots):
+        def token(t, begins=plan.first[block] * segment, slots=slots, distances=distances):
             online = memory.matrices(jax.tree.map(lambda x: x[t], live))
             states = [bank[bucket] for bucket in slots] + [online]
-            so_far = (jnp.arange(length) >= first) & (jnp.arange(length) <= t)
-            mean_key = jnp.sum(jnp.where(so_far[:, None], key, 0), axis=0) / (t - first + 1)
-            keys = [pooled[bucket] for bucket in slots] + [mean_key]
-            scores = jnp.stack(keys) @ connector[t]
+            so_far = (jnp.arange(length) >= begins) & (jnp.arange(length) <= t)
+            keys = jnp.sum(jnp.where(so_far[:, None], key, 0), axis=0)
+            if aggregation.pooling == "mean":
+                keys /= t - begins + 1
+            if aggregation.gate == "content":
+                scores = jnp.stack([*(pooled[bucket] for bucket in slots), keys]) @ connector[t]
+            elif aggregation.gate == "position":
+                farthest = connector.shape[-1] - 1
+                scores = jnp.stack([connector[t, min(d, farthest)] for d in [*distances, 0]])
+            else:
+                scores = jnp.zeros(len(states), key.dtype)
             cached_gates, online_gate = aggregation.gates(scores[:-1], scores[-1])
             return aggregation.combine_token(
                 memory,
@@ -82,5 +92,5 @@ def _one_head(
                 jnp.append(cached_gates, online_gate),
             )
 
-        outputs.append(jax.vmap(token)(jnp.arange(first, after)))
+        outputs.append(jax.vmap(token)(jnp.arange(block * segment, after)))
     return jnp.concatenate(outputs)

@@ -2,25 +2,51 @@
 
 import abc
 import dataclasses
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from memcache_jax._checks import check_choice
 from memcache_jax._typing import Array, Float, Matrices
 from memcache_jax.gating import softmax_gates
 from memcache_jax.kernels.bank_read import bank_read
+from memcache_jax.kernels.chunk_update import chunk_update
+from memcache_jax.kernels.grouped_read import grouped_read
 from memcache_jax.memories import Memory
+from memcache_jax.memories.base import gated
 from memcache_jax.segmentation import ReadPlan
+
+GATES = ("content", "position", "uniform")
 
 
 class Aggregation(abc.ABC):
-    """Gates over the visible states, and the gated sum of their reads.
+    """Gates over the visible states, and what they weigh: reads, or the memories' parameters.
 
-    y_t = gamma_online M_t(q_t) + sum_i gamma_i M_i(q_t), for one head of one sequence.
+    For one head of one sequence, y_t = gamma_online M_t(q_t) + sum_i gamma_i M_i(q_t), or with
+    ``mixes``, y_t = M*(q_t) where each matrix of M* is that sum of the states' matrices.
+
+    Attributes:
+      gate: what the gates are made from: ``"content"``, the connector against the states' pooled
+        keys; ``"position"``, logits of each distance in segments, which then are what is passed as
+        the connector, (b, t, h, distances), the online state's first; or ``"uniform"``.
+      pooling: whether pooled keys are the ``"mean"`` or the ``"sum"`` of a bucket's keys.
     """
 
-    needs_connector: ClassVar[bool]
+    gate: str = "uniform"
+    pooling: str = "mean"
+
+    @property
+    def mixes(self) -> bool:
+        """Whether parameters are mixed rather than reads."""
+        return False
+
+    @property
+    def needs_connector(self) -> bool:
+        """Whether gates are made from a connector."""
+        return self.gate != "uniform"
 
     @abc.abstractmethod
     def gates(
@@ -29,30 +55,86 @@ class Aggregation(abc.ABC):
         """Gates of the cached states and of the online one.
 
         Args:
-          cached: relevance of each cached state, -inf where it is not visible. Without a
-            connector it is 0 where a state is visible.
+          cached: relevance of each cached state, -inf where it is not visible.
           online: relevance of the online state.
         """
+
+    def read_cached(
+        self,
+        read: Callable[..., Array],
+        bank: Matrices,
+        query: Float[Array, "b h n c k"],
+        gates: Float[Array, "b h n c r"],
+        plan: ReadPlan,
+    ) -> Float[Array, "b h n c v"]:
+        """The gated sum of the reads of a bank of states."""
+        return bank_read(read, bank, query, gates, plan.reads)
+
+    def live(self, memory: Memory, chunk: Any, query: Float[Array, "m k"]) -> Any:
+        """What ``combine`` needs of the live memory in a chunk: its reads, or the chunk itself."""
+        return chunk if self._mixes_layers(memory) else memory.read_online(chunk, query)
 
     def combine(
         self,
         memory: Memory,
         bank: Matrices,
         query: Float[Array, "b h n c k"],
-        online: Float[Array, "b h n c v"],
+        live: Any,
         gates: tuple[Float[Array, "b h n c r"], Float[Array, "b h n c"]],
         plan: ReadPlan,
     ) -> Float[Array, "b h n c v"]:
-        """The outputs of all tokens, from the reads of the live memory and a bank of states."""
-        cached = bank_read(memory.read, bank, query, gates[0], plan.reads)
-        return jnp.einsum("bhnc,bhncv->bhncv", gates[1], online) + cached
+        """The outputs of all tokens, from the live memory and a bank of states.
+
+        Args:
+          memory: the rule.
+          bank: the cached states' matrices, (b, h, states, in, out) each.
+          query: the queries, block by block.
+          live: what ``live`` returned, (b, h, n, chunks, ...).
+          gates: as from ``gates``.
+          plan: who reads which state.
+        """
+
+        def gated_sum(online: Array, read: Callable[..., Array], bank: Matrices, x: Array) -> Array:
+            online = online.reshape(*x.shape[:-1], -1)
+            cached = self.read_cached(read, bank, x, gates[0], plan)
+            return jnp.einsum("bhnc,bhncv->bhncv", gates[1], online) + cached
+
+        if not self._mixes_layers(memory):
+            return gated_sum(live, memory.read, bank, query)
+
+        def mixed(layer: int, x: Array) -> Array:
+            """A layer of M*, never forming its weights: the gated sum of the layers' outputs."""
+            chunks = jax.tree.leaves(live)[0].shape[3]
+            rows = x.reshape(*x.shape[:3], chunks, -1, x.shape[-1])
+            _, online = chunk_update(
+                lambda _, xs: ((), memory.apply(xs[0], layer, xs[1])),
+                (),
+                (live, rows),
+                batch_dims=3,
+            )
+            return gated_sum(online, _read_matrix, (bank[layer],), x)
+
+        return memory.forward(mixed, query)
 
     def combine_token(
         self, memory: Memory, states: Matrices, query: Float[Array, "k"], gates: Float[Array, "s"]
     ) -> Float[Array, "v"]:
         """The equation itself: one token's output, from states stacked along their first axis."""
+        if self.mixes:
+            mixture = jax.tree.map(lambda matrix: jnp.tensordot(gates, matrix, axes=1), states)
+            return memory.read(mixture, query[None])[0]
         reads = jax.vmap(memory.read, in_axes=(0, None))(states, query[None])[:, 0]
         return jnp.einsum("s,sv->v", gates, reads)
+
+    def _mixes_layers(self, memory: Memory) -> bool:
+        """Whether mixing parameters differs from mixing reads: not for a single layer."""
+        return self.mixes and memory.depth > 1
+
+
+def _read_matrix(
+    matrices: Matrices, x: Float[Array, "rows in"], gate: Float[Array, "rows"] | None = None
+) -> Float[Array, "rows out"]:
+    return jnp.matmul(gated(gate, x), matrices[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +147,6 @@ class Residual(Aggregation):
       False
     """
 
-    needs_connector: ClassVar[bool] = False
-
     def gates(
         self, cached: Float[Array, "... r"], online: Float[Array, "..."]
     ) -> tuple[Float[Array, "... r"], Float[Array, "..."]]:
@@ -78,29 +158,120 @@ class Residual(Aggregation):
 class GRM(Aggregation):
     """Gated residual memory (Eq. 9-10 of arXiv:2602.24281): gates by relevance to the token.
 
-    gamma_t = softmax of <u_t, p_i> over the cached states' mean keys p_i and the online state's.
+    gamma_t = softmax over the cached states and the online one of <u_t, p_i>, their pooled keys.
 
     Attributes:
-      gate: ``"content"``, the gate above.
+      gate: ``"content"``, the gate above; ``"position"``, softmax of learned logits of a state's
+        distance; ``"uniform"``, one over the number of visible states.
+      pooling: ``"mean"`` or ``"sum"`` of a bucket's keys. The paper writes MeanPooling and prints a
+        sum (Eq. 17), which grows with the segment and saturates the softmax.
 
     Raises:
-      ValueError: for an unknown gate.
+      ValueError: for an unknown gate or pooling.
 
     Example:
       >>> import memcache_jax as mc
       >>> mc.GRM()
-      GRM(gate='content')
+      GRM(gate='content', pooling='mean')
     """
 
     gate: str = "content"
-    needs_connector: ClassVar[bool] = True
+    pooling: str = "mean"
 
     def __post_init__(self) -> None:
-        if self.gate != "content":
-            raise ValueError(f'GRM has gate="content", got gate={self.gate!r}')
+        check_choice("gate", self.gate, GATES)
+        check_choice("pooling", self.pooling, ("mean", "sum"))
 
     def gates(
         self, cached: Float[Array, "... r"], online: Float[Array, "..."]
     ) -> tuple[Float[Array, "... r"], Float[Array, "..."]]:
         """Softmax of the relevance."""
         return softmax_gates(cached, online)
+
+
+@dataclasses.dataclass(frozen=True)
+class Soup(GRM):
+    """Memory soup (Eq. 14-15 of arXiv:2602.24281): one read of a mixture of the memories.
+
+    Every matrix of M* is the sum of the visible states' matrices, weighed by GRM's gates. For
+    memories of one layer that is GRM; for deeper ones it is not. The mixture is never formed.
+
+    Attributes:
+      gate: as GRM's.
+      pooling: as GRM's.
+
+    Example:
+      >>> import memcache_jax as mc
+      >>> mc.Soup()
+      Soup(gate='content', pooling='mean')
+    """
+
+    @property
+    def mixes(self) -> bool:
+        """True."""
+        return True
+
+
+@dataclasses.dataclass(frozen=True)
+class SSC(GRM):
+    """Sparse selective caching (Eq. 16-17 of arXiv:2602.24281): a router picks the states to read.
+
+    GRM over the online memory and the ``top_k`` cached states of highest relevance, per token and
+    head; of equally relevant ones the older. Reads cost the same however long the sequence is.
+
+    Attributes:
+      gate: as GRM's.
+      pooling: as GRM's.
+      top_k: cached states that a token reads.
+      inner: ``"grm"`` for the gated sum of reads, ``"soup"`` for the mixture of parameters.
+
+    Raises:
+      ValueError: as GRM, for ``top_k`` below 1, or an unknown ``inner``.
+
+    Example:
+      >>> import memcache_jax as mc
+      >>> mc.SSC(top_k=2).inner
+      'grm'
+    """
+
+    top_k: int = 4
+    inner: str = "grm"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("inner", self.inner, ("grm", "soup"))
+        if self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether parameters are mixed rather than reads."""
+        return self.inner == "soup"
+
+    def gates(
+        self, cached: Float[Array, "... r"], online: Float[Array, "..."]
+    ) -> tuple[Float[Array, "... r"], Float[Array, "..."]]:
+        """Softmax over the selected states and the online one; zero for the others."""
+        if self.top_k < cached.shape[-1]:
+            _, chosen = lax.top_k(lax.stop_gradient(cached), self.top_k)
+            selected = jnp.zeros(cached.shape, bool)
+            selected = jnp.put_along_axis(selected, chosen, True, axis=-1, inplace=False)
+            cached = jnp.where(selected, cached, -jnp.inf)
+        return softmax_gates(cached, online)
+
+    def read_cached(
+        self,
+        read: Callable[..., Array],
+        bank: Matrices,
+        query: Float[Array, "b h n c k"],
+        gates: Float[Array, "b h n c r"],
+        plan: ReadPlan,
+    ) -> Float[Array, "b h n c v"]:
+        """The gated sum of the reads of the selected states alone."""
+        if self.top_k >= gates.shape[-1]:
+            return super().read_cached(read, bank, query, gates, plan)
+        # The others' gates are zero, so that these are the largest.
+        chosen_gates, slots = lax.top_k(gates, self.top_k)
+        reads = jnp.maximum(plan.reads, 0)[None, None, :, None]
+        states = jnp.take_along_axis(reads, slots.reshape(*slots.shape[:3], 1, -1), axis=-1)
+        return grouped_read(read, bank, query, chosen_gates, states.reshape(slots.shape))

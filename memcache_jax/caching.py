@@ -6,16 +6,15 @@ from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
 from memcache_jax import _checks, _reference
+from memcache_jax._arguments import check_arguments
 from memcache_jax._typing import Array, Float, State
+from memcache_jax._writing import bucket_states, initial_states, write_blocks
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.gating import relevance
-from memcache_jax.kernels.chunk_update import chunk_update
 from memcache_jax.memories import Memory
-from memcache_jax.segmentation import Constant, ReadPlan
+from memcache_jax.segmentation import ReadPlan, Segmentation
 
 Start: TypeAlias = Literal["independent", "checkpoint"]
 Implementation: TypeAlias = Literal["xla", "reference"]
@@ -25,13 +24,13 @@ def memory_caching(
     query: Float[Array, "b t h k"],
     key: Float[Array, "b t h k"],
     value: Float[Array, "b t h v"],
-    connector: Float[Array, "b t h k"] | None = None,
+    connector: Float[Array, "b t h u"] | None = None,
     *,
     memory: Memory,
     controls: Mapping[str, Array] | None = None,
     weights: Mapping[str, Array] | None = None,
     aggregation: Aggregation,
-    segmentation: Constant,
+    segmentation: Segmentation,
     start: Start = "independent",
     implementation: Implementation | None = None,
 ) -> Float[Array, "b t h v"]:
@@ -50,14 +49,15 @@ def memory_caching(
       query: q, what a token reads with.
       key: k, where a token writes.
       value: v, what a token writes.
-      connector: u, what a token's gates compare with the pooled keys of each state. Not needed by
-        ``Residual``.
+      connector: u, what a token's gates compare with the pooled keys of each state. For gates by
+        position, the logits of each distance in segments, (b, t, h, distances), the live memory's
+        first. Not needed by ``Residual`` and uniform gates.
       memory: the write rule, such as ``memories.Titans(chunk_size=64)``.
       controls: the rule's per-token coefficients by name, shapes as ``memory.controls`` says.
-        Decays are given as logs, <= 0.
+        Decays are given as logs, <= 0. Constants of a head have shape (h,).
       weights: initial weights of a deep memory by name, one per head: (h, out, in).
-      aggregation: how reads become one output: ``Residual()`` or ``GRM()``.
-      segmentation: where states are cached: ``Constant(C)``.
+      aggregation: how reads become one output: ``Residual()``, ``GRM()``, ``Soup()`` or ``SSC()``.
+      segmentation: where states are cached: ``Constant(C)``, ``Logarithmic(C)`` or ``Lengths``.
       start: what a segment's memory begins with: ``"independent"``, the initial state, or
         ``"checkpoint"``, the state at the end of the segment before. Independent segments run side
         by side, so that the sequential part is C / chunk_size steps at any length.
@@ -82,7 +82,7 @@ def memory_caching(
     """
     controls = dict(controls or {})
     weights = dict(weights or {})
-    _checks.check_memory_caching(
+    check_arguments(
         query, key, value, connector, memory, controls, weights, aggregation, segmentation
     )
     _checks.check_choice("start", start, ("independent", "checkpoint"))
@@ -91,6 +91,7 @@ def memory_caching(
     dtype = jnp.promote_types(jnp.result_type(query, key, value), jnp.float32)
     if connector is None:
         connector = jnp.zeros_like(query)
+    controls = _per_token(memory, controls, key)
     tokens = (query, key, value, connector, controls)
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x.astype(dtype), 2, 1), tokens)
     initial = {name: weight.astype(dtype) for name, weight in weights.items()}
@@ -106,6 +107,21 @@ def memory_caching(
     return jnp.moveaxis(y, 1, 2).astype(value.dtype)
 
 
+def _per_token(memory: Memory, controls: Mapping[str, Array], key: Array) -> dict[str, Array]:
+    """The controls of every token: constants of a head repeated, those left out zero."""
+    rows, channels = key.shape[:3], key.shape[3:]
+    full = {}
+    for name, control in memory.controls.items():
+        shape = rows + channels * control.axes.endswith("k")
+        if name not in controls:
+            full[name] = jnp.zeros(shape, key.dtype)
+        elif control.axes == "h":
+            full[name] = jnp.broadcast_to(controls[name][None, None], shape)
+        else:
+            full[name] = controls[name]
+    return full
+
+
 def _chunked(
     tokens: tuple,
     weights: Mapping[str, Array],
@@ -118,7 +134,7 @@ def _chunked(
     """The fast path: write all segments chunk by chunk, then read live and cached states."""
     length = tokens[0].shape[2]
     block = plan.block_size
-    chunk = memory.gradient_chunk or _exact_chunk(block, length)
+    chunk = memory.gradient_chunk or _exact_chunk(block, length, memory.largest_chunk)
     if plan.num_blocks == 1:  # nothing reads the state at its end
         block = -(-length // chunk) * chunk
     padding = plan.num_blocks * block - length
@@ -129,53 +145,26 @@ def _chunked(
         return x.reshape(*x.shape[:2], plan.num_blocks, block, *x.shape[3:])
 
     query, key, value, connector, controls = jax.tree.map(split, tokens)
-    ends, online = _write(memory, chunk, weights, (query, key, value, controls), start)
-    assert start == "checkpoint" or np.all(np.diff(plan.buckets) == 1), "a bucket is one block"
-    bank = jax.tree.map(lambda x: x[:, :, plan.buckets[:, 1] - 1], memory.matrices(ends))
-    scores = jax.vmap(jax.vmap(functools.partial(relevance, plan=plan)))(connector, key)
-    gates = aggregation.gates(*scores)
-    y = aggregation.combine(memory, bank, query, online, gates, plan)
+    rows = jax.tree.map(
+        lambda x: x.reshape(*x.shape[:3], -1, chunk, *x.shape[4:]), (query, key, value, controls)
+    )
+
+    def initial(shape: tuple[int, ...]) -> State:
+        return initial_states(memory, weights, shape, key.shape[-1], value.shape[-1], key.dtype)
+
+    carries = start == "checkpoint"
+    live = functools.partial(aggregation.live, memory)
+    ends, kept = write_blocks(memory, live, initial, rows, plan, carries=carries)
+    bank = bucket_states(memory, ends, initial, rows, plan, carries=carries)
+    score = functools.partial(
+        relevance, plan=plan, gate=aggregation.gate, pooling=aggregation.pooling
+    )
+    gates = aggregation.gates(*jax.vmap(jax.vmap(score))(connector, key))
+    y = aggregation.combine(memory, memory.matrices(bank), query, kept, gates, plan)
     return y.reshape(*y.shape[:2], -1, y.shape[-1])[:, :, :length]
 
 
-def _write(
-    memory: Memory, chunk: int, weights: Mapping[str, Array], segments: tuple, start: Start
-) -> tuple[State, Float[Array, "b h n c v"]]:
-    """Writes segments (b, h, n, c, ...); returns their end states and the live memory's reads."""
-
-    def write_and_read(state: State, rows: tuple) -> tuple[State, Array]:
-        query, key, value, controls = rows
-        end, view = memory.write(state, state, key, value, controls)
-        return end, memory.read_online(view, query)
-
-    _, key, value, _ = segments
-    batch, heads, num_segments = key.shape[:3]
-    init = functools.partial(
-        memory.init, key_dim=key.shape[-1], value_dim=value.shape[-1], dtype=key.dtype
-    )
-    initial = jax.vmap(init, axis_size=heads)(weights)
-    lead = (batch, heads, num_segments) if start == "independent" else (batch, heads)
-    states = jax.tree.map(
-        lambda x: jnp.broadcast_to(
-            x.reshape(1, heads, *[1] * (len(lead) - 2), *x.shape[1:]), (*lead, *x.shape[1:])
-        ),
-        initial,
-    )
-    rows = jax.tree.map(lambda x: x.reshape(*x.shape[:3], -1, chunk, *x.shape[4:]), segments)
-    if start == "independent":
-        ends, online = chunk_update(write_and_read, states, rows, batch_dims=3)
-    else:
-
-        def segment(states: State, rows: tuple) -> tuple[State, tuple[State, Array]]:
-            states, online = chunk_update(write_and_read, states, rows, batch_dims=2)
-            return states, (states, online)
-
-        _, out = lax.scan(segment, states, jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), rows))
-        ends, online = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), out)
-    return ends, online.reshape(*online.shape[:3], -1, online.shape[-1])
-
-
-def _exact_chunk(block: int, length: int, most: int = 128) -> int:
+def _exact_chunk(block: int, length: int, most: int) -> int:
     """A chunk length for rules that are exact for any: up to ``most``, and a divisor of the block.
 
     A block with no divisor of a useful size is one chunk. A sequence of one block is filled up.

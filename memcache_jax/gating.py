@@ -8,40 +8,67 @@ from memcache_jax._typing import Array, Float
 from memcache_jax.segmentation import ReadPlan
 
 
-def pooled_keys(key: Float[Array, "n c k"], plan: ReadPlan) -> Float[Array, "buckets k"]:
-    """Returns the mean key of each bucket (Eq. 8 of arXiv:2602.24281).
-
-    The paper writes MeanPooling and prints a sum (Eq. 17); a sum grows with the segment and
-    saturates the softmax, so the mean is what we take.
-    """
+def pooled_keys(
+    key: Float[Array, "n c k"], plan: ReadPlan, pooling: str = "mean"
+) -> Float[Array, "buckets k"]:
+    """Returns the mean or the sum of each bucket's keys (Eq. 8 of arXiv:2602.24281)."""
     first, after = plan.buckets[:, 0], plan.buckets[:, 1]
     owner = np.repeat(np.arange(len(first)), after - first)
     block = np.concatenate([np.arange(f, a) for f, a in plan.buckets] or [first])
-    means = key.mean(axis=1)[block]
-    sums = jax.ops.segment_sum(means, owner, num_segments=len(first), indices_are_sorted=True)
-    return sums / jnp.asarray(after - first, key.dtype)[:, None]
+    blocks = (key.mean(axis=1) if pooling == "mean" else key.sum(axis=1))[block]
+    sums = jax.ops.segment_sum(blocks, owner, num_segments=len(first), indices_are_sorted=True)
+    return sums / jnp.asarray(after - first, key.dtype)[:, None] if pooling == "mean" else sums
 
 
-def running_mean_keys(key: Float[Array, "n c k"]) -> Float[Array, "n c k"]:
-    """Returns, for each token, the mean key of its segment up to and including the token."""
-    counts = jnp.arange(1, key.shape[1] + 1, dtype=key.dtype)
-    return _running_sum(key) / counts[None, :, None]
+def running_keys(
+    key: Float[Array, "n c k"], plan: ReadPlan, pooling: str = "mean"
+) -> Float[Array, "n c k"]:
+    """Returns, for each token, the mean or sum of its segment's keys, up to and with its own."""
+    sums = _running_sum(key)
+    block = np.arange(plan.num_blocks)
+    before = block - plan.first
+    if np.any(before):
+        same = (plan.first[:, None] <= block[None]) & (block[None] < block[:, None])
+        sums += jnp.tensordot(same.astype(key.dtype), key.sum(axis=1), axes=1)[:, None]
+    if pooling == "sum":
+        return sums
+    counts = before[:, None] * plan.block_size + np.arange(1, key.shape[1] + 1)[None]
+    return sums / jnp.asarray(counts, key.dtype)[..., None]
 
 
 def relevance(
-    connector: Float[Array, "n c k"], key: Float[Array, "n c k"], plan: ReadPlan
+    connector: Float[Array, "n c u"],
+    key: Float[Array, "n c k"],
+    plan: ReadPlan,
+    *,
+    gate: str = "content",
+    pooling: str = "mean",
 ) -> tuple[Float[Array, "n c r"], Float[Array, "n c"]]:
-    """Returns r_t^(i) = <u_t, p_i> of the states each token may read, and of the online one.
+    """Returns the scores of the states that each token may read, and of the online one.
 
-    Slots of ``plan.reads`` that hold no bucket score -inf.
+    Content gates have r_t^(i) = <u_t, p_i>; position gates the logit of the state's distance, that
+    of the last one for any farther; uniform gates zero. Slots of ``plan.reads`` that hold no
+    bucket score -inf.
     """
-    pooled = pooled_keys(key, plan)
-    scores = jnp.einsum("nck,rk->ncr", connector, pooled, precision="highest")
-    bucket_of_slot = np.arange(scores.shape[-1])[None]
-    if np.any(plan.visible & (plan.reads != bucket_of_slot)):
-        scores = jnp.take_along_axis(scores, jnp.asarray(plan.reads)[:, None], axis=-1)
-    online = jnp.vecdot(connector, running_mean_keys(key), precision="highest")
-    return jnp.where(plan.visible[:, None], scores, -jnp.inf), online
+    if gate == "content":
+        cached = jnp.einsum(
+            "nck,rk->ncr", connector, pooled_keys(key, plan, pooling), precision="highest"
+        )
+        bucket_of_slot = np.arange(cached.shape[-1])[None]
+        if plan.reads.shape[1] != cached.shape[-1] or np.any(
+            plan.visible & (plan.reads != bucket_of_slot)
+        ):
+            reads = jnp.asarray(np.maximum(plan.reads, 0))[:, None]
+            cached = jnp.take_along_axis(cached, reads, axis=-1)
+        online = jnp.vecdot(connector, running_keys(key, plan, pooling), precision="highest")
+    elif gate == "position":
+        distance = np.clip(plan.distances, 0, connector.shape[-1] - 1)
+        cached = jnp.take_along_axis(connector, jnp.asarray(distance)[:, None], axis=-1)
+        online = connector[..., 0]
+    else:
+        online = jnp.zeros(key.shape[:2], key.dtype)
+        cached = jnp.zeros((*key.shape[:2], plan.reads.shape[1]), key.dtype)
+    return jnp.where(plan.visible[:, None], cached, -jnp.inf), online
 
 
 def softmax_gates(

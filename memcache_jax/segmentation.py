@@ -1,6 +1,9 @@
 """How a sequence splits into segments, and which cached states each of them may read."""
 
+import abc
 import dataclasses
+import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,11 +20,13 @@ class ReadPlan:
       block_size: tokens in a block.
       buckets: (buckets, 2) first block of each bucket, and the block after its last.
       reads: (blocks, r) the buckets that each block reads, oldest first, padded with -1.
+      first: (blocks,) the first block of the segment that each block lies in.
     """
 
     block_size: int
     buckets: np.ndarray
     reads: np.ndarray
+    first: np.ndarray
 
     @property
     def num_blocks(self) -> int:
@@ -33,9 +38,54 @@ class ReadPlan:
         """(blocks, r) whether a slot of ``reads`` holds a bucket."""
         return self.reads >= 0
 
+    @property
+    def distances(self) -> np.ndarray:
+        """(blocks, r) segments from the end of each bucket that is read, 1 for the last one."""
+        segment = np.cumsum(self.first == np.arange(self.num_blocks))
+        ends = segment[self.buckets[:, 1] - 1]
+        return segment[:, None] - ends[np.maximum(self.reads, 0)] if len(ends) else self.reads
+
+    @property
+    def runs_are_live(self) -> np.ndarray:
+        """(buckets,) whether a bucket lies in one segment, so that the live memory ran over it."""
+        return self.first[self.buckets[:, 1] - 1] <= self.buckets[:, 0]
+
+
+class Segmentation(abc.ABC):
+    """A way to split sequences of any length.
+
+    Attributes:
+      size: tokens in a block, which a memory's chunk size must divide.
+    """
+
+    size: int
+
+    @abc.abstractmethod
+    def plan(self, length: int) -> ReadPlan:
+        """The read plan of a sequence of ``length`` tokens."""
+
+
+def _plan(size: int, reads: Sequence[Sequence[tuple[int, int]]], first: np.ndarray) -> ReadPlan:
+    """The plan in which each block reads these buckets."""
+    buckets = sorted({bucket for row in reads for bucket in row})
+    place = {bucket: i for i, bucket in enumerate(buckets)}
+    width = max(map(len, reads))
+    table = [[place[bucket] for bucket in row] + [-1] * (width - len(row)) for row in reads]
+    return ReadPlan(
+        size,
+        np.array(buckets, int).reshape(-1, 2),
+        np.array(table, int).reshape(len(reads), width),
+        first,
+    )
+
+
+def _check_size(segmentation: Segmentation, size: int) -> None:
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"a segment needs at least 1 token, got {segmentation}")
+
 
 @dataclasses.dataclass(frozen=True)
-class Constant:
+class Constant(Segmentation):
     """Segments of one size: block s reads the segments 0 .. s-1 (Sec. 3 of arXiv:2602.24281).
 
     Attributes:
@@ -53,12 +103,93 @@ class Constant:
     size: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.size, int) or self.size < 1:
-            raise ValueError(f"a segment needs at least 1 token, got Constant(size={self.size!r})")
+        _check_size(self, self.size)
+
+    def plan(self, length: int) -> ReadPlan:
+        """The read plan of a sequence of ``length`` tokens."""
+        blocks = np.arange(-(-length // self.size))
+        bucket = blocks[:-1]
+        reads = np.where(bucket[None] < blocks[:, None], bucket[None], -1)
+        return ReadPlan(self.size, np.stack([bucket, bucket + 1], axis=1), reads, blocks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Logarithmic(Segmentation):
+    """Buckets that double in size: block s reads at most log2 s + 1 states (Sec. 3.4).
+
+    Block s sees the buckets of the binary expansion of s, largest first: in units of C, s = 37 sees
+    [0, 32), [32, 36) and [36, 37). So no output depends on the sequence's length; the paper's
+    example is the split of the prefix. A bucket's state is one run over it from the initial state
+    for independent starts, the running state at its end for checkpoint starts.
+
+    Attributes:
+      size: tokens in a block, C.
+
+    Raises:
+      ValueError: for a size below 1.
+
+    Example:
+      >>> import memcache_jax as mc
+      >>> plan = mc.Logarithmic(64).plan(38 * 64)
+      >>> plan.buckets[plan.reads[37, :3]].tolist()
+      [[0, 32], [32, 36], [36, 37]]
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        _check_size(self, self.size)
 
     def plan(self, length: int) -> ReadPlan:
         """The read plan of a sequence of ``length`` tokens."""
         blocks = -(-length // self.size)
-        bucket = np.arange(blocks - 1)
-        reads = np.where(bucket[None] < np.arange(blocks)[:, None], bucket[None], -1)
-        return ReadPlan(self.size, np.stack([bucket, bucket + 1], axis=1), reads)
+        reads = []
+        for block in range(blocks):
+            row, begin = [], 0
+            for power in range(block.bit_length() - 1, -1, -1):
+                if block >> power & 1:
+                    row.append((begin, begin + (1 << power)))
+                    begin += 1 << power
+            reads.append(row)
+        return _plan(self.size, reads, np.arange(blocks))
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths(Segmentation):
+    """Segments of given lengths: each reads all the earlier ones.
+
+    Attributes:
+      lengths: tokens in each segment. A sequence may be shorter than all of them together. Blocks
+        have the size of their greatest common divisor, so choose multiples of some C.
+
+    Raises:
+      ValueError: for no lengths or one below 1, and, in ``plan``, for a longer sequence.
+
+    Example:
+      >>> import memcache_jax as mc
+      >>> mc.Lengths((512, 256, 256)).plan(1000).buckets.tolist()
+      [[0, 2], [2, 3]]
+    """
+
+    lengths: tuple[int, ...]
+    size: int = dataclasses.field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lengths", tuple(self.lengths))
+        if not self.lengths:
+            raise ValueError("Lengths needs at least one segment, got none")
+        for length in self.lengths:
+            _check_size(self, length)
+        object.__setattr__(self, "size", math.gcd(*self.lengths))
+
+    def plan(self, length: int) -> ReadPlan:
+        """The read plan of a sequence of ``length`` tokens."""
+        if length > sum(self.lengths):
+            raise ValueError(
+                f"the segments of {self} hold {sum(self.lengths)} tokens, got {length}"
+            )
+        borders = np.cumsum([0, *self.lengths]) // self.size
+        blocks = np.arange(-(-length // self.size))
+        segment = np.searchsorted(borders, blocks, side="right") - 1
+        buckets = list(zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True))
+        return _plan(self.size, [buckets[:s] for s in segment], borders[segment])

@@ -1,7 +1,23 @@
 """Write rules: how a memory is written, and how it is read."""
 
 from memcache_jax.memories.base import Control, Memory
-from memcache_jax.memories.deep import Titans
-from memcache_jax.memories.matrix import LinearAttention
+from memcache_jax.memories.deep import DLA, Titans
+from memcache_jax.memories.delta import RWKV7, DeltaNet, GatedDeltaNet
+from memcache_jax.memories.matrix import GLA, SSD, SWLA, LinearAttention, RetNet
+from memcache_jax.memories.vector import Vector
 
-__all__ = ["Control", "LinearAttention", "Memory", "Titans"]
+__all__ = [
+    "DLA",
+    "GLA",
+    "RWKV7",
+    "SSD",
+    "SWLA",
+    "Control",
+    "DeltaNet",
+    "GatedDeltaNet",
+    "LinearAttention",
+    "Memory",
+    "RetNet",
+    "Titans",
+    "Vector",
+]

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,13 @@ class Control:
     A layer computes ``scale * activation(x W + bias)``.
 
     Attributes:
-      axes: its shape in axis letters, ``"b t h"`` for one number per token and head.
+      axes: its shape in axis letters: ``"b t h"`` for one number per token and head,
+        ``"b t h k"`` for one per key channel, ``"h"`` for a constant of each head.
       activation: from logits to the coefficient; decays travel as logs (<= 0).
       bias: what the logits are before training.
       scale: a constant factor.
-      optional: whether a caller may leave it out.
+      optional: whether a caller may leave it out, which is to say zero. Layers do.
+      per_head: for the axes ``"h"``, the constants that a layer takes, from the number of heads.
     """
 
     axes: str = "b t h"
@@ -30,18 +32,25 @@ class Control:
     bias: float = 0.0
     scale: float = 1.0
     optional: bool = False
+    per_head: Callable[[int], Array] | None = None
 
 
 class Memory(abc.ABC):
     """A recurrent memory: how it is written and how it is read, for one head of one sequence.
 
-    A rule implements six small methods on unbatched arrays; the callers map them over batch,
+    A rule implements a few small methods on unbatched arrays; the callers map them over batch,
     heads and segments. ``write`` is the fast path, ``step`` the equation it must equal.
 
     A memory's parameters are a tuple of matrices, and its forward pass is code over an abstract
     ``apply(layer, x)``. So one ``forward`` serves a frozen state (``x W``), the live state at
     every token of a chunk (``apply``), and a mixture of many states.
     """
+
+    depth: int = 1
+    """Layers that a read passes through one after the other."""
+
+    largest_chunk: ClassVar[int] = 128
+    """Tokens that a rule which is exact for any chunk is best written in at once."""
 
     @property
     def gradient_chunk(self) -> int | None:
@@ -111,8 +120,8 @@ class Memory(abc.ABC):
 
     @abc.abstractmethod
     def forward(
-        self, apply: Apply, query: Float[Array, "rows k"], gate: Float[Array, "rows"] | None = None
-    ) -> Float[Array, "rows v"]:
+        self, apply: Apply, query: Float[Array, "*rows k"], gate: Float[Array, "rows"] | None = None
+    ) -> Float[Array, "*rows v"]:
         """The memory as a function of the query, over an abstract ``apply``, times a gate.
 
         A gate goes on the input of the last layer, and on whatever else is added to its output:
@@ -127,6 +136,21 @@ class Memory(abc.ABC):
     ) -> Float[Array, "rows v"]:
         """Reads a frozen state, times a gate if there is one."""
         return self.forward(lambda layer, x: jnp.matmul(x, matrices[layer]), query, gate)
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether ``merge`` works."""
+        return type(self).merge is not Memory.merge
+
+    def merge(self, left: State, right: State, controls: Controls) -> State:
+        """The state of two runs of tokens, each written from the initial state, as one run.
+
+        Args:
+          left: the state after the earlier run.
+          right: the state after the later one.
+          controls: the later run's controls.
+        """
+        raise NotImplementedError(f"states of {type(self).__name__} cannot be merged")
 
     def read_online(self, chunk: Any, query: Float[Array, "m k"]) -> Float[Array, "m v"]:
         """Reads the live memory with each token's query, right after that token's write."""

@@ -6,6 +6,7 @@ are a known combination of the start state and the rank-one terms, and a whole c
 matrix products.
 """
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -34,42 +35,45 @@ class DeepChunk(NamedTuple):
 
     start: DeepState
     weight_decay: Float[Array, "m"]
-    momentum_decay: Float[Array, "m"]
+    momentum_decay: Float[Array, "m"] | None
     mixing: Float[Array, "m m"]
     inputs: Matrices
     deltas: Matrices
 
+    def end(self) -> Matrices:
+        """The weights after the last token."""
+        written = (
+            jnp.matmul(x.T, self.mixing[-1][:, None] * delta)
+            for x, delta in zip(self.inputs, self.deltas, strict=True)
+        )
+        kept = (self.weight_decay[-1] * w for w in self.start.weights)
+        weights = tuple(w - change for w, change in zip(kept, written, strict=True))
+        if self.momentum_decay is None:
+            return weights
+        decay = self.momentum_decay[-1]
+        return tuple(w + decay * s for w, s in zip(weights, self.start.momentum, strict=True))
+
+    def apply(self, layer: int, x: Float[Array, "m in"]) -> Float[Array, "m out"]:
+        """A layer with the weights it has after each token, never forming those weights."""
+        scores = self.mixing * jnp.matmul(x, self.inputs[layer].T)
+        y = self.weight_decay[:, None] * jnp.matmul(x, self.start.weights[layer])
+        if self.momentum_decay is not None:
+            y += self.momentum_decay[:, None] * jnp.matmul(x, self.start.momentum[layer])
+        return y - jnp.matmul(scores, self.deltas[layer])
+
 
 @dataclasses.dataclass(frozen=True)
-class Titans(Memory):
-    """Titans' long-term memory: descent on the recall error, with momentum and weight decay.
-
-    Eq. 34-36 of arXiv:2602.24281, with l_t(M) = ||M(k_t) - v_t||^2::
-
-        S_t = beta_t S_{t-1} - eta_t grad l_t
-        M_t = alpha_t M_{t-1} + S_t
-
-    The paper prints ``M_t = alpha_t M_{t-1} - S_t``, which climbs the loss; the sign here is that
-    of the Titans paper (arXiv:2501.00663). The gradient is taken at the state with which the
-    token's chunk began; ``chunk_size=1`` is the exact online rule.
+class DeepMemory(Memory):
+    """A network per head, written by descent on an inner loss, with weight decay.
 
     ``depth=2`` is M(x) = x + W1 gelu(W2 x), with weights ``W2`` (f, k), ``W1`` (v, f),
-    f = ``expansion`` * k and k = v; ``depth=1`` is M(x) = W x, with weight ``W`` (v, k).
-
-    Controls, each (b, t, h): ``log_alpha`` and ``log_beta`` (<= 0), ``eta`` (>= 0).
+    f = ``expansion`` * k and k = v; ``depth=1`` is M(x) = W x, with weight ``W`` (v, k). A rule
+    with a control ``log_beta`` has momentum.
 
     Attributes:
       chunk_size: tokens that share the point at which gradients are taken.
       expansion: hidden width over key dimension.
       depth: number of layers, 1 or 2.
-
-    Raises:
-      ValueError: for a depth other than 1 or 2, or sizes below 1.
-
-    Example:
-      >>> import memcache_jax as mc
-      >>> mc.memories.Titans(chunk_size=32).weight_shapes(64, 64)
-      {'W2': (256, 64), 'W1': (64, 256)}
     """
 
     chunk_size: int = 64
@@ -77,30 +81,23 @@ class Titans(Memory):
     depth: int = 2
 
     def __post_init__(self) -> None:
+        name = type(self).__name__
         if self.depth not in (1, 2):
-            raise ValueError(f"Titans has depth 1 or 2, got depth={self.depth}")
+            raise ValueError(f"{name} has depth 1 or 2, got depth={self.depth}")
         if self.chunk_size < 1 or self.expansion < 1:
             raise ValueError(
-                "Titans needs chunk_size >= 1 and expansion >= 1, got "
+                f"{name} needs chunk_size >= 1 and expansion >= 1, got "
                 f"chunk_size={self.chunk_size}, expansion={self.expansion}"
             )
+
+    @abc.abstractmethod
+    def loss(self, prediction: Float[Array, "rows v"], value: Float[Array, "rows v"]) -> Array:
+        """The inner loss, summed over rows."""
 
     @property
     def gradient_chunk(self) -> int:
         """The chunk size."""
         return self.chunk_size
-
-    @property
-    def controls(self) -> Mapping[str, Control]:
-        """log_alpha (weight decay, near 0), log_beta (momentum), eta (step size)."""
-        # A chunk's gradients are summed at one point and momentum carries them on. For keys and
-        # features of norm one, descent is stable even if all keys of a chunk are equal while
-        # 2 eta chunk_size / (1 - beta) < 2. It starts at 0.5, as features grow in training.
-        return {
-            "log_alpha": Control(activation=jax.nn.log_sigmoid, bias=5.0),
-            "log_beta": Control(activation=jax.nn.log_sigmoid, bias=0.0),
-            "eta": Control(activation=jax.nn.softplus, bias=-2.0, scale=1.0 / self.chunk_size),
-        }
 
     def weight_shapes(self, key_dim: int, value_dim: int) -> dict[str, tuple[int, int]]:
         """W2 and W1, or W for depth 1."""
@@ -120,19 +117,16 @@ class Titans(Memory):
         """Returns the learned initial weights, and no momentum."""
         start = tuple(weights[name] for name in self.weight_shapes(key_dim, value_dim))
         start = tuple(weight.astype(dtype).T for weight in start)
-        return DeepState(start, tuple(jnp.zeros_like(weight) for weight in start))
+        momentum = start if "log_beta" in self.controls else ()
+        return DeepState(start, tuple(jnp.zeros_like(weight) for weight in momentum))
 
     def forward(
-        self, apply: Apply, query: Float[Array, "rows k"], gate: Float[Array, "rows"] | None = None
+        self, apply: Apply, query: Float[Array, "*rows k"], gate: Float[Array, "rows"] | None = None
     ) -> Array:
         """W q, or q + W1 gelu(W2 q)."""
         if self.depth == 1:
             return apply(0, gated(gate, query))
         return gated(gate, query) + apply(1, gated(gate, jax.nn.gelu(apply(0, query))))
-
-    def loss(self, prediction: Float[Array, "rows v"], value: Float[Array, "rows v"]) -> Array:
-        """The inner loss, summed over rows: the squared error of recall."""
-        return jnp.sum((prediction - value) ** 2)
 
     def step(
         self,
@@ -142,19 +136,19 @@ class Titans(Memory):
         value: Float[Array, "v"],
         controls: Controls,
     ) -> DeepState:
-        """One step of descent with momentum, the gradient taken at the anchor."""
+        """One step of descent, the gradient taken at the anchor."""
 
         def loss(weights: Matrices) -> Array:
             return self.loss(self.read(weights, key[None]), value[None])
 
         gradient = jax.grad(loss)(anchor.weights)
-        alpha, beta = jnp.exp(controls["log_alpha"]), jnp.exp(controls["log_beta"])
-        momentum = jax.tree.map(
-            lambda s, g: beta * s - controls["eta"] * g, state.momentum, gradient
-        )
-        return DeepState(
-            jax.tree.map(lambda w, s: alpha * w + s, state.weights, momentum), momentum
-        )
+        change = jax.tree.map(lambda g: -controls["eta"] * g, gradient)
+        momentum = state.momentum
+        if momentum:
+            beta = jnp.exp(controls["log_beta"])
+            momentum = change = jax.tree.map(lambda s, c: beta * s + c, momentum, change)
+        alpha = jnp.exp(controls["log_alpha"])
+        return DeepState(jax.tree.map(lambda w, c: alpha * w + c, state.weights, change), momentum)
 
     def write(
         self,
@@ -166,39 +160,34 @@ class Titans(Memory):
     ) -> tuple[DeepState, DeepChunk]:
         """A chunk of descent steps in matrix products."""
         inputs, deltas = self._inner_gradient(anchor.weights, key, value)
-        log_alpha, log_beta, eta = (controls[name] for name in ("log_alpha", "log_beta", "eta"))
-        # S_t = B_t S_0 - sum_j decay_beta[t, j] eta_j G_j, and W_t sums what alpha leaves of S_t.
-        decay_alpha, decay_beta = decay_matrix(log_alpha), decay_matrix(log_beta)
-        beta_product = start_decay(log_beta)
+        decay = decay_matrix(controls["log_alpha"])
+        eta = controls["eta"]
         chunk = DeepChunk(
             start=state,
-            weight_decay=start_decay(log_alpha),
-            momentum_decay=jnp.matmul(decay_alpha, beta_product, precision="highest"),
-            mixing=jnp.matmul(decay_alpha, decay_beta, precision="highest") * eta[None],
+            weight_decay=start_decay(controls["log_alpha"]),
+            momentum_decay=None,
+            mixing=decay * eta[None],
             inputs=inputs,
             deltas=deltas,
         )
-
-        def combine(weight_decay, momentum_decay, mixing):
-            """The state with these coefficients of W_0, S_0 and the rank-one terms."""
-            return tuple(
-                weight_decay * w + momentum_decay * s - jnp.matmul(x.T, mixing[:, None] * delta)
-                for w, s, x, delta in zip(*state, inputs, deltas, strict=True)
-            )
-
-        weights = combine(chunk.weight_decay[-1], chunk.momentum_decay[-1], chunk.mixing[-1])
-        momentum = combine(0.0, beta_product[-1], decay_beta[-1] * eta)
-        return DeepState(weights, momentum), chunk
+        if not state.momentum:
+            return DeepState(chunk.end(), ()), chunk
+        # S_t = B_t S_0 - sum_j momentum[t, j] eta_j G_j, and W_t sums what alpha leaves of S_t.
+        momentum, momentum_decay = (f(controls["log_beta"]) for f in (decay_matrix, start_decay))
+        of_momentum = chunk._replace(
+            weight_decay=jnp.zeros_like(eta),
+            momentum_decay=momentum_decay,
+            mixing=momentum * eta[None],
+        )
+        chunk = chunk._replace(
+            momentum_decay=jnp.matmul(decay, momentum_decay, precision="highest"),
+            mixing=jnp.matmul(decay, momentum, precision="highest") * eta[None],
+        )
+        return DeepState(chunk.end(), of_momentum.end()), chunk
 
     def apply(self, chunk: DeepChunk, layer: int, x: Float[Array, "m in"]) -> Array:
-        """A layer with the weights it has after each token, never forming those weights."""
-        weight, momentum = chunk.start.weights[layer], chunk.start.momentum[layer]
-        written = chunk.mixing * jnp.matmul(x, chunk.inputs[layer].T)
-        return (
-            chunk.weight_decay[:, None] * jnp.matmul(x, weight)
-            + chunk.momentum_decay[:, None] * jnp.matmul(x, momentum)
-            - jnp.matmul(written, chunk.deltas[layer])
-        )
+        """A layer as it is after each token."""
+        return chunk.apply(layer, x)
 
     def matrices(self, state: DeepState) -> Matrices:
         """The weights; momentum is not read."""
@@ -224,3 +213,85 @@ class Titans(Memory):
         zeros = tuple(jnp.zeros((key.shape[0], w.shape[1]), key.dtype) for w in weights)
         deltas, inputs = jax.grad(loss, has_aux=True)(zeros)
         return inputs, deltas
+
+
+@dataclasses.dataclass(frozen=True)
+class Titans(DeepMemory):
+    """Titans' long-term memory: descent on the recall error, with momentum and weight decay.
+
+    Eq. 34-36 of arXiv:2602.24281, with l_t(M) = ||M(k_t) - v_t||^2::
+
+        S_t = beta_t S_{t-1} - eta_t grad l_t
+        M_t = alpha_t M_{t-1} + S_t
+
+    The paper prints ``M_t = alpha_t M_{t-1} - S_t``, which climbs the loss; the sign here is that
+    of the Titans paper (arXiv:2501.00663). The gradient is taken at the state with which the
+    token's chunk began; ``chunk_size=1`` is the exact online rule.
+
+    Controls, each (b, t, h): ``log_alpha`` and ``log_beta`` (<= 0), ``eta`` (>= 0).
+
+    Attributes:
+      chunk_size: tokens that share the point at which gradients are taken.
+      expansion: hidden width over key dimension.
+      depth: 2 for M(x) = x + W1 gelu(W2 x), 1 for M(x) = W x.
+
+    Raises:
+      ValueError: for a depth other than 1 or 2, or sizes below 1.
+
+    Example:
+      >>> import memcache_jax as mc
+      >>> mc.memories.Titans(chunk_size=32).weight_shapes(64, 64)
+      {'W2': (256, 64), 'W1': (64, 256)}
+    """
+
+    @property
+    def controls(self) -> Mapping[str, Control]:
+        """log_alpha (weight decay, near 0), log_beta (momentum), eta (step size)."""
+        # A chunk's gradients are summed at one point and momentum carries them on. For keys and
+        # features of norm one, descent is stable even if all keys of a chunk are equal while
+        # 2 eta chunk_size / (1 - beta) < 2. It starts at 0.5, as features grow in training.
+        return {
+            "log_alpha": Control(activation=jax.nn.log_sigmoid, bias=5.0),
+            "log_beta": Control(activation=jax.nn.log_sigmoid, bias=0.0),
+            "eta": Control(activation=jax.nn.softplus, bias=-2.0, scale=1.0 / self.chunk_size),
+        }
+
+    def loss(self, prediction: Float[Array, "rows v"], value: Float[Array, "rows v"]) -> Array:
+        """The squared error of recall."""
+        return jnp.sum((prediction - value) ** 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class DLA(DeepMemory):
+    """Deep linear attention: M_t = alpha_t M_{t-1} - eta_t grad l_t, l_t(M) = -<M(k_t), v_t>.
+
+    Eq. 30-33 of arXiv:2602.24281, where alpha = 1. The gradient is taken at the state with which
+    the token's chunk began.
+
+    Controls, each (b, t, h): ``eta`` (>= 0), and optionally ``log_alpha`` (<= 0).
+
+    Attributes:
+      chunk_size: tokens that share the point at which gradients are taken.
+      expansion: hidden width over key dimension.
+      depth: 2 for M(x) = x + W1 gelu(W2 x), 1 for M(x) = W x.
+
+    Raises:
+      ValueError: for a depth other than 1 or 2, or sizes below 1.
+
+    Example:
+      >>> import memcache_jax as mc
+      >>> sorted(mc.memories.DLA(chunk_size=32).controls)
+      ['eta', 'log_alpha']
+    """
+
+    @property
+    def controls(self) -> Mapping[str, Control]:
+        """The step size eta, and the weight decay log_alpha."""
+        return {
+            "eta": Control(activation=jax.nn.softplus, bias=-2.0, scale=1.0 / self.chunk_size),
+            "log_alpha": Control(activation=jax.nn.log_sigmoid, bias=5.0, optional=True),
+        }
+
+    def loss(self, prediction: Float[Array, "rows v"], value: Float[Array, "rows v"]) -> Array:
+        """How little what is recalled points to the value."""
+        return -jnp.sum(prediction * value)

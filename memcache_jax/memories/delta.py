@@ -6,6 +6,7 @@ Within a chunk, what the tokens erase depends on each other through a unit lower
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from memcache_jax.memories.matrix import ChannelChunk, DecayChunk, MatrixMemory,
 class _DeltaMemory(MatrixMemory):
     """M_t = alpha_t M_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T."""
 
-    largest_chunk = 64
+    largest_chunk: ClassVar[int] = 64
 
     def step(
         self,
@@ -95,8 +96,8 @@ class DeltaNet(_DeltaMemory):
 class GatedDeltaNet(_DeltaMemory):
     """Gated DeltaNet: M_t = alpha_t M_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T.
 
-    arXiv:2412.06464. Controls, each (b, t, h): ``log_alpha`` (<= 0), and ``beta`` in [0, 1] for keys
-    of norm one.
+    From arXiv:2412.06464. Controls, each (b, t, h): ``log_alpha`` (<= 0), and ``beta`` in [0, 1]
+    for keys of norm one.
 
     Example:
       >>> import memcache_jax as mc
@@ -131,7 +132,7 @@ class RWKV7(MatrixMemory):
       ['a', 'kappa', 'log_w']
     """
 
-    largest_chunk = 64
+    largest_chunk: ClassVar[int] = 64
 
     @property
     def controls(self) -> Mapping[str, Control]:

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,7 @@ class MatrixState(NamedTuple):
 class MatrixMemory(Memory):
     """What matrix memories share: they start at zero and are read by one product."""
 
-    def init(
-        self, weights: Mapping[str, Array], key_dim: int, value_dim: int, dtype: Any
-    ) -> MatrixState:
+    def init(self, weights: Mapping[str, Array], key_dim: int, value_dim: int, dtype: Any) -> Any:
         """Returns the zero matrix."""
         del weights
         return MatrixState(jnp.zeros((key_dim, value_dim), dtype))
@@ -34,7 +32,7 @@ class MatrixMemory(Memory):
         return (state.matrix,)
 
     def forward(
-        self, apply: Apply, query: Float[Array, "rows k"], gate: Float[Array, "rows"] | None = None
+        self, apply: Apply, query: Float[Array, "*rows k"], gate: Float[Array, "rows"] | None = None
     ) -> Array:
         """M q."""
         return apply(0, gated(gate, query))
@@ -103,6 +101,12 @@ class ScalarDecayMemory(MatrixMemory):
         """The state's product with x, plus decayed causal attention inside the chunk."""
         del layer
         return chunk.apply(x)
+
+    def merge(self, left: MatrixState, right: MatrixState, controls: Controls) -> MatrixState:
+        """The earlier matrix, decayed over the later run, and the later one."""
+        some = jax.tree.leaves(controls)
+        log_alpha, _ = self.coefficients(controls, jnp.ones_like(some[0]) if some else jnp.ones(1))
+        return MatrixState(jnp.exp(log_alpha.sum()) * left.matrix + right.matrix)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,6 +274,13 @@ class SWLA(MatrixMemory):
         del layer
         return chunk.apply(x)
 
+    def merge(self, left: WindowState, right: WindowState, controls: Controls) -> WindowState:
+        """The earlier matrix and last token, decayed over the later run, and the later matrix."""
+        log_alpha, beta = controls["log_alpha"], controls["beta"]
+        crossing = beta[0] * jnp.exp(log_alpha[1:].sum()) * jnp.outer(left.key, left.value)
+        kept = jnp.exp(log_alpha.sum()) * left.matrix
+        return right._replace(matrix=kept + crossing + right.matrix)
+
 
 class ChannelChunk(NamedTuple):
     """A chunk of a memory whose key channels decay apart, with one or more writes per token.
@@ -308,7 +319,7 @@ class GLA(MatrixMemory):
       'b t h k'
     """
 
-    largest_chunk = 64
+    largest_chunk: ClassVar[int] = 64
 
     @property
     def controls(self) -> Mapping[str, Control]:
@@ -347,3 +358,8 @@ class GLA(MatrixMemory):
         """The state's product with x, plus attention inside the chunk, decayed per channel."""
         del layer
         return chunk.apply(x)
+
+    def merge(self, left: MatrixState, right: MatrixState, controls: Controls) -> MatrixState:
+        """The earlier matrix, decayed over the later run, and the later one."""
+        decay = jnp.exp(controls["log_alpha"].sum(axis=0))
+        return MatrixState(decay[:, None] * left.matrix + right.matrix)

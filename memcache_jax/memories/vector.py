@@ -73,7 +73,7 @@ class Vector(Memory):
         return (state.value[None],)
 
     def forward(
-        self, apply: Apply, query: Float[Array, "rows k"], gate: Float[Array, "rows"] | None = None
+        self, apply: Apply, query: Float[Array, "*rows k"], gate: Float[Array, "rows"] | None = None
     ) -> Array:
         """M, whatever the query."""
-        return apply(0, gated(gate, jnp.ones((query.shape[0], 1), query.dtype)))
+        return apply(0, gated(gate, jnp.ones((*query.shape[:-1], 1), query.dtype)))

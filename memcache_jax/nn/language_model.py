@@ -1,7 +1,7 @@
 """A decoder-only language model whose blocks mix tokens by memory caching or by attention."""
 
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from memcache_jax.memories import Memory, Titans
 from memcache_jax.nn.attention import Attention
 from memcache_jax.nn.layers import Linear, SwiGLU
 from memcache_jax.nn.memory_caching import MemoryCaching
-from memcache_jax.segmentation import Constant
+from memcache_jax.segmentation import Constant, Segmentation
 
 
 @runtime_checkable
@@ -33,8 +33,10 @@ class MemoryCachingMixer:
 
     memory: Memory = Titans()
     aggregation: Aggregation = GRM()
-    segmentation: Constant = Constant(256)
+    segmentation: Segmentation = Constant(256)
     start: Start = "independent"
+    connector: Literal["learned", "query"] = "learned"
+    distances: int = 64
     implementation: Implementation | None = None
 
     def build(self, in_features: int, num_heads: int, **options: Any) -> MemoryCaching:

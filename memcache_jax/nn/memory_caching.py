@@ -1,6 +1,6 @@
 """The Memory Caching layer: a drop-in for causal self-attention."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from memcache_jax import _checks
+from memcache_jax._arguments import check_configuration
 from memcache_jax._typing import Array, Float
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.caching import Implementation, Start, memory_caching
 from memcache_jax.memories import Control, Memory
 from memcache_jax.nn.layers import CausalConv, Linear, l2_normalize
-from memcache_jax.segmentation import Constant
+from memcache_jax.segmentation import Segmentation
 
 
 class MemoryCaching(nnx.Module):
@@ -33,6 +34,9 @@ class MemoryCaching(nnx.Module):
       segmentation: where states are cached.
       head_dim: key and value dimension of a head; ``in_features // num_heads`` by default.
       start: what a segment's memory begins with, ``"independent"`` or ``"checkpoint"``.
+      connector: what content gates compare with pooled keys: a ``"learned"`` map of the input, or
+        the ``"query"``.
+      distances: for gates by position, how many distances have logits of their own.
       conv_width: taps of the convolution.
       implementation: as in ``memory_caching``.
       dtype: dtype of the projections' arithmetic and of the output; by default the wider of the
@@ -62,17 +66,22 @@ class MemoryCaching(nnx.Module):
         *,
         memory: Memory,
         aggregation: Aggregation,
-        segmentation: Constant,
+        segmentation: Segmentation,
         head_dim: int | None = None,
         start: Start = "independent",
+        connector: Literal["learned", "query"] = "learned",
+        distances: int = 64,
         conv_width: int = 4,
         implementation: Implementation | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        _checks.check_configuration(memory, aggregation, segmentation)
+        check_configuration(memory, aggregation, segmentation)
         _checks.check_choice("start", start, ("independent", "checkpoint"))
+        _checks.check_choice("connector", connector, ("learned", "query"))
+        if distances < 2:
+            raise ValueError(f"distances must be at least 2, got {distances}")
         _checks.check_choice("implementation", implementation, (None, "xla", "reference"))
         self.in_features, self.num_heads = in_features, num_heads
         self.head_dim = _checks.check_heads(in_features, num_heads, head_dim)
@@ -98,12 +107,17 @@ class MemoryCaching(nnx.Module):
         # unrelated maps recall stays on a plateau.
         self.key = linear(in_features, inner, kernel_init=_copy(self.query.kernel))
         self.key_conv = conv(_copy(self.query_conv.kernel))
-        if aggregation.needs_connector:
-            self.connector = linear(in_features, inner, kernel_init=_copy(self.query.kernel))
+        if aggregation.gate == "position":
+            self.connector = linear(in_features, num_heads * distances)
+        elif aggregation.gate == "content":
+            if connector == "learned":
+                self.connector = linear(in_features, inner, kernel_init=_copy(self.query.kernel))
             self.temperature = nnx.Param(jnp.full((num_heads,), 10.0, param_dtype))
 
         self.controls = nnx.Dict()
         for name, control in memory.controls.items():
+            if control.optional or control.per_head is not None:
+                continue
             self.controls[name] = linear(
                 in_features,
                 num_heads * (self.head_dim if control.axes.endswith("k") else 1),
@@ -138,11 +152,12 @@ class MemoryCaching(nnx.Module):
         key = l2_normalize(self._heads(self.key_conv(self.key(x))))
         value = self._heads(self.value_conv(self.value(x)))
         connector = None
-        if self.aggregation.needs_connector:
-            temperature = self.temperature[...].astype(x.dtype)
-            connector = (
-                l2_normalize(self._heads(self.connector(x))) * temperature[None, None, :, None]
-            )
+        if self.aggregation.gate == "position":
+            connector = self._heads(self.connector(x))
+        elif self.aggregation.gate == "content":
+            learned = hasattr(self, "connector")
+            connector = l2_normalize(self._heads(self.connector(x))) if learned else query
+            connector *= self.temperature[...].astype(x.dtype)[None, None, :, None]
         y = memory_caching(
             query,
             key,
@@ -150,8 +165,9 @@ class MemoryCaching(nnx.Module):
             connector,
             memory=self.memory,
             controls={
-                name: self._control(control, self.controls[name](x))
+                name: self._control(control, name, x)
                 for name, control in self.memory.controls.items()
+                if not control.optional
             },
             weights={name: weight[...] for name, weight in self.weights.items()},
             aggregation=self.aggregation,
@@ -165,8 +181,11 @@ class MemoryCaching(nnx.Module):
     def _heads(self, x: Float[Array, "b t hk"]) -> Float[Array, "b t h k"]:
         return x.reshape(*x.shape[:2], self.num_heads, -1)
 
-    def _control(self, control: Control, logits: Float[Array, "b t hk"]) -> Array:
-        """A coefficient from its logits, in float32: a decay near 1 is lost in bfloat16."""
+    def _control(self, control: Control, name: str, x: Float[Array, "b t d"]) -> Array:
+        """A coefficient of the rule, in float32: a decay near 1 is lost in bfloat16."""
+        if control.per_head is not None:
+            return control.per_head(self.num_heads)
+        logits = self.controls[name](x)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         if control.axes.endswith("k"):
             logits = self._heads(logits)

@@ -143,7 +143,7 @@ def _mixer(name: str, options: Config) -> Mixer:
     return MemoryCachingMixer(
         memory=_build("memory", options, _concrete(mc.memories, Memory)),
         aggregation=_build("aggregation", options, _concrete(mc, mc.Aggregation)),
-        segmentation=_build("segmentation", options, _segmentations()),
+        segmentation=_build("segmentation", options, _concrete(mc, mc.Segmentation)),
         start=options["start"],
     )
 
@@ -151,11 +151,6 @@ def _mixer(name: str, options: Config) -> Mixer:
 def _concrete(module: Any, base: type) -> dict[str, type]:
     classes = {k: v for k, v in vars(module).items() if inspect.isclass(v) and issubclass(v, base)}
     return {name: cls for name, cls in classes.items() if not inspect.isabstract(cls)}
-
-
-def _segmentations() -> dict[str, type]:
-    """Segmentations have no base class; what they share is that they make plans."""
-    return {k: v for k, v in vars(mc).items() if inspect.isclass(v) and hasattr(v, "plan")}
 
 
 def _build(key: str, options: Config, classes: Mapping[str, type]) -> Any:

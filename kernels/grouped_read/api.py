@@ -1,0 +1,40 @@
+"""Entry point of the grouped read."""
+
+from collections.abc import Callable
+
+from memcache_jax._typing import Array, Float, Int, Matrices
+from memcache_jax.kernels.grouped_read import reference, xla
+
+_IMPLEMENTATIONS = {"reference": reference.grouped_read, "xla": xla.grouped_read}
+
+
+def grouped_read(
+    read: Callable[..., Array],
+    bank: Matrices,
+    query: Float[Array, "b h n c k"],
+    gates: Float[Array, "b h n c s"],
+    states: Int[Array, "b h n c s"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "b h n c v"]:
+    """Returns Y_t = sum over s of gates[t, s] read(bank_{states[t, s]}, x_t).
+
+    Args:
+      read: reads one state: (matrices, rows (c, k)) -> rows (c, v); with gates (c) as a third
+        argument, the rows it returns times those.
+      bank: the cached states, each matrix (b, h, states, in, out).
+      query: the rows x.
+      gates: weight of each row's choices.
+      states: the states that each row has chosen.
+      implementation: ``"xla"`` (the default) or ``"reference"``.
+
+    Raises:
+      ValueError: for an unknown implementation.
+    """
+    implementation = implementation or "xla"
+    if implementation not in _IMPLEMENTATIONS:
+        raise ValueError(
+            f"grouped_read has the implementations {sorted(_IMPLEMENTATIONS)}, "
+            f"got {implementation!r}"
+        )
+    return _IMPLEMENTATIONS[implementation](read, bank, query, gates, states)

@@ -1,0 +1,105 @@
+"""The grouped read in plain XLA: cost in proportion to the choices, not to the states there are.
+
+As in a mixture of experts, the (row, choice) pairs are sorted by state and each state's group is
+filled up to whole blocks of rows, so that every block reads one state. Blocks are visited a few at
+a time, and the backward pass recomputes the reads.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from memcache_jax._typing import Array, Float, Int, Matrices
+from memcache_jax.kernels._units import for_each_unit
+
+_ROWS = 64  # of a block
+_BLOCKS = 16  # visited at once
+
+
+def grouped_read(
+    read: Callable[..., Array],
+    bank: Matrices,
+    query: Float[Array, "b h n c k"],
+    gates: Float[Array, "b h n c s"],
+    states: Int[Array, "b h n c s"],
+) -> Float[Array, "b h n c v"]:
+    """See ``api.grouped_read``."""
+    batch, heads, n, c, choices = gates.shape
+    num_states = jax.tree.leaves(bank)[0].shape[2]
+    most = -(-n * c * choices // _ROWS) + num_states  # blocks, if every group has one to fill up
+    visits = -(-most // _BLOCKS)
+
+    def arrange(states: Int[Array, "pairs"]) -> tuple[Array, Array, Array]:
+        """The place of each pair, the pair at each place (none: one too high), blocks' states."""
+        counts = jnp.zeros(num_states, jnp.int32).at[states].add(1)
+        blocks = -(-counts // _ROWS)
+        last_block = jnp.cumsum(blocks)
+        order = jnp.argsort(states, stable=True)
+        rank = jnp.arange(len(states)) - (jnp.cumsum(counts) - counts)[states[order]]
+        place = (last_block - blocks)[states[order]] * _ROWS + rank
+        pair = jnp.full(visits * _BLOCKS * _ROWS, len(states)).at[place].set(order)
+        state = jnp.searchsorted(last_block, jnp.arange(visits * _BLOCKS), side="right")
+        return jnp.zeros_like(place).at[order].set(place), pair, state.clip(max=num_states - 1)
+
+    place, pair, state = jax.vmap(jax.vmap(arrange))(states.reshape(batch, heads, -1))
+    state = state.reshape(batch, heads, visits, _BLOCKS)
+
+    def take(rows: Array, index: Array) -> Array:
+        """Rows of each unit by index, zero beyond the last."""
+        pick = jax.vmap(jax.vmap(lambda rows, index: rows.at[index].get(mode="fill", fill_value=0)))
+        return pick(rows, index)
+
+    def split(x: Array) -> Array:
+        return x.reshape(batch, heads, visits, _BLOCKS, _ROWS, *x.shape[3:])
+
+    rows = take(query.reshape(batch, heads, n * c, -1), pair // choices)
+    weights = take(gates.reshape(batch, heads, -1), pair)
+    y = _read_blocks(read, state, bank, split(rows), split(weights))
+    every = take(y.reshape(batch, heads, -1, y.shape[-1]), place)
+    return every.reshape(batch, heads, n, c, choices, -1).sum(axis=-2)
+
+
+def _read_blocks(
+    read: Callable[..., Array],
+    state: Int[Array, "b h w g"],
+    bank: Matrices,
+    rows: Float[Array, "b h w g rows k"],
+    gates: Float[Array, "b h w g rows"],
+) -> Float[Array, "b h w g rows v"]:
+    """Reads every block of rows from its state; w visits of g blocks each."""
+    every = jax.vmap(read)
+
+    def forward_unit(state, bank, rows, gates):
+        def visit(_, xs):
+            state, rows, gates = xs
+            return None, every(jax.tree.map(lambda m: m[state], bank), rows, gates)
+
+        return lax.scan(visit, None, (state, rows, gates))[1]
+
+    def backward_unit(state, bank, rows, gates, cotangent):
+        def visit(total, xs):
+            state, rows, gates, cotangent = xs
+            states = jax.tree.map(lambda m: m[state], bank)
+            _, pull = jax.vjp(every, states, rows, gates)
+            d_states, d_rows, d_gates = pull(cotangent)
+            total = jax.tree.map(lambda t, d: t.at[state].add(d), total, d_states)
+            return total, (d_rows, d_gates)
+
+        zeros = jax.tree.map(jnp.zeros_like, bank)
+        total, (d_rows, d_gates) = lax.scan(visit, zeros, (state, rows, gates, cotangent))
+        return total, d_rows, d_gates
+
+    @jax.custom_vjp
+    def read_all(state, bank, rows, gates):
+        return for_each_unit(forward_unit, 2)(state, bank, rows, gates)
+
+    def forward(state, bank, rows, gates):
+        return read_all(state, bank, rows, gates), (state, bank, rows, gates)
+
+    def backward(residuals, cotangent):
+        return None, *for_each_unit(backward_unit, 2)(*residuals, cotangent)
+
+    read_all.defvjp(forward, backward)
+    return read_all(state, bank, rows, gates)
