@@ -12,10 +12,27 @@ import memcache_jax as mc
 
 MEMORIES = {
     "linear": mc.memories.LinearAttention(),
+    "retnet": mc.memories.RetNet(),
+    "ssd": mc.memories.SSD(),
+    "swla": mc.memories.SWLA(),
+    "gla": mc.memories.GLA(),
+    "deltanet": mc.memories.DeltaNet(),
+    "gated_deltanet": mc.memories.GatedDeltaNet(),
+    "rwkv7": mc.memories.RWKV7(),
+    "dla": mc.memories.DLA(chunk_size=4, expansion=2),
     "titans": mc.memories.Titans(chunk_size=4, expansion=2),
     "titans_depth1": mc.memories.Titans(chunk_size=4, depth=1),
+    "vector": mc.memories.Vector(),
 }
-AGGREGATIONS = {"residual": mc.Residual(), "grm": mc.GRM()}
+# One of each family, for what the rule has little part in.
+FAMILIES = {name: MEMORIES[name] for name in ("linear", "gated_deltanet", "titans")}
+AGGREGATIONS = {
+    "residual": mc.Residual(),
+    "grm": mc.GRM(),
+    "soup": mc.Soup(),
+    "ssc": mc.SSC(top_k=2),
+}
+SEGMENTATIONS = {"constant": mc.Constant, "logarithmic": mc.Logarithmic}
 SCHEDULES = ("in_turn", "side_by_side")
 STARTS = ("independent", "checkpoint")
 
@@ -78,6 +95,40 @@ def run_reference(inputs, memory, aggregation, *, size=8, start: Any = "independ
         start=start,
         implementation="reference",
     )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnums=(1,),
+    static_argnames=("size", "aggregations", "segmentations", "starts", "options"),
+)
+def run_all(
+    inputs,
+    memory,
+    *,
+    size=4,
+    aggregations=tuple(AGGREGATIONS),
+    segmentations=tuple(SEGMENTATIONS),
+    starts=STARTS,
+    options=(),
+):
+    """Every aggregation, segmentation and start in one program, by name."""
+    return {
+        f"{aggregation}/{segmentation}/{start}": mc.memory_caching(
+            **inputs,
+            memory=memory,
+            aggregation=AGGREGATIONS[aggregation],
+            segmentation=SEGMENTATIONS[segmentation](size),
+            start=start,
+            **dict(options),
+        )
+        for aggregation in aggregations
+        for segmentation in segmentations
+        for start in starts
+    }
+
+
+REFERENCE = (("implementation", "reference"),)
 
 
 @contextlib.contextmanager

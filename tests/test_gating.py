@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import memcache_jax as mc
-from memcache_jax.gating import pooled_keys, relevance, running_mean_keys, softmax_gates
+from memcache_jax.gating import pooled_keys, relevance, running_keys, softmax_gates
 from memcache_jax.segmentation import ReadPlan
 from tests.cases import assert_close
 
@@ -19,22 +19,35 @@ def keys(blocks, size=5):
 
 @pytest.mark.parametrize("size", [1, 5, 16, 37])
 def test_running_mean(size):
-    key = keys(2, size)
+    key, plan = keys(2, size), mc.Constant(size).plan(2 * size)
     wanted = jnp.stack([key[:, : t + 1].mean(axis=1) for t in range(size)], axis=1)
-    assert_close(running_mean_keys(key), wanted, 1e-12)
+    assert_close(running_keys(key, plan), wanted, 1e-12)
+    counts = jnp.arange(1.0, size + 1)[None, :, None]
+    assert_close(running_keys(key, plan, "sum"), wanted * counts, 1e-12)
+
+
+def test_running_mean_goes_on_over_the_blocks_of_a_segment():
+    key, plan = keys(5, 2), mc.Lengths((2, 6, 2)).plan(10)
+    flat = key.reshape(10, 3)
+    begins = [0, 0, *[2] * 6, 8, 8]
+    for pooling, pool in (("mean", jnp.mean), ("sum", jnp.sum)):
+        wanted = jnp.stack([pool(flat[begins[t] : t + 1], axis=0) for t in range(10)])
+        assert_close(running_keys(key, plan, pooling).reshape(10, 3), wanted, 1e-12)
 
 
 def test_pooled_keys_of_longer_buckets():
     key = keys(4)
-    plan = ReadPlan(5, np.array([[0, 1], [0, 2], [1, 4]]), np.full((4, 3), -1))
+    plan = ReadPlan(5, np.array([[0, 1], [0, 2], [1, 4]]), np.full((4, 3), -1), np.arange(4))
     wanted = [key[0].mean(axis=0), key[:2].mean(axis=(0, 1)), key[1:].mean(axis=(0, 1))]
     assert_close(pooled_keys(key, plan), jnp.stack(wanted), 1e-12)
+    sizes = jnp.array([5.0, 10.0, 15.0])[:, None]
+    assert_close(pooled_keys(key, plan, "sum"), jnp.stack(wanted) * sizes, 1e-12)
 
 
 def test_relevance_of_any_plan():
     key, connector = keys(3), 2 + keys(3)
     reads = np.array([[-1, -1], [0, -1], [1, 0]])
-    plan = ReadPlan(5, np.array([[0, 1], [1, 2]]), reads)
+    plan = ReadPlan(5, np.array([[0, 1], [1, 2]]), reads, np.arange(3))
     cached, online = relevance(connector, key, plan)
     pooled = key.mean(axis=1)
     for block in range(3):
@@ -42,7 +55,7 @@ def test_relevance_of_any_plan():
             bucket = reads[block, slot]
             wanted = connector[block] @ pooled[bucket] if bucket >= 0 else jnp.full(5, -jnp.inf)
             np.testing.assert_allclose(cached[block, :, slot], wanted, rtol=1e-12)
-    wanted = jnp.einsum("nck,nck->nc", connector, running_mean_keys(key))
+    wanted = jnp.einsum("nck,nck->nc", connector, running_keys(key, plan))
     np.testing.assert_allclose(online, wanted, rtol=1e-12)
 
 
@@ -58,3 +71,33 @@ def test_residual_weighs_every_visible_state_by_one():
     gates = mc.Residual().gates(jnp.array([[0.0, -jnp.inf]]), jnp.array([3.0]))
     np.testing.assert_array_equal(gates[0], [[1.0, 0.0]])
     np.testing.assert_array_equal(gates[1], [1.0])
+
+
+def test_position_gates_know_the_distance_alone():
+    plan = mc.Logarithmic(5).plan(4 * 5)
+    logits = jax.random.normal(jax.random.key(3), (4, 5, 3))
+    cached, online = relevance(logits, keys(4), plan, gate="position")
+    np.testing.assert_array_equal(online, logits[..., 0])
+    np.testing.assert_array_equal(cached[1, :, 0], logits[1, :, 1])
+    np.testing.assert_array_equal(cached[2, :, 0], logits[2, :, 1])  # [0, 2) ends at block 2
+    np.testing.assert_array_equal(cached[3, :, 0], logits[3, :, 2])  # [0, 2), then [2, 3)
+    np.testing.assert_array_equal(cached[3, :, 1], logits[3, :, 1])
+    far, _ = relevance(logits[..., :2], keys(4), plan, gate="position")
+    np.testing.assert_array_equal(far[3, :, 0], logits[3, :, 1])
+
+
+def test_uniform_gates_are_one_over_the_number_visible():
+    plan = mc.Constant(5).plan(3 * 5)
+    gates = mc.GRM(gate="uniform").gates(*relevance(keys(3), keys(3), plan, gate="uniform"))
+    np.testing.assert_allclose(gates[0][2], 1 / 3)
+    np.testing.assert_allclose(gates[1], [[1.0] * 5, [1 / 2] * 5, [1 / 3] * 5])
+
+
+def test_router_takes_the_most_relevant_and_of_equals_the_older():
+    cached = jnp.array([[1.0, 3.0, 3.0, 3.0, -jnp.inf]])
+    gates, online = mc.SSC(top_k=2).gates(cached, jnp.array([3.0]))
+    np.testing.assert_allclose(gates, [[0, 1 / 3, 1 / 3, 0, 0]])
+    np.testing.assert_allclose(online, [1 / 3])
+    gates, online = mc.SSC(top_k=2).gates(jnp.full((1, 3), -jnp.inf), jnp.array([3.0]))
+    np.testing.assert_array_equal(gates, 0.0)
+    np.testing.assert_array_equal(online, 1.0)

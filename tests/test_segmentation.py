@@ -1,5 +1,7 @@
 """Read plans: which buckets there are and who reads them."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -21,3 +23,40 @@ def test_plan_of_a_prefix_is_a_prefix_of_the_plan():
     whole = mc.Constant(4).plan(40)
     part = mc.Constant(4).plan(17)
     np.testing.assert_array_equal(part.reads, whole.reads[:5, :4])
+
+
+def test_logarithmic_reads_the_binary_expansion():
+    plan = mc.Logarithmic(4).plan(4 * 64)
+    for block, reads in enumerate(plan.reads):
+        buckets = plan.buckets[[i for i in reads if i >= 0]].tolist()
+        sizes = [after - first for first, after in buckets]
+        assert sizes == [1 << p for p in range(6, -1, -1) if block >> p & 1]
+        borders = [0, *np.cumsum(sizes).tolist()]
+        assert buckets == [list(pair) for pair in itertools.pairwise(borders)]
+    assert plan.buckets[plan.reads[37, :3], 1].tolist() == [32, 36, 37]
+    assert plan.reads.shape[1] == 6
+
+
+def test_logarithmic_plan_of_a_prefix_reads_the_same_buckets():
+    whole, part = mc.Logarithmic(4).plan(40), mc.Logarithmic(4).plan(23)
+    for block in range(6):
+        first, second = (
+            plan.buckets[[i for i in plan.reads[block] if i >= 0]].tolist()
+            for plan in (whole, part)
+        )
+        assert first == second
+
+
+def test_lengths_are_segments_of_several_blocks():
+    plan = mc.Lengths((8, 4, 12)).plan(21)
+    assert plan.block_size == 4
+    assert plan.first.tolist() == [0, 0, 2, 3, 3, 3]
+    assert plan.buckets.tolist() == [[0, 2], [2, 3]]
+    assert plan.reads.tolist() == [[-1, -1]] * 2 + [[0, -1]] + [[0, 1]] * 3
+    assert plan.distances[5].tolist() == [2, 1]
+    with pytest.raises(ValueError, match="hold 24 tokens, got 25"):
+        mc.Lengths((8, 4, 12)).plan(25)
+    with pytest.raises(ValueError, match="at least one segment"):
+        mc.Lengths(())
+    with pytest.raises(ValueError, match="at least 1 token"):
+        mc.Lengths((8, 0))

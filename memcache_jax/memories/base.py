@@ -116,7 +116,7 @@ class Memory(abc.ABC):
 
     @abc.abstractmethod
     def matrices(self, state: State) -> Matrices:
-        """The parameters that a read of ``state`` needs, which is what a cache keeps."""
+        """The parameters that a read needs, which is what a cache keeps, batched as the state."""
 
     @abc.abstractmethod
     def forward(
@@ -157,6 +157,6 @@ class Memory(abc.ABC):
         return self.forward(lambda layer, x: self.apply(chunk, layer, x), query)
 
 
-def gated(gate: Float[Array, "rows"] | None, x: Float[Array, "rows in"]) -> Array:
-    """Returns the rows of x, each times its gate."""
+def gated(gate: Float[Array, "rows"] | None, x: Float[Array, "*rows in"]) -> Array:
+    """Returns the rows of x, each times its gate if there is one."""
     return x if gate is None else jnp.einsum("r,ri->ri", gate, x)

@@ -70,7 +70,7 @@ class Vector(Memory):
 
     def matrices(self, state: VectorState) -> Matrices:
         """The value, as a matrix of one row."""
-        return (state.value[None],)
+        return (state.value[..., None, :],)
 
     def forward(
         self, apply: Apply, query: Float[Array, "*rows k"], gate: Float[Array, "rows"] | None = None

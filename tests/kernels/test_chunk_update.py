@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import pytest
 
 from memcache_jax.kernels.chunk_update import chunk_update
-from tests.cases import MEMORIES, SCHEDULES, assert_close, make_inputs, scheduled
+from tests.cases import FAMILIES, SCHEDULES, assert_close, make_inputs, scheduled
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
+@pytest.mark.parametrize("memory", FAMILIES.values(), ids=FAMILIES)
 def test_xla_equals_reference(memory, schedule):
     inputs = make_inputs(memory, 12, batch=2, heads=3)
 

@@ -18,6 +18,9 @@ def one_head(memory, length, seed=0):
     """Unbatched tokens and the initial state of one head."""
     inputs = make_inputs(memory, length, batch=1, heads=1, seed=seed)
     take = functools.partial(jax.tree.map, lambda x: x[0, :, 0])
+    for name, control in inputs["controls"].items():
+        if control.ndim == 1:  # one for each head
+            inputs["controls"][name] = jnp.broadcast_to(control[None, None], (1, length, 1))
     key, value, controls = take((inputs["key"], inputs["value"], inputs["controls"]))
     weights = jax.tree.map(lambda x: x[0], inputs["weights"])
     state = memory.init(weights, key.shape[-1], value.shape[-1], key.dtype)

@@ -1,0 +1,70 @@
+"""Every implementation of the grouped read against the reference, forward and backward."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import memcache_jax as mc
+from memcache_jax.kernels.grouped_read import grouped_read
+from tests.cases import SCHEDULES, assert_close, scheduled
+
+MEMORIES = {
+    "matrix": (mc.memories.LinearAttention(), [(4, 4)]),
+    "deep": (mc.memories.Titans(expansion=3), [(4, 12), (12, 4)]),
+}
+
+
+def make(memory, states, dtype=jnp.float32):
+    """Rows that choose two of ``states`` states each."""
+    memory, shapes = MEMORIES[memory]
+    keys = jax.random.split(jax.random.key(0), 3 + len(shapes))
+    lead, blocks, rows = (2, 1), 3, 29
+    bank = tuple(
+        jax.random.normal(key, (*lead, states, *shape), dtype) * shape[0] ** -0.5
+        for key, shape in zip(keys[3:], shapes, strict=True)
+    )
+    query = jax.random.normal(keys[0], (*lead, blocks, rows, 4), dtype)
+    gates = jax.random.uniform(keys[1], (*lead, blocks, rows, 2), dtype)
+    chosen = jax.random.randint(keys[2], gates.shape, 0, states)
+    return memory, (bank, query, gates), chosen
+
+
+def compare(memory, arguments, chosen, tolerance, schedule="in_turn"):
+    def outputs(implementation):
+        y, pull = jax.vjp(
+            lambda *a: grouped_read(memory.read, *a, chosen, implementation=implementation),
+            *arguments,
+        )
+        return y, pull(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
+
+    with scheduled(schedule):
+        got = outputs("xla")
+    wanted = outputs("reference")
+    assert_close(got[0], wanted[0], tolerance)
+    assert_close(got[1], wanted[1], 2 * tolerance)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("precision", "tolerance"), [("float64", 1e-12), ("float32", 1e-6)])
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_xla_equals_reference(memory, precision, tolerance, schedule):
+    with jax.enable_x64(precision == "float64"):
+        compare(*make(memory, 7, jnp.dtype(precision)), tolerance, schedule)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("states", [1, 40])
+def test_few_and_many_states(states):
+    compare(*make("matrix", states, jnp.float64), 1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_all_rows_may_choose_one_state_and_one_state_twice():
+    memory, arguments, chosen = make("matrix", 5, jnp.float64)
+    compare(memory, arguments, jnp.full_like(chosen, 3), 1e-12)
+
+
+def test_unknown_implementation():
+    memory, arguments, chosen = make("matrix", 3)
+    with pytest.raises(ValueError, match="got 'cuda'"):
+        grouped_read(memory.read, *arguments, chosen, implementation="cuda")
