@@ -99,8 +99,7 @@ def run_reference(inputs, memory, aggregation, *, size=8, start: Any = "independ
 
 @functools.partial(
     jax.jit,
-    static_argnums=(1,),
-    static_argnames=("size", "aggregations", "segmentations", "starts", "options"),
+    static_argnames=("memory", "size", "aggregations", "segmentations", "starts", "options"),
 )
 def run_all(
     inputs,

@@ -1,6 +1,7 @@
 """What must hold for every memory, aggregation and start: see the names of the tests."""
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any, ClassVar
 
@@ -114,7 +115,7 @@ class TestVectors:
 def test_one_token(memory):
     inputs = make_inputs(memory, 1)
     wanted = run_reference(inputs, memory, mc.Residual())
-    for name, y in run_all(inputs, memory).items():
+    for name, y in run_all(inputs, memory, aggregations=("grm", "ssc")).items():
         assert_close({name: y}, {name: wanted}, 1e-12)
 
 
@@ -130,7 +131,7 @@ def test_chunks_of_one_token_equal_tokens(start):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MEMORIES)
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(data=st.data())
 def test_chunks_equal_tokens_at_any_shape(name, data):
     memory = MEMORIES[name]
@@ -238,7 +239,8 @@ def test_gradients_equal_finite_differences(memory, start):
 @every_memory
 def test_no_output_sees_a_later_token_or_depends_on_the_length(memory):
     inputs, later = make_inputs(memory, 19), make_inputs(memory, 19, seed=1)
-    whole = run_all(inputs, memory)
+    few = functools.partial(run_all, memory=memory, aggregations=("residual", "ssc"))
+    whole = few(inputs)
 
     def tokens(change, *trees):
         """Inputs whose arrays over time are changed."""
@@ -252,11 +254,11 @@ def test_no_output_sees_a_later_token_or_depends_on_the_length(memory):
 
     for t in (3, 9):
         mixed = tokens(lambda x, y, t=t: x.at[:, t + 1 :].set(y[:, t + 1 :]), inputs, later)
-        for name, y in run_all(mixed, memory).items():
+        for name, y in few(mixed).items():
             np.testing.assert_array_equal(y[:, : t + 1], whole[name][:, : t + 1], err_msg=name)
             assert not np.allclose(y[:, t + 1], whole[name][:, t + 1]), name
     prefix = tokens(lambda x: x[:, :13], inputs)
-    for name, y in run_all(prefix, memory).items():
+    for name, y in few(prefix).items():
         assert_close({name: y}, {name: whole[name][:, :13]}, 1e-12)
 
 
@@ -274,7 +276,7 @@ def test_residual_of_linear_attention_is_linear_attention():
 def test_one_segment_is_the_base_rule(memory):
     inputs = make_inputs(memory, 7)
     base = run_reference(inputs, memory, mc.Residual(), size=24)
-    for name, y in run_all(inputs, memory, size=8).items():
+    for name, y in run_all(inputs, memory, size=8, segmentations=("constant",)).items():
         assert_close({name: y}, {name: base}, 1e-12)
 
 

@@ -32,7 +32,9 @@ def make(memory, states, dtype=jnp.float32):
 def compare(memory, arguments, chosen, tolerance, schedule="in_turn"):
     def outputs(implementation):
         y, pull = jax.vjp(
-            lambda *a: grouped_read(memory.read, *a, chosen, implementation=implementation),
+            lambda bank, query, gates: grouped_read(
+                memory.read, bank, query, gates, chosen, implementation=implementation
+            ),
             *arguments,
         )
         return y, pull(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
