@@ -39,7 +39,7 @@ def get_config() -> Any:
     config.model.num_layers, config.model.features, config.model.num_heads = 3, 192, 3
     config.model.memory.update(chunk_size=32, expansion=2)
     config.model.segmentation.size = 128
-    config.optimizer.learning_rate, config.optimizer.warmup_steps = 3e-3, 30
+    config.optimizer.learning_rate, config.optimizer.warmup_steps = 2e-3, 30
 
     config.data.files = (os.path.join(sysconfig.get_paths()["stdlib"], "**", "*.py"),)
     config.data.exclude = tuple(f"*/{name}/*" for name in EXCLUDED)

@@ -62,6 +62,10 @@ class Memory(abc.ABC):
         """The rule's coefficients, by name."""
         return {}
 
+    def coupled(self, controls: Controls) -> Controls:
+        """The controls that a layer uses, where one is to be scaled by another."""
+        return controls
+
     def weight_shapes(self, key_dim: int, value_dim: int) -> dict[str, tuple[int, int]]:
         """Shapes (out, in) of the learned initial weights, by name; empty if it starts at zero."""
         del key_dim, value_dim

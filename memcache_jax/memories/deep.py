@@ -247,14 +247,22 @@ class Titans(DeepMemory):
     @property
     def controls(self) -> Mapping[str, Control]:
         """log_alpha (weight decay, near 0), log_beta (momentum), eta (step size)."""
-        # A chunk's gradients are summed at one point and momentum carries them on. For keys and
-        # features of norm one, descent is stable even if all keys of a chunk are equal while
-        # 2 eta chunk_size / (1 - beta) < 2. It starts at 0.5, as features grow in training.
         return {
             "log_alpha": Control(activation=jax.nn.log_sigmoid, bias=5.0),
             "log_beta": Control(activation=jax.nn.log_sigmoid, bias=0.0),
             "eta": Control(activation=jax.nn.softplus, bias=-2.0, scale=1.0 / self.chunk_size),
         }
+
+    def coupled(self, controls: Controls) -> Controls:
+        """Scales eta by 1 - beta.
+
+        A chunk's gradients are summed at one point and momentum carries them on, so that a chunk of
+        equal keys moves the memory by eta chunk_size / (1 - beta) gradients. With features of
+        squared norm s that is stable while 2 s eta chunk_size / (1 - beta) < 2; whatever beta is
+        learned, it begins near 0.2 s.
+        """
+        kept = 1 - jnp.exp(controls["log_beta"])
+        return {**controls, "eta": controls["eta"] * kept}
 
     def loss(self, prediction: Float[Array, "rows v"], value: Float[Array, "rows v"]) -> Array:
         """The squared error of recall."""

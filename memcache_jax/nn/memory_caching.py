@@ -122,6 +122,9 @@ class MemoryCaching(nnx.Module):
                 in_features,
                 num_heads * (self.head_dim if control.axes.endswith("k") else 1),
                 use_bias=True,
+                # Coefficients start near their bias whatever the token: a run of equal tokens with
+                # long steps would drive a deep memory apart.
+                kernel_init=jax.nn.initializers.variance_scaling(0.01, "fan_in", "normal"),
                 bias_init=jax.nn.initializers.constant(control.bias),
             )
         self.weights = nnx.Dict()
@@ -164,11 +167,13 @@ class MemoryCaching(nnx.Module):
             value,
             connector,
             memory=self.memory,
-            controls={
-                name: self._control(control, name, x)
-                for name, control in self.memory.controls.items()
-                if not control.optional
-            },
+            controls=self.memory.coupled(
+                {
+                    name: self._control(control, name, x)
+                    for name, control in self.memory.controls.items()
+                    if not control.optional
+                }
+            ),
             weights={name: weight[...] for name, weight in self.weights.items()},
             aggregation=self.aggregation,
             segmentation=self.segmentation,
