@@ -3,8 +3,9 @@
 Command:   make demo, or
            python -m experiments.train --config=configs/demo.py --workdir=runs/demo
 Hardware:  two CPU cores
-Time:      about 12 minutes of CPU time, compilation included
-Expected:  about 2 bits per byte on held-out files
+Time:      about 9 minutes, compilation included
+Expected:  near 2.1 bits per byte on held-out files. A run of 360 steps, before the memory's step
+           size was scaled by 1 - beta, ended at 2.04.
 """
 
 import os

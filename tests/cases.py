@@ -57,6 +57,9 @@ def make_inputs(memory, length, *, batch=2, heads=3, dim=4, seed=0, dtype=None):
     inputs["connector"] = 3 * unit(normal(rows))
     inputs["controls"] = {}
     for name, control in memory.controls.items():
+        if control.per_head is not None:
+            inputs["controls"][name] = control.per_head(heads).astype(rows_dtype(dtype))
+            continue
         logits = normal(tuple(sizes[axis] for axis in control.axes.split()))
         inputs["controls"][name] = control.scale * control.activation(logits)
     inputs["weights"] = {

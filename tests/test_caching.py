@@ -309,7 +309,8 @@ def test_vectors_in_segments_of_one_token_are_softmax_attention():
     wanted = jax.nn.dot_product_attention(
         inputs["connector"], inputs["key"], inputs["value"], is_causal=True, scale=1.0
     )
-    assert_close(run(inputs, MEMORIES["vector"], mc.GRM(), size=1), wanted, 1e-12)
+    # JAX takes the softmax in float32 whatever the inputs are.
+    assert_close(run(inputs, MEMORIES["vector"], mc.GRM(), size=1), wanted, 1e-6)
 
 
 @pytest.mark.parametrize("kind", [mc.SSC(top_k=2), mc.SSC(top_k=2, inner="soup")], ids=repr)
@@ -506,7 +507,7 @@ class TestErrors:
         for name in wrong:
             with pytest.raises(ValueError, match=f"{name} must be an object such as mc"):
                 mc.memory_caching(**inputs, **(good | {name: wrong[name]}))
-        with pytest.raises(ValueError, match="gate='loud'"):
+        with pytest.raises(ValueError, match=r"gate must be one of .* got 'loud'"):
             mc.GRM(gate="loud")
         with pytest.raises(ValueError, match="depth=3"):
             mc.memories.Titans(depth=3)
