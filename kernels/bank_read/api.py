@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from memcache_jax._typing import Array, Float, Matrices
+from memcache_jax.kernels._dispatch import choose
 from memcache_jax.kernels.bank_read import reference, xla
 
 _IMPLEMENTATIONS = {"reference": reference.bank_read, "xla": xla.bank_read}
@@ -33,9 +34,4 @@ def bank_read(
     Raises:
       ValueError: for an unknown implementation.
     """
-    implementation = implementation or "xla"
-    if implementation not in _IMPLEMENTATIONS:
-        raise ValueError(
-            f"bank_read has the implementations {sorted(_IMPLEMENTATIONS)}, got {implementation!r}"
-        )
-    return _IMPLEMENTATIONS[implementation](read, bank, query, gates, reads)
+    return choose("bank_read", _IMPLEMENTATIONS, implementation)(read, bank, query, gates, reads)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from memcache_jax.kernels._dispatch import choose
 from memcache_jax.kernels.chunk_update import reference, xla
 
 _IMPLEMENTATIONS = {"reference": reference.chunk_update, "xla": xla.chunk_update}
@@ -31,10 +32,4 @@ def chunk_update(
     Raises:
       ValueError: for an unknown implementation.
     """
-    implementation = implementation or "xla"
-    if implementation not in _IMPLEMENTATIONS:
-        raise ValueError(
-            f"chunk_update has the implementations {sorted(_IMPLEMENTATIONS)}, "
-            f"got {implementation!r}"
-        )
-    return _IMPLEMENTATIONS[implementation](chunk, state, rows, batch_dims)
+    return choose("chunk_update", _IMPLEMENTATIONS, implementation)(chunk, state, rows, batch_dims)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from memcache_jax._typing import Array, Float, Int, Matrices
+from memcache_jax.kernels._dispatch import choose
 from memcache_jax.kernels.grouped_read import reference, xla
 
 _IMPLEMENTATIONS = {"reference": reference.grouped_read, "xla": xla.grouped_read}
@@ -31,10 +32,6 @@ def grouped_read(
     Raises:
       ValueError: for an unknown implementation.
     """
-    implementation = implementation or "xla"
-    if implementation not in _IMPLEMENTATIONS:
-        raise ValueError(
-            f"grouped_read has the implementations {sorted(_IMPLEMENTATIONS)}, "
-            f"got {implementation!r}"
-        )
-    return _IMPLEMENTATIONS[implementation](read, bank, query, gates, states)
+    return choose("grouped_read", _IMPLEMENTATIONS, implementation)(
+        read, bank, query, gates, states
+    )

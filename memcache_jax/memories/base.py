@@ -35,6 +35,10 @@ class Control:
     per_head: Callable[[int], Array] | None = None
 
 
+NEAR_ONE = Control(activation=jax.nn.log_sigmoid, bias=5.0)
+"""The log of a decay per token and head that starts near one."""
+
+
 class Memory(abc.ABC):
     """A recurrent memory: how it is written and how it is read, for one head of one sequence.
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from memcache_jax._typing import Apply, Array, Controls, Float, Matrices
 from memcache_jax.memories._decay import decay_matrix, start_decay
-from memcache_jax.memories.base import Control, Memory, gated
+from memcache_jax.memories.base import NEAR_ONE, Control, Memory, gated
 
 
 class DeepState(NamedTuple):
@@ -248,7 +248,7 @@ class Titans(DeepMemory):
     def controls(self) -> Mapping[str, Control]:
         """log_alpha (weight decay, near 0), log_beta (momentum), eta (step size)."""
         return {
-            "log_alpha": Control(activation=jax.nn.log_sigmoid, bias=5.0),
+            "log_alpha": NEAR_ONE,
             "log_beta": Control(activation=jax.nn.log_sigmoid, bias=0.0),
             "eta": Control(activation=jax.nn.softplus, bias=-2.0, scale=1.0 / self.chunk_size),
         }
@@ -297,7 +297,7 @@ class DLA(DeepMemory):
         """The step size eta, and the weight decay log_alpha."""
         return {
             "eta": Control(activation=jax.nn.softplus, bias=-2.0, scale=1.0 / self.chunk_size),
-            "log_alpha": Control(activation=jax.nn.log_sigmoid, bias=5.0, optional=True),
+            "log_alpha": dataclasses.replace(NEAR_ONE, optional=True),
         }
 
     def loss(self, prediction: Float[Array, "rows v"], value: Float[Array, "rows v"]) -> Array:

@@ -14,7 +14,7 @@ from jax.scipy.linalg import solve_triangular
 
 from memcache_jax._typing import Array, Controls, Float
 from memcache_jax.memories._decay import channel_scores, decay_matrix, start_decay
-from memcache_jax.memories.base import Control
+from memcache_jax.memories.base import NEAR_ONE, Control
 from memcache_jax.memories.matrix import ChannelChunk, DecayChunk, MatrixMemory, MatrixState
 
 
@@ -63,11 +63,6 @@ class _DeltaMemory(MatrixMemory):
         chunk = DecayChunk(state.matrix, decay, mixing, key, added)
         return MatrixState(chunk.end()), chunk
 
-    def apply(self, chunk: DecayChunk, layer: int, x: Float[Array, "m k"]) -> Array:
-        """The state's product with x, plus decayed causal attention to what was added."""
-        del layer
-        return chunk.apply(x)
-
 
 def _log_alpha(controls: Controls) -> Array:
     """The decay's log; none without a control for it."""
@@ -109,7 +104,7 @@ class GatedDeltaNet(_DeltaMemory):
     def controls(self) -> Mapping[str, Control]:
         """log_alpha (decay, near 0), beta (how much of the error a token corrects)."""
         return {
-            "log_alpha": Control(activation=jax.nn.log_sigmoid, bias=5.0),
+            "log_alpha": NEAR_ONE,
             "beta": Control(),
         }
 
@@ -182,8 +177,3 @@ class RWKV7(MatrixMemory):
         keys, values = jnp.stack([erase, key]), jnp.stack([erased, value])
         chunk = ChannelChunk(state.matrix, log_w, keys, values)
         return MatrixState(chunk.end()), chunk
-
-    def apply(self, chunk: ChannelChunk, layer: int, x: Float[Array, "m k"]) -> Array:
-        """The state's product with x, plus attention inside the chunk, decayed per channel."""
-        del layer
-        return chunk.apply(x)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from memcache_jax._typing import Apply, Array, Controls, Float, Matrices
 from memcache_jax.memories._decay import channel_scores, decay_matrix, end_decay, start_decay
-from memcache_jax.memories.base import Control, Memory, gated
+from memcache_jax.memories.base import NEAR_ONE, Control, Memory, gated
 
 
 class MatrixState(NamedTuple):
@@ -26,6 +26,11 @@ class MatrixMemory(Memory):
         """Returns the zero matrix."""
         del weights
         return MatrixState(jnp.zeros((key_dim, value_dim), dtype))
+
+    def apply(self, chunk: Any, layer: int, x: Float[Array, "m k"]) -> Array:
+        """The start's product with x, plus decayed causal attention to what the chunk writes."""
+        del layer
+        return chunk.apply(x)
 
     def matrices(self, state: Any) -> Matrices:
         """The matrix itself."""
@@ -96,11 +101,6 @@ class ScalarDecayMemory(MatrixMemory):
         mixing = decay_matrix(log_alpha) * lam[None]
         chunk = DecayChunk(state.matrix, start_decay(log_alpha), mixing, key, value)
         return MatrixState(chunk.end()), chunk
-
-    def apply(self, chunk: DecayChunk, layer: int, x: Float[Array, "m k"]) -> Array:
-        """The state's product with x, plus decayed causal attention inside the chunk."""
-        del layer
-        return chunk.apply(x)
 
     def merge(self, left: MatrixState, right: MatrixState, controls: Controls) -> MatrixState:
         """The earlier matrix, decayed over the later run, and the later one."""
@@ -184,7 +184,7 @@ class SSD(ScalarDecayMemory):
     def controls(self) -> Mapping[str, Control]:
         """log_alpha (decay, near 0), lam (weight of a token)."""
         return {
-            "log_alpha": Control(activation=jax.nn.log_sigmoid, bias=5.0),
+            "log_alpha": NEAR_ONE,
             "lam": Control(activation=jax.nn.softplus),
         }
 
@@ -221,7 +221,7 @@ class SWLA(MatrixMemory):
     def controls(self) -> Mapping[str, Control]:
         """log_alpha (decay, near 0), beta (the token before), lam (the token)."""
         return {
-            "log_alpha": Control(activation=jax.nn.log_sigmoid, bias=5.0),
+            "log_alpha": NEAR_ONE,
             "beta": Control(),
             "lam": Control(),
         }
@@ -268,11 +268,6 @@ class SWLA(MatrixMemory):
             value=jnp.concatenate([state.value[None], value]),
         )
         return WindowState(chunk.end(), key[-1], value[-1]), chunk
-
-    def apply(self, chunk: DecayChunk, layer: int, x: Float[Array, "m k"]) -> Array:
-        """The state's product with x, plus decayed causal attention inside the chunk."""
-        del layer
-        return chunk.apply(x)
 
     def merge(self, left: WindowState, right: WindowState, controls: Controls) -> WindowState:
         """The earlier matrix and last token, decayed over the later run, and the later matrix."""
@@ -353,11 +348,6 @@ class GLA(MatrixMemory):
         del anchor
         chunk = ChannelChunk(state.matrix, controls["log_alpha"], key[None], value[None])
         return MatrixState(chunk.end()), chunk
-
-    def apply(self, chunk: ChannelChunk, layer: int, x: Float[Array, "m k"]) -> Array:
-        """The state's product with x, plus attention inside the chunk, decayed per channel."""
-        del layer
-        return chunk.apply(x)
 
     def merge(self, left: MatrixState, right: MatrixState, controls: Controls) -> MatrixState:
         """The earlier matrix, decayed over the later run, and the later one."""

@@ -24,6 +24,8 @@ from memcache_jax.training.tokenizers import Tokenizer, make_tokenizer
 _log = logging.getLogger(__name__)
 
 TOKENIZER_FILE = "tokenizer.json"
+# An export that was killed between its two renames left one of the latter two names.
+EXPORTS = ("params", "params.new", "params.old")
 
 
 class CheckpointError(RuntimeError):
@@ -243,8 +245,7 @@ def load_model(workdir: str | os.PathLike[str]) -> tuple[LanguageModel, Tokenize
 
 def _load_params(workdir: Path, target: Params) -> Params:
     places = [workdir / "checkpoints" / str(s) for s in _steps_on_disk(workdir / "checkpoints")]
-    # An export that was killed between its two renames left one of the latter two names.
-    places += [workdir / name for name in ("params", "params.new", "params.old")]
+    places += [workdir / name for name in EXPORTS]
     places = [place for place in places if place.exists()]
     for place in places:
         try:

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 import jax
 
-from memcache_jax.training.checkpoint import TOKENIZER_FILE, Checkpoints
+from memcache_jax.training.checkpoint import EXPORTS, TOKENIZER_FILE, Checkpoints
 from memcache_jax.training.config import (
     Config,
     check_config,
@@ -27,7 +27,7 @@ from memcache_jax.training.corpus import ReplacedDocuments, load_corpus
 from memcache_jax.training.data import training_iterator
 from memcache_jax.training.metrics import MetricsWriter, Progress, read_metrics
 from memcache_jax.training.optimizer import make_optimizer, make_schedule
-from memcache_jax.training.report import read_results, replace_file, write_report
+from memcache_jax.training.report import RESULTS_FILE, read_results, replace_file, write_report
 from memcache_jax.training.step import (
     abstract_state,
     create_state,
@@ -38,7 +38,7 @@ from memcache_jax.training.step import (
 
 _log = logging.getLogger(__name__)
 
-_FINISHED = ("params", "params.new", "params.old", "results.json")  # what is left at the end
+_FINISHED = (*EXPORTS, RESULTS_FILE)  # what is left at the end
 
 
 class StoppedError(Exception):
