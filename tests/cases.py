@@ -7,6 +7,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import memcache_jax as mc
 
@@ -35,43 +36,71 @@ AGGREGATIONS = {
 SEGMENTATIONS = {"constant": mc.Constant, "logarithmic": mc.Logarithmic}
 SCHEDULES = ("in_turn", "side_by_side")
 STARTS = ("independent", "checkpoint")
+PLANS = tuple((segmentation, start) for segmentation in SEGMENTATIONS for start in STARTS)
+TWO_PLANS = (("constant", "checkpoint"), ("logarithmic", "independent"))  # each one once
 
 
 def unit(x):
     """Rows of norm one."""
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def normals(seed, dtype=None):
+    """A function that draws arrays of a shape; JAX would compile one program for each shape."""
+    draw = np.random.default_rng(seed).standard_normal
+    return lambda *shape: draw(shape).astype(rows_dtype(dtype))
 
 
 def make_inputs(memory, length, *, batch=2, heads=3, dim=4, seed=0, dtype=None):
-    """Random arguments of ``memory_caching`` for a memory, as one dict."""
-    keys = iter(jax.random.split(jax.random.key(seed), 20))
+    """Random arguments of ``memory_caching`` for a memory, NumPy arrays in one dict."""
+    normal = normals(seed, dtype)
     rows = (batch, length, heads, dim)
     sizes = dict(b=batch, t=length, h=heads, k=dim, v=dim)
-
-    def normal(shape):
-        return jax.random.normal(next(keys), shape, dtype)
-
     inputs: dict[str, Any] = dict(
-        query=unit(normal(rows)), key=unit(normal(rows)), value=normal(rows)
+        query=unit(normal(*rows)), key=unit(normal(*rows)), value=normal(*rows)
     )
-    inputs["connector"] = 3 * unit(normal(rows))
-    inputs["controls"] = {}
-    for name, control in memory.controls.items():
-        if control.per_head is not None:
-            inputs["controls"][name] = control.per_head(heads).astype(rows_dtype(dtype))
-            continue
-        logits = normal(tuple(sizes[axis] for axis in control.axes.split()))
-        inputs["controls"][name] = control.scale * control.activation(logits)
+    inputs["connector"] = 3 * unit(normal(*rows))
+    logits = {
+        name: normal(*(sizes[axis] for axis in control.axes.split()))
+        for name, control in memory.controls.items()
+    }
+    inputs["controls"] = jax.tree.map(np.array, _activate(memory, logits))
     inputs["weights"] = {
-        name: normal((heads, *shape)) / jnp.sqrt(1.0 * shape[1]).astype(rows_dtype(dtype))
+        name: normal(heads, *shape) / np.sqrt(shape[1], dtype=rows_dtype(dtype))
         for name, shape in memory.weight_shapes(dim, dim).items()
     }
     return inputs
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _activate(memory, logits):
+    """Controls as a layer makes them from these logits."""
+    return {
+        name: control.scale * control.activation(logits[name])
+        if control.per_head is None
+        else control.per_head(len(logits[name])).astype(logits[name].dtype)
+        for name, control in memory.controls.items()
+    }
+
+
 def rows_dtype(dtype):
     """The dtype that None stands for."""
     return dtype or jnp.zeros(()).dtype
+
+
+def value_and_vjp(function, *arguments):
+    """A function's value and its pullback of fixed cotangents, in one program."""
+
+    @jax.jit
+    def both(*arguments):
+        value, pull = jax.vjp(function, *arguments)
+        return value, pull(
+            jax.tree.map(
+                lambda y: jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape), value
+            )
+        )
+
+    return both(*arguments)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2), static_argnames=("size", "start", "schedule"))
@@ -100,21 +129,9 @@ def run_reference(inputs, memory, aggregation, *, size=8, start: Any = "independ
     )
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("memory", "size", "aggregations", "segmentations", "starts", "options"),
-)
-def run_all(
-    inputs,
-    memory,
-    *,
-    size=4,
-    aggregations=tuple(AGGREGATIONS),
-    segmentations=tuple(SEGMENTATIONS),
-    starts=STARTS,
-    options=(),
-):
-    """Every aggregation, segmentation and start in one program, by name."""
+@functools.partial(jax.jit, static_argnames=("memory", "size", "aggregations", "plans", "options"))
+def run_all(inputs, memory, *, size=4, aggregations=tuple(AGGREGATIONS), plans=PLANS, options=()):
+    """These aggregations, segmentations and starts in one program, by name."""
     return {
         f"{aggregation}/{segmentation}/{start}": mc.memory_caching(
             **inputs,
@@ -125,8 +142,7 @@ def run_all(
             **dict(options),
         )
         for aggregation in aggregations
-        for segmentation in segmentations
-        for start in starts
+        for segmentation, start in plans
     }
 
 
@@ -149,9 +165,11 @@ def scheduled(schedule):
 def assert_close(got, wanted, tolerance, scale=None):
     """Asserts that all leaves agree to ``tolerance`` relative to each wanted leaf's largest."""
 
-    def check(path, g, w):
-        reference = scale or jnp.maximum(jnp.max(jnp.abs(w)), 1e-30) if w.size else 1.0
-        error = jnp.max(jnp.abs(g - w)) / reference if w.size else 0.0
-        assert error <= tolerance, f"{jax.tree_util.keystr(path)}: {error} > {tolerance}"
+    def check(path, got, wanted):
+        got, wanted = (np.asarray(x, np.float64) for x in (got, wanted))
+        if wanted.size:
+            reference = scale or max(np.max(np.abs(wanted)), 1e-30)
+            error = np.max(np.abs(got - wanted)) / reference
+            assert error <= tolerance, f"{jax.tree_util.keystr(path)}: {error} > {tolerance}"
 
     jax.tree_util.tree_map_with_path(check, got, wanted)

@@ -23,6 +23,16 @@ jaxtyping.install_import_hook(
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forgotten_programs():
+    """Frees the programs of one module before the next: each holds dozens of memory maps.
+
+    A process has 65,530 maps by default, and the compiler crashes when there are no more.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Float64 for one test."""

@@ -1,7 +1,6 @@
 """What must hold for every memory, aggregation and start: see the names of the tests."""
 
 import dataclasses
-import functools
 import pathlib
 from typing import Any, ClassVar
 
@@ -20,11 +19,14 @@ from tests.cases import (
     MEMORIES,
     REFERENCE,
     STARTS,
+    TWO_PLANS,
     assert_close,
     make_inputs,
+    normals,
     run,
     run_all,
     run_reference,
+    value_and_vjp,
 )
 
 VECTORS = np.load(pathlib.Path(__file__).parent / "data" / "memory_caching.npz")
@@ -35,6 +37,7 @@ every_family = pytest.mark.parametrize("memory", FAMILIES.values(), ids=FAMILIES
 every_start = pytest.mark.parametrize("start", STARTS)
 
 
+@pytest.mark.usefixtures("x64")
 class TestVectors:
     """Independent token-by-token results in float64."""
 
@@ -73,41 +76,73 @@ class TestVectors:
         ),
     }
 
-    @pytest.mark.usefixtures("x64")
     @pytest.mark.parametrize("rule", RULES)
-    def test_agrees(self, rule):
-        self.check(rule, AGGREGATIONS)
+    def test_agrees_and_sees_no_later_token(self, rule):
+        memory, inputs = self.inputs(rule)
+        outputs = run_all(inputs, memory)
+        assert len(outputs) == 16
+        for name, y in outputs.items():
+            assert y.dtype == jnp.float64
+            self.compare(rule, name, y)
+        for t in (3, 9):
+            for name, y in run_all(
+                over_time(lambda x, t=t: changed_after(x, t), inputs, memory), memory
+            ).items():
+                np.testing.assert_array_equal(y[:, : t + 1], outputs[name][:, : t + 1], name)
+                assert not np.allclose(y[:, t + 1], outputs[name][:, t + 1]), name
 
-    @pytest.mark.usefixtures("x64")
+    @pytest.mark.parametrize("rule", RULES)
+    def test_a_prefix_agrees(self, rule):
+        memory, inputs = self.inputs(rule)
+        prefix = over_time(lambda x: x[:, :13], inputs, memory)
+        for name, y in run_all(prefix, memory, aggregations=("ssc",), plans=TWO_PLANS).items():
+            self.compare(rule, name, y)
+
     @pytest.mark.parametrize("rule", RULES)
     def test_reference_agrees(self, rule):
-        self.check(rule, ("grm", "soup") if "titans" in rule else ("ssc",), options=REFERENCE)
+        memory, inputs = self.inputs(rule)
+        aggregations = ("ssc",) if memory.depth == 1 else ("soup",)
+        for name, y in run_all(
+            inputs, memory, aggregations=aggregations, options=REFERENCE
+        ).items():
+            self.compare(rule, name, y)
 
-    def check(self, rule, aggregations, options=()):
+    def inputs(self, rule):
+        """The rule, and the vectors' inputs for it."""
         memory, sources, weights = self.RULES[rule]
 
         def given(name):
-            return jnp.asarray(VECTORS[f"in/{name}"])
+            return VECTORS[f"in/{name}"]
 
         controls = {}
         for name, source in sources.items():
-            x = jnp.log(given(source)) if name.startswith("log_") else given(source)
+            x = np.log(given(source)) if name.startswith("log_") else given(source)
             controls[name] = x[None, :, None] if x.ndim else x[None]
-        inputs = dict(
-            zip(
-                ("query", "key", "value", "connector"),
-                (given(name)[None, :, None] for name in "qkvu"),
-                strict=True,
-            ),
-            controls=controls,
-            weights={name: given(name)[None] for name in weights},
-        )
-        outputs = run_all(inputs, memory, size=4, aggregations=tuple(aggregations), options=options)
-        assert len(outputs) == 4 * len(aggregations)
-        for name, y in outputs.items():
-            assert y.dtype == jnp.float64
-            wanted = VECTORS[f"out/{rule}/{name}"]
-            np.testing.assert_allclose(y[0, :, 0], wanted, rtol=0, atol=1e-10, err_msg=name)
+        inputs = {
+            name: given(source)[None, :, None]
+            for name, source in zip(("query", "key", "value", "connector"), "qkvu", strict=True)
+        }
+        weights = {name: given(name)[None] for name in weights}
+        return memory, dict(inputs, controls=controls, weights=weights)
+
+    def compare(self, rule, name, y):
+        wanted = VECTORS[f"out/{rule}/{name}"][: y.shape[1]]
+        np.testing.assert_allclose(y[0, :, 0], wanted, rtol=0, atol=1e-10, err_msg=name)
+
+
+def over_time(change, inputs, memory):
+    """Inputs whose arrays over time are changed."""
+    fixed = {name for name, control in memory.controls.items() if control.axes == "h"}
+
+    def leaf(path, x):
+        return x if path[0].key == "weights" or path[-1].key in fixed else change(x)
+
+    return jax.tree_util.tree_map_with_path(leaf, inputs)
+
+
+def changed_after(x, t):
+    """The same up to token t; later tokens in reverse order."""
+    return np.concatenate([x[:, : t + 1], x[:, :t:-1]], axis=1)
 
 
 @pytest.mark.usefixtures("x64")
@@ -115,7 +150,7 @@ class TestVectors:
 def test_one_token(memory):
     inputs = make_inputs(memory, 1)
     wanted = run_reference(inputs, memory, mc.Residual())
-    for name, y in run_all(inputs, memory, aggregations=("grm", "ssc")).items():
+    for name, y in run_all(inputs, memory, aggregations=("ssc",), plans=TWO_PLANS).items():
         assert_close({name: y}, {name: wanted}, 1e-12)
 
 
@@ -159,7 +194,7 @@ def test_chunks_equal_tokens_at_any_shape(name, data):
     sizes = {name: data.draw(st.integers(1, 3), name) for name in ("batch", "heads", "dim")}
     start = data.draw(st.sampled_from(STARTS), "start")
     with jax.enable_x64(True):
-        inputs = make_inputs(memory, length, **sizes)
+        inputs = jax.tree.map(jnp.asarray, make_inputs(memory, length, **sizes))
 
         def outputs(implementation):
             return mc.memory_caching(
@@ -178,7 +213,7 @@ def test_chunks_equal_tokens_at_any_shape(name, data):
 def reference_gradients_agree(memory, **options):
     """Gradients of every aggregation's outputs at once, against the reference's."""
     inputs = make_inputs(memory, 11, batch=1, heads=2)
-    masks = jax.random.normal(jax.random.key(9), (16, 1, 11, 2, 4))
+    masks = normals(9)(16, 1, 11, 2, 4)
 
     def gradients(implementation):
         def loss(inputs):
@@ -191,19 +226,16 @@ def reference_gradients_agree(memory, **options):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(
-    ("segmentation", "start"), [("constant", "checkpoint"), ("logarithmic", "independent")]
-)
+@pytest.mark.parametrize("plan", TWO_PLANS, ids="-".join)
 @every_family
-def test_gradients_of_every_aggregation(memory, segmentation, start):
-    reference_gradients_agree(memory, segmentations=(segmentation,), starts=(start,))
+def test_gradients_of_every_aggregation(memory, plan):
+    reference_gradients_agree(memory, plans=(plan,))
 
 
 @pytest.mark.usefixtures("x64")
 @every_memory
 def test_gradients_of_every_rule(memory):
-    options = dict(segmentations=("logarithmic",), starts=("independent",))
-    reference_gradients_agree(memory, **options, aggregations=("grm",))
+    reference_gradients_agree(memory, plans=TWO_PLANS[1:], aggregations=("grm",))
 
 
 @pytest.mark.usefixtures("x64")
@@ -212,10 +244,9 @@ def test_schedules_agree(start):
     inputs = make_inputs(MEMORIES["titans"], 21)
 
     def outputs(schedule):
-        y, pull = jax.vjp(
+        return value_and_vjp(
             lambda i: run(i, MEMORIES["titans"], mc.GRM(), start=start, schedule=schedule), inputs
         )
-        return y, pull(jnp.cos(y))
 
     assert_close(outputs("side_by_side"), outputs("in_turn"), 1e-12)
 
@@ -236,33 +267,6 @@ def test_gradients_equal_finite_differences(memory, start):
 
 
 @pytest.mark.usefixtures("x64")
-@every_memory
-def test_no_output_sees_a_later_token_or_depends_on_the_length(memory):
-    inputs, later = make_inputs(memory, 19), make_inputs(memory, 19, seed=1)
-    few = functools.partial(run_all, memory=memory, aggregations=("residual", "ssc"))
-    whole = few(inputs)
-
-    def tokens(change, *trees):
-        """Inputs whose arrays over time are changed."""
-        fixed = {name for name, control in memory.controls.items() if control.axes == "h"}
-
-        def leaf(path, *xs):
-            is_fixed = path[0].key == "weights" or path[-1].key in fixed
-            return xs[0] if is_fixed else change(*xs)
-
-        return jax.tree_util.tree_map_with_path(leaf, *trees)
-
-    for t in (3, 9):
-        mixed = tokens(lambda x, y, t=t: x.at[:, t + 1 :].set(y[:, t + 1 :]), inputs, later)
-        for name, y in few(mixed).items():
-            np.testing.assert_array_equal(y[:, : t + 1], whole[name][:, : t + 1], err_msg=name)
-            assert not np.allclose(y[:, t + 1], whole[name][:, t + 1]), name
-    prefix = tokens(lambda x: x[:, :13], inputs)
-    for name, y in few(prefix).items():
-        assert_close({name: y}, {name: whole[name][:, :13]}, 1e-12)
-
-
-@pytest.mark.usefixtures("x64")
 def test_residual_of_linear_attention_is_linear_attention():
     memory = MEMORIES["linear"]
     inputs = make_inputs(memory, 21)
@@ -272,11 +276,11 @@ def test_residual_of_linear_attention_is_linear_attention():
 
 
 @pytest.mark.usefixtures("x64")
-@every_memory
+@every_family
 def test_one_segment_is_the_base_rule(memory):
     inputs = make_inputs(memory, 7)
     base = run_reference(inputs, memory, mc.Residual(), size=24)
-    for name, y in run_all(inputs, memory, size=8, segmentations=("constant",)).items():
+    for name, y in run_all(inputs, memory, size=8, plans=TWO_PLANS[:1]).items():
         assert_close({name: y}, {name: base}, 1e-12)
 
 
@@ -293,14 +297,15 @@ def test_soup_is_grm_for_one_layer_and_not_for_two(memory):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("inner", ["grm", "soup"])
 @every_family
-def test_a_router_that_takes_all_is_grm(memory):
+def test_a_router_that_takes_all_is_what_it_routes_to(memory, inner):
     inputs = make_inputs(memory, 38)  # five segments
-    grm, soup = (run(inputs, memory, kind) for kind in (mc.GRM(), mc.Soup()))
-    for top_k in (4, 7):
-        assert_close(run(inputs, memory, mc.SSC(top_k=top_k)), grm, 1e-12)
-        assert_close(run(inputs, memory, mc.SSC(top_k=top_k, inner="soup")), soup, 1e-12)
-    assert float(jnp.abs(run(inputs, memory, mc.SSC(top_k=3)) - grm).max()) > 1e-4
+    wanted = run(inputs, memory, dict(grm=mc.GRM(), soup=mc.Soup())[inner])
+    assert_close(run(inputs, memory, mc.SSC(top_k=7, inner=inner)), wanted, 1e-12)
+    assert_close(run(inputs, memory, mc.SSC(top_k=4, inner=inner)), wanted, 1e-12)
+    fewer = run(inputs, memory, mc.SSC(top_k=3, inner=inner))
+    assert np.abs(fewer - wanted).max() > 1e-4
 
 
 @pytest.mark.usefixtures("x64")
@@ -333,26 +338,26 @@ def test_the_cost_of_a_routed_read_does_not_grow_with_the_segments(kind):
 def test_checkpoint_carries_on_across_segments(memory):
     inputs = make_inputs(memory, 21, batch=1, heads=1)
     query, key, value = (inputs[name][0, :, 0] for name in ("query", "key", "value"))
-    weights = {name: weight[0] for name, weight in inputs["weights"].items()}
+    weights = {name: jnp.asarray(weight[0]) for name, weight in inputs["weights"].items()}
     state = anchor = memory.init(weights, 4, 4, key.dtype)
-    live = []
+    live, step, read = [], jax.jit(memory.step), jax.jit(memory.read)
     for t in range(21):  # one run over the whole sequence, blind to segments
         anchor = state if t % (memory.gradient_chunk or 1) == 0 else anchor
         controls = {
             name: control[0] if control.ndim == 1 else control[0, t, 0]
             for name, control in inputs["controls"].items()
         }
-        state = memory.step(state, anchor, key[t], value[t], controls)
+        state = step(state, anchor, key[t], value[t], controls)
         live.append(memory.matrices(state))
     wanted = [
         sum(
-            memory.read(state, query[t : t + 1])[0]
+            np.asarray(read(state, query[t : t + 1])[0])
             for state in (*live[7 : t // 8 * 8 : 8], live[t])
         )
         for t in range(21)
     ]
     y = run(inputs, memory, mc.Residual(), size=8, start="checkpoint")
-    assert_close(y[0, :, 0], jnp.stack(wanted), 1e-12)
+    assert_close(y[0, :, 0], np.stack(wanted), 1e-12)
 
 
 @pytest.mark.usefixtures("x64")
@@ -360,11 +365,10 @@ def test_checkpoint_carries_on_across_segments(memory):
 def test_a_decay_of_zero_forgets_and_touches_nothing_before(memory):
     inputs = make_inputs(memory, 21)
     for name in {"log_alpha", "log_beta", "log_w"} & set(inputs["controls"]):
-        inputs["controls"][name] = inputs["controls"][name].at[:, 5].set(-jnp.inf)
-    wanted = run_reference(inputs, memory, mc.GRM())
-    assert_close(run(inputs, memory, mc.GRM()), wanted, 1e-12)
-    gradient = jax.grad(lambda inputs: jnp.sum(run(inputs, memory, mc.GRM()) ** 2))(inputs)
-    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(gradient))
+        inputs["controls"][name][:, 5] = -np.inf
+    y, gradients = value_and_vjp(lambda inputs: run(inputs, memory, mc.GRM()), inputs)
+    assert_close(y, run_reference(inputs, memory, mc.GRM()), 1e-12)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
 
 
 def test_memory_does_not_grow_with_the_square_of_an_odd_length():
@@ -393,36 +397,42 @@ def test_lower_precision_stays_close(memory, dtype, tolerance):
         assert_close(got.astype(jnp.float64), wanted, tolerance)
 
 
-@every_start
-@every_aggregation
-def test_extreme_controls_stay_finite(aggregation, start):
-    memory = mc.memories.Titans(chunk_size=4, expansion=2)
-    for length in (1, 20):
-        inputs = make_inputs(memory, length)
-        inputs["key"] = jnp.zeros_like(inputs["key"])
-        inputs["controls"]["log_alpha"] = jnp.full_like(inputs["controls"]["log_alpha"], -20.0)
-        inputs["controls"]["eta"] = jnp.zeros_like(inputs["controls"]["eta"])
-        value, gradient = jax.value_and_grad(
-            lambda inputs: jnp.sum(run(inputs, memory, aggregation, start=start) ** 2)
-        )(inputs)
-        assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves((value, gradient)))
+@pytest.mark.parametrize("length", [1, 20])
+@every_memory
+def test_extreme_controls_stay_finite(memory, length):
+    inputs = make_inputs(memory, length)
+    inputs["key"] *= 0
+    for name, control in inputs["controls"].items():
+        control[:] = -20.0 if name in ("log_alpha", "log_w") else 0.0 if name == "eta" else control
+
+    def outputs(inputs):
+        routed, mixed = TWO_PLANS
+        return (
+            run_all(inputs, memory, aggregations=("ssc",), plans=(routed,)),
+            run_all(inputs, memory, aggregations=("soup",), plans=(mixed,)),
+        )
+
+    results = value_and_vjp(outputs, inputs)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(results))
 
 
 def test_works_under_other_transformations():
     memory = MEMORIES["titans"]
     inputs = make_inputs(memory, 21)
-    plain = run(inputs, memory, mc.GRM())
 
     def loss(inputs):
         return jnp.sum(run(inputs, memory, mc.GRM()) ** 2)
 
-    stacked = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), inputs)
-    assert_close(jax.vmap(lambda inputs: run(inputs, memory, mc.GRM()))(stacked)[0], plain, 1e-5)
-    wanted = jax.grad(loss)(inputs)
-    assert_close(jax.grad(jax.checkpoint(loss))(inputs), wanted, 1e-4)
-    assert_close(jax.vmap(jax.grad(loss))(stacked)["query"][0], wanted["query"], 1e-4)
-    total, _ = jax.lax.scan(lambda sum_, x: (sum_ + loss(x), None), 0.0, stacked)
-    assert_close(total, loss(inputs) + loss(jax.tree.map(lambda x: 0.5 * x, inputs)), 1e-5)
+    half = jax.tree.map(lambda x: 0.5 * x, inputs)
+    stacked = jax.tree.map(lambda *xs: np.stack(xs), inputs, half)
+    gradient = jax.jit(jax.grad(loss))(inputs)
+    remat = jax.jit(jax.grad(jax.checkpoint(loss)))(inputs)
+    assert_close(remat, gradient, 1e-4)
+    y, gradients = jax.jit(jax.vmap(jax.value_and_grad(loss)))(stacked)
+    assert_close(y[0], loss(inputs), 1e-5)
+    assert_close(jax.tree.map(lambda x: x[0], gradients), gradient, 1e-4)
+    scanned = jax.jit(lambda xs: jax.lax.scan(lambda sum_, x: (sum_ + loss(x), None), 0.0, xs)[0])
+    assert_close(scanned(stacked), loss(inputs) + loss(half), 1e-5)
 
 
 def test_schedule_follows_the_platform_lowered_for():

@@ -7,7 +7,7 @@ import pytest
 
 import memcache_jax as mc
 from memcache_jax.kernels.bank_read import bank_read
-from tests.cases import SCHEDULES, assert_close, scheduled
+from tests.cases import SCHEDULES, assert_close, normals, scheduled, value_and_vjp
 
 READS = {
     "constant": mc.Constant(4).plan(4 * 6).reads,
@@ -23,16 +23,11 @@ MEMORIES = {
 
 def make(memory, reads, dtype):
     memory, shapes = MEMORIES[memory]
-    keys = jax.random.split(jax.random.key(0), 2 + len(shapes))
-    blocks, slots = reads.shape
-    lead, states = (2, 3), max(slots, 1)
-    bank = tuple(
-        jax.random.normal(key, (*lead, states, *shape), dtype) * shape[0] ** -0.5
-        for key, shape in zip(keys[2:], shapes, strict=True)
-    )
-    query = jax.random.normal(keys[0], (*lead, blocks, 5, 4), dtype)
-    gates = jax.random.uniform(keys[1], (*lead, blocks, 5, slots), dtype)
-    return memory, (bank, query, gates)
+    normal, (blocks, slots), lead = normals(0, dtype), reads.shape, (2, 3)
+    states = max(slots, 1)
+    bank = tuple(normal(*lead, states, *shape) * shape[0] ** -0.5 for shape in shapes)
+    query, gates = normal(*lead, blocks, 5, 4), normal(*lead, blocks, 5, slots)
+    return memory, jax.tree.map(jnp.asarray, (bank, query, gates))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -45,13 +40,12 @@ def test_xla_equals_reference(memory, reads, precision, schedule):
         memory, arguments = make(memory, reads, jnp.dtype(precision))
 
         def outputs(implementation):
-            def read(bank, query, gates):
-                return bank_read(
+            return value_and_vjp(
+                lambda bank, query, gates: bank_read(
                     memory.read, bank, query, gates, reads, implementation=implementation
-                )
-
-            y, pull = jax.vjp(read, *arguments)
-            return y, pull(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
+                ),
+                *arguments,
+            )
 
         with scheduled(schedule):
             y, gradients = outputs("xla")

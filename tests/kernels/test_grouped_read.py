@@ -2,11 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import memcache_jax as mc
 from memcache_jax.kernels.grouped_read import grouped_read
-from tests.cases import SCHEDULES, assert_close, scheduled
+from tests.cases import SCHEDULES, assert_close, normals, scheduled, value_and_vjp
 
 MEMORIES = {
     "matrix": (mc.memories.LinearAttention(), [(4, 4)]),
@@ -17,27 +18,21 @@ MEMORIES = {
 def make(memory, states, dtype=jnp.float32):
     """Rows that choose two of ``states`` states each."""
     memory, shapes = MEMORIES[memory]
-    keys = jax.random.split(jax.random.key(0), 3 + len(shapes))
-    lead, blocks, rows = (2, 1), 3, 29
-    bank = tuple(
-        jax.random.normal(key, (*lead, states, *shape), dtype) * shape[0] ** -0.5
-        for key, shape in zip(keys[3:], shapes, strict=True)
-    )
-    query = jax.random.normal(keys[0], (*lead, blocks, rows, 4), dtype)
-    gates = jax.random.uniform(keys[1], (*lead, blocks, rows, 2), dtype)
-    chosen = jax.random.randint(keys[2], gates.shape, 0, states)
-    return memory, (bank, query, gates), chosen
+    normal, lead, rows = normals(0, dtype), (2, 1), (2, 1, 3, 29)
+    bank = tuple(normal(*lead, states, *shape) * shape[0] ** -0.5 for shape in shapes)
+    query, gates = normal(*rows, 4), normal(*rows, 2)
+    chosen = jnp.asarray(np.random.default_rng(1).integers(0, states, gates.shape))
+    return memory, jax.tree.map(jnp.asarray, (bank, query, gates)), chosen
 
 
 def compare(memory, arguments, chosen, tolerance, schedule="in_turn"):
     def outputs(implementation):
-        y, pull = jax.vjp(
+        return value_and_vjp(
             lambda bank, query, gates: grouped_read(
                 memory.read, bank, query, gates, chosen, implementation=implementation
             ),
             *arguments,
         )
-        return y, pull(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
 
     with scheduled(schedule):
         got = outputs("xla")

@@ -14,19 +14,19 @@ from tests.cases import MEMORIES, assert_close, make_inputs
 every_memory = pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
 
 
-def one_head(memory, length, seed=0):
+def one_head(memory, length, **options):
     """Unbatched tokens and the initial state of one head."""
-    inputs = make_inputs(memory, length, batch=1, heads=1, seed=seed)
-    take = functools.partial(jax.tree.map, lambda x: x[0, :, 0])
-    for name, control in inputs["controls"].items():
-        if control.ndim == 1:  # one for each head
-            inputs["controls"][name] = jnp.broadcast_to(control[None, None], (1, length, 1))
-    key, value, controls = take((inputs["key"], inputs["value"], inputs["controls"]))
-    weights = jax.tree.map(lambda x: x[0], inputs["weights"])
+    inputs = make_inputs(memory, length, batch=1, heads=1, **options)
+    tokens = inputs["key"], inputs["value"], inputs["controls"], inputs["query"]
+    # Constants of a head have one axis; all else is (b, t, h, ...).
+    tokens = jax.tree.map(lambda x: x[0, :, 0] if x.ndim > 1 else x.repeat(length), tokens)
+    weights = {name: weight[0] for name, weight in inputs["weights"].items()}
+    (key, value, controls, query), weights = jax.tree.map(jnp.asarray, (tokens, weights))
     state = memory.init(weights, key.shape[-1], value.shape[-1], key.dtype)
-    return state, key, value, controls, take(inputs["query"])
+    return state, key, value, controls, query
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def steps(memory, state, anchor, key, value, controls):
     """The states after each token of one chunk."""
     states = []
@@ -38,18 +38,29 @@ def steps(memory, state, anchor, key, value, controls):
     return states
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def write_and_read(memory, state, anchor, key, value, controls, query):
+    """The state after one chunk, and the reads of its tokens."""
+    end, chunk = memory.write(state, anchor, key, value, controls)
+    return end, memory.read_online(chunk, query)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def read_each(memory, states, query):
+    """The read of each state by its own query."""
+    reads = (memory.read(memory.matrices(s), q[None]) for s, q in zip(states, query, strict=True))
+    return jnp.concatenate(list(reads))
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("length", [1, 2, 5])
 @every_memory
 def test_write_equals_steps(memory, length):
     state, key, value, controls, query = one_head(memory, length)
     states = steps(memory, state, state, key, value, controls)
-    end, chunk = memory.write(state, state, key, value, controls)
+    end, reads = write_and_read(memory, state, state, key, value, controls, query)
     assert_close(end, states[-1], 1e-12)
-    reads = [
-        memory.read(memory.matrices(s), q[None])[0] for s, q in zip(states, query, strict=True)
-    ]
-    assert_close(memory.read_online(chunk, query), jnp.stack(reads), 1e-12)
+    assert_close(reads, read_each(memory, states, query), 1e-12)
 
 
 @pytest.mark.usefixtures("x64")
@@ -58,34 +69,32 @@ def test_write_goes_on_in_the_middle_of_a_chunk(memory):
     anchor, key, value, controls, query = one_head(memory, 6)
     states = steps(memory, anchor, anchor, key, value, controls)
     rest = {name: x[2:] for name, x in controls.items()}
-    end, chunk = memory.write(states[1], anchor, key[2:], value[2:], rest)
+    end, reads = write_and_read(memory, states[1], anchor, key[2:], value[2:], rest, query[2:])
     assert_close(end, states[-1], 1e-12)
-    read = memory.read(memory.matrices(states[3]), query[3:4])[0]
-    assert_close(memory.read_online(chunk, query[2:])[1], read, 1e-12)
+    assert_close(reads, read_each(memory, states[2:], query[2:]), 1e-12)
 
 
 @pytest.mark.usefixtures("x64")
 @every_memory
 def test_gated_read_is_the_read_times_the_gate(memory):
     state, key, value, controls, query = one_head(memory, 5)
-    matrices = memory.matrices(memory.write(state, state, key, value, controls)[0])
+    end, _ = write_and_read(memory, state, state, key, value, controls, query)
+    matrices, read = memory.matrices(end), jax.jit(memory.read)
     gate = jnp.array([0.0, 0.5, 1.0, 2.0, -1.0])
-    wanted = gate[:, None] * memory.read(matrices, query)
-    assert_close(memory.read(matrices, query, gate), wanted, 1e-14)
+    wanted = gate[:, None] * read(matrices, query)
+    assert_close(read(matrices, query, gate), wanted, 1e-14)
 
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_writing_moves_reads_toward_the_value(depth):
     memory = mc.memories.Titans(chunk_size=8, depth=depth)
-    inputs = make_inputs(memory, 8, batch=1, heads=1, dim=32)
-    key, value = inputs["key"][0, :, 0], inputs["value"][0, :, 0]
-    state = memory.init({n: w[0] for n, w in inputs["weights"].items()}, 32, 32, key.dtype)
+    state, key, value, _, _ = one_head(memory, 8, dim=32)
     eta, kept = jnp.full((8,), 0.05), jnp.zeros((8,))
     controls = dict(log_alpha=kept, log_beta=jnp.full((8,), -3.0), eta=eta)
-    errors = []
+    errors, read = [], jax.jit(memory.read)
     for _ in range(20):
-        errors.append(float(jnp.mean((memory.read(memory.matrices(state), key) - value) ** 2)))
-        state, _ = memory.write(state, state, key, value, controls)
+        errors.append(float(np.mean((read(memory.matrices(state), key) - value) ** 2)))
+        state, _ = write_and_read(memory, state, state, key, value, controls, key)
     assert errors[-1] < 0.2 * errors[0]
     assert errors == sorted(errors, reverse=True)
 
