@@ -34,7 +34,7 @@ def get_config() -> Any:
     """Returns the configuration."""
     config = default_config()
     config.resume = True  # an interrupted run goes on
-    config.steps, config.batch_size, config.sequence_length = 300, 4, 512
+    config.steps, config.batch_size, config.sequence_length = 240, 4, 512
     config.log_every, config.eval_every, config.checkpoint_every = 10, 100, 100
 
     config.model.num_layers, config.model.features, config.model.num_heads = 3, 192, 3

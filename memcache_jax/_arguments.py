@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from memcache_jax import _checks
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.memories import Memory
-from memcache_jax.segmentation import Segmentation
+from memcache_jax.segmentation import Logarithmic, Segmentation
 
 
 def check_arguments(
@@ -22,6 +22,7 @@ def check_arguments(
     weights: Mapping,
     aggregation: Any,
     segmentation: Any,
+    document_ids: jax.Array | None,
 ) -> None:
     """Raises ValueError unless the arguments of ``memory_caching`` fit each other."""
     check_configuration(memory, aggregation, segmentation)
@@ -49,6 +50,14 @@ def check_arguments(
             f"(b, t, h, k) = {(b, t, h, k)} (the query may serve as one), or, for position gates, "
             "(b, t, h, distances)"
         )
+
+    if document_ids is not None:
+        _checks.check_documents(document_ids, (b, t))
+        if isinstance(segmentation, Logarithmic):
+            raise ValueError(
+                "document_ids need Constant or Lengths: the buckets of Logarithmic follow from the "
+                f"sequence's start, got {segmentation}"
+            )
 
     sizes = dict(b=b, t=t, h=h, k=k, v=v)
     optional = tuple(n for n, control in memory.controls.items() if control.optional)

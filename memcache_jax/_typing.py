@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 Matrices: TypeAlias = tuple[Array, ...]
 """The parameters that a memory reads through, one matrix (in, out) per layer.
@@ -29,4 +29,4 @@ Controls: TypeAlias = Mapping[str, Array]
 State: TypeAlias = Any
 """A memory's state: a NamedTuple of arrays that only the memory itself looks into."""
 
-__all__ = ["Apply", "Array", "Controls", "Float", "Int", "Matrices", "State"]
+__all__ = ["Apply", "Array", "Bool", "Controls", "Float", "Int", "Matrices", "State"]

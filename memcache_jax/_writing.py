@@ -49,37 +49,61 @@ def write_blocks(
       memory: the rule.
       live: what to keep of a chunk, from its view and its queries.
       initial: makes initial states of a shape (b, h, ...).
-      rows: queries, keys, values and controls.
+      rows: queries, keys, values, controls, and None or how many documents have begun in the
+        chunk up to each token.
       plan: where segments begin.
       carries: whether segments go on from the one before, rather than anew.
 
     Returns:
       The states at the end of each block (b, h, n, ...), and what was kept of its chunks.
     """
-
-    def write_and_read(state: State, rows: tuple) -> tuple[State, Any]:
-        query, key, value, controls = rows
-        end, view = memory.write(state, state, key, value, controls)
-        return end, live(view, query)
-
+    write, start = _writer(memory, live, initial, rows)
     batch, heads, blocks = rows[1].shape[:3]
     restarts = (plan.first == np.arange(blocks)) & (not carries)
     if restarts.all():
         # Every block begins anew, and all run side by side.
-        states = initial((batch, heads, blocks))
-        return chunk_update(write_and_read, states, rows, batch_dims=3)
+        (ends, _), kept = chunk_update(write, start((batch, heads, blocks)), rows, batch_dims=3)
+        return ends, kept
 
-    first = initial((batch, heads))
+    first = start((batch, heads))
 
     def block(states: State, xs: tuple) -> tuple[State, tuple[State, Any]]:
         restart, rows = xs
         states = jax.tree.map(lambda new, old: jnp.where(restart, new, old), first, states)
-        states, kept = chunk_update(write_and_read, states, rows, batch_dims=2)
-        return states, (states, kept)
+        states, kept = chunk_update(write, states, rows, batch_dims=2)
+        return states, (states[0], kept)
 
     rows = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), rows)
     _, out = lax.scan(block, first, (jnp.asarray(restarts), rows))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), out)
+
+
+def _writer(
+    memory: Memory,
+    live: Callable[[Any, Array], Any],
+    initial: Callable[[tuple[int, ...]], State],
+    rows: tuple,
+) -> tuple[Callable, Callable]:
+    """How a chunk is written, and what it starts from: a state, and where documents begin theirs.
+
+    Without documents there is no need for the latter, and it is None.
+    """
+
+    def write(states: tuple, rows: tuple) -> tuple[tuple, Any]:
+        (state, fresh), (query, key, value, controls, document) = states, rows
+        if document is None:
+            end, view = memory.write(state, state, key, value, controls)
+        else:
+            # It came as a float, for a program's cotangents.
+            begun = document.astype(jnp.int32)
+            end, view = memory.write_documents(state, fresh, key, value, controls, begun)
+        return (end, fresh), live(view, query)
+
+    def start(shape: tuple[int, ...]) -> tuple:
+        states = initial(shape)
+        return states, None if rows[4] is None else states
+
+    return write, start
 
 
 def bucket_states(
@@ -154,16 +178,13 @@ def _write_runs(
     size: int,
 ) -> State:
     """The states after runs of ``size`` blocks that begin anew at the blocks ``begin``."""
-    _, key, value, controls = rows
     blocks = begin[:, None] + np.arange(size)[None]
 
     def runs(x: Array) -> Array:
         x = x[:, :, blocks.reshape(-1)]
         return x.reshape(*x.shape[:2], len(begin), -1, *x.shape[4:])
 
-    def write(state: State, rows: tuple) -> tuple[State, tuple]:
-        return memory.write(state, state, *rows)[0], ()
-
-    states = initial((*key.shape[:2], len(begin)))
-    rows = jax.tree.map(runs, (key, value, controls))
-    return chunk_update(write, states, rows, batch_dims=3)[0]
+    write, start = _writer(memory, lambda view, query: (), initial, rows)
+    states = start((*rows[1].shape[:2], len(begin)))
+    (ends, _), _ = chunk_update(write, states, jax.tree.map(runs, rows), batch_dims=3)
+    return ends

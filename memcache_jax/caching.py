@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from memcache_jax import _checks, _reference
 from memcache_jax._arguments import check_arguments
-from memcache_jax._typing import Array, Float, State
+from memcache_jax._typing import Array, Float, Int, State
 from memcache_jax._writing import bucket_states, initial_states, write_blocks
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.gating import relevance
@@ -32,6 +32,7 @@ def memory_caching(
     aggregation: Aggregation,
     segmentation: Segmentation,
     start: Start = "independent",
+    document_ids: Int[Array, "b t"] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "b t h v"]:
     """Memory Caching (Eq. 4-10 of arXiv:2602.24281): a recurrent memory with cached past states.
@@ -61,6 +62,10 @@ def memory_caching(
       start: what a segment's memory begins with: ``"independent"``, the initial state, or
         ``"checkpoint"``, the state at the end of the segment before. Independent segments run side
         by side, so that the sequential part is C / chunk_size steps at any length.
+      document_ids: for documents packed into one sequence, an id per token. Where it changes the
+        memory begins anew, and what other documents cached is not read. A document that begins on a
+        segment border has the outputs that it has alone; the first segment of any other is shorter.
+        Not for ``Logarithmic``.
       implementation: ``"xla"`` (the default), matrix products over chunks, or ``"reference"``, the
         recurrence token by token, slow and plain.
 
@@ -83,7 +88,16 @@ def memory_caching(
     controls = dict(controls or {})
     weights = dict(weights or {})
     check_arguments(
-        query, key, value, connector, memory, controls, weights, aggregation, segmentation
+        query,
+        key,
+        value,
+        connector,
+        memory,
+        controls,
+        weights,
+        aggregation,
+        segmentation,
+        document_ids,
     )
     _checks.check_choice("start", start, ("independent", "checkpoint"))
     _checks.check_choice("implementation", implementation, (None, "xla", "reference"))
@@ -95,16 +109,24 @@ def memory_caching(
     tokens = (query, key, value, connector, controls)
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x.astype(dtype), 2, 1), tokens)
     initial = {name: weight.astype(dtype) for name, weight in weights.items()}
+    document = None if document_ids is None else _count_documents(document_ids)
     run = _reference.memory_caching if implementation == "reference" else _chunked
     y = run(
         tokens,
         initial,
+        document,
         memory=memory,
         aggregation=aggregation,
         plan=segmentation.plan(query.shape[1]),
         start=start,
     )
     return jnp.moveaxis(y, 1, 2).astype(value.dtype)
+
+
+def _count_documents(document_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    """How many documents have begun after the first: ids may come again, this does not."""
+    changes = document_ids[:, 1:] != document_ids[:, :-1]
+    return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 
 
 def _per_token(memory: Memory, controls: Mapping[str, Array], key: Array) -> dict[str, Array]:
@@ -125,6 +147,7 @@ def _per_token(memory: Memory, controls: Mapping[str, Array], key: Array) -> dic
 def _chunked(
     tokens: tuple,
     weights: Mapping[str, Array],
+    document: Int[Array, "b t"] | None,
     *,
     memory: Memory,
     aggregation: Aggregation,
@@ -145,8 +168,15 @@ def _chunked(
         return x.reshape(*x.shape[:2], plan.num_blocks, block, *x.shape[3:])
 
     query, key, value, connector, controls = jax.tree.map(split, tokens)
+    begun = None
+    if document is not None:
+        document = jnp.pad(document, ((0, 0), (0, padding)), mode="edge")
+        document = document.reshape(-1, plan.num_blocks, block)
+        begun = _begun_in_chunk(document, chunk).astype(key.dtype)
+        begun = jnp.broadcast_to(begun[:, None], key.shape[:4])
     rows = jax.tree.map(
-        lambda x: x.reshape(*x.shape[:3], -1, chunk, *x.shape[4:]), (query, key, value, controls)
+        lambda x: x.reshape(*x.shape[:3], -1, chunk, *x.shape[4:]),
+        (query, key, value, controls, begun),
     )
 
     def initial(shape: tuple[int, ...]) -> State:
@@ -156,12 +186,23 @@ def _chunked(
     live = functools.partial(aggregation.live, memory)
     ends, kept = write_blocks(memory, live, initial, rows, plan, carries=carries)
     bank = bucket_states(memory, ends, initial, rows, plan, carries=carries)
-    score = functools.partial(
-        relevance, plan=plan, gate=aggregation.gate, pooling=aggregation.pooling
-    )
-    gates = aggregation.gates(*jax.vmap(jax.vmap(score))(connector, key))
+
+    def score(connector: Array, key: Array, document: Array | None) -> tuple[Array, Array]:
+        gate, pooling = aggregation.gate, aggregation.pooling
+        return relevance(connector, key, plan, gate=gate, pooling=pooling, document=document)
+
+    heads = jax.vmap(score, in_axes=(0, 0, None))
+    rows_and_heads = jax.vmap(heads, in_axes=(0, 0, None if document is None else 0))
+    gates = aggregation.gates(*rows_and_heads(connector, key, document))
     y = aggregation.combine(memory, memory.matrices(bank), query, kept, gates, plan)
     return y.reshape(*y.shape[:2], -1, y.shape[-1])[:, :, :length]
+
+
+def _begun_in_chunk(document: Int[Array, "b n c"], chunk: int) -> Int[Array, "b n c"]:
+    """Documents that have begun in a token's chunk, up to and with it."""
+    chunks = document.reshape(document.shape[0], -1, chunk)
+    before = jnp.pad(chunks[:, :-1, -1], ((0, 0), (1, 0)))
+    return (chunks - before[..., None]).reshape(document.shape)
 
 
 def _exact_chunk(block: int, length: int, most: int) -> int:

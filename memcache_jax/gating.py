@@ -4,26 +4,48 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memcache_jax._typing import Array, Float
+from memcache_jax._typing import Array, Float, Int
 from memcache_jax.segmentation import ReadPlan
 
 
 def pooled_keys(
-    key: Float[Array, "n c k"], plan: ReadPlan, pooling: str = "mean"
+    key: Float[Array, "n c k"],
+    plan: ReadPlan,
+    pooling: str = "mean",
+    document: Int[Array, "n c"] | None = None,
 ) -> Float[Array, "buckets k"]:
-    """Returns the mean or the sum of each bucket's keys (Eq. 8 of arXiv:2602.24281)."""
+    """Returns the mean or the sum of each bucket's keys (Eq. 8 of arXiv:2602.24281).
+
+    With documents, of the keys of the last token's document.
+    """
     first, after = plan.buckets[:, 0], plan.buckets[:, 1]
     owner = np.repeat(np.arange(len(first)), after - first)
     block = np.concatenate([np.arange(f, a) for f, a in plan.buckets] or [first])
-    blocks = (key.mean(axis=1) if pooling == "mean" else key.sum(axis=1))[block]
-    sums = jax.ops.segment_sum(blocks, owner, num_segments=len(first), indices_are_sorted=True)
-    return sums / jnp.asarray(after - first, key.dtype)[:, None] if pooling == "mean" else sums
+
+    def over_buckets(blocks: Array) -> Array:
+        return jax.ops.segment_sum(blocks, owner, num_segments=len(first), indices_are_sorted=True)
+
+    if document is None:
+        sums = over_buckets((key.mean(axis=1) if pooling == "mean" else key.sum(axis=1))[block])
+        return sums / jnp.asarray(after - first, key.dtype)[:, None] if pooling == "mean" else sums
+    last = document[after - 1, -1][owner]
+    same = (document[block] == last[:, None]).astype(key.dtype)
+    sums = over_buckets(jnp.einsum("nc,nck->nk", same, key[block], precision="highest"))
+    return sums / over_buckets(same.sum(axis=1))[:, None] if pooling == "mean" else sums
 
 
 def running_keys(
-    key: Float[Array, "n c k"], plan: ReadPlan, pooling: str = "mean"
+    key: Float[Array, "n c k"],
+    plan: ReadPlan,
+    pooling: str = "mean",
+    document: Int[Array, "n c"] | None = None,
 ) -> Float[Array, "n c k"]:
-    """Returns, for each token, the mean or sum of its segment's keys, up to and with its own."""
+    """Returns, for each token, the mean or sum of its segment's keys, up to and with its own.
+
+    With documents, of those of its own document.
+    """
+    if document is not None:
+        return _running_document_keys(key, plan, pooling, document)
     sums = _running_sum(key)
     block = np.arange(plan.num_blocks)
     before = block - plan.first
@@ -43,16 +65,17 @@ def relevance(
     *,
     gate: str = "content",
     pooling: str = "mean",
+    document: Int[Array, "n c"] | None = None,
 ) -> tuple[Float[Array, "n c r"], Float[Array, "n c"]]:
     """Returns the scores of the states that each token may read, and of the online one.
 
     Content gates have r_t^(i) = <u_t, p_i>; position gates the logit of the state's distance, that
     of the last one for any farther; uniform gates zero. Slots of ``plan.reads`` that hold no
-    bucket score -inf.
+    bucket score -inf, and so do states of other documents.
     """
     if gate == "content":
         cached = jnp.einsum(
-            "nck,rk->ncr", connector, pooled_keys(key, plan, pooling), precision="highest"
+            "nck,rk->ncr", connector, pooled_keys(key, plan, pooling, document), precision="highest"
         )
         bucket_of_slot = np.arange(cached.shape[-1])[None]
         if plan.reads.shape[1] != cached.shape[-1] or np.any(
@@ -60,7 +83,9 @@ def relevance(
         ):
             reads = jnp.asarray(np.maximum(plan.reads, 0))[:, None]
             cached = jnp.take_along_axis(cached, reads, axis=-1)
-        online = jnp.vecdot(connector, running_keys(key, plan, pooling), precision="highest")
+        online = jnp.vecdot(
+            connector, running_keys(key, plan, pooling, document), precision="highest"
+        )
     elif gate == "position":
         distance = np.clip(plan.distances, 0, connector.shape[-1] - 1)
         cached = jnp.take_along_axis(connector, jnp.asarray(distance)[:, None], axis=-1)
@@ -68,7 +93,11 @@ def relevance(
     else:
         online = jnp.zeros(key.shape[:2], key.dtype)
         cached = jnp.zeros((*key.shape[:2], plan.reads.shape[1]), key.dtype)
-    return jnp.where(plan.visible[:, None], cached, -jnp.inf), online
+    visible = jnp.asarray(plan.visible[:, None])
+    if document is not None and len(plan.buckets):
+        of_state = document[plan.buckets[:, 1] - 1, -1][np.maximum(plan.reads, 0)]
+        visible &= document[:, :, None] == of_state[:, None]
+    return jnp.where(visible, cached, -jnp.inf), online
 
 
 def softmax_gates(
@@ -77,6 +106,28 @@ def softmax_gates(
     """Softmax over the visible cached states and the online one together (Eq. 10)."""
     gates = jax.nn.softmax(jnp.concatenate([cached, online[..., None]], axis=-1), axis=-1)
     return gates[..., :-1], gates[..., -1]
+
+
+def _running_document_keys(
+    key: Float[Array, "n c k"], plan: ReadPlan, pooling: str, document: Int[Array, "n c"]
+) -> Float[Array, "n c k"]:
+    """``running_keys`` where sums also begin anew with each document."""
+    n, c, k = key.shape
+    segment_begins = jnp.asarray(np.arange(n * c) % c == 0) & jnp.repeat(
+        jnp.asarray(plan.first == np.arange(n)), c
+    )
+    flat = document.reshape(-1)
+    begins = segment_begins | (flat != jnp.pad(flat[:-1], (1, 0), constant_values=-1))
+
+    def combine(left: tuple, right: tuple) -> tuple:
+        begins, sums, counts = right
+        keep = (~begins).astype(sums.dtype)
+        return left[0] | begins, sums + keep[:, None] * left[1], counts + keep * left[2]
+
+    ones = jnp.ones(n * c, key.dtype)
+    _, sums, counts = jax.lax.associative_scan(combine, (begins, key.reshape(-1, k), ones))
+    sums = sums / counts[:, None] if pooling == "mean" else sums
+    return sums.reshape(n, c, k)
 
 
 def _running_sum(x: Float[Array, "n c k"], width: int = 16) -> Float[Array, "n c k"]:

@@ -7,7 +7,7 @@ small decays that follow a strong one. A decay of exactly zero (a log of -inf) m
 import jax
 import jax.numpy as jnp
 
-from memcache_jax._typing import Array, Float
+from memcache_jax._typing import Array, Bool, Float
 
 _BLOCK = 8  # tokens of a per-channel product that are compared pair by pair
 _ZERO = -1e6  # the log of a decay that is as good as zero, in any sum
@@ -25,15 +25,29 @@ def pairwise_sums(log_decay: Float[Array, "m *k"]) -> Float[Array, "m m *k"]:
     return running_sum(jnp.where(below, jnp.maximum(log_decay, _ZERO)[:, None], 0.0))
 
 
-def decay_matrix(log_decay: Float[Array, "m"]) -> Float[Array, "m m"]:
-    """Returns D[t, j] = prod over j < i <= t of exp(log_decay_i); zero where j > t."""
+def decay_matrix(
+    log_decay: Float[Array, "m"], same: Bool[Array, "m m"] | None = None
+) -> Float[Array, "m m"]:
+    """Returns D[t, j] = prod over j < i <= t of exp(log_decay_i); zero where j > t.
+
+    Args:
+      log_decay: logs of the decays, <= 0.
+      same: whether two tokens are of one document; zero where not.
+    """
     causal = jnp.tri(log_decay.shape[0], dtype=bool)
+    causal = causal if same is None else causal & same
     return jnp.where(causal, jnp.exp(pairwise_sums(log_decay)), 0.0)
 
 
-def start_decay(log_decay: Float[Array, "m *k"]) -> Float[Array, "m *k"]:
-    """Returns the product of the decays up to and including each token."""
-    return jnp.exp(running_sum(jnp.maximum(log_decay, _ZERO)))
+def start_decay(
+    log_decay: Float[Array, "m *k"], same: Bool[Array, "m m"] | None = None
+) -> Float[Array, "m *k"]:
+    """Returns the product of the decays up to and including each token, or of its document's."""
+    log_decay = jnp.maximum(log_decay, _ZERO)
+    if same is None:
+        return jnp.exp(running_sum(log_decay))
+    causal = (jnp.tri(log_decay.shape[0], dtype=bool) & same).astype(log_decay.dtype)
+    return jnp.exp(jnp.tensordot(causal, log_decay, axes=1, precision="highest"))
 
 
 def end_decay(log_decay: Float[Array, "m *k"]) -> Float[Array, "m *k"]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from memcache_jax._typing import Apply, Array, Controls, Float, Matrices, State
+from memcache_jax._typing import Apply, Array, Bool, Controls, Float, Int, Matrices, State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Control:
       scale: a constant factor.
       optional: whether a caller may leave it out, which is to say zero. Layers do.
       per_head: for the axes ``"h"``, the constants that a layer takes, from the number of heads.
+      forget: its value at a token that begins a document, where that makes the memory forget what
+        it holds; -inf for the log of a decay.
     """
 
     axes: str = "b t h"
@@ -33,9 +35,10 @@ class Control:
     scale: float = 1.0
     optional: bool = False
     per_head: Callable[[int], Array] | None = None
+    forget: float | None = None
 
 
-NEAR_ONE = Control(activation=jax.nn.log_sigmoid, bias=5.0)
+NEAR_ONE = Control(activation=jax.nn.log_sigmoid, bias=5.0, forget=-jnp.inf)
 """The log of a decay per token and head that starts near one."""
 
 
@@ -117,6 +120,54 @@ class Memory(abc.ABC):
           The state after the chunk, and a view of the chunk through which ``apply`` reads the
           live memory at each of its tokens.
         """
+
+    def write_documents(
+        self,
+        state: State,
+        initial: State,
+        key: Float[Array, "m k"],
+        value: Float[Array, "m v"],
+        controls: Controls,
+        document: Int[Array, "m"],
+    ) -> tuple[State, Any]:
+        """Writes a chunk in which documents begin, each from the initial state.
+
+        For memories that start at zero and whose controls say how to ``forget``, or that override
+        ``forgetting``; others override this.
+
+        Args:
+          state: the state before the chunk, of the document that goes on.
+          initial: the state before a document's first token.
+          key: as for ``write``.
+          value: as for ``write``.
+          controls: as for ``write``.
+          document: documents that have begun in the chunk, up to and with each token.
+
+        Returns:
+          As ``write``.
+        """
+        del initial
+        begins = document > jnp.pad(document[:-1], (1, 0))
+        return self.write(state, state, key, value, self.forgetting(controls, begins))
+
+    def forgetting(self, controls: Controls, begins: Bool[Array, "m"]) -> Controls:
+        """The controls with which the marked tokens forget all that was written before them.
+
+        Raises:
+          ValueError: for a memory whose controls cannot make it forget.
+        """
+        values = {n: c.forget for n, c in self.controls.items() if c.forget is not None}
+        if not values:
+            raise ValueError(
+                f"{type(self).__name__} takes no document_ids: give one of its controls a value "
+                "at which it forgets, Control(forget=...), or override write_documents"
+            )
+
+        def at_begins(x: Array, value: float) -> Array:
+            return jnp.where(begins.reshape(-1, *[1] * (x.ndim - 1)), value, x)
+
+        forgotten = {name: at_begins(controls[name], value) for name, value in values.items()}
+        return {**controls, **forgotten}
 
     @abc.abstractmethod
     def apply(self, chunk: Any, layer: int, x: Float[Array, "m in"]) -> Float[Array, "m out"]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memcache_jax._typing import Apply, Array, Controls, Float, Matrices
+from memcache_jax._typing import Apply, Array, Bool, Controls, Float, Int, Matrices
 from memcache_jax.memories._decay import decay_matrix, start_decay
 from memcache_jax.memories.base import NEAR_ONE, Control, Memory, gated
 
@@ -60,6 +60,19 @@ class DeepChunk(NamedTuple):
         if self.momentum_decay is not None:
             y += self.momentum_decay[:, None] * jnp.matmul(x, self.start.momentum[layer])
         return y - jnp.matmul(scores, self.deltas[layer])
+
+
+class DocumentsChunk(NamedTuple):
+    """A chunk in which documents begin: two chunks, of which each token takes one."""
+
+    began: Bool[Array, "m"]
+    before: DeepChunk
+    after: DeepChunk
+
+    def apply(self, layer: int, x: Float[Array, "m in"]) -> Float[Array, "m out"]:
+        """A layer with the weights that each token's document gave it."""
+        before, after = (chunk.apply(layer, x) for chunk in (self.before, self.after))
+        return jnp.where(self.began[:, None], after, before)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,12 +172,40 @@ class DeepMemory(Memory):
         controls: Controls,
     ) -> tuple[DeepState, DeepChunk]:
         """A chunk of descent steps in matrix products."""
+        return self._write(state, anchor, key, value, controls, None)
+
+    def write_documents(
+        self,
+        state: DeepState,
+        initial: DeepState,
+        key: Float[Array, "m k"],
+        value: Float[Array, "m v"],
+        controls: Controls,
+        document: Int[Array, "m"],
+    ) -> tuple[DeepState, DocumentsChunk]:
+        """The chunk twice: from its start, and from the initial weights with documents apart."""
+        same = document[:, None] == document[None]
+        end, before = self._write(state, state, key, value, controls, None)
+        new_end, after = self._write(initial, initial, key, value, controls, same)
+        end = jax.tree.map(lambda new, old: jnp.where(document[-1] > 0, new, old), new_end, end)
+        return end, DocumentsChunk(document > 0, before, after)
+
+    def _write(
+        self,
+        state: DeepState,
+        anchor: DeepState,
+        key: Float[Array, "m k"],
+        value: Float[Array, "m v"],
+        controls: Controls,
+        same: Bool[Array, "m m"] | None,
+    ) -> tuple[DeepState, DeepChunk]:
+        """``write``, where only tokens of the same document see each other."""
         inputs, deltas = self._inner_gradient(anchor.weights, key, value)
-        decay = decay_matrix(controls["log_alpha"])
+        decay = decay_matrix(controls["log_alpha"], same)
         eta = controls["eta"]
         chunk = DeepChunk(
             start=state,
-            weight_decay=start_decay(controls["log_alpha"]),
+            weight_decay=start_decay(controls["log_alpha"], same),
             momentum_decay=None,
             mixing=decay * eta[None],
             inputs=inputs,
@@ -173,7 +214,9 @@ class DeepMemory(Memory):
         if not state.momentum:
             return DeepState(chunk.end(), ()), chunk
         # S_t = B_t S_0 - sum_j momentum[t, j] eta_j G_j, and W_t sums what alpha leaves of S_t.
-        momentum, momentum_decay = (f(controls["log_beta"]) for f in (decay_matrix, start_decay))
+        momentum, momentum_decay = (
+            f(controls["log_beta"], same) for f in (decay_matrix, start_decay)
+        )
         of_momentum = chunk._replace(
             weight_decay=jnp.zeros_like(eta),
             momentum_decay=momentum_decay,
@@ -185,7 +228,9 @@ class DeepMemory(Memory):
         )
         return DeepState(chunk.end(), of_momentum.end()), chunk
 
-    def apply(self, chunk: DeepChunk, layer: int, x: Float[Array, "m in"]) -> Array:
+    def apply(
+        self, chunk: DeepChunk | DocumentsChunk, layer: int, x: Float[Array, "m in"]
+    ) -> Array:
         """A layer as it is after each token."""
         return chunk.apply(layer, x)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
-from memcache_jax._typing import Array, Controls, Float
+from memcache_jax._typing import Array, Bool, Controls, Float
 from memcache_jax.memories._decay import channel_scores, decay_matrix, start_decay
 from memcache_jax.memories.base import NEAR_ONE, Control
 from memcache_jax.memories.matrix import ChannelChunk, DecayChunk, MatrixMemory, MatrixState
@@ -65,7 +65,7 @@ class _DeltaMemory(MatrixMemory):
 
 
 def _log_alpha(controls: Controls) -> Array:
-    """The decay's log; none without a control for it."""
+    """The decay's log; no decay where there is none."""
     return controls.get("log_alpha", jnp.zeros_like(controls["beta"]))
 
 
@@ -85,6 +85,10 @@ class DeltaNet(_DeltaMemory):
     def controls(self) -> Mapping[str, Control]:
         """beta, how much of the error a token corrects."""
         return {"beta": Control()}
+
+    def forgetting(self, controls: Controls, begins: Bool[Array, "m"]) -> Controls:
+        """A decay to nothing where documents begin."""
+        return {**controls, "log_alpha": jnp.where(begins, -jnp.inf, 0.0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,9 +137,9 @@ class RWKV7(MatrixMemory):
     def controls(self) -> Mapping[str, Control]:
         """log_w (decay, above -exp(-1/2)), a (how much is erased), kappa (where)."""
         return {
-            "log_w": Control("b t h k", scale=-0.606531, bias=-3.0),
+            "log_w": Control("b t h k", scale=-0.606531, bias=-3.0, forget=-jnp.inf),
             "a": Control("b t h k"),
-            "kappa": Control("b t h k", activation=_unit),
+            "kappa": Control("b t h k", activation=_unit, forget=0.0),
         }
 
     def step(

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memcache_jax._typing import Apply, Array, Controls, Float, Matrices
+from memcache_jax._typing import Apply, Array, Bool, Controls, Float, Matrices
 from memcache_jax.memories._decay import channel_scores, decay_matrix, end_decay, start_decay
 from memcache_jax.memories.base import NEAR_ONE, Control, Memory, gated
 
@@ -123,9 +123,12 @@ class LinearAttention(ScalarDecayMemory):
     """
 
     def coefficients(self, controls: Controls, ones: Float[Array, "*m"]) -> tuple[Array, Array]:
-        """No decay, every token as it is."""
-        del controls
-        return jnp.zeros_like(ones), ones
+        """No decay but where documents begin, every token as it is."""
+        return controls.get("log_alpha", jnp.zeros_like(ones)), ones
+
+    def forgetting(self, controls: Controls, begins: Bool[Array, "m"]) -> Controls:
+        """A decay to nothing where documents begin."""
+        return {**controls, "log_alpha": jnp.where(begins, -jnp.inf, 0.0)}
 
     def write(
         self,
@@ -136,7 +139,8 @@ class LinearAttention(ScalarDecayMemory):
         controls: Controls,
     ) -> tuple[MatrixState, DecayChunk]:
         """Adds a chunk in one matrix product."""
-        del anchor, controls
+        if controls:
+            return super().write(state, anchor, key, value, controls)
         ones = jnp.ones(key.shape[:1], key.dtype)
         chunk = DecayChunk(state.matrix, ones, jnp.tri(len(ones), dtype=key.dtype), key, value)
         return MatrixState(state.matrix + jnp.matmul(key.T, value)), chunk
@@ -159,7 +163,9 @@ class RetNet(ScalarDecayMemory):
         """log_gamma, the log of each head's decay."""
         return {
             "log_gamma": Control(
-                axes="h", per_head=lambda heads: jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(heads))))
+                axes="h",
+                per_head=lambda heads: jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(heads)))),
+                forget=-jnp.inf,
             )
         }
 
@@ -222,7 +228,7 @@ class SWLA(MatrixMemory):
         """log_alpha (decay, near 0), beta (the token before), lam (the token)."""
         return {
             "log_alpha": NEAR_ONE,
-            "beta": Control(),
+            "beta": Control(forget=0.0),
             "lam": Control(),
         }
 
@@ -320,7 +326,9 @@ class GLA(MatrixMemory):
     def controls(self) -> Mapping[str, Control]:
         """log_alpha, near 0: log sigmoid over 16, as in the paper."""
         return {
-            "log_alpha": Control("b t h k", activation=jax.nn.log_sigmoid, scale=1 / 16, bias=1.0)
+            "log_alpha": Control(
+                "b t h k", activation=jax.nn.log_sigmoid, scale=1 / 16, bias=1.0, forget=-jnp.inf
+            )
         }
 
     def step(

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from memcache_jax._typing import Apply, Array, Controls, Float, Matrices
+from memcache_jax._typing import Apply, Array, Bool, Controls, Float, Matrices
 from memcache_jax.memories.base import Memory, gated
 
 
@@ -62,6 +62,11 @@ class Vector(Memory):
         """Takes the last value; the chunk is its values."""
         del state, anchor, key, controls
         return VectorState(value[-1]), value
+
+    def forgetting(self, controls: Controls, begins: Bool[Array, "m"]) -> Controls:
+        """Nothing to do: every token forgets."""
+        del begins
+        return controls
 
     def apply(self, chunk: Float[Array, "m v"], layer: int, x: Float[Array, "m 1"]) -> Array:
         """Each token's value, times x."""

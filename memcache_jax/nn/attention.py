@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from memcache_jax import _checks
-from memcache_jax._typing import Array, Float
+from memcache_jax._typing import Array, Float, Int
 from memcache_jax.nn.layers import Linear
 
 
@@ -64,13 +64,25 @@ class Attention(nnx.Module):
         self.value = Linear(in_features, inner, **options)
         self.out = Linear(inner, in_features, **options)
 
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    def __call__(
+        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None = None
+    ) -> Float[Array, "b t d"]:
         """Mixes tokens causally.
 
+        Args:
+          x: the input.
+          document_ids: for documents packed into one sequence, an id per token, the same for no two
+            documents: tokens see their own document only.
+
         Raises:
-          ValueError: for an input that is not (b, t, in_features).
+          ValueError: for an input that is not (b, t, in_features), or document_ids that are not
+            integers (b, t).
         """
         _checks.check_input(x, self.in_features)
+        mask = None
+        if document_ids is not None:
+            _checks.check_documents(document_ids, x.shape[:2])
+            mask = document_ids[:, None, :, None] == document_ids[:, None, None, :]
         query, key, value = (
             linear(x).reshape(*x.shape[:2], self.num_heads, self.head_dim)
             for linear in (self.query, self.key, self.value)
@@ -79,6 +91,7 @@ class Attention(nnx.Module):
             rotate(query, self.rope_base),
             rotate(key, self.rope_base),
             value,
+            mask=mask,
             is_causal=True,
             local_window_size=None if self.window is None else (self.window - 1, 0),
         )

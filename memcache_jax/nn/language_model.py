@@ -23,7 +23,10 @@ class Mixer(Protocol):
     """A description of a token mixer, from which each block builds its own."""
 
     def build(self, in_features: int, num_heads: int, **options: Any) -> nnx.Module:
-        """Returns a module (b, t, d) -> (b, t, d); options: head_dim, dtype, param_dtype, rngs."""
+        """Returns a module (x (b, t, d), document_ids (b, t) or None) -> (b, t, d).
+
+        Options: head_dim, dtype, param_dtype, rngs.
+        """
         ...
 
 
@@ -123,9 +126,11 @@ class Block(nnx.Module):
             self.mlp_norm = nnx.RMSNorm(config.features, **options)
             self.mlp = SwiGLU(config.features, hidden, **options)
 
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    def __call__(
+        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None = None
+    ) -> Float[Array, "b t d"]:
         """Applies the mixer and the MLP."""
-        x = x + self.mixer(self.mixer_norm(x))
+        x = x + self.mixer(self.mixer_norm(x), document_ids)
         return x + self.mlp(self.mlp_norm(x)) if self.has_mlp else x
 
 
@@ -135,9 +140,11 @@ class _Period(nnx.Module):
     def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs) -> None:
         self.blocks = nnx.List([Block(config, mixer, rngs=rngs) for mixer in config.mixers])
 
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    def __call__(
+        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None
+    ) -> Float[Array, "b t d"]:
         for block in self.blocks:
-            x = block(x)
+            x = block(x, document_ids)
         return x
 
 
@@ -183,17 +190,26 @@ class LanguageModel(nnx.Module):
         if not config.tie_embeddings:
             self.head = Linear(config.features, config.vocab_size, rngs=rngs, **options)
 
-    def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t vocab"]:
+    def __call__(
+        self, tokens: Int[Array, "b t"], document_ids: Int[Array, "b t"] | None = None
+    ) -> Float[Array, "b t vocab"]:
         """Returns the logits of the next token at every position.
 
         Ids must be below ``vocab_size``: others cannot be checked under jit, and give NaN.
 
-        Raises:
-          ValueError: for tokens that are not integers of shape (b, t).
-        """
-        return self.logits(self.hidden(tokens))
+        Args:
+          tokens: token ids.
+          document_ids: for documents packed into one row, an id per token: no document sees
+            another.
 
-    def hidden(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        Raises:
+          ValueError: for tokens or document_ids that are not integers of shape (b, t).
+        """
+        return self.logits(self.hidden(tokens, document_ids))
+
+    def hidden(
+        self, tokens: Int[Array, "b t"], document_ids: Int[Array, "b t"] | None = None
+    ) -> Float[Array, "b t d"]:
         """Returns the normalised output of the last block."""
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(
@@ -202,7 +218,7 @@ class LanguageModel(nnx.Module):
         graph, stacked = nnx.split(self.layers)
 
         def period(x: Array, state: nnx.State) -> tuple[Array, None]:
-            return nnx.merge(graph, state)(x), None
+            return nnx.merge(graph, state)(x, document_ids), None
 
         if self.config.remat:
             period = jax.checkpoint(period, prevent_cse=False)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from memcache_jax._typing import Array, Float
+from memcache_jax._typing import Array, Float, Int
 
 
 class Linear(nnx.Linear):
@@ -50,9 +50,25 @@ class CausalConv(nnx.Module):
     ) -> None:
         self.kernel = nnx.Param(kernel_init(rngs.params(), (width, features), param_dtype))
 
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        """y_t = silu(sum over j of kernel[j] x_{t - width + 1 + j})."""
-        return _conv_silu(x, self.kernel[...].astype(x.dtype))
+    def __call__(
+        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None = None
+    ) -> Float[Array, "b t d"]:
+        """y_t = silu(sum over j of kernel[j] x_{t - width + 1 + j}), within t's document."""
+        kernel = self.kernel[...].astype(x.dtype)
+        if document_ids is None:
+            return _conv_silu(x, kernel)
+        y, past = x * kernel[-1][None, None], x
+        goes_on = document_ids == _shift(document_ids)
+        for back in range(1, kernel.shape[0]):
+            # Cut off wherever a document begins: an id may come again.
+            past = jnp.where(goes_on[..., None], _shift(past), 0)
+            y += past * kernel[-1 - back][None, None]
+        return jax.nn.silu(y)
+
+
+def _shift(x: Float[Array, "b t ..."] | Int[Array, "b t"]) -> Array:
+    """Each row's value one token before, zero for the first."""
+    return jnp.pad(x[:, :-1], [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2))
 
 
 @jax.custom_vjp

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 
 from memcache_jax import _checks
 from memcache_jax._arguments import check_configuration
-from memcache_jax._typing import Array, Float
+from memcache_jax._typing import Array, Float, Int
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.caching import Implementation, Start, memory_caching
 from memcache_jax.memories import Control, Memory
@@ -137,23 +137,30 @@ class MemoryCaching(nnx.Module):
         self.gate = linear(in_features, inner)
         self.out = linear(inner, in_features)
 
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    def __call__(
+        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None = None
+    ) -> Float[Array, "b t d"]:
         """Mixes tokens causally.
 
         Args:
           x: the input; T need not be a multiple of the segment size.
+          document_ids: for documents packed into one sequence, an id per token: nothing crosses
+            from one document into another.
 
         Returns:
           The output, of x's shape, in ``dtype``.
 
         Raises:
-          ValueError: for an input that is not (b, t, in_features).
+          ValueError: for an input that is not (b, t, in_features), or document_ids that are not
+            integers (b, t).
         """
         _checks.check_input(x, self.in_features)
+        if document_ids is not None:
+            _checks.check_documents(document_ids, x.shape[:2])
         x = x if self.dtype is None else x.astype(self.dtype)
-        query = l2_normalize(self._heads(self.query_conv(self.query(x))))
-        key = l2_normalize(self._heads(self.key_conv(self.key(x))))
-        value = self._heads(self.value_conv(self.value(x)))
+        query = l2_normalize(self._heads(self.query_conv(self.query(x), document_ids)))
+        key = l2_normalize(self._heads(self.key_conv(self.key(x), document_ids)))
+        value = self._heads(self.value_conv(self.value(x), document_ids))
         connector = None
         if self.aggregation.gate == "position":
             connector = self._heads(self.connector(x))
@@ -178,6 +185,7 @@ class MemoryCaching(nnx.Module):
             aggregation=self.aggregation,
             segmentation=self.segmentation,
             start=self.start,
+            document_ids=document_ids,
             implementation=self.implementation,
         )
         y = self.norm(y).reshape(*x.shape[:2], -1)

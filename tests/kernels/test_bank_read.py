@@ -27,7 +27,8 @@ def make(memory, reads, dtype):
     states = max(slots, 1)
     bank = tuple(normal(*lead, states, *shape) * shape[0] ** -0.5 for shape in shapes)
     query, gates = normal(*lead, blocks, 5, 4), normal(*lead, blocks, 5, slots)
-    return memory, jax.tree.map(jnp.asarray, (bank, query, gates))
+    bank = tuple(map(jnp.asarray, bank))
+    return memory, (bank, jnp.asarray(query), jnp.asarray(gates))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

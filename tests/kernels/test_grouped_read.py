@@ -22,7 +22,8 @@ def make(memory, states, dtype=jnp.float32):
     bank = tuple(normal(*lead, states, *shape) * shape[0] ** -0.5 for shape in shapes)
     query, gates = normal(*rows, 4), normal(*rows, 2)
     chosen = jnp.asarray(np.random.default_rng(1).integers(0, states, gates.shape))
-    return memory, jax.tree.map(jnp.asarray, (bank, query, gates)), chosen
+    bank = tuple(map(jnp.asarray, bank))
+    return memory, (bank, jnp.asarray(query), jnp.asarray(gates)), chosen
 
 
 def compare(memory, arguments, chosen, tolerance, schedule="in_turn"):

@@ -1,0 +1,150 @@
+"""Documents packed into one sequence: each has the outputs that it has alone."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import memcache_jax as mc
+from tests.cases import (
+    AGGREGATIONS,
+    FAMILIES,
+    MEMORIES,
+    STARTS,
+    assert_close,
+    make_inputs,
+    value_and_vjp,
+)
+
+LENGTH, SEGMENT, BORDER = 37, 8, 24
+# In the first row a document begins on a segment's border, after a chunk of 4 with parts of four
+# documents; in both an id comes again.
+IDS = np.array([[0] * 8 + [1] * 12 + [5, 5, 0, 7] + [4] * 13, [3] * 5 + [4] * 2 + [3] * 30])
+SEGMENTATIONS = {"constant": mc.Constant(SEGMENT), "lengths": mc.Lengths((8, 16, 8, 8))}
+
+
+@functools.partial(
+    jax.jit, static_argnames=("memory", "aggregation", "segmentation", "start", "implementation")
+)
+def packed(
+    inputs,
+    ids,
+    memory,
+    aggregation,
+    segmentation=SEGMENTATIONS["constant"],
+    start: Any = "independent",
+    implementation=None,
+):
+    return mc.memory_caching(
+        **inputs,
+        memory=memory,
+        aggregation=aggregation,
+        segmentation=segmentation,
+        start=start,
+        document_ids=ids,
+        implementation=implementation,
+    )
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
+def test_every_rule_equals_its_recurrence(memory):
+    inputs = make_inputs(memory, LENGTH)
+    run = functools.partial(packed, inputs, IDS, memory, mc.SSC(top_k=2), start="checkpoint")
+    assert_close(run(), run(implementation="reference"), 1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("aggregation", "segmentation", "start"),
+    [
+        ("residual", "constant", "independent"),
+        ("grm", "lengths", "checkpoint"),
+        ("soup", "constant", "checkpoint"),
+        ("ssc", "lengths", "independent"),
+    ],
+)
+def test_every_aggregation_equals_the_recurrence(aggregation, segmentation, start):
+    memory, kind = MEMORIES["titans"], AGGREGATIONS[aggregation]
+    inputs = make_inputs(memory, LENGTH)
+    run = functools.partial(packed, inputs, IDS, memory, kind, SEGMENTATIONS[segmentation], start)
+    assert_close(run(), run("reference"), 1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ["gated_deltanet", "titans"])
+def test_gradients_equal_the_recurrence(name):
+    memory = FAMILIES[name]
+    inputs = make_inputs(memory, LENGTH, batch=2, heads=1)
+
+    def gradients(implementation):
+        return value_and_vjp(
+            lambda inputs: packed(inputs, IDS, memory, mc.Soup(), implementation=implementation),
+            inputs,
+        )
+
+    assert_close(gradients(None), gradients("reference"), 1e-8, scale=1.0)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("memory", FAMILIES.values(), ids=FAMILIES)
+def test_a_document_on_a_segment_border_is_as_if_alone(memory, start):
+    inputs = make_inputs(memory, LENGTH)
+    alone = jax.tree.map(lambda x: x[:, BORDER:], {**inputs, "weights": {}})
+    alone["weights"] = inputs["weights"]
+    y = packed(inputs, IDS, memory, mc.GRM(), start=start)
+    wanted = packed(alone, None, memory, mc.GRM(), start=start)
+    assert_close(y[:1, BORDER:], wanted[:1], 1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_one_document_is_the_sequence():
+    memory = MEMORIES["titans"]
+    inputs = make_inputs(memory, LENGTH)
+    ids = np.full((2, LENGTH), 3)
+    wanted = packed(inputs, None, memory, mc.GRM())
+    assert_close(packed(inputs, ids, memory, mc.GRM()), wanted, 1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        mc.nn.MemoryCachingMixer(MEMORIES["titans"], mc.GRM(), mc.Constant(SEGMENT)),
+        mc.nn.AttentionMixer(window=11),
+    ],
+    ids=["memory_caching", "attention"],
+)
+def test_a_model_sees_one_document(mixer):
+    config = mc.nn.LanguageModelConfig(
+        vocab_size=19,
+        num_layers=2,
+        features=8,
+        num_heads=2,
+        mixers=(mixer,),
+        dtype=jnp.float64,
+        param_dtype=jnp.float64,
+    )
+    model = mc.nn.LanguageModel(config, rngs=nnx.Rngs(0))
+    call = nnx.jit(lambda model, tokens, ids: model(tokens, ids))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 19, (1, LENGTH)))
+    together = call(model, tokens, jnp.asarray(IDS[:1]))
+    assert_close(together[:, BORDER:], call(model, tokens[:, BORDER:], None), 1e-6)
+    assert np.abs(together[:, BORDER:] - call(model, tokens, None)[:, BORDER:]).max() > 1e-3
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_errors():
+    memory = MEMORIES["linear"]
+    inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 8))
+    with pytest.raises(ValueError, match=r"document_ids must be integers .*\(2, 8\), got .*7"):
+        packed(inputs, jnp.zeros((2, 7), int), memory, mc.GRM())
+    with pytest.raises(ValueError, match=r"document_ids must be integers .*float32"):
+        packed(inputs, jnp.zeros((2, 8)), memory, mc.GRM())
+    with pytest.raises(ValueError, match="document_ids need Constant or Lengths"):
+        packed(inputs, jnp.zeros((2, 8), int), memory, mc.GRM(), mc.Logarithmic(8))
