@@ -1,6 +1,8 @@
 """Times the layer, forward and backward, beside its FLOPs and the machine's matmul rate.
 
-    python -m experiments.bench_layer [--length=1024 --features=256 --heads=4 --segment=128]
+    python -m experiments.bench_layer [--only=Titans+GRM,LinearAttention --length=1024]
+
+Every rule with every aggregation takes a while to compile; ``--only`` picks some.
 
 On a CPU the program keeps to one core (``--cores``). Times are medians of interleaved rounds, so
 that a noisy machine disturbs all rows alike. FLOPs are those of the matrix products in the traced
@@ -17,7 +19,7 @@ from collections.abc import Callable
 from absl import app, flags
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("only", None, "Part of a layer's name, to time that one alone.")
+flags.DEFINE_list("only", None, "Parts of layers' names, such as Titans+GRM, to time those alone.")
 flags.DEFINE_integer("length", 1024, "Tokens T.")
 flags.DEFINE_integer("features", 256, "Model dimension d.")
 flags.DEFINE_integer("heads", 4, "Heads h.")
@@ -27,6 +29,7 @@ flags.DEFINE_integer("batch", 1, "Sequences.")
 flags.DEFINE_integer("rounds", 15, "Timed rounds.")
 flags.DEFINE_integer("cores", 1, "CPU cores to keep to; 0 for all.")
 flags.DEFINE_string("start", "independent", "Start of a segment: independent or checkpoint.")
+flags.DEFINE_enum("segmentation", "constant", ["constant", "logarithmic"], "Segmentation.")
 flags.DEFINE_string("json", None, "File to write the table to.")
 
 
@@ -37,12 +40,18 @@ def layers() -> dict[str, Callable]:
     import memcache_jax as mc
 
     size, heads = FLAGS.features, FLAGS.heads
-    memories = {
-        "LinearAttention": mc.memories.LinearAttention(),
-        "Titans depth 1": mc.memories.Titans(FLAGS.chunk, depth=1),
-        "Titans": mc.memories.Titans(FLAGS.chunk),
-    }
-    aggregations = {"Residual": mc.Residual(), "GRM": mc.GRM()}
+    rules = mc.memories
+    memories = [
+        *(rules.LinearAttention(), rules.RetNet(), rules.SSD(), rules.SWLA(), rules.GLA()),
+        *(rules.DeltaNet(), rules.GatedDeltaNet(), rules.RWKV7()),
+        *(rules.DLA(FLAGS.chunk), rules.Titans(FLAGS.chunk), rules.Titans(FLAGS.chunk, depth=1)),
+    ]
+    aggregations = (mc.Residual(), mc.GRM(), mc.Soup(), mc.SSC())
+    kinds = dict(constant=mc.Constant, logarithmic=mc.Logarithmic)
+    segmentation = kinds[FLAGS.segmentation](FLAGS.segment)
+
+    def name(part):
+        return type(part).__name__ + " depth 1" * (part == rules.Titans(FLAGS.chunk, depth=1))
 
     def caching(memory, aggregation):
         return lambda: mc.nn.MemoryCaching(
@@ -50,18 +59,24 @@ def layers() -> dict[str, Callable]:
             heads,
             memory=memory,
             aggregation=aggregation,
-            segmentation=mc.Constant(FLAGS.segment),
+            segmentation=segmentation,
             start=FLAGS.start,
             rngs=nnx.Rngs(0),
         )
 
     rows: dict[str, Callable] = {
-        f"{memory} + {aggregation}": caching(memories[memory], aggregations[aggregation])
+        f"{name(memory)} + {name(aggregation)}": caching(memory, aggregation)
         for memory in memories
         for aggregation in aggregations
     }
     rows["causal attention"] = lambda: mc.nn.Attention(size, heads, rngs=nnx.Rngs(0))
     return rows
+
+
+def is_chosen(name: str) -> bool:
+    """Whether a layer is to be timed: all are, or those that have a part of ``--only``."""
+    short = name.replace(" ", "")
+    return FLAGS.only is None or any(part.replace(" ", "") in short for part in FLAGS.only)
 
 
 def programs(build: Callable) -> tuple[Callable, Callable, tuple]:
@@ -97,7 +112,7 @@ def main(argv: list[str]) -> None:
     }
     flops = {("matmul 1024", "forward"): 2 * 1024**3}
     compile_seconds = {}
-    chosen = {n: build for n, build in layers().items() if FLAGS.only is None or FLAGS.only in n}
+    chosen = {n: build for n, build in layers().items() if is_chosen(n)}
     if not chosen:
         raise app.UsageError(f"--only={FLAGS.only} names none of {list(layers())}")
     for name, build in chosen.items():

@@ -1,6 +1,6 @@
 """Memory Caching (arXiv:2602.24281) in JAX: recurrent sequence models whose memory grows."""
 
-from memcache_jax import memories, nn
+from memcache_jax import memories, nn, presets
 from memcache_jax.aggregation import GRM, SSC, Aggregation, Residual, Soup
 from memcache_jax.caching import memory_caching
 from memcache_jax.generation import generate
@@ -23,4 +23,5 @@ __all__ = [
     "memories",
     "memory_caching",
     "nn",
+    "presets",
 ]

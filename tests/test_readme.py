@@ -1,9 +1,12 @@
-"""The README's Python runs as it stands, and what the README points to exists."""
+"""The Python of the README and of docs/ runs as it stands, and what they point to exists."""
 
 import re
 from pathlib import Path
 
+import jax
 import pytest
+
+from tests.cases import REFERENCE, TWO_PLANS, assert_close, make_inputs, run_all
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -38,6 +41,21 @@ def test_block_that_needs_a_run(code, line, trained_run, monkeypatch):
 
 def test_all_blocks_are_found():
     assert len(BLOCK.findall(README)) == README.count("```python")
+
+
+@pytest.mark.usefixtures("x64")
+def test_write_your_own_memory():
+    page = (ROOT / "docs/write_your_own_memory.md").read_text()
+    code = "".join(block for _, block in BLOCK.findall(page))
+    names = {}
+    with jax.enable_x64(False):
+        exec(compile(code, "write_your_own_memory.md", "exec"), names)
+    memory = names["Erasing"]()
+    inputs = make_inputs(memory, 19)
+    options = dict(aggregations=("grm", "ssc"), plans=TWO_PLANS)
+    wanted = run_all(inputs, memory, **options, options=REFERENCE)
+    assert_close(run_all(inputs, memory, **options), wanted, 1e-12)
+    assert BLOCK.findall(page)[0][1].count("\n") < 60
 
 
 def test_what_it_points_to_exists():

@@ -1,7 +1,7 @@
 """Write rules: how a memory is written, and how it is read."""
 
 from memcache_jax.memories.base import Control, Memory
-from memcache_jax.memories.deep import DLA, Titans
+from memcache_jax.memories.deep import DLA, DeepMemory, Titans
 from memcache_jax.memories.delta import RWKV7, DeltaNet, GatedDeltaNet
 from memcache_jax.memories.matrix import GLA, SSD, SWLA, LinearAttention, RetNet
 from memcache_jax.memories.vector import Vector
@@ -13,6 +13,7 @@ __all__ = [
     "SSD",
     "SWLA",
     "Control",
+    "DeepMemory",
     "DeltaNet",
     "GatedDeltaNet",
     "LinearAttention",

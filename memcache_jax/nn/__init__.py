@@ -10,6 +10,7 @@ from memcache_jax.nn.language_model import (
     Mixer,
 )
 from memcache_jax.nn.memory_caching import MemoryCaching
+from memcache_jax.nn.post_training import with_memory_caching
 
 __all__ = [
     "Attention",
@@ -20,4 +21,5 @@ __all__ = [
     "MemoryCachingMixer",
     "Mixer",
     "linen",
+    "with_memory_caching",
 ]

@@ -1,8 +1,9 @@
 """Training: data, tokenizers and the training loop."""
 
 from memcache_jax.training.checkpoint import CheckpointError, load_model
-from memcache_jax.training.config import default_config, model_config
+from memcache_jax.training.config import default_config
 from memcache_jax.training.loop import StoppedError, train
+from memcache_jax.training.models import model_config, model_options, preset_config
 
 __all__ = [
     "CheckpointError",
@@ -10,5 +11,7 @@ __all__ = [
     "default_config",
     "load_model",
     "model_config",
+    "model_options",
+    "preset_config",
     "train",
 ]

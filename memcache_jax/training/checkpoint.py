@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
 from memcache_jax.nn import LanguageModel
-from memcache_jax.training.config import Config, model_config
+from memcache_jax.training.config import Config
+from memcache_jax.training.models import model_config
 from memcache_jax.training.optimizer import make_optimizer
 from memcache_jax.training.step import Params, TrainState, abstract_state
 from memcache_jax.training.tokenizers import Tokenizer, make_tokenizer

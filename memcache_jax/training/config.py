@@ -1,24 +1,15 @@
-"""A run's configuration: its keys and defaults, its checks, and the model that it describes."""
+"""A run's configuration: its keys and defaults, its checks, how two of them differ."""
 
-import dataclasses
-import inspect
 import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
 from ml_collections import ConfigDict, config_dict
-
-import memcache_jax as mc
-from memcache_jax.memories import Memory
-from memcache_jax.nn import AttentionMixer, LanguageModelConfig, MemoryCachingMixer, Mixer
 
 if TYPE_CHECKING:
     Config = Any  # ConfigDict says of every attribute that it may be anything but a ConfigDict
 else:
     Config = ConfigDict
-
-MIXERS = ("memory_caching", "attention", "sliding_window")
 
 # Keys that steer a run without changing what a given step computes; `steps` changes the schedule.
 _STEERING = (
@@ -67,7 +58,7 @@ def default_config() -> Config:
     config.model.tie_embeddings = False
     config.model.remat = False  # recompute activations in the backward pass, to save memory
     config.model.dtype = "float32"  # of the arithmetic, or "bfloat16"; parameters are float32
-    config.model.mixers = ("memory_caching",)  # of consecutive blocks, repeated; see MIXERS
+    config.model.mixers = ("memory_caching",)  # of consecutive blocks, repeated; see models.py
     config.model.memory = ConfigDict(
         {"name": "Titans", "chunk_size": 32, "expansion": 2, "depth": 2}
     )  # a class of mc.memories and its arguments
@@ -103,76 +94,6 @@ def default_config() -> Config:
     config.sample.temperature = 0.8
     config.sample.top_p = 0.95
     return config
-
-
-def model_config(options: Config) -> LanguageModelConfig:
-    """Returns the model that ``config.model`` describes.
-
-    Rules are looked up by name in ``mc.memories`` and ``mc``, so that a new one needs nothing here.
-
-    Args:
-      options: the ``model`` part of a configuration, as in ``default_config``.
-
-    Raises:
-      ValueError: for a name that does not exist, or arguments that the named class does not take.
-    """
-    if options["dtype"] not in ("float32", "bfloat16"):
-        raise ValueError(f'model.dtype must be "float32" or "bfloat16", got {options["dtype"]!r}')
-    unknown = sorted(set(options["mixers"]) - set(MIXERS))
-    if unknown or not options["mixers"]:
-        raise ValueError(f"model.mixers must be of {_list(MIXERS)}; got {_list(unknown)}")
-    return LanguageModelConfig(
-        vocab_size=options["vocab_size"],
-        num_layers=options["num_layers"],
-        features=options["features"],
-        num_heads=options["num_heads"],
-        mixers=tuple(_mixer(name, options) for name in options["mixers"]),
-        head_dim=options["head_dim"],
-        mlp_features=options["mlp_features"],
-        tie_embeddings=options["tie_embeddings"],
-        remat=options["remat"],
-        dtype=jnp.dtype(options["dtype"]),
-    )
-
-
-def _mixer(name: str, options: Config) -> Mixer:
-    if name == "attention":
-        return AttentionMixer(rope_base=options["rope_base"])
-    if name == "sliding_window":
-        return AttentionMixer(window=options["window"], rope_base=options["rope_base"])
-    return MemoryCachingMixer(
-        memory=_build("memory", options, _concrete(mc.memories, Memory)),
-        aggregation=_build("aggregation", options, _concrete(mc, mc.Aggregation)),
-        segmentation=_build("segmentation", options, _concrete(mc, mc.Segmentation)),
-        start=options["start"],
-    )
-
-
-def _concrete(module: Any, base: type) -> dict[str, type]:
-    classes = {k: v for k, v in vars(module).items() if inspect.isclass(v) and issubclass(v, base)}
-    return {name: cls for name, cls in classes.items() if not inspect.isabstract(cls)}
-
-
-def _build(key: str, options: Config, classes: Mapping[str, type]) -> Any:
-    arguments = dict(options[key])
-    name = arguments.pop("name", None)
-    if name not in classes:
-        raise ValueError(f"model.{key}.name must be one of {_list(classes)}; got {name!r}")
-    known = [field.name for field in dataclasses.fields(classes[name]) if field.init]
-    if unknown := set(arguments) - set(known):
-        raise ValueError(
-            f"model.{key}: {name} has the arguments {_list(known)}; got {_list(unknown)}"
-        )
-    # Lists come from JSON; the classes are hashable.
-    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
-    try:
-        return classes[name](**arguments)
-    except TypeError as e:
-        raise ValueError(f"model.{key}: cannot make {name} with {arguments}: {e}") from e
-
-
-def _list(names: Any) -> str:
-    return ", ".join(sorted(names)) or "none"
 
 
 def check_config(config: Config) -> None:

@@ -20,12 +20,12 @@ from memcache_jax.training.config import (
     Config,
     check_config,
     config_differences,
-    model_config,
     to_json,
 )
 from memcache_jax.training.corpus import ReplacedDocuments, load_corpus
 from memcache_jax.training.data import training_iterator
 from memcache_jax.training.metrics import MetricsWriter, Progress, read_metrics
+from memcache_jax.training.models import model_config
 from memcache_jax.training.optimizer import make_optimizer, make_schedule
 from memcache_jax.training.report import RESULTS_FILE, read_results, replace_file, write_report
 from memcache_jax.training.step import (

@@ -1,0 +1,17 @@
+"""Every preset of size 170m: the part after the colon is one of ``mc.presets.NAMES``.
+
+Command:   python -m experiments.train --config=configs/lm_170m.py:titans_grm \
+               --config.data.files=FOLDER --workdir=runs/titans_grm_170m
+Hardware:  one TPU host or a GPU
+Time:      not measured
+Expected:  not run yet.
+"""
+
+from typing import Any
+
+from memcache_jax.training import preset_config
+
+
+def get_config(name: str = "titans_grm") -> Any:
+    """Returns the configuration."""
+    return preset_config(name, "170m")

@@ -1,0 +1,124 @@
+"""The models of the paper's tables, by name and size.
+
+A name is a write rule or a hybrid, alone or with a variant: ``"titans"``, ``"titans_grm"``,
+``"samba_ssc"``; and ``"transformer"``. ``NAMES`` and ``SIZES`` hold them all.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from memcache_jax import memories
+from memcache_jax._checks import check_choice
+from memcache_jax.aggregation import GRM, SSC, Aggregation, Residual, Soup
+from memcache_jax.memories import Memory
+from memcache_jax.nn import AttentionMixer, LanguageModelConfig, MemoryCachingMixer, Mixer
+from memcache_jax.segmentation import Constant, Logarithmic, Segmentation
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A model's shape and its training (Table 6 of arXiv:2602.24281, arXiv:2501.00663).
+
+    Attributes:
+      num_layers: blocks.
+      features: model dimension d.
+      num_heads: heads.
+      learning_rate: peak of the schedule.
+      tokens: tokens trained on.
+    """
+
+    num_layers: int
+    features: int
+    num_heads: int
+    learning_rate: float
+    tokens: int
+
+
+SIZES: Mapping[str, Size] = {
+    "tiny": Size(4, 256, 4, 2e-3, 2**24),
+    "170m": Size(12, 768, 16, 3e-3, 15 * 10**9),
+    "340m": Size(24, 1024, 16, 1.5e-3, 15 * 10**9),
+    "760m": Size(24, 1536, 16, 1.25e-3, 30 * 10**9),
+    "1.3b": Size(18, 2048, 8, 7e-4, 100 * 10**9),
+}
+"""Tiny is ours, for one machine; 760m and 1.3b are the paper's, the others those of Titans."""
+
+_RULES: Mapping[str, Memory] = {
+    "swla": memories.SWLA(),
+    "dla": memories.DLA(),
+    "titans": memories.Titans(),
+    "gated_deltanet": memories.GatedDeltaNet(),
+}
+# Every other block is sliding-window attention: Samba (arXiv:2406.07522) has Mamba in the rest,
+# Titans (MAL), memory as a layer, its memory.
+_HYBRIDS: Mapping[str, Memory] = {"samba": memories.SSD(), "titans_mal": memories.Titans()}
+_WINDOW = 2048
+
+_VARIANTS: Mapping[str, tuple[Aggregation, Callable[[int], Segmentation]]] = {
+    "residual": (Residual(), Constant),
+    "grm": (GRM(), Constant),
+    "soup": (Soup(), Constant),
+    "ssc": (SSC(top_k=4), Constant),  # the paper does not state its k
+    "log_linear": (GRM(), Logarithmic),  # Log-Linear++ (Sec. 4.3)
+}
+_ONE_SEGMENT = 2**30  # longer than any sequence: no state is cached, which is the rule alone
+
+
+def _mixers(name: str, segment: int) -> tuple[Mixer, ...]:
+    if name == "transformer":
+        return (AttentionMixer(),)
+    bases = {**_RULES, **_HYBRIDS}
+    base = max((base for base in bases if name.startswith(base)), key=len)
+    variant = name.removeprefix(base).removeprefix("_")
+    aggregation, kind = _VARIANTS.get(variant, (Residual(), lambda _: Constant(_ONE_SEGMENT)))
+    mixer = MemoryCachingMixer(bases[base], aggregation, kind(segment))
+    return (mixer, AttentionMixer(window=_WINDOW)) if base in _HYBRIDS else (mixer,)
+
+
+NAMES: tuple[str, ...] = (
+    "transformer",
+    *(
+        base + variant
+        for base in (*_RULES, *_HYBRIDS)
+        for variant in ("", *(f"_{name}" for name in _VARIANTS))
+    ),
+)
+"""Transformer++, and each rule and hybrid alone and with every variant."""
+
+
+def language_model(
+    name: str, size: str, *, segment: int = 256, vocab_size: int = 32_000, **changes: Any
+) -> LanguageModelConfig:
+    """Returns the shape of a preset's language model.
+
+    Args:
+      name: one of ``NAMES``.
+      size: one of ``SIZES``.
+      segment: segment size C; the paper's Table 1 has 256 at a context of 4096.
+      vocab_size: number of token ids.
+      **changes: other fields of ``LanguageModelConfig``. Arithmetic is bfloat16 and blocks are
+        rematerialised unless said otherwise, except in the tiny size.
+
+    Raises:
+      ValueError: for an unknown name or size, or sizes that do not fit.
+
+    Example:
+      >>> import memcache_jax as mc
+      >>> config = mc.presets.language_model("titans_grm", "760m")
+      >>> config.num_layers, config.features, config.mixers[0].segmentation
+      (24, 1536, Constant(size=256))
+    """
+    check_choice("name", name, NAMES)
+    check_choice("size", size, tuple(SIZES))
+    shape, large = SIZES[size], size != "tiny"
+    fields: dict[str, Any] = dict(
+        vocab_size=vocab_size,
+        num_layers=shape.num_layers,
+        features=shape.features,
+        num_heads=shape.num_heads,
+        mixers=_mixers(name, segment),
+        dtype="bfloat16" if large else "float32",
+        remat=large,
+    )
+    return LanguageModelConfig(**(fields | changes))

@@ -1,0 +1,149 @@
+"""The model that a configuration describes, and the configuration that describes a model."""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+import memcache_jax as mc
+from memcache_jax.memories import Memory
+from memcache_jax.nn import AttentionMixer, LanguageModelConfig, MemoryCachingMixer, Mixer
+from memcache_jax.training.config import Config, default_config
+
+MIXERS = ("memory_caching", "attention", "sliding_window")
+
+
+def model_config(options: Config) -> LanguageModelConfig:
+    """Returns the model that ``config.model`` describes.
+
+    Rules are looked up by name in ``mc.memories`` and ``mc``, so that a new one needs nothing here.
+
+    Args:
+      options: the ``model`` part of a configuration, as in ``default_config``.
+
+    Raises:
+      ValueError: for a name that does not exist, or arguments that the named class does not take.
+    """
+    if options["dtype"] not in ("float32", "bfloat16"):
+        raise ValueError(f'model.dtype must be "float32" or "bfloat16", got {options["dtype"]!r}')
+    unknown = sorted(set(options["mixers"]) - set(MIXERS))
+    if unknown or not options["mixers"]:
+        raise ValueError(f"model.mixers must be of {_list(MIXERS)}; got {_list(unknown)}")
+    return LanguageModelConfig(
+        vocab_size=options["vocab_size"],
+        num_layers=options["num_layers"],
+        features=options["features"],
+        num_heads=options["num_heads"],
+        mixers=tuple(_mixer(name, options) for name in options["mixers"]),
+        head_dim=options["head_dim"],
+        mlp_features=options["mlp_features"],
+        tie_embeddings=options["tie_embeddings"],
+        remat=options["remat"],
+        dtype=jnp.dtype(options["dtype"]),
+    )
+
+
+def model_options(model: LanguageModelConfig) -> Config:
+    """Returns the ``config.model`` that describes a model: the inverse of ``model_config``.
+
+    Raises:
+      ValueError: for mixers that need more than one memory or attention window.
+    """
+    options = default_config().model
+    for field in dataclasses.fields(model):
+        if field.name in options and field.name not in ("mixers", "dtype"):
+            options[field.name] = getattr(model, field.name)
+    options.dtype = jnp.dtype(model.dtype).name
+    names = []
+    for mixer in model.mixers:
+        if isinstance(mixer, MemoryCachingMixer):
+            names.append("memory_caching")
+            options.start = mixer.start
+            for part in ("memory", "aggregation", "segmentation"):
+                options[part] = _described(getattr(mixer, part))
+        elif isinstance(mixer, AttentionMixer):
+            names.append("sliding_window" if mixer.window else "attention")
+            options.rope_base = mixer.rope_base
+            options.window = mixer.window or options.window
+    options.mixers = tuple(names)
+    if model_config(options) != model:
+        raise ValueError(f"config.model cannot describe {model}")
+    return options
+
+
+def _described(part: Any) -> Config:
+    fields = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.init}
+    return ConfigDict({"name": type(part).__name__, **fields})
+
+
+def preset_config(name: str, size: str) -> Config:
+    """Returns the configuration of a preset: its model, and the paper's way to train it.
+
+    Half a million tokens a batch at a context of 4096 (of 1024 in small batches for the tiny size),
+    AdamW with weight decay 0.1, cosine decay. The data is left to name: ``config.data.files``.
+
+    Args:
+      name: one of ``mc.presets.NAMES``.
+      size: one of ``mc.presets.SIZES``.
+
+    Raises:
+      ValueError: for an unknown name or size.
+    """
+    config = default_config()
+    tiny = size == "tiny"
+    model = mc.presets.language_model(
+        name, size, vocab_size=257 if tiny else 32_000, segment=128 if tiny else 256
+    )
+    config.model = model_options(model)
+    shape = mc.presets.SIZES[size]
+    config.sequence_length, config.batch_size = (1024, 8) if tiny else (4096, 128)
+    config.steps = shape.tokens // (config.sequence_length * config.batch_size)
+    config.optimizer.learning_rate = shape.learning_rate
+    config.optimizer.warmup_steps = 100 if tiny else 1000
+    config.resume = True
+    if not tiny:
+        config.eval_every, config.checkpoint_every = 1000, 1000
+    return config
+
+
+def _mixer(name: str, options: Config) -> Mixer:
+    if name == "attention":
+        return AttentionMixer(rope_base=options["rope_base"])
+    if name == "sliding_window":
+        return AttentionMixer(window=options["window"], rope_base=options["rope_base"])
+    return MemoryCachingMixer(
+        memory=_build("memory", options, _concrete(mc.memories, Memory)),
+        aggregation=_build("aggregation", options, _concrete(mc, mc.Aggregation)),
+        segmentation=_build("segmentation", options, _concrete(mc, mc.Segmentation)),
+        start=options["start"],
+    )
+
+
+def _concrete(module: Any, base: type) -> dict[str, type]:
+    classes = {k: v for k, v in vars(module).items() if inspect.isclass(v) and issubclass(v, base)}
+    return {name: cls for name, cls in classes.items() if not inspect.isabstract(cls)}
+
+
+def _build(key: str, options: Config, classes: Mapping[str, type]) -> Any:
+    arguments = dict(options[key])
+    name = arguments.pop("name", None)
+    if name not in classes:
+        raise ValueError(f"model.{key}.name must be one of {_list(classes)}; got {name!r}")
+    known = [field.name for field in dataclasses.fields(classes[name]) if field.init]
+    if unknown := set(arguments) - set(known):
+        raise ValueError(
+            f"model.{key}: {name} has the arguments {_list(known)}; got {_list(unknown)}"
+        )
+    # Lists come from JSON; the classes are hashable.
+    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+    try:
+        return classes[name](**arguments)
+    except TypeError as e:
+        raise ValueError(f"model.{key}: cannot make {name} with {arguments}: {e}") from e
+
+
+def _list(names: Any) -> str:
+    return ", ".join(sorted(names)) or "none"
