@@ -94,11 +94,12 @@ def value_and_vjp(function, *arguments):
     @jax.jit
     def both(*arguments):
         value, pull = jax.vjp(function, *arguments)
-        return value, pull(
-            jax.tree.map(
-                lambda y: jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape), value
-            )
-        )
+
+        def cotangent(y):
+            wide = jnp.arange(y.size, dtype=jnp.promote_types(y.dtype, jnp.float32))
+            return jnp.cos(wide).reshape(y.shape).astype(y.dtype)
+
+        return value, pull(jax.tree.map(cotangent, value))
 
     return both(*arguments)
 

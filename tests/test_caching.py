@@ -397,6 +397,30 @@ def test_lower_precision_stays_close(memory, dtype, tolerance):
         assert_close(got.astype(jnp.float64), wanted, tolerance)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("alpha", [0.999, 0.8])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
+@pytest.mark.parametrize("name", ["swla", "gla", "gated_deltanet", "titans"])
+def test_lower_precision_stays_close_over_long_sequences(name, dtype, tolerance, alpha):
+    memory = MEMORIES[name]
+    inputs = make_inputs(memory, 4096, batch=1, heads=1, dim=16, dtype=jnp.float32)
+    inputs["controls"]["log_alpha"][:] = np.log(alpha)
+    if memory.gradient_chunk:  # longer steps diverge
+        inputs["controls"]["eta"] *= 0.02
+    inputs = jax.tree.map(lambda x: x.astype(dtype), inputs)
+
+    def outputs(inputs):
+        return value_and_vjp(lambda inputs: run(inputs, memory, mc.GRM(), size=256), inputs)
+
+    y, gradients = outputs(inputs)
+    assert y.dtype == dtype
+    with jax.enable_x64(True):
+        exact = jax.tree.map(lambda x: x.astype(jnp.float64), inputs)
+        y_wanted, gradients_wanted = outputs(exact)
+        assert_close(y, y_wanted, tolerance)
+        assert_close(gradients, gradients_wanted, 2 * tolerance)
+
+
 @pytest.mark.parametrize("length", [1, 20])
 @every_memory
 def test_extreme_controls_stay_finite(memory, length):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from flax import nnx
 
@@ -51,7 +52,7 @@ def test_sizes(size, millions):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["titans_mal_grm", "samba_ssc", "swla_log_linear", "dla"])
+@pytest.mark.parametrize("name", ["titans_mal_grm", "swla_log_linear"])
 def test_a_preset_learns_a_little(name):
     config = language_model(name, "tiny", vocab_size=11, segment=64, features=32, num_layers=2)
     model = LanguageModel(config, rngs=nnx.Rngs(0))
@@ -66,7 +67,8 @@ def test_a_preset_learns_a_little(name):
         return nnx.value_and_grad(loss)(model)
 
     before, gradients = loss_and_gradients(model)
-    params = jax.tree.map(lambda p, g: p - 0.01 * g, nnx.state(model, nnx.Param), gradients)
+    step = 0.02 / optax.tree.norm(gradients)
+    params = jax.tree.map(lambda p, g: p - step * g, nnx.state(model, nnx.Param), gradients)
     nnx.update(model, params)
     assert loss_and_gradients(model)[0] < before
 
