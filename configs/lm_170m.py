@@ -1,7 +1,8 @@
 """Every preset of size 170m: the part after the colon is one of ``mc.presets.NAMES``.
 
 Command:   python -m experiments.train --config=configs/lm_170m.py:titans_grm \
-               --config.data.files=FOLDER --workdir=runs/titans_grm_170m
+               --config.data.files=FOLDER --config.data.tokenizer=FILE \
+               --workdir=runs/titans_grm_170m
 Hardware:  one TPU host or a GPU
 Time:      not measured
 Expected:  not run yet.

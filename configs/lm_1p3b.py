@@ -1,7 +1,8 @@
 """Every preset of size 1.3b: the part after the colon is one of ``mc.presets.NAMES``.
 
 Command:   python -m experiments.train --config=configs/lm_1p3b.py:titans_grm \
-               --config.data.files=FOLDER --workdir=runs/titans_grm_1p3b
+               --config.data.files=FOLDER --config.data.tokenizer=FILE \
+               --workdir=runs/titans_grm_1p3b
 Hardware:  a TPU pod
 Time:      not measured
 Expected:  Table 1 of the paper, average of the commonsense tasks: titans 56.82, titans_grm 58.33,

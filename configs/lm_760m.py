@@ -1,7 +1,8 @@
 """Every preset of size 760m: the part after the colon is one of ``mc.presets.NAMES``.
 
 Command:   python -m experiments.train --config=configs/lm_760m.py:titans_grm \
-               --config.data.files=FOLDER --workdir=runs/titans_grm_760m
+               --config.data.files=FOLDER --config.data.tokenizer=FILE \
+               --workdir=runs/titans_grm_760m
 Hardware:  a TPU pod
 Time:      not measured
 Expected:  Table 1 of the paper, average of the commonsense tasks: titans 51.56, titans_grm 52.55,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from memcache_jax import _checks
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.memories import Memory
-from memcache_jax.segmentation import Logarithmic, Segmentation
+from memcache_jax.segmentation import Segmentation
 
 
 def check_arguments(
@@ -53,10 +53,10 @@ def check_arguments(
 
     if document_ids is not None:
         _checks.check_documents(document_ids, (b, t))
-        if isinstance(segmentation, Logarithmic):
+        if not segmentation.plan(t).runs_are_live.all():
             raise ValueError(
-                "document_ids need Constant or Lengths: the buckets of Logarithmic follow from the "
-                f"sequence's start, got {segmentation}"
+                "document_ids need Constant or Lengths, whose states are of one segment each, got "
+                f"{segmentation}"
             )
 
     sizes = dict(b=b, t=t, h=h, k=k, v=v)

@@ -86,7 +86,7 @@ def _writer(
 ) -> tuple[Callable, Callable]:
     """How a chunk is written, and what it starts from: a state, and where documents begin theirs.
 
-    Without documents there is no need for the latter, and it is None.
+    The latter is None where there is no need for it.
     """
 
     def write(states: tuple, rows: tuple) -> tuple[tuple, Any]:
@@ -99,9 +99,12 @@ def _writer(
             end, view = memory.write_documents(state, fresh, key, value, controls, begun)
         return (end, fresh), live(view, query)
 
+    own = type(memory).write_documents is not Memory.write_documents
+    takes_initial = own and rows[4] is not None
+
     def start(shape: tuple[int, ...]) -> tuple:
         states = initial(shape)
-        return states, None if rows[4] is None else states
+        return states, states if takes_initial else None
 
     return write, start
 

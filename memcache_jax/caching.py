@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from memcache_jax import _checks, _reference
 from memcache_jax._arguments import check_arguments
+from memcache_jax._documents import begun_in_chunk, count_documents
 from memcache_jax._typing import Array, Float, Int, State
 from memcache_jax._writing import bucket_states, initial_states, write_blocks
 from memcache_jax.aggregation import Aggregation
@@ -63,9 +64,9 @@ def memory_caching(
         ``"checkpoint"``, the state at the end of the segment before. Independent segments run side
         by side, so that the sequential part is C / chunk_size steps at any length.
       document_ids: for documents packed into one sequence, an id per token. Where it changes the
-        memory begins anew, and what other documents cached is not read. A document that begins on a
-        segment border has the outputs that it has alone; the first segment of any other is shorter.
-        Not for ``Logarithmic``.
+        memory begins anew, and what other documents cached is not read. With ``Constant``, a
+        document that begins on a segment's border has the outputs that it has alone; any other has
+        a shorter first segment and first chunk. Not for ``Logarithmic``.
       implementation: ``"xla"`` (the default), matrix products over chunks, or ``"reference"``, the
         recurrence token by token, slow and plain.
 
@@ -74,8 +75,8 @@ def memory_caching(
 
     Raises:
       ValueError: for shapes, controls or weights that do not fit each other or the memory, a
-        missing connector, a segment size that the memory's chunk size does not divide, or an
-        unknown start or implementation.
+        missing connector, a segment size that the memory's chunk size does not divide, an unknown
+        start or implementation, or document_ids with a segmentation or a memory that takes none.
 
     Example:
       >>> import jax, memcache_jax as mc
@@ -109,7 +110,7 @@ def memory_caching(
     tokens = (query, key, value, connector, controls)
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x.astype(dtype), 2, 1), tokens)
     initial = {name: weight.astype(dtype) for name, weight in weights.items()}
-    document = None if document_ids is None else _count_documents(document_ids)
+    document = None if document_ids is None else count_documents(document_ids)
     run = _reference.memory_caching if implementation == "reference" else _chunked
     y = run(
         tokens,
@@ -121,12 +122,6 @@ def memory_caching(
         start=start,
     )
     return jnp.moveaxis(y, 1, 2).astype(value.dtype)
-
-
-def _count_documents(document_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
-    """How many documents have begun after the first: ids may come again, this does not."""
-    changes = document_ids[:, 1:] != document_ids[:, :-1]
-    return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 
 
 def _per_token(memory: Memory, controls: Mapping[str, Array], key: Array) -> dict[str, Array]:
@@ -172,7 +167,7 @@ def _chunked(
     if document is not None:
         document = jnp.pad(document, ((0, 0), (0, padding)), mode="edge")
         document = document.reshape(-1, plan.num_blocks, block)
-        begun = _begun_in_chunk(document, chunk).astype(key.dtype)
+        begun = begun_in_chunk(document, chunk).astype(key.dtype)
         begun = jnp.broadcast_to(begun[:, None], key.shape[:4])
     rows = jax.tree.map(
         lambda x: x.reshape(*x.shape[:3], -1, chunk, *x.shape[4:]),
@@ -196,13 +191,6 @@ def _chunked(
     gates = aggregation.gates(*rows_and_heads(connector, key, document))
     y = aggregation.combine(memory, memory.matrices(bank), query, kept, gates, plan)
     return y.reshape(*y.shape[:2], -1, y.shape[-1])[:, :, :length]
-
-
-def _begun_in_chunk(document: Int[Array, "b n c"], chunk: int) -> Int[Array, "b n c"]:
-    """Documents that have begun in a token's chunk, up to and with it."""
-    chunks = document.reshape(document.shape[0], -1, chunk)
-    before = jnp.pad(chunks[:, :-1, -1], ((0, 0), (1, 0)))
-    return (chunks - before[..., None]).reshape(document.shape)
 
 
 def _exact_chunk(block: int, length: int, most: int) -> int:

@@ -1,4 +1,4 @@
-"""The models of the paper's tables, by name and size.
+"""Models of the paper's tables and their relatives, by name and size.
 
 A name is a write rule or a hybrid, alone or with a variant: ``"titans"``, ``"titans_grm"``,
 ``"samba_ssc"``; and ``"transformer"``. ``NAMES`` and ``SIZES`` hold them all.
@@ -18,7 +18,7 @@ from memcache_jax.segmentation import Constant, Logarithmic, Segmentation
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A model's shape and its training (Table 6 of arXiv:2602.24281, arXiv:2501.00663).
+    """A model's shape and its training.
 
     Attributes:
       num_layers: blocks.
@@ -42,13 +42,18 @@ SIZES: Mapping[str, Size] = {
     "760m": Size(24, 1536, 16, 1.25e-3, 30 * 10**9),
     "1.3b": Size(18, 2048, 8, 7e-4, 100 * 10**9),
 }
-"""Tiny is ours, for one machine; 760m and 1.3b are the paper's, the others those of Titans."""
+"""760m and 1.3b are those of Table 6 of arXiv:2602.24281, 170m and 340m those of arXiv:2501.00663;
+tiny is ours, for one machine.
+"""
 
 _RULES: Mapping[str, Memory] = {
     "swla": memories.SWLA(),
     "dla": memories.DLA(),
     "titans": memories.Titans(),
+    "retnet": memories.RetNet(),
+    "deltanet": memories.DeltaNet(),
     "gated_deltanet": memories.GatedDeltaNet(),
+    "rwkv7": memories.RWKV7(),
 }
 # Every other block is sliding-window attention: Samba (arXiv:2406.07522) has Mamba in the rest,
 # Titans (MAL), memory as a layer, its memory.

@@ -140,6 +140,7 @@ def run_all(inputs, memory, *, size=4, aggregations=tuple(AGGREGATIONS), plans=P
             aggregation=AGGREGATIONS[aggregation],
             segmentation=SEGMENTATIONS[segmentation](size),
             start=start,
+            document_ids=document_ids,
             **dict(options),
         )
         for aggregation in aggregations

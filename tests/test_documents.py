@@ -17,6 +17,7 @@ from tests.cases import (
     STARTS,
     assert_close,
     make_inputs,
+    scheduled,
     value_and_vjp,
 )
 
@@ -27,10 +28,7 @@ IDS = np.array([[0] * 8 + [1] * 12 + [5, 5, 0, 7] + [4] * 13, [3] * 5 + [4] * 2 
 SEGMENTATIONS = {"constant": mc.Constant(SEGMENT), "lengths": mc.Lengths((8, 16, 8, 8))}
 
 
-@functools.partial(
-    jax.jit, static_argnames=("memory", "aggregation", "segmentation", "start", "implementation")
-)
-def packed(
+def traced(
     inputs,
     ids,
     memory,
@@ -48,6 +46,11 @@ def packed(
         document_ids=ids,
         implementation=implementation,
     )
+
+
+packed = jax.jit(
+    traced, static_argnames=("memory", "aggregation", "segmentation", "start", "implementation")
+)
 
 
 @pytest.mark.usefixtures("x64")
@@ -76,9 +79,9 @@ def test_every_aggregation_equals_the_recurrence(aggregation, segmentation, star
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", ["gated_deltanet", "titans"])
+@pytest.mark.parametrize("name", ["rwkv7", "titans"])
 def test_gradients_equal_the_recurrence(name):
-    memory = FAMILIES[name]
+    memory = MEMORIES[name]
     inputs = make_inputs(memory, LENGTH, batch=2, heads=1)
 
     def gradients(implementation):
@@ -102,6 +105,38 @@ def test_a_document_on_a_segment_border_is_as_if_alone(memory, start):
     assert_close(y[:1, BORDER:], wanted[:1], 1e-12)
 
 
+@pytest.mark.parametrize("name", ["linear", "deltanet"])
+def test_narrow_inputs_under_x64(name):
+    inputs = make_inputs(MEMORIES[name], LENGTH, dtype=jnp.float32)
+    wanted = packed(inputs, IDS, MEMORIES[name], mc.GRM())
+    with jax.enable_x64(True):
+        y = packed(inputs, IDS, MEMORIES[name], mc.GRM())
+    assert y.dtype == jnp.float32
+    assert_close(y, wanted, 1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+def test_side_by_side():
+    memory = MEMORIES["titans"]
+    inputs = make_inputs(memory, 16, heads=1)
+    ids = jnp.asarray(IDS[:, 12:28])
+
+    def gradients(schedule):
+        with scheduled(schedule):
+            return value_and_vjp(lambda inputs: traced(inputs, ids, memory, mc.Soup()), inputs)
+
+    assert_close(gradients("side_by_side"), gradients("in_turn"), 1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("gate", ["position", "uniform"])
+def test_other_gates(gate):
+    memory = MEMORIES["linear"]
+    inputs = make_inputs(memory, LENGTH)
+    run = functools.partial(packed, inputs, IDS, memory, mc.GRM(gate=gate, pooling="sum"))
+    assert_close(run(), run(implementation="reference"), 1e-12)
+
+
 @pytest.mark.usefixtures("x64")
 def test_one_document_is_the_sequence():
     memory = MEMORIES["titans"]
@@ -116,7 +151,7 @@ def test_one_document_is_the_sequence():
     "mixer",
     [
         mc.nn.MemoryCachingMixer(MEMORIES["titans"], mc.GRM(), mc.Constant(SEGMENT)),
-        mc.nn.AttentionMixer(window=11),
+        mc.nn.AttentionMixer(),
     ],
     ids=["memory_caching", "attention"],
 )
@@ -133,7 +168,9 @@ def test_a_model_sees_one_document(mixer):
     model = mc.nn.LanguageModel(config, rngs=nnx.Rngs(0))
     call = nnx.jit(lambda model, tokens, ids: model(tokens, ids))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 19, (1, LENGTH)))
-    together = call(model, tokens, jnp.asarray(IDS[:1]))
+    ids = IDS[:1].copy()
+    ids[:, BORDER:] = 0  # as the first document's
+    together = call(model, tokens, jnp.asarray(ids))
     assert_close(together[:, BORDER:], call(model, tokens[:, BORDER:], None), 1e-6)
     assert np.abs(together[:, BORDER:] - call(model, tokens, None)[:, BORDER:]).max() > 1e-3
 
@@ -147,4 +184,4 @@ def test_errors():
     with pytest.raises(ValueError, match=r"document_ids must be integers .*float32"):
         packed(inputs, jnp.zeros((2, 8)), memory, mc.GRM())
     with pytest.raises(ValueError, match="document_ids need Constant or Lengths"):
-        packed(inputs, jnp.zeros((2, 8), int), memory, mc.GRM(), mc.Logarithmic(8))
+        packed(inputs, jnp.zeros((2, 8), int), memory, mc.GRM(), mc.Logarithmic(2))

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from tests.cases import REFERENCE, TWO_PLANS, assert_close, make_inputs, run_all
@@ -55,6 +56,10 @@ def test_write_your_own_memory():
     options = dict(aggregations=("grm", "ssc"), plans=TWO_PLANS)
     wanted = run_all(inputs, memory, **options, options=REFERENCE)
     assert_close(run_all(inputs, memory, **options), wanted, 1e-12)
+    ids = np.array([[0] * 5 + [1] * 14, [0] * 2 + [1] * 9 + [0] * 8])
+    documents = dict(aggregations=("grm",), plans=TWO_PLANS[:1])
+    wanted = run_all(inputs, memory, **documents, options=REFERENCE, document_ids=ids)
+    assert_close(run_all(inputs, memory, **documents, document_ids=ids), wanted, 1e-12)
     assert BLOCK.findall(page)[0][1].count("\n") < 60
 
 

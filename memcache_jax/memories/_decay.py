@@ -42,7 +42,10 @@ def decay_matrix(
 def start_decay(
     log_decay: Float[Array, "m *k"], same: Bool[Array, "m m"] | None = None
 ) -> Float[Array, "m *k"]:
-    """Returns the product of the decays up to and including each token, or of its document's."""
+    """Returns the product of the decays up to each token, its own included.
+
+    With ``same``, as in ``decay_matrix``, only of those of its document.
+    """
     log_decay = jnp.maximum(log_decay, _ZERO)
     if same is None:
         return jnp.exp(running_sum(log_decay))

@@ -128,7 +128,7 @@ class Memory(abc.ABC):
         key: Float[Array, "m k"],
         value: Float[Array, "m v"],
         controls: Controls,
-        document: Int[Array, "m"],
+        begun: Int[Array, "m"],
     ) -> tuple[State, Any]:
         """Writes a chunk in which documents begin, each from the initial state.
 
@@ -141,13 +141,21 @@ class Memory(abc.ABC):
           key: as for ``write``.
           value: as for ``write``.
           controls: as for ``write``.
-          document: documents that have begun in the chunk, up to and with each token.
+          begun: documents that have begun in the chunk, up to and with each token.
 
         Returns:
           As ``write``.
+
+        Raises:
+          ValueError: for a memory that starts at learned weights and does not override this.
         """
         del initial
-        begins = document > jnp.pad(document[:-1], (1, 0))
+        if self.weight_shapes(key.shape[-1], value.shape[-1]):
+            raise ValueError(
+                f"{type(self).__name__} starts at learned weights: for document_ids it must "
+                "override write_documents"
+            )
+        begins = begun > jnp.pad(begun[:-1], (1, 0))
         return self.write(state, state, key, value, self.forgetting(controls, begins))
 
     def forgetting(self, controls: Controls, begins: Bool[Array, "m"]) -> Controls:

@@ -65,14 +65,14 @@ class DeepChunk(NamedTuple):
 class DocumentsChunk(NamedTuple):
     """A chunk in which documents begin: two chunks, of which each token takes one."""
 
-    began: Bool[Array, "m"]
+    began: Float[Array, "m"]  # 1 where a document has begun; a float, for cotangents
     before: DeepChunk
     after: DeepChunk
 
     def apply(self, layer: int, x: Float[Array, "m in"]) -> Float[Array, "m out"]:
         """A layer with the weights that each token's document gave it."""
         before, after = (chunk.apply(layer, x) for chunk in (self.before, self.after))
-        return jnp.where(self.began[:, None], after, before)
+        return jnp.where(self.began[:, None] > 0, after, before)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,14 +181,14 @@ class DeepMemory(Memory):
         key: Float[Array, "m k"],
         value: Float[Array, "m v"],
         controls: Controls,
-        document: Int[Array, "m"],
+        begun: Int[Array, "m"],
     ) -> tuple[DeepState, DocumentsChunk]:
         """The chunk twice: from its start, and from the initial weights with documents apart."""
-        same = document[:, None] == document[None]
+        same = begun[:, None] == begun[None]
         end, before = self._write(state, state, key, value, controls, None)
         new_end, after = self._write(initial, initial, key, value, controls, same)
-        end = jax.tree.map(lambda new, old: jnp.where(document[-1] > 0, new, old), new_end, end)
-        return end, DocumentsChunk(document > 0, before, after)
+        end = jax.tree.map(lambda new, old: jnp.where(begun[-1] > 0, new, old), new_end, end)
+        return end, DocumentsChunk((begun > 0).astype(key.dtype), before, after)
 
     def _write(
         self,

@@ -66,7 +66,8 @@ class _DeltaMemory(MatrixMemory):
 
 def _log_alpha(controls: Controls) -> Array:
     """The decay's log; no decay where there is none."""
-    return controls.get("log_alpha", jnp.zeros_like(controls["beta"]))
+    beta = controls["beta"]
+    return controls.get("log_alpha", jnp.zeros_like(beta)).astype(beta.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

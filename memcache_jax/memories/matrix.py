@@ -124,7 +124,7 @@ class LinearAttention(ScalarDecayMemory):
 
     def coefficients(self, controls: Controls, ones: Float[Array, "*m"]) -> tuple[Array, Array]:
         """No decay but where documents begin, every token as it is."""
-        return controls.get("log_alpha", jnp.zeros_like(ones)), ones
+        return controls.get("log_alpha", jnp.zeros_like(ones)).astype(ones.dtype), ones
 
     def forgetting(self, controls: Controls, begins: Bool[Array, "m"]) -> Controls:
         """A decay to nothing where documents begin."""

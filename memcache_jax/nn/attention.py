@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from memcache_jax import _checks
+from memcache_jax._documents import count_documents
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.nn.layers import Linear
 
@@ -71,8 +72,8 @@ class Attention(nnx.Module):
 
         Args:
           x: the input.
-          document_ids: for documents packed into one sequence, an id per token, the same for no two
-            documents: tokens see their own document only.
+          document_ids: for documents packed into one sequence, an id per token: where it
+            changes, a document begins, and tokens see their own document only.
 
         Raises:
           ValueError: for an input that is not (b, t, in_features), or document_ids that are not
@@ -82,7 +83,8 @@ class Attention(nnx.Module):
         mask = None
         if document_ids is not None:
             _checks.check_documents(document_ids, x.shape[:2])
-            mask = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+            document = count_documents(document_ids)
+            mask = document[:, None, :, None] == document[:, None, None, :]
         query, key, value = (
             linear(x).reshape(*x.shape[:2], self.num_heads, self.head_dim)
             for linear in (self.query, self.key, self.value)

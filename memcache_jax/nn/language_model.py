@@ -23,9 +23,9 @@ class Mixer(Protocol):
     """A description of a token mixer, from which each block builds its own."""
 
     def build(self, in_features: int, num_heads: int, **options: Any) -> nnx.Module:
-        """Returns a module (x (b, t, d), document_ids (b, t) or None) -> (b, t, d).
+        """Returns a module (b, t, d) -> (b, t, d); options: head_dim, dtype, param_dtype, rngs.
 
-        Options: head_dim, dtype, param_dtype, rngs.
+        Where documents are packed, it is called with their ids (b, t) as a second argument.
         """
         ...
 
@@ -130,7 +130,8 @@ class Block(nnx.Module):
         self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None = None
     ) -> Float[Array, "b t d"]:
         """Applies the mixer and the MLP."""
-        x = x + self.mixer(self.mixer_norm(x), document_ids)
+        documents = () if document_ids is None else (document_ids,)
+        x = x + self.mixer(self.mixer_norm(x), *documents)
         return x + self.mlp(self.mlp_norm(x)) if self.has_mlp else x
 
 

@@ -32,8 +32,8 @@ def with_memory_caching(
       segmentation: where states are cached: ``Constant`` of the length that the model was trained
         at.
       aggregation: ``GRM(gate="uniform")`` by default. Others that need nothing learned are
-        ``Soup`` and ``SSC`` with uniform gates and ``Residual``; gates by content are for layers
-        that have a connector.
+        ``Soup`` with uniform gates and ``Residual``; gates by content are for layers that have a
+        connector.
 
     Returns:
       A new model; its parameters are the same arrays. The given one is not changed.
@@ -65,12 +65,13 @@ def with_memory_caching(
                 f'{aggregation}; gate="uniform" needs none'
             )
         layer.aggregation, layer.segmentation = aggregation, segmentation
-    if isinstance(new, LanguageModel):
-        mixers = tuple(
-            dataclasses.replace(mixer, aggregation=aggregation, segmentation=segmentation)
-            if isinstance(mixer, MemoryCachingMixer)
-            else mixer
-            for mixer in new.config.mixers
-        )
-        new.config = dataclasses.replace(new.config, mixers=mixers)
+    for _, module in nnx.iter_modules(new):
+        if isinstance(module, LanguageModel):
+            mixers = tuple(
+                dataclasses.replace(mixer, aggregation=aggregation, segmentation=segmentation)
+                if isinstance(mixer, MemoryCachingMixer)
+                else mixer
+                for mixer in module.config.mixers
+            )
+            module.config = dataclasses.replace(module.config, mixers=mixers)
     return new

@@ -83,7 +83,9 @@ def preset_config(name: str, size: str) -> Config:
     """Returns the configuration of a preset: its model, and the paper's way to train it.
 
     Half a million tokens a batch at a context of 4096 (of 1024 in small batches for the tiny size),
-    AdamW with weight decay 0.1, cosine decay. The data is left to name: ``config.data.files``.
+    AdamW with weight decay 0.1, cosine decay. The data is left to name, ``config.data.files``, and,
+    but for the tiny size, which reads bytes, a tokenizer of at most 32,000 ids,
+    ``config.data.tokenizer``.
 
     Args:
       name: one of ``mc.presets.NAMES``.
@@ -106,6 +108,7 @@ def preset_config(name: str, size: str) -> Config:
     config.resume = True
     if not tiny:
         config.eval_every, config.checkpoint_every = 1000, 1000
+        config.data.tokenizer = "tokenizer.json"
     return config
 
 
