@@ -131,7 +131,16 @@ def run_reference(inputs, memory, aggregation, *, size=8, start: Any = "independ
 
 
 @functools.partial(jax.jit, static_argnames=("memory", "size", "aggregations", "plans", "options"))
-def run_all(inputs, memory, *, size=4, aggregations=tuple(AGGREGATIONS), plans=PLANS, options=()):
+def run_all(
+    inputs,
+    memory,
+    *,
+    size=4,
+    aggregations=tuple(AGGREGATIONS),
+    plans=PLANS,
+    options=(),
+    document_ids=None,
+):
     """These aggregations, segmentations and starts in one program, by name."""
     return {
         f"{aggregation}/{segmentation}/{start}": mc.memory_caching(
