@@ -44,14 +44,13 @@ def layers() -> dict[str, Callable]:
     memories = [
         *(rules.LinearAttention(), rules.RetNet(), rules.SSD(), rules.SWLA(), rules.GLA()),
         *(rules.DeltaNet(), rules.GatedDeltaNet(), rules.RWKV7()),
-        *(rules.DLA(FLAGS.chunk), rules.Titans(FLAGS.chunk), rules.Titans(FLAGS.chunk, depth=1)),
+        *(rules.DLA(FLAGS.chunk), rules.Titans(FLAGS.chunk)),
     ]
+    memories = {type(memory).__name__: memory for memory in memories}
+    memories["Titans depth 1"] = rules.Titans(FLAGS.chunk, depth=1)
     aggregations = (mc.Residual(), mc.GRM(), mc.Soup(), mc.SSC())
     kinds = dict(constant=mc.Constant, logarithmic=mc.Logarithmic)
     segmentation = kinds[FLAGS.segmentation](FLAGS.segment)
-
-    def name(part):
-        return type(part).__name__ + " depth 1" * (part == rules.Titans(FLAGS.chunk, depth=1))
 
     def caching(memory, aggregation):
         return lambda: mc.nn.MemoryCaching(
@@ -65,8 +64,8 @@ def layers() -> dict[str, Callable]:
         )
 
     rows: dict[str, Callable] = {
-        f"{name(memory)} + {name(aggregation)}": caching(memory, aggregation)
-        for memory in memories
+        f"{name} + {type(aggregation).__name__}": caching(memory, aggregation)
+        for name, memory in memories.items()
         for aggregation in aggregations
     }
     rows["causal attention"] = lambda: mc.nn.Attention(size, heads, rngs=nnx.Rngs(0))

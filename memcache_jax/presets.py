@@ -70,26 +70,30 @@ _VARIANTS: Mapping[str, tuple[Aggregation, Callable[[int], Segmentation]]] = {
 _ONE_SEGMENT = 2**30  # longer than any sequence: no state is cached, which is the rule alone
 
 
+# The rule or hybrid of each name, and the variant or none.
+_PARTS: Mapping[str, tuple[str, str | None]] = {
+    base if variant is None else f"{base}_{variant}": (base, variant)
+    for base in (*_RULES, *_HYBRIDS)
+    for variant in (None, *_VARIANTS)
+}
+
+NAMES: tuple[str, ...] = ("transformer", *_PARTS)
+"""Transformer++, and each rule and hybrid alone and with every variant."""
+
+
 def _mixers(name: str, segment: int) -> tuple[Mixer, ...]:
     if name == "transformer":
         return (AttentionMixer(),)
-    bases = {**_RULES, **_HYBRIDS}
-    base = max((base for base in bases if name.startswith(base)), key=len)
-    variant = name.removeprefix(base).removeprefix("_")
-    aggregation, kind = _VARIANTS.get(variant, (Residual(), lambda _: Constant(_ONE_SEGMENT)))
-    mixer = MemoryCachingMixer(bases[base], aggregation, kind(segment))
-    return (mixer, AttentionMixer(window=_WINDOW)) if base in _HYBRIDS else (mixer,)
-
-
-NAMES: tuple[str, ...] = (
-    "transformer",
-    *(
-        base + variant
-        for base in (*_RULES, *_HYBRIDS)
-        for variant in ("", *(f"_{name}" for name in _VARIANTS))
-    ),
-)
-"""Transformer++, and each rule and hybrid alone and with every variant."""
+    base, variant = _PARTS[name]
+    if variant is None:
+        aggregation, segmentation = Residual(), Constant(_ONE_SEGMENT)
+    else:
+        aggregation, kind = _VARIANTS[variant]
+        segmentation = kind(segment)
+    if base in _RULES:
+        return (MemoryCachingMixer(_RULES[base], aggregation, segmentation),)
+    mixer = MemoryCachingMixer(_HYBRIDS[base], aggregation, segmentation)
+    return (mixer, AttentionMixer(window=_WINDOW))
 
 
 def language_model(

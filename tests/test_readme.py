@@ -1,4 +1,4 @@
-"""The Python of the README and of docs/ runs as it stands, and what they point to exists."""
+"""The Python of the README and of docs/ runs as it stands; what the README points to exists."""
 
 import re
 from pathlib import Path

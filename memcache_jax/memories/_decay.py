@@ -13,9 +13,21 @@ _BLOCK = 8  # tokens of a per-channel product that are compared pair by pair
 _ZERO = -1e6  # the log of a decay that is as good as zero, in any sum
 
 
-def running_sum(x: Float[Array, "m ..."]) -> Float[Array, "m ..."]:
-    """Cumulative sum of few rows, as the matrix product that every backend does fast."""
-    return jnp.tensordot(jnp.tri(x.shape[0], dtype=x.dtype), x, axes=1, precision="highest")
+def running_sum(
+    x: Float[Array, "m ..."], same: Bool[Array, "m m"] | None = None
+) -> Float[Array, "m ..."]:
+    """Cumulative sum of few rows, as the matrix product that every backend does fast.
+
+    With ``same``, over those of a row's own document.
+    """
+    sums = _causal(x.shape[0], same).astype(x.dtype)
+    return jnp.tensordot(sums, x, axes=1, precision="highest")
+
+
+def _causal(size: int, same: Bool[Array, "m m"] | None) -> Bool[Array, "m m"]:
+    """Whether row t sees row j: j <= t, and both of one document."""
+    causal = jnp.tri(size, dtype=bool)
+    return causal if same is None else causal & same
 
 
 def pairwise_sums(log_decay: Float[Array, "m *k"]) -> Float[Array, "m m *k"]:
@@ -34,8 +46,7 @@ def decay_matrix(
       log_decay: logs of the decays, <= 0.
       same: whether two tokens are of one document; zero where not.
     """
-    causal = jnp.tri(log_decay.shape[0], dtype=bool)
-    causal = causal if same is None else causal & same
+    causal = _causal(log_decay.shape[0], same)
     return jnp.where(causal, jnp.exp(pairwise_sums(log_decay)), 0.0)
 
 
@@ -46,11 +57,7 @@ def start_decay(
 
     With ``same``, as in ``decay_matrix``, only of those of its document.
     """
-    log_decay = jnp.maximum(log_decay, _ZERO)
-    if same is None:
-        return jnp.exp(running_sum(log_decay))
-    causal = (jnp.tri(log_decay.shape[0], dtype=bool) & same).astype(log_decay.dtype)
-    return jnp.exp(jnp.tensordot(causal, log_decay, axes=1, precision="highest"))
+    return jnp.exp(running_sum(jnp.maximum(log_decay, _ZERO), same))
 
 
 def end_decay(log_decay: Float[Array, "m *k"]) -> Float[Array, "m *k"]:
