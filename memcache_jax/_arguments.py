@@ -53,10 +53,11 @@ def check_arguments(
 
     if document_ids is not None:
         _checks.check_documents(document_ids, (b, t))
-        if not segmentation.plan(t).runs_are_live.all():
+        plan = segmentation.plan(t)
+        if plan.spans_segments and not plan.dyadic:
             raise ValueError(
-                "document_ids need Constant or Lengths, whose states are of one segment each, got "
-                f"{segmentation}"
+                "document_ids need states that are of one segment each, or of 2^p blocks that "
+                f"begin at a multiple of 2^p, got {segmentation}"
             )
 
     sizes = dict(b=b, t=t, h=h, k=k, v=v)

@@ -4,7 +4,7 @@ Nothing here is chunked or parallel in time, and gradients are automatic differe
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,9 +25,12 @@ def memory_caching(
     **configuration: Any,
 ) -> Float[Array, "b h t v"]:
     """Every head of every row by itself, with the arguments of ``caching``'s fast path."""
+    # Buckets of several segments are counted from the block in which a document begins.
+    follows = document is not None and configuration["plan"].spans_segments
     if document is None:
         document = jnp.zeros((tokens[0].shape[0], tokens[0].shape[2]), int)
-    heads = jax.vmap(functools.partial(_one_head, **configuration), in_axes=(0, 0, None))
+    one_head = functools.partial(_one_head, follows=follows, **configuration)
+    heads = jax.vmap(one_head, in_axes=(0, 0, None))
     return jax.vmap(heads, in_axes=(0, None, 0))(tokens, weights, document)
 
 
@@ -40,19 +43,21 @@ def _one_head(
     aggregation: Aggregation,
     plan: ReadPlan,
     start: str,
+    follows: bool,
 ) -> Float[Array, "t v"]:
     query, key, value, connector, controls = tokens
     length, segment = key.shape[0], plan.block_size
-    initial = memory.init(weights, key.shape[-1], value.shape[-1], key.dtype)
-    segment_begins = np.isin(np.arange(length), plan.first * segment)
+    every = jnp.arange(length)
+    segment_begins = jnp.asarray(np.isin(np.arange(length), plan.first * segment))
     document_begins = document != jnp.pad(document[:-1], (1, 0))
+    initial = memory.init(weights, key.shape[-1], value.shape[-1], key.dtype)
 
-    def run(first: int, after: int, restart: bool) -> State:
-        """The states after each token in [first, after), from the initial state at ``first``."""
+    def run(first: Any, count: int, restarts: bool) -> State:
+        """The states after each of ``count`` tokens, from the initial state at ``first``."""
 
         def token(carry, t):
             state, anchor = carry
-            begins = jnp.asarray(segment_begins)[t] & restart | document_begins[t]
+            begins = (segment_begins[t] & restarts) | document_begins[t]
             state = jax.tree.map(lambda new, old: jnp.where(begins, new, old), initial, state)
             begins = (t % segment % (memory.gradient_chunk or 1) == 0) | document_begins[t]
             anchor = jax.tree.map(lambda new, old: jnp.where(begins, new, old), state, anchor)
@@ -60,46 +65,68 @@ def _one_head(
             state = memory.step(state, anchor, key[t], value[t], coefficients)
             return (state, anchor), state
 
-        return lax.scan(token, (initial, initial), jnp.arange(first, after))[1]
+        there = jnp.minimum(first + jnp.arange(count), length - 1)
+        return lax.scan(token, (initial, initial), there)[1]
 
-    pool = jnp.mean if aggregation.pooling == "mean" else jnp.sum
-    live = run(0, length, restart=start == "independent")
-    bank, pooled, owner = [], [], []
-    for first, after in (plan.buckets * segment).tolist():
-        fresh = start == "independent"
-        states, last = (run(first, after, restart=False), -1) if fresh else (live, after - 1)
-        bank.append(memory.matrices(jax.tree.map(lambda x, last=last: x[last], states)))
-        same = document[first:after] == document[after - 1]
-        pooled.append(pool(key[first:after], axis=0, where=same[:, None]))
-        owner.append(document[after - 1])
+    def pool(first: Array, after: Array, of: Array) -> Float[Array, "k"]:
+        """The pooled keys of a document's tokens in [first, after)."""
+        seen = (first <= every) & (every < after) & (document == of)
+        sums = jnp.sum(key, axis=0, where=seen[:, None])
+        return sums / jnp.maximum(seen.sum(), 1) if aggregation.pooling == "mean" else sums
 
-    outputs = []
-    for block, slots in enumerate(plan.reads.tolist()):
-        after = min((block + 1) * segment, length)
-        slots = [bucket for bucket in slots if bucket >= 0]
-        distances = plan.distances[block, : len(slots)].tolist()
+    # What is cached, (shifts, buckets, ...): the plan's buckets, counted from each block in which a
+    # document may begin. Those that end beyond the sequence are never read.
+    live = run(0, length, restarts=start == "independent")
+    shifts = np.arange(plan.num_blocks if follows else 1)[:, None]
+    first, after = ((plan.buckets[:, side] + shifts) * segment for side in (0, 1))
+    last = np.minimum(after, length) - 1
+    if start == "checkpoint":
+        bank = memory.matrices(jax.tree.map(lambda x: x[last], live))
+    else:
+        bank = memory.matrices(_last_states(run, first, after - first, initial))
+    owner = document[last]
+    pooled = jax.vmap(jax.vmap(pool))(jnp.asarray(first), jnp.asarray(after), owner)
 
-        def token(t, begins=plan.first[block] * segment, slots=slots, distances=distances):
-            online = memory.matrices(jax.tree.map(lambda x: x[t], live))
-            states = [bank[bucket] for bucket in slots] + [online]
-            so_far = (jnp.arange(length) >= begins) & (jnp.arange(length) <= t)
-            keys = pool(key, axis=0, where=(so_far & (document == document[t]))[:, None])
-            if aggregation.gate == "content":
-                scores = jnp.stack([*(pooled[bucket] for bucket in slots), keys]) @ connector[t]
-            elif aggregation.gate == "position":
-                farthest = connector.shape[-1] - 1
-                scores = jnp.stack([connector[t, min(d, farthest)] for d in [*distances, 0]])
-            else:
-                scores = jnp.zeros(len(states), key.dtype)
-            visible = jnp.array([owner[bucket] for bucket in slots], int) == document[t]
-            cached = jnp.where(visible, scores[:-1], -jnp.inf)
-            cached_gates, online_gate = aggregation.gates(cached, scores[-1])
-            return aggregation.combine_token(
-                memory,
-                jax.tree.map(lambda *matrices: jnp.stack(matrices), *states),
-                query[t],
-                jnp.append(cached_gates, online_gate),
-            )
+    def read(t: Array) -> Array:
+        begun = jnp.argmax(document == document[t]) // segment if follows else 0
+        slots = jnp.asarray(plan.reads)[t // segment - begun]
+        online = memory.matrices(jax.tree.map(lambda x: x[t], live))
+        if aggregation.gate == "content":
+            begins = jnp.asarray(plan.first)[t // segment] * segment
+            keys = pool(begins, t + 1, document[t])
+            scores = _joined(pooled[begun, slots], keys) @ connector[t]
+        elif aggregation.gate == "position":
+            distances = jnp.append(jnp.asarray(plan.distances)[t // segment - begun], 0)
+            scores = connector[t, jnp.clip(distances, 0, connector.shape[-1] - 1)]
+        else:
+            scores = jnp.zeros(len(slots) + 1, key.dtype)
+        visible = (slots >= 0) & (owner[begun, slots] == document[t])
+        cached = jnp.where(visible, scores[:-1], -jnp.inf)
+        cached_gates, online_gate = aggregation.gates(cached, scores[-1])
+        return aggregation.combine_token(
+            memory,
+            jax.tree.map(lambda cached, own: _joined(cached[begun, slots], own), bank, online),
+            query[t],
+            jnp.append(cached_gates, online_gate),
+        )
 
-        outputs.append(jax.vmap(token)(jnp.arange(block * segment, after)))
-    return jnp.concatenate(outputs)
+    return lax.map(read, every)
+
+
+def _joined(rows: Float[Array, "r *rest"], row: Float[Array, "*rest"]) -> Float[Array, "_ *rest"]:
+    return jnp.concatenate([rows, row[None]])
+
+
+def _last_states(
+    run: Callable[..., State], first: np.ndarray, counts: np.ndarray, initial: State
+) -> State:
+    """The last state of each run, (shifts, buckets, ...); those of a bucket are equally long."""
+    parts = [jax.tree.map(lambda x: jnp.zeros((len(first), 0, *x.shape), x.dtype), initial)]
+    for count in np.unique(counts).tolist():
+
+        def last(first: Array, count: int = count) -> State:
+            return jax.tree.map(lambda x: x[-1], run(first, count, restarts=False))
+
+        parts.append(jax.vmap(jax.vmap(last))(jnp.asarray(first[:, counts[0] == count])))
+    place = np.argsort(np.argsort(counts[0], kind="stable"))
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1)[:, place], *parts)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from memcache_jax._checks import check_choice
@@ -17,7 +18,6 @@ from memcache_jax.kernels.chunk_update import chunk_update
 from memcache_jax.kernels.grouped_read import grouped_read
 from memcache_jax.memories import Memory
 from memcache_jax.memories.base import gated
-from memcache_jax.segmentation import ReadPlan
 
 GATES = ("content", "position", "uniform")
 
@@ -65,10 +65,10 @@ class Aggregation(abc.ABC):
         bank: Matrices,
         query: Float[Array, "b h n c k"],
         gates: Float[Array, "b h n c r"],
-        plan: ReadPlan,
+        reads: np.ndarray | Array,
     ) -> Float[Array, "b h n c v"]:
         """The gated sum of the reads of a bank of states."""
-        return bank_read(read, bank, query, gates, plan.reads)
+        return bank_read(read, bank, query, gates, reads)
 
     def live(self, memory: Memory, chunk: Any, query: Float[Array, "m k"]) -> Any:
         """What ``combine`` needs of the live memory in a chunk: its reads, or the chunk itself."""
@@ -81,7 +81,7 @@ class Aggregation(abc.ABC):
         query: Float[Array, "b h n c k"],
         live: Any,
         gates: tuple[Float[Array, "b h n c r"], Float[Array, "b h n c"]],
-        plan: ReadPlan,
+        reads: np.ndarray | Array,
     ) -> Float[Array, "b h n c v"]:
         """The outputs of all tokens, from the live memory and a bank of states.
 
@@ -91,12 +91,12 @@ class Aggregation(abc.ABC):
           query: the queries, block by block.
           live: what ``live`` returned, (b, h, n, chunks, ...).
           gates: as from ``gates``.
-          plan: who reads which state.
+          reads: which states each block reads, (n, r) or (b, n, r), -1 for none.
         """
 
         def gated_sum(online: Array, read: Callable[..., Array], bank: Matrices, x: Array) -> Array:
             online = online.reshape(*x.shape[:-1], -1)
-            cached = self.read_cached(read, bank, x, gates[0], plan)
+            cached = self.read_cached(read, bank, x, gates[0], reads)
             return jnp.einsum("bhnc,bhncv->bhncv", gates[1], online) + cached
 
         if not self._mixes_layers(memory):
@@ -265,13 +265,14 @@ class SSC(GRM):
         bank: Matrices,
         query: Float[Array, "b h n c k"],
         gates: Float[Array, "b h n c r"],
-        plan: ReadPlan,
+        reads: np.ndarray | Array,
     ) -> Float[Array, "b h n c v"]:
         """The gated sum of the reads of the selected states alone."""
         if self.top_k >= gates.shape[-1]:
-            return super().read_cached(read, bank, query, gates, plan)
+            return super().read_cached(read, bank, query, gates, reads)
         # The others' gates are zero, so that these are the largest.
         chosen_gates, slots = lax.top_k(gates, self.top_k)
-        reads = jnp.maximum(plan.reads, 0)[None, None, :, None]
-        states = jnp.take_along_axis(reads, slots.reshape(*slots.shape[:3], 1, -1), axis=-1)
+        blocks, width = reads.shape[-2:]
+        readable = jnp.maximum(reads, 0).reshape(-1, 1, blocks, 1, width)
+        states = jnp.take_along_axis(readable, slots.reshape(*slots.shape[:3], 1, -1), axis=-1)
         return grouped_read(read, bank, query, chosen_gates, states.reshape(slots.shape))

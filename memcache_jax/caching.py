@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from memcache_jax import _checks, _reference
 from memcache_jax._arguments import check_arguments
+from memcache_jax._bank import bucket_states
 from memcache_jax._documents import begun_in_chunk, count_documents
 from memcache_jax._typing import Array, Float, Int, State
-from memcache_jax._writing import bucket_states, initial_states, write_blocks
+from memcache_jax._writing import initial_states, write_blocks
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.gating import relevance
 from memcache_jax.memories import Memory
@@ -64,9 +65,9 @@ def memory_caching(
         ``"checkpoint"``, the state at the end of the segment before. Independent segments run side
         by side, so that the sequential part is C / chunk_size steps at any length.
       document_ids: for documents packed into one sequence, an id per token. Where it changes the
-        memory begins anew, and what other documents cached is not read. With ``Constant``, a
-        document that begins on a segment's border has the outputs that it has alone; any other has
-        a shorter first segment and first chunk. Not for ``Logarithmic``.
+        memory begins anew, and what other documents cached is not read. With ``Constant`` and
+        ``Logarithmic``, a document that begins on a segment's border has the outputs that it has
+        alone; any other has a shorter first segment and first chunk.
       implementation: ``"xla"`` (the default), matrix products over chunks, or ``"reference"``, the
         recurrence token by token, slow and plain.
 
@@ -180,7 +181,7 @@ def _chunked(
     carries = start == "checkpoint"
     live = functools.partial(aggregation.live, memory)
     ends, kept = write_blocks(memory, live, initial, rows, plan, carries=carries)
-    bank = bucket_states(memory, ends, initial, rows, plan, carries=carries)
+    bank, reads = bucket_states(memory, ends, initial, rows, plan, document, carries=carries)
 
     def score(connector: Array, key: Array, document: Array | None) -> tuple[Array, Array]:
         gate, pooling = aggregation.gate, aggregation.pooling
@@ -189,7 +190,7 @@ def _chunked(
     heads = jax.vmap(score, in_axes=(0, 0, None))
     rows_and_heads = jax.vmap(heads, in_axes=(0, 0, None if document is None else 0))
     gates = aggregation.gates(*rows_and_heads(connector, key, document))
-    y = aggregation.combine(memory, memory.matrices(bank), query, kept, gates, plan)
+    y = aggregation.combine(memory, memory.matrices(bank), query, kept, gates, reads)
     return y.reshape(*y.shape[:2], -1, y.shape[-1])[:, :, :length]
 
 

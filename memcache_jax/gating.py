@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memcache_jax._documents import DocumentBuckets, buckets_of_documents
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.segmentation import ReadPlan
 
@@ -73,30 +74,42 @@ def relevance(
     of the last one for any farther; uniform gates zero. Slots of ``plan.reads`` that hold no
     bucket score -inf, and so do states of other documents.
     """
+    slots = None
+    if document is not None and plan.spans_segments:
+        slots = buckets_of_documents(plan, document)
     if gate == "content":
-        cached = jnp.einsum(
-            "nck,rk->ncr", connector, pooled_keys(key, plan, pooling, document), precision="highest"
-        )
-        bucket_of_slot = np.arange(cached.shape[-1])[None]
-        if plan.reads.shape[1] != cached.shape[-1] or np.any(
-            plan.visible & (plan.reads != bucket_of_slot)
-        ):
-            reads = jnp.asarray(np.maximum(plan.reads, 0))[:, None]
-            cached = jnp.take_along_axis(cached, reads, axis=-1)
+        if document is not None and slots is not None:
+            pooled = _slot_keys(key, slots, pooling, document)
+            cached = jnp.einsum("nck,nrk->ncr", connector, pooled, precision="highest")
+        else:
+            pooled = pooled_keys(key, plan, pooling, document)
+            cached = jnp.einsum("nck,rk->ncr", connector, pooled, precision="highest")
+            bucket_of_slot = np.arange(cached.shape[-1])[None]
+            if plan.reads.shape[1] != cached.shape[-1] or np.any(
+                plan.visible & (plan.reads != bucket_of_slot)
+            ):
+                reads = jnp.asarray(np.maximum(plan.reads, 0))[:, None]
+                cached = jnp.take_along_axis(cached, reads, axis=-1)
         online = jnp.vecdot(
             connector, running_keys(key, plan, pooling, document), precision="highest"
         )
     elif gate == "position":
-        distance = np.clip(plan.distances, 0, connector.shape[-1] - 1)
-        cached = jnp.take_along_axis(connector, jnp.asarray(distance)[:, None], axis=-1)
+        distances = jnp.asarray(plan.distances) if slots is None else slots.distances
+        distances = jnp.clip(distances, 0, connector.shape[-1] - 1)
+        cached = jnp.take_along_axis(connector, distances[:, None], axis=-1)
         online = connector[..., 0]
     else:
         online = jnp.zeros(key.shape[:2], key.dtype)
         cached = jnp.zeros((*key.shape[:2], plan.reads.shape[1]), key.dtype)
-    visible = jnp.asarray(plan.visible[:, None])
+    visible = jnp.asarray(plan.visible)
     if document is not None and len(plan.buckets):
-        of_state = document[plan.buckets[:, 1] - 1, -1][np.maximum(plan.reads, 0)]
-        visible &= document[:, :, None] == of_state[:, None]
+        if slots is None:
+            last = (plan.buckets[:, 1] - 1)[np.maximum(plan.reads, 0)]
+        else:
+            visible, last = slots.after > 0, slots.after - 1
+        visible = visible[:, None] & (document[:, :, None] == document[:, -1][last][:, None])
+    else:
+        visible = visible[:, None]
     return jnp.where(visible, cached, -jnp.inf), online
 
 
@@ -108,16 +121,30 @@ def softmax_gates(
     return gates[..., :-1], gates[..., -1]
 
 
+def _slot_keys(
+    key: Float[Array, "n c k"], slots: DocumentBuckets, pooling: str, document: Int[Array, "n c"]
+) -> Float[Array, "n r k"]:
+    """``pooled_keys`` of the bucket in each slot, zero where there is none."""
+    same = (document == document[:, -1:]).astype(key.dtype)
+    sums = jnp.einsum("nc,nck->nk", same, key, precision="highest")
+    block = np.arange(len(key))[None, None]
+    inside = (slots.first[..., None] <= block) & (block < slots.after[..., None])
+    inside = inside.astype(key.dtype)
+    pooled = jnp.tensordot(inside, sums, axes=1, precision="highest")
+    if pooling == "sum":
+        return pooled
+    counts = jnp.tensordot(inside, same.sum(axis=1), axes=1, precision="highest")
+    return pooled / jnp.maximum(counts, 1)[..., None]
+
+
 def _running_document_keys(
     key: Float[Array, "n c k"], plan: ReadPlan, pooling: str, document: Int[Array, "n c"]
 ) -> Float[Array, "n c k"]:
     """``running_keys`` where sums also begin anew with each document."""
     n, c, k = key.shape
-    segment_begins = jnp.asarray(np.arange(n * c) % c == 0) & jnp.repeat(
-        jnp.asarray(plan.first == np.arange(n)), c
-    )
     flat = document.reshape(-1)
-    begins = segment_begins | (flat != jnp.pad(flat[:-1], (1, 0), constant_values=-1))
+    begins = flat != jnp.pad(flat[:-1], (1, 0))
+    begins = begins.reshape(n, c).at[:, 0].max(plan.begins).reshape(-1)
 
     def combine(left: tuple, right: tuple) -> tuple:
         begins, sums, counts = right

@@ -34,6 +34,11 @@ class ReadPlan:
         return self.reads.shape[0]
 
     @property
+    def begins(self) -> np.ndarray:
+        """(blocks,) whether a segment begins with the block."""
+        return self.first == np.arange(self.num_blocks)
+
+    @property
     def visible(self) -> np.ndarray:
         """(blocks, r) whether a slot of ``reads`` holds a bucket."""
         return self.reads >= 0
@@ -41,14 +46,20 @@ class ReadPlan:
     @property
     def distances(self) -> np.ndarray:
         """(blocks, r) segments from the end of each bucket that is read, 1 for the last one."""
-        segment = np.cumsum(self.first == np.arange(self.num_blocks))
+        segment = np.cumsum(self.begins)
         ends = segment[self.buckets[:, 1] - 1]
         return segment[:, None] - ends[np.maximum(self.reads, 0)] if len(ends) else self.reads
 
     @property
-    def runs_are_live(self) -> np.ndarray:
-        """(buckets,) whether a bucket lies in one segment, so that the live memory ran over it."""
-        return self.first[self.buckets[:, 1] - 1] <= self.buckets[:, 0]
+    def spans_segments(self) -> bool:
+        """Whether some bucket is of several segments, so that no live memory ran over it alone."""
+        return bool(np.any(self.first[self.buckets[:, 1] - 1] > self.buckets[:, 0]))
+
+    @property
+    def dyadic(self) -> bool:
+        """Whether each bucket has 2^p blocks and begins at a multiple of them."""
+        sizes = self.buckets[:, 1] - self.buckets[:, 0]
+        return not np.any(sizes & (sizes - 1) | self.buckets[:, 0] % sizes)
 
 
 class Segmentation(abc.ABC):

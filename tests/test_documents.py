@@ -1,5 +1,6 @@
 """Documents packed into one sequence: each has the outputs that it has alone."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,7 +15,6 @@ from tests.cases import (
     AGGREGATIONS,
     FAMILIES,
     MEMORIES,
-    STARTS,
     assert_close,
     make_inputs,
     scheduled,
@@ -25,7 +25,11 @@ LENGTH, SEGMENT, BORDER = 37, 8, 24
 # In the first row a document begins on a segment's border, after a chunk of 4 with parts of four
 # documents; in both an id comes again.
 IDS = np.array([[0] * 8 + [1] * 12 + [5, 5, 0, 7] + [4] * 13, [3] * 5 + [4] * 2 + [3] * 30])
-SEGMENTATIONS = {"constant": mc.Constant(SEGMENT), "lengths": mc.Lengths((8, 16, 8, 8))}
+SEGMENTATIONS = {
+    "constant": mc.Constant(SEGMENT),
+    "lengths": mc.Lengths((8, 16, 8, 8)),
+    "logarithmic": mc.Logarithmic(4),
+}
 
 
 def traced(
@@ -57,7 +61,9 @@ packed = jax.jit(
 @pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
 def test_every_rule_equals_its_recurrence(memory):
     inputs = make_inputs(memory, LENGTH)
-    run = functools.partial(packed, inputs, IDS, memory, mc.SSC(top_k=2), start="checkpoint")
+    run = functools.partial(
+        packed, inputs, IDS, memory, mc.SSC(top_k=2), SEGMENTATIONS["logarithmic"]
+    )
     assert_close(run(), run(implementation="reference"), 1e-12)
 
 
@@ -69,6 +75,9 @@ def test_every_rule_equals_its_recurrence(memory):
         ("grm", "lengths", "checkpoint"),
         ("soup", "constant", "checkpoint"),
         ("ssc", "lengths", "independent"),
+        ("residual", "logarithmic", "checkpoint"),
+        ("soup", "logarithmic", "independent"),
+        ("ssc", "constant", "checkpoint"),
     ],
 )
 def test_every_aggregation_equals_the_recurrence(aggregation, segmentation, start):
@@ -79,14 +88,25 @@ def test_every_aggregation_equals_the_recurrence(aggregation, segmentation, star
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", ["rwkv7", "titans"])
-def test_gradients_equal_the_recurrence(name):
+@pytest.mark.parametrize(
+    ("name", "segmentation"),
+    [
+        ("rwkv7", "constant"),
+        ("titans", "constant"),
+        ("swla", "logarithmic"),  # merged
+        ("gated_deltanet", "logarithmic"),  # written once more
+    ],
+)
+def test_gradients_equal_the_recurrence(name, segmentation):
     memory = MEMORIES[name]
+    segmentation = SEGMENTATIONS[segmentation]
     inputs = make_inputs(memory, LENGTH, batch=2, heads=1)
 
     def gradients(implementation):
         return value_and_vjp(
-            lambda inputs: packed(inputs, IDS, memory, mc.Soup(), implementation=implementation),
+            lambda inputs: packed(
+                inputs, IDS, memory, mc.Soup(), segmentation, implementation=implementation
+            ),
             inputs,
         )
 
@@ -94,14 +114,17 @@ def test_gradients_equal_the_recurrence(name):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize(
+    ("segmentation", "start"), [("constant", "checkpoint"), ("logarithmic", "independent")]
+)
 @pytest.mark.parametrize("memory", FAMILIES.values(), ids=FAMILIES)
-def test_a_document_on_a_segment_border_is_as_if_alone(memory, start):
+def test_a_document_on_a_segment_border_is_as_if_alone(memory, segmentation, start):
+    segmentation = SEGMENTATIONS[segmentation]
     inputs = make_inputs(memory, LENGTH)
     alone = jax.tree.map(lambda x: x[:, BORDER:], {**inputs, "weights": {}})
     alone["weights"] = inputs["weights"]
-    y = packed(inputs, IDS, memory, mc.GRM(), start=start)
-    wanted = packed(alone, None, memory, mc.GRM(), start=start)
+    y = packed(inputs, IDS, memory, mc.GRM(), segmentation, start)
+    wanted = packed(alone, None, memory, mc.GRM(), segmentation, start)
     assert_close(y[:1, BORDER:], wanted[:1], 1e-12)
 
 
@@ -175,6 +198,15 @@ def test_a_model_sees_one_document(mixer):
     assert np.abs(together[:, BORDER:] - call(model, tokens, None)[:, BORDER:]).max() > 1e-3
 
 
+class Overlapping(mc.Constant):
+    """Buckets of the last three blocks, which no document's start can shift."""
+
+    def plan(self, length):
+        plan = super().plan(length)
+        buckets = np.maximum(plan.buckets - [[2, 0]], 0)
+        return dataclasses.replace(plan, buckets=buckets)
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_errors():
     memory = MEMORIES["linear"]
@@ -183,5 +215,5 @@ def test_errors():
         packed(inputs, jnp.zeros((2, 7), int), memory, mc.GRM())
     with pytest.raises(ValueError, match=r"document_ids must be integers .*float32"):
         packed(inputs, jnp.zeros((2, 8)), memory, mc.GRM())
-    with pytest.raises(ValueError, match="document_ids need Constant or Lengths"):
-        packed(inputs, jnp.zeros((2, 8), int), memory, mc.GRM(), mc.Logarithmic(2))
+    with pytest.raises(ValueError, match=r"begin at a multiple of 2\^p, got Overlapping"):
+        packed(inputs, jnp.zeros((2, 8), int), memory, mc.GRM(), Overlapping(2))

@@ -16,7 +16,7 @@ def bank_read(
     bank: Matrices,
     query: Float[Array, "b h n c k"],
     gates: Float[Array, "b h n c r"],
-    reads: np.ndarray,
+    reads: np.ndarray | Array,
     *,
     implementation: str | None = None,
 ) -> Float[Array, "b h n c v"]:
@@ -28,7 +28,8 @@ def bank_read(
       bank: the cached states, each matrix (b, h, states, in, out).
       query: the rows x, block by block.
       gates: weight of each row and slot of ``reads``; slots that hold no state are ignored.
-      reads: (n, r) which states each block reads, -1 for an empty slot; static.
+      reads: which states each block reads, -1 for an empty slot: (n, r) and static, so that empty
+        slots cost nothing, or (b, n, r).
       implementation: ``"xla"`` (the default) or ``"reference"``.
 
     Raises:

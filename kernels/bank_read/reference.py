@@ -14,16 +14,18 @@ def bank_read(
     bank: Matrices,
     query: Float[Array, "b h n c k"],
     gates: Float[Array, "b h n c r"],
-    reads: np.ndarray,
+    reads: np.ndarray | Array,
 ) -> Float[Array, "b h n c v"]:
     """See ``api.bank_read``."""
 
-    def unit(bank, query, gates):
+    def unit(bank, query, gates, reads):
         def block(query, gates, reads):
             states = jax.tree.map(lambda matrix: matrix[jnp.maximum(reads, 0)], bank)
             every = jax.vmap(read, in_axes=(0, None))(states, query)
             return jnp.einsum("cr,rcv->cv", jnp.where(reads[None] >= 0, gates, 0), every)
 
-        return jax.vmap(block)(query, gates, jnp.asarray(reads))
+        return jax.vmap(block)(query, gates, reads)
 
-    return jax.vmap(jax.vmap(unit))(bank, query, gates)
+    heads = jax.vmap(unit, in_axes=(0, 0, 0, None))
+    rows = jax.vmap(heads, in_axes=(0, 0, 0, 0 if reads.ndim == 3 else None))
+    return rows(bank, query, gates, jnp.asarray(reads))

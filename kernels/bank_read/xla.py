@@ -6,6 +6,7 @@ backward pass visits the same groups and recomputes the reads, so that no read o
 kept.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from memcache_jax._typing import Array, Float, Matrices
+from memcache_jax._typing import Array, Float, Int, Matrices
 from memcache_jax.kernels._units import for_each_unit
 
 
@@ -22,16 +23,16 @@ def bank_read(
     bank: Matrices,
     query: Float[Array, "b h n c k"],
     gates: Float[Array, "b h n c r"],
-    reads: np.ndarray,
+    reads: np.ndarray | Array,
 ) -> Float[Array, "b h n c v"]:
     """See ``api.bank_read``."""
-    groups = _pair_groups(reads)
+    groups = _pair_groups(reads) if isinstance(reads, np.ndarray) else _slots(reads)
     row = jax.eval_shape(
         read,
         jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape[3:], m.dtype), bank),
         jax.ShapeDtypeStruct(query.shape[3:], query.dtype),
     )
-    if not groups[0].size:
+    if not reads.shape[-1]:
         return jnp.zeros((*query.shape[:3], *row.shape), row.dtype)
 
     def take(bank, query, gates, group):
@@ -42,13 +43,13 @@ def bank_read(
 
     pairs = jax.vmap(read)
 
-    def forward_unit(bank, query, gates):
+    def forward_unit(groups, bank, query, gates):
         def visit(total, group):
             return total.at[group[0]].add(pairs(*take(bank, query, gates, group))), None
 
         return lax.scan(visit, jnp.zeros((query.shape[0], *row.shape), row.dtype), groups)[0]
 
-    def backward_unit(bank, query, gates, cotangent):
+    def backward_unit(groups, bank, query, gates, cotangent):
         def visit(totals, group):
             block, slot, state, real = group
             _, pull = jax.vjp(pairs, *take(bank, query, gates, group))
@@ -63,18 +64,27 @@ def bank_read(
         zeros = jax.tree.map(jnp.zeros_like, (bank, query, gates))
         return lax.scan(visit, zeros, groups)[0]
 
-    @jax.custom_vjp
-    def gated_read(bank, query, gates):
-        return for_each_unit(forward_unit, 2)(bank, query, gates)
+    def for_each(unit, groups, *args):
+        if reads.ndim == 2:  # the same for all
+            return for_each_unit(functools.partial(unit, groups), 2)(*args)
+        heads = (len(reads), query.shape[1])
+        groups = jax.tree.map(
+            lambda x: jnp.broadcast_to(x[:, None], (*heads, *x.shape[1:])), groups
+        )
+        return for_each_unit(unit, 2)(groups, *args)
 
-    def forward(bank, query, gates):
-        return gated_read(bank, query, gates), (bank, query, gates)
+    @jax.custom_vjp
+    def gated_read(groups, bank, query, gates):
+        return for_each(forward_unit, groups, bank, query, gates)
+
+    def forward(groups, bank, query, gates):
+        return gated_read(groups, bank, query, gates), (groups, bank, query, gates)
 
     def backward(residuals, cotangent):
-        return for_each_unit(backward_unit, 2)(*residuals, cotangent)
+        return None, *for_each(backward_unit, *residuals, cotangent)
 
     gated_read.defvjp(forward, backward)
-    return gated_read(bank, query, gates)
+    return gated_read(groups, bank, query, gates)
 
 
 def _pair_groups(reads: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -88,3 +98,11 @@ def _pair_groups(reads: np.ndarray) -> tuple[np.ndarray, ...]:
     fill = (0, groups * size - len(block))
     lists = (block, slot, reads[block, slot], np.ones(len(block), bool))
     return tuple(np.pad(values, fill).reshape(groups, size) for values in lists)
+
+
+def _slots(reads: Int[Array, "b n r"]) -> tuple[Array, ...]:
+    """The pairs as in ``_pair_groups``, a group (b, groups, n) for each slot, empty ones too."""
+    states = jnp.moveaxis(reads, 2, 1)
+    block = jnp.broadcast_to(jnp.arange(reads.shape[1])[None, None], states.shape)
+    slot = jnp.broadcast_to(jnp.arange(reads.shape[2])[None, :, None], states.shape)
+    return block, slot, jnp.maximum(states, 0), states >= 0

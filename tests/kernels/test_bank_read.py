@@ -9,11 +9,13 @@ import memcache_jax as mc
 from memcache_jax.kernels.bank_read import bank_read
 from tests.cases import SCHEDULES, assert_close, normals, scheduled, value_and_vjp
 
+RAGGED = np.array([[-1, -1, -1], [2, -1, 0], [-1, -1, -1], [1, 1, 2], [0, -1, -1]])
 READS = {
     "constant": mc.Constant(4).plan(4 * 6).reads,
     "two blocks": mc.Constant(4).plan(8).reads,
     "one block": mc.Constant(4).plan(4).reads,
-    "ragged": np.array([[-1, -1, -1], [2, -1, 0], [-1, -1, -1], [1, 1, 2], [0, -1, -1]]),
+    "ragged": RAGGED,
+    "each row its own": jnp.stack([RAGGED, RAGGED[::-1]]),
 }
 MEMORIES = {
     "matrix": (mc.memories.LinearAttention(), [(4, 4)]),
@@ -23,7 +25,7 @@ MEMORIES = {
 
 def make(memory, reads, dtype):
     memory, shapes = MEMORIES[memory]
-    normal, (blocks, slots), lead = normals(0, dtype), reads.shape, (2, 3)
+    normal, (blocks, slots), lead = normals(0, dtype), reads.shape[-2:], (2, 3)
     states = max(slots, 1)
     bank = tuple(normal(*lead, states, *shape) * shape[0] ** -0.5 for shape in shapes)
     query, gates = normal(*lead, blocks, 5, 4), normal(*lead, blocks, 5, slots)
