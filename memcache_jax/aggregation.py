@@ -71,8 +71,14 @@ class Aggregation(abc.ABC):
         return bank_read(read, bank, query, gates, reads)
 
     def live(self, memory: Memory, chunk: Any, query: Float[Array, "m k"]) -> Any:
-        """What ``combine`` needs of the live memory in a chunk: its reads, or the chunk itself."""
-        return chunk if self._mixes_layers(memory) else memory.read_online(chunk, query)
+        """What ``combine`` needs of the live memory in a chunk: its reads.
+
+        Where layers are mixed, the reads of the first one, and the later ones themselves.
+        """
+        if not self._mixes_layers(memory):
+            return memory.read_online(chunk, query)
+        later = tuple(memory.keep_layer(chunk, layer) for layer in range(1, memory.depth))
+        return memory.apply(chunk, 0, query), later
 
     def combine(
         self,
@@ -104,14 +110,14 @@ class Aggregation(abc.ABC):
 
         def mixed(layer: int, x: Array) -> Array:
             """A layer of M*, never forming its weights: the gated sum of the layers' outputs."""
-            chunks = jax.tree.leaves(live)[0].shape[3]
-            rows = x.reshape(*x.shape[:3], chunks, -1, x.shape[-1])
-            _, online = chunk_update(
-                lambda _, xs: ((), memory.apply(xs[0], layer, xs[1])),
-                (),
-                (live, rows),
-                batch_dims=3,
-            )
+            online, later = live
+            if layer > 0:
+                _, online = chunk_update(
+                    lambda _, xs: ((), memory.apply(xs[0], layer, xs[1])),
+                    (),
+                    (later[layer - 1], x.reshape(*online.shape[:-1], x.shape[-1])),
+                    batch_dims=3,
+                )
             return gated_sum(online, _read_matrix, (bank[layer],), x)
 
         return memory.forward(mixed, query)

@@ -231,8 +231,9 @@ def test_gradients_of_every_aggregation(memory, plan):
 
 
 @pytest.mark.usefixtures("x64")
-@every_memory
-def test_gradients_of_every_rule(memory):
+@pytest.mark.parametrize("name", sorted(MEMORIES.keys() - FAMILIES.keys()))
+def test_gradients_of_every_other_rule(name):
+    memory = MEMORIES[name]
     reference_gradients_agree(memory, plans=TWO_PLANS[1:], aggregations=("grm",))
 
 
@@ -432,11 +433,7 @@ def test_extreme_controls_stay_finite(memory, length):
         control[:] = -20.0 if name in ("log_alpha", "log_w") else 0.0 if name == "eta" else control
 
     def outputs(inputs):
-        routed, mixed = TWO_PLANS
-        return (
-            run_all(inputs, memory, aggregations=("ssc",), plans=(routed,)),
-            run_all(inputs, memory, aggregations=("soup",), plans=(mixed,)),
-        )
+        return run_all(inputs, memory, aggregations=("ssc",), plans=TWO_PLANS[1:])
 
     results = value_and_vjp(outputs, inputs)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(results))

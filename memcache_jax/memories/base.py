@@ -181,6 +181,11 @@ class Memory(abc.ABC):
     def apply(self, chunk: Any, layer: int, x: Float[Array, "m in"]) -> Float[Array, "m out"]:
         """Passes row t of ``x`` through a layer of the live memory as it is after token t."""
 
+    def keep_layer(self, chunk: Any, layer: int) -> Any:
+        """What ``apply`` needs of a chunk for one layer, with nothing that only others need."""
+        del layer
+        return chunk
+
     @abc.abstractmethod
     def matrices(self, state: State) -> Matrices:
         """The parameters that a read needs, which is what a cache keeps, batched as the state."""
@@ -191,7 +196,8 @@ class Memory(abc.ABC):
     ) -> Float[Array, "*rows v"]:
         """The memory as a function of the query, over an abstract ``apply``, times a gate.
 
-        A gate goes on the input of the last layer, and on whatever else is added to its output:
+        The first layer is applied to the query itself. A gate goes on the input of the last layer,
+        and on whatever else is added to its output:
         the gate's gradient is then a product of rows, and needs no output read anew.
         """
 

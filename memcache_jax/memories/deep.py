@@ -53,6 +53,15 @@ class DeepChunk(NamedTuple):
         decay = self.momentum_decay[-1]
         return tuple(w + decay * s for w, s in zip(weights, self.start.momentum, strict=True))
 
+    def keep_layer(self, layer: int) -> "DeepChunk":
+        """The chunk with None for the other layers."""
+
+        def keep(matrices: Matrices) -> Any:
+            return tuple(x if i == layer else None for i, x in enumerate(matrices))
+
+        start = DeepState(keep(self.start.weights), keep(self.start.momentum))
+        return self._replace(start=start, inputs=keep(self.inputs), deltas=keep(self.deltas))
+
     def apply(self, layer: int, x: Float[Array, "m in"]) -> Float[Array, "m out"]:
         """A layer with the weights it has after each token, never forming those weights."""
         scores = self.mixing * jnp.matmul(x, self.inputs[layer].T)
@@ -68,6 +77,11 @@ class DocumentsChunk(NamedTuple):
     began: Float[Array, "m"]  # 1 where a document has begun; a float, for cotangents
     before: DeepChunk
     after: DeepChunk
+
+    def keep_layer(self, layer: int) -> "DocumentsChunk":
+        """The chunks with None for the other layers."""
+        before, after = (chunk.keep_layer(layer) for chunk in (self.before, self.after))
+        return self._replace(before=before, after=after)
 
     def apply(self, layer: int, x: Float[Array, "m in"]) -> Float[Array, "m out"]:
         """A layer with the weights that each token's document gave it."""
@@ -233,6 +247,10 @@ class DeepMemory(Memory):
     ) -> Array:
         """A layer as it is after each token."""
         return chunk.apply(layer, x)
+
+    def keep_layer(self, chunk: DeepChunk | DocumentsChunk, layer: int) -> Any:
+        """The chunk with one layer's matrices."""
+        return chunk.keep_layer(layer)
 
     def matrices(self, state: DeepState) -> Matrices:
         """The weights; momentum is not read."""

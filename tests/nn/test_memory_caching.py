@@ -10,7 +10,7 @@ from flax import nnx
 
 import memcache_jax as mc
 from memcache_jax.nn.layers import CausalConv, l2_normalize
-from tests.cases import AGGREGATIONS, MEMORIES, assert_close
+from tests.cases import AGGREGATIONS, MEMORIES, assert_close, normals, unit
 
 
 def make(memory="titans", aggregation="grm", **changes):
@@ -114,9 +114,34 @@ def test_titans_controls_start_near_keeping_and_small():
     assert 0 < float(eta.mean()) < 1 / 4  # a chunk has 4 tokens
 
 
-def test_initial_memory_is_not_a_saddle():
-    for weight in make().weights.values():
-        assert float(weight[...].std()) > 0.1
+@pytest.mark.parametrize("memory", ["dla", "titans", "titans_depth1"])
+def test_a_deep_memory_stores_before_any_training(memory):
+    layer = make(memory, segmentation=mc.Constant(64))
+    normal = normals(0, jnp.float32)
+    key, value = (
+        jnp.tile(x, (1, 16, 1, 1)) for x in (unit(normal(1, 4, 2, 8)), normal(1, 4, 2, 8))
+    )
+    x = tokens(64)[:1]
+    controls = layer.memory.coupled(
+        {name: layer._control(layer.memory.controls[name], name, x) for name in layer.controls}
+    )
+    y = mc.memory_caching(
+        *(key, key, value),
+        memory=layer.memory,
+        controls=controls,
+        weights={name: weight[...] for name, weight in layer.weights.items()},
+        aggregation=mc.Residual(),
+        segmentation=mc.Constant(64),
+    )
+    recalled = jnp.vecdot(y, value) / jnp.vecdot(value, value)
+    assert (recalled[:, -4:].mean(axis=1) > recalled[:, :4].mean(axis=1) + 0.1).all()
+
+
+def test_soup_is_not_grm_before_any_training():
+    x = tokens(21)
+    soup, grm = (call(make(aggregation=aggregation), x) for aggregation in ("soup", "grm"))
+    assert_close(soup[:, :8], grm[:, :8], 1e-5)
+    assert jnp.abs(soup[:, 8:] - grm[:, 8:]).max() > 1e-3
 
 
 def test_bfloat16_inputs_keep_float32_parameters_and_return_bfloat16():
