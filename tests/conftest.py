@@ -1,8 +1,8 @@
 """What every test runs under: 8 CPU devices, strict ranks, checked shapes."""
 
+import importlib.metadata
 import os
 
-import jaxlib
 import jaxtyping
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -11,7 +11,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    + " --xla_cpu_use_fusion_emitters=false" * jaxlib.__version__.startswith("0.10.")
+    + " --xla_cpu_use_fusion_emitters=false"
+    * importlib.metadata.version("jaxlib").startswith("0.10.")
 )
 
 import jax
