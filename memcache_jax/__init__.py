@@ -5,6 +5,7 @@ from memcache_jax.aggregation import GRM, SSC, Aggregation, Residual, Soup
 from memcache_jax.caching import memory_caching
 from memcache_jax.generation import generate
 from memcache_jax.segmentation import Constant, Lengths, Logarithmic, ReadPlan, Segmentation
+from memcache_jax.streaming import Cache, extend, init_cache
 
 __version__ = "0.1.0"
 
@@ -12,6 +13,7 @@ __all__ = [
     "GRM",
     "SSC",
     "Aggregation",
+    "Cache",
     "Constant",
     "Lengths",
     "Logarithmic",
@@ -19,7 +21,9 @@ __all__ = [
     "Residual",
     "Segmentation",
     "Soup",
+    "extend",
     "generate",
+    "init_cache",
     "memories",
     "memory_caching",
     "nn",

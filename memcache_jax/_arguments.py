@@ -19,12 +19,15 @@ def check_arguments(
     connector: jax.Array | None,
     memory: Any,
     controls: Mapping,
-    weights: Mapping,
+    weights: Mapping | None,
     aggregation: Any,
     segmentation: Any,
     document_ids: jax.Array | None,
 ) -> None:
-    """Raises ValueError unless the arguments of ``memory_caching`` fit each other."""
+    """Raises ValueError unless the arguments of ``memory_caching`` fit each other.
+
+    Where weights are None they have been checked before.
+    """
     check_configuration(memory, aggregation, segmentation)
     name = type(memory).__name__
     if jnp.ndim(key) != 4 or jnp.ndim(value) != 4:
@@ -54,7 +57,7 @@ def check_arguments(
     if document_ids is not None:
         _checks.check_documents(document_ids, (b, t))
         plan = segmentation.plan(t)
-        if plan.spans_segments and not plan.dyadic:
+        if plan.spans_segments.any() and not plan.dyadic:
             raise ValueError(
                 "document_ids need states that are of one segment each, or of 2^p blocks that "
                 f"begin at a multiple of 2^p, got {segmentation}"
@@ -69,10 +72,16 @@ def check_arguments(
             f"control {control}", array, tuple(sizes[a] for a in axes), ", ".join(axes)
         )
 
+    if weights is not None:
+        check_weights(memory, weights, h, k, v)
+
+
+def check_weights(memory: Memory, weights: Mapping, heads: int, k: int, v: int) -> None:
+    """Raises ValueError unless these are the initial weights of a memory, of every head."""
     shapes = memory.weight_shapes(k, v)
-    _checks.check_names(f"weights of {name}", weights, shapes)
+    _checks.check_names(f"weights of {type(memory).__name__}", weights, shapes)
     for weight, shape in shapes.items():
-        _checks.check_shape(f"weight {weight}", weights[weight], (h, *shape), "h, out, in")
+        _checks.check_shape(f"weight {weight}", weights[weight], (heads, *shape), "h, out, in")
 
 
 def check_configuration(memory: Any, aggregation: Any, segmentation: Any) -> None:

@@ -43,9 +43,9 @@ def bucket_states(
       The states (b, h, states, ...), and which of them each block reads: (n, r), or (b, n, r) where
       buckets follow the documents of a row; -1 for none.
     """
-    if document is not None and plan.spans_segments:
+    if document is not None and plan.spans_segments.any():
         return _document_states(memory, ends, initial, rows, plan, document, carries=carries)
-    if carries or not plan.spans_segments:
+    if carries or not plan.spans_segments.any():
         return jax.tree.map(lambda x: x[:, :, plan.buckets[:, 1] - 1], ends), plan.reads
     sizes = plan.buckets[:, 1] - plan.buckets[:, 0]
     parts, places = [], []

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 
 def check_choice(name: str, got: Any, choices: tuple) -> None:
@@ -63,4 +65,38 @@ def check_documents(document_ids: jax.Array, wanted: tuple[int, ...]) -> None:
         raise ValueError(
             f"document_ids must be integers of shape (b, t) = {wanted}, got "
             f"{jnp.result_type(document_ids)} {jnp.shape(document_ids)}"
+        )
+
+
+def check_room(
+    position: jax.Array, shape: tuple[int, ...], lengths: Any, max_length: int | None
+) -> None:
+    """Raises ValueError unless tokens (b, t) continue the rows at ``position``, and have room.
+
+    ``lengths`` of them count in each row; None for all. What is traced is not known.
+    """
+    batch, count = shape
+    if position.shape != (batch,):
+        raise ValueError(f"the cache has {position.shape[0]} rows, got tokens of {batch}")
+    if not count:
+        raise ValueError("give at least one token, got none")
+    if lengths is not None and (
+        jnp.shape(lengths) != (batch,) or not jnp.issubdtype(jnp.result_type(lengths), jnp.integer)
+    ):
+        raise ValueError(
+            f"lengths must be integers (b,) = ({batch},), got {jnp.result_type(lengths)} "
+            f"{jnp.shape(lengths)}"
+        )
+    if isinstance(lengths, Tracer):
+        return
+    lengths = np.full(batch, count) if lengths is None else np.asarray(lengths)
+    if lengths.min() < 0 or lengths.max() > count:
+        raise ValueError(f"lengths must be 0 to {count}, the tokens given, got {lengths.tolist()}")
+    if max_length is None or isinstance(position, Tracer):
+        return
+    most = int((np.asarray(position) + lengths).max())
+    if most > max_length:
+        raise ValueError(
+            f"the cache holds {max_length} tokens in a row and would have {most}: make it longer, "
+            "or with a policy that makes room"
         )

@@ -26,7 +26,7 @@ def memory_caching(
 ) -> Float[Array, "b h t v"]:
     """Every head of every row by itself, with the arguments of ``caching``'s fast path."""
     # Buckets of several segments are counted from the block in which a document begins.
-    follows = document is not None and configuration["plan"].spans_segments
+    follows = document is not None and bool(configuration["plan"].spans_segments.any())
     if document is None:
         document = jnp.zeros((tokens[0].shape[0], tokens[0].shape[2]), int)
     one_head = functools.partial(_one_head, follows=follows, **configuration)

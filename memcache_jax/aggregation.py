@@ -48,6 +48,10 @@ class Aggregation(abc.ABC):
         """Whether gates are made from a connector."""
         return self.gate != "uniform"
 
+    def merges_exactly(self, memory: Memory) -> bool:
+        """Whether the mean of n states, counted n times, is as good as the n states."""
+        return self.gate == "uniform" and (self.mixes or memory.depth == 1)
+
     @abc.abstractmethod
     def gates(
         self, cached: Float[Array, "... r"], online: Float[Array, "..."]
@@ -156,8 +160,8 @@ class Residual(Aggregation):
     def gates(
         self, cached: Float[Array, "... r"], online: Float[Array, "..."]
     ) -> tuple[Float[Array, "... r"], Float[Array, "..."]]:
-        """One for every visible state."""
-        return jnp.where(cached == -jnp.inf, 0.0, 1.0).astype(online.dtype), jnp.ones_like(online)
+        """One for every visible state: the exponential of a relevance that is 0 everywhere."""
+        return jnp.exp(cached), jnp.exp(online)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,6 +257,10 @@ class SSC(GRM):
     def mixes(self) -> bool:
         """Whether parameters are mixed rather than reads."""
         return self.inner == "soup"
+
+    def merges_exactly(self, memory: Memory) -> bool:
+        """False: which states are selected depends on how many there are."""
+        return False
 
     def gates(
         self, cached: Float[Array, "... r"], online: Float[Array, "..."]

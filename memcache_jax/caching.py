@@ -107,7 +107,7 @@ def memory_caching(
     dtype = jnp.promote_types(jnp.result_type(query, key, value), jnp.float32)
     if connector is None:
         connector = jnp.zeros_like(query)
-    controls = _per_token(memory, controls, key)
+    controls = full_controls(memory, controls, key)
     tokens = (query, key, value, connector, controls)
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x.astype(dtype), 2, 1), tokens)
     initial = {name: weight.astype(dtype) for name, weight in weights.items()}
@@ -125,7 +125,7 @@ def memory_caching(
     return jnp.moveaxis(y, 1, 2).astype(value.dtype)
 
 
-def _per_token(memory: Memory, controls: Mapping[str, Array], key: Array) -> dict[str, Array]:
+def full_controls(memory: Memory, controls: Mapping[str, Array], key: Array) -> dict[str, Array]:
     """The controls of every token: constants of a head repeated, those left out zero."""
     rows, channels = key.shape[:3], key.shape[3:]
     full = {}
@@ -153,7 +153,7 @@ def _chunked(
     """The fast path: write all segments chunk by chunk, then read live and cached states."""
     length = tokens[0].shape[2]
     block = plan.block_size
-    chunk = memory.gradient_chunk or _exact_chunk(block, length, memory.largest_chunk)
+    chunk = memory.gradient_chunk or exact_chunk(block, length, memory.largest_chunk)
     if plan.num_blocks == 1:  # nothing reads the state at its end
         block = -(-length // chunk) * chunk
     padding = plan.num_blocks * block - length
@@ -194,7 +194,7 @@ def _chunked(
     return y.reshape(*y.shape[:2], -1, y.shape[-1])[:, :, :length]
 
 
-def _exact_chunk(block: int, length: int, most: int) -> int:
+def exact_chunk(block: int, length: int, most: int) -> int:
     """A chunk length for rules that are exact for any: up to ``most``, and a divisor of the block.
 
     A block with no divisor of a useful size is one chunk. A sequence of one block is filled up.

@@ -75,7 +75,7 @@ def relevance(
     bucket score -inf, and so do states of other documents.
     """
     slots = None
-    if document is not None and plan.spans_segments:
+    if document is not None and plan.spans_segments.any():
         slots = buckets_of_documents(plan, document)
     if gate == "content":
         if document is not None and slots is not None:

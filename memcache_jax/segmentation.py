@@ -51,9 +51,9 @@ class ReadPlan:
         return segment[:, None] - ends[np.maximum(self.reads, 0)] if len(ends) else self.reads
 
     @property
-    def spans_segments(self) -> bool:
-        """Whether some bucket is of several segments, so that no live memory ran over it alone."""
-        return bool(np.any(self.first[self.buckets[:, 1] - 1] > self.buckets[:, 0]))
+    def spans_segments(self) -> np.ndarray:
+        """(buckets,) whether a bucket is of several segments: no live memory ran over it alone."""
+        return self.first[self.buckets[:, 1] - 1] > self.buckets[:, 0]
 
     @property
     def dyadic(self) -> bool:
@@ -74,6 +74,10 @@ class Segmentation(abc.ABC):
     @abc.abstractmethod
     def plan(self, length: int) -> ReadPlan:
         """The read plan of a sequence of ``length`` tokens."""
+
+    def span(self, segments: int) -> int:
+        """Tokens in the first ``segments`` segments."""
+        return segments * self.size
 
 
 def _plan(size: int, reads: Sequence[Sequence[tuple[int, int]]], first: np.ndarray) -> ReadPlan:
@@ -192,6 +196,10 @@ class Lengths(Segmentation):
         for length in self.lengths:
             _check_size(self, length)
         object.__setattr__(self, "size", math.gcd(*self.lengths))
+
+    def span(self, segments: int) -> int:
+        """Tokens in the first ``segments`` segments, at most all."""
+        return sum(self.lengths[:segments])
 
     def plan(self, length: int) -> ReadPlan:
         """The read plan of a sequence of ``length`` tokens."""

@@ -68,7 +68,7 @@ def test_gates_are_a_softmax_over_what_is_visible():
 
 
 def test_residual_weighs_every_visible_state_by_one():
-    gates = mc.Residual().gates(jnp.array([[0.0, -jnp.inf]]), jnp.array([3.0]))
+    gates = mc.Residual().gates(jnp.array([[0.0, -jnp.inf]]), jnp.array([0.0]))
     np.testing.assert_array_equal(gates[0], [[1.0, 0.0]])
     np.testing.assert_array_equal(gates[1], [1.0])
 

@@ -17,6 +17,8 @@ from jax import lax
 from memcache_jax._typing import Array, Float, Int, Matrices
 from memcache_jax.kernels._units import for_each_unit
 
+_FEW_ROWS = 256  # to be read at once, at least
+
 
 def bank_read(
     read: Callable[..., Array],
@@ -26,7 +28,6 @@ def bank_read(
     reads: np.ndarray | Array,
 ) -> Float[Array, "b h n c v"]:
     """See ``api.bank_read``."""
-    groups = _pair_groups(reads) if isinstance(reads, np.ndarray) else _slots(reads)
     row = jax.eval_shape(
         read,
         jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape[3:], m.dtype), bank),
@@ -34,6 +35,8 @@ def bank_read(
     )
     if not reads.shape[-1]:
         return jnp.zeros((*query.shape[:3], *row.shape), row.dtype)
+    static = isinstance(reads, np.ndarray)
+    groups = _pair_groups(reads) if static else _slot_groups(reads, rows=query.shape[3])
 
     def take(bank, query, gates, group):
         """The states, rows and gates of a group's pairs."""
@@ -65,7 +68,7 @@ def bank_read(
         return lax.scan(visit, zeros, groups)[0]
 
     def for_each(unit, groups, *args):
-        if reads.ndim == 2:  # the same for all
+        if static:  # the same for all
             return for_each_unit(functools.partial(unit, groups), 2)(*args)
         heads = (len(reads), query.shape[1])
         groups = jax.tree.map(
@@ -100,9 +103,18 @@ def _pair_groups(reads: np.ndarray) -> tuple[np.ndarray, ...]:
     return tuple(np.pad(values, fill).reshape(groups, size) for values in lists)
 
 
-def _slots(reads: Int[Array, "b n r"]) -> tuple[Array, ...]:
-    """The pairs as in ``_pair_groups``, a group (b, groups, n) for each slot, empty ones too."""
-    states = jnp.moveaxis(reads, 2, 1)
-    block = jnp.broadcast_to(jnp.arange(reads.shape[1])[None, None], states.shape)
-    slot = jnp.broadcast_to(jnp.arange(reads.shape[2])[None, :, None], states.shape)
-    return block, slot, jnp.maximum(states, 0), states >= 0
+def _slot_groups(reads: Int[Array, "b n r"], rows: int) -> tuple[Array, ...]:
+    """Lists as of ``_pair_groups``, (b, groups, pairs in a group), of all slots, empty ones too.
+
+    A group has a pair of every block, or more where these have but few rows.
+    """
+    batch, blocks, slots = reads.shape
+    together = min(slots, max(1, _FEW_ROWS // (blocks * rows)))
+    groups = -(-slots // together)
+    padded = jnp.pad(reads, ((0, 0), (0, 0), (0, groups * together - slots)), constant_values=-1)
+    slot, block = np.meshgrid(np.arange(groups * together), np.arange(blocks), indexing="ij")
+    states = jnp.moveaxis(padded, 2, 1)
+    lists = (block[None], np.minimum(slot, slots - 1)[None], jnp.maximum(states, 0), states >= 0)
+    return tuple(
+        jnp.broadcast_to(values, states.shape).reshape(batch, groups, -1) for values in lists
+    )

@@ -27,6 +27,8 @@ def grouped_read(
 ) -> Float[Array, "b h n c v"]:
     """See ``api.grouped_read``."""
     batch, heads, n, c, choices = gates.shape
+    if n * c * choices < _ROWS:
+        return _read_pairs(read, bank, query, gates, states)
     num_states = jax.tree.leaves(bank)[0].shape[2]
     most = -(-n * c * choices // _ROWS) + num_states  # blocks, if every group has one to fill up
     visits = -(-most // _BLOCKS)
@@ -59,6 +61,25 @@ def grouped_read(
     y = _read_blocks(read, state, bank, split(rows), split(weights))
     every = take(y.reshape(batch, heads, -1, y.shape[-1]), place)
     return every.reshape(batch, heads, n, c, choices, -1).sum(axis=-2)
+
+
+def _read_pairs(
+    read: Callable[..., Array],
+    bank: Matrices,
+    query: Float[Array, "b h n c k"],
+    gates: Float[Array, "b h n c s"],
+    states: Int[Array, "b h n c s"],
+) -> Float[Array, "b h n c v"]:
+    """Every pair by itself, where there are too few to share states, as for one token."""
+    choices = gates.shape[-1]
+
+    def unit(bank, query, gates, states):
+        rows = jnp.repeat(query.reshape(-1, 1, query.shape[-1]), choices, axis=0)
+        chosen = jax.tree.map(lambda matrix: matrix[states.reshape(-1)], bank)
+        y = jax.vmap(read)(chosen, rows, gates.reshape(-1, 1))
+        return y.reshape(*gates.shape, -1).sum(axis=-2)
+
+    return jax.vmap(jax.vmap(unit))(bank, query, gates, states)
 
 
 def _read_blocks(

@@ -1,6 +1,6 @@
 """Causal self-attention with rotary positions, the Transformer++ baseline's mixer."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,26 @@ from memcache_jax import _checks
 from memcache_jax._documents import count_documents
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.nn.layers import Linear
+
+
+class AttentionCache(NamedTuple):
+    """Keys and values of the tokens that later ones see, and how many tokens there have been.
+
+    With a window they are the last ones before a row's next token, else all from the first on.
+    """
+
+    key: Any  # (b, past, h, k)
+    value: Any
+    position: Any  # (b,)
+
+    def reset(self, rows: jax.typing.ArrayLike) -> "AttentionCache":
+        """The cache with the marked rows (b,) before their first token."""
+        return self._replace(position=jnp.where(jnp.asarray(rows), 0, self.position))
+
+    def take(self, rows: jax.typing.ArrayLike) -> "AttentionCache":
+        """The cache of these rows, in this order; one may come more than once."""
+        rows = jnp.asarray(rows)
+        return AttentionCache(*(jnp.take(x, rows, axis=0) for x in self))
 
 
 class Attention(nnx.Module):
@@ -85,13 +105,10 @@ class Attention(nnx.Module):
             _checks.check_documents(document_ids, x.shape[:2])
             document = count_documents(document_ids)
             mask = document[:, None, :, None] == document[:, None, None, :]
-        query, key, value = (
-            linear(x).reshape(*x.shape[:2], self.num_heads, self.head_dim)
-            for linear in (self.query, self.key, self.value)
-        )
+        query, key, value = self._rows(x, None)
         y = jax.nn.dot_product_attention(
-            rotate(query, self.rope_base),
-            rotate(key, self.rope_base),
+            query,
+            key,
             value,
             mask=mask,
             is_causal=True,
@@ -99,12 +116,104 @@ class Attention(nnx.Module):
         )
         return self.out(y.reshape(*x.shape[:2], -1))
 
+    def init_cache(
+        self, batch_size: int, max_length: int | None = None, **_options: Any
+    ) -> AttentionCache:
+        """An empty cache for ``extend``.
 
-def rotate(x: Float[Array, "b t h k"], base: float) -> Float[Array, "b t h k"]:
+        Args:
+          batch_size: rows.
+          max_length: tokens that a row may take; not needed with a window.
+          _options: those of other mixers.
+
+        Raises:
+          ValueError: for sizes below 1, or no length where all tokens are seen.
+        """
+        for name, size in (("batch_size", batch_size), ("max_length", max_length)):
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if self.window is None and max_length is None:
+            raise ValueError("attention over all tokens keeps them all: give max_length")
+        past = min(
+            size for size in (max_length, self.window and self.window - 1) if size is not None
+        )
+        dtype = self.query.param_dtype if self.dtype is None else self.dtype
+        shape = (batch_size, past, self.num_heads, self.head_dim)
+        key, value = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+        return AttentionCache(key, value, jnp.zeros(batch_size, jnp.int32))
+
+    def extend(
+        self,
+        x: Float[Array, "b t d"],
+        cache: AttentionCache,
+        lengths: Int[Array, "b"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], AttentionCache]:
+        """The next tokens of a stream: the outputs that a call on the whole has for them.
+
+        Args:
+          x: the tokens.
+          cache: from ``init_cache`` or the call before.
+          lengths: tokens of each row that count, the first ones; all by default.
+
+        Returns:
+          The outputs, and the cache after the last token. Tokens beyond a row's room give NaN.
+
+        Raises:
+          ValueError: for an input that is not (b, t, in_features), or does not fit the cache.
+        """
+        _checks.check_input(x, self.in_features)
+        if cache.key.shape[2:] != (self.num_heads, self.head_dim):
+            raise ValueError(
+                f"the cache was made for (heads, head_dim) = {cache.key.shape[2:]}, this layer has "
+                f"{(self.num_heads, self.head_dim)}"
+            )
+        limit = cache.key.shape[1] if self.window is None else None
+        _checks.check_room(cache.position, x.shape[:2], lengths, limit)
+        length, past = x.shape[1], cache.key.shape[1]
+        lengths = jnp.full(len(x), length, jnp.int32) if lengths is None else lengths
+        place = cache.position[:, None] + jnp.arange(length)[None]
+        query, *new = self._rows(x, place)
+        if self.window is None:
+            # Beyond a row's last token nothing is put.
+            there = jnp.where(jnp.arange(length)[None] < lengths[:, None], place, past)
+            put = jax.vmap(lambda old, new, place: old.at[place].set(new, mode="drop"))
+            key, value = (put(old, new, there) for old, new in zip(cache[:2], new, strict=True))
+            seen = jnp.arange(past)[None, None] <= place[..., None]
+            kept = key, value
+        else:
+            key, value = (
+                jnp.concatenate([old, new], axis=1) for old, new in zip(cache[:2], new, strict=True)
+            )
+            of_key = (cache.position - past)[:, None] + jnp.arange(past + length)[None]
+            ago = place[..., None] - of_key[:, None]
+            seen = (ago >= 0) & (ago < self.window) & (of_key >= 0)[:, None]
+            last = jax.vmap(lambda row, begin: jax.lax.dynamic_slice_in_dim(row, begin, past))
+            kept = last(key, lengths), last(value, lengths)
+        y = jax.nn.dot_product_attention(query, key, value, mask=seen[:, None])
+        if self.window is None:
+            y = jnp.where((place < past)[..., None, None], y, jnp.nan)
+        y = self.out(y.reshape(*x.shape[:2], -1))
+        return y, AttentionCache(*kept, cache.position + lengths)
+
+    def _rows(
+        self, x: Float[Array, "b t d"], position: Int[Array, "_ t"] | None
+    ) -> tuple[Array, ...]:
+        """Queries, keys and values of tokens at these positions, by default the first ones."""
+        query, key, value = (
+            linear(x).reshape(*x.shape[:2], self.num_heads, self.head_dim)
+            for linear in (self.query, self.key, self.value)
+        )
+        return *(rotate(rows, self.rope_base, position) for rows in (query, key)), value
+
+
+def rotate(
+    x: Float[Array, "b t h k"], base: float, position: Int[Array, "_ t"] | None = None
+) -> Float[Array, "b t h k"]:
     """Rotary position embedding (arXiv:2104.09864): pairs (i, i + k/2) turn by t base^(-2i/k)."""
+    position = jnp.arange(x.shape[1])[None] if position is None else position
     half = x.shape[-1] // 2
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequency[None]
-    cos, sin = (f(angle)[None, :, None].astype(x.dtype) for f in (jnp.cos, jnp.sin))
+    angle = position.astype(jnp.float32)[..., None] * frequency[None, None]
+    cos, sin = (f(angle)[:, :, None].astype(x.dtype) for f in (jnp.cos, jnp.sin))
     first, second = x[..., :half], x[..., half:]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -1,6 +1,8 @@
 """A decoder-only language model whose blocks mix tokens by memory caching or by attention."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from memcache_jax import _checks
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.aggregation import GRM, Aggregation
 from memcache_jax.caching import Implementation, Start
@@ -25,7 +28,10 @@ class Mixer(Protocol):
     def build(self, in_features: int, num_heads: int, **options: Any) -> nnx.Module:
         """Returns a module (b, t, d) -> (b, t, d); options: head_dim, dtype, param_dtype, rngs.
 
-        Where documents are packed, it is called with their ids (b, t) as a second argument.
+        Where documents are packed, it is called with their ids (b, t) as a second argument. For
+        streams it has ``init_cache(batch_size, max_length, **options)``, whose options are those
+        of ``MemoryCaching``, and ``extend(x, cache, lengths)``, which returns the outputs and the
+        next cache; a cache has ``reset(rows)`` and ``take(rows)``.
         """
         ...
 
@@ -132,6 +138,22 @@ class Block(nnx.Module):
         """Applies the mixer and the MLP."""
         documents = () if document_ids is None else (document_ids,)
         x = x + self.mixer(self.mixer_norm(x), *documents)
+        return self._mix_features(x)
+
+    def extend(
+        self, x: Float[Array, "b t d"], cache: Any, lengths: Int[Array, "b"] | None
+    ) -> tuple[Float[Array, "b t d"], Any]:
+        """Applies both to the next tokens of a stream, with the mixer's cache."""
+        mixer: Any = self.mixer
+        y, cache = mixer.extend(self.mixer_norm(x), cache, lengths)
+        return self._mix_features(x + y), cache
+
+    def init_cache(self, batch_size: int, max_length: int | None, **options: Any) -> Any:
+        """The mixer's empty cache."""
+        mixer: Any = self.mixer
+        return mixer.init_cache(batch_size, max_length, **options)
+
+    def _mix_features(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         return x + self.mlp(self.mlp_norm(x)) if self.has_mlp else x
 
 
@@ -147,6 +169,62 @@ class _Period(nnx.Module):
         for block in self.blocks:
             x = block(x, document_ids)
         return x
+
+    def init_cache(self, batch_size: int, max_length: int | None, options: dict) -> list:
+        return [block.init_cache(batch_size, max_length, **options) for block in self.blocks]
+
+    def extend(self, x: Array, caches: list, lengths: Array | None) -> tuple[Array, list]:
+        new = []
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x, cache = block.extend(x, cache, lengths)
+            new.append(cache)
+        return x, new
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("layers", "position"),
+    meta_fields=("max_length",),
+)
+@dataclasses.dataclass(frozen=True)
+class LanguageModelCache:
+    """A stream's past in a language model, as a pytree.
+
+    Attributes:
+      layers: the mixers' caches, stacked as the layers are; where states are on the host, a tuple,
+        since a scan over a stack would copy them.
+      position: tokens that each row has taken, (b,).
+      max_length: tokens that a row may take; None for any number.
+    """
+
+    layers: Any
+    position: Any
+    max_length: int | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(x.nbytes for x in jax.tree.leaves(self))
+
+    def reset(self, rows: jax.typing.ArrayLike) -> "LanguageModelCache":
+        """The cache with the marked rows (b,) before their first token."""
+        position = jnp.where(jnp.asarray(rows), 0, self.position)
+        return self._change(lambda cache: cache.reset(rows), position)
+
+    def take(self, rows: jax.typing.ArrayLike) -> "LanguageModelCache":
+        """The cache of these rows, in this order; one may come more than once."""
+        position = jnp.take(self.position, jnp.asarray(rows), axis=0)
+        return self._change(lambda cache: cache.take(rows), position)
+
+    def _change(self, change: Callable[[Any], Any], position: Array) -> "LanguageModelCache":
+        def change_all(caches: list) -> list:
+            return [change(cache) for cache in caches]
+
+        stacked = not isinstance(self.layers, tuple)
+        layers = (
+            jax.vmap(change_all)(self.layers) if stacked else tuple(map(change_all, self.layers))
+        )
+        return dataclasses.replace(self, layers=layers, position=position)
 
 
 class LanguageModel(nnx.Module):
@@ -212,10 +290,7 @@ class LanguageModel(nnx.Module):
         self, tokens: Int[Array, "b t"], document_ids: Int[Array, "b t"] | None = None
     ) -> Float[Array, "b t d"]:
         """Returns the normalised output of the last block."""
-        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ValueError(
-                f"tokens must be integers of shape (b, t), got {tokens.dtype} {tokens.shape}"
-            )
+        _check_tokens(tokens)
         graph, stacked = nnx.split(self.layers)
 
         def period(x: Array, state: nnx.State) -> tuple[Array, None]:
@@ -226,7 +301,83 @@ class LanguageModel(nnx.Module):
         x, _ = lax.scan(period, self.embedding(tokens), stacked)
         return self.norm(x)
 
+    def init_cache(
+        self, batch_size: int, max_length: int | None = None, **options: Any
+    ) -> "LanguageModelCache":
+        """An empty cache for ``extend``.
+
+        Args:
+          batch_size: rows.
+          max_length: tokens that a row may take; None where ``options`` bound the memory instead.
+          options: how memory caching layers keep states: ``max_segments``, ``policy``,
+            ``cache_dtype`` and ``placement`` of ``mc.init_cache``.
+
+        Raises:
+          ValueError: for sizes below 1, or options that do not fit the layers.
+        """
+        graph, stacked = nnx.split(self.layers)
+
+        def init(state: nnx.State) -> list:
+            return nnx.merge(graph, state).init_cache(batch_size, max_length, options)
+
+        if options.get("placement") == "host":
+            layers = tuple(map(init, self._unstacked(stacked)))
+        else:
+            layers = jax.vmap(init)(stacked)
+        return LanguageModelCache(layers, jnp.zeros(batch_size, jnp.int32), max_length)
+
+    def extend(
+        self,
+        tokens: Int[Array, "b t"],
+        cache: "LanguageModelCache",
+        lengths: Int[Array, "b"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], "LanguageModelCache"]:
+        """``hidden`` for the next tokens of a stream, and the cache after them.
+
+        Args:
+          tokens: token ids.
+          cache: from ``init_cache`` or the call before.
+          lengths: tokens of each row that count, the first ones; all by default.
+
+        Raises:
+          ValueError: for tokens that are not integers of shape (b, t), or that do not fit the
+            cache or find room in it. Under ``jit`` positions are not known, and outputs beyond a
+            row's room are NaN.
+        """
+        _check_tokens(tokens)
+        _checks.check_room(cache.position, tokens.shape[:2], lengths, cache.max_length)
+        graph, stacked = nnx.split(self.layers)
+
+        def period(x: Array, layer: tuple) -> tuple[Array, Any]:
+            state, caches = layer
+            return nnx.merge(graph, state).extend(x, caches, lengths)
+
+        x = self.embedding(tokens)
+        if isinstance(cache.layers, tuple):
+            layers = []
+            for layer in zip(self._unstacked(stacked), cache.layers, strict=True):
+                x, new = period(x, layer)
+                layers.append(new)
+            layers = tuple(layers)
+        else:
+            x, layers = lax.scan(period, x, (stacked, cache.layers))
+        taken = tokens.shape[1] if lengths is None else lengths
+        cache = dataclasses.replace(cache, layers=layers, position=cache.position + taken)
+        return self.norm(x), cache
+
+    def _unstacked(self, stacked: nnx.State) -> list[nnx.State]:
+        """The state of each repeat of the mixers."""
+        repeats = self.config.num_layers // len(self.config.mixers)
+        return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(repeats)]
+
     def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
         """Returns the output layer's logits, in float32 or wider."""
         logits = self.embedding.attend(hidden) if self.config.tie_embeddings else self.head(hidden)
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
+def _check_tokens(tokens: Array) -> None:
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(
+            f"tokens must be integers of shape (b, t), got {tokens.dtype} {tokens.shape}"
+        )

@@ -50,6 +50,30 @@ class CausalConv(nnx.Module):
     ) -> None:
         self.kernel = nnx.Param(kernel_init(rngs.params(), (width, features), param_dtype))
 
+    def init_tail(self, batch_size: int, dtype: DTypeLike) -> Float[Array, "b past d"]:
+        """The inputs before the first token, for ``extend``."""
+        width, features = self.kernel.shape
+        return jnp.zeros((batch_size, width - 1, features), dtype)
+
+    def extend(
+        self, x: Float[Array, "b t d"], tail: Float[Array, "b past d"], lengths: Int[Array, "b"]
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b past d"]]:
+        """As ``__call__`` on the next tokens of a stream.
+
+        Args:
+          x: the tokens.
+          tail: the last inputs before them.
+          lengths: tokens of each row that count.
+
+        Returns:
+          The outputs, and the last inputs of each row.
+        """
+        past = tail.shape[1]
+        inputs = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
+        y = _conv_silu(inputs, self.kernel[...].astype(x.dtype))[:, past:]
+        last = jax.vmap(lambda row, begin: jax.lax.dynamic_slice_in_dim(row, begin, past))
+        return y, last(inputs, lengths).astype(tail.dtype)
+
     def __call__(
         self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None = None
     ) -> Float[Array, "b t d"]:

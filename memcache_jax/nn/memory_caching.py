@@ -1,6 +1,6 @@
 """The Memory Caching layer: a drop-in for causal self-attention."""
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,35 @@ from memcache_jax.caching import Implementation, Start, memory_caching
 from memcache_jax.memories import Control, Memory
 from memcache_jax.nn.layers import CausalConv, Linear, l2_normalize
 from memcache_jax.segmentation import Segmentation
+from memcache_jax.streaming import Cache, extend, init_cache
+
+
+class LayerCache(NamedTuple):
+    """A stream's past in one layer.
+
+    Attributes:
+      memory: the memory's.
+      tails: the last inputs of the convolutions.
+    """
+
+    memory: Cache
+    tails: tuple[Any, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(x.nbytes for x in jax.tree.leaves(self))
+
+    def reset(self, rows: jax.typing.ArrayLike) -> "LayerCache":
+        """The cache with the marked rows (b,) before their first token."""
+        marked = jnp.asarray(rows)[:, None, None]
+        tails = tuple(jnp.where(marked, 0, tail) for tail in self.tails)
+        return LayerCache(self.memory.reset(rows), tails)
+
+    def take(self, rows: jax.typing.ArrayLike) -> "LayerCache":
+        """The cache of these rows, in this order; one may come more than once."""
+        tails = tuple(jnp.take(tail, jnp.asarray(rows), axis=0) for tail in self.tails)
+        return LayerCache(self.memory.take(rows), tails)
 
 
 class MemoryCaching(nnx.Module):
@@ -137,30 +166,150 @@ class MemoryCaching(nnx.Module):
         self.gate = linear(in_features, inner)
         self.out = linear(inner, in_features)
 
+    @overload
     def __call__(
-        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None = None
-    ) -> Float[Array, "b t d"]:
+        self, x: Array, document_ids: Array | None = None, *, cache: None = None
+    ) -> Array: ...
+
+    @overload
+    def __call__(
+        self, x: Array, document_ids: None = None, *, cache: LayerCache
+    ) -> tuple[Array, LayerCache]: ...
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        document_ids: Int[Array, "b t"] | None = None,
+        *,
+        cache: LayerCache | None = None,
+    ) -> Any:
         """Mixes tokens causally.
 
         Args:
           x: the input; T need not be a multiple of the segment size.
           document_ids: for documents packed into one sequence, an id per token: nothing crosses
             from one document into another.
+          cache: for the next tokens of a stream, as ``extend``.
 
         Returns:
-          The output, of x's shape, in ``dtype``.
+          The output, of x's shape, in ``dtype``; with a cache, also the cache after it.
 
         Raises:
-          ValueError: for an input that is not (b, t, in_features), or document_ids that are not
-            integers (b, t).
+          ValueError: for an input that is not (b, t, in_features), document_ids that are not
+            integers (b, t), or both document_ids and a cache.
         """
+        if cache is not None:
+            if document_ids is not None:
+                raise ValueError("a cache is of one document in each row: give no document_ids")
+            return self.extend(x, cache)
         _checks.check_input(x, self.in_features)
         if document_ids is not None:
             _checks.check_documents(document_ids, x.shape[:2])
         x = x if self.dtype is None else x.astype(self.dtype)
-        query = l2_normalize(self._heads(self.query_conv(self.query(x), document_ids)))
-        key = l2_normalize(self._heads(self.key_conv(self.key(x), document_ids)))
-        value = self._heads(self.value_conv(self.value(x), document_ids))
+        rows = (
+            conv(linear(x), document_ids)
+            for conv, linear in zip(self._convs(), self._linears(), strict=True)
+        )
+        y = memory_caching(
+            **self._tokens(x, *rows),
+            memory=self.memory,
+            weights=self._initial_weights(),
+            aggregation=self.aggregation,
+            segmentation=self.segmentation,
+            start=self.start,
+            document_ids=document_ids,
+            implementation=self.implementation,
+        )
+        return self._output(x, y)
+
+    def init_cache(
+        self, batch_size: int, max_length: int | None = None, **options: Any
+    ) -> LayerCache:
+        """An empty cache for ``extend``.
+
+        Args:
+          batch_size: rows.
+          max_length: tokens that a row may take; None where ``options`` bound the memory instead.
+          options: how states are kept: ``max_segments``, ``policy``, ``cache_dtype`` and
+            ``placement`` of ``mc.init_cache``.
+
+        Raises:
+          ValueError: as ``mc.init_cache``.
+        """
+        cache = init_cache(
+            batch_size,
+            self.num_heads,
+            self.head_dim,
+            self.head_dim,
+            memory=self.memory,
+            weights=self._initial_weights(),
+            aggregation=self.aggregation,
+            segmentation=self.segmentation,
+            start=self.start,
+            max_length=max_length,
+            dtype=jnp.promote_types(self.query.param_dtype, jnp.float32),
+            **options,
+        )
+        dtype = self.query.param_dtype if self.dtype is None else self.dtype
+        tails = tuple(conv.init_tail(batch_size, dtype) for conv in self._convs())
+        return LayerCache(cache, tails)
+
+    def extend(
+        self, x: Float[Array, "b t d"], cache: LayerCache, lengths: Int[Array, "b"] | None = None
+    ) -> tuple[Float[Array, "b t d"], LayerCache]:
+        """The next tokens of a stream: the outputs that a call on the whole has for them.
+
+        Args:
+          x: the tokens, any number of them.
+          cache: from ``init_cache`` or the call before.
+          lengths: tokens of each row that count, the first ones; all by default.
+
+        Returns:
+          The outputs, and the cache after the last token.
+
+        Raises:
+          ValueError: for an input that is not (b, t, in_features), or that does not fit the cache
+            or find room in it, or for a cache of another layer.
+        """
+        _checks.check_input(x, self.in_features)
+        self._check_cache(cache)
+        x = x if self.dtype is None else x.astype(self.dtype)
+        counts = jnp.full(len(x), x.shape[1]) if lengths is None else lengths
+        rows, tails = zip(
+            *(
+                conv.extend(linear(x), tail, counts)
+                for conv, linear, tail in zip(
+                    self._convs(), self._linears(), cache.tails, strict=True
+                )
+            ),
+            strict=True,
+        )
+        y, memory = extend(cache.memory, **self._tokens(x, *rows), lengths=lengths)
+        return self._output(x, y), LayerCache(memory, tails)
+
+    def _check_cache(self, cache: LayerCache) -> None:
+        for name in ("memory", "aggregation", "segmentation", "start"):
+            made, here = getattr(cache.memory.config, name), getattr(self, name)
+            if made != here:
+                raise ValueError(f"the cache was made for {name}={made}, this layer has {here}")
+        if cache.memory.key_sum.shape[1::2] != (self.num_heads, self.head_dim):
+            raise ValueError(
+                f"the cache was made for (heads, head_dim) = {cache.memory.key_sum.shape[1::2]}, "
+                f"this layer has {(self.num_heads, self.head_dim)}"
+            )
+
+    def _linears(self) -> tuple[Linear, ...]:
+        return self.query, self.key, self.value
+
+    def _convs(self) -> tuple[CausalConv, ...]:
+        return self.query_conv, self.key_conv, self.value_conv
+
+    def _initial_weights(self) -> dict[str, Array]:
+        return {name: weight[...] for name, weight in self.weights.items()}
+
+    def _tokens(self, x: Array, query: Array, key: Array, value: Array) -> dict[str, Any]:
+        """What the functional core takes of each token."""
+        query, key = l2_normalize(self._heads(query)), l2_normalize(self._heads(key))
         connector = None
         if self.aggregation.gate == "position":
             connector = self._heads(self.connector(x))
@@ -168,26 +317,20 @@ class MemoryCaching(nnx.Module):
             learned = hasattr(self, "connector")
             connector = l2_normalize(self._heads(self.connector(x))) if learned else query
             connector *= self.temperature[...].astype(x.dtype)[None, None, :, None]
-        y = memory_caching(
-            query,
-            key,
-            value,
-            connector,
-            memory=self.memory,
-            controls=self.memory.coupled(
-                {
-                    name: self._control(control, name, x)
-                    for name, control in self.memory.controls.items()
-                    if not control.optional
-                }
-            ),
-            weights={name: weight[...] for name, weight in self.weights.items()},
-            aggregation=self.aggregation,
-            segmentation=self.segmentation,
-            start=self.start,
-            document_ids=document_ids,
-            implementation=self.implementation,
+        controls = {
+            name: self._control(control, name, x)
+            for name, control in self.memory.controls.items()
+            if not control.optional
+        }
+        return dict(
+            query=query,
+            key=key,
+            value=self._heads(value),
+            connector=connector,
+            controls=self.memory.coupled(controls),
         )
+
+    def _output(self, x: Float[Array, "b t d"], y: Float[Array, "b t h k"]) -> Array:
         y = self.norm(y).reshape(*x.shape[:2], -1)
         return self.out(y * jax.nn.silu(self.gate(x)))
 

@@ -15,10 +15,10 @@ MEMORIES = {
 }
 
 
-def make(memory, states, dtype=jnp.float32):
+def make(memory, states, dtype=jnp.float32, rows=29):
     """Rows that choose two of ``states`` states each."""
     memory, shapes = MEMORIES[memory]
-    normal, lead, rows = normals(0, dtype), (2, 1), (2, 1, 3, 29)
+    normal, lead, rows = normals(0, dtype), (2, 1), (2, 1, 3, rows)
     bank = tuple(normal(*lead, states, *shape) * shape[0] ** -0.5 for shape in shapes)
     query, gates = normal(*rows, 4), normal(*rows, 2)
     chosen = jnp.asarray(np.random.default_rng(1).integers(0, states, gates.shape))
@@ -54,6 +54,12 @@ def test_xla_equals_reference(memory, precision, tolerance, schedule):
 @pytest.mark.parametrize("states", [1, 40])
 def test_few_and_many_states(states):
     compare(*make("matrix", states, jnp.float64), 1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_one_row_of_a_block(memory):
+    compare(*make(memory, 7, jnp.float64, rows=1), 1e-12)
 
 
 @pytest.mark.usefixtures("x64")

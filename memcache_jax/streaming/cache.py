@@ -1,0 +1,298 @@
+"""Caches: what later tokens of a stream need of earlier ones."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from memcache_jax import _checks
+from memcache_jax._arguments import check_configuration, check_weights
+from memcache_jax._typing import Array, State
+from memcache_jax.aggregation import SSC, Aggregation
+from memcache_jax.caching import Start
+from memcache_jax.memories import Memory
+from memcache_jax.segmentation import Constant, Segmentation
+from memcache_jax.streaming import storage
+from memcache_jax.streaming.schedule import make_schedule
+from memcache_jax.streaming.slots import POLICIES, Planned, Policy, Recent, Slots
+from memcache_jax.streaming.storage import Placement
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    """What a cache was made for; ``extend`` takes it from there.
+
+    Attributes:
+      memory: the write rule.
+      aggregation: how reads become one output.
+      segmentation: where states are cached.
+      start: what a segment's memory begins with.
+      max_length: tokens that a row may take; None for any number.
+      max_segments: states that are kept, of segments of one size; else None.
+      policy: what makes room for more.
+      cache_dtype: of cached states.
+      placement: where these are.
+    """
+
+    memory: Memory
+    aggregation: Aggregation
+    segmentation: Segmentation
+    start: Start
+    max_length: int | None
+    max_segments: int | None
+    policy: Policy
+    cache_dtype: str
+    placement: Placement
+
+    @property
+    def slots(self) -> Slots:
+        """Where states are kept, and for how long."""
+        if self.max_segments is not None:
+            return Recent(self.max_segments, self.segmentation.size, self.policy)
+        return Planned(make_schedule(self.segmentation, self.max_length))
+
+    def storage(self, initial: State) -> storage.Bank:
+        """What holds cached states like this one, (h, ...)."""
+        state = jax.eval_shape(
+            lambda state: storage.pack(self.memory.matrices(state), self.cache_dtype), initial
+        )
+        bank = storage.HostBank if self.placement == "host" else storage.DeviceBank
+        return bank(self.slots.num_slots, state)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("initial", "position", "state", "anchor", "key_sum", "bank", "pooled", "record"),
+    meta_fields=("config",),
+)
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """A stream's past, row by row, as a pytree whose arrays never change their shapes.
+
+    A track is a run of tokens over which a state is written: that of track 0 is the live one, and
+    others are buckets of several segments.
+
+    Attributes:
+      initial: the state before the first token, (h, ...).
+      position: tokens that each row has taken, (b,).
+      state: the state of each track, (b, h, tracks, ...).
+      anchor: the states with which the current chunk began; None for rules exact for any chunk.
+      key_sum: the sum of each track's keys since it began, (b, h, tracks, k).
+      bank: matrices of the cached states, (b, h, slots, in, out), in ``cache_dtype``; on the host
+        in one axis, see ``storage``.
+      pooled: pooled keys of the cached states, (b, h, slots, k).
+      record: what lies in which slot.
+      config: what the cache was made for.
+    """
+
+    # Trees of the same form hold other things than arrays, or more axes, so these are not checked.
+    initial: Any
+    position: Any
+    state: Any
+    anchor: Any
+    key_sum: Any
+    bank: Any
+    pooled: Any
+    record: Any
+    config: CacheConfig
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(x.nbytes for x in jax.tree.leaves(self))
+
+    def reset(self, rows: jax.typing.ArrayLike) -> "Cache":
+        """The cache with the marked rows (b,) before their first token."""
+        rows = jnp.asarray(rows)
+        # States and sums begin anew with the first token, and empty slots are not read.
+        position, record = jax.tree.map(
+            lambda x: jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), 0, x),
+            (self.position, self.record),
+        )
+        return dataclasses.replace(self, position=position, record=record)
+
+    def take(self, rows: jax.typing.ArrayLike) -> "Cache":
+        """The cache of these rows, in this order; one may come more than once."""
+        rows = jnp.asarray(rows)
+        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        initial, config, bank = (parts.pop(name) for name in ("initial", "config", "bank"))
+        taken = jax.tree.map(lambda x: jnp.take(x, rows, axis=0), parts)
+        bank = config.storage(initial).take_rows(bank, rows, len(self.position))
+        return Cache(initial=initial, config=config, bank=bank, **taken)
+
+
+def init_cache(
+    batch: int,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    *,
+    memory: Memory,
+    weights: Mapping[str, Array] | None = None,
+    aggregation: Aggregation,
+    segmentation: Segmentation,
+    start: Start = "independent",
+    max_segments: int | None = None,
+    max_length: int | None = None,
+    policy: Policy = "error",
+    dtype: DTypeLike = jnp.float32,
+    cache_dtype: DTypeLike | None = None,
+    placement: Placement = "device",
+) -> Cache:
+    """An empty cache for ``extend``.
+
+    Where each segment counts the same and is read linearly (``Aggregation.merges_exactly``: uniform
+    soup, or the uniform gates of a memory of one layer) segments of one size are kept as one
+    running mean, in O(1).
+
+    Args:
+      batch: rows.
+      heads: heads h.
+      key_dim: key dimension k of a head.
+      value_dim: value dimension v of a head.
+      memory: as for ``memory_caching``, and so are the next four.
+      weights: initial weights of a deep memory by name, (h, out, in).
+      aggregation: how reads become one output.
+      segmentation: where states are cached.
+      start: what a segment's memory begins with.
+      max_segments: segments that may be cached. With ``policy="error"`` a row takes the tokens of
+        one more, or of ``max_length`` where that is given instead.
+      max_length: tokens of a row.
+      policy: for segments of one size, what happens where ``max_segments`` are cached and another
+        ends: ``"error"``; the state of the oldest goes, ``"drop_oldest"``; that of the one whose
+        mean gate was smallest, ``"drop_least_read"``; or two neighbours in time, those of the
+        fewest tokens, become one, ``"merge"``: the mean of their states and of their pooled keys,
+        weighted by tokens. A state of n segments counts n times in its gate.
+      dtype: of live states, sums and pooled keys: float32 or float64.
+      cache_dtype: of cached states: by default ``dtype``; or bfloat16, or int8 with a scale for
+        each row of a matrix.
+      placement: where cached states are, on the ``"device"`` or, for ``SSC``, in the memory of the
+        ``"host"``, from which only the states that a token selects are brought in.
+
+    Returns:
+      The cache, with no token in any row.
+
+    Raises:
+      ValueError: for sizes below 1, weights that do not fit, an unknown start, policy, dtype or
+        placement, bounds that are missing, or a policy, or a placement, for which the segments, or
+        the aggregation, are not made.
+
+    Example:
+      >>> import memcache_jax as mc
+      >>> cache = mc.init_cache(2, 4, 16, 16, memory=mc.memories.LinearAttention(),
+      ...                       aggregation=mc.GRM(), segmentation=mc.Constant(32), max_segments=7)
+      >>> cache.position.tolist(), cache.pooled.shape
+      ([0, 0], (2, 4, 7, 16))
+    """
+    check_configuration(memory, aggregation, segmentation)
+    _checks.check_choice("start", start, ("independent", "checkpoint"))
+    for name, size in dict(
+        batch=batch, heads=heads, key_dim=key_dim, value_dim=value_dim, max_length=max_length
+    ).items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    weights = {name: weight.astype(dtype) for name, weight in (weights or {}).items()}
+    check_weights(memory, weights, heads, key_dim, value_dim)
+    max_length, max_segments, policy = _bounds(
+        memory, aggregation, segmentation, max_length, max_segments, policy
+    )
+    config = CacheConfig(
+        memory,
+        aggregation,
+        segmentation,
+        start,
+        max_length,
+        max_segments,
+        policy,
+        _checked_dtype(dtype if cache_dtype is None else cache_dtype),
+        placement,
+    )
+    _check_placement(config)
+    slots = config.slots
+    if not slots.num_slots:
+        config = dataclasses.replace(config, placement="device")
+
+    initial = jax.vmap(
+        lambda weights: memory.init(weights, key_dim, value_dim, jnp.dtype(dtype)), axis_size=heads
+    )(weights)
+
+    def repeat(x: Array, count: int) -> Array:
+        shape = (batch, heads, count, *x.shape[1:])
+        return jnp.broadcast_to(x.reshape(1, heads, 1, *x.shape[1:]), shape)
+
+    tracks = slots.num_tracks if start == "independent" else 1
+    state = jax.tree.map(lambda x: repeat(x, tracks), initial)
+    # Arrays of the cache's own: one that is shared, or the model's, cannot be donated.
+    own = functools.partial(jax.tree.map, jnp.copy)
+    return Cache(
+        initial=own(initial),
+        position=jnp.zeros(batch, jnp.int32),
+        state=own(state),
+        anchor=own(state) if memory.gradient_chunk else None,
+        key_sum=jnp.zeros((batch, heads, slots.num_tracks, key_dim), dtype),
+        bank=config.storage(initial).empty(batch),
+        pooled=jnp.zeros((batch, heads, slots.num_slots, key_dim), dtype),
+        record=own(slots.init(batch)),
+        config=config,
+    )
+
+
+def _bounds(
+    memory: Memory,
+    aggregation: Aggregation,
+    segmentation: Segmentation,
+    max_length: int | None,
+    max_segments: int | None,
+    policy: Policy,
+) -> tuple[int | None, int | None, Policy]:
+    """Tokens of a row and states to keep, None for any number and for as many as a plan says.
+
+    Returns:
+      Both, and the policy: where it changes no output, ``"merge"``.
+    """
+    _checks.check_choice("policy", policy, POLICIES)
+    same_size = isinstance(segmentation, Constant)
+    if max_segments is not None and max_segments < (0 if policy == "error" else 1):
+        raise ValueError(f"max_segments is too small for policy={policy!r}, got {max_segments}")
+    if policy != "error":
+        if not same_size:
+            raise ValueError(
+                f"policy={policy!r} is for segments of one size, Constant, got {segmentation}"
+            )
+        if max_segments is None:
+            raise ValueError(f"policy={policy!r} needs max_segments, got none")
+        return max_length, max_segments, policy
+    if (max_segments is None) == (max_length is None):
+        raise ValueError(
+            f"give max_segments or max_length, got max_segments={max_segments}, "
+            f"max_length={max_length}"
+        )
+    if max_length is None:
+        assert max_segments is not None
+        max_length = segmentation.span(max_segments + 1)
+    if not same_size:
+        return max_length, None, policy
+    kept = -(-max_length // segmentation.size) - 1
+    if kept and aggregation.merges_exactly(memory):
+        return max_length, 1, "merge"
+    return max_length, kept, policy
+
+
+def _checked_dtype(dtype: DTypeLike) -> str:
+    name = jnp.dtype(dtype).name
+    _checks.check_choice("cache_dtype", name, storage.CACHE_DTYPES)
+    return name
+
+
+def _check_placement(config: CacheConfig) -> None:
+    _checks.check_choice("placement", config.placement, storage.PLACEMENTS)
+    fits = isinstance(config.aggregation, SSC) and config.policy != "merge"
+    if config.placement == "host" and not fits:
+        raise ValueError(
+            "placement='host' is for SSC, which reads a few states, where none are merged, got "
+            f"{config.aggregation} and policy={config.policy!r}"
+        )

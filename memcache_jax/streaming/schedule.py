@@ -1,0 +1,87 @@
+"""When a stream of tokens begins, stores and reads the states of a read plan."""
+
+import dataclasses
+import functools
+import heapq
+
+import numpy as np
+
+from memcache_jax.segmentation import ReadPlan, Segmentation
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Schedule:
+    """What to do at each block of a stream.
+
+    A track is a run that goes on over several blocks; track 0 is the live segment, and others are
+    the buckets of several segments that a block lies in. A slot holds a cached state for as long as
+    it is read, and then another.
+
+    Attributes:
+      block_size: tokens in a block.
+      begins: (blocks, tracks) whether a run begins with the block.
+      stores: (blocks, tracks) the slot of the bucket that ends with the block, -1 for none.
+      tokens: (blocks, tracks) tokens of that bucket, 1 for none.
+      reads: (blocks, r) the slots that the block reads, oldest first, padded with -1.
+      distances: (blocks, r) as a plan's.
+      first: (blocks,) as a plan's.
+      num_slots: slots in all.
+    """
+
+    block_size: int
+    begins: np.ndarray
+    stores: np.ndarray
+    tokens: np.ndarray
+    reads: np.ndarray
+    distances: np.ndarray
+    first: np.ndarray
+    num_slots: int
+
+
+@functools.lru_cache(maxsize=64)
+def make_schedule(segmentation: Segmentation, length: int) -> Schedule:
+    """The schedule of a stream of at most ``length`` tokens."""
+    plan = segmentation.plan(length)
+    after = plan.buckets[:, 1]
+    slot = _places(after, _last_readers(plan) + 1)
+    track = np.zeros(len(after), int)
+    (spans,) = np.nonzero(plan.spans_segments)
+    track[spans] = 1 + _places(plan.buckets[spans, 0], after[spans])
+    shape = (plan.num_blocks, 1 + track.max(initial=0))
+    begins, stores, tokens = np.zeros(shape, bool), np.full(shape, -1), np.ones(shape, int)
+    begins[:, 0] = plan.begins
+    begins[plan.buckets[spans, 0], track[spans]] = True
+    if len({*zip(after.tolist(), track.tolist(), strict=True)}) < len(after):
+        raise ValueError(f"two states of {segmentation} end at one token: no stream keeps both")
+    stores[after - 1, track] = slot
+    tokens[after - 1, track] = (after - plan.buckets[:, 0]) * plan.block_size
+    reads = np.where(plan.visible, np.append(slot, -1)[plan.reads], -1)
+    return Schedule(
+        plan.block_size,
+        begins,
+        stores,
+        tokens,
+        reads,
+        plan.distances,
+        plan.first,
+        int(1 + slot.max(initial=-1)),
+    )
+
+
+def _last_readers(plan: ReadPlan) -> np.ndarray:
+    """The last block that reads each bucket."""
+    last = np.zeros(len(plan.buckets), int)
+    block, _ = np.nonzero(plan.visible)
+    np.maximum.at(last, plan.reads[plan.visible], block)
+    return last
+
+
+def _places(begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Places of intervals [begin, end), such that none holds two that overlap; the fewest."""
+    place = np.zeros(len(begin), int)
+    taken: list[tuple[int, int]] = []  # until when, and which
+    for i in np.argsort(begin, kind="stable"):
+        free = taken and taken[0][0] <= begin[i]
+        place[i] = heapq.heappop(taken)[1] if free else len(taken)
+        heapq.heappush(taken, (int(end[i]), int(place[i])))
+    return place

@@ -1,0 +1,186 @@
+"""How a cache holds its states: dtypes narrower than the arithmetic, and the host's memory."""
+
+import abc
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from memcache_jax._typing import Array, Float, Int, Matrices
+
+Placement = Literal["device", "host"]
+PLACEMENTS = ("device", "host")
+CACHE_DTYPES = ("float64", "float32", "bfloat16", "int8")
+
+
+_LINE = 128
+
+
+class Quantized(NamedTuple):
+    """A matrix of int8, and what each of its rows is to be multiplied with."""
+
+    values: Any  # (..., in, out)
+    scale: Any  # (..., in, 1)
+
+
+def pack(matrices: Matrices, dtype: DTypeLike) -> Any:
+    """The matrices as a bank holds them: for int8, rounded to 1/127 of each row's largest entry."""
+    if jnp.dtype(dtype) != jnp.int8:
+        return jax.tree.map(lambda x: x.astype(dtype), matrices)
+
+    def quantize(x: Float[Array, "... in out"]) -> Quantized:
+        scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127
+        values = jnp.round(x / jnp.where(scale > 0, scale, 1)).astype(jnp.int8)
+        return Quantized(values, scale.astype(jnp.float32))
+
+    return jax.tree.map(quantize, matrices)
+
+
+def unpack(stored: Any, dtype: DTypeLike) -> Matrices:
+    """The matrices in the dtype of the arithmetic."""
+
+    def widen(x: Any) -> Array:
+        if isinstance(x, Quantized):
+            return x.values.astype(dtype) * x.scale.astype(dtype)
+        return x.astype(dtype)
+
+    return jax.tree.map(widen, stored, is_leaf=lambda x: isinstance(x, Quantized))
+
+
+class Bank(abc.ABC):
+    """Where the packed matrices of cached states are.
+
+    Attributes:
+      num_slots: slots of a row.
+      state: the packed matrices (h, in, out) of one state, or their shapes.
+    """
+
+    def __init__(self, num_slots: int, state: Any) -> None:
+        self.num_slots, self.state = num_slots, state
+
+    @abc.abstractmethod
+    def empty(self, batch: int) -> Any:
+        """The arrays, with zeros."""
+
+    @abc.abstractmethod
+    def take(self, arrays: Any, slots: Int[Array, "b h n"]) -> Any:
+        """The states (b, h, n, ...) in these slots of each head."""
+
+    @abc.abstractmethod
+    def put(self, arrays: Any, states: Any, place: Int[Array, "b n"]) -> Any:
+        """The arrays with states (b, h, n, ...) in these slots; in ``num_slots`` is no place."""
+
+    @abc.abstractmethod
+    def take_rows(self, arrays: Any, rows: Int[Array, "n"], batch: int) -> Any:
+        """The arrays of these rows, of as many as there are."""
+
+
+class DeviceBank(Bank):
+    """Arrays (b, h, slots, in, out) on the device."""
+
+    def empty(self, batch: int) -> Any:
+        """The arrays, with zeros."""
+        return jax.tree.map(
+            lambda x: jnp.zeros((batch, len(x), self.num_slots, *x.shape[1:]), x.dtype), self.state
+        )
+
+    def take(self, arrays: Any, slots: Int[Array, "b h n"]) -> Any:
+        """The states (b, h, n, ...) in these slots of each head."""
+        return jax.tree.map(lambda kept: jax.vmap(jax.vmap(lambda x, i: x[i]))(kept, slots), arrays)
+
+    def put(self, arrays: Any, states: Any, place: Int[Array, "b n"]) -> Any:
+        """The arrays with states (b, h, n, ...) in these slots; in ``num_slots`` is no place."""
+        each = jax.vmap(lambda kept, new, place: kept.at[:, place].set(new, mode="drop"))
+        return jax.tree.map(lambda kept, new: each(kept, new, place), arrays, states)
+
+    def take_rows(self, arrays: Any, rows: Int[Array, "n"], batch: int) -> Any:
+        """The arrays of these rows."""
+        return jax.tree.map(lambda kept: jnp.take(kept, rows, axis=0), arrays)
+
+
+class HostBank(Bank):
+    """Arrays (b * (slots + 1) * h, lines, 128) on the host, of matrices flat and filled up.
+
+    So TPUs keep a state in one piece, and copy it alone. A row's last slot is for states that are
+    not kept.
+    """
+
+    def empty(self, batch: int) -> Any:
+        """The arrays, with zeros."""
+        count = batch * (self.num_slots + 1)
+
+        def zeros(x: Any) -> Array:
+            lines = jax.eval_shape(_to_lines, x)
+            return _to_host(jnp.zeros((count * len(x), *lines.shape[1:]), lines.dtype))
+
+        return jax.tree.map(zeros, self.state)
+
+    def take(self, arrays: Any, slots: Int[Array, "b h n"]) -> Any:
+        """The states (b, h, n, ...) in these slots of each head."""
+        batch, heads, _ = slots.shape
+        rows = jnp.arange(batch)[:, None, None] * (self.num_slots + 1)
+        places = (rows + slots) * heads + jnp.arange(heads)[None, :, None]
+
+        def one(kept: Array, place: Array) -> Array:
+            # Of a slice only that is copied from the host, of a gather everything.
+            state = lax.dynamic_slice_in_dim(kept, place, 1)
+            return jax.device_put(state, jax.memory.Space.Device)[0]
+
+        def shaped(x: Array, like: Any) -> Array:
+            states = _from_lines(x, like.shape[1:], like.dtype)
+            return states.reshape(*slots.shape, *like.shape[1:])
+
+        lines = lax.map(lambda i: jax.tree.map(lambda x: one(x, i), arrays), places.reshape(-1))
+        return jax.tree.map(shaped, lines, self.state)
+
+    def put(self, arrays: Any, states: Any, place: Int[Array, "b n"]) -> Any:
+        """The arrays with states (b, h, n, ...) in these slots; in ``num_slots`` is no place."""
+
+        def put(kept: Array, new: Array) -> Array:
+            rows, heads, tracks = new.shape[:3]
+            lines = _to_lines(new.reshape(rows * heads * tracks, *new.shape[3:]))
+            new = _to_host(lines.reshape(rows, heads, tracks, *lines.shape[1:]))
+            for row in range(rows):
+                for track in range(tracks):
+                    begin = (row * (self.num_slots + 1) + place[row, track]) * heads
+                    kept = lax.dynamic_update_slice_in_dim(kept, new[row, :, track], begin, axis=0)
+            return kept
+
+        return jax.tree.map(put, arrays, states)
+
+    def take_rows(self, arrays: Any, rows: Int[Array, "n"], batch: int) -> Any:
+        """The arrays of these rows, of as many as there are."""
+
+        def take(kept: Array) -> Array:
+            size = len(kept) // batch
+            new = _to_host(jnp.zeros((len(rows) * size, *kept.shape[1:]), kept.dtype))
+            for i in range(len(rows)):
+                row = lax.dynamic_slice_in_dim(kept, rows[i] * size, size)
+                new = lax.dynamic_update_slice_in_dim(new, row, i * size, axis=0)
+            return new
+
+        return jax.tree.map(take, arrays)
+
+
+def _to_lines(x: Array) -> Array:
+    """(n, ...) as (n, lines, 128); int8 by four as int32, since it fails to compile for TPUs."""
+    flat, packed = x.reshape(len(x), -1), 4 if x.dtype == jnp.int8 else 1
+    flat = jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % (packed * _LINE))))
+    if packed > 1:
+        flat = lax.bitcast_convert_type(flat.reshape(len(x), -1, packed), jnp.int32)
+    return flat.reshape(len(x), -1, _LINE)
+
+
+def _from_lines(lines: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    """The (n, ...) of which ``_to_lines`` made these."""
+    flat = lines.reshape(len(lines), -1)
+    if flat.dtype != dtype:
+        flat = lax.bitcast_convert_type(flat, dtype).reshape(len(lines), -1)
+    return flat[:, : math.prod(shape)].reshape(-1, *shape)
+
+
+def _to_host(x: Array) -> Array:
+    return jax.device_put(x, jax.memory.Space.Host)
