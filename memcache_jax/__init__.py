@@ -3,7 +3,7 @@
 from memcache_jax import memories, nn, presets
 from memcache_jax.aggregation import GRM, SSC, Aggregation, Residual, Soup
 from memcache_jax.caching import memory_caching
-from memcache_jax.generation import generate
+from memcache_jax.generation import Decoder, generate
 from memcache_jax.segmentation import Constant, Lengths, Logarithmic, ReadPlan, Segmentation
 from memcache_jax.streaming import Cache, extend, init_cache
 
@@ -15,6 +15,7 @@ __all__ = [
     "Aggregation",
     "Cache",
     "Constant",
+    "Decoder",
     "Lengths",
     "Logarithmic",
     "ReadPlan",

@@ -40,4 +40,7 @@ def test_example(module, docstring):
 
 def test_there_are_examples():
     found = {example.id for example in examples()}
-    assert {"memcache_jax.caching.memory_caching", "memcache_jax.generation.generate"} <= found
+    assert {
+        "memcache_jax.caching.memory_caching",
+        "memcache_jax.generation.generate.generate",
+    } <= found

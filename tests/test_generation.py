@@ -1,6 +1,7 @@
 """Generation: greedy and sampled continuations, the stop token, and what is refused."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,9 +87,9 @@ def test_one_trace_for_equal_buffer_lengths():
     for length, new, temperature in [(5, 3, 1.0), (7, 50, 0.5), (5, 3, 1.0)]:
         prompt = jnp.zeros((2, length), jnp.int32)
         mc.generate(model, prompt, new, temperature=temperature, key=jax.random.key(length))
-    assert traces == [(2, 64)]
+    assert traces == 2 * [(2, 64)]  # for the prompt and for the tokens after it
     mc.generate(model, prompt, 60, key=jax.random.key(0))
-    assert traces == [(2, 64), (2, 128)]
+    assert traces == 2 * [(2, 64)] + 2 * [(2, 128)]
 
 
 def test_an_updated_model_is_read_anew():
@@ -107,6 +108,62 @@ def test_rows_are_filled_with_the_stop_token_after_it():
         [0, 7, 8, 9, 0, 1, 2],
         [8, 4, 5, 6, 7, 8, 9],
     ]
+
+
+def test_several_stop_tokens():
+    got = mc.generate(count_up, np.array([[1], [5]]), 5, temperature=0, stop_token=[4, 7])
+    assert got.tolist() == [[1, 2, 3, 4, 4, 4], [5, 6, 7, 7, 7, 7]]
+
+
+@pytest.mark.parametrize("mixer", ["titans", "attention"])
+def test_rows_of_their_own_lengths(mixer):
+    model, tokens, lengths = language_model(mixer), prompts(length=20), np.array([20, 1, 13])
+    got = mc.generate(model, tokens, 9, lengths=lengths, temperature=0, stop_token=0)
+    for row, length in enumerate(lengths):
+        alone = mc.generate(model, tokens[row : row + 1, :length], 9, temperature=0, stop_token=0)
+        np.testing.assert_array_equal(got[row, : length + 9], alone[0])
+        np.testing.assert_array_equal(got[row, length + 9 :], 0)
+
+
+def test_a_cache_of_a_language_model_and_none_agree():
+    model, tokens = language_model("titans"), prompts()
+    options: dict[str, Any] = dict(temperature=0.8, top_p=0.9, key=jax.random.key(2))
+    graph, state = nnx.split(model)
+    anew = mc.generate(lambda tokens: nnx.merge(graph, state)(tokens), tokens, 30, **options)
+    np.testing.assert_array_equal(mc.generate(model, tokens, 30, **options), anew)
+
+
+def test_bounded_memory():
+    model = language_model()
+    options: dict[str, Any] = dict(temperature=0, cache=dict(max_segments=1, policy="drop_oldest"))
+    short, long = (mc.generate(model, prompts(), new, **options) for new in (20, 40))
+    full = mc.generate(model, prompts(), 40, temperature=0)
+    np.testing.assert_array_equal(short, full[:, :25])  # the first two segments see all
+    np.testing.assert_array_equal(long[:, :25], short)
+    with pytest.raises(ValueError, match=r"is for an nn\.LanguageModel"):
+        mc.generate(count_up, prompts(), 2, **options)
+
+
+def test_decoder():
+    model, tokens = language_model("titans"), prompts(length=9)
+    wanted = np.asarray(mc.generate(model, tokens, 6, temperature=0))
+    decoder = mc.Decoder(model, 3, max_length=40, temperature=0)
+    with pytest.raises(ValueError, match="feed at least one token"):
+        decoder.next()
+    decoder.feed(tokens[:, :4])
+    decoder.feed(tokens[:, 4:])
+    np.testing.assert_array_equal(
+        np.stack([decoder.next() for _ in range(6)], axis=1), wanted[:, 9:]
+    )
+
+    # The conversation goes on, rows at a place of their own.
+    decoder.feed(tokens, lengths=np.array([2, 9, 5]))
+    after = np.stack([decoder.next() for _ in range(4)], axis=1)
+    row = np.concatenate([wanted[2], tokens[2, :5]])[None]
+    np.testing.assert_array_equal(mc.generate(model, row, 4, temperature=0)[0, 20:], after[2])
+    with pytest.raises(ValueError, match="holds 40 tokens in a row and would have 4"):
+        decoder.feed(np.ones((3, 20), int))
+    decoder.next()
 
 
 def test_generation_ends_when_all_rows_have_stopped():
@@ -149,23 +206,33 @@ def test_equal_rows_are_sampled_apart():
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "expected"),
+    ("temperature", "top_k", "top_p", "expected"),
     [
-        (1.0, 1.0, [0.1, 0.4, 0.2, 0.3]),
-        (0.5, 1.0, [1 / 30, 16 / 30, 4 / 30, 9 / 30]),  # squares of the probabilities
-        (1.0, 0.65, [0, 4 / 7, 0, 3 / 7]),
-        (1.0, 0.75, [0, 4 / 9, 2 / 9, 3 / 9]),
-        (1.0, 0.3, [0, 1, 0, 0]),  # the first token alone is more than that
-        (1.0, 1e-9, [0, 1, 0, 0]),
-        (1e-30, 1.0, [0, 1, 0, 0]),
-        (1e-45, 0.5, [0, 1, 0, 0]),  # below the smallest normal float32
+        (1.0, None, 1.0, [0.1, 0.4, 0.2, 0.3]),
+        (0.5, None, 1.0, [1 / 30, 16 / 30, 4 / 30, 9 / 30]),  # squares of the probabilities
+        (1.0, None, 0.65, [0, 4 / 7, 0, 3 / 7]),
+        (1.0, None, 0.75, [0, 4 / 9, 2 / 9, 3 / 9]),
+        (1.0, None, 0.3, [0, 1, 0, 0]),  # the first token alone is more than that
+        (1.0, None, 1e-9, [0, 1, 0, 0]),
+        (1e-30, None, 1.0, [0, 1, 0, 0]),
+        (1e-45, None, 0.5, [0, 1, 0, 0]),  # below the smallest normal float32
+        (1.0, 9, 1.0, [0.1, 0.4, 0.2, 0.3]),
+        (1.0, 3, 1.0, [0, 4 / 9, 2 / 9, 3 / 9]),
+        (1.0, 3, 0.7, [0, 4 / 7, 0, 3 / 7]),  # 7/9 of what the three have
+        (1.0, 1, 1.0, [0, 1, 0, 0]),
     ],
 )
-def test_sampled_frequencies(temperature, top_p, expected):
+def test_sampled_frequencies(temperature, top_k, top_p, expected):
     model = always(0.1, 0.4, 0.2, 0.3)
     prompt = jnp.zeros((200, 1), jnp.int32)
     tokens = mc.generate(
-        model, prompt, 60, temperature=temperature, top_p=top_p, key=jax.random.key(0)
+        model,
+        prompt,
+        60,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        key=jax.random.key(0),
     )
     frequencies = np.bincount(np.asarray(tokens[:, 1:]).ravel(), minlength=4) / (200 * 60)
     # Five standard deviations of 12,000 draws; a probability of 0 or 1 leaves none.
@@ -224,9 +291,14 @@ def test_in_float64(x64):
         (None, {"temperature": -0.1}, "temperature must be a finite number >= 0, got -0.1"),
         (None, {"temperature": float("nan")}, "temperature .* got nan"),
         (None, {"temperature": float("inf")}, "temperature .* got inf"),
+        (None, {"top_k": 0}, "top_k must be at least 1, got 0"),
+        (None, {"lengths": np.array([5, 6, 1])}, r"lengths must be 1 to 5, .* got \[5, 6, 1\]"),
+        (None, {"lengths": np.array([5])}, r"lengths must be integers \(b,\) = \(3,\), got"),
+        (None, {"cache": {"max_segments": 2, "policy": "forget"}}, "policy must be one of"),
         (None, {"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         (None, {"top_p": 1.1}, r"top_p must be in \(0, 1\], got 1.1"),
         (None, {"stop_token": VOCAB}, "stop_token must hold .* got 23"),
+        (None, {"stop_token": [1, VOCAB]}, "stop_token must hold .* got 23"),
         (None, {"stop_token": -1}, "stop_token must hold .* got -1"),
         (None, {"key": None}, r"temperature 1.0 needs key=jax.random.key"),
     ],

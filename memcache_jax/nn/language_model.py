@@ -206,6 +206,13 @@ class LanguageModelCache:
         """Bytes of all arrays."""
         return sum(x.nbytes for x in jax.tree.leaves(self))
 
+    def check_room(self, shape: tuple[int, ...], lengths: Any = None) -> None:
+        """Raises ValueError unless tokens (b, t) go on where the rows are, and have room.
+
+        ``lengths`` of them count in each row. What is traced is not known.
+        """
+        _checks.check_room(self.position, shape, lengths, self.max_length)
+
     def reset(self, rows: jax.typing.ArrayLike) -> "LanguageModelCache":
         """The cache with the marked rows (b,) before their first token."""
         position = jnp.where(jnp.asarray(rows), 0, self.position)
@@ -345,7 +352,7 @@ class LanguageModel(nnx.Module):
             row's room are NaN.
         """
         _check_tokens(tokens)
-        _checks.check_room(cache.position, tokens.shape[:2], lengths, cache.max_length)
+        cache.check_room(tokens.shape, lengths)
         graph, stacked = nnx.split(self.layers)
 
         def period(x: Array, layer: tuple) -> tuple[Array, Any]:

@@ -94,14 +94,17 @@ def extend(
         chunk = exact_chunk(block, config.max_length or 2 * block, memory.largest_chunk)
     y = jnp.zeros((*key.shape[:1], key.shape[2], count, value.shape[-1]), cache.key_sum.dtype)
     carry = (cache, jnp.zeros(len(query), jnp.int32), y)
+    single = functools.partial(_advance, tokens, lengths, chunk, 1)
     if count >= chunk > 1:
         whole = functools.partial(_advance, tokens, lengths, chunk, chunk)
-        single = functools.partial(_advance, tokens, lengths, 1, chunk)
-        carry = _repeat(single, chunk - 1, carry)
-        carry = _repeat(whole, count // chunk, carry)
-        count = chunk - 1
-    last = functools.partial(_advance, tokens, lengths, 1, 1)
-    cache, _, y = _repeat(last, count, carry)
+
+        def some(carry: tuple) -> tuple:
+            return _repeat(whole, count // chunk, _repeat(single, chunk - 1, carry))
+
+        # First to the end of the chunk that was begun, and chunks; then what is left.
+        cache, _, y = _repeat(some, 2, carry)
+    else:
+        cache, _, y = _repeat(single, count, carry)
     return jnp.moveaxis(y, 1, 2).astype(value.dtype), cache
 
 
@@ -112,15 +115,12 @@ def _repeat(advance: Any, times: int, carry: tuple) -> tuple:
 
 
 def _advance(
-    tokens: tuple, lengths: Int[Array, "b"], size: int, align: int, carry: tuple
+    tokens: tuple, lengths: Int[Array, "b"], chunk: int, size: int, carry: tuple
 ) -> tuple[Cache, Array, Array]:
-    """Takes ``size`` tokens in the rows that have them.
-
-    With ``align``, single tokens only up to the next multiple, and chunks only from one.
-    """
+    """Takes a whole chunk in the rows that can, or one token in those that cannot."""
     cache, done, y = carry
-    phase = cache.position % align
-    active = (done + size <= lengths) & ((phase == 0) if size == align else (phase > 0))
+    whole = (cache.position % chunk == 0) & (done + chunk <= lengths)
+    active = whole if size > 1 else ~whole & (done < lengths)
 
     def go(cache: Cache, y: Array) -> tuple[Cache, Array]:
         # Beyond a row's last token the slice is moved back, and not active.

@@ -1,0 +1,6 @@
+"""Generation: continuing token sequences with a causal model."""
+
+from memcache_jax.generation.decoder import Decoder
+from memcache_jax.generation.generate import generate
+
+__all__ = ["Decoder", "generate"]

@@ -1,0 +1,195 @@
+"""Continuations of whole batches in one compiled loop."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from memcache_jax._typing import Array, Float, Int
+from memcache_jax.generation.prompts import buffer_size, check_lengths, check_prompt, check_stop
+from memcache_jax.generation.sampling import Sampling, sample
+from memcache_jax.nn import LanguageModel
+
+
+def generate(
+    model: Callable[[Array], Array],
+    prompt: jax.typing.ArrayLike,
+    max_new_tokens: int,
+    *,
+    lengths: jax.typing.ArrayLike | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    stop_token: int | Sequence[int] | None = None,
+    key: Array | None = None,
+    cache: Mapping[str, Any] | None = None,
+) -> Int[Array, "b t"]:
+    """Continues every row of ``prompt``, one token after the other.
+
+    An ``nn.LanguageModel`` takes the prompt at once and then a token at a time, from a cache that
+    it keeps. Any other model passes, for every token, over a buffer that holds the prompt and all
+    new tokens. Buffers and caches hold the next power of two, 64 or more; there is one compilation
+    per such size of the prompt, of the whole, and per batch size. A row's tokens depend on no other
+    row's.
+
+    Args:
+      model: a causal model (b, t) int -> logits (b, t, vocab): an ``nn.LanguageModel``, another NNX
+        module, in evaluation mode if it has one, or a function. Pass the same function again, not a
+        new one, to reuse its compilation.
+      prompt: (b, t) token ids.
+      max_new_tokens: how many tokens to add to each row.
+      lengths: (b,) tokens of each row's prompt, the first ones; all by default.
+      temperature: divides the logits; 0 takes the most likely token.
+      top_k: samples from this many most likely tokens; None for all.
+      top_p: samples from the smallest set of most likely tokens whose probabilities sum to at
+        least this, in (0, 1].
+      stop_token: a token, or several: a row that has produced one is filled up with it.
+      key: a random key; not needed for temperature 0.
+      cache: how an ``nn.LanguageModel`` keeps states, the options of ``mc.init_cache``:
+        ``max_segments``, ``policy``, ``cache_dtype``.
+
+    Returns:
+      (b, t + max_new_tokens) int32: the prompt and what follows it; where ``lengths`` are given,
+      what follows each row's own tokens, and zeros after that.
+
+    Raises:
+      ValueError: for a prompt that is not integers (b, t), is empty or has ids out of the model's
+        vocabulary; for ``max_new_tokens``, ``lengths``, ``temperature``, ``top_k``, ``top_p`` or
+        ``stop_token`` out of range; for a missing key; if the model does not return
+        (b, t, vocab), or for ``cache`` with a model that keeps none.
+
+    Example:
+      >>> import jax.numpy as jnp, memcache_jax as mc
+      >>> from flax import nnx
+      >>> config = mc.nn.LanguageModelConfig(vocab_size=257, num_layers=1, features=32, num_heads=2)
+      >>> model = mc.nn.LanguageModel(config, rngs=nnx.Rngs(0))
+      >>> mc.generate(model, jnp.array([[72, 105]]), max_new_tokens=5, temperature=0).shape
+      (1, 7)
+    """
+    tokens = check_prompt(prompt, model)
+    counts = check_lengths(lengths, tokens.shape)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    sampling = Sampling(temperature, top_k, top_p)
+    key = sampling.check_key(key)
+    stops = check_stop(stop_token, model)
+    if cache is not None and not isinstance(model, LanguageModel):
+        raise ValueError(f"cache={dict(cache)} is for an nn.LanguageModel, got {type(model)}")
+
+    length = tokens.shape[1]
+    total = length + max_new_tokens
+    padding = buffer_size(length) - length
+    graph, state = nnx.split(model) if isinstance(model, nnx.Module) else (model, None)
+    new = _continue(
+        jnp.pad(tokens, ((0, 0), (0, padding))),
+        counts,
+        state,
+        key,
+        sampling.numbers,
+        stops,
+        max_new_tokens,
+        size=buffer_size(total),
+        model=graph,
+        cache=tuple(sorted((cache or {}).items())),
+        **sampling.static,
+    )
+    result = jnp.pad(tokens, ((0, 0), (0, max_new_tokens)))
+    if lengths is not None:
+        result = jnp.where(jnp.arange(total)[None] < counts[:, None], result, 0)
+    place = counts[:, None] + jnp.arange(max_new_tokens)[None]
+    return jax.vmap(lambda row, place, new: row.at[place].set(new))(
+        result, place, new[:, :max_new_tokens]
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("size", "model", "cache", "greedy", "top_k", "nucleus")
+)
+def _continue(
+    prompt: Int[Array, "b t"],
+    lengths: Int[Array, "b"],
+    state: Any,
+    key: Array,
+    numbers: tuple[Any, Any],
+    stops: Int[Array, "stops"],
+    max_new_tokens: Int[Array, ""],
+    *,
+    size: int,
+    model: Any,
+    cache: tuple[tuple[str, Any], ...],
+    **sampling: Any,
+) -> Int[Array, "b size"]:
+    """The tokens that follow each row."""
+    model = model if state is None else nnx.merge(model, state)
+    kind = _Cached(model, dict(cache)) if isinstance(model, LanguageModel) else _Anew(model)
+
+    def draw(step: Any, logits: Array, last: Array, finished: Array) -> tuple[Array, Array]:
+        wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        token = sample(jax.random.fold_in(key, step), wide, numbers, **sampling)
+        token = jnp.where(finished, last, token)
+        return token, finished | (token[:, None] == stops[None]).any(axis=1)
+
+    def unfinished(carry: tuple) -> Array:
+        step, _, _, _, finished = carry
+        return (step < max_new_tokens) & ~finished.all()
+
+    def add_token(carry: tuple) -> tuple:
+        step, past, new, token, finished = carry
+        past, logits = kind.next(past, token)
+        token, finished = draw(step, logits, token, finished)
+        return step + 1, past, new.at[:, step].set(token), token, finished
+
+    past, logits = kind.start(prompt, lengths, size)
+    token, finished = draw(0, logits, prompt[:, 0], jnp.zeros(len(prompt), bool))
+    new = jnp.zeros((len(prompt), size), jnp.int32).at[:, 0].set(token)
+    step, _, new, token, _ = lax.while_loop(
+        unfinished, add_token, (jnp.int32(1), past, new, token, finished)
+    )
+    return jnp.where(jnp.arange(size)[None] < step, new, token[:, None])
+
+
+class _Cached:
+    """Goes on from a cache."""
+
+    def __init__(self, model: LanguageModel, options: dict[str, Any]) -> None:
+        self.model, self.options = model, options
+
+    def start(self, prompt: Array, lengths: Array, size: int) -> tuple[Any, Float[Array, "b v"]]:
+        cache = self.model.init_cache(len(prompt), size, **self.options)
+        hidden, cache = self.model.extend(prompt, cache, lengths)
+        last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+        return cache, self.model.logits(last)
+
+    def next(self, cache: Any, token: Int[Array, "b"]) -> tuple[Any, Float[Array, "b v"]]:
+        hidden, cache = self.model.extend(token[:, None], cache)
+        return cache, self.model.logits(hidden[:, 0])
+
+
+class _Anew:
+    """Passes over everything again."""
+
+    def __init__(self, model: Callable[[Array], Array]) -> None:
+        self.model = model
+
+    def start(self, prompt: Array, lengths: Array, size: int) -> tuple[Any, Float[Array, "b v"]]:
+        # What lies after a row's end is never read by a causal model.
+        buffer = jnp.pad(prompt, ((0, 0), (0, size - prompt.shape[1])))
+        return (buffer, lengths), self._logits(buffer, lengths - 1)
+
+    def next(self, past: tuple, token: Int[Array, "b"]) -> tuple[Any, Float[Array, "b v"]]:
+        buffer, position = past
+        buffer = jax.vmap(lambda row, i, token: row.at[i].set(token))(buffer, position, token)
+        return (buffer, position + 1), self._logits(buffer, position)
+
+    def _logits(self, tokens: Int[Array, "b t"], last: Int[Array, "b"]) -> Float[Array, "b v"]:
+        logits = self.model(tokens)
+        if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
+            raise ValueError(
+                f"the model must return logits (b, t, vocab) for tokens (b, t) = {tokens.shape}, "
+                f"got shape {logits.shape}"
+            )
+        return jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]

@@ -1,0 +1,69 @@
+"""Checks of token ids, made before anything is compiled."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from memcache_jax._typing import Array, Int
+
+_SMALLEST_BUFFER = 64
+
+
+def buffer_size(tokens: int) -> int:
+    """The next power of two, of 64 or more: programs are compiled for few sizes."""
+    return max(_SMALLEST_BUFFER, 1 << (tokens - 1).bit_length())
+
+
+def check_prompt(prompt: jax.typing.ArrayLike, model: Any) -> Int[Array, "b t"]:
+    """Returns the prompt as int32, or raises ValueError."""
+    traced = isinstance(prompt, Tracer)
+    array: Any = prompt if traced else np.asarray(prompt)
+    shape, dtype = array.shape, array.dtype
+    if len(shape) != 2 or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"prompt must be integers of shape (b, t), got {dtype} {shape}")
+    if 0 in shape:
+        raise ValueError(f"prompt needs at least one row and one token, got shape {shape}")
+    if not traced:
+        _check_ids("prompt", int(array.min()), int(array.max()), model)
+    return jnp.asarray(array.astype(jnp.int32))
+
+
+def check_lengths(lengths: Any, shape: tuple[int, ...]) -> Int[Array, "b"]:
+    """Returns how many tokens of each row of a prompt (b, t) count, or raises ValueError."""
+    batch, count = shape
+    if lengths is None:
+        return jnp.full(batch, count, jnp.int32)
+    if jnp.shape(lengths) != (batch,) or not jnp.issubdtype(jnp.result_type(lengths), jnp.integer):
+        raise ValueError(
+            f"lengths must be integers (b,) = ({batch},), got {jnp.result_type(lengths)} "
+            f"{jnp.shape(lengths)}"
+        )
+    if not isinstance(lengths, Tracer):
+        known = np.asarray(lengths)
+        if known.min() < 1 or known.max() > count:
+            raise ValueError(
+                f"lengths must be 1 to {count}, the tokens given, got {known.tolist()}"
+            )
+    return jnp.asarray(lengths, jnp.int32)
+
+
+def check_stop(stop_token: int | Sequence[int] | None, model: Any) -> Int[Array, "stops"]:
+    """Returns the tokens that end a row, or raises ValueError."""
+    stops = [] if stop_token is None else np.atleast_1d(stop_token).tolist()
+    if stops:
+        _check_ids("stop_token", min(stops), max(stops), model)
+    return jnp.array(stops, jnp.int32)
+
+
+def _check_ids(name: str, smallest: int, largest: int, model: Any) -> None:
+    """Raises ValueError for ids that no token of the model has."""
+    limit = getattr(getattr(model, "config", None), "vocab_size", 2**31)
+    if smallest < 0 or largest >= limit:
+        raise ValueError(
+            f"{name} must hold token ids of the model, 0 to {limit - 1}, "
+            f"got {smallest if smallest < 0 else largest}"
+        )

@@ -1,0 +1,96 @@
+"""Drawing tokens from logits."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from memcache_jax._typing import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.
+
+    Attributes:
+      temperature: divides the logits; 0 takes the most likely token.
+      top_k: samples from this many most likely tokens; None for all.
+      top_p: samples from the smallest set of most likely tokens whose probabilities sum to at
+        least this, in (0, 1]. Where both are given, of those that ``top_k`` leaves.
+
+    Raises:
+      ValueError: for numbers out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be a finite number >= 0, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+
+    def check_key(self, key: Array | None) -> Array:
+        """Returns the key, or raises ValueError where one is missing."""
+        if key is None and self.temperature > 0:
+            raise ValueError(
+                f"sampling at temperature {self.temperature} needs key=jax.random.key(...); "
+                "temperature=0 takes the most likely token and needs none"
+            )
+        return jax.random.key(0) if key is None else key
+
+    @property
+    def static(self) -> dict[str, Any]:
+        """What a compiled program is made for."""
+        return dict(greedy=self.temperature == 0, top_k=self.top_k, nucleus=self.top_p < 1)
+
+    @property
+    def numbers(self) -> tuple[float, float]:
+        """What it takes as arguments."""
+        return self.temperature, self.top_p
+
+
+def sample(
+    key: Array,
+    logits: Float[Array, "b vocab"],
+    numbers: tuple[Any, Any],
+    *,
+    greedy: bool,
+    top_k: int | None,
+    nucleus: bool,
+) -> Int[Array, "b"]:
+    """Draws one token per row.
+
+    Args:
+      key: a random key.
+      logits: in float32 or wider.
+      numbers: temperature and top_p.
+      greedy: whether the temperature is zero.
+      top_k: as ``Sampling``'s.
+      nucleus: whether top_p is below one.
+    """
+    if greedy:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    temperature, top_p = numbers
+    # The largest logit becomes 0 first: then a tiny temperature overflows to -inf, never to nan.
+    logits = logits - jnp.max(logits, axis=-1, keepdims=True)
+    logits = logits / jnp.maximum(temperature, jnp.finfo(logits.dtype).tiny)
+    most = logits.shape[-1] if top_k is None else min(top_k, logits.shape[-1])
+    if most == logits.shape[-1] and not nucleus:
+        return jax.random.categorical(key, logits).astype(jnp.int32)
+    ordered, order = lax.top_k(logits, most)
+    if nucleus:
+        probability = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(probability, axis=-1) - probability
+        # The most likely token stays whatever rounding says.
+        kept = (before < top_p).at[:, 0].set(True)
+        ordered = jnp.where(kept, ordered, -jnp.inf)
+    rank = jax.random.categorical(key, ordered)
+    return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
