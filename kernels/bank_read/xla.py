@@ -36,6 +36,8 @@ def bank_read(
     if not reads.shape[-1]:
         return jnp.zeros((*query.shape[:3], *row.shape), row.dtype)
     static = isinstance(reads, np.ndarray)
+    if static and query.shape[2:4] == (1, 1):
+        return _read_by_token(read, bank, query, gates, reads)
     groups = _pair_groups(reads) if static else _slot_groups(reads, rows=query.shape[3])
 
     def take(bank, query, gates, group):
@@ -88,6 +90,26 @@ def bank_read(
 
     gated_read.defvjp(forward, backward)
     return gated_read(groups, bank, query, gates)
+
+
+def _read_by_token(
+    read: Callable[..., Array],
+    bank: Matrices,
+    query: Float[Array, "b h 1 1 k"],
+    gates: Float[Array, "b h 1 1 r"],
+    reads: np.ndarray,
+) -> Float[Array, "b h 1 1 v"]:
+    """All states at once, where one token reads them: what is kept of that is small."""
+    (real,) = np.nonzero(reads[0] >= 0)
+    states = reads[0, real]
+    if not np.array_equal(states, np.arange(jax.tree.leaves(bank)[0].shape[2])):
+        bank = jax.tree.map(lambda matrix: matrix[:, :, states], bank)
+
+    def unit(bank, query, gates):
+        rows = jnp.broadcast_to(query[0], (len(states), *query.shape[1:]))
+        return jax.vmap(read)(bank, rows, gates[0, :, real]).sum(axis=0)[None]
+
+    return jax.vmap(jax.vmap(unit))(bank, query, gates)
 
 
 def _pair_groups(reads: np.ndarray) -> tuple[np.ndarray, ...]:

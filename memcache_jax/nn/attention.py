@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
 
 from memcache_jax import _checks
@@ -22,6 +23,7 @@ class AttentionCache(NamedTuple):
     key: Any  # (b, past, h, k)
     value: Any
     position: Any  # (b,)
+    first: Any = None  # or for layers that share keys and values the first row of this one
 
     def reset(self, rows: jax.typing.ArrayLike) -> "AttentionCache":
         """The cache with the marked rows (b,) before their first token."""
@@ -30,7 +32,32 @@ class AttentionCache(NamedTuple):
     def take(self, rows: jax.typing.ArrayLike) -> "AttentionCache":
         """The cache of these rows, in this order; one may come more than once."""
         rows = jnp.asarray(rows)
-        return AttentionCache(*(jnp.take(x, rows, axis=0) for x in self))
+        return self.take_small(rows).with_states(self.take_states(rows))
+
+    # For a stack of layers, as in ``Cache``.
+
+    @property
+    def states(self) -> tuple:
+        """What is large."""
+        return self.key, self.value
+
+    def with_states(self, states: tuple, first: Any = None) -> "AttentionCache":
+        """The cache with these, in which its own begin with a row."""
+        key, value = states
+        return self._replace(key=key, value=value, first=first)
+
+    def empty_states(self, rows: int) -> tuple:
+        """So many rows of empty ones."""
+        key, value = (jnp.zeros((rows, *x.shape[1:]), x.dtype) for x in self.states)
+        return key, value
+
+    def take_states(self, rows: Array) -> tuple:
+        """These rows of them, of all."""
+        return tuple(jnp.take(x, rows, axis=0) for x in self.states)
+
+    def take_small(self, rows: Array) -> "AttentionCache":
+        """These rows of all else."""
+        return self._replace(position=jnp.take(self.position, rows, axis=0))
 
 
 class Attention(nnx.Module):
@@ -176,24 +203,30 @@ class Attention(nnx.Module):
         if self.window is None:
             # Beyond a row's last token nothing is put.
             there = jnp.where(jnp.arange(length)[None] < lengths[:, None], place, past)
-            put = jax.vmap(lambda old, new, place: old.at[place].set(new, mode="drop"))
-            key, value = (put(old, new, there) for old, new in zip(cache[:2], new, strict=True))
-            seen = jnp.arange(past)[None, None] <= place[..., None]
-            kept = key, value
-        else:
-            key, value = (
-                jnp.concatenate([old, new], axis=1) for old, new in zip(cache[:2], new, strict=True)
+            rows = (0 if cache.first is None else cache.first) + jnp.arange(len(x))[:, None]
+            kept = tuple(
+                old.at[rows, there].set(new, mode="drop")
+                for old, new in zip(cache.states, new, strict=True)
             )
+            key, value = (_own(row, cache.first, len(x)) for row in kept)
+            seen = jnp.arange(past)[None, None] <= place[..., None]
+        else:
+            old = (_own(row, cache.first, len(x)) for row in cache.states)
+            key, value = (jnp.concatenate(pair, axis=1) for pair in zip(old, new, strict=True))
             of_key = (cache.position - past)[:, None] + jnp.arange(past + length)[None]
             ago = place[..., None] - of_key[:, None]
             seen = (ago >= 0) & (ago < self.window) & (of_key >= 0)[:, None]
-            last = jax.vmap(lambda row, begin: jax.lax.dynamic_slice_in_dim(row, begin, past))
-            kept = last(key, lengths), last(value, lengths)
+            last = jax.vmap(lambda row, begin: lax.dynamic_slice_in_dim(row, begin, past))
+            first = 0 if cache.first is None else cache.first
+            kept = tuple(
+                lax.dynamic_update_slice_in_dim(old, last(row, lengths), first, axis=0)
+                for old, row in zip(cache.states, (key, value), strict=True)
+            )
         y = jax.nn.dot_product_attention(query, key, value, mask=seen[:, None])
         if self.window is None:
             y = jnp.where((place < past)[..., None, None], y, jnp.nan)
         y = self.out(y.reshape(*x.shape[:2], -1))
-        return y, AttentionCache(*kept, cache.position + lengths)
+        return y, cache._replace(key=kept[0], value=kept[1], position=cache.position + lengths)
 
     def _rows(
         self, x: Float[Array, "b t d"], position: Int[Array, "_ t"] | None
@@ -204,6 +237,11 @@ class Attention(nnx.Module):
             for linear in (self.query, self.key, self.value)
         )
         return *(rotate(rows, self.rope_base, position) for rows in (query, key)), value
+
+
+def _own(shared: Array, first: Any, rows: int) -> Array:
+    """A layer's rows of what several share."""
+    return shared if first is None else lax.dynamic_slice_in_dim(shared, first, rows)
 
 
 def rotate(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
@@ -31,7 +30,7 @@ class Mixer(Protocol):
         Where documents are packed, it is called with their ids (b, t) as a second argument. For
         streams it has ``init_cache(batch_size, max_length, **options)``, whose options are those
         of ``MemoryCaching``, and ``extend(x, cache, lengths)``, which returns the outputs and the
-        next cache; a cache has ``reset(rows)`` and ``take(rows)``.
+        next cache; a cache has the methods of ``LayerCache``.
         """
         ...
 
@@ -183,7 +182,7 @@ class _Period(nnx.Module):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("layers", "position"),
+    data_fields=("layers", "states", "position"),
     meta_fields=("max_length",),
 )
 @dataclasses.dataclass(frozen=True)
@@ -191,13 +190,14 @@ class LanguageModelCache:
     """A stream's past in a language model, as a pytree.
 
     Attributes:
-      layers: the mixers' caches, stacked as the layers are; where states are on the host, a tuple,
-        since a scan over a stack would copy them.
+      layers: of each mixer, the caches of its layers but for their states, stacked.
+      states: of each mixer, the states that all its layers share, (layers * b, ...).
       position: tokens that each row has taken, (b,).
       max_length: tokens that a row may take; None for any number.
     """
 
-    layers: Any
+    layers: list
+    states: list
     position: Any
     max_length: int | None
 
@@ -215,23 +215,27 @@ class LanguageModelCache:
 
     def reset(self, rows: jax.typing.ArrayLike) -> "LanguageModelCache":
         """The cache with the marked rows (b,) before their first token."""
+        layers = jax.vmap(lambda caches: [cache.reset(rows) for cache in caches])(self.layers)
         position = jnp.where(jnp.asarray(rows), 0, self.position)
-        return self._change(lambda cache: cache.reset(rows), position)
+        return dataclasses.replace(self, layers=layers, position=position)
 
     def take(self, rows: jax.typing.ArrayLike) -> "LanguageModelCache":
         """The cache of these rows, in this order; one may come more than once."""
-        position = jnp.take(self.position, jnp.asarray(rows), axis=0)
-        return self._change(lambda cache: cache.take(rows), position)
+        rows = jnp.asarray(rows)
+        layers = jax.vmap(lambda caches: [cache.take_small(rows) for cache in caches])(self.layers)
+        count, batch = len(jax.tree.leaves(self.layers)[0]), len(self.position)
+        every = (jnp.arange(count)[:, None] * batch + rows[None]).reshape(-1)
+        states = [
+            jax.tree.map(lambda x: x[0], cache).with_states(shared).take_states(every)
+            for cache, shared in zip(self.layers, self.states, strict=True)
+        ]
+        position = jnp.take(self.position, rows, axis=0)
+        return LanguageModelCache(layers, states, position, self.max_length)
 
-    def _change(self, change: Callable[[Any], Any], position: Array) -> "LanguageModelCache":
-        def change_all(caches: list) -> list:
-            return [change(cache) for cache in caches]
 
-        stacked = not isinstance(self.layers, tuple)
-        layers = (
-            jax.vmap(change_all)(self.layers) if stacked else tuple(map(change_all, self.layers))
-        )
-        return dataclasses.replace(self, layers=layers, position=position)
+def _small(cache: Any) -> Any:
+    """A mixer's cache without its states."""
+    return cache.with_states((None, None))
 
 
 class LanguageModel(nnx.Module):
@@ -327,11 +331,14 @@ class LanguageModel(nnx.Module):
         def init(state: nnx.State) -> list:
             return nnx.merge(graph, state).init_cache(batch_size, max_length, options)
 
-        if options.get("placement") == "host":
-            layers = tuple(map(init, self._unstacked(stacked)))
-        else:
-            layers = jax.vmap(init)(stacked)
-        return LanguageModelCache(layers, jnp.zeros(batch_size, jnp.int32), max_length)
+        repeats = self.config.num_layers // len(self.config.mixers)
+        one = init(jax.tree.map(lambda x: x[0], stacked))
+        return LanguageModelCache(
+            jax.vmap(lambda state: list(map(_small, init(state))))(stacked),
+            [cache.empty_states(repeats * batch_size) for cache in one],
+            jnp.zeros(batch_size, jnp.int32),
+            max_length,
+        )
 
     def extend(
         self,
@@ -355,27 +362,22 @@ class LanguageModel(nnx.Module):
         cache.check_room(tokens.shape, lengths)
         graph, stacked = nnx.split(self.layers)
 
-        def period(x: Array, layer: tuple) -> tuple[Array, Any]:
-            state, caches = layer
-            return nnx.merge(graph, state).extend(x, caches, lengths)
+        def period(carry: tuple, layer: tuple) -> tuple[tuple, list]:
+            x, states = carry
+            state, small, first = layer
+            caches = [
+                cache.with_states(shared, first)
+                for cache, shared in zip(small, states, strict=True)
+            ]
+            x, caches = nnx.merge(graph, state).extend(x, caches, lengths)
+            return (x, [cache.states for cache in caches]), list(map(_small, caches))
 
-        x = self.embedding(tokens)
-        if isinstance(cache.layers, tuple):
-            layers = []
-            for layer in zip(self._unstacked(stacked), cache.layers, strict=True):
-                x, new = period(x, layer)
-                layers.append(new)
-            layers = tuple(layers)
-        else:
-            x, layers = lax.scan(period, x, (stacked, cache.layers))
+        rows = jnp.arange(self.config.num_layers // len(self.config.mixers)) * len(tokens)
+        carry = self.embedding(tokens), cache.states
+        (x, states), layers = lax.scan(period, carry, (stacked, cache.layers, rows))
         taken = tokens.shape[1] if lengths is None else lengths
-        cache = dataclasses.replace(cache, layers=layers, position=cache.position + taken)
+        cache = LanguageModelCache(layers, states, cache.position + taken, cache.max_length)
         return self.norm(x), cache
-
-    def _unstacked(self, stacked: nnx.State) -> list[nnx.State]:
-        """The state of each repeat of the mixers."""
-        repeats = self.config.num_layers // len(self.config.mixers)
-        return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(repeats)]
 
     def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
         """Returns the output layer's logits, in float32 or wider."""

@@ -42,8 +42,32 @@ class LayerCache(NamedTuple):
 
     def take(self, rows: jax.typing.ArrayLike) -> "LayerCache":
         """The cache of these rows, in this order; one may come more than once."""
-        tails = tuple(jnp.take(tail, jnp.asarray(rows), axis=0) for tail in self.tails)
-        return LayerCache(self.memory.take(rows), tails)
+        rows = jnp.asarray(rows)
+        return self.take_small(rows).with_states(self.take_states(rows))
+
+    # For a stack of layers, as in ``Cache``.
+
+    @property
+    def states(self) -> tuple:
+        """What is large."""
+        return self.memory.states
+
+    def with_states(self, states: tuple, first: Any = None) -> "LayerCache":
+        """The cache with these, in which its own begin with a row."""
+        return self._replace(memory=self.memory.with_states(states, first))
+
+    def empty_states(self, rows: int) -> tuple:
+        """So many rows of empty ones."""
+        return self.memory.empty_states(rows)
+
+    def take_states(self, rows: Array) -> tuple:
+        """These rows of them, of all."""
+        return self.memory.take_states(rows)
+
+    def take_small(self, rows: Array) -> "LayerCache":
+        """These rows of all else."""
+        tails = tuple(jnp.take(tail, rows, axis=0) for tail in self.tails)
+        return LayerCache(self.memory.take_small(rows), tails)
 
 
 class MemoryCaching(nnx.Module):

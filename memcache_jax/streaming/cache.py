@@ -55,18 +55,27 @@ class CacheConfig:
             return Recent(self.max_segments, self.segmentation.size, self.policy)
         return Planned(make_schedule(self.segmentation, self.max_length))
 
-    def storage(self, initial: State) -> storage.Bank:
-        """What holds cached states like this one, (h, ...)."""
+    def states(self, initial: State, first: Any = 0) -> storage.Bank:
+        """What holds cached states like this one, (h, ...), from a first row on."""
         state = jax.eval_shape(
             lambda state: storage.pack(self.memory.matrices(state), self.cache_dtype), initial
         )
         bank = storage.HostBank if self.placement == "host" else storage.DeviceBank
-        return bank(self.slots.num_slots, state)
+        return bank(self.slots.num_slots, state, first)
+
+    def keys(self, key_sum: Array, first: Any = 0) -> storage.DeviceBank:
+        """What holds pooled keys."""
+        heads, key_dim = key_sum.shape[1], key_sum.shape[-1]
+        state = (jax.ShapeDtypeStruct((heads, key_dim), key_sum.dtype),)
+        return storage.DeviceBank(self.slots.num_slots, state, first)
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("initial", "position", "state", "anchor", "key_sum", "bank", "pooled", "record"),
+    data_fields=(
+        *("initial", "position", "state", "anchor", "key_sum", "record"),
+        *("bank", "pooled", "first"),
+    ),
     meta_fields=("config",),
 )
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +91,11 @@ class Cache:
       state: the state of each track, (b, h, tracks, ...).
       anchor: the states with which the current chunk began; None for rules exact for any chunk.
       key_sum: the sum of each track's keys since it began, (b, h, tracks, k).
+      record: what lies in which slot.
       bank: matrices of the cached states, (b, h, slots, in, out), in ``cache_dtype``; on the host
         in one axis, see ``storage``.
       pooled: pooled keys of the cached states, (b, h, slots, k).
-      record: what lies in which slot.
+      first: None, or for layers that share ``bank`` and ``pooled`` the first row of this one.
       config: what the cache was made for.
     """
 
@@ -95,9 +105,10 @@ class Cache:
     state: Any
     anchor: Any
     key_sum: Any
+    record: Any
     bank: Any
     pooled: Any
-    record: Any
+    first: Any
     config: CacheConfig
 
     @property
@@ -118,11 +129,36 @@ class Cache:
     def take(self, rows: jax.typing.ArrayLike) -> "Cache":
         """The cache of these rows, in this order; one may come more than once."""
         rows = jnp.asarray(rows)
-        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        initial, config, bank = (parts.pop(name) for name in ("initial", "config", "bank"))
+        return self.take_small(rows).with_states(self.take_states(rows))
+
+    # For a stack of layers, which shares what is large, so that a pass copies none of it.
+
+    @property
+    def states(self) -> tuple:
+        """What is large: cached states and pooled keys."""
+        return self.bank, self.pooled
+
+    def with_states(self, states: tuple, first: Any = None) -> "Cache":
+        """The cache with these, in which its own begin with a row."""
+        bank, pooled = states
+        return dataclasses.replace(self, bank=bank, pooled=pooled, first=first)
+
+    def empty_states(self, rows: int) -> tuple:
+        """So many rows of empty ones."""
+        bank, keys = self.config.states(self.initial), self.config.keys(self.key_sum)
+        return bank.empty(rows), keys.empty(rows)[0]
+
+    def take_states(self, rows: Array) -> tuple:
+        """These rows of them, of all."""
+        bank = self.config.states(self.initial).take_rows(self.bank, rows)
+        return bank, jnp.take(self.pooled, rows, axis=0)
+
+    def take_small(self, rows: Array) -> "Cache":
+        """These rows of all else."""
+        names = ("position", "state", "anchor", "key_sum", "record")
+        parts = {name: getattr(self, name) for name in names}
         taken = jax.tree.map(lambda x: jnp.take(x, rows, axis=0), parts)
-        bank = config.storage(initial).take_rows(bank, rows, len(self.position))
-        return Cache(initial=initial, config=config, bank=bank, **taken)
+        return dataclasses.replace(self, **taken)
 
 
 def init_cache(
@@ -228,17 +264,19 @@ def init_cache(
     state = jax.tree.map(lambda x: repeat(x, tracks), initial)
     # Arrays of the cache's own: one that is shared, or the model's, cannot be donated.
     own = functools.partial(jax.tree.map, jnp.copy)
-    return Cache(
+    cache = Cache(
         initial=own(initial),
         position=jnp.zeros(batch, jnp.int32),
         state=own(state),
         anchor=own(state) if memory.gradient_chunk else None,
         key_sum=jnp.zeros((batch, heads, slots.num_tracks, key_dim), dtype),
-        bank=config.storage(initial).empty(batch),
-        pooled=jnp.zeros((batch, heads, slots.num_slots, key_dim), dtype),
         record=own(slots.init(batch)),
+        bank=None,
+        pooled=None,
+        first=None,
         config=config,
     )
+    return cache.with_states(cache.empty_states(batch))
 
 
 def _bounds(

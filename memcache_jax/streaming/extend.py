@@ -135,7 +135,7 @@ def _advance(
         put = jax.vmap(lambda y, out, place: y.at[:, place].set(out, mode="drop"))
         return new, put(y, out, place)
 
-    cache, y = lax.cond(active.any(), go, lambda cache, y: (cache, y), cache, y)
+    cache, y = go(cache, y)
     return cache, done + size * active, y
 
 
@@ -189,7 +189,8 @@ def _take_piece(
         key_sum=keep(key_sum, cache.key_sum),
         record=slots.count_reads(cache.record, read),
     )
-    return _store(cache, block, active & (into_block + size == config.segmentation.size)), y
+    ends = active & (into_block + size == config.segmentation.size)
+    return _store(cache, block, ends, after=y), y
 
 
 def _scores(
@@ -206,7 +207,11 @@ def _scores(
     """
     aggregation, shape = cache.config.aggregation, (*key.shape[:3], reads.slots.shape[1])
     if aggregation.gate == "content":
-        pooled = jax.vmap(lambda pooled, slots: pooled[:, slots])(cache.pooled, reads.slots)
+        if cache.config.slots.reads_all:
+            pooled = _keys(cache).all(cache.pooled, len(key))
+        else:
+            slots = jnp.broadcast_to(reads.slots[:, None], (*key.shape[:2], shape[-1]))
+            pooled = _keys(cache).take(cache.pooled, slots)
         cached = jnp.einsum("bhmk,bhrk->bhmr", connector, pooled, precision="highest")
         keys = key_sum[:, :, None] + jnp.cumsum(key, axis=2)
         if aggregation.pooling == "mean":
@@ -238,25 +243,29 @@ def _read(
     combine = functools.partial(config.aggregation.combine, config.memory)
     live = jax.tree.map(lambda x: x[:, :, None, None], live)
     if config.placement == "device" and (few == width or size > 1):
-        bank = storage.unpack(cache.bank, query.dtype)
+        bank = storage.unpack(_states(cache).all(cache.bank, batch), query.dtype)
         gates = jax.tree.map(lambda x: x[:, :, None], gates)
-        return combine(bank, query[:, :, None], live, gates, reads.slots[:, None])[:, :, 0]
+        # The gates of empty slots are zero.
+        which = np.arange(width)[None] if config.slots.reads_all else reads.slots[:, None]
+        return combine(bank, query[:, :, None], live, gates, which)[:, :, 0]
     # The states that each token selects, side by side; a token is a block of its own.
     chosen_gates, chosen = lax.top_k(gates[0], few)
     places = jnp.broadcast_to(jnp.maximum(reads.slots, 0)[:, None, None], gates[0].shape)
     places = jnp.take_along_axis(places, chosen, axis=-1).reshape(batch, heads, -1)
-    bank = config.storage(cache.initial).take(cache.bank, places)
-    bank = storage.unpack(bank, query.dtype)
+    bank = storage.unpack(_states(cache).take(cache.bank, places), query.dtype)
     each = np.arange(size * few).reshape(size, few)
     gates = chosen_gates[:, :, :, None], gates[1][..., None]
     return combine(bank, query[:, :, :, None], live, gates, each)[:, :, :, 0]
 
 
-def _store(cache: Cache, block: Int[Array, "b"], ends: Bool[Array, "b"]) -> Cache:
-    """Puts the states of the runs that end here into their slots."""
+def _store(cache: Cache, block: Int[Array, "b"], ends: Bool[Array, "b"], after: Array) -> Cache:
+    """Puts the states of the runs that end here into their slots, where reads are done with."""
     config, slots = cache.config, cache.config.slots
     if not slots.num_slots:
         return cache
+    # An array that is read and then written is copied, unless the second needs the first.
+    most = lax.stop_gradient(after).max()
+    ends &= ~(most > jnp.maximum(most, 0))
     record, place, merge = slots.store(cache.record, block, ends)
     states, pooled = cache.state, cache.key_sum
     if config.start == "checkpoint":  # every run's state is the running one
@@ -266,8 +275,7 @@ def _store(cache: Cache, block: Int[Array, "b"], ends: Bool[Array, "b"]) -> Cach
         pooled /= slots.tokens(block).astype(pooled.dtype)[:, None, :, None]
     states, pooled = config.memory.matrices(states), (pooled,)
     bank, keys = cache.bank, (cache.pooled,)
-    of_states = config.storage(cache.initial)
-    of_keys = storage.DeviceBank(slots.num_slots, pooled)
+    of_states, of_keys = _states(cache), _keys(cache)
     if merge is not None:
         bank, keys = lax.cond(
             (merge.into < slots.num_slots).any(),
@@ -300,6 +308,14 @@ def _merge(merge: Merge, bank: storage.Bank, kept: Any, new: Matrices) -> Any:
 
     means = jax.tree.map(mean, at(merge.into), at(merge.other), new)
     return bank.put(kept, storage.pack(means, dtype), merge.into[:, None])
+
+
+def _states(cache: Cache) -> Any:
+    return cache.config.states(cache.initial, 0 if cache.first is None else cache.first)
+
+
+def _keys(cache: Cache) -> storage.DeviceBank:
+    return cache.config.keys(cache.key_sum, 0 if cache.first is None else cache.first)
 
 
 def _where(rows: Bool[Array, "b ..."], new: Array, old: Array) -> Array:

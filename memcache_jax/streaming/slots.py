@@ -58,10 +58,12 @@ class Slots(abc.ABC):
     Attributes:
       num_slots: how many there are.
       num_tracks: runs that are written side by side, the live one first.
+      reads_all: whether ``reads`` has all slots, each at its own place, or -1 there.
     """
 
     num_slots: int
     num_tracks: int = 1
+    reads_all: bool = False
 
     def init(self, batch: int) -> Any:
         """The record of what lies where, a pytree of arrays (b, ...)."""
@@ -164,6 +166,7 @@ class Recent(Slots):
     num_slots: int
     size: int
     policy: Policy
+    reads_all: bool = True
 
     def init(self, batch: int) -> Kept:
         """Empty slots."""

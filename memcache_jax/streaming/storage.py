@@ -53,16 +53,19 @@ def unpack(stored: Any, dtype: DTypeLike) -> Matrices:
 class Bank(abc.ABC):
     """Where the packed matrices of cached states are.
 
+    Several layers may share arrays, each with rows of its own.
+
     Attributes:
       num_slots: slots of a row.
       state: the packed matrices (h, in, out) of one state, or their shapes.
+      first: the first row.
     """
 
-    def __init__(self, num_slots: int, state: Any) -> None:
-        self.num_slots, self.state = num_slots, state
+    def __init__(self, num_slots: int, state: Any, first: Any = 0) -> None:
+        self.num_slots, self.state, self.first = num_slots, state, first
 
     @abc.abstractmethod
-    def empty(self, batch: int) -> Any:
+    def empty(self, rows: int) -> Any:
         """The arrays, with zeros."""
 
     @abc.abstractmethod
@@ -74,43 +77,57 @@ class Bank(abc.ABC):
         """The arrays with states (b, h, n, ...) in these slots; in ``num_slots`` is no place."""
 
     @abc.abstractmethod
-    def take_rows(self, arrays: Any, rows: Int[Array, "n"], batch: int) -> Any:
-        """The arrays of these rows, of as many as there are."""
+    def take_rows(self, arrays: Any, rows: Int[Array, "n"]) -> Any:
+        """The arrays of these rows alone, counted from the first one of all."""
 
 
 class DeviceBank(Bank):
-    """Arrays (b, h, slots, in, out) on the device."""
+    """Arrays (rows, h, slots, in, out) on the device."""
 
-    def empty(self, batch: int) -> Any:
+    def empty(self, rows: int) -> Any:
         """The arrays, with zeros."""
         return jax.tree.map(
-            lambda x: jnp.zeros((batch, len(x), self.num_slots, *x.shape[1:]), x.dtype), self.state
+            lambda x: jnp.zeros((rows, len(x), self.num_slots, *x.shape[1:]), x.dtype), self.state
         )
+
+    def all(self, arrays: Any, batch: int) -> Any:
+        """The states (b, h, slots, ...) of all slots."""
+        if isinstance(self.first, int):
+            return arrays
+        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, self.first, batch), arrays)
 
     def take(self, arrays: Any, slots: Int[Array, "b h n"]) -> Any:
         """The states (b, h, n, ...) in these slots of each head."""
-        return jax.tree.map(lambda kept: jax.vmap(jax.vmap(lambda x, i: x[i]))(kept, slots), arrays)
+        rows, heads = self._rows_and_heads(*slots.shape[:2])
+        return jax.tree.map(lambda kept: kept[rows, heads, slots], arrays)
 
     def put(self, arrays: Any, states: Any, place: Int[Array, "b n"]) -> Any:
         """The arrays with states (b, h, n, ...) in these slots; in ``num_slots`` is no place."""
-        each = jax.vmap(lambda kept, new, place: kept.at[:, place].set(new, mode="drop"))
-        return jax.tree.map(lambda kept, new: each(kept, new, place), arrays, states)
+        rows, heads = self._rows_and_heads(*jax.tree.leaves(states)[0].shape[:2])
 
-    def take_rows(self, arrays: Any, rows: Int[Array, "n"], batch: int) -> Any:
-        """The arrays of these rows."""
+        def put(kept: Array, new: Array) -> Array:
+            return kept.at[rows, heads, place[:, None]].set(new, mode="drop", unique_indices=True)
+
+        return jax.tree.map(put, arrays, states)
+
+    def take_rows(self, arrays: Any, rows: Int[Array, "n"]) -> Any:
+        """The arrays of these rows alone."""
         return jax.tree.map(lambda kept: jnp.take(kept, rows, axis=0), arrays)
+
+    def _rows_and_heads(self, batch: int, heads: int) -> tuple[Array, Array]:
+        return self.first + jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, :, None]
 
 
 class HostBank(Bank):
-    """Arrays (b * (slots + 1) * h, lines, 128) on the host, of matrices flat and filled up.
+    """Arrays (rows * (slots + 1) * h, lines, 128) on the host, of matrices flat and filled up.
 
     So TPUs keep a state in one piece, and copy it alone. A row's last slot is for states that are
     not kept.
     """
 
-    def empty(self, batch: int) -> Any:
+    def empty(self, rows: int) -> Any:
         """The arrays, with zeros."""
-        count = batch * (self.num_slots + 1)
+        count = rows * (self.num_slots + 1)
 
         def zeros(x: Any) -> Array:
             lines = jax.eval_shape(_to_lines, x)
@@ -121,7 +138,7 @@ class HostBank(Bank):
     def take(self, arrays: Any, slots: Int[Array, "b h n"]) -> Any:
         """The states (b, h, n, ...) in these slots of each head."""
         batch, heads, _ = slots.shape
-        rows = jnp.arange(batch)[:, None, None] * (self.num_slots + 1)
+        rows = (self.first + jnp.arange(batch)[:, None, None]) * (self.num_slots + 1)
         places = (rows + slots) * heads + jnp.arange(heads)[None, :, None]
 
         def one(kept: Array, place: Array) -> Array:
@@ -145,17 +162,19 @@ class HostBank(Bank):
             new = _to_host(lines.reshape(rows, heads, tracks, *lines.shape[1:]))
             for row in range(rows):
                 for track in range(tracks):
-                    begin = (row * (self.num_slots + 1) + place[row, track]) * heads
-                    kept = lax.dynamic_update_slice_in_dim(kept, new[row, :, track], begin, axis=0)
+                    slot = (self.first + row) * (self.num_slots + 1) + place[row, track]
+                    kept = lax.dynamic_update_slice_in_dim(
+                        kept, new[row, :, track], slot * heads, axis=0
+                    )
             return kept
 
         return jax.tree.map(put, arrays, states)
 
-    def take_rows(self, arrays: Any, rows: Int[Array, "n"], batch: int) -> Any:
-        """The arrays of these rows, of as many as there are."""
+    def take_rows(self, arrays: Any, rows: Int[Array, "n"]) -> Any:
+        """The arrays of these rows alone."""
+        size = (self.num_slots + 1) * len(jax.tree.leaves(self.state)[0])
 
         def take(kept: Array) -> Array:
-            size = len(kept) // batch
             new = _to_host(jnp.zeros((len(rows) * size, *kept.shape[1:]), kept.dtype))
             for i in range(len(rows)):
                 row = lax.dynamic_slice_in_dim(kept, rows[i] * size, size)
