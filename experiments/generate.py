@@ -1,11 +1,13 @@
 """Continues a text with a trained model: ``python -m experiments.generate --workdir=FOLDER``.
 
 ``FOLDER`` is the workdir of ``experiments.train``; the newest checkpoint in it is used, also while
-the run goes on.
+the run goes on. With ``--interactive`` every line that is typed is continued, from one cache that
+goes on over the whole conversation.
 """
 
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -13,13 +15,17 @@ from absl import app, flags
 
 import memcache_jax as mc
 from memcache_jax.training import load_model
+from memcache_jax.training.tokenizers import Tokenizer
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a training run.", required=True)
 _PROMPT = flags.DEFINE_string("prompt", "", "The text to continue; a new document where empty.")
+_INTERACTIVE = flags.DEFINE_bool("interactive", False, "Whether to continue lines as they come.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "How many tokens to add at most.")
+_MAX_LENGTH = flags.DEFINE_integer("max_length", 16384, "How many tokens a conversation may have.")
 _TEMPERATURE = flags.DEFINE_float(
     "temperature", 0.8, "Divides the logits; 0 takes the most likely token."
 )
+_TOP_K = flags.DEFINE_integer("top_k", None, "Samples from this many most likely tokens.")
 _TOP_P = flags.DEFINE_float(
     "top_p", 0.95, "Samples from the most likely tokens that have this probability together."
 )
@@ -28,31 +34,68 @@ _STOP = flags.DEFINE_bool("stop", True, "Whether to end where the model ends the
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints the prompt and what follows it."""
+    """Prints the prompt and what follows it, as it comes."""
     if len(argv) > 1:
         raise app.UsageError(f"expected only flags, got {' '.join(argv[1:])}")
     try:
-        print(_continue())
+        _run()
     except (ValueError, OSError, ImportError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(1)
 
 
-def _continue() -> str:
+def _run() -> None:
+    if _MAX_NEW_TOKENS.value < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {_MAX_NEW_TOKENS.value}")
     model, tokenizer, _ = load_model(_WORKDIR.value)
     prompt = tokenizer.encode(_PROMPT.value.encode())
     if not prompt.size:
         prompt = np.array([tokenizer.eos_id], np.int32)  # what a document follows in training
-    tokens = mc.generate(
+    length = _MAX_LENGTH.value if _INTERACTIVE.value else len(prompt) + _MAX_NEW_TOKENS.value
+    decoder = mc.Decoder(
         model,
-        prompt[None],
-        _MAX_NEW_TOKENS.value,
+        max_length=length,
         temperature=_TEMPERATURE.value,
+        top_k=_TOP_K.value,
         top_p=_TOP_P.value,
-        stop_token=tokenizer.eos_id if _STOP.value else None,
         key=jax.random.key(_SEED.value),
     )
-    return tokenizer.decode(np.asarray(tokens[0]))
+    if not _INTERACTIVE.value:
+        decoder.feed(prompt[None])
+        _print(tokenizer, _continuation(decoder, tokenizer), prompt.tolist())
+        return
+    if _PROMPT.value:
+        decoder.feed(prompt[None])
+    print("Type a line; an empty one, or the end of input, ends.", file=sys.stderr)
+    for line in map(str.rstrip, sys.stdin):
+        if not line:
+            break
+        decoder.feed(tokenizer.encode(f"{line}\n".encode())[None])
+        _print(tokenizer, _continuation(decoder, tokenizer), [])
+
+
+def _continuation(decoder: mc.Decoder, tokenizer: Tokenizer) -> Iterator[int]:
+    for _ in range(_MAX_NEW_TOKENS.value):
+        token = int(decoder.next()[0])
+        yield token
+        if _STOP.value and token == tokenizer.eos_id:
+            return
+
+
+def _print(tokenizer: Tokenizer, continuation: Iterator[int], tokens: list[int]) -> None:
+    """Prints the text of tokens and of what follows as it comes, and how fast that was."""
+    printed, times = "", []
+    for token in continuation:
+        times.append(time.perf_counter())
+        tokens.append(token)
+        text = tokenizer.decode(tokens)
+        if not text.endswith("\ufffd"):  # a character that is not complete yet
+            print(text[len(printed) :], end="", flush=True)
+            printed = text
+    print(tokenizer.decode(tokens)[len(printed) :], flush=True)
+    if len(times) > 2:  # the first two wait for compilation
+        rate = (len(times) - 2) / (times[-1] - times[1])
+        print(f"{len(times)} tokens, {rate:.0f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":

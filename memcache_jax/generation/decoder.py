@@ -1,6 +1,7 @@
 """Generation token by token, for output as it comes and for conversations."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,8 +19,8 @@ from memcache_jax.nn.language_model import LanguageModelCache
 class Decoder:
     """A language model that keeps its cache: feed it tokens, and take what follows one by one.
 
-    What is fed and what is sampled is one sequence, so that a conversation never passes over its
-    past again.
+    What is fed and what is drawn is one sequence, so that a conversation never passes over its past
+    again. After one prompt and with equal arguments the tokens are those of ``generate``.
 
     Args:
       model: the model; later changes of its parameters are not seen.
@@ -62,7 +63,7 @@ class Decoder:
         top_k: int | None = None,
         top_p: float = 1.0,
         key: Array | None = None,
-        cache: dict[str, Any] | None = None,
+        cache: Mapping[str, Any] | None = None,
     ) -> None:
         self._sampling = Sampling(temperature, top_k, top_p)
         self._key = self._sampling.check_key(key)
@@ -70,6 +71,7 @@ class Decoder:
         self._graph, self._state = nnx.split(model)
         self.cache = model.init_cache(batch_size, max_length, **(cache or {}))
         self._logits: Array | None = None
+        self._drawn = 0
 
     def feed(
         self, tokens: jax.typing.ArrayLike, lengths: jax.typing.ArrayLike | None = None
@@ -96,7 +98,8 @@ class Decoder:
         """
         if self._logits is None:
             raise ValueError("feed at least one token before the first one is drawn")
-        self._key, key = jax.random.split(self._key)
+        key = jax.random.fold_in(self._key, self._drawn)  # as generate's
+        self._drawn += 1
         token = _draw(key, self._logits, self._sampling.numbers, **self._sampling.static)
         self._extend(token[:, None], None)
         return np.asarray(token)

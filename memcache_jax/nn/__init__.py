@@ -2,6 +2,7 @@
 
 from memcache_jax.nn import linen
 from memcache_jax.nn.attention import Attention
+from memcache_jax.nn.cache_table import cache_bytes, cache_table
 from memcache_jax.nn.language_model import (
     AttentionMixer,
     LanguageModel,
@@ -20,6 +21,8 @@ __all__ = [
     "MemoryCaching",
     "MemoryCachingMixer",
     "Mixer",
+    "cache_bytes",
+    "cache_table",
     "linen",
     "with_memory_caching",
 ]

@@ -242,7 +242,7 @@ def _read(
     few = min(width, getattr(config.aggregation, "top_k", width))
     combine = functools.partial(config.aggregation.combine, config.memory)
     live = jax.tree.map(lambda x: x[:, :, None, None], live)
-    if config.placement == "device" and (few == width or size > 1):
+    if config.placement == "device" and size * few >= width:
         bank = storage.unpack(_states(cache).all(cache.bank, batch), query.dtype)
         gates = jax.tree.map(lambda x: x[:, :, None], gates)
         # The gates of empty slots are zero.
