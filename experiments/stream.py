@@ -29,7 +29,7 @@ flags.DEFINE_integer("attention", 1 << 15, "Tokens of history for the Transforme
 flags.DEFINE_integer("first", 1 << 12, "Tokens of history at the first measurement.")
 flags.DEFINE_integer("features", 128, "Model dimension d.")
 flags.DEFINE_integer("heads", 4, "Heads h.")
-flags.DEFINE_integer("layers", 2, "Layers.")
+flags.DEFINE_integer("layers", 1, "Layers.")
 flags.DEFINE_integer("segment", 256, "Segment size C.")
 flags.DEFINE_integer("piece", 2048, "Tokens of history taken at once.")
 flags.DEFINE_integer("rounds", 50, "Timed tokens at each position.")

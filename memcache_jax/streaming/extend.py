@@ -135,7 +135,7 @@ def _advance(
         put = jax.vmap(lambda y, out, place: y.at[:, place].set(out, mode="drop"))
         return new, put(y, out, place)
 
-    cache, y = go(cache, y)
+    cache, y = lax.cond(active.any(), go, lambda cache, y: (cache, y), cache, y)
     return cache, done + size * active, y
 
 
@@ -172,13 +172,12 @@ def _take_piece(
     )
     reads = slots.reads(cache.record, block)
     before = cache.position - slots.first(block) * config.segmentation.size
-    gates = aggregation.gates(*_scores(cache, key_sum[:, :, 0], before, connector, key, reads))
-    y = _read(cache, query, live, gates, reads)
+    scores = _scores(cache, key_sum[:, :, 0], before, connector, key, reads)
+    y, read = _read(cache, query, live, scores, reads)
     if config.max_length is not None:  # a row that is full has NaN for outputs
         inside = cache.position + size <= config.max_length
         y, active = jnp.where(inside[:, None, None, None], y, jnp.nan), active & inside
 
-    read = gates[0].sum(axis=(1, 2)) * active[:, None]
     key_sum += key.sum(axis=2)[:, :, None]
     keep = functools.partial(_where, active[:, None])
     cache = dataclasses.replace(
@@ -187,7 +186,7 @@ def _take_piece(
         state=jax.tree.map(keep, ends, cache.state),
         anchor=jax.tree.map(keep, anchor, cache.anchor),
         key_sum=keep(key_sum, cache.key_sum),
-        record=slots.count_reads(cache.record, read),
+        record=slots.count_reads(cache.record, read * active[:, None]),
     )
     ends = active & (into_block + size == config.segmentation.size)
     return _store(cache, block, ends, after=y), y
@@ -233,29 +232,37 @@ def _read(
     cache: Cache,
     query: Float[Array, "b h m k"],
     live: Any,
-    gates: tuple[Float[Array, "b h m r"], Float[Array, "b h m"]],
+    scores: tuple[Float[Array, "b h m r"], Float[Array, "b h m"]],
     reads: Reads,
-) -> Float[Array, "b h m v"]:
-    """The outputs: reads of the live memory and of the cached ones, or of their mixture."""
+) -> tuple[Float[Array, "b h m v"], Float[Array, "b r"]]:
+    """The outputs, and the sum of each cached state's gates over heads and tokens.
+
+    They are reads of the live memory and of the cached ones, or of their mixture.
+    """
     config, (batch, heads, size, _) = cache.config, query.shape
-    width = reads.slots.shape[1]
-    few = min(width, getattr(config.aggregation, "top_k", width))
-    combine = functools.partial(config.aggregation.combine, config.memory)
+    aggregation, (cached, online), width = config.aggregation, scores, reads.slots.shape[1]
+    few = min(width, getattr(aggregation, "top_k", width))
+    combine = functools.partial(aggregation.combine, config.memory)
     live = jax.tree.map(lambda x: x[:, :, None, None], live)
     if config.placement == "device" and size * few >= width:
+        gates = aggregation.gates(cached, online)
         bank = storage.unpack(_states(cache).all(cache.bank, batch), query.dtype)
-        gates = jax.tree.map(lambda x: x[:, :, None], gates)
         # The gates of empty slots are zero.
         which = np.arange(width)[None] if config.slots.reads_all else reads.slots[:, None]
-        return combine(bank, query[:, :, None], live, gates, which)[:, :, 0]
+        block = jax.tree.map(lambda x: x[:, :, None], gates)
+        y = combine(bank, query[:, :, None], live, block, which)[:, :, 0]
+        return y, gates[0].sum(axis=(1, 2))
     # The states that each token selects, side by side; a token is a block of its own.
-    chosen_gates, chosen = lax.top_k(gates[0], few)
-    places = jnp.broadcast_to(jnp.maximum(reads.slots, 0)[:, None, None], gates[0].shape)
+    _, chosen = lax.top_k(lax.stop_gradient(cached), few)
+    gates = aggregation.gates(jnp.take_along_axis(cached, chosen, axis=-1), online)
+    places = jnp.broadcast_to(jnp.maximum(reads.slots, 0)[:, None, None], cached.shape)
     places = jnp.take_along_axis(places, chosen, axis=-1).reshape(batch, heads, -1)
     bank = storage.unpack(_states(cache).take(cache.bank, places), query.dtype)
     each = np.arange(size * few).reshape(size, few)
-    gates = chosen_gates[:, :, :, None], gates[1][..., None]
-    return combine(bank, query[:, :, :, None], live, gates, each)[:, :, :, 0]
+    blocks = gates[0][:, :, :, None], gates[1][..., None]
+    y = combine(bank, query[:, :, :, None], live, blocks, each)[:, :, :, 0]
+    sums = jax.vmap(lambda place, gate: jnp.zeros(width, gate.dtype).at[place].add(gate))
+    return y, sums(chosen.reshape(batch, -1), gates[0].reshape(batch, -1))
 
 
 def _store(cache: Cache, block: Int[Array, "b"], ends: Bool[Array, "b"], after: Array) -> Cache:

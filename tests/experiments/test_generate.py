@@ -59,3 +59,26 @@ def test_errors_are_one_line(trained_run, tmp_path, flags, message):
     assert done.stdout == ""
     assert done.stderr.splitlines()[-1].startswith(message.format(**places))
     assert "Traceback" not in done.stderr
+
+
+def test_a_conversation_goes_on_in_one_cache(trained_run):
+    command = [sys.executable, "-m", "experiments.generate", f"--workdir={trained_run}"]
+    flags = ["--interactive", "--temperature=0", "--max_new_tokens=6", "--nostop"]
+    done = subprocess.run(
+        [*command, *flags],
+        input="the c\nand so\n\n",
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("tokens/s") == 2
+    model, tokenizer, _ = load_model(trained_run)
+    told, answers = np.zeros((1, 0), int), []
+    for line in ("the c\n", "and so\n"):
+        told = np.concatenate([told, tokenizer.encode(line.encode())[None]], axis=1)
+        answer = np.asarray(mc.generate(model, told, 6, temperature=0))
+        answers.append(tokenizer.decode(answer[0, told.shape[1] :]))
+        told = answer
+    assert done.stdout == "".join(f"{answer}\n" for answer in answers)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from orbax.checkpoint import v1 as ocp
 
 import memcache_jax as mc
 from tests.cases import assert_close
@@ -139,6 +140,28 @@ def test_bounded_memory_of_a_model():
         hidden, cache = extend(jnp.ones((1, 30), int), cache)
         assert jnp.isfinite(hidden).all()
     assert cache.position.tolist() == [90]
+
+
+def test_a_cache_is_saved_and_restored(tmp_path):
+    model, tokens = language_model(), jnp.ones((1, 20), int)
+    graph, state = nnx.split(model)
+    extend = jax.jit(lambda tokens, cache: nnx.merge(graph, state).extend(tokens, cache))
+    _, cache = extend(tokens, model.init_cache(1, 60))
+    ocp.save(tmp_path / "cache", cache)
+    restored = ocp.load(tmp_path / "cache", jax.eval_shape(lambda: model.init_cache(1, 60)))
+    for got, wanted in zip(*map(jax.tree.leaves, (restored, cache)), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    np.testing.assert_array_equal(extend(tokens, restored)[0], extend(tokens, cache)[0])
+
+
+def test_bytes_of_a_cache():
+    cache = language_model().init_cache(2, 40)
+    parts = mc.nn.cache_bytes(cache)
+    assert sum(parts.values()) == cache.nbytes - cache.position.nbytes - 4 * 2 * 2 * 4
+    # 2 layers, 2 rows, 2 heads of dimension 8: 4 segments, and a window of 6.
+    assert parts["cached states"] == 2 * 2 * 2 * 4 * 8 * 8 * 4
+    assert parts["keys and values"] == 2 * 2 * 2 * 5 * 2 * 8 * 4
+    assert parts["convolution tails"] == 2 * 2 * 3 * 3 * 16 * 4
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -1,0 +1,26 @@
+"""The long run: a step's time and a cache's bytes against the position."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def test_small(tmp_path):
+    sizes = dict(length=96, attention=64, first=32, features=16, heads=2, layers=2, segment=8)
+    flags = [f"--{name}={size}" for name, size in (sizes | dict(piece=32, rounds=3)).items()]
+    command = [sys.executable, "-m", "experiments.stream", f"--workdir={tmp_path}", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "stream.json").read_text())
+    assert [(row["model"], row["position"]) for row in rows] == [
+        *(("SSC", n) for n in (32, 64, 96)),
+        *(("logarithmic", n) for n in (32, 64, 96)),
+        *(("attention", n) for n in (32, 64)),
+    ]
+    assert all(row["ms_per_token"] > 0 and row["bytes_made_for"] > 0 for row in rows)
+    assert (tmp_path / "stream.png").stat().st_size > 1000
+    assert "a KV cache of this model" in done.stdout
