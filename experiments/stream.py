@@ -7,7 +7,8 @@ logarithmic buckets, and a Transformer with a KV cache up to ``--attention`` tok
 random bytes taken in long pieces; at powers of two the next tokens are taken one by one and timed,
 the median of ``--rounds``. A cache's arrays have their size from the start, so that a step costs
 the same everywhere; "made for" beside each position is the step of a cache that is made for that
-length and no more. Nothing is trained: neither time nor bytes depend on the parameters.
+length and no more, empty still. Nothing is trained: neither time nor bytes depend on the
+parameters.
 """
 
 import json
@@ -79,6 +80,7 @@ class Stream:
             return model.logits(hidden[:, -1]), cache
 
         self.step = jax.jit(extend, donate_argnums=2)
+        self.position = 0
 
     def take(self, count: int) -> float:
         """Takes so many random tokens, and returns the seconds."""
@@ -86,6 +88,7 @@ class Stream:
         begin = time.perf_counter()
         logits, self.cache = self.step(self.state, tokens, self.cache)
         logits.block_until_ready()
+        self.position += count
         return time.perf_counter() - begin
 
     def token_time(self) -> float:
@@ -96,14 +99,12 @@ class Stream:
 def measure(name: str, mixer: Any, length: int) -> list[dict[str, Any]]:
     """Rows of position, milliseconds per token and bytes."""
     model = build(mixer)
-    stream, rows, position = Stream(model, length), [], 0
+    stream, rows = Stream(model, length), []
     stream.take(1)  # compiles
     begin = time.perf_counter()
     for wanted in positions(length):
-        while position < wanted:
-            count = min(FLAGS.piece, wanted - position)
-            stream.take(count)
-            position += count
+        while stream.position < wanted:
+            stream.take(min(FLAGS.piece, wanted - stream.position))
         in_time = stream.token_time()
         fitted = Stream(model, wanted)
         fitted.take(1)

@@ -68,6 +68,17 @@ def check_documents(document_ids: jax.Array, wanted: tuple[int, ...]) -> None:
         )
 
 
+def check_rows(rows: Any, batch: int) -> jax.Array:
+    """Returns the numbers of rows, or raises ValueError for others than 0 to batch - 1."""
+    if not isinstance(rows, Tracer):
+        known = np.asarray(rows)
+        if known.ndim != 1 or not np.issubdtype(known.dtype, np.integer):
+            raise ValueError(f"rows must be integers (n,), got {known.dtype} {known.shape}")
+        if known.size and (known.min() < 0 or known.max() >= batch):
+            raise ValueError(f"the cache has the rows 0 to {batch - 1}, got {known.tolist()}")
+    return jnp.asarray(rows)
+
+
 def check_room(
     position: jax.Array, shape: tuple[int, ...], lengths: Any, max_length: int | None
 ) -> None:
@@ -80,6 +91,7 @@ def check_room(
         raise ValueError(f"the cache has {position.shape[0]} rows, got tokens of {batch}")
     if not count:
         raise ValueError("give at least one token, got none")
+    lengths = lengths if lengths is None or isinstance(lengths, Tracer) else np.asarray(lengths)
     if lengths is not None and (
         jnp.shape(lengths) != (batch,) or not jnp.issubdtype(jnp.result_type(lengths), jnp.integer)
     ):

@@ -161,9 +161,27 @@ def test_decoder():
     after = np.stack([decoder.next() for _ in range(4)], axis=1)
     row = np.concatenate([wanted[2], tokens[2, :5]])[None]
     np.testing.assert_array_equal(mc.generate(model, row, 4, temperature=0)[0, 20:], after[2])
+    kept = decoder.cache.take(np.arange(3))
+    decoder.feed(tokens[:, :1], lengths=np.array([1, 0, 0]))
+    decoder.cache = kept
+    with pytest.raises(ValueError, match="feed at least one token"):
+        decoder.next()
+    decoder.feed(tokens[:, :1])
     with pytest.raises(ValueError, match="holds 40 tokens in a row and would have 4"):
         decoder.feed(np.ones((3, 20), int))
     decoder.next()
+
+
+def test_prompts_of_attention_alone_may_be_shorter_than_a_buffer():
+    mixers = (mc.nn.AttentionMixer(), mc.nn.AttentionMixer(window=4))
+    config = mc.nn.LanguageModelConfig(
+        vocab_size=VOCAB, num_layers=2, features=16, num_heads=2, mixers=mixers
+    )
+    decoder = mc.Decoder(
+        mc.nn.LanguageModel(config, rngs=nnx.Rngs(0)), 3, max_length=30, temperature=0
+    )
+    decoder.feed(prompts(length=9))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(decoder.cache.states))
 
 
 def test_generation_ends_when_all_rows_have_stopped():

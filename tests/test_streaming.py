@@ -182,6 +182,77 @@ def test_gradients_pass_from_call_to_call(memory):
     assert_close(outputs(split), outputs(whole), 1e-9, scale=1.0)
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("memory", "segmentation"),
+    [
+        (mc.memories.LinearAttention(), mc.Constant(1)),
+        (mc.memories.Titans(chunk_size=1, expansion=1), mc.Constant(2)),
+    ],
+    ids=["segments of one", "chunks of one"],
+)
+def test_chunks_of_one_token(memory, segmentation):
+    inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 6))
+    cache = empty(inputs, memory, mc.GRM(), segmentation)
+    got, _ = jax.jit(mc.extend)(cache, **over_time(inputs, memory, lambda x: x))
+    assert_close(got, whole(inputs, memory, mc.GRM(), segmentation), 1e-10)
+
+
+@pytest.mark.usefixtures("x64")
+def test_rows_that_are_full():
+    memory = MEMORIES["linear"]
+    inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 27))
+    cache = mc.init_cache(
+        *(2, 3, 4, 4),
+        memory=memory,
+        aggregation=mc.GRM(),
+        segmentation=mc.Constant(8),
+        max_length=20,
+        dtype=jnp.float64,
+    )
+    step = jax.jit(mc.extend)
+    _, cache = step(cache, **over_time(inputs, memory, lambda x: x[:, :16]))
+    y, cache = step(cache, **over_time(inputs, memory, lambda x: x[:, 16:]))
+    assert_close(y[:, :4], whole(inputs, memory, mc.GRM(), mc.Constant(8))[:, 16:20], 1e-10)
+    assert jnp.isnan(y[:, 4:]).all()
+    y, _ = step(cache, **over_time(inputs, memory, lambda x: x[:, :1]))
+    assert jnp.isnan(y).all()
+
+
+@pytest.mark.parametrize("kind", [mc.GRM(), mc.SSC(top_k=1)], ids=["grm", "ssc"])
+def test_a_row_that_begins_anew_forgets_what_is_not_a_number(kind):
+    memory = MEMORIES["linear"]
+    inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 20, dtype=jnp.float32))
+    cache, step = empty(inputs, memory, kind, mc.Constant(4)), jax.jit(mc.extend, donate_argnums=0)
+    broken = over_time(inputs, memory, lambda x: x.at[0].set(jnp.nan))
+    _, cache = step(cache, **broken)
+    cache = cache.reset(np.array([True, True]))
+    kept = cache.take(np.array([1, 0]))  # which the next step leaves alone
+    y, _ = step(cache, **over_time(inputs, memory, lambda x: x))
+    assert_close(y, whole(inputs, memory, kind, mc.Constant(4)), 1e-5)
+    y, _ = step(kept, **over_time(inputs, memory, lambda x: x[::-1]))
+    assert jnp.isfinite(y).all()
+
+
+def test_of_equally_relevant_states_the_older_is_read():
+    memory = MEMORIES["linear"]
+    cache = mc.init_cache(
+        *(1, 1, 1, 1),
+        memory=memory,
+        aggregation=mc.SSC(gate="uniform", top_k=1),
+        segmentation=mc.Constant(1),
+        max_segments=2,
+        policy="drop_oldest",
+    )
+    one, step = jnp.ones((1, 1, 1, 1)), jax.jit(mc.extend)
+    outputs = []
+    for t in range(5):
+        y, cache = step(cache, one, one, one * 10.0**t)
+        outputs.append(y.item())
+    # Of the segments 2 and 3, which are kept, and the live one, 4.
+    np.testing.assert_allclose(outputs[-1], (1e2 + 1e4) / 2, rtol=1e-6)
+
+
 def test_a_step_costs_the_same_however_many_segments_are_cached():
     from experiments._flops import count_flops
 
@@ -224,6 +295,8 @@ def test_errors():
         mc.extend(cache, **over_time(inputs, memory, lambda x: x[:, :, :2]))
     with pytest.raises(ValueError, match=r"h, v of the cache\) = \(2, 20, 3, 4\), got .* 3, 3\)"):
         mc.extend(cache, **(part | dict(value=part["value"][..., :3])))
+    with pytest.raises(ValueError, match=r"the cache has the rows 0 to 1, got \[2\]"):
+        cache.take(np.array([2]))
     with pytest.raises(ValueError, match="lengths must be 0 to 20, the tokens given, got"):
         mc.extend(cache, **part, lengths=jnp.array([3, 21]))
     with pytest.raises(ValueError, match="nothing is to be read"):
@@ -244,6 +317,7 @@ def test_errors():
         "policy must be one of": dict(policy="forget"),
         "placement='host' is for SSC": dict(placement="host", max_segments=2),
         "placement must be one of": dict(placement="disk", max_segments=2),
+        "^dtype must be one of": dict(dtype=jnp.bfloat16, max_segments=2),
         "cache_dtype must be one of": dict(cache_dtype="int4", max_segments=2),
         "max_length must be at least 1": dict(max_length=0),
         "give max_segments or max_length": dict(max_length=10, max_segments=2),

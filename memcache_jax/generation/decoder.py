@@ -33,9 +33,6 @@ class Decoder:
       cache: how states are kept: ``max_segments``, ``policy``, ``cache_dtype`` and ``placement`` of
         ``mc.init_cache``.
 
-    Attributes:
-      cache: the model's cache; another may be put in its place.
-
     Raises:
       ValueError: as ``generate``.
 
@@ -45,10 +42,10 @@ class Decoder:
       >>> config = mc.nn.LanguageModelConfig(vocab_size=257, num_layers=1, features=32, num_heads=2)
       >>> decoder = mc.Decoder(mc.nn.LanguageModel(config, rngs=nnx.Rngs(0)), max_length=100,
       ...                      temperature=0)
-      >>> decoder.feed([[72, 105]])
+      >>> decoder.feed(jnp.array([[72, 105]]))
       >>> [decoder.next().shape for _ in range(2)]
       [(1,), (1,)]
-      >>> decoder.feed([[33]])
+      >>> decoder.feed(jnp.array([[33]]))
       >>> decoder.cache.position.tolist()
       [5]
     """
@@ -69,9 +66,21 @@ class Decoder:
         self._key = self._sampling.check_key(key)
         self._model = model
         self._graph, self._state = nnx.split(model)
-        self.cache = model.init_cache(batch_size, max_length, **(cache or {}))
+        self._cache = model.init_cache(batch_size, max_length, **(cache or {}))
         self._logits: Array | None = None
         self._drawn = 0
+
+    @property
+    def cache(self) -> LanguageModelCache:
+        """The model's cache. Another may be put in its place, and tokens are fed before the next.
+
+        The next call takes its arrays: keep ``decoder.cache.take(rows)`` to come back to it.
+        """
+        return self._cache
+
+    @cache.setter
+    def cache(self, cache: LanguageModelCache) -> None:
+        self._cache, self._logits = cache, None
 
     def feed(
         self, tokens: jax.typing.ArrayLike, lengths: jax.typing.ArrayLike | None = None
@@ -80,14 +89,15 @@ class Decoder:
 
         Args:
           tokens: (b, t) ids.
-          lengths: (b,) tokens of each row that count, the first ones; all by default.
+          lengths: (b,) tokens of each row that count, the first ones; all by default. A row that
+            was fed before may have none.
 
         Raises:
           ValueError: for tokens as ``generate`` refuses them, or that find no room in the cache,
             which is then as it was before.
         """
         tokens = check_prompt(tokens, self._model)
-        lengths = check_lengths(lengths, tokens.shape)
+        lengths = check_lengths(lengths, tokens.shape, least=1 if self._logits is None else 0)
         self._extend(tokens, lengths)
 
     def next(self) -> Int[np.ndarray, "b"]:
@@ -105,13 +115,14 @@ class Decoder:
         return np.asarray(token)
 
     def _extend(self, tokens: Array, lengths: Array | None) -> None:
-        self.cache.check_room(tokens.shape, lengths)
+        self._cache.check_room(tokens.shape, lengths)
         if lengths is not None:
             padding = buffer_size(tokens.shape[1]) - tokens.shape[1]
             tokens = jnp.pad(tokens, ((0, 0), (0, padding)))
-        self._logits, self.cache = _extend(
-            self._state, tokens, lengths, self.cache, graph=self._graph
-        )
+        logits, self._cache = _extend(self._state, tokens, lengths, self._cache, graph=self._graph)
+        if lengths is not None and self._logits is not None:
+            logits = jnp.where((lengths > 0)[:, None], logits, self._logits)
+        self._logits = logits
 
 
 _draw = jax.jit(sample, static_argnames=("greedy", "top_k", "nucleus"))
@@ -131,5 +142,5 @@ def _extend(
     hidden, cache = model.extend(tokens, cache, lengths)
     if lengths is None:
         return model.logits(hidden[:, -1]), cache
-    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+    last = jnp.take_along_axis(hidden, jnp.maximum(lengths, 1)[:, None, None] - 1, axis=1)[:, 0]
     return model.logits(last), cache

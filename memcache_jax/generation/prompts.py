@@ -32,11 +32,12 @@ def check_prompt(prompt: jax.typing.ArrayLike, model: Any) -> Int[Array, "b t"]:
     return jnp.asarray(array.astype(jnp.int32))
 
 
-def check_lengths(lengths: Any, shape: tuple[int, ...]) -> Int[Array, "b"]:
+def check_lengths(lengths: Any, shape: tuple[int, ...], least: int = 1) -> Int[Array, "b"]:
     """Returns how many tokens of each row of a prompt (b, t) count, or raises ValueError."""
     batch, count = shape
     if lengths is None:
         return jnp.full(batch, count, jnp.int32)
+    lengths = lengths if isinstance(lengths, Tracer) else np.asarray(lengths)
     if jnp.shape(lengths) != (batch,) or not jnp.issubdtype(jnp.result_type(lengths), jnp.integer):
         raise ValueError(
             f"lengths must be integers (b,) = ({batch},), got {jnp.result_type(lengths)} "
@@ -44,9 +45,9 @@ def check_lengths(lengths: Any, shape: tuple[int, ...]) -> Int[Array, "b"]:
         )
     if not isinstance(lengths, Tracer):
         known = np.asarray(lengths)
-        if known.min() < 1 or known.max() > count:
+        if known.min() < least or known.max() > count:
             raise ValueError(
-                f"lengths must be 1 to {count}, the tokens given, got {known.tolist()}"
+                f"lengths must be {least} to {count}, the tokens given, got {known.tolist()}"
             )
     return jnp.asarray(lengths, jnp.int32)
 

@@ -27,11 +27,13 @@ class AttentionCache(NamedTuple):
 
     def reset(self, rows: jax.typing.ArrayLike) -> "AttentionCache":
         """The cache with the marked rows (b,) before their first token."""
-        return self._replace(position=jnp.where(jnp.asarray(rows), 0, self.position))
+        rows = jnp.asarray(rows)
+        cache = self._replace(position=jnp.where(rows, 0, self.position))
+        return cache if self.key is None else cache.with_states(self.reset_states(rows))
 
     def take(self, rows: jax.typing.ArrayLike) -> "AttentionCache":
         """The cache of these rows, in this order; one may come more than once."""
-        rows = jnp.asarray(rows)
+        rows = _checks.check_rows(rows, len(self.position))
         return self.take_small(rows).with_states(self.take_states(rows))
 
     # For a stack of layers, as in ``Cache``.
@@ -50,6 +52,10 @@ class AttentionCache(NamedTuple):
         """So many rows of empty ones."""
         key, value = (jnp.zeros((rows, *x.shape[1:]), x.dtype) for x in self.states)
         return key, value
+
+    def reset_states(self, rows: Array) -> tuple:
+        """All of them, zero in the marked rows: no weight makes a NaN vanish."""
+        return tuple(jnp.where(rows[:, None, None, None], 0, x) for x in self.states)
 
     def take_states(self, rows: Array) -> tuple:
         """These rows of them, of all."""
@@ -144,14 +150,14 @@ class Attention(nnx.Module):
         return self.out(y.reshape(*x.shape[:2], -1))
 
     def init_cache(
-        self, batch_size: int, max_length: int | None = None, **_options: Any
+        self, batch_size: int, max_length: int | None = None, **options: Any
     ) -> AttentionCache:
         """An empty cache for ``extend``.
 
         Args:
           batch_size: rows.
           max_length: tokens that a row may take; not needed with a window.
-          _options: those of other mixers.
+          options: those of ``MemoryCaching``, which change nothing here.
 
         Raises:
           ValueError: for sizes below 1, or no length where all tokens are seen.
@@ -159,11 +165,12 @@ class Attention(nnx.Module):
         for name, size in (("batch_size", batch_size), ("max_length", max_length)):
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
+        unknown = sorted(set(options) - {"max_segments", "policy", "cache_dtype", "placement"})
+        if unknown:
+            raise ValueError(f"a cache has no options {unknown}")
         if self.window is None and max_length is None:
             raise ValueError("attention over all tokens keeps them all: give max_length")
-        past = min(
-            size for size in (max_length, self.window and self.window - 1) if size is not None
-        )
+        past: Any = max_length if self.window is None else self.window - 1
         dtype = self.query.param_dtype if self.dtype is None else self.dtype
         shape = (batch_size, past, self.num_heads, self.head_dim)
         key, value = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
@@ -189,6 +196,13 @@ class Attention(nnx.Module):
           ValueError: for an input that is not (b, t, in_features), or does not fit the cache.
         """
         _checks.check_input(x, self.in_features)
+        if not isinstance(cache, AttentionCache):
+            raise ValueError(f"the cache was made for another layer: {type(cache).__name__}")
+        if self.window is not None and cache.key.shape[1] != self.window - 1:
+            raise ValueError(
+                f"the cache was made for another window than {self.window}: it has the last "
+                f"{cache.key.shape[1]} tokens"
+            )
         if cache.key.shape[2:] != (self.num_heads, self.head_dim):
             raise ValueError(
                 f"the cache was made for (heads, head_dim) = {cache.key.shape[2:]}, this layer has "
@@ -205,7 +219,7 @@ class Attention(nnx.Module):
             there = jnp.where(jnp.arange(length)[None] < lengths[:, None], place, past)
             rows = (0 if cache.first is None else cache.first) + jnp.arange(len(x))[:, None]
             kept = tuple(
-                old.at[rows, there].set(new, mode="drop")
+                old.at[rows, there].set(new.astype(old.dtype), mode="drop")
                 for old, new in zip(cache.states, new, strict=True)
             )
             key, value = (_own(row, cache.first, len(x)) for row in kept)
@@ -219,12 +233,15 @@ class Attention(nnx.Module):
             last = jax.vmap(lambda row, begin: lax.dynamic_slice_in_dim(row, begin, past))
             first = 0 if cache.first is None else cache.first
             kept = tuple(
-                lax.dynamic_update_slice_in_dim(old, last(row, lengths), first, axis=0)
+                lax.dynamic_update_slice_in_dim(
+                    old, last(row, lengths).astype(old.dtype), first, axis=0
+                )
                 for old, row in zip(cache.states, (key, value), strict=True)
             )
         y = jax.nn.dot_product_attention(query, key, value, mask=seen[:, None])
         if self.window is None:
-            y = jnp.where((place < past)[..., None, None], y, jnp.nan)
+            beyond = (place >= past) & (jnp.arange(length)[None] < lengths[:, None])
+            y = jnp.where(beyond[..., None, None], jnp.nan, y)
         y = self.out(y.reshape(*x.shape[:2], -1))
         return y, cache._replace(key=kept[0], value=kept[1], position=cache.position + lengths)
 

@@ -24,7 +24,7 @@ _NAMES = dict(
 
 
 def cache_bytes(cache: LanguageModelCache) -> dict[str, int]:
-    """Bytes of each part of a cache, of all layers and rows together."""
+    """Bytes of each part of a cache, of all layers and rows together, but for the positions."""
     parts: dict[str, int] = {}
 
     def add(name: str, tree: Any) -> None:

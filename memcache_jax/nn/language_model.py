@@ -30,7 +30,7 @@ class Mixer(Protocol):
         Where documents are packed, it is called with their ids (b, t) as a second argument. For
         streams it has ``init_cache(batch_size, max_length, **options)``, whose options are those
         of ``MemoryCaching``, and ``extend(x, cache, lengths)``, which returns the outputs and the
-        next cache; a cache has the methods of ``LayerCache``.
+        next cache; a cache has the methods of ``AttentionCache``.
         """
         ...
 
@@ -216,21 +216,31 @@ class LanguageModelCache:
     def reset(self, rows: jax.typing.ArrayLike) -> "LanguageModelCache":
         """The cache with the marked rows (b,) before their first token."""
         layers = jax.vmap(lambda caches: [cache.reset(rows) for cache in caches])(self.layers)
+        every = jnp.tile(jnp.asarray(rows), self._repeats)
+        states = [cache.reset_states(every) for cache in self._with_states()]
         position = jnp.where(jnp.asarray(rows), 0, self.position)
-        return dataclasses.replace(self, layers=layers, position=position)
+        return LanguageModelCache(layers, states, position, self.max_length)
 
     def take(self, rows: jax.typing.ArrayLike) -> "LanguageModelCache":
         """The cache of these rows, in this order; one may come more than once."""
-        rows = jnp.asarray(rows)
+        batch = len(self.position)
+        rows = _checks.check_rows(rows, batch)
         layers = jax.vmap(lambda caches: [cache.take_small(rows) for cache in caches])(self.layers)
-        count, batch = len(jax.tree.leaves(self.layers)[0]), len(self.position)
-        every = (jnp.arange(count)[:, None] * batch + rows[None]).reshape(-1)
-        states = [
-            jax.tree.map(lambda x: x[0], cache).with_states(shared).take_states(every)
-            for cache, shared in zip(self.layers, self.states, strict=True)
-        ]
+        every = (jnp.arange(self._repeats)[:, None] * batch + rows[None]).reshape(-1)
+        states = [cache.take_states(every) for cache in self._with_states()]
         position = jnp.take(self.position, rows, axis=0)
         return LanguageModelCache(layers, states, position, self.max_length)
+
+    @property
+    def _repeats(self) -> int:
+        return len(jax.tree.leaves(self.layers)[0])
+
+    def _with_states(self) -> list:
+        """Of each mixer, a layer's cache with the states of all."""
+        return [
+            jax.tree.map(lambda x: x[0], cache).with_states(shared)
+            for cache, shared in zip(self.layers, self.states, strict=True)
+        ]
 
 
 def _small(cache: Any) -> Any:
@@ -333,11 +343,13 @@ class LanguageModel(nnx.Module):
 
         repeats = self.config.num_layers // len(self.config.mixers)
         one = init(jax.tree.map(lambda x: x[0], stacked))
+        bounds = [max_length, *(getattr(cache, "max_length", None) for cache in one)]
+        bounds = [bound for bound in bounds if bound is not None]
         return LanguageModelCache(
             jax.vmap(lambda state: list(map(_small, init(state))))(stacked),
             [cache.empty_states(repeats * batch_size) for cache in one],
             jnp.zeros(batch_size, jnp.int32),
-            max_length,
+            min(bounds, default=None),
         )
 
     def extend(

@@ -34,6 +34,11 @@ class LayerCache(NamedTuple):
         """Bytes of all arrays."""
         return sum(x.nbytes for x in jax.tree.leaves(self))
 
+    @property
+    def max_length(self) -> int | None:
+        """Tokens that a row may take; None for any number."""
+        return self.memory.config.max_length
+
     def reset(self, rows: jax.typing.ArrayLike) -> "LayerCache":
         """The cache with the marked rows (b,) before their first token."""
         marked = jnp.asarray(rows)[:, None, None]
@@ -42,7 +47,7 @@ class LayerCache(NamedTuple):
 
     def take(self, rows: jax.typing.ArrayLike) -> "LayerCache":
         """The cache of these rows, in this order; one may come more than once."""
-        rows = jnp.asarray(rows)
+        rows = _checks.check_rows(rows, len(self.memory.position))
         return self.take_small(rows).with_states(self.take_states(rows))
 
     # For a stack of layers, as in ``Cache``.
@@ -59,6 +64,10 @@ class LayerCache(NamedTuple):
     def empty_states(self, rows: int) -> tuple:
         """So many rows of empty ones."""
         return self.memory.empty_states(rows)
+
+    def reset_states(self, rows: Array) -> tuple:
+        """All of them, zero in the marked rows."""
+        return self.memory.reset_states(rows)
 
     def take_states(self, rows: Array) -> tuple:
         """These rows of them, of all."""
@@ -312,6 +321,8 @@ class MemoryCaching(nnx.Module):
         return self._output(x, y), LayerCache(memory, tails)
 
     def _check_cache(self, cache: LayerCache) -> None:
+        if not isinstance(cache, LayerCache):
+            raise ValueError(f"the cache was made for another layer: {type(cache).__name__}")
         for name in ("memory", "aggregation", "segmentation", "start"):
             made, here = getattr(cache.memory.config, name), getattr(self, name)
             if made != here:

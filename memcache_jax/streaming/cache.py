@@ -52,7 +52,8 @@ class CacheConfig:
     def slots(self) -> Slots:
         """Where states are kept, and for how long."""
         if self.max_segments is not None:
-            return Recent(self.max_segments, self.segmentation.size, self.policy)
+            by_age = self.policy.startswith("drop") and isinstance(self.aggregation, SSC)
+            return Recent(self.max_segments, self.segmentation.size, self.policy, by_age)
         return Planned(make_schedule(self.segmentation, self.max_length))
 
     def states(self, initial: State, first: Any = 0) -> storage.Bank:
@@ -117,18 +118,19 @@ class Cache:
         return sum(x.nbytes for x in jax.tree.leaves(self))
 
     def reset(self, rows: jax.typing.ArrayLike) -> "Cache":
-        """The cache with the marked rows (b,) before their first token."""
+        """The cache with the marked rows (b,) before their first token.
+
+        What it does not change it shares with this one: donate one of them, and the other is gone.
+        """
         rows = jnp.asarray(rows)
-        # States and sums begin anew with the first token, and empty slots are not read.
-        position, record = jax.tree.map(
-            lambda x: jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), 0, x),
-            (self.position, self.record),
-        )
-        return dataclasses.replace(self, position=position, record=record)
+        # Live states and sums begin anew with the first token.
+        position, record = _zero(rows, (self.position, self.record))
+        cache = dataclasses.replace(self, position=position, record=record)
+        return cache if self.bank is None else cache.with_states(self.reset_states(rows))
 
     def take(self, rows: jax.typing.ArrayLike) -> "Cache":
         """The cache of these rows, in this order; one may come more than once."""
-        rows = jnp.asarray(rows)
+        rows = _checks.check_rows(rows, len(self.position))
         return self.take_small(rows).with_states(self.take_states(rows))
 
     # For a stack of layers, which shares what is large, so that a pass copies none of it.
@@ -148,6 +150,14 @@ class Cache:
         bank, keys = self.config.states(self.initial), self.config.keys(self.key_sum)
         return bank.empty(rows), keys.empty(rows)[0]
 
+    def reset_states(self, rows: Array) -> tuple:
+        """All of them, zero in the marked rows: a NaN in a slot would be read with a gate of zero.
+
+        On the host they stay, since what SSC does not select it does not read.
+        """
+        bank = self.bank if self.config.placement == "host" else _zero(rows, self.bank)
+        return bank, _zero(rows, self.pooled)
+
     def take_states(self, rows: Array) -> tuple:
         """These rows of them, of all."""
         bank = self.config.states(self.initial).take_rows(self.bank, rows)
@@ -158,7 +168,15 @@ class Cache:
         names = ("position", "state", "anchor", "key_sum", "record")
         parts = {name: getattr(self, name) for name in names}
         taken = jax.tree.map(lambda x: jnp.take(x, rows, axis=0), parts)
-        return dataclasses.replace(self, **taken)
+        # Not shared: either cache may be donated.
+        return dataclasses.replace(self, initial=jax.tree.map(jnp.copy, self.initial), **taken)
+
+
+def _zero(rows: Array, tree: Any) -> Any:
+    """Arrays (b, ...) with zeros in the marked rows."""
+    return jax.tree.map(
+        lambda x: jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), jnp.zeros((), x.dtype), x), tree
+    )
 
 
 def init_cache(
@@ -183,7 +201,7 @@ def init_cache(
 
     Where each segment counts the same and is read linearly (``Aggregation.merges_exactly``: uniform
     soup, or the uniform gates of a memory of one layer) segments of one size are kept as one
-    running mean, in O(1).
+    running mean, in O(1), in ``dtype``.
 
     Args:
       batch: rows.
@@ -233,9 +251,13 @@ def init_cache(
             raise ValueError(f"{name} must be at least 1, got {size}")
     weights = {name: weight.astype(dtype) for name, weight in (weights or {}).items()}
     check_weights(memory, weights, heads, key_dim, value_dim)
+    _checks.check_choice("dtype", jnp.dtype(dtype).name, ("float32", "float64"))
+    given = policy
     max_length, max_segments, policy = _bounds(
         memory, aggregation, segmentation, max_length, max_segments, policy
     )
+    if policy != given:  # a narrow running mean would stop to move
+        cache_dtype = None
     config = CacheConfig(
         memory,
         aggregation,

@@ -120,7 +120,7 @@ def _advance(
     """Takes a whole chunk in the rows that can, or one token in those that cannot."""
     cache, done, y = carry
     whole = (cache.position % chunk == 0) & (done + chunk <= lengths)
-    active = whole if size > 1 else ~whole & (done < lengths)
+    active = whole if size == chunk else ~whole & (done < lengths)
 
     def go(cache: Cache, y: Array) -> tuple[Cache, Array]:
         # Beyond a row's last token the slice is moved back, and not active.
@@ -174,9 +174,12 @@ def _take_piece(
     before = cache.position - slots.first(block) * config.segmentation.size
     scores = _scores(cache, key_sum[:, :, 0], before, connector, key, reads)
     y, read = _read(cache, query, live, scores, reads)
-    if config.max_length is not None:  # a row that is full has NaN for outputs
-        inside = cache.position + size <= config.max_length
-        y, active = jnp.where(inside[:, None, None, None], y, jnp.nan), active & inside
+    complete = active & (into_block + size == config.segmentation.size)
+    if config.max_length is not None:
+        # Tokens beyond a row's room have NaN for outputs, and what they write is not kept.
+        left = (config.max_length - cache.position)[:, None]
+        inside = jnp.arange(size)[None] < left
+        y, complete = jnp.where(inside[:, None, :, None], y, jnp.nan), complete & inside[:, -1]
 
     key_sum += key.sum(axis=2)[:, :, None]
     keep = functools.partial(_where, active[:, None])
@@ -186,10 +189,9 @@ def _take_piece(
         state=jax.tree.map(keep, ends, cache.state),
         anchor=jax.tree.map(keep, anchor, cache.anchor),
         key_sum=keep(key_sum, cache.key_sum),
-        record=slots.count_reads(cache.record, read * active[:, None]),
+        record=slots.count_reads(cache.record, jnp.where(active[:, None], read, 0)),
     )
-    ends = active & (into_block + size == config.segmentation.size)
-    return _store(cache, block, ends, after=y), y
+    return _store(cache, block, complete, after=y), y
 
 
 def _scores(
@@ -258,6 +260,9 @@ def _read(
     places = jnp.broadcast_to(jnp.maximum(reads.slots, 0)[:, None, None], cached.shape)
     places = jnp.take_along_axis(places, chosen, axis=-1).reshape(batch, heads, -1)
     bank = storage.unpack(_states(cache).take(cache.bank, places), query.dtype)
+    # What lies in a slot that is not read may be anything, NaN too, and its gate is zero.
+    seen = jnp.take_along_axis((cached > -jnp.inf), chosen, axis=-1).reshape(places.shape)
+    bank = jax.tree.map(lambda x: jnp.where(seen[..., None, None], x, 0), bank)
     each = np.arange(size * few).reshape(size, few)
     blocks = gates[0][:, :, :, None], gates[1][..., None]
     y = combine(bank, query[:, :, :, None], live, blocks, each)[:, :, :, 0]

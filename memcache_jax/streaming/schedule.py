@@ -18,7 +18,6 @@ class Schedule:
     it is read, and then another.
 
     Attributes:
-      block_size: tokens in a block.
       begins: (blocks, tracks) whether a run begins with the block.
       stores: (blocks, tracks) the slot of the bucket that ends with the block, -1 for none.
       tokens: (blocks, tracks) tokens of that bucket, 1 for none.
@@ -28,7 +27,6 @@ class Schedule:
       num_slots: slots in all.
     """
 
-    block_size: int
     begins: np.ndarray
     stores: np.ndarray
     tokens: np.ndarray
@@ -57,7 +55,6 @@ def make_schedule(segmentation: Segmentation, length: int) -> Schedule:
     tokens[after - 1, track] = (after - plan.buckets[:, 0]) * plan.block_size
     reads = np.where(plan.visible, np.append(slot, -1)[plan.reads], -1)
     return Schedule(
-        plan.block_size,
         begins,
         stores,
         tokens,

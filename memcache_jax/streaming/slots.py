@@ -58,12 +58,15 @@ class Slots(abc.ABC):
     Attributes:
       num_slots: how many there are.
       num_tracks: runs that are written side by side, the live one first.
-      reads_all: whether ``reads`` has all slots, each at its own place, or -1 there.
     """
 
     num_slots: int
     num_tracks: int = 1
-    reads_all: bool = False
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether ``reads`` has all slots, each at its own place, or -1 there."""
+        return False
 
     def init(self, batch: int) -> Any:
         """The record of what lies where, a pytree of arrays (b, ...)."""
@@ -161,12 +164,19 @@ class Recent(Slots):
       num_slots: how many there are.
       size: tokens in a segment.
       policy: what makes room where all are full.
+      by_age: whether reads are in the order of time, so that of equally relevant states SSC takes
+        the older.
     """
 
     num_slots: int
     size: int
     policy: Policy
-    reads_all: bool = True
+    by_age: bool = False
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether ``reads`` has all slots, each at its own place."""
+        return not self.by_age
 
     def init(self, batch: int) -> Kept:
         """Empty slots."""
@@ -183,13 +193,26 @@ class Recent(Slots):
 
     def reads(self, record: Kept, block: Int[Array, "b"]) -> Reads:
         """All slots that are not empty."""
-        slots = jnp.where(record.segments > 0, jnp.arange(self.num_slots)[None], -1)
-        return Reads(slots, block[:, None] - record.newest, record.segments)
+        full, distances = record.segments > 0, block[:, None] - record.newest
+        slots = jnp.where(full, jnp.arange(self.num_slots)[None], -1)
+        reads = Reads(slots, distances, record.segments)
+        if not self.by_age:
+            return reads
+        order = self._order(record)
+        return Reads(*(jnp.take_along_axis(x, order, axis=1) for x in reads))
+
+    def _order(self, record: Kept) -> Int[Array, "b slots"]:
+        """The slots, the oldest state's first and empty ones last."""
+        last = jnp.iinfo(jnp.int32).max
+        return jnp.argsort(jnp.where(record.segments > 0, record.newest, last), axis=1)
 
     def count_reads(self, record: Kept, gates: Float[Array, "b r"]) -> Kept:
         """Adds the gates up where the policy asks."""
         if self.policy != "drop_least_read":
             return record
+        if self.by_age:
+            back = jnp.argsort(self._order(record), axis=1)
+            gates = jnp.take_along_axis(gates, back, axis=1)
         return record._replace(gates=record.gates + gates.astype(record.gates.dtype))
 
     def tokens(self, block: Int[Array, "b"]) -> Int[Array, "b 1"]:

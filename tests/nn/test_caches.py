@@ -148,7 +148,11 @@ def test_a_cache_is_saved_and_restored(tmp_path):
     extend = jax.jit(lambda tokens, cache: nnx.merge(graph, state).extend(tokens, cache))
     _, cache = extend(tokens, model.init_cache(1, 60))
     ocp.save(tmp_path / "cache", cache)
-    restored = ocp.load(tmp_path / "cache", jax.eval_shape(lambda: model.init_cache(1, 60)))
+    empty = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        model.init_cache(1, 60),
+    )
+    restored = ocp.load(tmp_path / "cache", empty)
     for got, wanted in zip(*map(jax.tree.leaves, (restored, cache)), strict=True):
         np.testing.assert_array_equal(got, wanted)
     np.testing.assert_array_equal(extend(tokens, restored)[0], extend(tokens, cache)[0])
@@ -157,7 +161,7 @@ def test_a_cache_is_saved_and_restored(tmp_path):
 def test_bytes_of_a_cache():
     cache = language_model().init_cache(2, 40)
     parts = mc.nn.cache_bytes(cache)
-    assert sum(parts.values()) == cache.nbytes - cache.position.nbytes - 4 * 2 * 2 * 4
+    assert sum(parts.values()) == cache.nbytes - cache.position.nbytes - 2 * 2 * 2 * 4
     # 2 layers, 2 rows, 2 heads of dimension 8: 4 segments, and a window of 6.
     assert parts["cached states"] == 2 * 2 * 2 * 4 * 8 * 8 * 4
     assert parts["keys and values"] == 2 * 2 * 2 * 5 * 2 * 8 * 4
@@ -181,11 +185,21 @@ def test_errors():
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
+    bounded = model.init_cache(2, max_segments=0)
+    with pytest.raises(ValueError, match="holds 256 tokens in a row and would have 300"):
+        model.extend(jnp.zeros((2, 300), int), bounded)
     model.extend(tokens[:, :3], cache)  # which is as good as before
 
     one, other = (caching(nnx.Rngs(0), mc.memories.RetNet(), k) for k in (mc.GRM(), mc.SSC()))
     with pytest.raises(ValueError, match=r"made for aggregation=GRM\(.*, this layer has SSC"):
         other.extend(inputs(), one.init_cache(3, 10))
+    window = LAYERS["window"](nnx.Rngs(0))
+    with pytest.raises(ValueError, match="for another window than 5: it has the last 0 tokens"):
+        window.extend(inputs(), LAYERS["window of one"](nnx.Rngs(0)).init_cache(3))
+    with pytest.raises(ValueError, match="for another layer: AttentionCache"):
+        one.extend(inputs(), window.init_cache(3))
+    with pytest.raises(ValueError, match=r"a cache has no options \['segments'\]"):
+        window.init_cache(3, segments=2)
     wide = mc.nn.Attention(FEATURES, 4, rngs=nnx.Rngs(0))
     with pytest.raises(
         ValueError, match=r"\(heads, head_dim\) = \(4, 4\), this layer has \(2, 8\)"
