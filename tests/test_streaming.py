@@ -126,6 +126,23 @@ def test_every_aggregation(case):
     assert_close(got, wanted, 1e-10)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", AGGREGATIONS)
+def test_16384_tokens(kind):
+    memory, segmentation, kind = MEMORIES["titans"], mc.Constant(512), AGGREGATIONS[kind]
+    sizes: dict[str, Any] = dict(batch=1, heads=1, dim=8, dtype=jnp.float32)
+    inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 1 << 14, **sizes))
+    wanted = jax.jit(lambda inputs: whole(inputs, memory, kind, segmentation))(inputs)
+    step = jax.jit(mc.extend, donate_argnums=0)
+    cache, outputs = empty(inputs, memory, kind, segmentation), []
+    pieces = [*range(0, 1 << 14, 3000), 1 << 14]
+    for begin, end in itertools.pairwise(pieces):
+        part = over_time(inputs, memory, lambda x, b=begin, e=end: x[:, b:e])
+        y, cache = step(cache, **part)
+        outputs.append(y)
+    assert_close(jnp.concatenate(outputs, axis=1), wanted, 1e-4)
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("gate", ["position", "uniform"])
 def test_other_gates(gate):
