@@ -4,6 +4,8 @@
 #   make test         all tests; make test-fast leaves out the slow ones
 #   make lint         ruff and pyright
 #   make bench        time of the layer, forward and backward
+#   make recall       associative recall with and without cached memories, in runs/recall
+#   make gpu-check    every GPU kernel: correctness, then times beside XLA, a matmul and attention
 #
 # Another Python: make demo PYTHON=python3.12. An NVIDIA GPU or a TPU is found by itself; to choose,
 # ACCELERATOR=cuda13, cuda12, tpu or cpu.
@@ -17,7 +19,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --disable-pip-version-check --quiet
 SPEC := setup.cfg pyproject.toml
 
-.PHONY: demo test test-fast lint bench clean
+.PHONY: demo test test-fast lint bench recall gpu-check clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.demo
@@ -36,6 +38,12 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.demo
 	$(RUN) -m experiments.bench_layer
+
+recall: $(VENV)/.demo
+	$(RUN) -m experiments.mqar --config=configs/recall.py --workdir=runs/recall
+
+gpu-check: $(VENV)/.demo
+	$(RUN) -m experiments.check_kernels
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -3,6 +3,8 @@
 Command:   python -m experiments.train --config=configs/transformer_demo.py \
                --workdir=runs/transformer_demo
 Hardware:  two CPU cores
+Time:      not measured alone
+Expected:  2.58 bits per byte on held-out files (2.10 with memory caching, demo.py)
 """
 
 from typing import Any

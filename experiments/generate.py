@@ -7,13 +7,14 @@ goes on over the whole conversation.
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 import memcache_jax as mc
+from experiments._program import run
 from memcache_jax.training import load_model
 from memcache_jax.training.tokenizers import Tokenizer
 
@@ -33,18 +34,8 @@ _SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.")
 _STOP = flags.DEFINE_bool("stop", True, "Whether to end where the model ends the document.")
 
 
-def main(argv: Sequence[str]) -> None:
+def program() -> None:
     """Prints the prompt and what follows it, as it comes."""
-    if len(argv) > 1:
-        raise app.UsageError(f"expected only flags, got {' '.join(argv[1:])}")
-    try:
-        _run()
-    except (ValueError, OSError, ImportError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(1)
-
-
-def _run() -> None:
     if _MAX_NEW_TOKENS.value < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {_MAX_NEW_TOKENS.value}")
     model, tokenizer, _ = load_model(_WORKDIR.value)
@@ -99,4 +90,4 @@ def _print(tokenizer: Tokenizer, continuation: Iterator[int], tokens: list[int])
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(program)

@@ -14,7 +14,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from memcache_jax.training import CheckpointError, StoppedError, train
+from memcache_jax.training import CheckpointError, StoppedError, initialize, train
+from memcache_jax.training.distributed import is_main_process
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
@@ -34,6 +35,7 @@ def main(argv: Sequence[str]) -> None:
     _log_to_stdout()
     config, workdir = _CONFIG.value, _WORKDIR.value
     try:
+        initialize()
         results = train(config, workdir)
     except StoppedError as e:
         print(f"\n{e}", flush=True)
@@ -43,7 +45,8 @@ def main(argv: Sequence[str]) -> None:
             raise
         print(f"\nerror: {e}", file=sys.stderr, flush=True)
         sys.exit(1)
-    print(_summary(results, workdir, sys.argv[1:]), flush=True)
+    if is_main_process():
+        print(_summary(results, workdir, sys.argv[1:]), flush=True)
 
 
 def _log_to_stdout() -> None:

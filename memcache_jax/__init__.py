@@ -1,6 +1,6 @@
 """Memory Caching (arXiv:2602.24281) in JAX: recurrent sequence models whose memory grows."""
 
-from memcache_jax import memories, nn, presets
+from memcache_jax import memories, nn, presets, sharding
 from memcache_jax.aggregation import GRM, SSC, Aggregation, Residual, Soup
 from memcache_jax.caching import memory_caching
 from memcache_jax.generation import Decoder, generate
@@ -29,4 +29,5 @@ __all__ = [
     "memory_caching",
     "nn",
     "presets",
+    "sharding",
 ]

@@ -1,5 +1,6 @@
 """The bank of cached states: those that the memory has at the ends of a plan's buckets."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,8 +10,7 @@ import numpy as np
 
 from memcache_jax._documents import buckets_of_documents, runs_of_documents
 from memcache_jax._typing import Array, Int, State
-from memcache_jax._writing import chunk_writer
-from memcache_jax.kernels.chunk_update import chunk_update
+from memcache_jax._writing import write_runs
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import ReadPlan
 
@@ -24,6 +24,7 @@ def bucket_states(
     document: Int[Array, "b n c"] | None,
     *,
     carries: bool,
+    implementation: str | None,
 ) -> tuple[State, np.ndarray | Array]:
     """The cached states, from those at the ends of blocks where they serve.
 
@@ -38,13 +39,15 @@ def bucket_states(
       plan: the buckets.
       document: the document of each token.
       carries: as for ``write_blocks``.
+      implementation: as for ``write_blocks``.
 
     Returns:
       The states (b, h, states, ...), and which of them each block reads: (n, r), or (b, n, r) where
       buckets follow the documents of a row; -1 for none.
     """
+    write = functools.partial(_write_runs, memory, initial, implementation)
     if document is not None and plan.spans_segments.any():
-        return _document_states(memory, ends, initial, rows, plan, document, carries=carries)
+        return _document_states(memory, ends, rows, plan, document, write=write, carries=carries)
     if carries or not plan.spans_segments.any():
         return jax.tree.map(lambda x: x[:, :, plan.buckets[:, 1] - 1], ends), plan.reads
     sizes = plan.buckets[:, 1] - plan.buckets[:, 0]
@@ -66,7 +69,7 @@ def bucket_states(
         else:
             blocks = begin[:, None] + np.arange(size)
             runs = jax.tree.map(lambda x, blocks=blocks: x[:, :, blocks.reshape(-1)], rows)
-            part = _write_runs(memory, initial, runs, size)
+            part = write(runs, size)
         parts.append(part)
         places.append(chosen)
     order = np.argsort(np.concatenate(places))
@@ -76,11 +79,11 @@ def bucket_states(
 def _document_states(
     memory: Memory,
     ends: State,
-    initial: Callable[[tuple[int, ...]], State],
     rows: tuple,
     plan: ReadPlan,
     document: Int[Array, "b n c"],
     *,
+    write: Callable[[tuple, int], State],
     carries: bool,
 ) -> tuple[State, Int[Array, "b n r"]]:
     """``bucket_states`` where the buckets of each row follow its documents.
@@ -105,7 +108,7 @@ def _document_states(
             later = _runs(rows[3], begin + size // 2, size // 2)
             states = _merge(memory, left, right, later)
         else:
-            states = _write_runs(memory, initial, _runs(rows, begin, size), size)
+            states = write(_runs(rows, begin, size), size)
         held = sum(jax.tree.leaves(part)[0].shape[2] for part in parts)
         place = jax.vmap(jnp.searchsorted)(begin, first.reshape(len(first), -1))
         reads = jnp.where(sizes == size, held + place.reshape(first.shape), reads)
@@ -148,12 +151,14 @@ def _merge(memory: Memory, left: State, right: State, controls: Any) -> State:
 
 
 def _write_runs(
-    memory: Memory, initial: Callable[[tuple[int, ...]], State], rows: tuple, size: int
+    memory: Memory,
+    initial: Callable[[tuple[int, ...]], State],
+    implementation: str | None,
+    rows: tuple,
+    size: int,
 ) -> State:
     """The states after runs that begin anew, from the blocks of each one after the other."""
     rows = jax.tree.map(
         lambda x: x.reshape(*x.shape[:2], x.shape[2] // size, -1, *x.shape[4:]), rows
     )
-    write, start = chunk_writer(memory, lambda view, query: (), initial, rows)
-    (ends, _), _ = chunk_update(write, start(rows[1].shape[:3]), rows, batch_dims=3)
-    return ends
+    return write_runs(memory, lambda view, query: (), initial, rows, implementation)[0]

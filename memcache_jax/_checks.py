@@ -68,6 +68,17 @@ def check_documents(document_ids: jax.Array, wanted: tuple[int, ...]) -> None:
         )
 
 
+def check_cache(cache: Any, kind: type, wanted: tuple[int, int]) -> None:
+    """Raises ValueError unless a cache is of this kind, for (heads, their dimension) as wanted."""
+    if not isinstance(cache, kind):
+        raise ValueError(f"the cache was made for another layer: {type(cache).__name__}")
+    if cache.head_shape != wanted:
+        raise ValueError(
+            f"the cache was made for (heads, head_dim) = {cache.head_shape}, this layer has "
+            f"{wanted}"
+        )
+
+
 def check_rows(rows: Any, batch: int) -> jax.Array:
     """Returns the numbers of rows, or raises ValueError for others than 0 to batch - 1."""
     if not isinstance(rows, Tracer):
@@ -77,6 +88,26 @@ def check_rows(rows: Any, batch: int) -> jax.Array:
         if known.size and (known.min() < 0 or known.max() >= batch):
             raise ValueError(f"the cache has the rows 0 to {batch - 1}, got {known.tolist()}")
     return jnp.asarray(rows)
+
+
+def check_lengths(lengths: Any, shape: tuple[int, ...], least: int = 0) -> Any:
+    """Returns how many tokens of each row (b, t) count, an array, or raises ValueError.
+
+    Each is ``least`` to t; None is t. What is traced is not known.
+    """
+    batch, count = shape
+    if lengths is None:
+        return np.full(batch, count, np.int32)
+    lengths = lengths if isinstance(lengths, Tracer) else np.asarray(lengths)
+    if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(
+            f"lengths must be integers (b,) = ({batch},), got {lengths.dtype} {lengths.shape}"
+        )
+    if not isinstance(lengths, Tracer) and (lengths.min() < least or lengths.max() > count):
+        raise ValueError(
+            f"lengths must be {least} to {count}, the tokens given, got {lengths.tolist()}"
+        )
+    return lengths
 
 
 def check_room(
@@ -91,20 +122,8 @@ def check_room(
         raise ValueError(f"the cache has {position.shape[0]} rows, got tokens of {batch}")
     if not count:
         raise ValueError("give at least one token, got none")
-    lengths = lengths if lengths is None or isinstance(lengths, Tracer) else np.asarray(lengths)
-    if lengths is not None and (
-        jnp.shape(lengths) != (batch,) or not jnp.issubdtype(jnp.result_type(lengths), jnp.integer)
-    ):
-        raise ValueError(
-            f"lengths must be integers (b,) = ({batch},), got {jnp.result_type(lengths)} "
-            f"{jnp.shape(lengths)}"
-        )
-    if isinstance(lengths, Tracer):
-        return
-    lengths = np.full(batch, count) if lengths is None else np.asarray(lengths)
-    if lengths.min() < 0 or lengths.max() > count:
-        raise ValueError(f"lengths must be 0 to {count}, the tokens given, got {lengths.tolist()}")
-    if max_length is None or isinstance(position, Tracer):
+    lengths = check_lengths(lengths, shape)
+    if max_length is None or isinstance(lengths, Tracer) or isinstance(position, Tracer):
         return
     most = int((np.asarray(position) + lengths).max())
     if most > max_length:

@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from memcache_jax._affine import write_affine
 from memcache_jax._typing import Array, State
 from memcache_jax.kernels.chunk_update import chunk_update
 from memcache_jax.memories import Memory
@@ -41,6 +43,7 @@ def write_blocks(
     plan: ReadPlan,
     *,
     carries: bool,
+    implementation: str | None,
 ) -> tuple[State, Any]:
     """Writes blocks (b, h, n, chunks, m, ...) into the live memory.
 
@@ -52,29 +55,56 @@ def write_blocks(
         chunk up to each token.
       plan: where segments begin.
       carries: whether segments go on from the one before, rather than anew.
+      implementation: of ``chunk_update``.
 
     Returns:
       The states at the end of each block (b, h, n, ...), and what was kept of its chunks.
     """
-    write, start = chunk_writer(memory, live, initial, rows)
-    batch, heads, blocks = rows[1].shape[:3]
     restarts = plan.begins & (not carries)
     if restarts.all():
-        # Every block begins anew, and all run side by side.
-        (ends, _), kept = chunk_update(write, start((batch, heads, blocks)), rows, batch_dims=3)
-        return ends, kept
+        return write_runs(memory, live, initial, rows, implementation)
+    if kernel := _matrix_kernel(memory, implementation):
+        return write_affine(memory, live, initial, rows, restarts, kernel)
 
+    write, start = chunk_writer(memory, live, initial, rows)
+    batch, heads = rows[1].shape[:2]
     first = start((batch, heads))
 
     def block(states: State, xs: tuple) -> tuple[State, tuple[State, Any]]:
         restart, rows = xs
         states = jax.tree.map(lambda new, old: jnp.where(restart, new, old), first, states)
-        states, kept = chunk_update(write, states, rows, batch_dims=2)
+        states, kept = chunk_update(
+            write, states, rows, batch_dims=2, implementation=implementation
+        )
         return states, (states[0], kept)
 
     rows = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), rows)
     _, out = lax.scan(block, first, (jnp.asarray(restarts), rows))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), out)
+
+
+def write_runs(
+    memory: Memory,
+    live: Callable[[Any, Array], Any],
+    initial: Callable[[tuple[int, ...]], State],
+    rows: tuple,
+    implementation: str | None,
+) -> tuple[State, Any]:
+    """``write_blocks`` where each block begins anew, and all run side by side."""
+    runs = rows[1].shape[:3]
+    if kernel := _matrix_kernel(memory, implementation):
+        return write_affine(memory, live, initial, rows, np.ones(runs[2], bool), kernel)
+    write, start = chunk_writer(memory, live, initial, rows)
+    (ends, _), kept = chunk_update(
+        write, start(runs), rows, batch_dims=3, implementation=implementation
+    )
+    return ends, kept
+
+
+def _matrix_kernel(memory: Memory, implementation: str | None) -> str | None:
+    """The implementation, if it carries this memory's matrix through all chunks in one kernel."""
+    kernels = ("pallas_tpu", "pallas_gpu")
+    return implementation if memory.is_affine and implementation in kernels else None
 
 
 def chunk_writer(

@@ -11,13 +11,15 @@ import numpy as np
 from jax import lax
 
 from memcache_jax._checks import check_choice
-from memcache_jax._typing import Array, Float, Matrices
-from memcache_jax.gating import softmax_gates
+from memcache_jax._typing import Array, Float, Int, Matrices
+from memcache_jax.gating import pooled_keys, relevance, running_keys, softmax_gates
 from memcache_jax.kernels.bank_read import bank_read
 from memcache_jax.kernels.chunk_update import chunk_update
 from memcache_jax.kernels.grouped_read import grouped_read
+from memcache_jax.kernels.ssc_route import ssc_route
 from memcache_jax.memories import Memory
 from memcache_jax.memories.base import gated
+from memcache_jax.segmentation import ReadPlan
 
 GATES = ("content", "position", "uniform")
 
@@ -63,6 +65,39 @@ class Aggregation(abc.ABC):
           online: relevance of the online state.
         """
 
+    def weigh(
+        self,
+        connector: Float[Array, "b h n c u"],
+        key: Float[Array, "b h n c k"],
+        plan: ReadPlan,
+        document: Int[Array, "b n c"] | None,
+        reads: np.ndarray | Array,
+        *,
+        implementation: str | None = None,
+    ) -> tuple[tuple[Array, Array], np.ndarray | Array]:
+        """The gates of all tokens, and the states that they are of.
+
+        Args:
+          connector: what gates are made from.
+          key: the tokens' keys.
+          plan: the buckets.
+          document: the document of each token.
+          reads: which states each block reads, as ``combine`` takes it.
+          implementation: of the selection of states.
+
+        Returns:
+          Gates of the cached states and of the online one, and ``reads`` for ``combine``.
+        """
+        del implementation
+
+        def score(connector: Array, key: Array, document: Array | None) -> tuple[Array, Array]:
+            gate, pooling = self.gate, self.pooling
+            return relevance(connector, key, plan, gate=gate, pooling=pooling, document=document)
+
+        heads = jax.vmap(score, in_axes=(0, 0, None))
+        rows_and_heads = jax.vmap(heads, in_axes=(0, 0, None if document is None else 0))
+        return self.gates(*rows_and_heads(connector, key, document)), reads
+
     def read_cached(
         self,
         read: Callable[..., Array],
@@ -70,9 +105,10 @@ class Aggregation(abc.ABC):
         query: Float[Array, "b h n c k"],
         gates: Float[Array, "b h n c r"],
         reads: np.ndarray | Array,
+        implementation: str | None = None,
     ) -> Float[Array, "b h n c v"]:
         """The gated sum of the reads of a bank of states."""
-        return bank_read(read, bank, query, gates, reads)
+        return bank_read(read, bank, query, gates, reads, implementation=implementation)
 
     def live(self, memory: Memory, chunk: Any, query: Float[Array, "m k"]) -> Any:
         """What ``combine`` needs of the live memory in a chunk: its reads.
@@ -92,6 +128,8 @@ class Aggregation(abc.ABC):
         live: Any,
         gates: tuple[Float[Array, "b h n c r"], Float[Array, "b h n c"]],
         reads: np.ndarray | Array,
+        *,
+        implementation: str | None = None,
     ) -> Float[Array, "b h n c v"]:
         """The outputs of all tokens, from the live memory and a bank of states.
 
@@ -101,12 +139,17 @@ class Aggregation(abc.ABC):
           query: the queries, block by block.
           live: what ``live`` returned, (b, h, n, chunks, ...).
           gates: as from ``gates``.
-          reads: which states each block reads, (n, r) or (b, n, r), -1 for none.
+          reads: which states each block reads, (n, r) or (b, n, r), -1 for none; or each token,
+            (b, h, n, c, r).
+          implementation: of the reads of cached states.
         """
 
         def gated_sum(online: Array, read: Callable[..., Array], bank: Matrices, x: Array) -> Array:
             online = online.reshape(*x.shape[:-1], -1)
-            cached = self.read_cached(read, bank, x, gates[0], reads)
+            if not memory.reads_query and implementation is None and _all_in_order(reads, bank):
+                cached = jnp.einsum("bhncr,bhrv->bhncv", gates[0], bank[0][:, :, :, 0])
+            else:
+                cached = self.read_cached(read, bank, x, gates[0], reads, implementation)
             return jnp.einsum("bhnc,bhncv->bhncv", gates[1], online) + cached
 
         if not self._mixes_layers(memory):
@@ -121,6 +164,7 @@ class Aggregation(abc.ABC):
                     (),
                     (later[layer - 1], x.reshape(*online.shape[:-1], x.shape[-1])),
                     batch_dims=3,
+                    implementation=implementation,
                 )
             return gated_sum(online, _read_matrix, (bank[layer],), x)
 
@@ -139,6 +183,13 @@ class Aggregation(abc.ABC):
     def _mixes_layers(self, memory: Memory) -> bool:
         """Whether mixing parameters differs from mixing reads: not for a single layer."""
         return self.mixes and memory.depth > 1
+
+
+def _all_in_order(reads: np.ndarray | Array, bank: Matrices) -> bool:
+    """Whether slot i of every block is state i or empty."""
+    if not isinstance(reads, np.ndarray) or reads.shape[-1] != bank[0].shape[2]:
+        return False
+    return not np.any((reads >= 0) & (reads != np.arange(reads.shape[-1])))
 
 
 def _read_matrix(
@@ -273,6 +324,31 @@ class SSC(GRM):
             cached = jnp.where(selected, cached, -jnp.inf)
         return softmax_gates(cached, online)
 
+    def weigh(
+        self,
+        connector: Float[Array, "b h n c u"],
+        key: Float[Array, "b h n c k"],
+        plan: ReadPlan,
+        document: Int[Array, "b n c"] | None,
+        reads: np.ndarray | Array,
+        *,
+        implementation: str | None = None,
+    ) -> tuple[tuple[Array, Array], np.ndarray | Array]:
+        """Gates of each token's own states, where they are selected by content."""
+        if self.gate != "content" or document is not None or self.top_k >= plan.reads.shape[1]:
+            return super().weigh(connector, key, plan, document, reads)
+
+        def of_head(connector: Array, key: Array) -> tuple[Array, Array]:
+            running = running_keys(key, plan, self.pooling)
+            online = jnp.vecdot(connector, running, precision="highest")
+            return pooled_keys(key, plan, self.pooling), online
+
+        pooled, online = jax.vmap(jax.vmap(of_head))(connector, key)
+        cached, live, states = ssc_route(
+            connector, pooled, online, plan.reads, self.top_k, implementation=implementation
+        )
+        return (cached, live), states
+
     def read_cached(
         self,
         read: Callable[..., Array],
@@ -280,13 +356,24 @@ class SSC(GRM):
         query: Float[Array, "b h n c k"],
         gates: Float[Array, "b h n c r"],
         reads: np.ndarray | Array,
+        implementation: str | None = None,
     ) -> Float[Array, "b h n c v"]:
         """The gated sum of the reads of the selected states alone."""
+        if reads.ndim == 5:
+            states = jnp.asarray(reads)
+            return grouped_read(read, bank, query, gates, states, implementation=implementation)
         if self.top_k >= gates.shape[-1]:
-            return super().read_cached(read, bank, query, gates, reads)
+            return super().read_cached(read, bank, query, gates, reads, implementation)
         # The others' gates are zero, so that these are the largest.
         chosen_gates, slots = lax.top_k(gates, self.top_k)
         blocks, width = reads.shape[-2:]
         readable = jnp.maximum(reads, 0).reshape(-1, 1, blocks, 1, width)
         states = jnp.take_along_axis(readable, slots.reshape(*slots.shape[:3], 1, -1), axis=-1)
-        return grouped_read(read, bank, query, chosen_gates, states.reshape(slots.shape))
+        return grouped_read(
+            read,
+            bank,
+            query,
+            chosen_gates,
+            states.reshape(slots.shape),
+            implementation=implementation,
+        )

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,11 @@ from memcache_jax._documents import begun_in_chunk, count_documents
 from memcache_jax._typing import Array, Float, Int, State
 from memcache_jax._writing import initial_states, write_blocks
 from memcache_jax.aggregation import Aggregation
-from memcache_jax.gating import relevance
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import ReadPlan, Segmentation
 
 Start: TypeAlias = Literal["independent", "checkpoint"]
-Implementation: TypeAlias = Literal["xla", "reference"]
+Implementation: TypeAlias = Literal["xla", "pallas_tpu", "pallas_gpu", "reference"]
 
 
 def memory_caching(
@@ -68,7 +67,8 @@ def memory_caching(
         memory begins anew, and what other documents cached is not read. With ``Constant`` and
         ``Logarithmic``, a document that begins on a segment's border has the outputs that it has
         alone; any other has a shorter first segment and first chunk.
-      implementation: ``"xla"`` (the default), matrix products over chunks, or ``"reference"``, the
+      implementation: ``"xla"`` (the default), matrix products over chunks; ``"pallas_tpu"`` or
+        ``"pallas_gpu"``, the same with the kernels for that device; or ``"reference"``, the
         recurrence token by token, slow and plain.
 
     Returns:
@@ -78,6 +78,7 @@ def memory_caching(
       ValueError: for shapes, controls or weights that do not fit each other or the memory, a
         missing connector, a segment size that the memory's chunk size does not divide, an unknown
         start or implementation, or document_ids with a segmentation or a memory that takes none.
+      NotImplementedError: for kernels asked for by name that cannot serve.
 
     Example:
       >>> import jax, memcache_jax as mc
@@ -102,17 +103,14 @@ def memory_caching(
         document_ids,
     )
     _checks.check_choice("start", start, ("independent", "checkpoint"))
-    _checks.check_choice("implementation", implementation, (None, "xla", "reference"))
+    check_implementation(implementation)
 
-    dtype = jnp.promote_types(jnp.result_type(query, key, value), jnp.float32)
-    if connector is None:
-        connector = jnp.zeros_like(query)
-    controls = full_controls(memory, controls, key)
-    tokens = (query, key, value, connector, controls)
-    tokens = jax.tree.map(lambda x: jnp.moveaxis(x.astype(dtype), 2, 1), tokens)
-    initial = {name: weight.astype(dtype) for name, weight in weights.items()}
+    tokens, initial = widened(memory, query, key, value, connector, controls, weights)
     document = None if document_ids is None else count_documents(document_ids)
-    run = _reference.memory_caching if implementation == "reference" else _chunked
+    if implementation == "reference":
+        run = _reference.memory_caching
+    else:
+        run = functools.partial(_chunked, implementation=implementation)
     y = run(
         tokens,
         initial,
@@ -123,6 +121,29 @@ def memory_caching(
         start=start,
     )
     return jnp.moveaxis(y, 1, 2).astype(value.dtype)
+
+
+def check_implementation(implementation: Any) -> None:
+    """Raises ValueError unless it is None or one of ``Implementation``."""
+    _checks.check_choice("implementation", implementation, (None, *get_args(Implementation)))
+
+
+def widened(
+    memory: Memory,
+    query: Array,
+    key: Array,
+    value: Array,
+    connector: Array | None,
+    controls: Mapping[str, Array],
+    weights: Mapping[str, Array],
+) -> tuple[tuple, dict[str, Array]]:
+    """Tokens (b, h, t, ...) with all their controls, and weights, in float32 or wider."""
+    dtype = jnp.promote_types(jnp.result_type(query, key, value), jnp.float32)
+    if connector is None:
+        connector = jnp.zeros_like(query)
+    tokens = (query, key, value, connector, full_controls(memory, controls, key))
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x.astype(dtype), 2, 1), tokens)
+    return tokens, {name: weight.astype(dtype) for name, weight in weights.items()}
 
 
 def full_controls(memory: Memory, controls: Mapping[str, Array], key: Array) -> dict[str, Array]:
@@ -149,21 +170,56 @@ def _chunked(
     aggregation: Aggregation,
     plan: ReadPlan,
     start: Start,
+    implementation: Implementation | None,
 ) -> Float[Array, "b h t v"]:
     """The fast path: write all segments chunk by chunk, then read live and cached states."""
     length = tokens[0].shape[2]
+    (query, key, value, connector, _), document, rows = split_blocks(
+        memory, tokens, document, plan, length
+    )
+
+    def initial(shape: tuple[int, ...]) -> State:
+        return initial_states(memory, weights, shape, key.shape[-1], value.shape[-1], key.dtype)
+
+    how: dict[str, Any] = dict(carries=start == "checkpoint", implementation=implementation)
+    live = functools.partial(aggregation.live, memory)
+    ends, kept = write_blocks(memory, live, initial, rows, plan, **how)
+    bank, reads = bucket_states(memory, ends, initial, rows, plan, document, **how)
+
+    gates, reads = aggregation.weigh(
+        connector, key, plan, document, reads, implementation=implementation
+    )
+    y = aggregation.combine(
+        memory, memory.matrices(bank), query, kept, gates, reads, implementation=implementation
+    )
+    return y.reshape(*y.shape[:2], -1, y.shape[-1])[:, :, :length]
+
+
+def split_blocks(
+    memory: Memory,
+    tokens: tuple,
+    document: Int[Array, "b t"] | None,
+    plan: ReadPlan,
+    length: int,
+) -> tuple[tuple, Int[Array, "b n c"] | None, tuple]:
+    """Cuts tokens (b, h, t, ...), or a part of a sequence of ``length``, into a plan's blocks.
+
+    Returns:
+      The tokens (b, h, n, c, ...), zeros at the end that no real token sees, their documents, and
+      the rows (b, h, n, chunks, m, ...) that ``write_blocks`` takes.
+    """
     block = plan.block_size
     chunk = memory.gradient_chunk or exact_chunk(block, length, memory.largest_chunk)
-    if plan.num_blocks == 1:  # nothing reads the state at its end
+    if length <= block:  # nothing reads the state at its end
         block = -(-length // chunk) * chunk
-    padding = plan.num_blocks * block - length
+    padding = plan.num_blocks * block - tokens[0].shape[2]
 
     def split(x: Array) -> Array:
-        """(b, h, t, ...) to (b, h, n, c, ...), zeros at the end that no real token sees."""
         x = jnp.pad(x, [(0, padding if axis == 2 else 0) for axis in range(x.ndim)])
         return x.reshape(*x.shape[:2], plan.num_blocks, block, *x.shape[3:])
 
-    query, key, value, connector, controls = jax.tree.map(split, tokens)
+    tokens = jax.tree.map(split, tokens)
+    query, key, value, _, controls = tokens
     begun = None
     if document is not None:
         document = jnp.pad(document, ((0, 0), (0, padding)), mode="edge")
@@ -174,24 +230,7 @@ def _chunked(
         lambda x: x.reshape(*x.shape[:3], -1, chunk, *x.shape[4:]),
         (query, key, value, controls, begun),
     )
-
-    def initial(shape: tuple[int, ...]) -> State:
-        return initial_states(memory, weights, shape, key.shape[-1], value.shape[-1], key.dtype)
-
-    carries = start == "checkpoint"
-    live = functools.partial(aggregation.live, memory)
-    ends, kept = write_blocks(memory, live, initial, rows, plan, carries=carries)
-    bank, reads = bucket_states(memory, ends, initial, rows, plan, document, carries=carries)
-
-    def score(connector: Array, key: Array, document: Array | None) -> tuple[Array, Array]:
-        gate, pooling = aggregation.gate, aggregation.pooling
-        return relevance(connector, key, plan, gate=gate, pooling=pooling, document=document)
-
-    heads = jax.vmap(score, in_axes=(0, 0, None))
-    rows_and_heads = jax.vmap(heads, in_axes=(0, 0, None if document is None else 0))
-    gates = aggregation.gates(*rows_and_heads(connector, key, document))
-    y = aggregation.combine(memory, memory.matrices(bank), query, kept, gates, reads)
-    return y.reshape(*y.shape[:2], -1, y.shape[-1])[:, :, :length]
+    return tokens, document, rows
 
 
 def exact_chunk(block: int, length: int, most: int) -> int:

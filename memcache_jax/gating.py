@@ -77,40 +77,70 @@ def relevance(
     slots = None
     if document is not None and plan.spans_segments.any():
         slots = buckets_of_documents(plan, document)
+    pooled = running = None
     if gate == "content":
+        running = running_keys(key, plan, pooling, document)
         if document is not None and slots is not None:
             pooled = _slot_keys(key, slots, pooling, document)
-            cached = jnp.einsum("nck,nrk->ncr", connector, pooled, precision="highest")
         else:
             pooled = pooled_keys(key, plan, pooling, document)
+    if slots is None:
+        reads, distances = plan.reads, plan.distances
+    else:
+        reads, distances = jnp.where(slots.after > 0, 0, -1), slots.distances
+    cached, online = scores(connector, pooled, running, reads, distances, gate)
+    if document is None or not len(plan.buckets):
+        return cached, online
+    after = plan.buckets[:, 1][np.maximum(plan.reads, 0)] if slots is None else slots.after
+    same = document[:, :, None] == document[:, -1][after - 1][:, None]
+    return jnp.where(same, cached, -jnp.inf), online
+
+
+def scores(
+    connector: Float[Array, "n c u"],
+    pooled: Float[Array, "..."] | None,
+    running: Float[Array, "n c k"] | None,
+    reads: np.ndarray | Int[Array, "n r"],
+    distances: np.ndarray | Int[Array, "n r"],
+    gate: str,
+) -> tuple[Float[Array, "n c r"], Float[Array, "n c"]]:
+    """``relevance`` of blocks, from pooled and running keys and a plan's rows for the blocks.
+
+    Args:
+      connector: as for ``relevance``.
+      pooled: of content gates, the buckets' pooled keys (buckets, k), or those in the slots of each
+        block, (n, r, k).
+      running: of content gates, the online state's keys.
+      reads: the bucket in each slot, -1 for none.
+      distances: of position gates, the distance of each slot's bucket.
+      gate: what gates are made from.
+    """
+    if pooled is not None and running is not None:
+        if pooled.ndim == 3:
+            cached = jnp.einsum("nck,nrk->ncr", connector, pooled, precision="highest")
+        else:
             cached = jnp.einsum("nck,rk->ncr", connector, pooled, precision="highest")
-            bucket_of_slot = np.arange(cached.shape[-1])[None]
-            if plan.reads.shape[1] != cached.shape[-1] or np.any(
-                plan.visible & (plan.reads != bucket_of_slot)
-            ):
-                reads = jnp.asarray(np.maximum(plan.reads, 0))[:, None]
-                cached = jnp.take_along_axis(cached, reads, axis=-1)
-        online = jnp.vecdot(
-            connector, running_keys(key, plan, pooling, document), precision="highest"
-        )
+            cached = _in_slots(cached, reads)
+        online = jnp.vecdot(connector, running, precision="highest")
     elif gate == "position":
-        distances = jnp.asarray(plan.distances) if slots is None else slots.distances
-        distances = jnp.clip(distances, 0, connector.shape[-1] - 1)
+        distances = jnp.clip(jnp.asarray(distances), 0, connector.shape[-1] - 1)
         cached = jnp.take_along_axis(connector, distances[:, None], axis=-1)
         online = connector[..., 0]
     else:
-        online = jnp.zeros(key.shape[:2], key.dtype)
-        cached = jnp.zeros((*key.shape[:2], plan.reads.shape[1]), key.dtype)
-    visible = jnp.asarray(plan.visible)
-    if document is not None and len(plan.buckets):
-        if slots is None:
-            last = (plan.buckets[:, 1] - 1)[np.maximum(plan.reads, 0)]
-        else:
-            visible, last = slots.after > 0, slots.after - 1
-        visible = visible[:, None] & (document[:, :, None] == document[:, -1][last][:, None])
-    else:
-        visible = visible[:, None]
-    return jnp.where(visible, cached, -jnp.inf), online
+        online = jnp.zeros(connector.shape[:2], connector.dtype)
+        cached = jnp.zeros((*connector.shape[:2], reads.shape[1]), connector.dtype)
+    return jnp.where(jnp.asarray(reads >= 0)[:, None], cached, -jnp.inf), online
+
+
+def _in_slots(
+    cached: Float[Array, "n c buckets"], reads: np.ndarray | Int[Array, "n r"]
+) -> Float[Array, "n c r"]:
+    """The scores of the buckets in each block's slots."""
+    if isinstance(reads, np.ndarray) and reads.shape[1] == cached.shape[-1]:
+        bucket_of_slot = np.arange(cached.shape[-1])[None]
+        if not np.any((reads >= 0) & (reads != bucket_of_slot)):
+            return cached
+    return jnp.take_along_axis(cached, jnp.maximum(jnp.asarray(reads), 0)[:, None], axis=-1)
 
 
 def softmax_gates(

@@ -5,6 +5,7 @@ A name is a write rule or a hybrid, alone or with a variant: ``"titans"``, ``"ti
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,7 +47,10 @@ SIZES: Mapping[str, Size] = {
 tiny is ours, for one machine.
 """
 
-_RULES: Mapping[str, Memory] = {
+_RULES: dict[str, Memory] = {
+    "linear": memories.LinearAttention(),
+    "ssd": memories.SSD(),
+    "gla": memories.GLA(),
     "swla": memories.SWLA(),
     "dla": memories.DLA(),
     "titans": memories.Titans(),
@@ -57,7 +61,7 @@ _RULES: Mapping[str, Memory] = {
 }
 # Every other block is sliding-window attention: Samba (arXiv:2406.07522) has Mamba in the rest,
 # Titans (MAL), memory as a layer, its memory.
-_HYBRIDS: Mapping[str, Memory] = {"samba": memories.SSD(), "titans_mal": memories.Titans()}
+_HYBRIDS: dict[str, Memory] = {"samba": memories.SSD(), "titans_mal": memories.Titans()}
 _WINDOW = 2048
 
 _VARIANTS: Mapping[str, tuple[Aggregation, Callable[[int], Segmentation]]] = {
@@ -81,19 +85,42 @@ NAMES: tuple[str, ...] = ("transformer", *_PARTS)
 """Transformer++, and each rule and hybrid alone and with every variant."""
 
 
-def _mixers(name: str, segment: int) -> tuple[Mixer, ...]:
+def mixers(name: str, *, segment: int = 256, top_k: int = 4) -> tuple[Mixer, ...]:
+    """Returns the mixers of a preset's consecutive blocks.
+
+    A deep memory whose chunk does not divide the segment takes gradients over the largest part of
+    its chunk that does, also alone, so that a rule and its variants differ in nothing else.
+
+    Args:
+      name: one of ``NAMES``.
+      segment: segment size C.
+      top_k: cached states that SSC reads.
+
+    Raises:
+      ValueError: for an unknown name, or a segment below 1.
+
+    Example:
+      >>> import memcache_jax as mc
+      >>> mc.presets.mixers("swla_ssc", segment=8, top_k=2)[0].aggregation
+      SSC(gate='content', pooling='mean', top_k=2, inner='grm')
+    """
+    check_choice("name", name, NAMES)
     if name == "transformer":
         return (AttentionMixer(),)
     base, variant = _PARTS[name]
+    memory = (_RULES | _HYBRIDS)[base]
+    if isinstance(memory, memories.DeepMemory):
+        chunk = math.gcd(memory.chunk_size, Constant(segment).size)
+        memory = dataclasses.replace(memory, chunk_size=chunk)
     if variant is None:
         aggregation, segmentation = Residual(), Constant(_ONE_SEGMENT)
     else:
         aggregation, kind = _VARIANTS[variant]
         segmentation = kind(segment)
-    if base in _RULES:
-        return (MemoryCachingMixer(_RULES[base], aggregation, segmentation),)
-    mixer = MemoryCachingMixer(_HYBRIDS[base], aggregation, segmentation)
-    return (mixer, AttentionMixer(window=_WINDOW))
+    if isinstance(aggregation, SSC):
+        aggregation = dataclasses.replace(aggregation, top_k=top_k)
+    mixer = MemoryCachingMixer(memory, aggregation, segmentation)
+    return (mixer,) if base in _RULES else (mixer, AttentionMixer(window=_WINDOW))
 
 
 def language_model(
@@ -118,7 +145,6 @@ def language_model(
       >>> config.num_layers, config.features, config.mixers[0].segmentation
       (24, 1536, Constant(size=256))
     """
-    check_choice("name", name, NAMES)
     check_choice("size", size, tuple(SIZES))
     shape, large = SIZES[size], size != "tiny"
     fields: dict[str, Any] = dict(
@@ -126,7 +152,7 @@ def language_model(
         num_layers=shape.num_layers,
         features=shape.features,
         num_heads=shape.num_heads,
-        mixers=_mixers(name, segment),
+        mixers=mixers(name, segment=segment),
         dtype="bfloat16" if large else "float32",
         remat=large,
     )

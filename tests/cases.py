@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 from typing import Any
 from unittest import mock
 
@@ -33,11 +34,30 @@ AGGREGATIONS = {
     "soup": mc.Soup(),
     "ssc": mc.SSC(top_k=2),
 }
+# And what routes to parameters; the same as "ssc" for a matrix.
+KINDS = AGGREGATIONS | {"ssc_soup": mc.SSC(top_k=2, inner="soup")}
 SEGMENTATIONS = {"constant": mc.Constant, "logarithmic": mc.Logarithmic}
-SCHEDULES = ("in_turn", "side_by_side")
 STARTS = ("independent", "checkpoint")
-PLANS = tuple((segmentation, start) for segmentation in SEGMENTATIONS for start in STARTS)
+PLANS = tuple(itertools.product(SEGMENTATIONS, STARTS))
 TWO_PLANS = (("constant", "checkpoint"), ("logarithmic", "independent"))  # each one once
+# Units run in turn, as a CPU does, or side by side, as accelerators do.
+SCHEDULES = {
+    "in_turn": lambda *args, default, cpu=None, **others: (cpu or default)(*args),
+    "side_by_side": lambda *args, default, **others: default(*args),
+}
+
+
+def combine(aggregations=AGGREGATIONS, plans=PLANS):
+    """These aggregations with these segmentations and starts, for ``run_all``."""
+    return tuple((aggregation, *plan) for aggregation in aggregations for plan in plans)
+
+
+CASES = combine()
+
+
+def each_once(shift, aggregations=AGGREGATIONS):
+    """Each aggregation once; four shifts give each of them every segmentation and start."""
+    return tuple((kind, *PLANS[(i + shift) % 4]) for i, kind in enumerate(aggregations))
 
 
 def unit(x):
@@ -106,7 +126,10 @@ def value_and_vjp(function, *arguments):
 
 @functools.partial(jax.jit, static_argnums=(1, 2), static_argnames=("size", "start", "schedule"))
 def run(inputs, memory, aggregation, *, size=8, start: Any = "independent", schedule="in_turn"):
-    """``memory_caching`` on the inputs of ``make_inputs``, by the fast path."""
+    """``memory_caching`` on the inputs of ``make_inputs``, by the fast path.
+
+    With no schedule it is the one of the platform that the program is made for.
+    """
     with scheduled(schedule):
         return mc.memory_caching(
             **inputs,
@@ -130,31 +153,22 @@ def run_reference(inputs, memory, aggregation, *, size=8, start: Any = "independ
     )
 
 
-@functools.partial(jax.jit, static_argnames=("memory", "size", "aggregations", "plans", "options"))
-def run_all(
-    inputs,
-    memory,
-    *,
-    size=4,
-    aggregations=tuple(AGGREGATIONS),
-    plans=PLANS,
-    options=(),
-    document_ids=None,
-):
-    """These aggregations, segmentations and starts in one program, by name."""
-    return {
-        f"{aggregation}/{segmentation}/{start}": mc.memory_caching(
-            **inputs,
-            memory=memory,
-            aggregation=AGGREGATIONS[aggregation],
-            segmentation=SEGMENTATIONS[segmentation](size),
-            start=start,
-            document_ids=document_ids,
-            **dict(options),
-        )
-        for aggregation in aggregations
-        for segmentation, start in plans
-    }
+@functools.partial(jax.jit, static_argnames=("memory", "size", "cases", "options"))
+def run_all(inputs, memory, *, size=4, cases=CASES, options=(), document_ids=None):
+    """Several (aggregation, segmentation, start) in one program, by name."""
+    with scheduled("in_turn"):
+        return {
+            f"{aggregation}/{segmentation}/{start}": mc.memory_caching(
+                **inputs,
+                memory=memory,
+                aggregation=KINDS[aggregation],
+                segmentation=SEGMENTATIONS[segmentation](size),
+                start=start,
+                document_ids=document_ids,
+                **dict(options),
+            )
+            for aggregation, segmentation, start in cases
+        }
 
 
 REFERENCE = (("implementation", "reference"),)
@@ -162,14 +176,11 @@ REFERENCE = (("implementation", "reference"),)
 
 @contextlib.contextmanager
 def scheduled(schedule):
-    """Units run in turn, as a CPU does, or side by side, as accelerators do."""
-    if schedule == "in_turn":
+    """What is traced meanwhile has this schedule alone, not one for every platform (for None)."""
+    if schedule is None:
         yield
         return
-    with mock.patch(
-        "memcache_jax.kernels._units.lax.platform_dependent",
-        lambda *args, cpu, default: default(*args),
-    ):
+    with mock.patch("jax.lax.platform_dependent", SCHEDULES[schedule]):
         yield
 
 

@@ -169,33 +169,56 @@ def test_one_document_is_the_sequence():
     assert_close(packed(inputs, ids, memory, mc.GRM()), wanted, 1e-12)
 
 
+@pytest.mark.parametrize("name", ["linear", "titans"])
+def test_a_document_on_a_segment_border_in_bfloat16(name):
+    memory = MEMORIES[name]
+    inputs = make_inputs(memory, LENGTH, batch=1, dtype=jnp.float32)
+    inputs = jax.tree.map(lambda x: x.astype(jnp.bfloat16), inputs)
+    alone = jax.tree.map(lambda x: x[:, BORDER:], {**inputs, "weights": {}})
+    alone["weights"] = inputs["weights"]
+    y = packed(inputs, IDS[:1], memory, mc.GRM())
+    assert y.dtype == jnp.bfloat16
+    wanted = packed(alone, None, memory, mc.GRM())
+    assert_close(y[:, BORDER:], wanted, 1e-2)
+
+
+CACHING = mc.nn.MemoryCachingMixer(MEMORIES["titans"], mc.GRM(), mc.Constant(SEGMENT))
+WINDOW = mc.nn.AttentionMixer(window=5)
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-    "mixer",
+    ("mixers", "options", "tolerance"),
     [
-        mc.nn.MemoryCachingMixer(MEMORIES["titans"], mc.GRM(), mc.Constant(SEGMENT)),
-        mc.nn.AttentionMixer(),
+        ((mc.nn.AttentionMixer(),), {}, 1e-6),
+        ((CACHING, WINDOW), {"remat": True}, 1e-6),
+        ((CACHING, WINDOW), {"dtype": jnp.bfloat16}, 1e-2),
     ],
-    ids=["memory_caching", "attention"],
+    ids=["attention", "hybrid with remat and gradients", "hybrid in bfloat16"],
 )
-def test_a_model_sees_one_document(mixer):
-    config = mc.nn.LanguageModelConfig(
-        vocab_size=19,
-        num_layers=2,
-        features=8,
-        num_heads=2,
-        mixers=(mixer,),
-        dtype=jnp.float64,
-        param_dtype=jnp.float64,
-    )
-    model = mc.nn.LanguageModel(config, rngs=nnx.Rngs(0))
-    call = nnx.jit(lambda model, tokens, ids: model(tokens, ids))
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 19, (1, LENGTH)))
+def test_a_model_sees_one_document(mixers, options, tolerance):
+    sizes: dict[str, Any] = dict(vocab_size=19, num_layers=2, features=8, num_heads=2)
+    dtypes: dict[str, Any] = dict(dtype=jnp.float64, param_dtype=jnp.float64)
+    config = mc.nn.LanguageModelConfig(mixers=mixers, **sizes, **(dtypes | options))
+    graph, params = nnx.split(mc.nn.LanguageModel(config, rngs=nnx.Rngs(0)))
+
+    def last(params, tokens, ids):
+        """The last document's logits."""
+        return nnx.merge(graph, params)(tokens, ids)[:, BORDER - LENGTH :]
+
+    @jax.jit
+    def outputs(params, tokens, ids):
+        with scheduled("in_turn"):
+            if not config.remat:
+                return last(params, tokens, ids)
+            y, pull = jax.vjp(lambda params: last(params, tokens, ids), params)
+            return y, pull(jnp.cos(y))
+
+    tokens = np.random.default_rng(0).integers(0, 19, (1, LENGTH))
     ids = IDS[:1].copy()
     ids[:, BORDER:] = 0  # as the first document's
-    together = call(model, tokens, jnp.asarray(ids))
-    assert_close(together[:, BORDER:], call(model, tokens[:, BORDER:], None), 1e-6)
-    assert np.abs(together[:, BORDER:] - call(model, tokens, None)[:, BORDER:]).max() > 1e-3
+    together = outputs(params, tokens, ids)
+    assert_close(together, outputs(params, tokens[:, BORDER:], None), tolerance)
 
 
 class Overlapping(mc.Constant):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.cases import REFERENCE, TWO_PLANS, assert_close, make_inputs, run_all
+from tests.cases import REFERENCE, TWO_PLANS, assert_close, combine, make_inputs, run_all
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -53,11 +53,11 @@ def test_write_your_own_memory():
         exec(compile(code, "write_your_own_memory.md", "exec"), names)
     memory = names["Erasing"]()
     inputs = make_inputs(memory, 19)
-    options = dict(aggregations=("grm", "ssc"), plans=TWO_PLANS)
+    options = dict(cases=combine(("grm", "ssc"), TWO_PLANS))
     wanted = run_all(inputs, memory, **options, options=REFERENCE)
     assert_close(run_all(inputs, memory, **options), wanted, 1e-12)
     ids = np.array([[0] * 5 + [1] * 14, [0] * 2 + [1] * 9 + [0] * 8])
-    documents = dict(aggregations=("grm",), plans=TWO_PLANS[:1])
+    documents = dict(cases=combine(("grm",), TWO_PLANS[:1]))
     wanted = run_all(inputs, memory, **documents, options=REFERENCE, document_ids=ids)
     assert_close(run_all(inputs, memory, **documents, document_ids=ids), wanted, 1e-12)
     assert BLOCK.findall(page)[0][1].count("\n") < 60

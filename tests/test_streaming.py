@@ -13,18 +13,20 @@ import memcache_jax as mc
 from tests.cases import (
     AGGREGATIONS,
     FAMILIES,
+    KINDS,
     MEMORIES,
+    SEGMENTATIONS,
     assert_close,
+    combine,
+    each_once,
     make_inputs,
+    run_all,
+    scheduled,
     value_and_vjp,
 )
+from tests.vectors import RULES, SEGMENT, assert_agrees, vector_inputs
 
 LENGTH = 37
-SEGMENTATIONS = {
-    "constant": mc.Constant(8),
-    "logarithmic": mc.Logarithmic(4),
-    "lengths": mc.Lengths((8, 16, 8, 8)),
-}
 
 
 def over_time(inputs, memory, change):
@@ -60,70 +62,116 @@ def empty(
     )
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def whole(inputs, memory, aggregation, segmentation, start: Any = "independent"):
-    return mc.memory_caching(
-        **inputs, memory=memory, aggregation=aggregation, segmentation=segmentation, start=start
-    )
+    with scheduled("in_turn"):
+        return mc.memory_caching(
+            **inputs, memory=memory, aggregation=aggregation, segmentation=segmentation, start=start
+        )
 
 
-def streamed(inputs, memory, aggregation, segmentation, start="independent", split=(3, 33, 1)):
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4), static_argnames="split")
+def streamed(
+    inputs,
+    memory,
+    aggregation,
+    segmentation,
+    start="independent",
+    split: Any = (3, 33, 1),
+):
     """The outputs of calls with so many tokens each."""
     cache, outputs, begin = empty(inputs, memory, aggregation, segmentation, start), [], 0
-    for count in split:
-        part = over_time(inputs, memory, lambda x, b=begin, c=count: x[:, b : b + c])
-        y, cache = mc.extend(cache, **part)
-        outputs.append(y)
-        begin += count
+    with scheduled("in_turn"):
+        for count in split:
+            part = over_time(inputs, memory, lambda x, b=begin, c=count: x[:, b : b + c])
+            y, cache = mc.extend(cache, **part)
+            outputs.append(y)
+            begin += count
     return jnp.concatenate(outputs, axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=("memory", "cases"))
-def both(inputs, memory, cases: Any) -> Any:
-    """Streamed and at once, for (aggregation, segmentation, start) each."""
-    runs: Any = (streamed, whole)
+@functools.partial(jax.jit, static_argnames=("memory", "cases", "count"))
+def streamed_all(inputs, memory, cases, count):
+    """All cases in one program, in calls of ``count`` tokens; what is left at the end is not."""
+    calls = inputs["key"].shape[1] // count
+    tokens = over_time(inputs, memory, lambda x: x[:, : calls * count])
+    outputs = {}
+    for name, kind, segmentation, start in cases:
+
+        def call(cache, begin):
+            part = over_time(
+                tokens, memory, lambda x: jax.lax.dynamic_slice_in_dim(x, begin, count, axis=1)
+            )
+            y, cache = mc.extend(cache, **part)
+            return cache, y
+
+        with scheduled("in_turn"):
+            cache = empty(inputs, memory, kind, segmentation, start)
+            _, y = jax.lax.scan(call, cache, count * jnp.arange(calls))
+        outputs[name] = jnp.concatenate(list(y), axis=1)
+    return outputs
+
+
+def named(cases):
+    """Cases of ``run_all`` for ``streamed_all``."""
     return tuple(
-        {
-            case: run(inputs, memory, AGGREGATIONS[case[0]], SEGMENTATIONS[case[1]], case[2])
-            for case in cases
-        }
-        for run in runs
+        ("/".join(case), KINDS[case[0]], SEGMENTATIONS[case[1]](SEGMENT), case[2]) for case in cases
     )
 
 
-@functools.partial(jax.jit, static_argnames=("memory", "kind", "segmentation"))
-def runs(inputs, memory, kind, segmentation) -> Any:
-    """Streamed and at once."""
-    return tuple(run(inputs, memory, kind, segmentation) for run in (streamed, whole))
+@pytest.mark.usefixtures("x64")
+class TestEveryRule:
+    """Streams of every rule, against tests/vectors.py where it has the outputs."""
+
+    @pytest.mark.parametrize("rule", MEMORIES)
+    def test_token_by_token(self, rule):
+        """Every aggregation, segmentation and start."""
+        self.compare(rule, combine(KINDS), count=1)
+
+    @pytest.mark.parametrize("rule", MEMORIES)
+    def test_in_pieces(self, rule):
+        """Calls that end within segments and chunks, over borders of both."""
+        shift = list(MEMORIES).index(rule)
+        self.compare(rule, each_once(shift, KINDS), count=7)
+
+    def compare(self, rule, cases, count):
+        if rule in RULES:
+            memory, inputs = vector_inputs(rule)
+        else:
+            memory, inputs = MEMORIES[rule], make_inputs(MEMORIES[rule], 22, batch=1, heads=1)
+        outputs = streamed_all(inputs, memory, named(cases), count)
+        assert len(outputs) == len(cases)
+        known = [c for c in cases if rule in RULES and (c[0] != "ssc_soup" or memory.depth == 1)]
+        for case in known:
+            name = "/".join(("ssc" if case[0] == "ssc_soup" else case[0], *case[1:]))
+            assert_agrees(rule, name, outputs.pop("/".join(case)))
+        if outputs:
+            others = tuple(case for case in cases if case not in known)
+            wanted = run_all(inputs, memory, cases=others)
+            for name, y in outputs.items():
+                assert_close(y, wanted[name][:, : y.shape[1]], 1e-10)
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(
-    "case",
-    [("ssc", "constant", "checkpoint"), ("grm", "logarithmic", "independent")],
-    ids="-".join,
-)
-@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
-def test_every_rule(memory, case):
-    got, wanted = both(make_inputs(memory, LENGTH), memory, (case,))
-    assert_close(got, wanted, 1e-10)
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(
-    "case",
-    [
-        ("residual", "logarithmic", "checkpoint"),
-        ("soup", "constant", "independent"),
-        ("soup", "lengths", "checkpoint"),
-        ("ssc", "lengths", "independent"),
-        ("ssc", "logarithmic", "independent"),
-    ],
-    ids="-".join,
-)
-def test_every_aggregation(case):
-    memory = MEMORIES["titans"]
-    got, wanted = both(make_inputs(memory, LENGTH), memory, (case,))
-    assert_close(got, wanted, 1e-10)
+@pytest.mark.parametrize("name", ["linear", "titans"])
+def test_other_gates_and_segments(name):
+    memory = MEMORIES[name]
+    inputs = make_inputs(memory, 29, batch=1, heads=1)
+    lengths = mc.Lengths((4, 12, 4, 4, 8))
+    plans: tuple = (
+        (mc.GRM(gate="position"), mc.Constant(4), "checkpoint"),
+        (mc.SSC(gate="position", top_k=2), lengths, "independent"),
+        (mc.GRM(gate="uniform"), lengths, "checkpoint"),
+        (mc.Soup(gate="uniform"), mc.Logarithmic(4), "checkpoint"),
+        (mc.GRM(pooling="sum"), mc.Logarithmic(4), "independent"),
+        (mc.SSC(pooling="sum", top_k=2, inner="soup"), lengths, "checkpoint"),
+        (mc.Soup(), lengths, "independent"),
+        (mc.Residual(), lengths, "independent"),
+    )
+    cases = tuple((repr(plan), *plan) for plan in plans)
+    got = streamed_all(inputs, memory, cases, 7)
+    for name, *plan in cases:
+        assert_close(got[name], whole(inputs, memory, *plan)[:, :28], 1e-10)
 
 
 @pytest.mark.slow
@@ -132,25 +180,14 @@ def test_16384_tokens(kind):
     memory, segmentation, kind = MEMORIES["titans"], mc.Constant(512), AGGREGATIONS[kind]
     sizes: dict[str, Any] = dict(batch=1, heads=1, dim=8, dtype=jnp.float32)
     inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 1 << 14, **sizes))
-    wanted = jax.jit(lambda inputs: whole(inputs, memory, kind, segmentation))(inputs)
+    wanted = whole(inputs, memory, kind, segmentation)
     step = jax.jit(mc.extend, donate_argnums=0)
     cache, outputs = empty(inputs, memory, kind, segmentation), []
-    pieces = [*range(0, 1 << 14, 3000), 1 << 14]
-    for begin, end in itertools.pairwise(pieces):
+    for begin, end in itertools.pairwise([0, 5461, 2 * 5461, 3 * 5461, 1 << 14]):
         part = over_time(inputs, memory, lambda x, b=begin, e=end: x[:, b:e])
         y, cache = step(cache, **part)
         outputs.append(y)
     assert_close(jnp.concatenate(outputs, axis=1), wanted, 1e-4)
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("gate", ["position", "uniform"])
-def test_other_gates(gate):
-    memory, kind = MEMORIES["linear"], mc.GRM(gate=gate, pooling="sum")
-    inputs = jax.tree.map(jnp.asarray, make_inputs(memory, LENGTH))
-    segmentation = SEGMENTATIONS["lengths" if gate == "uniform" else "constant"]
-    got, wanted = runs(inputs, memory, kind, segmentation)
-    assert_close(got, wanted, 1e-10)
 
 
 @pytest.mark.usefixtures("x64")
@@ -192,11 +229,15 @@ def test_rows_at_positions_of_their_own(memory):
 def test_gradients_pass_from_call_to_call(memory):
     inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 21, batch=1, heads=1))
 
-    def outputs(run):
-        return value_and_vjp(lambda inputs: run(inputs, memory, mc.GRM(), mc.Constant(8)), inputs)
+    plan: Any = (mc.GRM(), mc.Constant(8))
 
-    split = functools.partial(streamed, split=(3, 18) if memory.depth > 1 else (3, 17, 1))
-    assert_close(outputs(split), outputs(whole), 1e-9, scale=1.0)
+    def in_pieces(inputs):
+        return streamed_all(inputs, memory, (("grm", *plan, "independent"),), 7)["grm"]
+
+    with scheduled("in_turn"):
+        got = value_and_vjp(in_pieces, inputs)
+        wanted = value_and_vjp(lambda inputs: whole(inputs, memory, *plan), inputs)
+    assert_close(got, wanted, 1e-9, scale=1.0)
 
 
 @pytest.mark.usefixtures("x64")
@@ -410,7 +451,7 @@ def test_a_running_mean_is_all_that_uniform_gates_need(name, kind):
     memory = MEMORIES[name]
     inputs = jax.tree.map(jnp.asarray, make_inputs(memory, LENGTH))
     assert empty(inputs, memory, kind, mc.Constant(4)).pooled.shape[2] == 1
-    got, wanted = runs(inputs, memory, kind, mc.Constant(4))
+    got, wanted = (run(inputs, memory, kind, mc.Constant(4)) for run in (streamed, whole))
     assert_close(got, wanted, 1e-10)
 
 
@@ -419,16 +460,19 @@ def test_a_running_mean_is_all_that_uniform_gates_need(name, kind):
 )
 def test_narrow_states(name, kind):
     memory = MEMORIES[name]
-    inputs = jax.tree.map(jnp.asarray, make_inputs(memory, LENGTH, dim=16, dtype=jnp.float32))
+    inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 36, dim=16, dtype=jnp.float32))
     wanted, step = whole(inputs, memory, kind, mc.Constant(8)), jax.jit(mc.extend)
     nbytes, errors = [], []
     for dtype in ("float32", "bfloat16", "int8"):
         cache = empty(inputs, memory, kind, mc.Constant(8), cache_dtype=dtype)
         nbytes.append(sum(x.nbytes for x in jax.tree.leaves(cache.bank)))
-        y, cache = step(cache, **over_time(inputs, memory, lambda x: x[:, :36]))
-        last, _ = step(cache, **over_time(inputs, memory, lambda x: x[:, 36:]))
-        difference = jnp.concatenate([y, last], axis=1) - wanted
-        errors.append(float(jnp.linalg.norm(difference) / jnp.linalg.norm(wanted)))
+        outputs = []
+        for begin in range(0, 36, 9):
+            part = over_time(inputs, memory, lambda x, b=begin: x[:, b : b + 9])
+            y, cache = step(cache, **part)
+            outputs.append(y)
+        difference = np.concatenate(outputs, axis=1) - wanted
+        errors.append(float(np.linalg.norm(difference) / np.linalg.norm(wanted)))
     assert nbytes[1] == nbytes[0] / 2
     assert nbytes[2] < nbytes[0] / 3
     assert errors[0] < 1e-5 < errors[1] < 4e-3

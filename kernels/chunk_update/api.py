@@ -4,9 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 from memcache_jax.kernels._dispatch import choose
-from memcache_jax.kernels.chunk_update import reference, xla
+from memcache_jax.kernels.chunk_update import gpu, reference, tpu, xla
 
-_IMPLEMENTATIONS = {"reference": reference.chunk_update, "xla": xla.chunk_update}
+_IMPLEMENTATIONS = {
+    "reference": reference.chunk_update,
+    "xla": xla.chunk_update,
+    "pallas_tpu": tpu.chunk_update,
+    "pallas_gpu": gpu.chunk_update,
+}
 
 
 def chunk_update(
@@ -24,12 +29,14 @@ def chunk_update(
       state: the first states, arrays (*batch, ...).
       rows: what is written and read, arrays (*batch, chunks, ...).
       batch_dims: how many leading axes are independent memories.
-      implementation: ``"xla"`` (the default) or ``"reference"``.
+      implementation: ``"xla"`` (the default), ``"pallas_tpu"``, which traces ``chunk`` in its
+        kernels, or ``"reference"``. ``"pallas_gpu"`` serves none.
 
     Returns:
       The last states (*batch, ...) and the outputs (*batch, chunks, ...).
 
     Raises:
       ValueError: for an unknown implementation.
+      NotImplementedError: for what a kernel cannot take.
     """
     return choose("chunk_update", _IMPLEMENTATIONS, implementation)(chunk, state, rows, batch_dims)

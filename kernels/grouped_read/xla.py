@@ -13,6 +13,7 @@ from jax import lax
 
 from memcache_jax._typing import Array, Float, Int, Matrices
 from memcache_jax.kernels._units import for_each_unit
+from memcache_jax.kernels.grouped_read._blocks import arrange, most_blocks, take
 
 _ROWS = 64  # of a block
 _BLOCKS = 16  # visited at once
@@ -27,59 +28,19 @@ def grouped_read(
 ) -> Float[Array, "b h n c v"]:
     """See ``api.grouped_read``."""
     batch, heads, n, c, choices = gates.shape
-    if n * c * choices < _ROWS:
-        return _read_pairs(read, bank, query, gates, states)
-    num_states = jax.tree.leaves(bank)[0].shape[2]
-    most = -(-n * c * choices // _ROWS) + num_states  # blocks, if every group has one to fill up
-    visits = -(-most // _BLOCKS)
-
-    def arrange(states: Int[Array, "pairs"]) -> tuple[Array, Array, Array]:
-        """The place of each pair, the pair at each place (none: one too high), blocks' states."""
-        counts = jnp.zeros(num_states, jnp.int32).at[states].add(1)
-        blocks = -(-counts // _ROWS)
-        last_block = jnp.cumsum(blocks)
-        order = jnp.argsort(states, stable=True)
-        rank = jnp.arange(len(states)) - (jnp.cumsum(counts) - counts)[states[order]]
-        place = (last_block - blocks)[states[order]] * _ROWS + rank
-        pair = jnp.full(visits * _BLOCKS * _ROWS, len(states)).at[place].set(order)
-        state = jnp.searchsorted(last_block, jnp.arange(visits * _BLOCKS), side="right")
-        return jnp.zeros_like(place).at[order].set(place), pair, state.clip(max=num_states - 1)
-
-    place, pair, state = jax.vmap(jax.vmap(arrange))(states.reshape(batch, heads, -1))
-    state = state.reshape(batch, heads, visits, _BLOCKS)
-
-    def take(rows: Array, index: Array) -> Array:
-        """Rows of each unit by index, zero beyond the last."""
-        pick = jax.vmap(jax.vmap(lambda rows, index: rows.at[index].get(mode="fill", fill_value=0)))
-        return pick(rows, index)
+    units, num_states = batch * heads, jax.tree.leaves(bank)[0].shape[2]
+    visits = -(-most_blocks(n * c * choices, num_states, _ROWS) // _BLOCKS)
+    place, pair, state = arrange(states.reshape(units, -1), num_states, _ROWS, visits * _BLOCKS)
 
     def split(x: Array) -> Array:
-        return x.reshape(batch, heads, visits, _BLOCKS, _ROWS, *x.shape[3:])
+        return x.reshape(batch, heads, visits, _BLOCKS, _ROWS, *x.shape[2:])
 
-    rows = take(query.reshape(batch, heads, n * c, -1), pair // choices)
-    weights = take(gates.reshape(batch, heads, -1), pair)
+    rows = take(query.reshape(units, n * c, -1), pair // choices)
+    weights = take(gates.reshape(units, -1), pair)
+    state = state.reshape(batch, heads, visits, _BLOCKS)
     y = _read_blocks(read, state, bank, split(rows), split(weights))
-    every = take(y.reshape(batch, heads, -1, y.shape[-1]), place)
+    every = take(y.reshape(units, -1, y.shape[-1]), place)
     return every.reshape(batch, heads, n, c, choices, -1).sum(axis=-2)
-
-
-def _read_pairs(
-    read: Callable[..., Array],
-    bank: Matrices,
-    query: Float[Array, "b h n c k"],
-    gates: Float[Array, "b h n c s"],
-    states: Int[Array, "b h n c s"],
-) -> Float[Array, "b h n c v"]:
-    """Every pair by itself, where there are too few to share states, as for one token."""
-    choices = gates.shape[-1]
-
-    def unit(bank, query, gates, states):
-        rows = jnp.repeat(query.reshape(-1, 1, query.shape[-1]), choices, axis=0)
-        chosen = jax.tree.map(lambda matrix: matrix[states.reshape(-1)], bank)
-        y = jax.vmap(read)(chosen, rows, gates.reshape(-1, 1))
-        return y.reshape(*gates.shape, -1).sum(axis=-2)
-
-    return jax.vmap(jax.vmap(unit))(bank, query, gates, states)
 
 
 def _read_blocks(

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from memcache_jax._checks import check_lengths
 from memcache_jax._typing import Array, Int
-from memcache_jax.generation.prompts import buffer_size, check_lengths, check_prompt
+from memcache_jax.generation.generate import extend_logits
+from memcache_jax.generation.prompts import buffer_size, check_prompt
 from memcache_jax.generation.sampling import Sampling, sample
 from memcache_jax.nn import LanguageModel
 from memcache_jax.nn.language_model import LanguageModelCache
@@ -97,8 +99,8 @@ class Decoder:
             which is then as it was before.
         """
         tokens = check_prompt(tokens, self._model)
-        lengths = check_lengths(lengths, tokens.shape, least=1 if self._logits is None else 0)
-        self._extend(tokens, lengths)
+        least = 1 if self._logits is None else 0
+        self._extend(tokens, jnp.asarray(check_lengths(lengths, tokens.shape, least), jnp.int32))
 
     def next(self) -> Int[np.ndarray, "b"]:
         """Draws the next token of each row, and takes it.
@@ -119,7 +121,7 @@ class Decoder:
         if lengths is not None:
             padding = buffer_size(tokens.shape[1]) - tokens.shape[1]
             tokens = jnp.pad(tokens, ((0, 0), (0, padding)))
-        logits, self._cache = _extend(self._state, tokens, lengths, self._cache, graph=self._graph)
+        self._cache, logits = _extend(self._state, tokens, lengths, self._cache, graph=self._graph)
         if lengths is not None and self._logits is not None:
             logits = jnp.where((lengths > 0)[:, None], logits, self._logits)
         self._logits = logits
@@ -136,11 +138,5 @@ def _extend(
     cache: LanguageModelCache,
     *,
     graph: Any,
-) -> tuple[Array, LanguageModelCache]:
-    """The logits after each row's last token, in float32 or wider, and the cache."""
-    model: Any = nnx.merge(graph, state)
-    hidden, cache = model.extend(tokens, cache, lengths)
-    if lengths is None:
-        return model.logits(hidden[:, -1]), cache
-    last = jnp.take_along_axis(hidden, jnp.maximum(lengths, 1)[:, None, None] - 1, axis=1)[:, 0]
-    return model.logits(last), cache
+) -> tuple[LanguageModelCache, Array]:
+    return extend_logits(nnx.merge(graph, state), tokens, cache, lengths)

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from memcache_jax._checks import check_lengths
 from memcache_jax._typing import Array, Float, Int
-from memcache_jax.generation.prompts import buffer_size, check_lengths, check_prompt, check_stop
+from memcache_jax.generation.prompts import buffer_size, check_prompt, check_stop
 from memcache_jax.generation.sampling import Sampling, sample
 from memcache_jax.nn import LanguageModel
 
@@ -71,7 +72,7 @@ def generate(
       (1, 7)
     """
     tokens = check_prompt(prompt, model)
-    counts = check_lengths(lengths, tokens.shape)
+    counts = jnp.asarray(check_lengths(lengths, tokens.shape, least=1), jnp.int32)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     sampling = Sampling(temperature, top_k, top_p)
@@ -160,13 +161,10 @@ class _Cached:
 
     def start(self, prompt: Array, lengths: Array, size: int) -> tuple[Any, Float[Array, "b v"]]:
         cache = self.model.init_cache(len(prompt), size, **self.options)
-        hidden, cache = self.model.extend(prompt, cache, lengths)
-        last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-        return cache, self.model.logits(last)
+        return extend_logits(self.model, prompt, cache, lengths)
 
     def next(self, cache: Any, token: Int[Array, "b"]) -> tuple[Any, Float[Array, "b v"]]:
-        hidden, cache = self.model.extend(token[:, None], cache)
-        return cache, self.model.logits(hidden[:, 0])
+        return extend_logits(self.model, token[:, None], cache)
 
 
 class _Anew:
@@ -192,4 +190,18 @@ class _Anew:
                 f"the model must return logits (b, t, vocab) for tokens (b, t) = {tokens.shape}, "
                 f"got shape {logits.shape}"
             )
-        return jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
+        return _at(logits, last)
+
+
+def extend_logits(
+    model: LanguageModel, tokens: Int[Array, "b t"], cache: Any, lengths: Array | None = None
+) -> tuple[Any, Float[Array, "b v"]]:
+    """The cache after a stream's next tokens, and the logits after each row's last one."""
+    hidden, cache = model.extend(tokens, cache, lengths)
+    if lengths is None:
+        return cache, model.logits(hidden[:, -1])
+    return cache, model.logits(_at(hidden, jnp.maximum(lengths, 1) - 1))
+
+
+def _at(rows: Float[Array, "b t d"], position: Int[Array, "b"]) -> Float[Array, "b d"]:
+    return jnp.take_along_axis(rows, position[:, None, None], axis=1)[:, 0]

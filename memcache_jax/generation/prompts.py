@@ -32,26 +32,6 @@ def check_prompt(prompt: jax.typing.ArrayLike, model: Any) -> Int[Array, "b t"]:
     return jnp.asarray(array.astype(jnp.int32))
 
 
-def check_lengths(lengths: Any, shape: tuple[int, ...], least: int = 1) -> Int[Array, "b"]:
-    """Returns how many tokens of each row of a prompt (b, t) count, or raises ValueError."""
-    batch, count = shape
-    if lengths is None:
-        return jnp.full(batch, count, jnp.int32)
-    lengths = lengths if isinstance(lengths, Tracer) else np.asarray(lengths)
-    if jnp.shape(lengths) != (batch,) or not jnp.issubdtype(jnp.result_type(lengths), jnp.integer):
-        raise ValueError(
-            f"lengths must be integers (b,) = ({batch},), got {jnp.result_type(lengths)} "
-            f"{jnp.shape(lengths)}"
-        )
-    if not isinstance(lengths, Tracer):
-        known = np.asarray(lengths)
-        if known.min() < least or known.max() > count:
-            raise ValueError(
-                f"lengths must be {least} to {count}, the tokens given, got {known.tolist()}"
-            )
-    return jnp.asarray(lengths, jnp.int32)
-
-
 def check_stop(stop_token: int | Sequence[int] | None, model: Any) -> Int[Array, "stops"]:
     """Returns the tokens that end a row, or raises ValueError."""
     stops = [] if stop_token is None else np.atleast_1d(stop_token).tolist()

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from memcache_jax._typing import Apply, Array, Bool, Controls, Float, Int, Matrices, State
+from memcache_jax.kernels.affine_update import AffineChunk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,9 @@ class Memory(abc.ABC):
 
     largest_chunk: ClassVar[int] = 128
     """Tokens that a rule which is exact for any chunk is best written in at once."""
+
+    reads_query: ClassVar[bool] = True
+    """Whether a read depends on the query; else it is the state's one matrix, a row."""
 
     @property
     def gradient_chunk(self) -> int | None:
@@ -121,6 +125,36 @@ class Memory(abc.ABC):
           live memory at each of its tokens.
         """
 
+    @property
+    def is_affine(self) -> bool:
+        """Whether ``affine`` works."""
+        return type(self).affine is not Memory.affine
+
+    def affine(
+        self,
+        before: State,
+        key: Float[Array, "m k"],
+        value: Float[Array, "m v"],
+        query: Float[Array, "m k"],
+        controls: Controls,
+    ) -> AffineChunk:
+        """A chunk's write and online read as a map of the state's matrix, for kernels.
+
+        For memories whose state is one matrix, zero at first, beside what ``carried`` knows.
+
+        Args:
+          before: the state before the chunk, with a zero matrix.
+          key: as for ``write``.
+          value: as for ``write``.
+          query: what reads, each right after its token's write.
+          controls: as for ``write``.
+        """
+        raise NotImplementedError(f"chunks of {type(self).__name__} are no affine maps of a matrix")
+
+    def carried(self, key: Float[Array, "m k"], value: Float[Array, "m v"]) -> State:
+        """The state after a chunk of a memory that has ``affine``, with a zero matrix."""
+        return self.init({}, key.shape[-1], value.shape[-1], key.dtype)
+
     def write_documents(
         self,
         state: State,
@@ -155,8 +189,8 @@ class Memory(abc.ABC):
                 f"{type(self).__name__} starts at learned weights: for document_ids it must "
                 "override write_documents"
             )
-        begins = begun > jnp.pad(begun[:-1], (1, 0))
-        return self.write(state, state, key, value, self.forgetting(controls, begins))
+        controls = self.forgetting(controls, first_of_documents(begun))
+        return self.write(state, state, key, value, controls)
 
     def forgetting(self, controls: Controls, begins: Bool[Array, "m"]) -> Controls:
         """The controls with which the marked tokens forget all that was written before them.
@@ -230,6 +264,17 @@ class Memory(abc.ABC):
         return self.forward(lambda layer, x: self.apply(chunk, layer, x), query)
 
 
+def first_of_documents(begun: Int[Array, "m"]) -> Bool[Array, "m"]:
+    """Whether a token begins a document, from how many have begun in its chunk."""
+    return begun > jnp.pad(begun[:-1], (1, 0))
+
+
 def gated(gate: Float[Array, "rows"] | None, x: Float[Array, "*rows in"]) -> Array:
-    """Returns the rows of x, each times its gate if there is one."""
-    return x if gate is None else jnp.einsum("r,ri->ri", gate, x)
+    """Returns the rows of x, each times its gate if there is one.
+
+    A gate's gradient is a sum over the row, in float32 at least.
+    """
+    if gate is None:
+        return x
+    wide = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
+    return jnp.broadcast_to(wide[:, None], x.shape).astype(gate.dtype) * x

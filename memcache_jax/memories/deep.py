@@ -237,7 +237,7 @@ class DeepMemory(Memory):
             mixing=momentum * eta[None],
         )
         chunk = chunk._replace(
-            momentum_decay=jnp.matmul(decay, momentum_decay, precision="highest"),
+            momentum_decay=jnp.sum(decay * momentum_decay[None], axis=1),
             mixing=jnp.matmul(decay, momentum, precision="highest") * eta[None],
         )
         return DeepState(chunk.end(), of_momentum.end()), chunk

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
 from memcache_jax._typing import Array, Bool, Controls, Float
+from memcache_jax.kernels.affine_update import AffineChunk
 from memcache_jax.memories._decay import channel_scores, decay_matrix, start_decay
 from memcache_jax.memories.base import NEAR_ONE, Control
 from memcache_jax.memories.matrix import ChannelChunk, DecayChunk, MatrixMemory, MatrixState
@@ -47,21 +48,44 @@ class _DeltaMemory(MatrixMemory):
     ) -> tuple[MatrixState, DecayChunk]:
         """Solves for what a chunk's tokens really add, and adds it in one matrix product."""
         del anchor
-        log_alpha, beta = _log_alpha(controls), controls["beta"]
-        decay = start_decay(log_alpha)
-        mixing = decay_matrix(log_alpha)
-        # With e_t what token t adds: e_t = beta_t (v_t - decay_t M_0 k_t - sum over j < t of
-        # mixing[t, j] (k_t . k_j) e_j).
-        overlap = jnp.tril(mixing * jnp.matmul(key, key.T), -1)
+        decay, mixing, system = self._system(key, controls)
         recalled = decay[:, None] * jnp.matmul(key, state.matrix)
-        added = solve_triangular(
-            jnp.eye(len(beta), dtype=key.dtype) + beta[:, None] * overlap,
-            beta[:, None] * (value - recalled),
-            lower=True,
-            unit_diagonal=True,
-        )
+        added = _solved(system, controls["beta"][:, None] * (value - recalled))
         chunk = DecayChunk(state.matrix, decay, mixing, key, added)
         return MatrixState(chunk.end()), chunk
+
+    def affine(
+        self,
+        before: MatrixState,
+        key: Float[Array, "m k"],
+        value: Float[Array, "m v"],
+        query: Float[Array, "m k"],
+        controls: Controls,
+    ) -> AffineChunk:
+        """Solves for what a chunk's tokens add to nothing, and for what they recall."""
+        decay, mixing, system = self._system(key, controls)
+        sides = jnp.concatenate([value, decay[:, None] * key], axis=1)
+        solved = _solved(system, controls["beta"][:, None] * sides)
+        added, recalled = jnp.split(solved, [value.shape[1]], axis=1)
+        return DecayChunk(before.matrix, decay, mixing, key, added).affine(query, recalled)
+
+    def _system(
+        self, key: Float[Array, "m k"], controls: Controls
+    ) -> tuple[Float[Array, "m"], Float[Array, "m m"], Float[Array, "m m"]]:
+        """Decays since the start, decays between tokens, and the system of what tokens add.
+
+        With e_t what token t adds: e_t = beta_t (v_t - decay_t M_0 k_t - sum over j < t of
+        mixing[t, j] (k_t . k_j) e_j).
+        """
+        log_alpha, beta = _log_alpha(controls), controls["beta"]
+        mixing = decay_matrix(log_alpha)
+        overlap = jnp.tril(mixing * jnp.matmul(key, key.T), -1)
+        system = jnp.eye(len(beta), dtype=key.dtype) + beta[:, None] * overlap
+        return start_decay(log_alpha), mixing, system
+
+
+def _solved(system: Float[Array, "m m"], sides: Float[Array, "m n"]) -> Float[Array, "m n"]:
+    return solve_triangular(system, sides, lower=True, unit_diagonal=True)
 
 
 def _log_alpha(controls: Controls) -> Array:
@@ -168,17 +192,46 @@ class RWKV7(MatrixMemory):
     ) -> tuple[MatrixState, ChannelChunk]:
         """Solves for what a chunk's tokens erase, a second write beside the tokens' own."""
         del anchor
-        log_w, kappa = controls["log_w"], controls["kappa"]
-        erase = controls["a"] * kappa
-        # Token t writes e_t = -M_{t-1} kappa_t at a_t * kappa_t, and M_{t-1} has the e_j before.
-        size = key.shape[0]
-        before = jnp.pad(start_decay(log_w)[:-1], ((1, 0), (0, 0)), constant_values=1.0)
-        to_erased = channel_scores(kappa, erase, log_w, before=True)
-        to_written = channel_scores(kappa, key, log_w, before=True)
-        recalled = jnp.matmul(kappa * before, state.matrix) + jnp.matmul(to_written, value)
-        erased = solve_triangular(
-            jnp.eye(size, dtype=key.dtype) + to_erased, -recalled, lower=True, unit_diagonal=True
-        )
-        keys, values = jnp.stack([erase, key]), jnp.stack([erased, value])
-        chunk = ChannelChunk(state.matrix, log_w, keys, values)
+        recall, to_written, system = self._system(key, controls)
+        recalled = jnp.matmul(recall, state.matrix) + jnp.matmul(to_written, value)
+        chunk = _erasing(state, key, value, _solved(system, -recalled), controls)
         return MatrixState(chunk.end()), chunk
+
+    def affine(
+        self,
+        before: MatrixState,
+        key: Float[Array, "m k"],
+        value: Float[Array, "m v"],
+        query: Float[Array, "m k"],
+        controls: Controls,
+    ) -> AffineChunk:
+        """Solves for what a chunk's tokens erase of each other, and for what they recall."""
+        recall, to_written, system = self._system(key, controls)
+        solved = _solved(system, jnp.concatenate([-jnp.matmul(to_written, value), recall], axis=1))
+        erased, recalled = jnp.split(solved, [value.shape[1]], axis=1)
+        return _erasing(before, key, value, erased, controls).affine(query, recalled)
+
+    def _system(
+        self, key: Float[Array, "m k"], controls: Controls
+    ) -> tuple[Float[Array, "m k"], Float[Array, "m m"], Float[Array, "m m"]]:
+        """What a chunk's tokens recall of its start, and of its writes, and the erasures' system.
+
+        Token t writes e_t = -M_{t-1} kappa_t at a_t * kappa_t, and M_{t-1} has the e_j before.
+        """
+        log_w, kappa = controls["log_w"], controls["kappa"]
+        before = jnp.pad(start_decay(log_w)[:-1], ((1, 0), (0, 0)), constant_values=1.0)
+        to_erased = channel_scores(kappa, controls["a"] * kappa, log_w, before=True)
+        to_written = channel_scores(kappa, key, log_w, before=True)
+        return kappa * before, to_written, jnp.eye(len(key), dtype=key.dtype) + to_erased
+
+
+def _erasing(
+    state: MatrixState,
+    key: Float[Array, "m k"],
+    value: Float[Array, "m v"],
+    erased: Float[Array, "m v"],
+    controls: Controls,
+) -> ChannelChunk:
+    """A chunk that erases beside what its tokens write."""
+    keys = jnp.stack([controls["a"] * controls["kappa"], key])
+    return ChannelChunk(state.matrix, controls["log_w"], keys, jnp.stack([erased, value]))

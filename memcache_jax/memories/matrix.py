@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from memcache_jax._typing import Apply, Array, Bool, Controls, Float, Matrices
+from memcache_jax.kernels.affine_update import AffineChunk
 from memcache_jax.memories._decay import channel_scores, decay_matrix, end_decay, start_decay
 from memcache_jax.memories.base import NEAR_ONE, Control, Memory, gated
 
@@ -31,6 +32,17 @@ class MatrixMemory(Memory):
         """The start's product with x, plus decayed causal attention to what the chunk writes."""
         del layer
         return chunk.apply(x)
+
+    def affine(
+        self,
+        before: Any,
+        key: Float[Array, "m k"],
+        value: Float[Array, "m v"],
+        query: Float[Array, "m k"],
+        controls: Controls,
+    ) -> AffineChunk:
+        """The map of a chunk that only decays and adds, from its writes to a zero matrix."""
+        return self.write(before, before, key, value, controls)[1].affine(query)
 
     def matrices(self, state: Any) -> Matrices:
         """The matrix itself."""
@@ -59,6 +71,19 @@ class DecayChunk(NamedTuple):
         """The matrix after the last token."""
         written = jnp.matmul(self.key.T, self.mixing[-1][:, None] * self.value)
         return self.decay[-1] * self.matrix + written
+
+    def affine(
+        self, x: Float[Array, "m k"], erase: Float[Array, "erasing k"] | None = None
+    ) -> AffineChunk:
+        """The chunk as a map of a matrix that it may partly erase, and that x reads."""
+        return AffineChunk(
+            decay=jnp.broadcast_to(self.decay[-1:], x.shape[1:]),
+            value=self.value,
+            key=self.mixing[-1][:, None] * self.key,
+            query=self.decay[:, None] * x,
+            scores=self.mixing * jnp.matmul(x, self.key.T),
+            erase=erase,
+        )
 
     def apply(self, x: Float[Array, "m k"]) -> Float[Array, "m v"]:
         """The product of M_t with row t of x."""
@@ -275,6 +300,11 @@ class SWLA(MatrixMemory):
         )
         return WindowState(chunk.end(), key[-1], value[-1]), chunk
 
+    def carried(self, key: Float[Array, "m k"], value: Float[Array, "m v"]) -> WindowState:
+        """A zero matrix and the last token."""
+        zero = super().carried(key, value).matrix
+        return WindowState(zero, key[-1], value[-1])
+
     def merge(self, left: WindowState, right: WindowState, controls: Controls) -> WindowState:
         """The earlier matrix and last token, decayed over the later run, and the later matrix."""
         log_alpha, beta = controls["log_alpha"], controls["beta"]
@@ -300,6 +330,21 @@ class ChannelChunk(NamedTuple):
         keys = self.keys * end_decay(self.log_decay)[None]
         kept = start_decay(self.log_decay)[-1][:, None] * self.matrix
         return kept + jnp.einsum("wmk,wmv->kv", keys, self.values)
+
+    def affine(
+        self, x: Float[Array, "m k"], erase: Float[Array, "erasing k"] | None = None
+    ) -> AffineChunk:
+        """The chunk as a map of a matrix, as ``DecayChunk`` has it."""
+        decay = start_decay(self.log_decay)
+        scores = jax.vmap(channel_scores, in_axes=(None, 0, None))(x, self.keys, self.log_decay)
+        return AffineChunk(
+            decay=decay[-1],
+            value=self.values.reshape(-1, self.values.shape[-1]),
+            key=(self.keys * end_decay(self.log_decay)[None]).reshape(-1, x.shape[-1]),
+            query=decay * x,
+            scores=jnp.moveaxis(scores, 0, 1).reshape(len(x), -1),
+            erase=erase,
+        )
 
     def apply(self, x: Float[Array, "m k"]) -> Float[Array, "m v"]:
         """The product of M_t with row t of x."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 
@@ -31,6 +31,8 @@ class Vector(Memory):
       >>> bool(abs(y - attention).max() < 1e-5)
       True
     """
+
+    reads_query: ClassVar[bool] = False
 
     def init(
         self, weights: Mapping[str, Array], key_dim: int, value_dim: int, dtype: Any

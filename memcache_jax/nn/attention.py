@@ -1,6 +1,6 @@
 """Causal self-attention with rotary positions, the Transformer++ baseline's mixer."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,11 @@ class AttentionCache(NamedTuple):
     value: Any
     position: Any  # (b,)
     first: Any = None  # or for layers that share keys and values the first row of this one
+
+    @property
+    def head_shape(self) -> tuple[int, ...]:
+        """Heads, and their dimension."""
+        return self.key.shape[2:]
 
     def reset(self, rows: jax.typing.ArrayLike) -> "AttentionCache":
         """The cache with the marked rows (b,) before their first token."""
@@ -78,12 +83,15 @@ class Attention(nnx.Module):
       head_dim: dimension of a head, even; ``in_features // num_heads`` by default.
       window: tokens that a token sees, itself included; None for all.
       rope_base: wavelength base of the rotary embedding.
+      implementation: of whole sequences, ``"xla"`` or ``"cudnn"``, which is for bfloat16 on NVIDIA
+        GPUs and needs no memory that is quadratic in their length; JAX's default where it is None.
+        Streams are XLA's.
       dtype: dtype of the arithmetic; by default the wider of the input's and ``param_dtype``.
       param_dtype: dtype of the parameters.
       rngs: random keys.
 
     Raises:
-      ValueError: for head sizes that do not fit, or a window below 1.
+      ValueError: for head sizes that do not fit, a window below 1, or an unknown implementation.
 
     Example:
       >>> import jax.numpy as jnp, memcache_jax as mc
@@ -100,6 +108,7 @@ class Attention(nnx.Module):
         head_dim: int | None = None,
         window: int | None = None,
         rope_base: float = 10_000.0,
+        implementation: Literal["xla", "cudnn"] | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -110,13 +119,15 @@ class Attention(nnx.Module):
             raise ValueError(f"rotary positions need an even head_dim, got {self.head_dim}")
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1 token, got {window}")
+        _checks.check_choice("implementation", implementation, (None, "xla", "cudnn"))
+        self.implementation: Literal["xla", "cudnn"] | None = implementation
         self.window, self.rope_base, self.dtype = window, rope_base, dtype
         inner = num_heads * self.head_dim
         options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.query = Linear(in_features, inner, **options)
-        self.key = Linear(in_features, inner, **options)
-        self.value = Linear(in_features, inner, **options)
-        self.out = Linear(inner, in_features, **options)
+        self.query, self.key, self.value = (
+            Linear(in_features, inner, axes=("embed", "heads"), **options) for _ in range(3)
+        )
+        self.out = Linear(inner, in_features, axes=("heads", "embed"), **options)
 
     def __call__(
         self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None = None
@@ -146,6 +157,7 @@ class Attention(nnx.Module):
             mask=mask,
             is_causal=True,
             local_window_size=None if self.window is None else (self.window - 1, 0),
+            implementation=self.implementation,
         )
         return self.out(y.reshape(*x.shape[:2], -1))
 
@@ -196,17 +208,11 @@ class Attention(nnx.Module):
           ValueError: for an input that is not (b, t, in_features), or does not fit the cache.
         """
         _checks.check_input(x, self.in_features)
-        if not isinstance(cache, AttentionCache):
-            raise ValueError(f"the cache was made for another layer: {type(cache).__name__}")
+        _checks.check_cache(cache, AttentionCache, (self.num_heads, self.head_dim))
         if self.window is not None and cache.key.shape[1] != self.window - 1:
             raise ValueError(
                 f"the cache was made for another window than {self.window}: it has the last "
                 f"{cache.key.shape[1]} tokens"
-            )
-        if cache.key.shape[2:] != (self.num_heads, self.head_dim):
-            raise ValueError(
-                f"the cache was made for (heads, head_dim) = {cache.key.shape[2:]}, this layer has "
-                f"{(self.num_heads, self.head_dim)}"
             )
         limit = cache.key.shape[1] if self.window is None else None
         _checks.check_room(cache.position, x.shape[:2], lengths, limit)

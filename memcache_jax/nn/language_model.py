@@ -18,6 +18,7 @@ from memcache_jax.nn.attention import Attention
 from memcache_jax.nn.layers import Linear, SwiGLU
 from memcache_jax.nn.memory_caching import MemoryCaching
 from memcache_jax.segmentation import Constant, Segmentation
+from memcache_jax.sharding.mesh import constrain, partitioned
 
 
 @runtime_checkable
@@ -59,12 +60,12 @@ class AttentionMixer:
 
     window: int | None = None
     rope_base: float = 10_000.0
+    implementation: Literal["xla", "cudnn"] | None = None
 
     def build(self, in_features: int, num_heads: int, **options: Any) -> Attention:
         """Returns the layer."""
-        return Attention(
-            in_features, num_heads, window=self.window, rope_base=self.rope_base, **options
-        )
+        arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Attention(in_features, num_heads, **arguments, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +114,11 @@ class LanguageModelConfig:
                 f"got {len(self.mixers)}"
             )
 
+    @property
+    def repeats(self) -> int:
+        """How often the mixers come one after the other."""
+        return self.num_layers // len(self.mixers)
+
 
 class Block(nnx.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x))."""
@@ -136,8 +142,8 @@ class Block(nnx.Module):
     ) -> Float[Array, "b t d"]:
         """Applies the mixer and the MLP."""
         documents = () if document_ids is None else (document_ids,)
-        x = x + self.mixer(self.mixer_norm(x), *documents)
-        return self._mix_features(x)
+        x = constrain(x + self.mixer(self.mixer_norm(x), *documents), "batch", "time", None)
+        return constrain(self._mix_features(x), "batch", "time", None)
 
     def extend(
         self, x: Float[Array, "b t d"], cache: Any, lengths: Int[Array, "b"] | None
@@ -273,13 +279,12 @@ class LanguageModel(nnx.Module):
         self.embedding = nnx.Embed(
             config.vocab_size,
             config.features,
-            embedding_init=jax.nn.initializers.normal(0.02),
+            embedding_init=partitioned(jax.nn.initializers.normal(0.02), "vocab", "embed"),
             rngs=rngs,
             **options,
         )
-        repeats = config.num_layers // len(config.mixers)
 
-        @nnx.split_rngs(splits=repeats)
+        @nnx.split_rngs(splits=config.repeats)
         @nnx.vmap(in_axes=0, out_axes=0)
         @nnx.transform_metadata(in_axes=None, out_axes=0, partition="layers")
         def stack(rngs: nnx.Rngs) -> _Period:
@@ -288,7 +293,8 @@ class LanguageModel(nnx.Module):
         self.layers = stack(rngs)
         self.norm = nnx.RMSNorm(config.features, rngs=rngs, **options)
         if not config.tie_embeddings:
-            self.head = Linear(config.features, config.vocab_size, rngs=rngs, **options)
+            size = config.features, config.vocab_size
+            self.head = Linear(*size, axes=("embed", "vocab"), rngs=rngs, **options)
 
     def __call__(
         self, tokens: Int[Array, "b t"], document_ids: Int[Array, "b t"] | None = None
@@ -319,8 +325,46 @@ class LanguageModel(nnx.Module):
 
         if self.config.remat:
             period = jax.checkpoint(period, prevent_cse=False)
-        x, _ = lax.scan(period, self.embedding(tokens), stacked)
+        x = self._embed(tokens)
+        x, _ = lax.scan(period, x, stacked)
         return self.norm(x)
+
+    def gates(self, tokens: Int[Array, "b t"]) -> list[Float[Array, "b t h states"] | None]:
+        """The gates with which each block's memory caching reads, as ``MemoryCaching.gates``.
+
+        Args:
+          tokens: token ids.
+
+        Returns:
+          For each block its gates, or None where it mixes tokens otherwise.
+
+        Raises:
+          ValueError: for tokens that are not integers of shape (b, t).
+        """
+        _check_tokens(tokens)
+        graph, stacked = nnx.split(self.layers)
+
+        def period(x: Array, state: nnx.State) -> tuple[Array, list]:
+            gates = []
+            for block in nnx.merge(graph, state).blocks:
+                mixer = block.mixer
+                caches = isinstance(mixer, MemoryCaching)
+                gates.append(mixer.gates(block.mixer_norm(x)) if caches else None)
+                x = block(x)
+            return x, gates
+
+        _, gates = lax.scan(period, self._embed(tokens), stacked)
+        return [
+            None if of_mixer is None else of_mixer[repeat]
+            for repeat in range(self.config.repeats)
+            for of_mixer in gates
+        ]
+
+    def _embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        # Its features are gathered first, or a mesh's compiler would gather the rows' batch.
+        table = constrain(self.embedding.embedding[...], "vocab", None)
+        x = jnp.take(table.astype(self.config.dtype), tokens, axis=0)
+        return constrain(x, "batch", "time", None)
 
     def init_cache(
         self, batch_size: int, max_length: int | None = None, **options: Any
@@ -341,13 +385,12 @@ class LanguageModel(nnx.Module):
         def init(state: nnx.State) -> list:
             return nnx.merge(graph, state).init_cache(batch_size, max_length, options)
 
-        repeats = self.config.num_layers // len(self.config.mixers)
         one = init(jax.tree.map(lambda x: x[0], stacked))
         bounds = [max_length, *(getattr(cache, "max_length", None) for cache in one)]
         bounds = [bound for bound in bounds if bound is not None]
         return LanguageModelCache(
             jax.vmap(lambda state: list(map(_small, init(state))))(stacked),
-            [cache.empty_states(repeats * batch_size) for cache in one],
+            [cache.empty_states(self.config.repeats * batch_size) for cache in one],
             jnp.zeros(batch_size, jnp.int32),
             min(bounds, default=None),
         )
@@ -384,8 +427,8 @@ class LanguageModel(nnx.Module):
             x, caches = nnx.merge(graph, state).extend(x, caches, lengths)
             return (x, [cache.states for cache in caches]), list(map(_small, caches))
 
-        rows = jnp.arange(self.config.num_layers // len(self.config.mixers)) * len(tokens)
-        carry = self.embedding(tokens), cache.states
+        rows = jnp.arange(self.config.repeats) * len(tokens)
+        carry = self._embed(tokens), cache.states
         (x, states), layers = lax.scan(period, carry, (stacked, cache.layers, rows))
         taken = tokens.shape[1] if lengths is None else lengths
         cache = LanguageModelCache(layers, states, cache.position + taken, cache.max_length)

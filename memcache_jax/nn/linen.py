@@ -20,4 +20,5 @@ def MemoryCaching(*args: Any, **kwargs: Any) -> linen.Module:  # noqa: N802 (a m
       >>> layer.apply(layer.init(jax.random.key(0), x), x).shape
       (2, 100, 64)
     """
-    return nnx.bridge.to_linen(memory_caching.MemoryCaching, *args, **kwargs)
+    # Plain arrays, not boxes with the names of their axes.
+    return nnx.bridge.to_linen(memory_caching.MemoryCaching, *args, metadata_fn=None, **kwargs)

@@ -1,5 +1,6 @@
 """The Memory Caching layer: a drop-in for causal self-attention."""
 
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, overload
 
 import jax
@@ -9,12 +10,15 @@ from jax.typing import DTypeLike
 
 from memcache_jax import _checks
 from memcache_jax._arguments import check_configuration
+from memcache_jax._gates import gates_of_states
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.aggregation import Aggregation
-from memcache_jax.caching import Implementation, Start, memory_caching
+from memcache_jax.caching import Implementation, Start, check_implementation
 from memcache_jax.memories import Control, Memory
 from memcache_jax.nn.layers import CausalConv, Linear, l2_normalize
 from memcache_jax.segmentation import Segmentation
+from memcache_jax.sharding.memory_caching import memory_caching_over_mesh
+from memcache_jax.sharding.mesh import partitioned
 from memcache_jax.streaming import Cache, extend, init_cache
 
 
@@ -33,6 +37,11 @@ class LayerCache(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return sum(x.nbytes for x in jax.tree.leaves(self))
+
+    @property
+    def head_shape(self) -> tuple[int, ...]:
+        """Heads, and their dimension."""
+        return self.memory.key_sum.shape[1::2]
 
     @property
     def max_length(self) -> int | None:
@@ -144,7 +153,7 @@ class MemoryCaching(nnx.Module):
         _checks.check_choice("connector", connector, ("learned", "query"))
         if distances < 2:
             raise ValueError(f"distances must be at least 2, got {distances}")
-        _checks.check_choice("implementation", implementation, (None, "xla", "reference"))
+        check_implementation(implementation)
         self.in_features, self.num_heads = in_features, num_heads
         self.head_dim = _checks.check_heads(in_features, num_heads, head_dim)
         self.memory, self.aggregation, self.segmentation = memory, aggregation, segmentation
@@ -153,9 +162,10 @@ class MemoryCaching(nnx.Module):
         self.dtype = dtype
         inner = num_heads * self.head_dim
 
-        def linear(size_in: int, size_out: int, **options: Any) -> Linear:
+        def linear(size_out: int, **options: Any) -> Linear:
+            options = dict(axes=("embed", "heads")) | options
             return Linear(
-                size_in, size_out, dtype=dtype, param_dtype=param_dtype, rngs=rngs, **options
+                in_features, size_out, dtype=dtype, param_dtype=param_dtype, rngs=rngs, **options
             )
 
         def conv(kernel_init=jax.nn.initializers.normal(conv_width**-0.5)) -> CausalConv:
@@ -163,25 +173,25 @@ class MemoryCaching(nnx.Module):
                 inner, conv_width, kernel_init=kernel_init, param_dtype=param_dtype, rngs=rngs
             )
 
-        self.query, self.value = linear(in_features, inner), linear(in_features, inner)
+        self.query, self.value = linear(inner), linear(inner)
         self.query_conv, self.value_conv = conv(), conv()
         # Keys and connectors that start as the queries' copies match from the first step; with
         # unrelated maps recall stays on a plateau.
-        self.key = linear(in_features, inner, kernel_init=_copy(self.query.kernel))
+        self.key = linear(inner, kernel_init=_copy(self.query.kernel))
         self.key_conv = conv(_copy(self.query_conv.kernel))
         if aggregation.gate == "position":
-            self.connector = linear(in_features, num_heads * distances)
+            self.connector = linear(num_heads * distances)
         elif aggregation.gate == "content":
             if connector == "learned":
-                self.connector = linear(in_features, inner, kernel_init=_copy(self.query.kernel))
-            self.temperature = nnx.Param(jnp.full((num_heads,), 10.0, param_dtype))
+                self.connector = linear(inner, kernel_init=_copy(self.query.kernel))
+            init = partitioned(jax.nn.initializers.constant(10.0), "heads")
+            self.temperature = nnx.Param(init(jax.random.key(0), (num_heads,), param_dtype))
 
         self.controls = nnx.Dict()
         for name, control in memory.controls.items():
             if control.optional or control.per_head is not None:
                 continue
             self.controls[name] = linear(
-                in_features,
                 num_heads * (self.head_dim if control.axes.endswith("k") else 1),
                 use_bias=True,
                 # Coefficients start near their bias whatever the token: a run of equal tokens with
@@ -192,12 +202,19 @@ class MemoryCaching(nnx.Module):
         self.weights = nnx.Dict()
         for name, shape in memory.weight_shapes(self.head_dim, self.head_dim).items():
             # Not zero: the gradients of both layers of a zero network are zero for ever.
-            initial = jax.random.normal(rngs.params(), (num_heads, *shape), param_dtype)
-            self.weights[name] = nnx.Param(initial * shape[1] ** -0.5)
+            init = partitioned(jax.nn.initializers.normal(shape[1] ** -0.5), "heads", None, None)
+            self.weights[name] = nnx.Param(init(rngs.params(), (num_heads, *shape), param_dtype))
 
         self.norm = nnx.RMSNorm(self.head_dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.gate = linear(in_features, inner)
-        self.out = linear(inner, in_features)
+        self.gate = linear(inner)
+        self.out = Linear(
+            inner,
+            in_features,
+            axes=("heads", "embed"),
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
 
     @overload
     def __call__(
@@ -239,12 +256,8 @@ class MemoryCaching(nnx.Module):
         if document_ids is not None:
             _checks.check_documents(document_ids, x.shape[:2])
         x = x if self.dtype is None else x.astype(self.dtype)
-        rows = (
-            conv(linear(x), document_ids)
-            for conv, linear in zip(self._convs(), self._linears(), strict=True)
-        )
-        y = memory_caching(
-            **self._tokens(x, *rows),
+        y = memory_caching_over_mesh(
+            **self._tokens(x, *self._projected(x, document_ids)),
             memory=self.memory,
             weights=self._initial_weights(),
             aggregation=self.aggregation,
@@ -254,6 +267,40 @@ class MemoryCaching(nnx.Module):
             implementation=self.implementation,
         )
         return self._output(x, y)
+
+    def gates(self, x: Float[Array, "b t d"]) -> Float[Array, "b t h states"]:
+        """The gates with which a call weighs the states that each token reads, to look at.
+
+        Args:
+          x: the input.
+
+        Returns:
+          In float32 or wider, the gates of the states of ``segmentation.plan(t).buckets``, in that
+          order, and last the live state's. A state that a token does not read has 0; ``Residual``
+          has 1 for all others.
+
+        Raises:
+          ValueError: for an input that is not (b, t, in_features).
+
+        Example:
+          >>> import jax.numpy as jnp, memcache_jax as mc
+          >>> from flax import nnx
+          >>> layer = mc.nn.MemoryCaching(8, 2, memory=mc.memories.SSD(),
+          ...                             aggregation=mc.SSC(top_k=1), segmentation=mc.Constant(4),
+          ...                             rngs=nnx.Rngs(0))
+          >>> gates = layer.gates(jnp.ones((1, 14, 8)))  # of 3 cached states and the live one
+          >>> gates.shape, (gates > 0).sum(axis=-1)[0, ::4, 0].tolist()
+          ((1, 14, 2, 4), [1, 2, 2, 2])
+        """
+        _checks.check_input(x, self.in_features)
+        x = x if self.dtype is None else x.astype(self.dtype)
+        tokens = self._tokens(x, *self._projected(x, None))
+        return gates_of_states(
+            tokens["key"],
+            tokens["connector"],
+            aggregation=self.aggregation,
+            segmentation=self.segmentation,
+        )
 
     def init_cache(
         self, batch_size: int, max_length: int | None = None, **options: Any
@@ -321,23 +368,22 @@ class MemoryCaching(nnx.Module):
         return self._output(x, y), LayerCache(memory, tails)
 
     def _check_cache(self, cache: LayerCache) -> None:
-        if not isinstance(cache, LayerCache):
-            raise ValueError(f"the cache was made for another layer: {type(cache).__name__}")
+        _checks.check_cache(cache, LayerCache, (self.num_heads, self.head_dim))
         for name in ("memory", "aggregation", "segmentation", "start"):
             made, here = getattr(cache.memory.config, name), getattr(self, name)
             if made != here:
                 raise ValueError(f"the cache was made for {name}={made}, this layer has {here}")
-        if cache.memory.key_sum.shape[1::2] != (self.num_heads, self.head_dim):
-            raise ValueError(
-                f"the cache was made for (heads, head_dim) = {cache.memory.key_sum.shape[1::2]}, "
-                f"this layer has {(self.num_heads, self.head_dim)}"
-            )
 
     def _linears(self) -> tuple[Linear, ...]:
         return self.query, self.key, self.value
 
     def _convs(self) -> tuple[CausalConv, ...]:
         return self.query_conv, self.key_conv, self.value_conv
+
+    def _projected(self, x: Float[Array, "b t d"], document_ids: Array | None) -> Iterator[Array]:
+        """Queries, keys and values before their heads are apart."""
+        for conv, linear in zip(self._convs(), self._linears(), strict=True):
+            yield conv(linear(x), document_ids)
 
     def _initial_weights(self) -> dict[str, Array]:
         return {name: weight[...] for name, weight in self.weights.items()}

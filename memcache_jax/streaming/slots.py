@@ -223,8 +223,6 @@ class Recent(Slots):
         self, record: Kept, block: Int[Array, "b"], ends: Bool[Array, "b"]
     ) -> tuple[Kept, Int[Array, "b 1"], Merge | None]:
         """An empty slot, or that of a state that goes."""
-        if not self.num_slots:
-            return record, jnp.zeros((len(block), 1), jnp.int32), None
         segments, newest = record.segments, record.newest
         empty = segments == 0
         full = ~empty.any(axis=1)

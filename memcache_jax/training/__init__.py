@@ -2,6 +2,7 @@
 
 from memcache_jax.training.checkpoint import CheckpointError, load_model
 from memcache_jax.training.config import default_config
+from memcache_jax.training.distributed import initialize
 from memcache_jax.training.loop import StoppedError, train
 from memcache_jax.training.models import model_config, model_options, preset_config
 
@@ -9,6 +10,7 @@ __all__ = [
     "CheckpointError",
     "StoppedError",
     "default_config",
+    "initialize",
     "load_model",
     "model_config",
     "model_options",

@@ -17,6 +17,7 @@ from orbax.checkpoint import v1 as ocp
 
 from memcache_jax.nn import LanguageModel
 from memcache_jax.training.config import Config
+from memcache_jax.training.distributed import all_agree, is_main_process, wait_for_all
 from memcache_jax.training.models import model_config
 from memcache_jax.training.optimizer import make_optimizer
 from memcache_jax.training.step import Params, TrainState, abstract_state
@@ -91,14 +92,14 @@ class Checkpoints:
           CheckpointError: if this save could not begin, or the one before it failed.
         """
         self.wait()
-        items = {"params": state.params, "opt_state": state.opt_state, "data": data}
         try:
             response = self._checkpointer.save_checkpointables_async(
                 step,
-                items,
+                state._asdict(),
                 force=True,
-                # A copy, as they are written after this returns.
-                custom_metadata=copy.deepcopy(dict(notes)),
+                # A copy, as they are written after this returns. The place in the data is the same
+                # for any number of processes, and so lies here.
+                custom_metadata=copy.deepcopy({**notes, "stream": data.get_state()}),
             )
         except Exception as e:
             raise self._error(step, e) from e
@@ -149,18 +150,20 @@ class Checkpoints:
         Raises:
           ValueError: if there are checkpoints, but none that can be read.
         """
-        items = {**_on_default_device(target)._asdict(), "data": data}
+        items = _on_default_device(target)._asdict()
         reasons: dict[int, str] = {}
         for step in self.steps:
-            start = data.get_state()
+            found, notes = None, {}
             try:
                 notes = _read_notes(self.folder / str(step))
                 found = self._checkpointer.load_checkpointables(step, items)
+                data.set_state(notes.pop("stream"))
             except Exception as e:  # Orbax raises many kinds on damaged files
-                data.set_state(start)
                 reasons[step] = _one_line(e)
+            if not all_agree(step not in reasons) or found is None:
+                reasons.setdefault(step, "another process cannot read it")
                 continue
-            for bad, reason in reasons.items():
+            for bad, reason in reasons.items() if is_main_process() else ():
                 aside = _set_aside(self.folder / str(bad))
                 _log.warning(
                     "The checkpoint of step %d cannot be read and is set aside as %s (%s). "
@@ -168,6 +171,7 @@ class Checkpoints:
                     *(bad, aside, reason, step),
                 )
             if reasons:
+                wait_for_all("unreadable checkpoints set aside")
                 self._checkpointer.reload()
             return Restored(step, TrainState(found["params"], found["opt_state"]), notes)
         if reasons:
@@ -204,18 +208,21 @@ def export_params(workdir: str | os.PathLike[str], params: Params) -> Path:
     """
     path = Path(os.path.abspath(workdir)) / "params"
     new, old = path.with_name("params.new"), path.with_name("params.old")
-    for left in (new, old):
-        if left.exists() and (path.exists() or left == new):
-            shutil.rmtree(left)
+    if is_main_process():
+        for left in (new, old):
+            if left.exists() and (path.exists() or left == new):
+                shutil.rmtree(left)
+    wait_for_all("room for the export")
     try:
         ocp.save(str(new), params)
     except Exception as e:  # Orbax raises many kinds
         raise CheckpointError(f"could not write the parameters to {new}: {_one_line(e)}") from e
-    if path.exists():
-        path.rename(old)
-    new.rename(path)
-    if old.exists():
-        shutil.rmtree(old)
+    if is_main_process():
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+        if old.exists():
+            shutil.rmtree(old)
     return path
 
 
@@ -229,19 +236,32 @@ def load_model(workdir: str | os.PathLike[str]) -> tuple[LanguageModel, Tokenize
       ValueError: if the workdir holds no run, or no parameters.
     """
     workdir = Path(os.path.abspath(workdir))
-    config_file = workdir / "config.json"
-    if not config_file.is_file():
-        raise ValueError(f"expected the workdir of a training run, got {workdir}: no config.json")
-    config: Config = ConfigDict(json.loads(config_file.read_text()))
+    config = _read_config(workdir)
+    config.model.implementation = None  # it was for the machine of the run
     model = model_config(config.model)
     optimizer = make_optimizer(config.optimizer, config.steps)
     graph, target = abstract_state(model, optimizer)
     params = _load_params(workdir, _on_default_device(target).params)
-    is_bytes = config.data.tokenizer == "bytes"
-    tokenizer = make_tokenizer(
-        "bytes" if is_bytes else str(workdir / TOKENIZER_FILE), eos_token=config.data.eos_token
-    )
-    return nnx.merge(graph, params), tokenizer, config
+    return nnx.merge(graph, params), load_tokenizer(workdir), config
+
+
+def load_tokenizer(workdir: str | os.PathLike[str]) -> Tokenizer:
+    """Returns the tokenizer of a run.
+
+    Raises:
+      ValueError: if the workdir holds no run, or no tokenizer.
+    """
+    workdir = Path(os.path.abspath(workdir))
+    data = _read_config(workdir).data
+    name = "bytes" if data.tokenizer == "bytes" else str(workdir / TOKENIZER_FILE)
+    return make_tokenizer(name, eos_token=data.eos_token)
+
+
+def _read_config(workdir: Path) -> Config:
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise ValueError(f"expected the workdir of a training run, got {workdir}: no config.json")
+    return ConfigDict(json.loads(path.read_text()))
 
 
 def _load_params(workdir: Path, target: Params) -> Params:
@@ -271,6 +291,8 @@ def _read_notes(path: Path) -> dict[str, Any]:
     notes = ocp.metadata(str(path), "params").custom_metadata
     if not isinstance(notes, dict) or not notes:
         raise ValueError(f"{path} has lost its metadata")
+    if "stream" not in notes:
+        raise ValueError(f"{path} was written by an earlier version of this library")
     return notes
 
 

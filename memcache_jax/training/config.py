@@ -20,7 +20,10 @@ _STEERING = (
     "checkpoint_every",
     "keep_checkpoints",
     "tensorboard",
-    "sample",
+    "sample.",
+    "model.implementation",
+    "mesh.",
+    "accumulate",
 )
 
 
@@ -41,6 +44,13 @@ def default_config() -> Config:
     config.steps = 1000  # updates in all; the learning rate's schedule ends there
     config.batch_size = 8  # rows per update
     config.sequence_length = 512  # tokens predicted per row
+    config.accumulate = 1  # parts of a batch whose gradients are computed one after the other
+    config.mesh = ConfigDict()  # devices along each axis, one may be -1: all that are left
+    config.mesh.data = 1  # copies of the model
+    config.mesh.fsdp = 1  # shards of parameters and optimizer, gathered for use
+    config.mesh.seq = 1  # parts of a sequence
+    config.mesh.tensor = 1  # shards of heads and hidden widths
+    config.mesh.slices = 1  # TPU slices that a slower network joins
     config.resume = False  # go on from the newest checkpoint in the workdir, if there is one
     config.log_every = 10  # steps between lines of metrics
     config.eval_every = 250  # steps between measurements on held-out text
@@ -65,6 +75,9 @@ def default_config() -> Config:
     config.model.aggregation = ConfigDict({"name": "GRM"})  # mc.GRM and the others
     config.model.segmentation = ConfigDict({"name": "Constant", "size": 128})  # mc.Constant, ...
     config.model.start = "independent"  # what a segment's memory begins with, or "checkpoint"
+    config.model.connector = "learned"  # what gates by content compare with keys, or "query"
+    config.model.distances = 64  # that gates by position tell apart
+    config.model.implementation = config_dict.placeholder(str)  # "pallas_tpu", "pallas_gpu", "xla"
     config.model.window = 256  # tokens that sliding-window attention sees
     config.model.rope_base = 10_000.0  # of attention's rotary positions
 
@@ -103,9 +116,14 @@ def check_config(config: Config) -> None:
       ValueError: for a number that is out of range.
     """
     positive = ("steps", "batch_size", "sequence_length", "log_every", "eval_every")
-    for name in (*positive, "checkpoint_every", "keep_checkpoints"):
+    for name in (*positive, "checkpoint_every", "keep_checkpoints", "accumulate"):
         if config[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {config[name]}")
+    if config.batch_size % config.accumulate:
+        raise ValueError(
+            f"batch_size must be a multiple of accumulate, got {config.batch_size} and "
+            f"{config.accumulate}"
+        )
     for name in ("learning_rate", "clip_norm"):
         if not config.optimizer[name] > 0:
             raise ValueError(f"optimizer.{name} must be above 0, got {config.optimizer[name]}")
@@ -149,7 +167,7 @@ def config_differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> l
     return [
         f"{key}: {show(flat_stored, key)}, now {show(flat_given, key)}"
         for key in sorted(flat_stored.keys() | flat_given.keys())
-        if key.split(".")[0] not in _STEERING and show(flat_stored, key) != show(flat_given, key)
+        if not key.startswith(_STEERING) and show(flat_stored, key) != show(flat_given, key)
     ]
 
 

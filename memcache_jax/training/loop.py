@@ -1,7 +1,6 @@
 """The training loop: data, steps, metrics, checkpoints, and going on where a run stopped."""
 
 import contextlib
-import fcntl
 import json
 import logging
 import math
@@ -9,12 +8,16 @@ import os
 import shutil
 import signal
 import threading
+from collections.abc import Sequence
+from io import TextIOBase
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
+from memcache_jax.sharding import AXES, make_mesh
 from memcache_jax.training.checkpoint import EXPORTS, TOKENIZER_FILE, Checkpoints
 from memcache_jax.training.config import (
     Config,
@@ -24,10 +27,24 @@ from memcache_jax.training.config import (
 )
 from memcache_jax.training.corpus import ReplacedDocuments, load_corpus
 from memcache_jax.training.data import training_iterator
+from memcache_jax.training.distributed import (
+    all_agree,
+    check_agreement,
+    is_main_process,
+    place_rows,
+    should_stop,
+    wait_for_all,
+)
 from memcache_jax.training.metrics import MetricsWriter, Progress, read_metrics
 from memcache_jax.training.models import model_config
 from memcache_jax.training.optimizer import make_optimizer, make_schedule
-from memcache_jax.training.report import RESULTS_FILE, read_results, replace_file, write_report
+from memcache_jax.training.report import (
+    RESULTS_FILE,
+    lock_workdir,
+    read_results,
+    replace_file,
+    write_report,
+)
 from memcache_jax.training.step import (
     abstract_state,
     create_state,
@@ -73,10 +90,15 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
       ValueError: for a configuration or data that cannot work, or a workdir that holds another run.
       FloatingPointError: if the loss or the gradient is no longer finite.
       CheckpointError: if a checkpoint cannot be written.
-      StoppedError: on SIGINT or SIGTERM, with a checkpoint of the last step.
+      StoppedError: on SIGINT or SIGTERM, of several processes on SIGTERM, with a checkpoint of the
+        last step.
     """
     check_config(config)
-    with contextlib.closing(_Run(config, Path(os.path.abspath(workdir)))) as run:
+    mesh = config_mesh(config)
+    with (
+        contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh),
+        contextlib.closing(_Run(config, Path(os.path.abspath(workdir)), mesh)) as run,
+    ):
         run.restore()
         if run.step >= config.steps and (results := read_results(run.workdir, run.step)):
             _log.info("The run in %s is complete, at step %d.", run.workdir, run.step)
@@ -85,6 +107,25 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
             with _StopSignal() as stop:
                 run.train(stop)
         return run.finish()
+
+
+def config_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh | None:
+    """The mesh that a configuration names; None for a single device.
+
+    Raises:
+      ValueError: for sizes that do not fit the devices, or a batch that they do not divide.
+    """
+    sizes = {axis: config.mesh[axis] for axis in AXES}
+    if set(sizes.values()) == {1} and devices is None and jax.process_count() == 1:
+        return None
+    mesh = make_mesh(sizes, slices=config.mesh.slices, devices=devices)
+    parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size must be a multiple of mesh.data * mesh.fsdp * accumulate = {parts}, "
+            f"got {config.batch_size}"
+        )
+    return mesh
 
 
 class _StopSignal:
@@ -96,7 +137,9 @@ class _StopSignal:
 
     def __enter__(self) -> "_StopSignal":
         # Python lets only the main thread handle signals; elsewhere they stay the caller's.
-        if threading.current_thread() is threading.main_thread():
+        # Of several processes JAX takes SIGTERM, and all are told: see ``should_stop``.
+        alone = jax.process_count() == 1
+        if alone and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._handle)
         return self
@@ -113,11 +156,11 @@ class _StopSignal:
 class _Run:
     """What one run holds; ``step`` updates have been made."""
 
-    def __init__(self, config: Config, workdir: Path) -> None:
-        self.config, self.workdir = config, workdir
+    def __init__(self, config: Config, workdir: Path, mesh: Mesh | None) -> None:
+        self.config, self.workdir, self.mesh = config, workdir, mesh
         model = model_config(config.model)
         self.optimizer = make_optimizer(config.optimizer, config.steps)
-        self.graph, target = abstract_state(model, self.optimizer)
+        self.graph, target = abstract_state(model, self.optimizer, mesh)
         self.corpus = load_corpus(config)
         self.replaced = ReplacedDocuments(self.corpus.tokenizer)
         self.batches = training_iterator(
@@ -128,7 +171,9 @@ class _Run:
             seed=config.seed,
         )
         self.eval_step = make_eval_step(self.graph)
-        self.create = lambda: create_state(model, self.optimizer, config.seed)
+        self.create = lambda: create_state(
+            model, self.optimizer, config.seed, None if mesh is None else target
+        )
         self.target = target
         # Before anything in the workdir is touched.
         found = Checkpoints.steps_in(workdir)
@@ -142,8 +187,16 @@ class _Run:
                 f"{workdir} holds {', '.join(left)} of a finished run without its checkpoints, "
                 "which a new run would replace: give another --workdir, or move them away"
             )
+        check_agreement("configuration, data, or workdir", config, self.corpus.identity, found)
         workdir.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(workdir)
+        self._lock = contextlib.nullcontext()
+        try:
+            if is_main_process():
+                self._lock = lock_workdir(workdir)
+        finally:
+            free = all_agree(not is_main_process() or isinstance(self._lock, TextIOBase))
+        if not free:
+            raise ValueError(f"another run is writing to {workdir}")
         self.checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
         self.metrics: MetricsWriter | None = None
         self.step = 0
@@ -162,6 +215,8 @@ class _Run:
             self.step, self.state, notes = restored
             self.since_line = list(notes["since_line"])
             _log.info("Going on from the checkpoint of step %d.", self.step)
+        if not is_main_process():
+            return
         replace_file(
             self.workdir / "config.json", json.dumps(to_json(self.config), indent=2) + "\n"
         )
@@ -196,16 +251,17 @@ class _Run:
         Raises:
           FloatingPointError, CheckpointError, StoppedError: as ``train``.
         """
-        assert self.metrics is not None, "restore comes first"
         config = self.config
-        train_step = make_train_step(self.graph, self.optimizer, config.optimizer.z_loss)
+        train_step = make_train_step(
+            self.graph, self.optimizer, config.optimizer.z_loss, config.accumulate, self.target
+        )
         schedule = make_schedule(config.optimizer, config.steps)
         size = config.batch_size * config.sequence_length
-        progress = Progress(config.steps, size, self.step)
+        progress = Progress(config.steps, size, self.step, show=is_main_process())
         first = self.step + 1
         saved = self.step if self.checkpoints.steps else None
-        while self.step < config.steps and not stop.number:
-            tokens = next(self.batches)["tokens"]
+        while self.step < config.steps and not should_stop(self.step, stop.number):
+            tokens = place_rows(next(self.batches)["tokens"], self.mesh)
             self.state, metrics = train_step(self.state, tokens)
             self.step += 1
             # The device computes one step while the host prepares the next; with more in flight,
@@ -232,7 +288,7 @@ class _Run:
                         f"perplexity {perplexity:.2f} per token"
                     )
                     self.replaced.tell()
-                if row:
+                if row and self.metrics is not None:
                     self.metrics.write(self.step, row)
                 # After the line, which a run that goes on from here will not write again.
                 if last or self.step % config.checkpoint_every == 0:
@@ -242,7 +298,7 @@ class _Run:
             self._save()
         self.checkpoints.wait()
         if self.step < config.steps:
-            raise StoppedError(self.step, stop.number)
+            raise StoppedError(self.step, stop.number or signal.SIGTERM)
 
     def _fetch(self) -> None:
         """Brings the metrics of the last steps from the device."""
@@ -271,13 +327,20 @@ class _Run:
 
     def _evaluate(self) -> dict[str, float]:
         return evaluate(
-            self.eval_step, self.state.params, self.corpus.heldout, self.config.batch_size
+            self.eval_step,
+            self.state.params,
+            self.corpus.heldout,
+            self.config.batch_size,
+            self.mesh,
         )
 
     def finish(self) -> dict[str, Any]:
         """Writes what a run leaves behind, and returns the results."""
+        wait_for_all("the last line of metrics")
         rows = [row for row in read_metrics(self.workdir) if row["step"] == self.step]
         measured = {k: v for row in rows for k, v in row.items() if k.startswith("heldout_")}
+        if not all_agree(bool(measured)):  # another host may not see the last line yet
+            measured = {}
         return write_report(
             self.workdir,
             self.config,
@@ -291,26 +354,10 @@ class _Run:
     def close(self) -> None:
         """Closes the files, and waits for a save in progress."""
         with contextlib.ExitStack() as closing:
-            closing.callback(self._lock.close)
+            closing.enter_context(self._lock)
             closing.callback(self.checkpoints.close)
             if self.metrics is not None:
                 closing.callback(self.metrics.close)
-
-
-def _lock(workdir: Path) -> TextIO:
-    """Makes sure that no other process of this machine writes to the workdir.
-
-    The lock goes with the file, or with the process, however it ends.
-    """
-    file = (workdir / ".lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ValueError(
-            f"another run is writing to {workdir}: wait for it, or give another --workdir"
-        ) from None
-    return file
 
 
 def _means(metrics: list[dict[str, float]]) -> dict[str, float]:

@@ -84,10 +84,13 @@ class Progress:
       steps: the run's last step.
       tokens_per_step: tokens in a batch.
       step: the step that the run goes on from.
+      show: False for a process that keeps silent.
     """
 
-    def __init__(self, steps: int, tokens_per_step: int, step: int = 0) -> None:
-        self._steps, self._tokens = steps, tokens_per_step
+    def __init__(
+        self, steps: int, tokens_per_step: int, step: int = 0, *, show: bool = True
+    ) -> None:
+        self._steps, self._tokens, self._show = steps, tokens_per_step, show
         self._rewrite = sys.stdout.isatty()
         self._open = False
         self._began: tuple[float, int] | None = None
@@ -117,6 +120,8 @@ class Progress:
             per_step = (now - self._began[0]) / (step - self._began[1])
             left = f"  {_duration(per_step * (self._steps - step))} left"
         line = f"step {step}/{self._steps}  loss {loss:.3f}  {_short(rate)} tok/s{left}"
+        if not self._show:
+            return rate
         if self._rewrite:
             print(f"\r{line:<60}", end="", flush=True)
             self._open = True
@@ -126,7 +131,8 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Writes a line of its own."""
-        print(("\n" if self._open else "") + text, flush=True)
+        if self._show:
+            print(("\n" if self._open else "") + text, flush=True)
         self._open = False
 
 

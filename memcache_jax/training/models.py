@@ -14,6 +14,7 @@ from memcache_jax.nn import AttentionMixer, LanguageModelConfig, MemoryCachingMi
 from memcache_jax.training.config import Config, default_config
 
 MIXERS = ("memory_caching", "attention", "sliding_window")
+_LAYER = ("start", "connector", "distances", "implementation")  # of memory caching, as they are
 
 
 def model_config(options: Config) -> LanguageModelConfig:
@@ -61,7 +62,8 @@ def model_options(model: LanguageModelConfig) -> Config:
     for mixer in model.mixers:
         if isinstance(mixer, MemoryCachingMixer):
             names.append("memory_caching")
-            options.start = mixer.start
+            for name in _LAYER:
+                options[name] = getattr(mixer, name)
             for part in ("memory", "aggregation", "segmentation"):
                 options[part] = _described(getattr(mixer, part))
         elif isinstance(mixer, AttentionMixer):
@@ -121,7 +123,7 @@ def _mixer(name: str, options: Config) -> Mixer:
         memory=_build("memory", options, _concrete(mc.memories, Memory)),
         aggregation=_build("aggregation", options, _concrete(mc, mc.Aggregation)),
         segmentation=_build("segmentation", options, _concrete(mc, mc.Segmentation)),
-        start=options["start"],
+        **{name: options[name] for name in _LAYER if name in options},
     )
 
 

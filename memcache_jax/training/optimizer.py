@@ -55,14 +55,16 @@ def make_optimizer(options: Config, steps: int) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(options["clip_norm"]),
         optax.scale_by_adam(b1=options["b1"], b2=options["b2"]),
-        optax.add_decayed_weights(options["weight_decay"], mask=_decays),
+        optax.add_decayed_weights(options["weight_decay"], mask=decays),
         optax.scale_by_learning_rate(make_schedule(options, steps)),
     )
 
 
-def _decays(params: Any) -> Any:
-    def decays(path: tuple[Any, ...], _: Array) -> bool:
+def decays(params: Any) -> Any:
+    """Returns for each parameter whether weight decay applies to it, as in ``make_optimizer``."""
+
+    def is_matrix(path: tuple[Any, ...], _: Array) -> bool:
         parent, name = ("", *(str(key.key) for key in path))[-2:]
         return name in ("kernel", "embedding") and not parent.endswith("_conv")
 
-    return jax.tree_util.tree_map_with_path(decays, params)
+    return jax.tree_util.tree_map_with_path(is_matrix, params)

@@ -1,10 +1,11 @@
 """What a run leaves behind when it ends: parameters, results, a curve and a sample."""
 
+import fcntl
 import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from memcache_jax.generation import generate
 from memcache_jax.nn import LanguageModel
 from memcache_jax.training.checkpoint import export_params
 from memcache_jax.training.config import Config
+from memcache_jax.training.distributed import is_main_process
 from memcache_jax.training.metrics import plot_curve, read_metrics
 from memcache_jax.training.step import Params
 from memcache_jax.training.tokenizers import Tokenizer
@@ -40,6 +42,8 @@ def write_report(
 ) -> dict[str, Any]:
     """Writes ``params/``, ``loss.png``, ``sample.txt`` and, last, ``results.json``.
 
+    A run of several processes has no sample.
+
     Args:
       workdir: the run's folder.
       config: its configuration.
@@ -53,6 +57,12 @@ def write_report(
       The results, with the number of parameters and the sample added.
     """
     export_params(workdir, params)
+    results |= {
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "tokens": results["step"] * config.batch_size * config.sequence_length,
+    }
+    if not is_main_process():
+        return results
     is_bytes = config.data.tokenizer == "bytes"
     plot_curve(
         workdir,
@@ -60,12 +70,9 @@ def write_report(
         bytes_per_token=bytes_per_token if is_bytes else None,
     )
     losses = [row["loss"] for row in read_metrics(workdir) if "loss" in row]
-    results = results | {
-        "train_loss": losses[-1] if losses else None,
-        "parameters": sum(x.size for x in jax.tree.leaves(params)),
-        "tokens": results["step"] * config.batch_size * config.sequence_length,
-    }
-    if config.sample.max_new_tokens:
+    results["train_loss"] = losses[-1] if losses else None
+    # No process of several has all parameters.
+    if config.sample.max_new_tokens and jax.process_count() == 1:
         began = time.monotonic()
         text = _sample(config, nnx.merge(graph, params), tokenizer)
         replace_file(workdir / "sample.txt", text + "\n")
@@ -83,6 +90,25 @@ def replace_file(path: Path, text: str) -> None:
         f.flush()
         os.fsync(f.fileno())
     new.replace(path)
+
+
+def lock_workdir(workdir: Path, who: str = "run") -> TextIO:
+    """Makes sure that no other process of this machine writes to the workdir.
+
+    The lock goes with the file that is returned, or with the process, however it ends.
+
+    Raises:
+      ValueError: if another one holds it; ``who`` is what the message calls that.
+    """
+    file = (workdir / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(
+            f"another {who} is writing to {workdir}: wait for it, or give another --workdir"
+        ) from None
+    return file
 
 
 def _sample(config: Config, model: LanguageModel, tokenizer: Tokenizer) -> str:

@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 
 import memcache_jax as mc
-from memcache_jax.kernels.grouped_read import grouped_read
+from memcache_jax.kernels import _pallas, _table
+from memcache_jax.kernels._pallas import lowered_for_gpu
+from memcache_jax.kernels.grouped_read import _blocks, grouped_read, tpu
 from tests.cases import SCHEDULES, assert_close, normals, scheduled, value_and_vjp
+from tests.kernels.interpreters import (
+    KERNELS,
+    all_parallel,
+    compare_to_reference,
+    finds_races,
+)
 
 MEMORIES = {
     "matrix": (mc.memories.LinearAttention(), [(4, 4)]),
@@ -66,6 +74,123 @@ def test_one_row_of_a_block(memory):
 def test_all_rows_may_choose_one_state_and_one_state_twice():
     memory, arguments, chosen = make("matrix", 5, jnp.float64)
     compare(memory, arguments, jnp.full_like(chosen, 3), 1e-12)
+
+
+# Rows of a block, choices, states, heads, k, v, the memory, dtype.
+CASES = {
+    "matrix": (5, 2, 6, 2, 8, 12, "matrix", "float32"),
+    "deep": (63, 3, 4, 1, 20, 20, "deep", "float32"),
+    "one row": (1, 1, 3, 1, 96, 64, "matrix", "float32"),
+    "one state": (100, 2, 1, 1, 4, 4, "deep", "float32"),
+    "bfloat16": (5, 2, 4, 1, 16, 16, "matrix", "bfloat16"),
+}
+
+
+def make_case(rows, choices, states, heads, k, v, memory, dtype):
+    shapes = [(k, v)] if memory == "matrix" else [(k, 3 * k), (3 * k, k)]
+    normal, lead = normals(1, np.float32), (2, heads)
+    arrays = (
+        tuple(normal(*lead, states, *shape) * shape[0] ** -0.5 for shape in shapes),
+        normal(*lead, 3, rows, k),
+        normal(*lead, 3, rows, choices),
+    )
+    # The last of several states is chosen by none.
+    draw = np.random.default_rng(2).integers(0, max(states - 1, 1), arrays[2].shape)
+    arrays = jax.tree.map(lambda x: jnp.asarray(x, dtype), arrays)
+    read = MEMORIES[memory][0].read
+    chosen = jnp.asarray(draw, jnp.int32)
+
+    def operation(bank, query, gates, **options):
+        return grouped_read(read, bank, query, gates, chosen, **options)
+
+    return operation, arrays
+
+
+def compare_case(implementation, case):
+    operation, arrays = make_case(*case)
+    compare_to_reference(
+        operation,
+        implementation,
+        *arrays,
+        tolerance={"float32": 1e-6, "bfloat16": 1e-2}[case[-1]],
+        wanted_dtype=jnp.float32,
+    )
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_kernels_equal_reference(implementation, case):
+    compare_case(implementation, case)
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_several_blocks_of_a_state(monkeypatch, implementation):
+    sizes = {**_table.TABLE[f"grouped_read/{implementation}"]["default"], "rows": 16}
+    monkeypatch.setitem(_table.TABLE, f"grouped_read/{implementation}", {"default": sizes})
+    compare_case(implementation, (29, 2, 4, 1, 4, 4, "matrix", "float32"))
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_a_wrong_state_is_seen(monkeypatch, implementation):
+    def arrange(*args):
+        blocks = _arrange(*args)
+        return blocks._replace(state=jnp.maximum(blocks.state - 1, 0))
+
+    _arrange = _blocks.arrange
+    monkeypatch.setattr(_blocks, "arrange", arrange)
+    with pytest.raises(AssertionError, match="> "):
+        compare_case(implementation, CASES["matrix"])
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_float32_where_integers_have_64_bits(implementation):
+    compare_case(implementation, CASES["matrix"])
+
+
+def test_units_are_read_in_parts_where_scalar_memory_is_small(monkeypatch):
+    case = CASES["matrix"]
+    operation, arrays = make_case(*case)
+    blocks = _blocks.most_blocks(3 * 5 * 2, 6, 16)
+
+    def parts(room):
+        monkeypatch.setattr(_pallas, "_SMEM", 4 * room)
+        return tpu._parts(4, blocks)
+
+    assert [parts(4 * blocks), parts(4 * blocks - 1), parts(blocks)] == [1, 2, 4]
+    compare_case("pallas_tpu", case)
+    monkeypatch.setattr(_pallas, "_SMEM", 4 * blocks - 1)
+    with pytest.raises(NotImplementedError, match=f"scalar memory: lists of {blocks} numbers"):
+        operation(*arrays, implementation="pallas_tpu")
+
+
+def test_no_two_cores_write_one_block(monkeypatch):
+    operation, arrays = make_case(3, 2, 2, 1, 4, 4, "matrix", "float32")
+
+    def run(*arrays):
+        return value_and_vjp(lambda *xs: operation(*xs, implementation="pallas_tpu"), *arrays)
+
+    assert not finds_races(run, *arrays)
+    monkeypatch.setattr(tpu, "tpu_call", all_parallel(tpu.tpu_call))
+    assert finds_races(run, *arrays)
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_kernels_take_no_float64(implementation):
+    with jax.enable_x64(True):
+        memory, arguments, chosen = make("matrix", 3, jnp.float64)
+        with pytest.raises(NotImplementedError, match="float64"):
+            grouped_read(memory.read, *arguments, chosen, implementation=implementation)
+
+
+def test_triton_kernels_lower():
+    operation, arrays = make_case(256, 4, 16, 1, 96, 96, "matrix", "bfloat16")
+    function = jax.jit(
+        lambda *xs: jax.vjp(lambda *xs: operation(*xs, implementation="pallas_gpu"), *xs)[1](xs[1])
+    )
+    text = lowered_for_gpu(function, *arrays)
+    for kernel in ("backward_rows", "backward_bank"):
+        assert f"grouped_read_{kernel}" in text
 
 
 def test_unknown_implementation():

@@ -1,6 +1,7 @@
 """Every memory by itself: its chunked write against its token step, and what it stores."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -112,3 +113,17 @@ def test_decay_matrix():
 def test_decay_matrix_keeps_small_decays_after_strong_ones():
     log_decay = jnp.array([-1e4, -1e4, -1e-3, -1e-3], jnp.float32)
     np.testing.assert_allclose(decay_matrix(log_decay)[3, 1], np.exp(-2e-3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("memory", [mc.memories.LinearAttention(), mc.memories.Titans()])
+def test_gradients_of_gates_are_summed_in_float32(memory):
+    shapes = {1: [(4, 4)], 2: [(4, 16), (16, 4)]}[memory.depth]
+    matrices = tuple(jnp.ones(shape, jnp.bfloat16) for shape in shapes)
+    query, gate = jnp.ones((3, 4), jnp.bfloat16), jnp.ones(3, jnp.bfloat16)
+
+    def gradient(gate, cotangent):
+        return jax.vjp(lambda gate: memory.read(matrices, query, gate), gate)[1](cotangent)[0]
+
+    sums = re.findall(r"(\w+)\[[0-9,]*\] = reduce_sum", str(jax.make_jaxpr(gradient)(gate, query)))
+    assert sums
+    assert {*sums} == {"f32"}

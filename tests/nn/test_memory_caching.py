@@ -229,3 +229,39 @@ def test_arguments_that_do_not_fit(options, message):
 def test_input_of_another_shape(build, shape):
     with pytest.raises(ValueError, match=r"must be \(b, t, d\) with d = in_features = 16"):
         build()(jnp.zeros(shape))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("aggregation", "segmentation"),
+    [
+        ("residual", mc.Constant(8)),
+        ("grm", mc.Constant(64)),
+        ("grm", mc.Logarithmic(4)),
+        ("ssc", mc.Constant(8)),
+    ],
+    ids=str,
+)
+def test_gates_are_those_of_the_reads(aggregation, segmentation):
+    layer = randomized(make("linear", aggregation, segmentation=segmentation))
+    length = 45
+
+    @jax.jit
+    def run(layer, x):
+        rows = layer._tokens(x, *layer._projected(x, None))
+        options: Any = dict(aggregation=layer.aggregation, segmentation=segmentation)
+        y = mc.memory_caching(**rows, memory=layer.memory, **options)
+        return layer.gates(x), rows, y
+
+    gates, rows, wanted = run(layer, tokens(length, dtype=jnp.float64))
+
+    # A linear memory returns the sum of the values that it holds, each by its key's match.
+    plan, at = segmentation.plan(length), np.arange(length)
+    begin, end = plan.block_size * plan.buckets.T[..., None]
+    held = ((begin <= at) & (at < end)).astype(float)
+    live_begin = plan.first[at // plan.block_size] * plan.block_size
+    live = np.tri(length) * (at >= live_begin[:, None])
+    weight = jnp.einsum("bths,sj->bhtj", gates[..., :-1], held)
+    weight += jnp.einsum("bth,tj->bhtj", gates[..., -1], live)
+    match = jnp.einsum("bthk,bjhk->bhtj", rows["query"], rows["key"])
+    assert_close(jnp.einsum("bhtj,bhtj,bjhv->bthv", match, weight, rows["value"]), wanted, 1e-12)

@@ -120,11 +120,9 @@ def flip_a_byte(checkpoint):
 DAMAGES = {
     "arrays cut short": truncate("params/**/d/*"),
     "optimizer cut short": truncate("opt_state/**/d/*"),
-    "data cut short": truncate("data/*.json"),
     "metadata cut short": truncate("_CHECKPOINT_METADATA"),
     "no parameters": remove("params"),
     "no optimizer": remove("opt_state"),
-    "no data": remove("data"),
     "nothing in it": empty,
     "a wrong byte": flip_a_byte,
 }

@@ -198,7 +198,7 @@ def test_what_a_finished_run_left_is_not_replaced(config, tmp_path, left):
 
 def test_a_workdir_that_another_run_writes_to(config, tmp_path):
     config.resume = True
-    with loop._lock(tmp_path), pytest.raises(ValueError, match="another run is writing to"):
+    with loop.lock_workdir(tmp_path), pytest.raises(ValueError, match="another run is writing to"):
         train(config, tmp_path)
     train(config, tmp_path)
 

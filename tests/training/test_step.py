@@ -120,8 +120,11 @@ def test_state_can_be_sharded_as_it_is_made():
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     optimizer = make_optimizer(OPTIONS, 10)
-    shardings = jax.tree.map(lambda _: sharding, abstract_state(attention(), optimizer)[1])
-    state = create_state(attention(), optimizer, 0, shardings)
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        abstract_state(attention(), optimizer)[1],
+    )
+    state = create_state(attention(), optimizer, 0, target)
     assert all(leaf.sharding == sharding for leaf in jax.tree.leaves(state))
 
 

@@ -1,0 +1,27 @@
+"""Needles in haystacks: the light form, trained on rows of 64 and 128 tokens.
+
+Command:   python -m experiments.needle --config=configs/needle.py --workdir=runs/needle
+           For models of experiments.train, S-NIAH at 4K to 16K tokens:
+           --config=configs/needle.py:trained --config.trained="('runs/mine',)"
+Hardware:  two CPU cores; trained models one accelerator
+Time:      not measured
+Expected:  not run yet.
+"""
+
+from typing import Any
+
+from experiments.needle import needle_config
+
+
+def get_config(kind: str = "light") -> Any:
+    """Returns the configuration of the ``light`` form, or for ``trained`` models."""
+    config = needle_config()
+    if kind == "trained":
+        config.lengths, config.depths = (4096, 8192, 16384), 10
+    elif kind == "light":
+        config.at_once = config.workers = 2
+        config.seeds = (0, 1)
+        config.steps = 600
+    else:
+        raise ValueError(f'the part after the colon must be "light" or "trained", got {kind!r}')
+    return config

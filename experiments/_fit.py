@@ -1,0 +1,195 @@
+"""Trains small models to answer at marked places of generated sequences, several at once.
+
+Replicas that differ in their seed and learning rate are one program: ``vmap`` over models.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from memcache_jax._typing import Array, Bool, Float, Int
+from memcache_jax.nn import LanguageModel, LanguageModelConfig
+from memcache_jax.training.optimizer import decays
+
+
+class Questions(NamedTuple):
+    """Sequences, and the places where the next token is asked for: integers of JAX or NumPy."""
+
+    tokens: Any  # (*b, l)
+    places: Any  # (*b, n)
+    answers: Any  # (*b, n)
+
+
+Source = Callable[[Array], Questions]
+"""Makes one example of a random key: tokens (l,), places and answers (n,)."""
+
+
+class Replica(NamedTuple):
+    """What models that are trained at once differ in."""
+
+    seed: int
+    learning_rate: float
+
+
+class Recipe(NamedTuple):
+    """How models are trained: AdamW, a linear warm-up, half a cosine to zero.
+
+    Attributes:
+      steps: updates; update i takes its examples from source i modulo their number.
+      batch_size: examples of an update.
+      weight_decay: of matrices and embeddings.
+      warmup_steps: updates over which the learning rate rises.
+      clip_norm: of each replica's gradient.
+      examples: how many different ones each source has, used again in a new order; 0 for new ones
+        in every update.
+    """
+
+    steps: int
+    batch_size: int
+    weight_decay: float = 0.1
+    warmup_steps: int = 100
+    clip_norm: float = 1.0
+    examples: tuple[int, ...] | None = None
+
+
+class Fitted(NamedTuple):
+    """Trained replicas.
+
+    Attributes:
+      graph: their model without its arrays.
+      params: their parameters, with a leading axis of replicas.
+      losses: their last mean losses, (replicas,); NaN where one diverged.
+    """
+
+    graph: nnx.GraphDef
+    params: Any
+    losses: Float[np.ndarray, "replicas"]
+
+    def answers(self, questions: Questions, batch_size: int) -> Bool[np.ndarray, "replicas b n"]:
+        """Whether each answer is the most likely token, for every replica."""
+        parts = []
+        for begin in range(0, len(questions.tokens), batch_size):
+            # The last batch is filled up with the first rows: one shape for all.
+            rows = np.arange(begin, begin + batch_size) % len(questions.tokens)
+            batch = jax.tree.map(lambda x, rows=rows: x[rows], questions)
+            parts.append(np.asarray(_right(self.graph, self.params, batch)))
+        return np.concatenate(parts, axis=1)[:, : len(questions.tokens)]
+
+
+def fit(
+    model: LanguageModelConfig,
+    sources: Sequence[Source],
+    replicas: Sequence[Replica],
+    recipe: Recipe,
+    *,
+    name: str = "",
+) -> Fitted:
+    """Trains replicas of a model side by side.
+
+    Args:
+      model: its shape.
+      sources: where examples come from, each of one shape, taken in turn.
+      replicas: seed and peak learning rate of each.
+      recipe: how.
+      name: begins the progress lines.
+
+    Returns:
+      The replicas, at the end or where all of them have diverged.
+    """
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(recipe.clip_norm),
+        optax.scale_by_adam(b1=0.9, b2=0.95),
+        optax.add_decayed_weights(recipe.weight_decay, mask=decays),
+    )
+    graph = nnx.split(nnx.eval_shape(lambda: LanguageModel(model, rngs=nnx.Rngs(0))))[0]
+
+    def create(key: Array) -> tuple[Any, Any]:
+        params = nnx.to_pure_dict(nnx.state(LanguageModel(model, rngs=nnx.Rngs(key)), nnx.Param))
+        return params, optimizer.init(params)
+
+    def loss_fn(params: Any, questions: Questions) -> Array:
+        logits = _logits(nnx.merge(graph, params), questions)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, questions.answers).mean()
+
+    def make_update(index: int) -> Callable[..., Any]:
+        def update(state: Any, key: Array, rate: Array, rows: Array) -> tuple[Any, Array]:
+            params, opt_state = state
+            key = jax.random.fold_in(key, index)
+            keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+            loss, gradient = jax.value_and_grad(loss_fn)(params, jax.vmap(sources[index])(keys))
+            updates, opt_state = optimizer.update(gradient, opt_state, params)
+            updates = jax.tree.map(lambda x: -rate * x, updates)
+            return (optax.apply_updates(params, updates), opt_state), loss
+
+        return jax.jit(jax.vmap(update, in_axes=(0, 0, 0, None)), donate_argnums=0)
+
+    seeds = jnp.array([replica.seed for replica in replicas])
+    keys = jax.vmap(jax.random.key)(seeds)
+    peaks = np.array([replica.learning_rate for replica in replicas], np.float32)
+    state = jax.jit(jax.vmap(create))(keys)
+    updates = [make_update(index) for index in range(len(sources))]
+    examples = recipe.examples or (0,) * len(sources)
+    rows = [_rows(count, recipe.batch_size, i) for i, count in enumerate(examples)]
+    began, recent = time.monotonic(), []
+    losses = np.zeros(len(replicas))
+    for step in range(recipe.steps):
+        kind = step % len(sources)
+        state, loss = updates[kind](state, keys, peaks * _rate(step, recipe), next(rows[kind]))
+        recent.append(loss)
+        if (step + 1) % 250 == 0 or step + 1 == recipe.steps:
+            losses, recent = np.mean(jax.device_get(recent), axis=0), []
+            shown = " ".join(f"{x:.3f}" for x in losses)
+            rate = (step + 1) / (time.monotonic() - began)
+            line = f"{name}  step {step + 1}/{recipe.steps}  loss {shown}  {rate:.1f} steps/s"
+            print(line, flush=True)
+            if not np.isfinite(losses).any():
+                break
+    return Fitted(graph, state[0], losses)
+
+
+def _logits(model: LanguageModel, questions: Questions) -> Float[Array, "b n vocab"]:
+    """Only where they are asked for: elsewhere a large vocabulary's would be most of the work."""
+    hidden = model.hidden(questions.tokens)
+    return model.logits(jnp.take_along_axis(hidden, questions.places[..., None], axis=1))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _right(graph: nnx.GraphDef, params: Any, questions: Questions) -> Bool[Array, "replicas b n"]:
+    """``Fitted.answers`` of a batch; compiled once for each shape."""
+
+    def of_replica(params: Any) -> Array:
+        logits = _logits(nnx.merge(graph, params), questions)
+        return jnp.argmax(logits, axis=-1) == questions.answers
+
+    return jax.vmap(of_replica)(params)
+
+
+def _rate(step: int, recipe: Recipe) -> np.float32:
+    """The part of the peak learning rate that a step has."""
+    rise = min((step + 1) / (recipe.warmup_steps + 1), 1.0)
+    left = max(recipe.steps - recipe.warmup_steps, 1)
+    progress = max(step - recipe.warmup_steps, 0) / left
+    return np.float32(rise * 0.5 * (1 + np.cos(np.pi * progress)))
+
+
+def _rows(examples: int, batch_size: int, seed: int) -> Iterator[Int[np.ndarray, "b"]]:
+    """Numbers of the examples of each batch: all new, or a finite set in ever new orders."""
+    if not examples:
+        begin = 0
+        while True:
+            yield np.arange(begin, begin + batch_size, dtype=np.uint32)
+            begin += batch_size
+    if examples < batch_size:
+        raise ValueError(f"a batch of {batch_size} needs as many examples, got {examples}")
+    random = np.random.RandomState(seed)
+    while True:
+        order = random.permutation(examples).astype(np.uint32)
+        for begin in range(0, examples - batch_size + 1, batch_size):
+            yield order[begin : begin + batch_size]

@@ -1,0 +1,21 @@
+"""How a program is run from the command line."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app
+
+
+def run(program: Callable[[], None]) -> None:
+    """Runs a program whose arguments are flags; what a user can mend is told in one line."""
+
+    def main(argv: Sequence[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f"expected only flags, got {' '.join(argv[1:])}")
+        try:
+            program()
+        except (ValueError, OSError, ImportError) as e:
+            print(f"error: {e}", file=sys.stderr)
+            sys.exit(1)
+
+    app.run(main)

@@ -1,0 +1,73 @@
+"""What the tokens of a text read: a trained model's gates over its states."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from memcache_jax._typing import Array
+from memcache_jax.aggregation import Residual
+from memcache_jax.nn import LanguageModel, MemoryCachingMixer
+from memcache_jax.training.tokenizers import Tokenizer
+
+
+def inspect(model: LanguageModel, tokenizer: Tokenizer, tokens: np.ndarray) -> dict[str, Any]:
+    """Returns what the tokens of a text read.
+
+    Args:
+      model: a language model whose memory caching has gates.
+      tokenizer: of its text.
+      tokens: ids, (t,).
+
+    Returns:
+      ``tokens``, the text of each; and ``layers``, of each block with memory caching its ``block``
+      and ``name``, the tokens [begin, end) of each of its cached ``states``, where its segments
+      ``begin``, and ``gates`` (t, heads, states + 1), the live state's last.
+
+    Raises:
+      ValueError: for no tokens, or a model that has no gates.
+    """
+    config = model.config
+    mixers = [config.mixers[i % len(config.mixers)] for i in range(config.num_layers)]
+    caching = [mixer for mixer in mixers if isinstance(mixer, MemoryCachingMixer)]
+    if not caching:
+        raise ValueError(f"the model has no memory caching to look into: its mixers are {mixers}")
+    if all(isinstance(mixer.aggregation, Residual) for mixer in caching):
+        raise ValueError("the model has no gates to look at: Residual reads all states alike")
+    if not len(tokens):
+        raise ValueError("the text has no tokens")
+    graph, state = nnx.split(model)
+
+    def gates_of(state: nnx.State, tokens: Array) -> list[Array | None]:
+        return nnx.merge(graph, state).gates(tokens)
+
+    layers = []
+    for block, gates in enumerate(jax.jit(gates_of)(state, tokens[None])):
+        mixer = mixers[block]
+        if gates is None or not isinstance(mixer, MemoryCachingMixer):
+            continue
+        plan = mixer.segmentation.plan(len(tokens))
+        rule = type(mixer.memory).__name__
+        layers.append(
+            dict(
+                block=block,
+                name=f"layer {block}: {rule}, {mixer.aggregation}, {mixer.segmentation}",
+                states=(plan.buckets * plan.block_size).tolist(),
+                begin=(np.unique(plan.first) * plan.block_size).tolist(),
+                gates=np.asarray(gates[0]),
+            )
+        )
+    return dict(tokens=pieces(tokenizer, tokens), layers=layers)
+
+
+def pieces(tokenizer: Tokenizer, tokens: Sequence[int] | np.ndarray) -> list[str]:
+    """The text of each token; that of a character goes to its last one."""
+    found, shown = [], 0
+    for end in range(1, len(tokens) + 1):
+        text = tokenizer.decode(tokens[:end])
+        complete = not text.endswith("\ufffd") or end == len(tokens)
+        found.append(text[shown:] if complete else "")
+        shown = len(text) if complete else shown
+    return found

@@ -1,0 +1,186 @@
+"""One case of associative recall: a model is trained on MQAR and asked at lengths of its own."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from experiments._fit import Recipe, Replica, fit
+from experiments._mqar import on_device, zoology
+from experiments._study import Case, Row
+from memcache_jax import GRM, Constant, presets
+from memcache_jax.memories import Vector
+from memcache_jax.nn import LanguageModel, LanguageModelConfig, MemoryCachingMixer
+from memcache_jax.training import model_config, model_options
+from memcache_jax.training.config import to_json
+
+
+def recall_config() -> Any:
+    """Returns the settings of a study of recall, which files under ``configs/`` change."""
+    config = ConfigDict()
+    config.models = ("ssd", "ssd_grm", "ssd_ssc", "attention")  # mc.presets.NAMES and attention
+    config.widths = (64,)  # model dimensions
+    config.learning_rates = (1e-2,)  # the best counts
+    config.seeds = (0,)
+    config.at_once = 1  # models that are one program, side by side
+    config.workers = 1  # processes that train models side by side, on CPUs
+    config.num_layers = 2
+    config.num_heads = 2
+    config.head_dim = 16  # of keys and values
+    config.segment = 16
+    config.top_k = 2  # cached states that SSC reads
+    config.vocab_size = 272
+    config.random_tokens = True  # between the queries, or zeros
+    config.train = ((32, 8, 0), (64, 16, 0), (128, 32, 0))  # length, pairs, examples; 0: all new
+    config.test = ((128, 32), (256, 32), (256, 64))  # length, pairs
+    config.test_examples = 256
+    config.batch_size = 32
+    config.steps = 2000
+    config.warmup_steps = 100
+    config.weight_decay = 0.1
+    return config
+
+
+_TASK = (
+    "vocab_size",
+    "random_tokens",
+    "train",
+    "test",
+    "test_examples",
+    "batch_size",
+    "steps",
+    "warmup_steps",
+    "weight_decay",
+)
+
+
+def recall_model(config: Any, name: str, width: int, vocab_size: int) -> dict[str, Any]:
+    """Returns the ``config.model`` of a preset in a study: no MLP, tied embeddings.
+
+    ``"attention"`` is softmax attention with the projections and convolutions of the others: memory
+    caching whose segments are single tokens, without positions.
+    """
+    if name == "attention":
+        mixers = (MemoryCachingMixer(Vector(), GRM(), Constant(1)),)
+    else:
+        mixers = presets.mixers(name, segment=config.segment, top_k=config.top_k)
+    model = LanguageModelConfig(
+        vocab_size=vocab_size,
+        num_layers=config.num_layers,
+        features=width,
+        num_heads=config.num_heads,
+        head_dim=config.head_dim,
+        mixers=mixers,
+        mlp_features=0,
+        tie_embeddings=True,
+    )
+    return to_json(model_options(model))
+
+
+def recall_groups(config: Any, models: Mapping[str, Mapping[str, Any]]) -> list[list[Case]]:
+    """Returns the cases of a study: every model with every learning rate and seed.
+
+    Args:
+      config: as ``recall_config``.
+      models: ``config.model`` of each model.
+
+    Raises:
+      ValueError: for settings that are of no use.
+    """
+    return groups(config, models, _TASK)
+
+
+def groups(
+    config: Any, models: Mapping[str, Mapping[str, Any]], task_keys: Sequence[str]
+) -> list[list[Case]]:
+    """``recall_groups`` for a task of other settings."""
+    for name in ("models", "learning_rates", "seeds", "at_once", *task_keys):
+        value = config[name]
+        if isinstance(value, tuple) and not value:
+            raise ValueError(f"{name} must not be empty")
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    task = {name: to_json(config)[name] for name in task_keys}
+    found = []
+    for name, options in models.items():
+        cases = [
+            dict(name=name, seed=seed, learning_rate=rate, model=dict(options), task=task)
+            for rate in config.learning_rates
+            for seed in config.seeds
+        ]
+        found += [cases[i : i + config.at_once] for i in range(0, len(cases), config.at_once)]
+    return found
+
+
+def measure_recall(cases: list[Case]) -> list[Row]:
+    """Trains the models of a group, and asks each of them.
+
+    Returns:
+      For each case ``accuracy`` by length and pairs, the last mean ``loss`` or None where the
+      model diverged, ``parameters``, and ``state_bytes``: what a stream of each length keeps.
+    """
+    task = cases[0]["task"]
+    model = model_config(ConfigDict(cases[0]["model"]))
+    sources = [
+        on_device(
+            length,
+            pairs,
+            vocab_size=task["vocab_size"],
+            random_tokens=task["random_tokens"],
+        )
+        for length, pairs, _ in task["train"]
+    ]
+    recipe = Recipe(
+        steps=task["steps"],
+        batch_size=task["batch_size"],
+        weight_decay=task["weight_decay"],
+        warmup_steps=task["warmup_steps"],
+        examples=tuple(examples for _, _, examples in task["train"]),
+    )
+    replicas = [Replica(case["seed"], case["learning_rate"]) for case in cases]
+    fitted = fit(model, sources, replicas, recipe, name=cases[0]["name"])
+    rows: list[Row] = [
+        dict(accuracy={}, state_bytes={}, loss=float(loss) if np.isfinite(loss) else None)
+        for loss in fitted.losses
+    ]
+    for i, (length, pairs) in enumerate(task["test"]):
+        questions = zoology(
+            length,
+            pairs,
+            vocab_size=task["vocab_size"],
+            examples=task["test_examples"],
+            seed=1_000_000 + i,
+            random_tokens=task["random_tokens"],
+        )
+        right = fitted.answers(questions, min(task["test_examples"], 64))
+        size = state_bytes(model, length)
+        for row, mine in zip(rows, right, strict=True):
+            row["accuracy"][f"{length}/{pairs}"] = round(float(mine.mean()), 5)
+            row["state_bytes"][str(length)] = size
+    parameters = sum(x.size for x in jax.tree.leaves(fitted.params)) // len(cases)
+    return [row | dict(parameters=parameters) for row in rows]
+
+
+def state_bytes(model: LanguageModelConfig, length: int) -> int:
+    """Bytes of a stream's cache that has room for so many tokens."""
+    cache = jax.eval_shape(lambda: LanguageModel(model, rngs=nnx.Rngs(0)).init_cache(1, length))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+
+
+def best(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Of each model, the rows of all seeds at the learning rate that is best on average."""
+
+    def score(rows: Sequence[Row]) -> float:
+        return sum(sum(row["accuracy"].values()) for row in rows) / len(rows)
+
+    found: dict[str, list[Row]] = {}
+    for name in dict.fromkeys(row["name"] for row in rows):
+        mine = [row for row in rows if row["name"] == name]
+        rates = dict.fromkeys(row["learning_rate"] for row in mine)
+        found[name] = max(
+            ([row for row in mine if row["learning_rate"] == rate] for rate in rates), key=score
+        )
+    return found

@@ -1,0 +1,202 @@
+"""What all studies share: cases that are measured one after the other into a workdir.
+
+A case is a dictionary of everything that its result depends on. ``results.json`` keeps the result
+of every case that was ever measured in a workdir; a study that is interrupted, or run again with
+more seeds or models, measures only what is missing.
+"""
+
+import concurrent.futures
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from memcache_jax.training.config import to_json
+from memcache_jax.training.report import lock_workdir, replace_file
+
+Case = dict[str, Any]
+Row = dict[str, Any]
+
+
+class Study:
+    """A workdir with ``config.json``, ``results.json``, and what a program makes of them.
+
+    Args:
+      workdir: the study's folder; made if it does not exist.
+      config: the configuration, which is written beside the results.
+
+    Raises:
+      ValueError: if another process writes there, or if it holds something else's results.
+    """
+
+    def __init__(self, workdir: str | Path, config: ConfigDict) -> None:
+        self.workdir = Path(workdir)
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        self._lock = lock_workdir(self.workdir, "process")
+        try:
+            self._measured = _read(self.workdir / "results.json")
+        except ValueError:
+            self._lock.close()
+            raise
+        replace_file(self.workdir / "config.json", json.dumps(to_json(config), indent=2) + "\n")
+
+    def measure(
+        self,
+        groups: Sequence[Sequence[Case]],
+        measure: Callable[[list[Case]], Sequence[Row]],
+        *,
+        workers: int = 1,
+    ) -> list[Row]:
+        """Measures the cases that have no result yet, and returns the results of all.
+
+        Args:
+          groups: cases, in groups that are measured at once.
+          measure: takes cases of one group and returns a result for each.
+          workers: processes that measure groups side by side; of a module's function only.
+
+        Returns:
+          For each case in turn, its keys and those of its result.
+        """
+        groups = [[json.loads(json.dumps(case)) for case in group] for group in groups]
+        missing = [[case for case in group if self._result(case) is None] for group in groups]
+        missing = [group for group in missing if group]
+        total = sum(map(len, groups))
+        done = total - sum(map(len, missing))
+        if done:
+            print(f"{done} of {total} cases are in {self.workdir / 'results.json'} already.")
+        began, first = time.monotonic(), done
+        for group, results, seconds in _in_turn(measure, missing, workers):
+            for case, result in zip(group, results, strict=True):
+                self._measured.append(dict(case=case, result=dict(result), seconds=seconds))
+            text = json.dumps(self._measured, indent=1)
+            replace_file(self.workdir / "results.json", text + "\n")
+            done += len(group)
+            per_case = (time.monotonic() - began) / (done - first)
+            left = f", about {per_case * (total - done) / 60:.0f} min left" if done < total else ""
+            print(f"{done} of {total} cases{left}", flush=True)
+        return [case | (self._result(case) or {}) for group in groups for case in group]
+
+    def _result(self, case: Case) -> Row | None:
+        return next((row["result"] for row in self._measured if row["case"] == case), None)
+
+    def write_table(self, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Prints a table, and writes it to ``table.md``."""
+        text = markdown(header, rows)
+        replace_file(self.workdir / "table.md", text + "\n")
+        print(f"\n{text}\n")
+
+    def write_picture(self, figure: Any, name: str) -> None:
+        """Writes a matplotlib figure, and tells where."""
+        path = self.workdir / f"{name}.png"
+        figure.savefig(path, dpi=120)
+        print(f"written: {path}")
+
+    def close(self) -> None:
+        """Lets another process use the workdir."""
+        self._lock.close()
+
+
+def _in_turn(
+    measure: Callable[[list[Case]], Sequence[Row]], groups: list[list[Case]], workers: int
+) -> Iterator[tuple[list[Case], Sequence[Row], float]]:
+    """Groups with their results, as they are ready, and the seconds of a group."""
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    if workers == 1 or len(groups) < 2:
+        yield from (_timed(measure, group) for group in groups)
+        return
+    # New interpreters: a fork would take JAX's threads along.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        futures = [pool.submit(_timed, measure, group) for group in groups]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _timed(
+    measure: Callable[[list[Case]], Sequence[Row]], group: list[Case]
+) -> tuple[list[Case], Sequence[Row], float]:
+    began = time.monotonic()
+    return group, measure(group), round(time.monotonic() - began, 1)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    rows = json.loads(path.read_text())
+    if not isinstance(rows, list) or not all("case" in row for row in rows):
+        raise ValueError(f"{path} holds the results of something else: give another --workdir")
+    return rows
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Returns a Markdown table with columns of one width; numbers get three decimals."""
+
+    def text(x: Any) -> str:
+        return f"{x:.3f}" if isinstance(x, float) else str(x)
+
+    lines = [list(map(text, row)) for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "| " + " | ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """The mean, and half the range where there are several, as ``0.912 ± 0.004``."""
+    mean = sum(values) / len(values)
+    spread = (max(values) - min(values)) / 2
+    return f"{mean:.3f}" if len(values) == 1 else f"{mean:.3f} ± {spread:.3f}"
+
+
+def new_figure(
+    columns: int, rows: int = 1, *, size: tuple[float, float] = (4.8, 3.6), **options: Any
+) -> tuple[Any, Any]:
+    """Returns a matplotlib figure that needs no display, and its axes, each of a size in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def run(program: Callable[[Any, Study], None]) -> None:
+    """Runs a study from the command line: ``--config=FILE --workdir=FOLDER``.
+
+    Args:
+      program: takes the configuration and the study.
+    """
+    config = config_flags.DEFINE_config_file("config", lock_config=True)
+    workdir = flags.DEFINE_string("workdir", None, "The study's folder.", required=True)
+    debug = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+    flags.mark_flag_as_required("config")
+
+    def main(argv: Sequence[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f"expected only flags, got {' '.join(argv[1:])}")
+        try:
+            study = Study(workdir.value, config.value)
+            try:
+                program(config.value, study)
+            finally:
+                study.close()
+        except (ValueError, OSError, ImportError, FloatingPointError) as e:
+            if debug.value:
+                raise
+            sys.exit(f"\nerror: {e}")
+        except KeyboardInterrupt:
+            sys.exit("\nstopped; the same command goes on with the cases that are left")
+
+    app.run(main)

@@ -1,0 +1,63 @@
+"""What the parts are good for: ``python -m experiments.ablate --config=FILE --workdir=FOLDER``.
+
+One model with memory caching, and the same with one thing changed: the rows of Table 5 of
+arXiv:2602.24281 (gates by position, no gates, a linear memory, the query as connector), and what
+the paper leaves open (the start of segments, pooling, segment size, k, chunk size, segmentation).
+Each is trained and asked as in ``experiments.mqar``.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from experiments._recall import measure_recall, recall_groups, recall_model
+from experiments._study import Row, Study, mean_and_spread, new_figure, run
+
+
+def program(config: Any, study: Study) -> None:
+    """Measures, then writes the table and the picture."""
+    whole = recall_model(config, config.models[0], config.widths[0], config.vocab_size)
+    models = {"whole": whole}
+    models |= {name: changed(whole, parts) for name, parts in config.changes.items()}
+    rows = study.measure(recall_groups(config, models), measure_recall, workers=config.workers)
+    by_name = {name: [row for row in rows if row["name"] == name] for name in models}
+    tests = [f"{length}/{pairs}" for length, pairs in config.test]
+    study.write_table(
+        [config.models[0], *(f"L / K = {t}" for t in tests)],
+        [
+            [name, *(mean_and_spread([row["accuracy"][t] for row in mine]) for t in tests)]
+            for name, mine in by_name.items()
+        ],
+    )
+    study.write_picture(_picture(by_name, tests[-1]), "ablate")
+
+
+def changed(model: Mapping[str, Any], parts: Any) -> dict[str, Any]:
+    """Returns a ``config.model`` with some of its keys replaced by those of a dictionary.
+
+    Raises:
+      ValueError: for keys that it does not have.
+    """
+    parts = parts.to_dict() if hasattr(parts, "to_dict") else dict(parts)
+    if unknown := sorted(parts.keys() - model.keys()):
+        raise ValueError(f"changes are of {', '.join(sorted(model))}; got {', '.join(unknown)}")
+    return {**model, **parts}
+
+
+def _picture(rows: dict[str, list[Row]], test: str) -> Any:
+    """A bar for each model, with the range of the seeds."""
+    figure, ((axis,),) = new_figure(1, size=(7.0, 1.0 + 0.3 * len(rows)))
+    values = [[row["accuracy"][test] for row in mine] for mine in rows.values()]
+    means = [sum(v) / len(v) for v in values]
+    below = [mean - min(v) for mean, v in zip(means, values, strict=True)]
+    above = [max(v) - mean for mean, v in zip(means, values, strict=True)]
+    colors = ["C1", *["C0"] * (len(rows) - 1)]
+    axis.barh(list(rows), means, xerr=[below, above], color=colors)
+    axis.axvline(means[0], color="C1", linewidth=0.8)
+    axis.invert_yaxis()
+    length, pairs = test.split("/")
+    axis.set(xlabel="accuracy", title=f"L = {length}, K = {pairs}")
+    return figure
+
+
+if __name__ == "__main__":
+    run(program)

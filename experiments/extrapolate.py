@@ -1,0 +1,192 @@
+"""Loss at every position far past the length that models were trained at.
+
+    python -m experiments.extrapolate --config=configs/extrapolate.py --workdir=FOLDER
+
+Models of one shape, a rule alone, with memory caching, and attention, are trained on short rows of
+text into ``WORKDIR/models/NAME``, as ``experiments.train`` trains. The rule also gets caches after
+its training, without new parameters (Sec. 4.3 of arXiv:2602.24281): a state is kept at the end of
+every training length, and all are read with one weight. Held-out rows of several times that length
+are then measured, in bits per byte, by the distance of a token from its row's first one; rows are
+of documents one after the other, as in training. The same command goes on where it stopped.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from ml_collections import ConfigDict
+
+import memcache_jax as mc
+from experiments._study import Case, Row, Study, new_figure, run
+from memcache_jax._typing import Array, Float, Int
+from memcache_jax.nn import LanguageModel, MemoryCachingMixer, Mixer
+from memcache_jax.training import (
+    CheckpointError,
+    StoppedError,
+    load_model,
+    model_config,
+    model_options,
+    train,
+)
+from memcache_jax.training.config import to_json
+from memcache_jax.training.corpus import load_corpus
+
+POST: Mapping[str, mc.Aggregation] = {
+    "GRM after training": mc.GRM(gate="uniform"),
+    "soup after training": mc.Soup(gate="uniform"),
+}
+
+
+def training_of(config: Any, name: str) -> dict[str, Any]:
+    """Returns the configuration with which a preset is trained in a study."""
+
+    def changed(mixer: Any) -> Mixer:
+        if not isinstance(mixer, MemoryCachingMixer):
+            return mixer
+        memory: Any = mixer.memory
+        return dataclasses.replace(mixer, memory=dataclasses.replace(memory, **config.memory))
+
+    mixers = mc.presets.mixers(name, segment=config.segment, top_k=config.top_k)
+    model = model_config(config.training.model)
+    model = dataclasses.replace(model, mixers=tuple(map(changed, mixers)))
+    training = ConfigDict(to_json(config.training))
+    training.resume = True  # an interrupted study goes on
+    training.model = model_options(model)
+    return to_json(training)
+
+
+def groups(config: Any) -> list[list[Case]]:
+    """The cases of a study: each trained model, with what it becomes after its training.
+
+    Raises:
+      ValueError: for settings that are no use.
+    """
+    for name in ("first_bin", "eval_batch_size"):
+        if config[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {config[name]}")
+    if config.eval_length <= config.training.sequence_length:
+        raise ValueError(
+            f"eval_length must be above the training's {config.training.sequence_length}, "
+            f"got {config.eval_length}"
+        )
+    evaluation = {name: config[name] for name in ("eval_length", "eval_tokens", "first_bin")}
+    found = []
+    for name in config.models:
+        shared = dict(trained=name, training=training_of(config, name), **evaluation)
+        post = POST if name == config.base else {}
+        found.append(
+            [dict(name=name, post=None, **shared)]
+            + [dict(name=f"{name}, {how}", post=how, **shared) for how in post]
+        )
+    return found
+
+
+def measure(cases: list[Case], folder: Path, batch_size: int) -> list[Row]:
+    """Trains the model of a group, where it is not yet, and measures what it becomes.
+
+    Args:
+      cases: of one trained model.
+      folder: where it is trained.
+      batch_size: rows that are measured at a time.
+
+    Returns:
+      For each case ``bins``, its (begin, end, bits per byte) each, ``parameters``, and ``rows``.
+    """
+    training: Any = ConfigDict(cases[0]["training"])
+    print(f"{cases[0]['trained']}: {folder}", flush=True)
+    try:
+        parameters = train(training, folder)["parameters"]
+    except StoppedError as e:
+        raise KeyboardInterrupt from e
+    except CheckpointError as e:
+        raise OSError(str(e)) from e
+    trained, _, _ = load_model(folder)
+    length = training.sequence_length
+    training.sequence_length = cases[0]["eval_length"]
+    training.data.heldout_tokens = cases[0]["eval_tokens"]
+    heldout = load_corpus(training).heldout
+    rows = []
+    for case in cases:
+        model = trained
+        if case["post"] is not None:
+            model = mc.nn.with_memory_caching(
+                trained, segmentation=mc.Constant(length), aggregation=POST[case["post"]]
+            )
+        loss = loss_by_position(model, heldout.tokens, batch_size).mean(axis=0)
+        bits = loss / math.log(2) / heldout.bytes_per_token
+        bins = [
+            (begin, end, round(float(bits[begin:end].mean()), 5))
+            for begin, end in bin_edges(len(bits), case["first_bin"])
+        ]
+        rows.append(dict(bins=bins, parameters=parameters, rows=len(heldout.tokens)))
+    return rows
+
+
+def loss_by_position(
+    model: LanguageModel, tokens: Int[np.ndarray, "rows l"], batch_size: int
+) -> Float[np.ndarray, "rows t"]:
+    """The loss of every next token in nats, t = l - 1 of them in a row."""
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def losses(state: Any, tokens: Array) -> Array:
+        logits = nnx.merge(graph, state)(tokens[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+
+    parts = []
+    for begin in range(0, len(tokens), batch_size):
+        # The last batch is filled up with the first rows: one shape for all.
+        batch = tokens[np.arange(begin, begin + batch_size) % len(tokens)]
+        parts.append(np.asarray(losses(state, batch)))
+    return np.concatenate(parts)[: len(tokens)]
+
+
+def bin_edges(length: int, first: int) -> list[tuple[int, int]]:
+    """Bins of positions that end at first, 2 first, 4 first, ..., and at the length."""
+    ends = [first << i for i in range(64) if first << i < length]
+    return list(zip([0, *ends], [*ends, length], strict=True))
+
+
+def picture(rows: list[Row]) -> Any:
+    """Bits per byte against the position, with a line where the training ended."""
+    figure, ((axis,),) = new_figure(1, size=(7.5, 4.8))
+    for row in rows:
+        middle = [(begin + end) / 2 for begin, end, _ in row["bins"]]
+        look = ":" if row["post"] else "-"
+        axis.plot(middle, [bits for *_, bits in row["bins"]], f"o{look}", label=row["name"])
+    length = rows[0]["training"]["sequence_length"]
+    axis.axvline(length, color="gray", linestyle="--", linewidth=1)
+    axis.text(length, 0.99, " training length", transform=axis.get_xaxis_transform(), va="top")
+    axis.set_xscale("log", base=2)
+    axis.set(xlabel="position", ylabel="bits per byte, held out")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    return figure
+
+
+def program(config: Any, study: Study) -> None:
+    """Trains and measures what is missing; writes the table and the picture."""
+
+    def measure_group(cases: list[Case]) -> list[Row]:
+        folder = study.workdir / "models" / cases[0]["trained"]
+        return measure(cases, folder, config.eval_batch_size)
+
+    rows = study.measure(groups(config), measure_group)
+    study.write_table(
+        ["model", "parameters", *(f"to {end}" for _, end, _ in rows[0]["bins"])],
+        [
+            [row["name"], f"{row['parameters']:,}", *(bits for *_, bits in row["bins"])]
+            for row in rows
+        ],
+    )
+    study.write_picture(picture(rows), "extrapolate")
+
+
+if __name__ == "__main__":
+    run(program)

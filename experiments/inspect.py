@@ -1,0 +1,47 @@
+"""Which past segments each token read: ``python -m experiments.inspect --workdir=RUN --text=FILE``.
+
+``RUN`` is the workdir of ``experiments.train``. The model passes over the text, and the gates with
+which it weighs its cached states and the live one become a page, ``inspect.html``, that needs no
+network: a token that is pointed at shows what it read, in each layer and head, and the text takes
+the colour of those gates. ``inspect.json`` has the numbers.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from experiments._gates_page import as_json, page
+from experiments._program import run
+from experiments._reads import inspect
+from memcache_jax.training import load_model
+from memcache_jax.training.report import replace_file
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a training run.", required=True)
+_TEXT = flags.DEFINE_string("text", None, "The file to read.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "Folder of the results; the workdir by default.")
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 1024, "Tokens of the text that are read.")
+
+
+def program() -> None:
+    """Writes the page and the numbers."""
+    if _MAX_TOKENS.value < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {_MAX_TOKENS.value}")
+    model, tokenizer, _ = load_model(_WORKDIR.value)
+    file = Path(_TEXT.value)
+    tokens = tokenizer.encode(file.read_bytes())[: _MAX_TOKENS.value]
+    found = inspect(model, tokenizer, tokens)
+    folder = Path(_OUTPUT.value or _WORKDIR.value)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / "inspect.json", as_json(found) + "\n")
+    title = f"{file.name} read by {Path(_WORKDIR.value).resolve().name}"
+    replace_file(folder / "inspect.html", page(found, title))
+    print(f"{len(tokens)} tokens")
+    for layer in found["layers"]:
+        cached = 1 - layer["gates"][..., -1].mean(axis=0)
+        shown = " ".join(f"{x:.3f}" for x in cached)
+        print(f"{layer['name']}\n  weight of cached states by head, the mean over tokens: {shown}")
+    print(f"written: {folder / 'inspect.html'}, {folder / 'inspect.json'}")
+
+
+if __name__ == "__main__":
+    run(program)

@@ -1,0 +1,194 @@
+"""Needles in haystacks: ``python -m experiments.needle --config=FILE --workdir=FOLDER``.
+
+With ``config.trained``, workdirs of ``experiments.train``: RULER's S-NIAH-1 to 3 (arXiv:2404.06654)
+by greedy generation at exact lengths and depths, over the run's own tokens, bytes or a
+tokenizer's. Else the light form: small models are trained on short rows and asked in long ones, an
+answer counting if all its digits are the most likely tokens. The workdir gets ``results.json``,
+``table.md`` and ``needle.png``, length against depth; the same command goes on where it stopped.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+import memcache_jax as mc
+from experiments._fit import Recipe, Replica, fit
+from experiments._needles import LITE_VOCABULARY, essay, found, lite, needle
+from experiments._recall import groups, recall_model, state_bytes
+from experiments._study import Case, Row, Study, mean_and_spread, new_figure, run
+from memcache_jax.training import load_model, model_config
+
+_TASK = (
+    "train",
+    "lengths",
+    "depths",
+    "test_examples",
+    "batch_size",
+    "steps",
+    "warmup_steps",
+    "weight_decay",
+)
+
+
+def needle_config() -> Any:
+    """Returns the settings of the study, which files under ``configs/`` change."""
+    config = ConfigDict()
+    config.lengths = (128, 256, 512, 1024)  # tokens of a row
+    config.depths = 5  # places of the needle, from the beginning to the end
+    # Models that are there already; the rest but `tasks` and `samples` is for the light form.
+    config.trained = ()  # workdirs of experiments.train
+    config.tasks = (1, 2, 3)  # of S-NIAH
+    config.samples = 500  # of each task and length, over all depths
+    config.models = ("ssd", "ssd_grm", "ssd_ssc", "attention")  # mc.presets.NAMES and attention
+    config.width = 64
+    config.num_layers = 2
+    config.num_heads = 2
+    config.head_dim = 16
+    config.segment = 16
+    config.top_k = 2
+    config.learning_rates = (1e-2,)
+    config.seeds = (0,)
+    config.at_once = 1  # models that are one program, side by side
+    config.workers = 1  # processes that train models side by side, on CPUs
+    config.train = (64, 128)  # lengths
+    config.test_examples = 64  # of each length and depth
+    config.batch_size = 32
+    config.steps = 1000
+    config.warmup_steps = 100
+    config.weight_decay = 0.1
+    return config
+
+
+def program(config: Any, study: Study) -> None:
+    """Measures, then writes the table and the picture."""
+    rows = _ruler(config, study) if config.trained else _light(config, study)
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    grids = {
+        name: np.array([row["accuracy"] for row in rows if row["name"] == name]) for name in names
+    }
+    study.write_table(
+        ["model", *(f"{length} tokens" for length in config.lengths)],
+        [
+            [name, *(mean_and_spread(list(grid[:, i].mean(axis=-1))) for i in range(grid.shape[1]))]
+            for name, grid in grids.items()
+        ],
+    )
+    study.write_picture(_picture(config, grids), "needle")
+
+
+def _light(config: Any, study: Study) -> list[Row]:
+    models = {
+        name: recall_model(config, name, config.width, LITE_VOCABULARY) for name in config.models
+    }
+    return study.measure(groups(config, models, _TASK), measure_light, workers=config.workers)
+
+
+def measure_light(cases: list[Case]) -> list[Row]:
+    """Trains the models of a group on light needles.
+
+    Returns:
+      For each case ``accuracy`` by length and depth, and ``state_bytes`` by length.
+    """
+    task = cases[0]["task"]
+    recipe = Recipe(
+        **{key: task[key] for key in ("steps", "batch_size", "weight_decay", "warmup_steps")}
+    )
+    replicas = [Replica(case["seed"], case["learning_rate"]) for case in cases]
+    model = model_config(ConfigDict(cases[0]["model"]))
+    sources = [lite(length) for length in task["train"]]
+    fitted = fit(model, sources, replicas, recipe, name=cases[0]["name"])
+    keys = jax.random.split(jax.random.key(1_000_000), task["test_examples"])
+
+    def accuracy(length: int, depth: float) -> np.ndarray:
+        questions = jax.tree.map(np.asarray, jax.vmap(lite(length, depth))(keys))
+        right = fitted.answers(questions, task["test_examples"])
+        return right.all(axis=-1).mean(axis=-1)
+
+    depths = _depths(task["depths"])
+    grid = np.array([[accuracy(length, at) for at in depths] for length in task["lengths"]])
+    sizes = {str(n): state_bytes(model, n) for n in task["lengths"]}
+    return [dict(accuracy=grid[..., i].tolist(), state_bytes=sizes) for i in range(len(cases))]
+
+
+def _ruler(config: Any, study: Study) -> list[Row]:
+    cases = []
+    for workdir in config.trained:
+        steps = load_model(workdir)[2].steps
+        cases += [
+            dict(
+                name=f"{workdir}, task {task}",
+                workdir=str(Path(workdir).absolute()),
+                steps=steps,
+                task=task,
+                lengths=list(config.lengths),
+                depths=config.depths,
+                samples=config.samples,
+            )
+            for task in config.tasks
+        ]
+    return study.measure([[case] for case in cases], measure_ruler)
+
+
+def measure_ruler(cases: list[Case]) -> list[Row]:
+    """Asks a trained model for the needles of one task: ``accuracy`` by length and depth."""
+    (case,) = cases
+    model, tokenizer, _ = load_model(case["workdir"])
+    random, prose = np.random.RandomState(case["task"]), essay()
+    depths = _depths(case["depths"])
+    samples = -(-case["samples"] // len(depths))
+
+    def count(text: str) -> int:
+        return len(tokenizer.encode(text.encode()))
+
+    grid = []
+    for length in case["lengths"]:
+        grid.append([])
+        for depth in depths:
+            needles = [
+                needle(case["task"], length, depth, count=count, random=random, prose=prose)
+                for _ in range(samples)
+            ]
+            rows = [tokenizer.encode(each.prompt.encode()) for each in needles]
+            room = max(count(f" {each.value}") for each in needles) + 4
+            texts = []
+            for begin in range(0, samples, 8):
+                some = rows[begin : begin + 8]
+                prompt = np.zeros((len(some), max(map(len, some))), np.int32)
+                for line, row in zip(prompt, some, strict=True):
+                    line[: len(row)] = row
+                lengths = np.array([len(row) for row in some])
+                tokens = mc.generate(model, prompt, room, lengths=lengths, temperature=0.0)
+                texts += [
+                    tokenizer.decode(np.asarray(line)[n : n + room].tolist())
+                    for line, n in zip(tokens, lengths, strict=True)
+                ]
+            grid[-1].append(found(needles, texts))
+    return [dict(accuracy=grid)]
+
+
+def _depths(count: int) -> list[float]:
+    return np.linspace(0, 1, count).tolist() if count > 1 else [0.5]
+
+
+def _picture(config: Any, grids: dict[str, np.ndarray]) -> Any:
+    """Length against depth for each model, the mean of the seeds."""
+    columns = min(4, len(grids))
+    figure, axes = new_figure(columns, -(-len(grids) // columns), size=(3.2, 2.6))
+    image = None
+    for axis in axes.flat[len(grids) :]:
+        axis.axis("off")
+    for axis, (name, grid) in zip(axes.flat, grids.items(), strict=False):
+        image = axis.imshow(grid.mean(axis=0).T, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        axis.set_xticks(range(len(config.lengths)), list(map(str, config.lengths)))
+        depths = _depths(config.depths)
+        axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+        axis.set(title=name, xlabel="tokens", ylabel="depth")
+    figure.colorbar(image, ax=axes, label="accuracy")
+    return figure
+
+
+if __name__ == "__main__":
+    run(program)

@@ -1,0 +1,183 @@
+"""Compiles the train step for a TPU pod that is not there, and tells what it needs of each chip.
+
+    python -m experiments.plan --config=configs/lm_760m.py --topology=v5e:16x16 \
+        --config.mesh.fsdp=-1 --config.mesh.tensor=2
+
+Needs libtpu (``pip install libtpu``) and no TPU. Memory is the compiler's own account of one chip.
+Collectives are counted in the compiled program, loops by their trips; their bytes are those that a
+chip receives or sums.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from typing import Any
+
+# The topology's devices come from libtpu alone; arrays, if any, live on the CPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from experiments._advice import changes
+
+_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Kind of TPU and shape of the slice, such as v5e:16x16.", required=True
+)
+_JSON = flags.DEFINE_string("json", None, "File to write the numbers to.")
+_QUICK = flags.DEFINE_bool("quick", False, "Compile with less effort: faster, memory much alike.")
+flags.mark_flag_as_required("config")
+
+GIB = 2**30
+HBM = {"v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB, "v4": 32 * GIB}
+
+
+def plan(config: Any, topology: str, *, quick: bool = False) -> dict[str, Any]:
+    """Compiles the train step of a configuration for a topology.
+
+    Args:
+      config: as from ``memcache_jax.training.default_config``, with the mesh's sizes.
+      topology: as libtpu names it.
+      quick: compile with less effort.
+
+    Returns:
+      The numbers of the report, by name; ``overflow`` has the compiler's words if it does not fit.
+
+    Raises:
+      ValueError: for a topology that libtpu does not know, or a configuration that cannot work.
+    """
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+
+    from experiments._flops import count_flops
+    from experiments._hlo import collectives
+    from memcache_jax.sharding import batch_sharding
+    from memcache_jax.training.config import check_config
+    from memcache_jax.training.loop import config_mesh
+    from memcache_jax.training.models import model_config
+    from memcache_jax.training.optimizer import make_optimizer
+    from memcache_jax.training.step import abstract_state, make_train_step
+
+    check_config(config)
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as e:  # libtpu raises several kinds
+        raise ValueError(f"libtpu has no topology {topology!r}: {e}") from e
+    mesh = config_mesh(config, devices)
+    assert mesh is not None, "of these devices"
+    model = model_config(config.model)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    shape = config.batch_size, config.sequence_length + 1
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    graph, alone = abstract_state(model, optimizer)
+    options = config.optimizer.z_loss, config.accumulate
+    flops = count_flops(make_train_step(graph, optimizer, *options), alone, tokens)
+
+    report: dict[str, Any] = dict(
+        topology=topology,
+        chips=len(devices),
+        mesh=dict(mesh.shape),
+        parameters=sum(x.size for x in jax.tree.leaves(alone.params)),
+        tokens_per_step=config.batch_size * config.sequence_length,
+        tokens_per_chip=config.batch_size * config.sequence_length / len(devices),
+        flops_per_chip=flops / len(devices),
+        hbm=HBM.get(topology.split(":")[0]),
+    )
+    graph, target = abstract_state(model, optimizer, mesh)
+    report["state_bytes"] = sum(
+        x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape))
+        for x in jax.tree.leaves(target)
+    )
+    with jax.set_mesh(mesh):
+        tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
+        train_step: Any = make_train_step(graph, optimizer, *options, target)
+        lowered = train_step.lower(target, tokens)
+        begin = time.perf_counter()
+        try:
+            effort = {"exec_time_optimization_effort": -1.0} if quick else {}
+            compiled = lowered.compile(compiler_options=effort)
+        except jax.errors.JaxRuntimeError as e:
+            if "RESOURCE_EXHAUSTED" not in str(e):
+                raise
+            report["overflow"] = _first_lines(str(e))
+            return report
+        report["compile_seconds"] = time.perf_counter() - begin
+    memory: Any = compiled.memory_analysis()
+    report["argument_bytes"] = memory.argument_size_in_bytes
+    report["temporary_bytes"] = memory.temp_size_in_bytes
+    # The new state takes the place of the old one.
+    own = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    report["peak_bytes"] = memory.argument_size_in_bytes + memory.temp_size_in_bytes + own
+    report["collectives"] = collectives(compiled.as_text())
+    return report
+
+
+def _first_lines(message: str) -> str:
+    return " ".join(message.split())[:400]
+
+
+def describe(config: Any, report: dict[str, Any]) -> str:
+    """The report as lines of text."""
+
+    def gib(size: float) -> str:
+        return f"{size / GIB:8.2f} GiB"
+
+    mesh = ", ".join(f"{axis}={size}" for axis, size in report["mesh"].items())
+    lines = [
+        f"{report['topology']}, {report['chips']} chips: {mesh}",
+        f"parameters          {report['parameters']:,}",
+        f"tokens              {report['tokens_per_step']:,} a step, "
+        f"{report['tokens_per_chip']:,.0f} a chip",
+        f"matrix products     {report['flops_per_chip'] / 1e12:.2f} TFLOP a chip and step",
+        f"state               {gib(report['state_bytes'])} a chip",
+    ]
+    if "overflow" in report:
+        lines += [
+            "",
+            f"This does not fit into the memory of a chip: {report['overflow']}",
+            "What would help most:",
+            *(f"  {change}" for change in changes(config, report)),
+        ]
+        return "\n".join(lines)
+    lines += [
+        f"arguments           {gib(report['argument_bytes'])}",
+        f"temporaries         {gib(report['temporary_bytes'])}",
+        f"peak                {gib(report['peak_bytes'])}",
+    ]
+    if report["hbm"] is not None:
+        lines.append(f"left                {gib(report['hbm'] - report['peak_bytes'])}")
+    lines.append(f"compiled in         {report['compile_seconds']:8.1f} s")
+    lines += ["", f"{'collective':20} {'a step':>8} {'GiB a chip':>12}"]
+    lines += [
+        f"{kind:20} {count:8,} {size / GIB:12.3f}"
+        for kind, (count, size) in report["collectives"].items()
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    """Prints the report."""
+    if len(argv) > 1:
+        raise app.UsageError(f"expected only flags, got {' '.join(argv[1:])}")
+    config = _CONFIG.value
+    try:
+        report = plan(config, _TOPOLOGY.value, quick=_QUICK.value)
+    except ValueError as e:
+        sys.exit(f"error: {e}")
+    print(describe(config, report), flush=True)
+    if _JSON.value:
+        with open(_JSON.value, "w") as file:
+            json.dump(report, file, indent=2)
+    if "overflow" in report:
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    app.run(main)

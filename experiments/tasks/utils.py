@@ -1,0 +1,75 @@
+"""What the task files of this folder call."""
+
+import re
+from typing import Any
+
+import datasets
+
+from memcache_jax.training.checkpoint import load_tokenizer
+from memcache_jax.training.tokenizers import Tokenizer
+
+ANSWER_LENGTH = 50  # tokens of the context's length that are left for question and answer
+
+
+def load(
+    path: str, *, workdir: str, context_length: int, split: str = "validation", **options: Any
+) -> dict[str, datasets.Dataset]:
+    """Returns a data set whose contexts are cut to a length, as its split "validation".
+
+    Documents without an answer of two characters or more are left out.
+
+    Args:
+      path: as for ``datasets.load_dataset``.
+      workdir: the run whose tokenizer counts.
+      context_length: tokens of a context, of which ``ANSWER_LENGTH`` are left free.
+      split: the split to read.
+      options: ``name``, ``data_files`` and ``data_dir`` are those of ``datasets.load_dataset``; the
+        rest is for other tasks.
+    """
+    tokenizer = load_tokenizer(workdir)
+    known = {key: options[key] for key in ("name", "data_files", "data_dir") if key in options}
+    docs = []
+    for doc in datasets.load_dataset(path, split=split, **known):
+        answers = doc["answers"]
+        if answers and len(answers[0]) > 1:
+            short = truncate(doc["context"], answers[0], context_length - ANSWER_LENGTH, tokenizer)
+            docs.append({**doc, "context": short})
+    return {"validation": datasets.Dataset.from_list(docs)}
+
+
+def truncate(context: str, answer: str | None, length: int, tokenizer: Tokenizer) -> str:
+    """Returns at most ``length`` tokens of a context, with where the answer begins in the middle.
+
+    Where there is no answer, or it is not in the context, those are the first ones. An answer near
+    the end has fewer tokens after it.
+
+    Raises:
+      ValueError: for a length below 1.
+    """
+    if length < 1:
+        raise ValueError(f"no context is left: context_length must be above {ANSWER_LENGTH}")
+    context = context.strip()
+    tokens = tokenizer.encode(context.encode(errors="replace"))
+    if len(tokens) <= length:
+        return context
+    found = re.search(re.escape(answer), context, re.IGNORECASE) if answer else None
+    before = context[: found.start()] if found else ""
+    place = len(tokenizer.encode(before.encode(errors="replace")))
+    start = max(0, place - length // 2)
+    return tokenizer.decode(tokens[start : start + length])
+
+
+def prompt(doc: dict[str, Any]) -> str:
+    """Returns ``{context}. {cloze question}``, without marks of paragraphs."""
+    context = re.sub(r"\[(?:PAR|DOC|TLE)\]", "", doc["context"]).strip()
+    question = doc["question"].strip()
+    # Some contexts end in the question itself.
+    while question and context.lower().endswith(question.lower()):
+        context = context[: -len(question)].strip()
+    return f"{context.strip('.')}. {question}"
+
+
+def contains(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Scores 1 where any of the answers is in the continuation, whatever its case."""
+    text = results[0].lower()
+    return {"contains": float(any(answer.lower() in text for answer in doc["answers"]))}

@@ -1,0 +1,184 @@
+"""Times the kernels with every candidate of block sizes on this machine, and keeps the best.
+
+    python -m experiments.tune_kernels [--only=bank_read] [--rounds=15] [--minutes=60]
+
+For each operation, at the sizes of ``check_kernels``, forward and backward together: prints the
+milliseconds of each candidate, and writes the best into the table that kernels choose from, as a
+row of this kind of device. Without a GPU or a TPU it says so, and touches nothing.
+"""
+
+import copy
+import itertools
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+from experiments.check_kernels import Case, cases, is_chosen, passes, reported, seconds
+
+FLAGS = flags.FLAGS
+FLAGS.set_default("minutes", 60)
+
+IMPLEMENTATIONS = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}
+_WARPS = dict(num_warps=(4, 8), num_stages=(1, 2, 3))
+_TRITON = dict(rows=(16, 32, 64, 128)) | _WARPS
+_SWEEP = dict(units=(1, 2, 4, 8), group=(4, 16, 64))
+CANDIDATES = {
+    "affine_update/pallas_gpu": dict(columns=(16, 32, 64)) | _WARPS,
+    "affine_update/pallas_tpu": _SWEEP,
+    "bank_read/pallas_gpu": _TRITON,
+    "bank_read/pallas_tpu": dict(rows=(128, 256, 512), bank_bytes=(2**20, 2**22, 2**23)),
+    "chunk_update/pallas_tpu": _SWEEP,
+    "grouped_read/pallas_gpu": _TRITON,
+    "grouped_read/pallas_tpu": dict(rows=(64, 128, 256, 512)),
+    "ssc_route/pallas_gpu": _TRITON,
+    "ssc_route/pallas_tpu": dict(rows=(128, 256, 512)),
+}
+"""By operation and implementation, the sizes to try of each kind; others stay at the default."""
+
+
+def candidates(name: str) -> list[dict[str, int]]:
+    """All block sizes to try of one operation and implementation."""
+    from memcache_jax.kernels._table import TABLE
+
+    kinds, default = CANDIDATES[name], TABLE[name]["default"]
+    every = itertools.product(*kinds.values())
+    return [{**default, **dict(zip(kinds, sizes, strict=True))} for sizes in every]
+
+
+def deep_memory() -> list[Case]:
+    """The chunked update of a deep memory, which has kernels on TPUs alone."""
+    import jax.numpy as jnp
+
+    import memcache_jax as mc
+
+    b, t, h, k = 2, 4096, 8, 64
+    rng = np.random.default_rng(0)
+    memory = mc.memories.Titans(chunk_size=64)
+
+    def normal(*shape: int) -> Any:
+        return jnp.asarray(rng.standard_normal(shape, np.float32) * k**-0.5, jnp.bfloat16)
+
+    weights = {name: normal(h, *shape) for name, shape in memory.weight_shapes(k, k).items()}
+    tokens = tuple(normal(b, t, h, k) for _ in range(3))
+
+    def call(how: str, weights: Any, query: Any, key: Any, value: Any) -> Any:
+        return mc.memory_caching(
+            *(query, key, value),
+            weights=weights,
+            memory=memory,
+            aggregation=mc.Residual(),
+            segmentation=mc.Constant(2**30),
+            implementation=how,  # pyright: ignore[reportArgumentType]
+        )
+
+    found = [Case(f"chunk_update Titans k={k}", call, (weights, *tokens), 0.0, 0.0)]
+    return [case for case in found if is_chosen(case.name)]
+
+
+def tune(case: Case, implementation: str, timer: Callable[..., float]) -> Iterator[dict[str, Any]]:
+    """Times of one case with every candidate of each operation in it that has any.
+
+    Args:
+      case: the operation and its arrays.
+      implementation: of its kernels.
+      timer: the seconds that a function of the arrays takes.
+
+    Yields:
+      Rows with the case's name, the operation's name and row of the table, the sizes, and
+      ``seconds`` or why they ``failed``.
+    """
+    import jax
+
+    from memcache_jax.kernels._block_sizes import tried
+
+    both = passes(case)["backward"]
+    with tried("", {}) as asked:
+        try:
+            jax.eval_shape(lambda *arrays: both(implementation, *arrays), *case.arrays)
+        except NotImplementedError as e:
+            yield dict(name=case.name, failed=str(e))
+            return
+    for operation, key in sorted(asked):
+        for sizes in candidates(operation):
+            row: dict[str, Any] = dict(name=case.name, operation=operation, key=key, sizes=sizes)
+            with reported(row), tried(operation, sizes):
+                # A function of its own, that JAX has not traced with other sizes.
+                jitted = jax.jit(lambda *arrays: both(implementation, *arrays))
+                row["seconds"] = timer(jitted, *case.arrays)
+            yield row
+
+
+def best(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[str, int]]:
+    """The fastest sizes of each operation and row of the table."""
+    timed = [row for row in rows if "seconds" in row]
+    timed.sort(key=lambda row: row["seconds"], reverse=True)
+    return {(row["operation"], row["key"]): row["sizes"] for row in timed}
+
+
+def render(table: dict[str, Any]) -> str:
+    """The file of a table."""
+    text = json.dumps(table, indent=4, sort_keys=True)
+    text = re.sub(r"([^{\[,])$", r"\1,", text, flags=re.MULTILINE).removesuffix(",")
+    about = (
+        "Block sizes of the kernels: a default each, and what experiments.tune_kernels measured."
+    )
+    return f'"""{about}"""\n\nTABLE = {text}\n'
+
+
+def write(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Writes the table with the best of these rows."""
+    from memcache_jax.kernels._table import TABLE
+
+    table = copy.deepcopy(TABLE)
+    for (operation, key), sizes in best(rows).items():
+        table[operation][key] = sizes
+    path.write_text(render(table))
+
+
+def show(row: dict[str, Any]) -> str:
+    """A row as a line of text."""
+    sizes = " ".join(f"{kind}={size}" for kind, size in row.get("sizes", {}).items())
+    came = f"{1e3 * row['seconds']:.3f} ms" if "seconds" in row else row["failed"]
+    return f"{row['name']:34} {row.get('operation', ''):25} {sizes:44} {came}"
+
+
+def main(argv: list[str]) -> None:
+    """Prints times as they come, and keeps the best after each case."""
+    del argv
+    import jax
+    import jax.numpy as jnp
+
+    from memcache_jax.kernels import _table
+    from memcache_jax.kernels._block_sizes import tuned_for
+
+    device = jax.devices()[0]
+    implementation = IMPLEMENTATIONS.get(device.platform)
+    if implementation is None:
+        print("There is no GPU or TPU here: nothing was timed, and nothing was written.")
+        sys.exit(1)
+    print(f"{device.device_kind}, jax {jax.__version__}\n")
+    end = time.monotonic() + 60 * FLAGS.minutes
+    rows = []
+    for case in [*cases("large", jnp.bfloat16), *deep_memory()]:
+        with tuned_for(device.device_kind):
+            for row in tune(case, implementation, seconds):
+                rows.append(row)
+                print(show(row), flush=True)
+                if time.monotonic() > end:
+                    print(f"Stopped after {FLAGS.minutes} minutes, with {case.name} cut short.")
+                    return
+        write(rows, Path(_table.__file__))
+    print("\nThe best:")
+    for (operation, key), sizes in best(rows).items():
+        print(f"{operation:25} {key}: {sizes}")
+
+
+if __name__ == "__main__":
+    app.run(main)

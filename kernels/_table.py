@@ -1,0 +1,64 @@
+"""Block sizes of the kernels: a default each, and what experiments.tune_kernels measured."""
+
+TABLE = {
+    "affine_update/pallas_gpu": {
+        "default": {
+            "columns": 32,
+            "num_stages": 2,
+            "num_warps": 8,
+        },
+    },
+    "affine_update/pallas_tpu": {
+        "default": {
+            "group": 16,
+            "start_bytes": 4194304,
+            "units": 4,
+            "work": 4,
+        },
+    },
+    "bank_read/pallas_gpu": {
+        "default": {
+            "num_stages": 2,
+            "num_warps": 8,
+            "rows": 64,
+        },
+    },
+    "bank_read/pallas_tpu": {
+        "default": {
+            "bank_bytes": 4194304,
+            "rows": 256,
+        },
+    },
+    "chunk_update/pallas_tpu": {
+        "default": {
+            "group": 16,
+            "start_bytes": 8388608,
+            "units": 1,
+            "work": 12,
+        },
+    },
+    "grouped_read/pallas_gpu": {
+        "default": {
+            "num_stages": 2,
+            "num_warps": 8,
+            "rows": 64,
+        },
+    },
+    "grouped_read/pallas_tpu": {
+        "default": {
+            "rows": 256,
+        },
+    },
+    "ssc_route/pallas_gpu": {
+        "default": {
+            "num_stages": 2,
+            "num_warps": 4,
+            "rows": 32,
+        },
+    },
+    "ssc_route/pallas_tpu": {
+        "default": {
+            "rows": 256,
+        },
+    },
+}

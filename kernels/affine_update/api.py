@@ -1,0 +1,55 @@
+"""Entry point of the affine update."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from memcache_jax._typing import Array
+from memcache_jax.kernels._dispatch import choose
+from memcache_jax.kernels.affine_update import gpu, kernel, reference, tpu
+from memcache_jax.kernels.affine_update.form import AffineChunk
+
+_IMPLEMENTATIONS = {
+    "reference": reference.affine_update,
+    "pallas_tpu": functools.partial(kernel.affine_update, tpu),
+    "pallas_gpu": functools.partial(kernel.affine_update, gpu),
+}
+
+
+def affine_update(
+    chunk: Callable[[Any], AffineChunk],
+    state: Array,
+    rows: Any,
+    *,
+    batch_dims: int,
+    keep: int,
+    implementation: str,
+) -> tuple[Array, Array]:
+    """Carries matrices through chunks that are affine maps of them.
+
+    All but the matrices themselves is known without the recurrence, and is made for all chunks side
+    by side.
+
+    Args:
+      chunk: the map of one chunk, from its rows.
+      state: the first matrices, (*batch, k, v).
+      rows: what ``chunk`` needs, arrays (*batch, chunks, ...).
+      batch_dims: how many leading axes are independent matrices.
+      keep: how many chunks lie between two matrices that are returned; a divisor of their number.
+      implementation: ``"reference"``, ``"pallas_tpu"`` or ``"pallas_gpu"``.
+
+    Returns:
+      The matrices after every ``keep`` chunks (*batch, chunks // keep, k, v), and what the chunks
+      read (*batch, chunks, m, v).
+
+    Raises:
+      ValueError: for an unknown implementation, or a ``keep`` that does not divide the chunks.
+      NotImplementedError: for what a kernel cannot take.
+    """
+    update = choose("affine_update", _IMPLEMENTATIONS, implementation)
+    chunks = jax.tree.leaves(rows)[0].shape[batch_dims]
+    if chunks % keep:
+        raise ValueError(f"keep must divide the number of chunks, got keep={keep} of {chunks}")
+    return update(chunk, state, rows, batch_dims, keep)

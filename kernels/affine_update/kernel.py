@@ -1,0 +1,71 @@
+"""The affine update by a backend's kernels, differentiable.
+
+The maps are made anew in the backward pass, so that of them nothing is kept.
+"""
+
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import jax
+
+from memcache_jax._typing import Array
+from memcache_jax.kernels._block_sizes import block_sizes
+from memcache_jax.kernels._dispatch import check_served
+from memcache_jax.kernels._pallas import dtype_reasons
+from memcache_jax.kernels.affine_update.form import AffineChunk
+
+
+def affine_update(
+    backend: ModuleType,
+    chunk: Callable[[Any], AffineChunk],
+    state: Array,
+    rows: Any,
+    batch_dims: int,
+    keep: int,
+) -> tuple[Array, Array]:
+    """See ``api.affine_update``.
+
+    A backend has ``Blocks``, the block sizes that are tuned, ``plan``, which makes of them how the
+    kernels run or refuses, and ``forward`` and ``backward``.
+    """
+    implementation = f"pallas_{backend.__name__.rsplit('.', 1)[-1]}"
+    dtypes = dtype_reasons(*jax.tree.leaves((state, rows)))
+    check_served("affine_update", implementation, dtypes)
+    batch = state.shape[:batch_dims]
+
+    def flat(x: Array) -> Array:
+        return x.reshape(math.prod(batch), *x.shape[batch_dims:])
+
+    state, rows = flat(state), jax.tree.map(flat, rows)
+    chunks = jax.vmap(jax.vmap(chunk))
+    form, first = jax.eval_shape(lambda state, rows: (chunks(rows), state), state, rows)
+    name = f"affine_update/{implementation}"
+    blocks = block_sizes(backend.Blocks, name, _shape_key(form), form.value.dtype)
+    plan = backend.plan(form, first, keep, blocks)
+
+    @jax.custom_vjp
+    def update(state: Array, rows: Any) -> tuple[Array, Array]:
+        return forward(state, rows)[0]
+
+    def forward(state: Array, rows: Any) -> tuple[tuple[Array, Array], Any]:
+        ends, y, starts = backend.forward(chunks(rows), state, keep, plan)
+        return (ends.astype(state.dtype), y), (rows, starts)
+
+    def backward(residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Array, Any]:
+        rows, starts = residuals
+        form, pull = jax.vjp(chunks, rows)
+        d_form, d_state = backend.backward(form, starts, *cotangents, plan)
+        return d_state.astype(cotangents[0].dtype), *pull(d_form)
+
+    update.defvjp(forward, backward)
+    ends, y = update(state, rows)
+    return ends.reshape(*batch, *ends.shape[1:]), y.reshape(*batch, *y.shape[1:])
+
+
+def _shape_key(form: AffineChunk) -> str:
+    """What block sizes are measured for."""
+    (chunks, writes, values), (rows, keys) = form.value.shape[1:], form.query.shape[2:]
+    erasing = 0 if form.erase is None else form.erase.shape[2]
+    return f"n{chunks} m{rows} w{writes} e{erasing} {keys}x{values}"

@@ -1,0 +1,34 @@
+"""The affine update as a plain scan, differentiated by JAX."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from memcache_jax._typing import Array
+from memcache_jax.kernels.affine_update.form import AffineChunk
+
+
+def affine_update(
+    chunk: Callable[[Any], AffineChunk], state: Array, rows: Any, batch_dims: int, keep: int
+) -> tuple[Array, Array]:
+    """See ``api.affine_update``."""
+
+    def step(matrix: Array, rows: Any) -> tuple[Array, tuple[Array, Array]]:
+        form = chunk(rows)
+        written = form.value
+        if form.erase is not None:
+            written = written.at[: len(form.erase)].add(-jnp.matmul(form.erase, matrix))
+        after = form.decay[:, None] * matrix + jnp.matmul(form.key.T, written)
+        y = jnp.matmul(form.query, matrix) + jnp.matmul(form.scores, written)
+        return after, (after, y)
+
+    def unit(state: Array, rows: Any) -> tuple[Array, Array]:
+        _, (after, y) = lax.scan(step, state, rows)
+        return after[keep - 1 :: keep], y
+
+    for _ in range(batch_dims):
+        unit = jax.vmap(unit)
+    return unit(state, rows)

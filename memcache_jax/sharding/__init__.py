@@ -1,0 +1,13 @@
+"""Meshes of many chips: how parameters, batches and sequences are laid out over them."""
+
+from memcache_jax.sharding.mesh import AXES, constrain, make_mesh
+from memcache_jax.sharding.states import batch_sharding, param_shardings, state_shardings
+
+__all__ = [
+    "AXES",
+    "batch_sharding",
+    "constrain",
+    "make_mesh",
+    "param_shardings",
+    "state_shardings",
+]

@@ -1,0 +1,273 @@
+"""Memory caching over a mesh: rows, heads and the parts of a sequence side by side.
+
+Rows of a batch and heads have nothing to do with each other. Parts of a sequence have little: with
+independent starts every part writes its own segments, and what crosses the mesh is the states at
+their ends and the pooled keys, not a token's activations.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from memcache_jax._arguments import check_arguments
+from memcache_jax._bank import bucket_states
+from memcache_jax._checks import check_choice
+from memcache_jax._typing import Array, Float, Int, State
+from memcache_jax._writing import initial_states, write_blocks
+from memcache_jax.aggregation import Aggregation
+from memcache_jax.caching import (
+    Implementation,
+    Start,
+    check_implementation,
+    memory_caching,
+    split_blocks,
+    widened,
+)
+from memcache_jax.gating import pooled_keys, running_keys, scores
+from memcache_jax.memories import Memory
+from memcache_jax.segmentation import Lengths, Segmentation
+from memcache_jax.sharding.mesh import active_mesh, num_devices, spec
+
+
+def memory_caching_over_mesh(
+    query: Float[Array, "b t h k"],
+    key: Float[Array, "b t h k"],
+    value: Float[Array, "b t h v"],
+    connector: Float[Array, "b t h u"] | None = None,
+    *,
+    memory: Memory,
+    controls: Mapping[str, Array] | None = None,
+    weights: Mapping[str, Array] | None = None,
+    aggregation: Aggregation,
+    segmentation: Segmentation,
+    start: Start = "independent",
+    document_ids: Int[Array, "b t"] | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "b t h v"]:
+    """``memory_caching`` under the mesh of ``jax.set_mesh``; without one, that itself.
+
+    Rows are divided over ``data`` and ``fsdp``, heads over ``tensor``, and time over ``seq``: each
+    part writes its own segments. States at their ends and pooled keys are gathered. Where segments
+    begin with the state before them, the parts' states are carried from one to the next, for rules
+    whose states can be merged, which then write twice.
+
+    Raises:
+      ValueError: as ``memory_caching``; for rows or heads that the mesh does not divide evenly; and
+        over ``seq``, for fewer segments than devices, segments of several lengths, packed
+        documents, the reference, and, with checkpoint starts or ``Logarithmic``, rules whose states
+        cannot be merged.
+    """
+    how: dict[str, Any] = dict(
+        memory=memory,
+        aggregation=aggregation,
+        segmentation=segmentation,
+        start=start,
+        implementation=implementation,
+    )
+    mesh = active_mesh()
+    controls, weights = dict(controls or {}), dict(weights or {})
+    if mesh is None:
+        return memory_caching(
+            query,
+            key,
+            value,
+            connector,
+            controls=controls,
+            weights=weights,
+            document_ids=document_ids,
+            **how,
+        )
+    check_arguments(
+        query,
+        key,
+        value,
+        connector,
+        memory,
+        controls,
+        weights,
+        aggregation,
+        segmentation,
+        document_ids,
+    )
+    check_choice("start", start, ("independent", "checkpoint"))
+    check_implementation(implementation)
+    for name, axis in (("batch", 0), ("heads", 2)):
+        if key.shape[axis] % num_devices(mesh, name):
+            raise ValueError(
+                f"the mesh divides {name} over {num_devices(mesh, name)} devices, "
+                f"got {key.shape[axis]}"
+            )
+    parts, length = num_devices(mesh, "time"), key.shape[1]
+    tokens = (query, key, value, connector)
+    layouts = {
+        name: spec("heads") if control.axes == "h" else spec("batch", "time", "heads")
+        for name, control in memory.controls.items()
+    }
+    if parts > 1:
+        _check_parts(parts, memory, segmentation, start, document_ids, implementation, length)
+        padding = -length % (parts * segmentation.size)
+
+        def pad(x: Array) -> Array:
+            return jnp.pad(x, [(0, padding if axis == 1 else 0) for axis in range(x.ndim)])
+
+        tokens = jax.tree.map(pad, tokens)
+        controls = {
+            name: control if layouts[name] == spec("heads") else pad(control)
+            for name, control in controls.items()
+        }
+
+    def local(tokens: tuple, controls: dict, weights: dict, document_ids: Array | None) -> Array:
+        if parts > 1:
+            return _part(tokens, controls, weights, parts=parts, **how)
+        options = dict(controls=controls, weights=weights, document_ids=document_ids)
+        return memory_caching(*tokens, **options, **how)
+
+    row = spec("batch", "time", "heads")
+    y = jax.shard_map(
+        local,
+        in_specs=(
+            row,
+            {name: layouts[name] for name in controls},
+            spec("heads"),
+            PartitionSpec(*row[:2]),
+        ),
+        out_specs=row,
+        check_vma=False,
+    )(tokens, controls, weights, document_ids)
+    return y[:, :length]
+
+
+def _check_parts(
+    parts: int,
+    memory: Memory,
+    segmentation: Segmentation,
+    start: Start,
+    document_ids: Array | None,
+    implementation: Implementation | None,
+    length: int,
+) -> None:
+    """Raises ValueError for what cannot be divided over time."""
+    plan = segmentation.plan(length)
+    reasons = []
+    if isinstance(segmentation, Lengths):
+        reasons.append(f"segments of one size, got {segmentation}")
+    if plan.num_blocks < parts:
+        reasons.append(
+            f"a segment for each of the {parts} devices, got {length} tokens in {segmentation}"
+        )
+    if document_ids is not None:
+        reasons.append("sequences without document_ids")
+    if implementation == "reference":
+        reasons.append("the fast path, not the reference")
+    if start == "checkpoint" and implementation not in (None, "xla"):
+        reasons.append("independent starts for kernels")
+    if not memory.mergeable and start == "checkpoint":
+        reasons.append(
+            f"independent starts for {type(memory).__name__}, whose states cannot be merged: each "
+            "segment would wait for the one before"
+        )
+    if not memory.mergeable and plan.spans_segments.any() and start == "independent":
+        reasons.append(
+            f"a Constant segmentation for {type(memory).__name__}, whose states cannot be merged"
+        )
+    if reasons:
+        raise ValueError(f"a sequence over several devices (seq > 1) needs {'; '.join(reasons)}")
+
+
+def _part(
+    tokens: tuple,
+    controls: Mapping[str, Array],
+    weights: Mapping[str, Array],
+    *,
+    parts: int,
+    memory: Memory,
+    aggregation: Aggregation,
+    segmentation: Segmentation,
+    start: Start,
+    implementation: Implementation | None,
+) -> Float[Array, "b t h v"]:
+    """The outputs of one part of the sequence, within a ``shard_map``."""
+    query, key, value, connector = tokens
+    dtype, here = value.dtype, key.shape[1]
+    own, plan = segmentation.plan(here), segmentation.plan(parts * here)
+    tokens, weights = widened(memory, query, key, value, connector, controls, weights)
+    blocks, _, rows = split_blocks(memory, tokens, None, own, parts * here)
+    query, key, value, connector, _ = blocks
+
+    def initial(shape: tuple[int, ...]) -> State:
+        return initial_states(memory, weights, shape, key.shape[-1], value.shape[-1], key.dtype)
+
+    carries = start == "checkpoint"
+    live = functools.partial(aggregation.live, memory)
+    how: dict[str, Any] = dict(carries=carries, implementation=implementation)
+    before = initial
+    if carries:
+        first = initial(key.shape[:2])
+        ends, _ = write_blocks(memory, lambda view, query: (), initial, rows, own, **how)
+        prefix = _carry(memory, first, jax.tree.map(lambda x: x[:, :, -1], ends), tokens[4], parts)
+        before = functools.partial(_same, prefix)
+    ends, kept = write_blocks(memory, live, before, rows, own, **how)
+
+    if plan.spans_segments.any() and not carries:
+        # Merging needs the whole states, and of each token no more than its controls.
+        ends, later = _gather((ends, rows[3]))
+        bank, _ = bucket_states(
+            memory, ends, initial, (None, None, None, later, None), plan, None, **how
+        )
+        bank = memory.matrices(bank)
+    else:
+        last = plan.buckets[:, 1] - 1
+        bank = jax.tree.map(lambda x: x[:, :, last], _gather(memory.matrices(ends)))
+
+    count = own.num_blocks
+    begin = lax.axis_index("seq") * count
+
+    def mine(table: Any) -> Array:
+        return lax.dynamic_slice_in_dim(jnp.asarray(table), begin, count)
+
+    reads, distances = mine(plan.reads), mine(plan.distances)
+
+    def score(connector: Array, key: Array) -> tuple[Array, Array]:
+        if aggregation.gate != "content":
+            return scores(connector, None, None, reads, distances, aggregation.gate)
+        own_keys = key.mean(axis=1) if aggregation.pooling == "mean" else key.sum(axis=1)
+        keys = lax.all_gather(own_keys, "seq", axis=0, tiled=True)
+        pooled = pooled_keys(keys[:, None], plan, aggregation.pooling)
+        running = running_keys(key, own, aggregation.pooling)
+        return scores(connector, pooled, running, reads, distances, aggregation.gate)
+
+    gates = aggregation.gates(*jax.vmap(jax.vmap(score))(connector, key))
+    every = jnp.broadcast_to(reads[None], (len(key), *reads.shape))
+    y = aggregation.combine(memory, bank, query, kept, gates, every, implementation=implementation)
+    y = y.reshape(*y.shape[:2], -1, y.shape[-1])
+    return jnp.moveaxis(y, 1, 2).astype(dtype)
+
+
+def _same(state: State, shape: tuple[int, ...]) -> State:
+    """That state, which has the shape."""
+    assert jax.tree.leaves(state)[0].shape[: len(shape)] == shape, "one state for each head"
+    return state
+
+
+def _gather(tree: Any) -> Any:
+    """Of every part, in order, what is there by block: (b, h, n, ...)."""
+    return jax.tree.map(lambda x: lax.all_gather(x, "seq", axis=2, tiled=True), tree)
+
+
+def _carry(memory: Memory, first: State, end: State, controls: Any, parts: int) -> State:
+    """The state before each part, from those after every part alone: one hop for each part."""
+    merge = jax.vmap(jax.vmap(memory.merge))
+    index = lax.axis_index("seq")
+    hops = [(part, part + 1) for part in range(parts - 1)]
+
+    def hop(before: State, _: None) -> tuple[State, None]:
+        passed = lax.ppermute(merge(before, end, controls), "seq", hops)
+        # The first part has none before it.
+        return jax.tree.map(lambda new, old: jnp.where(index > 0, new, old), passed, first), None
+
+    return lax.scan(hop, first, None, length=parts - 1)[0]

@@ -1,0 +1,71 @@
+"""What a plan counts in a compiled program, and what it advises."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from experiments._hlo import collectives
+from memcache_jax.sharding import make_mesh
+from memcache_jax.training import default_config
+
+
+def test_collectives_count_once_for_each_trip_of_a_loop():
+    def part(x):
+        def turn(x, _):
+            return lax.ppermute(x, "seq", [(i, (i + 1) % 8) for i in range(8)]), None
+
+        x = lax.scan(turn, x, None, length=5)[0]
+        return lax.all_gather(x, "seq", axis=0, tiled=True)
+
+    with jax.set_mesh(make_mesh(dict(seq=8))):
+        mapped = jax.shard_map(part, in_specs=P("seq"), out_specs=P(), check_vma=False)
+        text = jax.jit(mapped).lower(jnp.ones((16, 3))).compile().as_text() or ""
+    assert collectives(text) == {
+        "all-gather": (1, 16 * 3 * 4),
+        "collective-permute": (5, 5 * 2 * 3 * 4),
+    }
+
+
+def test_an_asynchronous_collective_counts_once():
+    text = """
+ENTRY %main (x: f32[4]) -> f32[8] {
+  %start = (f32[4]{0}, f32[8]{0}) all-gather-start(%x), dimensions={0}
+  ROOT %done = f32[8]{0} all-gather-done(%start)
+}
+"""
+    assert collectives(text) == {"all-gather": (1, 32)}
+
+
+def test_advice_follows_what_fills_the_memory():
+    from experiments._advice import changes
+
+    config = default_config()
+    config.batch_size = 64
+    mesh = dict(data=4, fsdp=2, seq=1, tensor=1)
+    activations = changes(config, dict(mesh=mesh, hbm=16, state_bytes=1))
+    assert [line.split("=")[0] for line in activations] == [
+        "--config.model.remat",
+        "--config.accumulate",
+        "--config.model.dtype",
+    ]
+    config.model.remat = True
+    state = changes(config, dict(mesh=mesh, hbm=16, state_bytes=15))
+    assert state[0].startswith("--config.mesh.fsdp=8 --config.mesh.data=1")
+
+
+@pytest.mark.slow
+def test_kernels_are_lowered_for_a_gpu_that_is_not_there():
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.check_kernels", "--only=ssc_route,grouped_read"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    assert len([line for line in lines if line.endswith("lowered")]) == 8
+    assert lines[-1].endswith("nothing ran.")

@@ -1,0 +1,70 @@
+"""A study measures each case once, whatever interrupts it."""
+
+import json
+
+import pytest
+from ml_collections import ConfigDict
+
+from experiments._study import Study, markdown, mean_and_spread
+
+CASES = [[dict(name="a", size=n)] for n in (1, 2, 3)]
+
+
+def double(cases):
+    return [dict(value=2 * case["size"]) for case in cases]
+
+
+def fail(cases):
+    if cases[0]["size"] == 3:
+        raise KeyboardInterrupt
+    return double(cases)
+
+
+@pytest.fixture
+def study(tmp_path):
+    made = Study(tmp_path / "run", ConfigDict({"x": (1, 2)}))
+    yield made
+    made.close()
+
+
+def test_an_interrupted_study_measures_only_what_is_missing(study):
+    with pytest.raises(KeyboardInterrupt):
+        study.measure(CASES, fail)
+    study.close()
+    again, measured = Study(study.workdir, ConfigDict()), []
+
+    def measure(cases):
+        measured.extend(cases)
+        return double(cases)
+
+    rows = again.measure([*CASES, [dict(name="b", size=1), dict(name="a", size=1)]], measure)
+    again.close()
+    assert measured == [dict(name="a", size=3), dict(name="b", size=1)]
+    assert [row["value"] for row in rows] == [2, 4, 6, 2, 2]
+    assert len(json.loads((study.workdir / "results.json").read_text())) == 4
+
+
+@pytest.mark.slow
+def test_processes_measure_side_by_side(study):
+    rows = study.measure(CASES, double, workers=2)
+    assert [row["value"] for row in rows] == [2, 4, 6]
+
+
+def test_a_workdir_belongs_to_one_process_and_to_studies(study, tmp_path):
+    with pytest.raises(ValueError, match="another process is writing"):
+        Study(study.workdir, ConfigDict())
+    (tmp_path / "results.json").write_text('{"loss": 1}')
+    with pytest.raises(ValueError, match="results of something else"):
+        Study(tmp_path, ConfigDict())
+    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
+        study.measure(CASES, double, workers=0)
+
+
+def test_tables():
+    assert mean_and_spread([0.5]) == "0.500"
+    assert mean_and_spread([0.5, 0.7]) == "0.600 ± 0.100"
+    assert markdown(["a", "b"], [["x", 0.25]]).splitlines() == [
+        "| a | b     |",
+        "| - | ----- |",
+        "| x | 0.250 |",
+    ]

@@ -1,0 +1,300 @@
+"""The affine update's kernels against chunks written in turn, forward and backward."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import Mesh, PartitionSpec
+
+import memcache_jax as mc
+from memcache_jax._writing import initial_states, write_blocks
+from memcache_jax.caching import full_controls
+from memcache_jax.kernels import _sweep
+from memcache_jax.kernels._pallas import interpret_kernels, lowered_for_gpu
+from memcache_jax.kernels.affine_update import AffineChunk, affine_update, gpu
+from tests.cases import MEMORIES, assert_close, make_inputs, normals, value_and_vjp
+
+KERNELS = ("pallas_tpu", "pallas_gpu")
+AFFINE = {name: memory for name, memory in MEMORIES.items() if memory.is_affine}
+CHUNK = 8
+
+
+def make_rows(memory, chunks, *, batch=2, heads=1):
+    """Rows (b, h, chunks, m, ...) with k = 4 and v = 6, some of them hard to get right."""
+    inputs = make_inputs(memory, chunks * CHUNK, batch=batch, heads=heads, dtype=np.float32)
+    given = jax.tree.map(jnp.asarray, (inputs["controls"], inputs["key"]))
+    controls = full_controls(memory, *given)
+    key, controls = inputs["key"].copy(), {name: np.array(x) for name, x in controls.items()}
+    key[:, 3] = 0.0
+    for name, x in controls.items():
+        if name.startswith("log"):
+            x[:, 5], x[0, CHUNK + 2] = -20.0, -np.inf
+        if name == "beta":
+            x[:, 6] = 0.0
+    value = normals(1, np.float32)(*key.shape[:3], 6)
+
+    def heads_first(x):
+        x = jnp.moveaxis(x, 2, 1)
+        return x.reshape(*x.shape[:2], chunks, CHUNK, *x.shape[3:])
+
+    return jax.tree.map(heads_first, (inputs["query"], key, value, controls))
+
+
+def initial_of(memory):
+    return lambda shape: initial_states(memory, {}, shape, 4, 6, jnp.float32)
+
+
+def written(memory, restarts, rows, implementation):
+    """Ends and online reads of the blocks (b, h, n, chunks, m, ...)."""
+    plan = mc.Constant(rows[1].shape[3] * CHUNK).plan(rows[1].shape[2] * rows[1].shape[3] * CHUNK)
+    first = np.maximum.accumulate(np.where(restarts, np.arange(len(restarts)), 0))
+    plan = type(plan)(plan.block_size, plan.buckets, plan.reads, first)
+    live = functools.partial(mc.GRM().live, memory)
+    return write_blocks(
+        memory,
+        live,
+        initial_of(memory),
+        rows,
+        plan,
+        carries=False,
+        implementation=implementation,
+    )
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("memory", AFFINE.values(), ids=AFFINE)
+def test_kernels_equal_chunks_in_turn(memory, implementation):
+    # Three blocks of one chunk, of which the second goes on from the first.
+    restarts = np.array([True, False, True])
+    rows = jax.tree.map(lambda x: x[:, :, :, None], make_rows(memory, 3))
+
+    def outputs(implementation):
+        def run(*rows):
+            return written(memory, restarts, (*rows, None), implementation)
+
+        return value_and_vjp(run, *rows)
+
+    with interpret_kernels():
+        got = outputs(implementation)
+    wanted = outputs("reference")
+    assert_close(got[0], wanted[0], 1e-6)
+    assert_close(got[1], wanted[1], 2e-6)
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_documents(implementation):
+    memory = AFFINE["swla"]
+    rows = jax.tree.map(lambda x: x[:, :, :, None], make_rows(memory, 3))
+    begun = jnp.zeros((2, 1, 3, 1, CHUNK)).at[0, :, 1, :, 4:].set(1).at[0, :, 2, :, :].set(1)
+    restarts = np.array([True, True, True])
+    with interpret_kernels():
+        got = written(memory, restarts, (*rows, begun), implementation)
+    assert_close(got, written(memory, restarts, (*rows, begun), "reference"), 1e-6)
+
+
+def make_form(units=2, chunks=6, keys=4, values=6, writes=8, erasing=4, dtype=jnp.float32):
+    normal = normals(0)
+
+    def rows(*shape):
+        return jnp.asarray(0.3 * normal(units, chunks, *shape), dtype)
+
+    form = AffineChunk(
+        decay=jnp.exp(-jnp.abs(rows(keys))),
+        value=rows(writes, values),
+        key=rows(writes, keys),
+        query=rows(CHUNK, keys),
+        scores=rows(CHUNK, writes),
+        erase=rows(erasing, keys),
+    )
+    return jnp.asarray(normal(units, keys, values), dtype), form
+
+
+def update(state, form, implementation="pallas_tpu", keep=3):
+    return affine_update(
+        lambda rows: rows, state, form, batch_dims=1, keep=keep, implementation=implementation
+    )
+
+
+@pytest.mark.parametrize("keep", [1, 2, 6])
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_states_are_kept_between_runs(implementation, keep):
+    with interpret_kernels():
+        got = value_and_vjp(
+            lambda *xs: update(*xs, implementation=implementation, keep=keep), *make_form()
+        )
+    wanted = value_and_vjp(
+        lambda *xs: update(*xs, implementation="reference", keep=keep), *make_form()
+    )
+    assert_close(got[0], wanted[0], 1e-6)
+    assert_close(got[1], wanted[1], 2e-6)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_float32_where_integers_have_64_bits(implementation):
+    with interpret_kernels():
+        got = value_and_vjp(lambda *xs: update(*xs, implementation=implementation), *make_form())
+    wanted = value_and_vjp(lambda *xs: update(*xs, implementation="reference"), *make_form())
+    assert_close(got, wanted, 2e-6)
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_bfloat16(implementation):
+    state, form = make_form(dtype=jnp.bfloat16)
+    with interpret_kernels():
+        got = value_and_vjp(lambda *xs: update(*xs, implementation=implementation), state, form)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), (state, form))
+    wanted = value_and_vjp(lambda *xs: update(*xs, implementation="reference"), *wide)
+    assert got[0][1].dtype == jnp.bfloat16
+    assert_close(got[0], wanted[0], 1e-2)
+    assert_close(got[1], wanted[1], 2e-2)
+
+
+def test_wrong_blocks_are_found(monkeypatch):
+    specs = _sweep._specs
+
+    def always_the_first(sweep, lead, index, tree):
+        return specs(sweep, lead, lambda *place: (*index(*place)[:1], *[0] * (lead - 1)), tree)
+
+    monkeypatch.setattr(_sweep, "_specs", always_the_first)
+    with interpret_kernels():
+        got = update(*make_form())
+    with pytest.raises(AssertionError):
+        assert_close(got, update(*make_form(), "reference"), 1e-2)
+
+
+def test_no_races():
+    pltpu.reset_tpu_interpret_mode_state()
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        jax.block_until_ready(value_and_vjp(update, *make_form()))
+    races: Any = interpret_pallas_call.races
+    assert not races.races_found
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_transformations(implementation):
+    state, form = make_form(chunks=3)
+
+    def total(state, form, implementation):
+        def body(state, _):
+            ends, y = jax.checkpoint(lambda *xs: update(*xs, implementation=implementation))(
+                state, form
+            )
+            return ends[:, -1], y.sum()
+
+        return jax.lax.scan(body, state, length=2)[1].sum()
+
+    def gradients(implementation):
+        gradient = jax.vmap(jax.grad(total, argnums=(0, 1)), in_axes=(0, None, None))
+        states = jnp.stack([state, 2 * state])
+        return jax.jit(gradient, static_argnums=2)(states, form, implementation)
+
+    def sharded(implementation):
+        mesh = Mesh(np.array(jax.devices()[:2]), ("units",))
+        spec = PartitionSpec("units")
+        run = functools.partial(update, implementation=implementation)
+        return jax.jit(
+            jax.shard_map(run, mesh=mesh, in_specs=(spec, spec), out_specs=spec, check_vma=False)
+        )(state, form)
+
+    with interpret_kernels():
+        got = gradients(implementation), sharded(implementation)
+    assert_close(got[0], gradients("reference"), 2e-6)
+    assert_close(got[1], update(state, form, "reference"), 1e-6)
+
+
+@pytest.mark.parametrize("erasing", [None, 64])
+def test_lowers_to_triton(erasing):
+    state, form = jax.eval_shape(lambda: make_form(keys=96, values=64, writes=65))
+    form = form._replace(erase=erasing and jax.ShapeDtypeStruct((2, 6, 64, 96), jnp.float32))
+
+    def both(state, form):
+        y, pull = jax.vjp(lambda *xs: update(*xs, implementation="pallas_gpu"), state, form)
+        return pull(y)
+
+    text = lowered_for_gpu(jax.jit(both), state, form)
+    assert "affine_update_forward" in text
+    assert "affine_update_backward" in text
+
+
+# Keys, rows, writes and erasures of a chunk; columns, loads in flight; bytes of shared memory that
+# jaxlib 0.10.2 compiles the backward pass to for an H100.
+COMPILED = [
+    ((128, 64, 64, 64), 32, 1, 32768),
+    ((128, 64, 64, 64), 32, 2, 147456),
+    ((128, 64, 64, 64), 16, 2, 122880),
+    ((128, 64, 128, 64), 32, 2, 221184),
+    ((128, 128, 128, 0), 32, 1, 65536),
+    ((128, 128, 128, 0), 32, 2, 196608),
+    ((128, 128, 128, 0), 64, 2, 262144),
+    ((256, 64, 64, 0), 64, 2, 294912),
+    ((256, 64, 64, 64), 32, 1, 65536),
+    ((256, 64, 64, 64), 32, 3, 516096),
+    ((256, 128, 256, 0), 16, 1, 262144),
+]
+
+
+def shapes_of(keys, rows, writes, erasing):
+    def shape(*sizes) -> Any:
+        return jax.ShapeDtypeStruct((2, 6, *sizes), jnp.float32)
+
+    form = AffineChunk(
+        decay=shape(keys),
+        value=shape(writes, keys),
+        key=shape(writes, keys),
+        query=shape(rows, keys),
+        scores=shape(rows, writes),
+        erase=shape(erasing, keys) if erasing else None,
+    )
+    return jax.ShapeDtypeStruct((2, keys, keys), jnp.float32), form
+
+
+@pytest.mark.parametrize(("chunk", "columns", "stages", "wanted"), COMPILED)
+def test_shared_memory_is_as_compiled(chunk, columns, stages, wanted):
+    _, form = shapes_of(*chunk)
+    got = gpu._shared_bytes(form, gpu.Blocks(columns, 8, stages))
+    assert wanted <= got < 1.1 * wanted
+
+
+@pytest.mark.parametrize(
+    ("chunk", "columns", "stages"),
+    [
+        ((64, 64, 64, 64), 32, 2),
+        ((128, 128, 128, 0), 32, 2),
+        ((128, 128, 128, 0), 64, 1),
+        ((256, 64, 64, 64), 32, 1),
+    ],
+)
+def test_loads_in_flight_fit_into_shared_memory(chunk, columns, stages):
+    state, form = shapes_of(*chunk)
+    assert gpu.plan(form, state, 6, gpu.Blocks(columns, 8, 2)).num_stages == stages
+
+
+def test_what_no_program_can_hold_is_refused():
+    with pytest.raises(NotImplementedError, match="needs 256 KiB, where there are 227"):
+        jax.eval_shape(
+            lambda *xs: update(*xs, implementation="pallas_gpu"), *shapes_of(256, 128, 129, 0)
+        )
+
+
+def test_the_first_call_tells_of_both_passes():
+    message = r"vector memory: forward 4[0-7].* MiB and backward 5.* MiB"
+    with pytest.raises(NotImplementedError, match=message):
+        jax.eval_shape(update, *shapes_of(1024, 16, 16, 0))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_float64_is_not_served(implementation):
+    with pytest.raises(NotImplementedError, match="float64"):
+        update(*make_form(dtype=jnp.float64), implementation)
+
+
+def test_keep_divides_the_chunks():
+    with pytest.raises(ValueError, match="keep=4"):
+        update(*make_form(), keep=4)

@@ -1,0 +1,84 @@
+"""Memory caching over parts of a sequence equals memory caching on one device."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import memcache_jax as mc
+from memcache_jax.sharding import make_mesh
+from memcache_jax.sharding.memory_caching import memory_caching_over_mesh
+from tests.cases import assert_close, make_inputs
+
+CASES = {
+    "soup": (mc.memories.Titans(chunk_size=4, expansion=2), mc.Soup(), mc.Constant(8), {}),
+    "checkpoint": (mc.memories.SWLA(), mc.GRM(), mc.Constant(4), dict(start="checkpoint")),
+    "channels": (mc.memories.GLA(), mc.Residual(), mc.Constant(4), dict(start="checkpoint")),
+    "log, carried on": (mc.memories.SSD(), mc.GRM(), mc.Logarithmic(4), dict(start="checkpoint")),
+    "log": (mc.memories.GLA(), mc.SSC(top_k=2), mc.Logarithmic(4), {}),
+    "a decay of heads": (mc.memories.RetNet(), mc.GRM(pooling="sum"), mc.Constant(4), {}),
+    "positions": (mc.memories.DeltaNet(), mc.GRM(gate="position"), mc.Constant(4), {}),
+    "uniform": (mc.memories.LinearAttention(), mc.GRM(gate="uniform"), mc.Constant(4), {}),
+}
+
+
+def both(function, inputs, **options):
+    """The outputs, and the gradients of their squares, in one program."""
+
+    @jax.jit
+    def run(inputs):
+        y, pull = jax.vjp(lambda inputs: function(**inputs, **options), inputs)
+        return y, pull(2 * y)
+
+    return run(inputs)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("memory", "aggregation", "segmentation", "options"), CASES.values(), ids=CASES
+)
+def test_parts_of_a_sequence(memory, aggregation, segmentation, options):
+    options = dict(memory=memory, aggregation=aggregation, segmentation=segmentation, **options)
+    inputs = make_inputs(memory, 30, batch=1, heads=2)
+    wanted = both(mc.memory_caching, inputs, **options)
+    with jax.set_mesh(make_mesh(dict(seq=4, tensor=2))):
+        got = both(memory_caching_over_mesh, inputs, **options)
+    assert_close(got[0], wanted[0], 1e-12)
+    assert_close(got[1], wanted[1], 1e-10, scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(segmentation=mc.Lengths((8, 16, 8))), "segments of one size, got Lengths"),
+        (dict(segmentation=mc.Constant(2**30)), "a segment for each of the 8 devices, got 32"),
+        (dict(start="checkpoint"), "GatedDeltaNet, whose states cannot be merged"),
+        (dict(segmentation=mc.Logarithmic(4)), "a Constant segmentation for GatedDeltaNet"),
+        (dict(document_ids=jnp.zeros((1, 32), jnp.int32)), "without document_ids"),
+        (dict(implementation="reference"), "not the reference"),
+    ],
+)
+def test_what_cannot_be_divided_over_time(options, message):
+    memory = mc.memories.GatedDeltaNet()
+    inputs = jax.tree.map(jnp.float32, make_inputs(memory, 32, batch=1, heads=2))
+    options = dict(segmentation=mc.Constant(4)) | options
+    with (
+        jax.set_mesh(make_mesh(dict(seq=8))),
+        pytest.raises(ValueError, match=message),
+    ):
+        memory_caching_over_mesh(**inputs, memory=memory, aggregation=mc.GRM(), **options)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [(dict(data=8), "divides batch over 8 devices, got 1"), (dict(tensor=8), "heads over 8")],
+)
+def test_rows_and_heads_must_divide(mesh, message):
+    inputs = make_inputs(mc.memories.LinearAttention(), 32, batch=1, heads=2)
+    inputs = jax.tree.map(jnp.asarray, inputs)
+    with jax.set_mesh(make_mesh(mesh)), pytest.raises(ValueError, match=message):
+        memory_caching_over_mesh(
+            **inputs,
+            memory=mc.memories.LinearAttention(),
+            aggregation=mc.GRM(),
+            segmentation=mc.Constant(4),
+        )

@@ -1,0 +1,64 @@
+"""Meshes, and where parameters lie on them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+import memcache_jax as mc
+from memcache_jax.sharding import AXES, constrain, make_mesh, param_shardings, state_shardings
+
+
+def test_one_axis_takes_what_is_left():
+    mesh = make_mesh(dict(fsdp=-1, tensor=2))
+    assert dict(mesh.shape) == dict(data=1, fsdp=4, seq=1, tensor=2)
+    assert mesh.axis_names == AXES
+
+
+@pytest.mark.parametrize(
+    ("sizes", "slices", "message"),
+    [
+        (dict(model=2), 1, "has the axes data, fsdp, seq, tensor, got model"),
+        (dict(data=3), 1, "8 devices, which a mesh of data=3"),
+        (dict(data=-1, fsdp=-1), 1, "does not fill"),
+        (dict(data=0), 1, "does not fill"),
+        (dict(tensor=8), 2, "multiple of the 2 slices"),
+    ],
+)
+def test_sizes_that_do_not_fit(sizes, slices, message):
+    with pytest.raises(ValueError, match=message):
+        make_mesh(sizes, slices=slices)
+
+
+def test_parameters_follow_the_names_of_their_axes():
+    mesh = make_mesh(dict(fsdp=4, tensor=2))
+    mixer = mc.nn.MemoryCachingMixer(mc.memories.Titans(4), mc.GRM(), mc.Constant(8))
+    config = mc.nn.LanguageModelConfig(
+        vocab_size=257, num_layers=2, features=32, num_heads=2, mixers=(mixer,)
+    )
+    state = jax.eval_shape(
+        lambda: nnx.split(mc.nn.LanguageModel(config, rngs=nnx.Rngs(0)), nnx.Param)[1]
+    )
+    shardings = param_shardings(state, mesh)
+    specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
+    block = specs["layers"]["blocks"][0]
+    assert block["mixer"]["query"]["kernel"] == P(None, "fsdp", "tensor")
+    assert block["mixer"]["out"]["kernel"] == P(None, "tensor", "fsdp")
+    assert block["mixer"]["weights"]["W2"] == P(None, "tensor", None, None)
+    assert block["mlp"]["down"]["kernel"] == P(None, "tensor", "fsdp")
+    # 257 ids are not divided by two.
+    assert specs["embedding"]["embedding"] == P(None, "fsdp")
+    params = nnx.to_pure_dict(state)
+    adam = state_shardings(optax.adam(1e-3), params, shardings, mesh)[0]
+    assert jax.tree.map(lambda s: s.spec, adam.mu) == specs
+    assert adam.count.spec == P()
+
+
+def test_without_a_mesh_nothing_changes():
+    x = jnp.ones((3, 5))
+    assert constrain(x, "batch", None) is x
+    with jax.set_mesh(jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))):
+        np.testing.assert_array_equal(constrain(x, "batch", None), x)

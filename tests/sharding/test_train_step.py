@@ -1,0 +1,124 @@
+"""A train step on eight devices gives the loss and the gradient of one device."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import memcache_jax as mc
+from memcache_jax.sharding import AXES, batch_sharding, make_mesh
+from memcache_jax.training.step import abstract_state, create_state, make_train_step
+
+MIXERS = {
+    "titans grm": mc.nn.MemoryCachingMixer(mc.memories.Titans(4, 2), mc.GRM(), mc.Constant(4)),
+    "gated_deltanet ssc": mc.nn.MemoryCachingMixer(
+        mc.memories.GatedDeltaNet(), mc.SSC(top_k=2), mc.Constant(4)
+    ),
+    "swla log_linear": mc.nn.MemoryCachingMixer(mc.memories.SWLA(), mc.GRM(), mc.Logarithmic(4)),
+    "transformer": mc.nn.AttentionMixer(),
+}
+MESHES = [
+    (8, 1, 1, 1),
+    (1, 8, 1, 1),
+    (1, 1, 8, 1),
+    (1, 1, 1, 8),
+    (2, 2, 2, 1),
+    (1, 2, 2, 2),
+]
+# A rate of one: the change of a parameter is its gradient.
+OPTIMIZER = optax.sgd(1.0)
+TOKENS = np.random.default_rng(0).integers(0, 16, (8, 33)).astype(np.int32)
+
+
+def model(name, dtype):
+    return mc.nn.LanguageModelConfig(
+        vocab_size=16,
+        num_layers=1,
+        features=32,
+        num_heads=8,
+        mlp_features=32,
+        mixers=(MIXERS[name],),
+        dtype=dtype,
+        param_dtype=dtype,
+    )
+
+
+@functools.lru_cache
+def on_one_device(name, dtype):
+    graph, _ = abstract_state(model(name, dtype), OPTIMIZER)
+    state = create_state(model(name, dtype), OPTIMIZER, 0)
+    return jax.device_get(make_train_step(graph, OPTIMIZER)(state, jnp.asarray(TOKENS)))
+
+
+def on_mesh(name, dtype, shape, **options):
+    mesh = make_mesh(dict(zip(AXES, shape, strict=True)))
+    with jax.set_mesh(mesh):
+        graph, target = abstract_state(model(name, dtype), OPTIMIZER, mesh)
+        state = create_state(model(name, dtype), OPTIMIZER, 0, target)
+        tokens = jax.device_put(TOKENS, batch_sharding(mesh))
+        return jax.device_get(make_train_step(graph, OPTIMIZER, **options)(state, tokens))
+
+
+def assert_same(got, wanted, tolerance):
+    (state, metrics), (state_wanted, metrics_wanted) = got, wanted
+    np.testing.assert_allclose(metrics["loss"], metrics_wanted["loss"], rtol=tolerance)
+    scale = metrics_wanted["gradient_norm"]
+    np.testing.assert_allclose(metrics["gradient_norm"], scale, rtol=10 * tolerance)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=0, atol=tolerance * scale),
+        state.params,
+        state_wanted.params,
+    )
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_mesh_gives_the_gradient_of_one_device(name, shape):
+    got = on_mesh(name, jnp.float32, shape)
+    assert_same(got, on_one_device(name, jnp.float32), 1e-5)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", [name for name in MIXERS if name != "transformer"])
+def test_all_axes_at_once_in_float64(name):
+    # Attention is left out: JAX has its softmax in float32.
+    got = on_mesh(name, jnp.float64, (1, 2, 2, 2))
+    assert_same(got, on_one_device(name, jnp.float64), 1e-10)
+
+
+def test_parts_of_a_batch_give_the_same_gradient():
+    got = on_mesh("transformer", jnp.float32, (4, 1, 1, 2), accumulate=2)
+    assert_same(got, on_one_device("transformer", jnp.float32), 1e-5)
+
+
+def test_no_token_crosses_the_mesh_within_the_memory():
+    from memcache_jax.sharding.memory_caching import memory_caching_over_mesh
+
+    shape, size = (2, 512, 2, 8), 64
+    rows = jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def loss(q, k, v, u):
+        y = memory_caching_over_mesh(
+            *(q, k, v, u),
+            memory=mc.memories.LinearAttention(),
+            aggregation=mc.GRM(),
+            segmentation=mc.Constant(size),
+        )
+        return jnp.sum(y**2)
+
+    with jax.set_mesh(make_mesh(dict(seq=8))) as _:
+        sharding = jax.NamedSharding(jax.sharding.get_mesh(), jax.P(None, "seq"))
+        rows = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+        text = (
+            jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(*[rows] * 4).compile().as_text()
+            or ""
+        )
+    found = re.findall(r"= f32\[([\d,]+)\]\S* (?:all-\w+|reduce-scatter|collective)", text)
+    sizes = [int(np.prod([int(n) for n in dims.split(",")])) for dims in found]
+    states = shape[0] * shape[2] * shape[1] // size * shape[3] ** 2
+    assert states in sizes
+    assert max(sizes) == states < np.prod(shape)
