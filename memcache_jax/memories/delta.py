@@ -10,11 +10,11 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import solve_triangular
 
 from memcache_jax._typing import Array, Bool, Controls, Float
 from memcache_jax.kernels.affine_update import AffineChunk
 from memcache_jax.memories._decay import channel_scores, decay_matrix, start_decay
+from memcache_jax.memories._triangular import solve_unit_lower
 from memcache_jax.memories.base import NEAR_ONE, Control
 from memcache_jax.memories.matrix import ChannelChunk, DecayChunk, MatrixMemory, MatrixState
 
@@ -50,7 +50,7 @@ class _DeltaMemory(MatrixMemory):
         del anchor
         decay, mixing, system = self._system(key, controls)
         recalled = decay[:, None] * jnp.matmul(key, state.matrix)
-        added = _solved(system, controls["beta"][:, None] * (value - recalled))
+        added = solve_unit_lower(system, controls["beta"][:, None] * (value - recalled))
         chunk = DecayChunk(state.matrix, decay, mixing, key, added)
         return MatrixState(chunk.end()), chunk
 
@@ -65,7 +65,7 @@ class _DeltaMemory(MatrixMemory):
         """Solves for what a chunk's tokens add to nothing, and for what they recall."""
         decay, mixing, system = self._system(key, controls)
         sides = jnp.concatenate([value, decay[:, None] * key], axis=1)
-        solved = _solved(system, controls["beta"][:, None] * sides)
+        solved = solve_unit_lower(system, controls["beta"][:, None] * sides)
         added, recalled = jnp.split(solved, [value.shape[1]], axis=1)
         return DecayChunk(before.matrix, decay, mixing, key, added).affine(query, recalled)
 
@@ -80,12 +80,7 @@ class _DeltaMemory(MatrixMemory):
         log_alpha, beta = _log_alpha(controls), controls["beta"]
         mixing = decay_matrix(log_alpha)
         overlap = jnp.tril(mixing * jnp.matmul(key, key.T), -1)
-        system = jnp.eye(len(beta), dtype=key.dtype) + beta[:, None] * overlap
-        return start_decay(log_alpha), mixing, system
-
-
-def _solved(system: Float[Array, "m m"], sides: Float[Array, "m n"]) -> Float[Array, "m n"]:
-    return solve_triangular(system, sides, lower=True, unit_diagonal=True)
+        return start_decay(log_alpha), mixing, beta[:, None] * overlap
 
 
 def _log_alpha(controls: Controls) -> Array:
@@ -194,7 +189,7 @@ class RWKV7(MatrixMemory):
         del anchor
         recall, to_written, system = self._system(key, controls)
         recalled = jnp.matmul(recall, state.matrix) + jnp.matmul(to_written, value)
-        chunk = _erasing(state, key, value, _solved(system, -recalled), controls)
+        chunk = _erasing(state, key, value, solve_unit_lower(system, -recalled), controls)
         return MatrixState(chunk.end()), chunk
 
     def affine(
@@ -207,7 +202,9 @@ class RWKV7(MatrixMemory):
     ) -> AffineChunk:
         """Solves for what a chunk's tokens erase of each other, and for what they recall."""
         recall, to_written, system = self._system(key, controls)
-        solved = _solved(system, jnp.concatenate([-jnp.matmul(to_written, value), recall], axis=1))
+        solved = solve_unit_lower(
+            system, jnp.concatenate([-jnp.matmul(to_written, value), recall], axis=1)
+        )
         erased, recalled = jnp.split(solved, [value.shape[1]], axis=1)
         return _erasing(before, key, value, erased, controls).affine(query, recalled)
 
@@ -222,7 +219,7 @@ class RWKV7(MatrixMemory):
         before = jnp.pad(start_decay(log_w)[:-1], ((1, 0), (0, 0)), constant_values=1.0)
         to_erased = channel_scores(kappa, controls["a"] * kappa, log_w, before=True)
         to_written = channel_scores(kappa, key, log_w, before=True)
-        return kappa * before, to_written, jnp.eye(len(key), dtype=key.dtype) + to_erased
+        return kappa * before, to_written, to_erased
 
 
 def _erasing(

@@ -20,25 +20,37 @@ KERNELS = {
     "grouped_read": ("forward", "backward"),
     "ssc_route": ("forward", "backward"),
     "chunk_update": ("forward", "backward"),
+    "affine_update": ("forward", "backward"),
 }
-STEPS = {"titans_grm": ("chunk_update", "bank_read")}
+STEPS = {
+    "titans_grm": ("chunk_update", "bank_read"),
+    "gated_delta_net_ssc": ("affine_update", "ssc_route", "grouped_read"),
+}
 
 
-@pytest.mark.slow
-@pytest.mark.tpu
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
-@pytest.mark.parametrize("topology", TOPOLOGIES.values(), ids=TOPOLOGIES)
-def test_kernels_compile(topology):
+needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
+
+
+def printed(module, topology):
+    """The lines that a program prints, which compiles for a topology."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compile_for_tpu", topology],
+        [sys.executable, "-m", f"tests.kernels.{module}", topology],
         env=environment,
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    compiled = json.loads(run.stdout.splitlines()[-1])
+    return run.stdout.splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+@needs_libtpu
+@pytest.mark.parametrize("topology", TOPOLOGIES.values(), ids=TOPOLOGIES)
+def test_kernels_compile(topology):
+    compiled = json.loads(printed("compile_for_tpu", topology)[-1])
     assert len(compiled) == 5
     for case, names in compiled.items():
         operation = case.split(",")[0]
@@ -48,22 +60,16 @@ def test_kernels_compile(topology):
 
 @pytest.mark.slow
 @pytest.mark.tpu
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
-@pytest.mark.parametrize(("model", "operations"), STEPS.items(), ids=STEPS)
-def test_train_steps_compile(model, operations):
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compile_train_step", "v5e:2x2", model],
-        env=environment,
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    name, _, *kernels = run.stdout.split()
-    wanted = {f"{op}_{kernel}" for op in operations for kernel in KERNELS[op]}
-    assert name == model
-    assert {*kernels} == wanted
+@needs_libtpu
+@pytest.mark.parametrize("topology", TOPOLOGIES.values(), ids=TOPOLOGIES)
+def test_train_steps_compile(topology):
+    lines = [line.split() for line in printed("compile_train_step", topology)]
+    assert {name: set(kernels) for name, _, *kernels in lines} == {
+        model: {
+            f"{operation}_{kernel}" for operation in operations for kernel in KERNELS[operation]
+        }
+        for model, operations in STEPS.items()
+    }
 
 
 def test_what_does_not_fit_is_told():
