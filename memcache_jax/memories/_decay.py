@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from memcache_jax._typing import Array, Bool, Float
 
-_BLOCK = 8  # tokens of a per-channel product that are compared pair by pair
 _ZERO = -1e6  # the log of a decay that is as good as zero, in any sum
 
 
@@ -75,8 +74,9 @@ def channel_scores(
 ) -> Float[Array, "m m"]:
     """Returns A[t, j] = sum over c of x[t, c] key[j, c] prod over j < i <= t of decay[i, c].
 
-    Tokens are compared pair by pair inside blocks of a few; between blocks the product is split at
-    the later block's start, so that no factor exceeds one however strong the decays.
+    Blocks double in size, from single tokens. Between the halves of a block the product is split
+    where they meet, so that no factor exceeds one however strong the decays, and all is matrix
+    products.
 
     Args:
       x: what reads.
@@ -84,29 +84,31 @@ def channel_scores(
       log_decay: logs of the decays, <= 0.
       before: x[t] reads before token t decays and writes: j < t, and the product ends at t - 1.
     """
-    size, channels = x.shape
-    blocks = -(-size // _BLOCK)
+    size = len(x)
+    filled = 1 << (size - 1).bit_length()
 
     def split(rows: Array) -> Array:
-        rows = jnp.pad(rows, ((0, blocks * _BLOCK - size), (0, 0)))
-        return rows.reshape(blocks, _BLOCK, channels)
+        return jnp.pad(rows, ((0, filled - size), (0, 0)))[:, None]
 
-    x, key, log_decay = split(x), split(key), split(jnp.maximum(log_decay, _ZERO))
-    within = jax.vmap(pairwise_sums)(log_decay)  # (w, s, s, k)
-    since_start = jax.vmap(running_sum)(log_decay)  # (w, s, k)
-    to_end = within[:, -1]
-    between = jnp.pad(pairwise_sums(since_start[:, -1]), ((1, 0), (0, 0), (0, 0)))[:-1]
-    causal = jnp.tri(_BLOCK, k=-1 if before else 0, dtype=bool)
-    if before:
-        within = jnp.pad(within, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1]
-        since_start = jnp.pad(since_start, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+    x, key, since = split(x), split(key), split(jnp.maximum(log_decay, _ZERO))
+    to_end = jnp.zeros_like(since)
+    scores = jnp.einsum("wik,wjk->wij", x, jnp.zeros_like(key) if before else key)
+    while len(scores) > 1:
+        reach = since[1::2]
+        if before:
+            reach = jnp.pad(reach, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+        readers, writers = x[1::2] * jnp.exp(reach), key[::2] * jnp.exp(to_end[::2])
+        corner = jnp.einsum("wik,wjk->wij", readers, writers)
+        upper = jnp.concatenate([scores[::2], jnp.zeros_like(corner)], axis=2)
+        lower = jnp.concatenate([corner, scores[1::2]], axis=2)
+        scores = jnp.concatenate([upper, lower], axis=1)
+        first, second = since[::2, -1:], since[1::2, -1:]
+        since = _joined(since[::2], first + since[1::2])
+        to_end = _joined(to_end[::2] + second, to_end[1::2])
+        x, key = _joined(x[::2], x[1::2]), _joined(key[::2], key[1::2])
+    return scores[0, :size, :size]
 
-    near = jnp.where(causal[None, :, :, None], jnp.exp(within), 0.0)
-    near = jnp.einsum("aijk,ajk->aijk", near, key)
-    near = jnp.einsum("aik,aijk->aij", x, near)
-    earlier = jnp.tri(blocks, k=-1, dtype=bool)[:, :, None, None]
-    far = jnp.where(earlier, jnp.exp(to_end[None] + between[:, :, None]), 0.0)
-    far = jnp.einsum("abjk,bjk->abjk", far, key)
-    far = jnp.einsum("aik,abjk->aibj", x * jnp.exp(since_start), far)
-    scores = far + jnp.einsum("aij,ab->aibj", near, jnp.eye(blocks, dtype=near.dtype))
-    return scores.reshape(blocks * _BLOCK, -1)[:size, :size]
+
+def _joined(first: Float[Array, "w s k"], second: Float[Array, "w s k"]) -> Array:
+    """Neighbouring blocks as one."""
+    return jnp.concatenate([first, second], axis=1)

@@ -217,8 +217,10 @@ class RWKV7(MatrixMemory):
         """
         log_w, kappa = controls["log_w"], controls["kappa"]
         before = jnp.pad(start_decay(log_w)[:-1], ((1, 0), (0, 0)), constant_values=1.0)
-        to_erased = channel_scores(kappa, controls["a"] * kappa, log_w, before=True)
-        to_written = channel_scores(kappa, key, log_w, before=True)
+        scores = jax.vmap(
+            lambda written: channel_scores(kappa, written, log_w, before=True),
+        )
+        to_erased, to_written = scores(jnp.stack([controls["a"] * kappa, key]))
         return kappa * before, to_written, to_erased
 
 
