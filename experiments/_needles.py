@@ -2,7 +2,6 @@
 
 import itertools
 import pydoc_data.topics
-import re
 import uuid
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -33,10 +32,9 @@ class Needle(NamedTuple):
     value: str
 
 
-def essay() -> str:
-    """Prose that every Python brings: the help texts of the language."""
-    text = " ".join(pydoc_data.topics.topics.values())
-    return re.sub(r"\s+", " ", text)
+def essay() -> list[str]:
+    """Words of prose that every Python brings: the help texts of the language."""
+    return " ".join(pydoc_data.topics.topics.values()).split()
 
 
 def needle(
@@ -46,7 +44,7 @@ def needle(
     *,
     count: Callable[[str], int],
     random: np.random.RandomState,
-    prose: str,
+    prose: Sequence[str],
 ) -> Needle:
     """One sample of S-NIAH: the longest haystack of whole words with which it fits.
 
@@ -56,7 +54,7 @@ def needle(
       depth: where the needle is, from 0, the beginning, to 1.
       count: tokens of a text.
       random: draws the key, the value, and where the prose begins.
-      prose: a long text.
+      prose: the words of a long text.
 
     Raises:
       ValueError: for another task or depth, or a length that leaves no room for a haystack.
@@ -70,10 +68,10 @@ def needle(
     if task == 3:
         value = str(uuid.UUID(bytes=random.bytes(16), version=4))
     # Noise in lines, as RULER has it; words of prose are joined by spaces.
-    words = NOISE.split()
+    words: Sequence[str] = NOISE.split()
     ends = {len(words) - 1: "\n"}
     if task > 1:
-        words, ends = prose.split(), {}
+        words, ends = prose, {}
     begin = 0 if task == 1 else random.randint(len(words))
 
     def prompt(size: int) -> str:

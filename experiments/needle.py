@@ -33,6 +33,9 @@ _TASK = (
 )
 
 
+_AT_ONCE = 8  # rows that are continued together
+
+
 def needle_config() -> Any:
     """Returns the settings of the study, which files under ``configs/`` change."""
     config = ConfigDict()
@@ -143,30 +146,35 @@ def measure_ruler(cases: list[Case]) -> list[Row]:
     def count(text: str) -> int:
         return len(tokenizer.encode(text.encode()))
 
-    grid = []
-    for length in case["lengths"]:
-        grid.append([])
-        for depth in depths:
-            needles = [
-                needle(case["task"], length, depth, count=count, random=random, prose=prose)
-                for _ in range(samples)
+    def accuracies(length: int) -> list[float]:
+        """At each depth; one shape for all prompts of a length."""
+        needles = [
+            needle(case["task"], length, depth, count=count, random=random, prose=prose)
+            for depth in depths
+            for _ in range(samples)
+        ]
+        room = max(count(f" {each.value}") for each in needles) + 4
+        texts = []
+        for begin in range(0, len(needles), _AT_ONCE):
+            rows = [
+                tokenizer.encode(needles[i % len(needles)].prompt.encode())
+                for i in range(begin, begin + _AT_ONCE)
             ]
-            rows = [tokenizer.encode(each.prompt.encode()) for each in needles]
-            room = max(count(f" {each.value}") for each in needles) + 4
-            texts = []
-            for begin in range(0, samples, 8):
-                some = rows[begin : begin + 8]
-                prompt = np.zeros((len(some), max(map(len, some))), np.int32)
-                for line, row in zip(prompt, some, strict=True):
-                    line[: len(row)] = row
-                lengths = np.array([len(row) for row in some])
-                tokens = mc.generate(model, prompt, room, lengths=lengths, temperature=0.0)
-                texts += [
-                    tokenizer.decode(np.asarray(line)[n : n + room].tolist())
-                    for line, n in zip(tokens, lengths, strict=True)
-                ]
-            grid[-1].append(found(needles, texts))
-    return [dict(accuracy=grid)]
+            prompt = np.zeros((len(rows), length), np.int32)
+            for line, row in zip(prompt, rows, strict=True):
+                line[: len(row)] = row
+            lengths = np.array([len(row) for row in rows])
+            tokens = mc.generate(model, prompt, room, lengths=lengths, temperature=0.0)
+            texts += [
+                tokenizer.decode(np.asarray(line)[n : n + room].tolist())
+                for line, n in zip(tokens, lengths, strict=True)
+            ]
+        return [
+            found(needles[i : i + samples], texts[i : i + samples])
+            for i in range(0, len(needles), samples)
+        ]
+
+    return [dict(accuracy=[accuracies(length) for length in case["lengths"]])]
 
 
 def _depths(count: int) -> list[float]:

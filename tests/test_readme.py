@@ -72,3 +72,12 @@ def test_what_it_points_to_exists():
     assert modules
     missing = {name for name in [*links, *files, *modules] if not (ROOT / name).exists()}
     assert not missing
+
+
+def test_it_names_every_program_and_target():
+    programs = {path.stem for path in (ROOT / "experiments").glob("[!_]*.py")}
+    assert programs == set(re.findall(r"experiments\.(\w+)", README))
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
+    pages = README + (ROOT / "CONTRIBUTING.md").read_text() + (ROOT / "docs/pods.md").read_text()
+    named = set(re.findall(r"make ([\w-]+)", pages))
+    assert set(targets) - named == {"clean"}

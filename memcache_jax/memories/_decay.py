@@ -4,7 +4,6 @@ Sums run over exactly the tokens of each product: differences of one running sum
 small decays that follow a strong one. A decay of exactly zero (a log of -inf) may be given.
 """
 
-import jax
 import jax.numpy as jnp
 
 from memcache_jax._typing import Array, Bool, Float

@@ -28,7 +28,9 @@ def test_a_prompt_has_its_length_and_its_needle_at_its_depth(task, depth):
 
 
 def test_needles_that_cannot_be():
-    options: dict[str, Any] = dict(count=len, random=np.random.RandomState(0), prose="a b. c")
+    options: dict[str, Any] = dict(
+        count=len, random=np.random.RandomState(0), prose=["a", "b.", "c"]
+    )
     for arguments, match in (
         ((4, 900, 0.5), "task must be"),
         ((1, 900, 2.0), "depth must be"),
