@@ -16,7 +16,8 @@ from memcache_jax.kernels.affine_update import AffineChunk
 from memcache_jax.memories._decay import channel_scores, decay_matrix, start_decay
 from memcache_jax.memories._triangular import solve_unit_lower
 from memcache_jax.memories.base import NEAR_ONE, Control
-from memcache_jax.memories.matrix import ChannelChunk, DecayChunk, MatrixMemory, MatrixState
+from memcache_jax.memories.channel import ChannelChunk
+from memcache_jax.memories.matrix import DecayChunk, MatrixMemory, MatrixState
 
 
 class _DeltaMemory(MatrixMemory):

@@ -3,8 +3,9 @@
 from memcache_jax.training.checkpoint import CheckpointError, load_model
 from memcache_jax.training.config import default_config
 from memcache_jax.training.distributed import initialize
-from memcache_jax.training.loop import StoppedError, train
+from memcache_jax.training.loop import train
 from memcache_jax.training.models import model_config, model_options, preset_config
+from memcache_jax.training.signals import StoppedError
 
 __all__ = [
     "CheckpointError",

@@ -7,11 +7,9 @@ import math
 import os
 import shutil
 import signal
-import threading
 from collections.abc import Sequence
 from io import TextIOBase
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -45,6 +43,7 @@ from memcache_jax.training.report import (
     replace_file,
     write_report,
 )
+from memcache_jax.training.signals import StoppedError, StopSignal
 from memcache_jax.training.step import (
     abstract_state,
     create_state,
@@ -56,17 +55,6 @@ from memcache_jax.training.step import (
 _log = logging.getLogger(__name__)
 
 _FINISHED = (*EXPORTS, RESULTS_FILE)  # what is left at the end
-
-
-class StoppedError(Exception):
-    """A signal ended the run, after its checkpoint was saved."""
-
-    def __init__(self, step: int, signal_number: int) -> None:
-        super().__init__(
-            f"{signal.Signals(signal_number).name}: stopped after step {step}, with a checkpoint. "
-            "The same command with --config.resume=True goes on from there."
-        )
-        self.step, self.signal_number = step, signal_number
 
 
 def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -104,7 +92,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
             _log.info("The run in %s is complete, at step %d.", run.workdir, run.step)
             return results
         if run.step < config.steps:
-            with _StopSignal() as stop:
+            with StopSignal() as stop:
                 run.train(stop)
         return run.finish()
 
@@ -126,31 +114,6 @@ def config_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh | 
             f"got {config.batch_size}"
         )
     return mesh
-
-
-class _StopSignal:
-    """Notes the first SIGINT or SIGTERM, for the loop to look at; a second one acts at once."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_StopSignal":
-        # Python lets only the main thread handle signals; elsewhere they stay the caller's.
-        # Of several processes JAX takes SIGTERM, and all are told: see ``should_stop``.
-        alone = jax.process_count() == 1
-        if alone and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        self.number = number
-        self.__exit__()
 
 
 class _Run:
@@ -245,7 +208,7 @@ class _Run:
                 *(before, self.config.steps),
             )
 
-    def train(self, stop: _StopSignal) -> None:
+    def train(self, stop: StopSignal) -> None:
         """Makes the updates that are left.
 
         Raises:

@@ -1,0 +1,109 @@
+"""Matrix memories whose key channels decay apart."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from memcache_jax._typing import Array, Controls, Float
+from memcache_jax.kernels.affine_update import AffineChunk
+from memcache_jax.memories._decay import channel_scores, end_decay, start_decay
+from memcache_jax.memories.base import Control
+from memcache_jax.memories.matrix import MatrixMemory, MatrixState
+
+
+class ChannelChunk(NamedTuple):
+    """A chunk of a memory whose key channels decay apart, with one or more writes per token.
+
+    M_t = M diag(decay[t]) + sum over writes w and tokens j <= t of
+    values[w, j] (keys[w, j] * (prod over j < i <= t of decays_i))^T.
+    """
+
+    matrix: Float[Array, "k v"]
+    log_decay: Float[Array, "m k"]
+    keys: Float[Array, "w m k"]
+    values: Float[Array, "w m v"]
+
+    def end(self) -> Float[Array, "k v"]:
+        """The matrix after the last token."""
+        keys = self.keys * end_decay(self.log_decay)[None]
+        kept = start_decay(self.log_decay)[-1][:, None] * self.matrix
+        return kept + jnp.einsum("wmk,wmv->kv", keys, self.values)
+
+    def affine(
+        self, x: Float[Array, "m k"], erase: Float[Array, "erasing k"] | None = None
+    ) -> AffineChunk:
+        """The chunk as a map of a matrix, as ``DecayChunk`` has it."""
+        decay = start_decay(self.log_decay)
+        scores = jax.vmap(channel_scores, in_axes=(None, 0, None))(x, self.keys, self.log_decay)
+        return AffineChunk(
+            decay=decay[-1],
+            value=self.values.reshape(-1, self.values.shape[-1]),
+            key=(self.keys * end_decay(self.log_decay)[None]).reshape(-1, x.shape[-1]),
+            query=decay * x,
+            scores=jnp.moveaxis(scores, 0, 1).reshape(len(x), -1),
+            erase=erase,
+        )
+
+    def apply(self, x: Float[Array, "m k"]) -> Float[Array, "m v"]:
+        """The product of M_t with row t of x."""
+        scores = jax.vmap(channel_scores, in_axes=(None, 0, None))(x, self.keys, self.log_decay)
+        old = jnp.matmul(x * start_decay(self.log_decay), self.matrix)
+        return old + jnp.einsum("wtj,wjv->tv", scores, self.values)
+
+
+@dataclasses.dataclass(frozen=True)
+class GLA(MatrixMemory):
+    """Gated linear attention: M_t = M_{t-1} diag(alpha_t) + v_t k_t^T (arXiv:2312.06635).
+
+    Control: ``log_alpha`` (b, t, h, k), <= 0, one decay per key channel.
+
+    Example:
+      >>> import memcache_jax as mc
+      >>> mc.memories.GLA().controls["log_alpha"].axes
+      'b t h k'
+    """
+
+    largest_chunk: ClassVar[int] = 64
+
+    @property
+    def controls(self) -> Mapping[str, Control]:
+        """log_alpha, near 0: log sigmoid over 16, as in the paper."""
+        return {
+            "log_alpha": Control(
+                "b t h k", activation=jax.nn.log_sigmoid, scale=1 / 16, bias=1.0, forget=-jnp.inf
+            )
+        }
+
+    def step(
+        self,
+        state: MatrixState,
+        anchor: MatrixState,
+        key: Float[Array, "k"],
+        value: Float[Array, "v"],
+        controls: Controls,
+    ) -> MatrixState:
+        """Decays each channel, and adds the outer product of one token."""
+        del anchor
+        kept = jnp.exp(controls["log_alpha"])[:, None] * state.matrix
+        return MatrixState(kept + jnp.outer(key, value))
+
+    def write(
+        self,
+        state: MatrixState,
+        anchor: MatrixState,
+        key: Float[Array, "m k"],
+        value: Float[Array, "m v"],
+        controls: Controls,
+    ) -> tuple[MatrixState, ChannelChunk]:
+        """Adds a chunk in one matrix product."""
+        del anchor
+        chunk = ChannelChunk(state.matrix, controls["log_alpha"], key[None], value[None])
+        return MatrixState(chunk.end()), chunk
+
+    def merge(self, left: MatrixState, right: MatrixState, controls: Controls) -> MatrixState:
+        """The earlier matrix, decayed over the later run, and the later one."""
+        decay = jnp.exp(controls["log_alpha"].sum(axis=0))
+        return MatrixState(decay[:, None] * left.matrix + right.matrix)

@@ -1,0 +1,44 @@
+"""Signals that end a run after a checkpoint."""
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import jax
+
+
+class StoppedError(Exception):
+    """A signal ended the run, after its checkpoint was saved."""
+
+    def __init__(self, step: int, signal_number: int) -> None:
+        super().__init__(
+            f"{signal.Signals(signal_number).name}: stopped after step {step}, with a checkpoint. "
+            "The same command with --config.resume=True goes on from there."
+        )
+        self.step, self.signal_number = step, signal_number
+
+
+class StopSignal:
+    """Notes the first SIGINT or SIGTERM, for the loop to look at; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        # Python lets only the main thread handle signals; elsewhere they stay the caller's.
+        # Of several processes JAX takes SIGTERM, and all are told: see ``should_stop``.
+        alone = jax.process_count() == 1
+        if alone and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        self.number = number
+        self.__exit__()
