@@ -5,11 +5,13 @@
 Prints, for each kernel forward and backward: milliseconds, TFLOP/s, the share of a large bfloat16
 matmul's rate and of a large copy's bandwidth measured in the same run, and the XLA path. Beside the
 whole operation there is causal flash attention (cuDNN) at equal sizes, and flash-linear-attention's
-kernels where torch and it are installed. Without a GPU the kernels are lowered for one, and the
-program says that nothing ran.
+kernels where torch and it are installed. Without a GPU the kernels are compiled for one, where the
+packages for that are installed (``experiments.schedules`` names them), else lowered to Triton's IR,
+and the program says that nothing ran.
 """
 
 import contextlib
+import functools
 import importlib
 import itertools
 import json
@@ -17,10 +19,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from absl import app, flags
+
+from experiments._kernel_cases import Case, cases, passes
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("only", None, "Parts of names, such as bank_read, to run those alone.")
@@ -32,142 +36,12 @@ flags.DEFINE_string("json", None, "File to write the table to.")
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
-class Case(NamedTuple):
-    """One operation at one size.
-
-    Attributes:
-      name: of the operation and its size.
-      call: (implementation, *arrays) to the outputs that are differentiable.
-      arrays: what it is differentiated for.
-      flops: of the forward pass; the backward pass has twice as many.
-      bytes: that the forward pass must read and write at least.
-    """
-
-    name: str
-    call: Callable[..., Any]
-    arrays: tuple
-    flops: float
-    bytes: float
-
-
-def cases(size: str, dtype: Any) -> list[Case]:
-    """The operations at the sizes for correctness (``"small"``) or for times (``"large"``)."""
-    import jax
-    import jax.numpy as jnp
-
-    import memcache_jax as mc
-    from memcache_jax.kernels.bank_read import bank_read
-    from memcache_jax.kernels.grouped_read import grouped_read
-    from memcache_jax.kernels.ssc_route import ssc_route
-
-    small = size == "small"
-    rng = np.random.default_rng(0)
-    found = []
-
-    def normal(*shape: int, scale: float = 1.0) -> Any:
-        return jnp.asarray(rng.standard_normal(shape, np.float32) * scale, dtype)
-
-    for k in (32, 64, 96, 128) if small else (64, 128):
-        b, h, n, c, s = (1, 2, 5, 80, 2) if small else (2, 8, 64, 256, 4)
-        plan = mc.Constant(c).plan(n * c)
-        bank = (normal(b, h, n - 1, k, k, scale=k**-0.5),)
-        query, gates = normal(b, h, n, c, k), normal(b, h, n, c, n - 1)
-        read = mc.memories.LinearAttention().read
-        pairs, item = b * h * n * (n - 1) / 2, jnp.dtype(dtype).itemsize
-        rows = b * h * n * c
-        found.append(
-            Case(
-                f"bank_read k={k}",
-                lambda how, bank, query, gates, read=read, plan=plan: bank_read(
-                    read, bank, query, gates, plan.reads, implementation=how
-                ),
-                (bank, query, gates),
-                2 * pairs * c * k * k,
-                item * (2 * rows * k + rows * (n - 1) / 2 + b * h * n * k * k),
-            )
-        )
-        states = jnp.asarray(rng.integers(0, n - 1, (b, h, n, c, s)))
-        chosen = normal(b, h, n, c, s)
-        found.append(
-            Case(
-                f"grouped_read k={k} s={s}",
-                lambda how, bank, query, gates, read=read, states=states: grouped_read(
-                    read, bank, query, gates, states, implementation=how
-                ),
-                (bank, query, chosen),
-                2 * rows * s * k * k,
-                item * (2 * rows * s * k + b * h * n * k * k),
-            )
-        )
-        pooled, online = normal(b, h, n - 1, k), normal(b, h, n, c)
-        found.append(
-            Case(
-                f"ssc_route u={k} s={s}",
-                lambda how, u, pooled, online, plan=plan, s=s: ssc_route(
-                    u, pooled, online, plan.reads, s, implementation=how
-                )[:2],
-                (query, pooled, online),
-                2 * pairs * c * k,
-                item * rows * (k + 2 * s),
-            )
-        )
-        tokens = [normal(b, n * c, h, k, scale=k**-0.5) for _ in range(4)]
-        for memory in (mc.memories.SSD(), mc.memories.GatedDeltaNet()):
-            controls = {
-                name: -0.1 * jax.nn.sigmoid(normal(b, n * c, h))
-                if name == "log_alpha"
-                else jax.nn.sigmoid(normal(b, n * c, h))
-                for name in memory.controls
-            }
-            m, segment = memory.largest_chunk, c if small else 2**30
-            found.append(
-                Case(
-                    f"chunk_update {type(memory).__name__} k={k}",
-                    lambda how, q, key, v, u, controls, memory=memory, segment=segment: (
-                        mc.memory_caching(
-                            *(q, key, v, u),
-                            controls=controls,
-                            memory=memory,
-                            aggregation=mc.Residual(),
-                            segmentation=mc.Constant(segment),
-                            start="checkpoint",
-                            implementation=how,
-                        )
-                    ),
-                    (*tokens, controls),
-                    rows * (4 * m * k + 4 * k * k),
-                    item * 4 * rows * k,
-                )
-            )
-    return [case for case in found if is_chosen(case.name)]
-
-
-def is_chosen(name: str) -> bool:
-    """Whether a case is to run: all are, or those that have a part of ``--only``."""
-    return FLAGS.only is None or any(part in name for part in FLAGS.only)
-
-
-def passes(case: Case) -> dict[str, Callable]:
-    """The forward pass, and forward and backward, as functions of an implementation."""
-    import jax
-    import jax.numpy as jnp
-
-    def forward(how: str, *arrays: Any) -> Any:
-        return case.call(how, *arrays)
-
-    def both(how: str, *arrays: Any) -> Any:
-        y, pull = jax.vjp(lambda *arrays: case.call(how, *arrays), *arrays)
-        return y, pull(jax.tree.map(jnp.cos, y))
-
-    return {"forward": forward, "backward": both}
-
-
 def errors() -> Iterator[dict[str, Any]]:
     """Of each kernel the largest error against float64 on the CPU, and whether it is too large."""
     import jax.numpy as jnp
 
     for dtype in reversed(TOLERANCE):
-        for case in cases("small", jnp.dtype(dtype)):
+        for case in cases("small", jnp.dtype(dtype), FLAGS.only):
             row: dict[str, Any] = dict(name=case.name, kind=dtype)
             with reported(row):
                 row["error"] = _error(case)
@@ -226,7 +100,7 @@ def table() -> Iterator[dict[str, Any]]:
     bandwidth = 2 * block.nbytes / seconds(jax.jit(lambda a: a + 1), block)
     yield dict(name="matmul 8192, bfloat16", tflops=rate / 1e12)
     yield dict(name="copy 1 GiB", gbytes=bandwidth / 1e9)
-    for case in cases("large", jnp.bfloat16):
+    for case in cases("large", jnp.bfloat16, FLAGS.only):
         for kind, function in passes(case).items():
             row: dict[str, Any] = dict(name=case.name, kind=kind)
             jitted = jax.jit(function, static_argnums=0)
@@ -299,29 +173,36 @@ def _flash_linear_attention() -> Iterator[dict[str, Any]]:
                 yield dict(name=name, kind=kind, seconds=seconds(run))
 
 
-def lower() -> list[tuple[str, str]]:
-    """Lowers every kernel for a GPU that is not there; what each one came to."""
+def compiled() -> Iterator[dict[str, Any]]:
+    """Kernels compiled for a GPU that is not there; where no compiler is either, lowered for it."""
     import jax
     import jax.numpy as jnp
 
+    from experiments._compilers import KERNEL, NoCompilerError, gpu_figures
     from memcache_jax.kernels._pallas import lowered_for_gpu
 
-    rows = []
-    for case in cases("small", jnp.bfloat16):
-        jitted: Any = jax.jit(passes(case)["backward"], static_argnums=0)
-        try:
-            text = lowered_for_gpu(jitted, "pallas_gpu", *case.arrays)
-            rows.append((case.name, "lowered" if "triton" in text else "NO KERNEL"))
-        except NotImplementedError as e:
-            rows.append((case.name, f"refused: {e}"))
-    return rows
+    for case in cases("small", jnp.bfloat16, FLAGS.only, abstract=True):
+        both = functools.partial(passes(case)["backward"], "pallas_gpu")
+        found: dict[str, dict[str, int]] = {}
+        row: dict[str, Any] = dict(name=case.name, good=False)
+        with reported(row):
+            try:
+                found = gpu_figures(both, *case.arrays)
+            except NoCompilerError:
+                text = lowered_for_gpu(jax.jit(both), *case.arrays).as_text()
+                found = {kernel: {} for kernel in sorted(set(KERNEL.findall(text)))}
+        if not found:
+            yield dict(failed="no kernel in the program") | row
+        for kernel, figures in found.items():
+            yield dict(name=case.name, kind=kernel, good=True) | figures
 
 
 def show(row: dict[str, Any]) -> str:
     """A row as a line of text."""
     marks = dict(error="{:.1e}", seconds="{:.3f} ms", xla="XLA {:.3f} ms", tflops="{:.1f} TFLOP/s")
     marks |= dict(of_matmul="{:.0%} of matmul", of_copy="{:.0%} of copy", gbytes="{:.0f} GB/s")
-    parts = [f"{row['name']:40} {row.get('kind', ''):9}"]
+    marks |= dict(registers="{} registers", spilled="{} bytes spilled")
+    parts = [f"{row['name']:40} {row.get('kind', ''):23}"]
     for name, mark in marks.items():
         if name in row:
             scale = 1e3 if name in ("seconds", "xla") else 1
@@ -336,15 +217,11 @@ def main(argv: list[str]) -> None:
     del argv
     import jax
 
-    if not any(device.platform == "gpu" for device in jax.devices()):
-        for name, what in lower():
-            print(f"{name:36} {what}")
-        print("\nThere is no GPU here: kernels were lowered for one, and nothing ran.")
-        return
+    with_gpu = any(device.platform == "gpu" for device in jax.devices())
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n")
     end = time.monotonic() + 60 * FLAGS.minutes
     rows = []
-    for row in itertools.chain(errors(), table()):
+    for row in itertools.chain(errors(), table()) if with_gpu else compiled():
         rows.append(row)
         print(show(row), flush=True)
         if FLAGS.json:
@@ -353,6 +230,9 @@ def main(argv: list[str]) -> None:
         if time.monotonic() > end:
             print(f"Stopped after {FLAGS.minutes} minutes; the rest was not run.")
             break
+    if not with_gpu:
+        what = "compiled" if any("registers" in row for row in rows) else "lowered, not compiled,"
+        print(f"\nThere is no GPU here: kernels were {what} for one, and nothing ran.")
     if not all(row.get("good", True) for row in rows):
         sys.exit(1)
 

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from experiments.check_kernels import Case, cases, is_chosen, passes, reported, seconds
+from experiments._kernel_cases import Case, cases, is_chosen, passes
+from experiments.check_kernels import reported, seconds
 
 FLAGS = flags.FLAGS
 FLAGS.set_default("minutes", 60)
@@ -79,7 +80,7 @@ def deep_memory() -> list[Case]:
         )
 
     found = [Case(f"chunk_update Titans k={k}", call, (weights, *tokens), 0.0, 0.0)]
-    return [case for case in found if is_chosen(case.name)]
+    return [case for case in found if is_chosen(case.name, FLAGS.only)]
 
 
 def tune(case: Case, implementation: str, timer: Callable[..., float]) -> Iterator[dict[str, Any]]:
@@ -166,7 +167,7 @@ def main(argv: list[str]) -> None:
     print(f"{device.device_kind}, jax {jax.__version__}\n")
     end = time.monotonic() + 60 * FLAGS.minutes
     rows = []
-    for case in [*cases("large", jnp.bfloat16), *deep_memory()]:
+    for case in [*cases("large", jnp.bfloat16, FLAGS.only), *deep_memory()]:
         with tuned_for(device.device_kind):
             for row in tune(case, implementation, seconds):
                 rows.append(row)

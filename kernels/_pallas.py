@@ -39,12 +39,12 @@ def interpret_kernels() -> Iterator[None]:
         _INTERPRETED.reset(token)
 
 
-def lowered_for_gpu(jitted: Any, *arguments: Any) -> str:
-    """The program of a jitted function for an NVIDIA GPU, which need not be here."""
+def lowered_for_gpu(jitted: Any, *arguments: Any) -> jax.stages.Lowered:
+    """A jitted function lowered for an NVIDIA GPU, which need not be here."""
     # From JAX 0.11 on Triton's lowering asks for which one.
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        return jitted.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+        return jitted.trace(*arguments).lower(lowering_platforms=("cuda",))
 
 
 def for_each(count: int, body: Callable[[Any, Any], Any], first: Any) -> Any:

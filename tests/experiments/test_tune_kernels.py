@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import memcache_jax as mc
-from experiments.check_kernels import Case
+from experiments._kernel_cases import Case
 from experiments.tune_kernels import CANDIDATES, best, candidates, render, tune, write
 from memcache_jax.kernels import _table
 from memcache_jax.kernels._block_sizes import block_sizes, tuned_for

@@ -217,7 +217,7 @@ def test_lowers_to_triton(erasing):
         y, pull = jax.vjp(lambda *xs: update(*xs, implementation="pallas_gpu"), state, form)
         return pull(y)
 
-    text = lowered_for_gpu(jax.jit(both), state, form)
+    text = lowered_for_gpu(jax.jit(both), state, form).as_text()
     assert "affine_update_forward" in text
     assert "affine_update_backward" in text
 

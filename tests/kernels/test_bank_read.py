@@ -281,7 +281,7 @@ def test_triton_kernels_lower(k):
     function = jax.jit(
         lambda *xs: jax.vjp(lambda *xs: read(*xs, implementation="pallas_gpu"), *xs)[1](xs[1])
     )
-    text = lowered_for_gpu(function, *arrays)
+    text = lowered_for_gpu(function, *arrays).as_text()
     for kernel in ("backward_rows", "backward_bank"):
         assert f"bank_read_{kernel}" in text
 

@@ -188,7 +188,7 @@ def test_triton_kernels_lower():
     function = jax.jit(
         lambda *xs: jax.vjp(lambda *xs: operation(*xs, implementation="pallas_gpu"), *xs)[1](xs[1])
     )
-    text = lowered_for_gpu(function, *arrays)
+    text = lowered_for_gpu(function, *arrays).as_text()
     for kernel in ("backward_rows", "backward_bank"):
         assert f"grouped_read_{kernel}" in text
 

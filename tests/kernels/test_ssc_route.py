@@ -151,7 +151,7 @@ def lowered(states):
     return lowered_for_gpu(
         jax.jit(lambda *xs: value_and_vjp(route, *xs)),
         *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
-    )
+    ).as_text()
 
 
 def test_as_many_states_as_a_gpus_registers_hold():
@@ -176,6 +176,6 @@ def test_triton_kernels_lower():
     function = jax.jit(
         lambda *xs: value_and_vjp(lambda *xs: operation(*xs, implementation="pallas_gpu"), *xs)
     )
-    text = lowered_for_gpu(function, *arrays)
+    text = lowered_for_gpu(function, *arrays).as_text()
     for kernel in ("forward", "backward_rows", "backward_keys"):
         assert f"ssc_route_{kernel}" in text

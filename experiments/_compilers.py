@@ -1,0 +1,177 @@
+"""Compiles kernels for chips that need not be here: a program's kernels, and their figures."""
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from experiments._schedules import Figures, bundles, launches, registers
+from memcache_jax.kernels._pallas import lowered_for_gpu
+
+TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+"""Kinds of TPU, and a topology of each."""
+
+GPU = "h200"
+
+_CUDA = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+
+KERNEL = re.compile(
+    "(?:affine_update|bank_read|chunk_update|grouped_read|ssc_route)_(?:back|for)ward(?:_[a-z]+)*"
+)
+"""Name of a kernel, in the names that compilers give it."""
+
+# Limits that XLA would ask the driver for: NVIDIA's tables of the H200 and of capability 9.0.
+_H200 = """
+gpu_device_info {
+  name: "NVIDIA H200"
+  cuda_compute_capability { major: 9 }
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  device_memory_size: 151397597184
+  memory_bandwidth: 4800000000000
+  l2_cache_size: 52428800
+  threads_per_warp: 32
+  threads_per_core_limit: 2048
+  threads_per_block_limit: 1024
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  shared_memory_per_core: 233472
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+}
+platform_name: "CUDA"
+device_description_str: "NVIDIA H200"
+"""
+
+
+class NoCompilerError(ImportError):
+    """What compiles for a chip is not installed; says how to."""
+
+
+def tpu_figures(chip: str, function: Callable[..., Any], *arguments: Any) -> dict[str, Figures]:
+    """Compiles a function for a TPU; ``bundles`` of its kernels.
+
+    Args:
+      chip: one of ``TPUS``; the same one in all calls of a process.
+      function: what has kernels.
+      *arguments: their shapes.
+
+    Raises:
+      NoCompilerError: if libtpu is not installed.
+      RuntimeError: if a kernel's schedule was not written.
+    """
+    device, dumped = _tpu(chip)
+    folder = Path(dumped.name)
+    for path in folder.iterdir():
+        path.unlink()
+    compiled = jax.jit(function).lower(*_placed(arguments, device)).compile()
+    calls = [line for line in (compiled.as_text() or "").splitlines() if "tpu_custom_call" in line]
+    found = {}
+    for path in folder.glob("*[0-9]-final_bundles.txt"):
+        if name := KERNEL.search(path.name):
+            assert name[0] not in found, "each kernel once"
+            found[name[0]] = bundles(path.read_text())
+    if missing := set(KERNEL.findall("\n".join(calls))) - set(found):
+        raise RuntimeError(f"libtpu wrote no schedule of {', '.join(sorted(missing))}")
+    return found
+
+
+@functools.cache
+def _tpu(chip: str) -> tuple[Any, tempfile.TemporaryDirectory]:
+    """A device that need not be here, and the folder that its compiler writes to."""
+    if not importlib.util.find_spec("libtpu"):
+        raise NoCompilerError("pip install libtpu")
+    folder = tempfile.TemporaryDirectory()
+    os.environ.pop("XLA_FLAGS", None)  # libtpu ends a process that has flags unknown to it
+    os.environ.update(
+        TPU_SKIP_MDS_QUERY="1",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+        LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={folder.name} --xla_jf_dump_llo_text=true"
+        " --xla_jf_dump_llo_pass_label_regex=final_bundles",
+    )
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[chip])
+    return topology.devices[0], folder
+
+
+def gpu_figures(function: Callable[..., Any], *arguments: Any) -> dict[str, Figures]:
+    """Compiles a function for an H200; ``registers`` and ``launches`` of its kernels.
+
+    Raises:
+      NoCompilerError: if the packages that compile are not installed.
+    """
+    device, ptxas = _gpu()
+    lowered = lowered_for_gpu(jax.jit(function), *_placed(arguments, device))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        lowered.compile(compiler_options={"xla_dump_to": name})
+        (thunks,) = folder.glob("*.thunk_sequence.txt")
+        launched = launches(thunks.read_text())
+        found = {}
+        for path in folder.glob("*.ptx"):
+            text = path.read_text()
+            if any(f".entry {kernel}(" in text for kernel in KERNEL.findall(text)):
+                command = [ptxas, "-v", "--gpu-name=sm_90a", path, "-o", os.devnull]
+                told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+                found |= registers(told)
+    return {name: found[name] | launched[name] for name in found if KERNEL.fullmatch(name)}
+
+
+@functools.cache
+def _gpu() -> tuple[Any, str]:
+    """A device that need not be here, and the assembler."""
+    ptxas = _ptxas()
+    if not ptxas or not any(map(importlib.util.find_spec, _CUDA)):
+        raise NoCompilerError("pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12")
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name=GPU, target_config=_H200, topology="1x1x1"
+    )
+    return topology.devices[0], ptxas
+
+
+def _ptxas() -> str | None:
+    packages = importlib.util.find_spec("nvidia")
+    for folder in packages.submodule_search_locations or () if packages else ():
+        for path in Path(folder).glob("*/bin/ptxas"):
+            return str(path)
+    return shutil.which("ptxas")
+
+
+def _placed(arguments: Any, device: Any) -> Any:
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
+    )
+
+
+def compiler(chip: str) -> str:
+    """Name and version of what compiles for one of ``TPUS``, or for ``GPU``.
+
+    Raises:
+      NoCompilerError: if it is not installed.
+    """
+    versions = dict(jaxlib=importlib.metadata.version("jaxlib"))
+    if chip == GPU:
+        _, ptxas = _gpu()
+        told = subprocess.run([ptxas, "--version"], capture_output=True, text=True, check=True)
+        versions["ptxas"] = re.findall(r"V([\d.]+)", told.stdout)[0]
+    else:
+        _tpu(chip)
+        versions["libtpu"] = importlib.metadata.version("libtpu")
+    return ", ".join(f"{name} {version}" for name, version in versions.items())

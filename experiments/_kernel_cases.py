@@ -1,0 +1,148 @@
+"""The operations that kernels serve, at the sizes that programs check, time and compile."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import memcache_jax as mc
+from memcache_jax.kernels.bank_read import bank_read
+from memcache_jax.kernels.grouped_read import grouped_read
+from memcache_jax.kernels.ssc_route import ssc_route
+
+
+class Case(NamedTuple):
+    """One operation at one size.
+
+    Attributes:
+      name: of the operation and its size.
+      call: (implementation, *arrays) to the outputs that are differentiable.
+      arrays: what it is differentiated for.
+      flops: of the forward pass; the backward pass has twice as many.
+      bytes: that the forward pass must read and write at least.
+    """
+
+    name: str
+    call: Callable[..., Any]
+    arrays: tuple
+    flops: float
+    bytes: float
+
+
+def is_chosen(name: str, only: Sequence[str] | None) -> bool:
+    """Whether a case is to run: all are, or those whose names have a part of ``only``."""
+    return only is None or any(part in name for part in only)
+
+
+def cases(
+    size: str, dtype: Any, only: Sequence[str] | None = None, *, abstract: bool = False
+) -> list[Case]:
+    """The operations at the sizes for correctness (``"small"``) or for times (``"large"``).
+
+    Args:
+      size: which sizes.
+      dtype: of all arrays.
+      only: parts of names, to have those cases alone.
+      abstract: shapes and dtypes in place of arrays, to compile for.
+    """
+    small = size == "small"
+    rng = np.random.default_rng(0)
+    found = []
+
+    def normal(*shape: int, scale: float = 1.0, of: Callable = lambda x: x) -> Any:
+        if abstract:
+            return jax.ShapeDtypeStruct(shape, dtype)
+        return of(jnp.asarray(rng.standard_normal(shape, np.float32) * scale, dtype))
+
+    for k in (32, 64, 96, 128) if small else (64, 128):
+        b, h, n, c, s = (1, 2, 5, 80, 2) if small else (2, 8, 64, 256, 4)
+        plan = mc.Constant(c).plan(n * c)
+        bank = (normal(b, h, n - 1, k, k, scale=k**-0.5),)
+        query, gates = normal(b, h, n, c, k), normal(b, h, n, c, n - 1)
+        read = mc.memories.LinearAttention().read
+        pairs, item = b * h * n * (n - 1) / 2, jnp.dtype(dtype).itemsize
+        rows = b * h * n * c
+        found.append(
+            Case(
+                f"bank_read k={k}",
+                lambda how, bank, query, gates, read=read, plan=plan: bank_read(
+                    read, bank, query, gates, plan.reads, implementation=how
+                ),
+                (bank, query, gates),
+                2 * pairs * c * k * k,
+                item * (2 * rows * k + rows * (n - 1) / 2 + b * h * n * k * k),
+            )
+        )
+        states = jnp.asarray(rng.integers(0, n - 1, (b, h, n, c, s)))
+        chosen = normal(b, h, n, c, s)
+        found.append(
+            Case(
+                f"grouped_read k={k} s={s}",
+                # The compiler must not sort constants beforehand.
+                lambda how, bank, query, gates, read=read, states=states: grouped_read(
+                    *(read, bank, query, gates, jax.lax.optimization_barrier(states)),
+                    implementation=how,
+                ),
+                (bank, query, chosen),
+                2 * rows * s * k * k,
+                item * (2 * rows * s * k + b * h * n * k * k),
+            )
+        )
+        pooled, online = normal(b, h, n - 1, k), normal(b, h, n, c)
+        found.append(
+            Case(
+                f"ssc_route u={k} s={s}",
+                lambda how, u, pooled, online, plan=plan, s=s: ssc_route(
+                    u, pooled, online, plan.reads, s, implementation=how
+                )[:2],
+                (query, pooled, online),
+                2 * pairs * c * k,
+                item * rows * (k + 2 * s),
+            )
+        )
+        tokens = [normal(b, n * c, h, k, scale=k**-0.5) for _ in range(4)]
+        for memory in (mc.memories.SSD(), mc.memories.GatedDeltaNet()):
+            controls = {
+                name: normal(b, n * c, h, of=_log_decay if name == "log_alpha" else jax.nn.sigmoid)
+                for name in memory.controls
+            }
+            m, segment = memory.largest_chunk, c if small else 2**30
+            found.append(
+                Case(
+                    f"chunk_update {type(memory).__name__} k={k}",
+                    lambda how, q, key, v, u, controls, memory=memory, segment=segment: (
+                        mc.memory_caching(
+                            *(q, key, v, u),
+                            controls=controls,
+                            memory=memory,
+                            aggregation=mc.Residual(),
+                            segmentation=mc.Constant(segment),
+                            start="checkpoint",
+                            implementation=how,
+                        )
+                    ),
+                    (*tokens, controls),
+                    rows * (4 * m * k + 4 * k * k),
+                    item * 4 * rows * k,
+                )
+            )
+    return [case for case in found if is_chosen(case.name, only)]
+
+
+def _log_decay(x: Any) -> Any:
+    return -0.1 * jax.nn.sigmoid(x)
+
+
+def passes(case: Case) -> dict[str, Callable]:
+    """The forward pass, and forward and backward, as functions of an implementation."""
+
+    def forward(how: str, *arrays: Any) -> Any:
+        return case.call(how, *arrays)
+
+    def both(how: str, *arrays: Any) -> Any:
+        y, pull = jax.vjp(lambda *arrays: case.call(how, *arrays), *arrays)
+        return y, pull(jax.tree.map(jnp.cos, y))
+
+    return {"forward": forward, "backward": both}

@@ -1,0 +1,112 @@
+"""Compiles every kernel with no device, and prints what it came to beside what it came to before.
+
+    python -m experiments.schedules [--chips=v5e,v5p,v6e,h200] [--only=bank_read] [--json=FILE]
+
+TPUs, with libtpu installed: the bundles of each kernel, and of each loop's body. GPU, with the
+packages installed that compile for CUDA (jax-cuda12-plugin, jax-cuda12-pjrt and
+nvidia-cuda-nvcc-cu12): registers of a thread, bytes that it spills, threads and shared memory.
+Nothing runs: the figures tell that a kernel has changed, not how fast it is. Those of an earlier
+time are kept in ``experiments/schedules.json``.
+"""
+
+import concurrent.futures
+import functools
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+# Devices come from the compilers alone; arrays, if any, live on the CPU.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax.numpy as jnp
+from absl import flags
+
+from experiments._compilers import (
+    GPU,
+    TPUS,
+    NoCompilerError,
+    compiler,
+    gpu_figures,
+    tpu_figures,
+)
+from experiments._kernel_cases import cases, is_chosen, passes
+from experiments._program import run
+from experiments._schedules import changes
+from experiments._tpu_cases import tpu_cases
+
+_CHIPS = flags.DEFINE_list("chips", [*TPUS, GPU], "Chips to compile for.")
+_ONLY = flags.DEFINE_list("only", None, "Parts of names, such as bank_read, to compile alone.")
+_JSON = flags.DEFINE_string("json", None, "File to write the figures to; other chips' stay in it.")
+
+KEPT = Path(__file__).with_suffix(".json")
+
+
+def measure(chip: str, only: Sequence[str] | None) -> dict[str, Any]:
+    """Compiles all kernels for a chip; its ``compiler``, and the figures of ``kernels``.
+
+    Args:
+      chip: one of ``TPUS``, or ``GPU``.
+      only: parts of cases' names, to compile those alone.
+
+    Raises:
+      NoCompilerError: if what compiles for this chip is not installed.
+    """
+    version = compiler(chip)
+    kernels = {}
+    if chip == GPU:
+        for case in cases("large", jnp.bfloat16, only, abstract=True):
+            both = functools.partial(passes(case)["backward"], "pallas_gpu")
+            found = gpu_figures(both, *case.arrays)
+            kernels |= {f"{case.name}: {name}": figures for name, figures in found.items()}
+    else:
+        for case, (both, arguments) in tpu_cases().items():
+            found = tpu_figures(chip, both, *arguments) if is_chosen(case, only) else {}
+            kernels |= {f"{case}: {name}": figures for name, figures in found.items()}
+    return dict(compiler=version, kernels=dict(sorted(kernels.items())))
+
+
+def show(chip: str, found: dict[str, Any], kept: dict[str, Any]) -> Iterator[str]:
+    """Lines of one chip: each kernel's figures, and what differs from those that were kept."""
+    yield f"{chip}, {found['compiler']}"
+    for kernel, figures in found["kernels"].items():
+        yield f"  {kernel:60} " + "  ".join(f"{name} {n}" for name, n in figures.items())
+    if not kept:
+        yield "  None were kept to compare to."
+        return
+    before = {
+        name: figures
+        for name, figures in kept["kernels"].items()
+        if is_chosen(name.split(":")[0], _ONLY.value)
+    }
+    different = changes(found["kernels"], before)
+    yield f"  {len(different) or 'None'} different from those kept ({kept['compiler']})."
+    yield from (f"    {words}" for words in different)
+
+
+def main() -> None:
+    """Compiles for one chip after another."""
+    kept = json.loads(KEPT.read_text())
+    if unknown := set(_CHIPS.value) - {*TPUS, GPU}:
+        raise ValueError(f"chips are {', '.join([*TPUS, GPU])}, got {', '.join(sorted(unknown))}")
+    figures = {}
+    # Each chip's compiler in a process of its own: libtpu serves one kind of TPU, with flags.
+    processes = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, processes, max_tasks_per_child=1) as pool:
+        for chip in _CHIPS.value:
+            try:
+                figures[chip] = pool.submit(measure, chip, _ONLY.value).result()
+            except NoCompilerError as e:
+                print(f"{chip}: not compiled, its compiler is not installed ({e})")
+                continue
+            print(*show(chip, figures[chip], kept.get(chip, {})), "", sep="\n", flush=True)
+    if _JSON.value:
+        path = Path(_JSON.value)
+        every = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(every | figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)
