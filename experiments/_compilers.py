@@ -1,8 +1,10 @@
 """Compiles kernels for chips that need not be here: a program's kernels, and their figures."""
 
+import concurrent.futures
 import functools
 import importlib.metadata
 import importlib.util
+import multiprocessing
 import os
 import re
 import shutil
@@ -65,6 +67,17 @@ class NoCompilerError(ImportError):
     """What compiles for a chip is not installed; says how to."""
 
 
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function in a process of its own, where JAX looks for no device.
+
+    libtpu compiles for one kind of TPU in a process, and reads its flags once. JAX forgets the CUDA
+    compiler of a process that looked for a GPU in vain.
+    """
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def tpu_figures(chip: str, function: Callable[..., Any], *arguments: Any) -> dict[str, Figures]:
     """Compiles a function for a TPU; ``bundles`` of its kernels.
 
@@ -90,7 +103,7 @@ def tpu_figures(chip: str, function: Callable[..., Any], *arguments: Any) -> dic
             found[name[0]] = bundles(path.read_text())
     if missing := set(KERNEL.findall("\n".join(calls))) - set(found):
         raise RuntimeError(f"libtpu wrote no schedule of {', '.join(sorted(missing))}")
-    return found
+    return dict(sorted(found.items()))
 
 
 @functools.cache
@@ -130,7 +143,7 @@ def gpu_figures(function: Callable[..., Any], *arguments: Any) -> dict[str, Figu
                 command = [ptxas, "-v", "--gpu-name=sm_90a", path, "-o", os.devnull]
                 told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
                 found |= registers(told)
-    return {name: found[name] | launched[name] for name in found if KERNEL.fullmatch(name)}
+    return {name: found[name] | launched[name] for name in sorted(found) if KERNEL.fullmatch(name)}
 
 
 @functools.cache

@@ -18,12 +18,13 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from absl import app, flags
 
+from experiments._compilers import apart
 from experiments._kernel_cases import Case, cases, passes
 
 FLAGS = flags.FLAGS
@@ -173,7 +174,7 @@ def _flash_linear_attention() -> Iterator[dict[str, Any]]:
                 yield dict(name=name, kind=kind, seconds=seconds(run))
 
 
-def compiled() -> Iterator[dict[str, Any]]:
+def compiled(only: Sequence[str] | None) -> list[dict[str, Any]]:
     """Kernels compiled for a GPU that is not there; where no compiler is either, lowered for it."""
     import jax
     import jax.numpy as jnp
@@ -181,7 +182,8 @@ def compiled() -> Iterator[dict[str, Any]]:
     from experiments._compilers import KERNEL, NoCompilerError, gpu_figures
     from memcache_jax.kernels._pallas import lowered_for_gpu
 
-    for case in cases("small", jnp.bfloat16, FLAGS.only, abstract=True):
+    rows = []
+    for case in cases("small", jnp.bfloat16, only, abstract=True):
         both = functools.partial(passes(case)["backward"], "pallas_gpu")
         found: dict[str, dict[str, int]] = {}
         row: dict[str, Any] = dict(name=case.name, good=False)
@@ -191,18 +193,19 @@ def compiled() -> Iterator[dict[str, Any]]:
             except NoCompilerError:
                 text = lowered_for_gpu(jax.jit(both), *case.arrays).as_text()
                 found = {kernel: {} for kernel in sorted(set(KERNEL.findall(text)))}
-        if not found:
-            yield dict(failed="no kernel in the program") | row
-        for kernel, figures in found.items():
-            yield dict(name=case.name, kind=kernel, good=True) | figures
+            assert found, "no kernel in the program"
+        came = "compiled" if any(found.values()) else "lowered"
+        rows += [dict(name=case.name, kind=kernel, came=came) | found[kernel] for kernel in found]
+        rows += [] if found else [row]
+    return rows
 
 
 def show(row: dict[str, Any]) -> str:
     """A row as a line of text."""
     marks = dict(error="{:.1e}", seconds="{:.3f} ms", xla="XLA {:.3f} ms", tflops="{:.1f} TFLOP/s")
     marks |= dict(of_matmul="{:.0%} of matmul", of_copy="{:.0%} of copy", gbytes="{:.0f} GB/s")
-    marks |= dict(registers="{} registers", spilled="{} bytes spilled")
-    parts = [f"{row['name']:40} {row.get('kind', ''):23}"]
+    marks |= dict(came="{}", registers="{} registers", spilled="{} bytes spilled")
+    parts = [f"{row['name']:40} {row.get('kind', ''):27}"]
     for name, mark in marks.items():
         if name in row:
             scale = 1e3 if name in ("seconds", "xla") else 1
@@ -221,7 +224,8 @@ def main(argv: list[str]) -> None:
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n")
     end = time.monotonic() + 60 * FLAGS.minutes
     rows = []
-    for row in itertools.chain(errors(), table()) if with_gpu else compiled():
+    found = itertools.chain(errors(), table()) if with_gpu else apart(compiled, FLAGS.only)
+    for row in found:
         rows.append(row)
         print(show(row), flush=True)
         if FLAGS.json:
@@ -231,7 +235,7 @@ def main(argv: list[str]) -> None:
             print(f"Stopped after {FLAGS.minutes} minutes; the rest was not run.")
             break
     if not with_gpu:
-        what = "compiled" if any("registers" in row for row in rows) else "lowered, not compiled,"
+        what = " or ".join(sorted({row["came"] for row in rows if "came" in row})) or "not compiled"
         print(f"\nThere is no GPU here: kernels were {what} for one, and nothing ran.")
     if not all(row.get("good", True) for row in rows):
         sys.exit(1)

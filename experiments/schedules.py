@@ -9,17 +9,11 @@ Nothing runs: the figures tell that a kernel has changed, not how fast it is. Th
 time are kept in ``experiments/schedules.json``.
 """
 
-import concurrent.futures
 import functools
 import json
-import multiprocessing
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-# Devices come from the compilers alone; arrays, if any, live on the CPU.
-os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax.numpy as jnp
 from absl import flags
@@ -28,6 +22,7 @@ from experiments._compilers import (
     GPU,
     TPUS,
     NoCompilerError,
+    apart,
     compiler,
     gpu_figures,
     tpu_figures,
@@ -92,16 +87,13 @@ def main() -> None:
     if unknown := set(_CHIPS.value) - {*TPUS, GPU}:
         raise ValueError(f"chips are {', '.join([*TPUS, GPU])}, got {', '.join(sorted(unknown))}")
     figures = {}
-    # Each chip's compiler in a process of its own: libtpu serves one kind of TPU, with flags.
-    processes = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, processes, max_tasks_per_child=1) as pool:
-        for chip in _CHIPS.value:
-            try:
-                figures[chip] = pool.submit(measure, chip, _ONLY.value).result()
-            except NoCompilerError as e:
-                print(f"{chip}: not compiled, its compiler is not installed ({e})")
-                continue
-            print(*show(chip, figures[chip], kept.get(chip, {})), "", sep="\n", flush=True)
+    for chip in _CHIPS.value:
+        try:
+            figures[chip] = apart(measure, chip, _ONLY.value)
+        except NoCompilerError as e:
+            print(f"{chip}: not compiled, its compiler is not installed ({e})")
+            continue
+        print(*show(chip, figures[chip], kept.get(chip, {})), "", sep="\n", flush=True)
     if _JSON.value:
         path = Path(_JSON.value)
         every = json.loads(path.read_text()) if path.exists() else {}
