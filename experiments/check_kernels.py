@@ -195,8 +195,10 @@ def compiled(only: Sequence[str] | None) -> list[dict[str, Any]]:
                 found = {kernel: {} for kernel in sorted(set(KERNEL.findall(text)))}
             assert found, "no kernel in the program"
         came = "compiled" if any(found.values()) else "lowered"
-        rows += [dict(name=case.name, kind=kernel, came=came) | found[kernel] for kernel in found]
-        rows += [] if found else [row]
+        rows += [
+            dict(name=case.name, kind=kernel, came=came) | figures
+            for kernel, figures in found.items()
+        ] or [row]
     return rows
 
 

@@ -7,7 +7,6 @@ Command: python -m tests.kernels.compile_train_step v5e:2x2
 """
 
 import os
-import re
 import sys
 import time
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from experiments._compilers import KERNEL
 from memcache_jax.training import default_config
 from memcache_jax.training.models import model_config
 from memcache_jax.training.optimizer import make_optimizer
@@ -25,7 +25,6 @@ MODELS = {
     "gated_delta_net_ssc": (dict(name="GatedDeltaNet"), dict(name="SSC", top_k=2)),
 }
 SIZES = dict(vocab_size=257, num_layers=1, features=128, num_heads=2, mlp_features=128)
-KERNEL = r"(?:affine_update|bank_read|chunk_update|grouped_read|ssc_route)_(?:back|for)ward[a-z_]*"
 
 
 def train_step(name) -> tuple[Any, tuple]:
@@ -61,7 +60,7 @@ def main(topology, *names):
         text = lowered.compile().as_text() or ""
         calls = "".join(line for line in text.splitlines() if "tpu_custom_call" in line)
         seconds = time.perf_counter() - begin
-        print(name, f"{seconds:.0f}", *sorted(set(re.findall(KERNEL, calls))), flush=True)
+        print(name, f"{seconds:.0f}", *sorted(set(KERNEL.findall(calls))), flush=True)
 
 
 if __name__ == "__main__":

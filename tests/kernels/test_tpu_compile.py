@@ -1,5 +1,6 @@
 """Every kernel compiles for TPUs, forward and backward, with no TPU here."""
 
+import collections
 import importlib.util
 import json
 import os
@@ -12,9 +13,11 @@ import jax.numpy as jnp
 import pytest
 
 import memcache_jax as mc
+from experiments._compilers import TPUS
+from experiments._schedules import changes
 from memcache_jax.kernels.bank_read import bank_read
 
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+ROOT = Path(__file__).parents[2]
 KERNELS = {
     "bank_read": ("forward", "backward_rows", "backward_bank"),
     "grouped_read": ("forward", "backward"),
@@ -31,13 +34,13 @@ STEPS = {
 needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
 
 
-def printed(module, topology):
-    """The lines that a program prints, which compiles for a topology."""
+def printed(module, *arguments):
+    """The lines that a program prints, which compiles for TPUs."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     run = subprocess.run(
-        [sys.executable, "-m", f"tests.kernels.{module}", topology],
+        [sys.executable, "-m", module, *arguments],
         env=environment,
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )
@@ -48,22 +51,34 @@ def printed(module, topology):
 @pytest.mark.slow
 @pytest.mark.tpu
 @needs_libtpu
-@pytest.mark.parametrize("topology", TOPOLOGIES.values(), ids=TOPOLOGIES)
-def test_kernels_compile(topology):
-    compiled = json.loads(printed("compile_for_tpu", topology)[-1])
-    assert len(compiled) == 5
-    for case, names in compiled.items():
-        operation = case.split(",")[0]
-        missing = [k for k in KERNELS[operation] if f"{operation}_{k}" not in names]
-        assert not missing, f"{case}: {missing} not in {names}"
+@pytest.mark.parametrize("chip", TPUS)
+def test_kernels_compile_to_the_schedules_that_were_kept(chip, tmp_path):
+    file = tmp_path / "figures.json"
+    printed("experiments.schedules", f"--chips={chip}", f"--json={file}")
+    found = json.loads(file.read_text())[chip]
+    kernels = collections.defaultdict(set)
+    for name in found["kernels"]:
+        case, kernel = name.split(": ")
+        kernels[case].add(kernel)
+    assert {case.split(",")[0] for case in kernels} == {*KERNELS}
+    assert kernels == {
+        case: {f"{operation}_{kernel}" for kernel in KERNELS[operation]}
+        for case in kernels
+        for operation in [case.split(",")[0]]
+    }
+    kept = json.loads((ROOT / "experiments/schedules.json").read_text())[chip]
+    if found["compiler"] != kept["compiler"]:
+        pytest.skip(f"schedules were kept from {kept['compiler']}, here is {found['compiler']}")
+    assert not changes(found["kernels"], kept["kernels"], tolerance=0.1)
 
 
 @pytest.mark.slow
 @pytest.mark.tpu
 @needs_libtpu
-@pytest.mark.parametrize("topology", TOPOLOGIES.values(), ids=TOPOLOGIES)
+@pytest.mark.parametrize("topology", TPUS.values(), ids=TPUS)
 def test_train_steps_compile(topology):
-    lines = [line.split() for line in printed("compile_train_step", topology)]
+    module = "tests.kernels.compile_train_step"
+    lines = [line.split() for line in printed(module, topology)]
     assert {name: set(kernels) for name, _, *kernels in lines} == {
         model: {
             f"{operation}_{kernel}" for operation in operations for kernel in KERNELS[operation]
