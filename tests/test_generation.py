@@ -144,6 +144,11 @@ def test_bounded_memory():
     full = mc.generate(model, prompts(), 40, temperature=0)
     np.testing.assert_array_equal(short, full[:, :25])  # the first two segments see all
     np.testing.assert_array_equal(long[:, :25], short)
+    # Without a policy there is room for two segments: the last token is drawn, and not taken.
+    options["cache"] = dict(max_segments=1)
+    np.testing.assert_array_equal(mc.generate(model, prompts(), 28, **options), full[:, :33])
+    with pytest.raises(ValueError, match=r"room for 32 .* of 5 and max_new_tokens=29 need 33"):
+        mc.generate(model, prompts(), 29, **options)
     with pytest.raises(ValueError, match=r"is for an nn\.LanguageModel"):
         mc.generate(count_up, prompts(), 2, **options)
 
@@ -316,6 +321,7 @@ def test_in_float64(x64):
         (None, {"lengths": np.array([5, 6, 1])}, r"lengths must be 1 to 5, .* got \[5, 6, 1\]"),
         (None, {"lengths": np.array([5])}, r"lengths must be integers \(b,\) = \(3,\), got"),
         (None, {"cache": {"max_segments": 2, "policy": "forget"}}, "policy must be one of"),
+        (None, {"cache": {"segments": 2}}, r"no options \['segments'\]; it has \['max_segments'"),
         (None, {"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         (None, {"top_p": 1.1}, r"top_p must be in \(0, 1\], got 1.1"),
         (None, {"stop_token": VOCAB}, "stop_token must hold .* got 23"),

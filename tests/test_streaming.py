@@ -359,6 +359,19 @@ def test_errors():
         mc.extend(cache, **part, lengths=jnp.array([3, 21]))
     with pytest.raises(ValueError, match="nothing is to be read"):
         mc.extend(cache, **over_time(inputs, memory, lambda x: x[:, :0]))
+    titans, few = MEMORIES["titans"], over_time(inputs, memory, lambda x: x[:, :3])
+    for name, wrong, message in (
+        ("memory", titans, r"memory=LinearAttention\(\), got Titans\(chunk_size=4"),
+        ("aggregation", mc.SSC(), r"aggregation=GRM\(gate='content', .*, got SSC"),
+        ("segmentation", mc.Constant(16), r"segmentation=Constant\(size=8\), got .*16"),
+        ("start", "checkpoint", "start='independent', got 'checkpoint'"),
+        ("weights", dict(W=jnp.zeros((3, 4, 4))), r"weights of LinearAttention must be empty; unk"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mc.extend(cache, **few, **{name: wrong})
+    same: Any = dict(memory=memory, aggregation=mc.GRM(), segmentation=mc.Constant(8), weights={})
+    got, _ = mc.extend(cache, **few, **same, start="independent")  # none of it took the cache
+    assert_close(got, y[:, :3], 1e-6)
     with pytest.raises(ValueError, match=r"lengths must be integers \(b,\) = \(2,\), got"):
         mc.extend(cache, **part, lengths=jnp.zeros(3, int))
 
@@ -378,7 +391,7 @@ def test_errors():
         "^dtype must be one of": dict(dtype=jnp.bfloat16, max_segments=2),
         "cache_dtype must be one of": dict(cache_dtype="int4", max_segments=2),
         "max_length must be at least 1": dict(max_length=0),
-        "give max_segments or max_length": dict(max_length=10, max_segments=2),
+        "give max_segments or max_length, got neither": {},
     }.items(),
 )
 def test_caches_that_are_none(message, options):

@@ -212,6 +212,11 @@ class LanguageModelCache:
         """Bytes of all arrays."""
         return sum(x.nbytes for x in jax.tree.leaves(self))
 
+    @property
+    def depth(self) -> tuple[int, int]:
+        """Layers, and the mixers that they repeat."""
+        return self._repeats * len(self.layers), len(self.layers)
+
     def check_room(self, shape: tuple[int, ...], lengths: Any = None) -> None:
         """Raises ValueError unless tokens (b, t) go on where the rows are, and have room.
 
@@ -414,6 +419,7 @@ class LanguageModel(nnx.Module):
             row's room are NaN.
         """
         _check_tokens(tokens)
+        self._check_cache(cache)
         cache.check_room(tokens.shape, lengths)
         graph, stacked = nnx.split(self.layers)
 
@@ -433,6 +439,16 @@ class LanguageModel(nnx.Module):
         taken = tokens.shape[1] if lengths is None else lengths
         cache = LanguageModelCache(layers, states, cache.position + taken, cache.max_length)
         return self.norm(x), cache
+
+    def _check_cache(self, cache: Any) -> None:
+        if not isinstance(cache, LanguageModelCache):
+            raise ValueError(f"the cache must be a LanguageModel's, got {type(cache).__name__}")
+        here = self.config.num_layers, len(self.config.mixers)
+        if cache.depth != here:
+            raise ValueError(
+                f"the cache was made for (num_layers, mixers) = {cache.depth}, this model has "
+                f"{here}"
+            )
 
     def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
         """Returns the output layer's logits, in float32 or wider."""

@@ -19,7 +19,7 @@ from memcache_jax.nn.layers import CausalConv, Linear, l2_normalize
 from memcache_jax.segmentation import Segmentation
 from memcache_jax.sharding.memory_caching import memory_caching_over_mesh
 from memcache_jax.sharding.mesh import partitioned
-from memcache_jax.streaming import Cache, extend, init_cache
+from memcache_jax.streaming import Cache, check_options, extend, init_cache
 
 
 class LayerCache(NamedTuple):
@@ -316,6 +316,8 @@ class MemoryCaching(nnx.Module):
         Raises:
           ValueError: as ``mc.init_cache``.
         """
+        _checks.check_sizes(batch_size=batch_size)
+        check_options(options)
         cache = init_cache(
             batch_size,
             self.num_heads,
@@ -352,7 +354,7 @@ class MemoryCaching(nnx.Module):
             or find room in it, or for a cache of another layer.
         """
         _checks.check_input(x, self.in_features)
-        self._check_cache(cache)
+        _checks.check_cache(cache, LayerCache, (self.num_heads, self.head_dim))
         x = x if self.dtype is None else x.astype(self.dtype)
         counts = jnp.full(len(x), x.shape[1]) if lengths is None else lengths
         rows, tails = zip(
@@ -364,15 +366,17 @@ class MemoryCaching(nnx.Module):
             ),
             strict=True,
         )
-        y, memory = extend(cache.memory, **self._tokens(x, *rows), lengths=lengths)
+        y, memory = extend(
+            cache.memory,
+            **self._tokens(x, *rows),
+            lengths=lengths,
+            memory=self.memory,
+            weights=self._initial_weights(),
+            aggregation=self.aggregation,
+            segmentation=self.segmentation,
+            start=self.start,
+        )
         return self._output(x, y), LayerCache(memory, tails)
-
-    def _check_cache(self, cache: LayerCache) -> None:
-        _checks.check_cache(cache, LayerCache, (self.num_heads, self.head_dim))
-        for name in ("memory", "aggregation", "segmentation", "start"):
-            made, here = getattr(cache.memory.config, name), getattr(self, name)
-            if made != here:
-                raise ValueError(f"the cache was made for {name}={made}, this layer has {here}")
 
     def _linears(self) -> tuple[Linear, ...]:
         return self.query, self.key, self.value

@@ -22,6 +22,14 @@ from memcache_jax.streaming.slots import POLICIES, Planned, Policy, Recent, Slot
 from memcache_jax.streaming.storage import Placement
 
 
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises ValueError unless these are options of ``init_cache`` on how states are kept."""
+    known = ("max_segments", "policy", "cache_dtype", "placement")
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(f"a cache has no options {unknown}; it has {list(known)}")
+
+
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
     """What a cache was made for; ``extend`` takes it from there.
@@ -47,6 +55,13 @@ class CacheConfig:
     policy: Policy
     cache_dtype: str
     placement: Placement
+
+    def check_same(self, **given: Any) -> None:
+        """Raises ValueError unless what is given, not None, is what the cache was made for."""
+        for name, got in given.items():
+            made = getattr(self, name)
+            if got is not None and got != made:
+                raise ValueError(f"the cache was made for {name}={made!r}, got {got!r}")
 
     @property
     def slots(self) -> Slots:
@@ -116,6 +131,18 @@ class Cache:
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return sum(x.nbytes for x in jax.tree.leaves(self))
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Heads h, and their key and value dimensions k and v."""
+        _, heads, _, key_dim = self.key_sum.shape
+        return heads, key_dim, self.config.memory.matrices(self.initial)[-1].shape[-1]
+
+    def with_weights(self, weights: Mapping[str, Array]) -> "Cache":
+        """The cache whose later segments begin with these weights of a deep memory."""
+        dtype = self.key_sum.dtype
+        initial = _initial(self.config.memory, weights, *self.sizes, dtype)
+        return dataclasses.replace(self, initial=initial)
 
     def reset(self, rows: jax.typing.ArrayLike) -> "Cache":
         """The cache with the marked rows (b,) before their first token.
@@ -214,7 +241,7 @@ def init_cache(
       segmentation: where states are cached.
       start: what a segment's memory begins with.
       max_segments: segments that may be cached. With ``policy="error"`` a row takes the tokens of
-        one more, or of ``max_length`` where that is given instead.
+        one more, or ``max_length`` where that is given too and less, or alone.
       max_length: tokens of a row.
       policy: for segments of one size, what happens where ``max_segments`` are cached and another
         ends: ``"error"``; the state of the oldest goes, ``"drop_oldest"``; that of the one whose
@@ -244,14 +271,11 @@ def init_cache(
     """
     check_configuration(memory, aggregation, segmentation)
     _checks.check_choice("start", start, ("independent", "checkpoint"))
-    for name, size in dict(
+    _checks.check_sizes(
         batch=batch, heads=heads, key_dim=key_dim, value_dim=value_dim, max_length=max_length
-    ).items():
-        if size is not None and size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
-    weights = {name: weight.astype(dtype) for name, weight in (weights or {}).items()}
-    check_weights(memory, weights, heads, key_dim, value_dim)
+    )
     _checks.check_choice("dtype", jnp.dtype(dtype).name, ("float32", "float64"))
+    initial = _initial(memory, weights or {}, heads, key_dim, value_dim, dtype)
     given = policy
     max_length, max_segments, policy = _bounds(
         memory, aggregation, segmentation, max_length, max_segments, policy
@@ -274,10 +298,6 @@ def init_cache(
     if not slots.num_slots:
         config = dataclasses.replace(config, placement="device")
 
-    initial = jax.vmap(
-        lambda weights: memory.init(weights, key_dim, value_dim, jnp.dtype(dtype)), axis_size=heads
-    )(weights)
-
     def repeat(x: Array, count: int) -> Array:
         shape = (batch, heads, count, *x.shape[1:])
         return jnp.broadcast_to(x.reshape(1, heads, 1, *x.shape[1:]), shape)
@@ -299,6 +319,22 @@ def init_cache(
         config=config,
     )
     return cache.with_states(cache.empty_states(batch))
+
+
+def _initial(
+    memory: Memory,
+    weights: Mapping[str, Array],
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    dtype: DTypeLike,
+) -> State:
+    """The state (h, ...) before the first token, of weights that are checked."""
+    check_weights(memory, weights, heads, key_dim, value_dim)
+    weights = {name: weight.astype(dtype) for name, weight in weights.items()}
+    return jax.vmap(
+        lambda weights: memory.init(weights, key_dim, value_dim, jnp.dtype(dtype)), axis_size=heads
+    )(weights)
 
 
 def _bounds(
@@ -326,14 +362,10 @@ def _bounds(
         if max_segments is None:
             raise ValueError(f"policy={policy!r} needs max_segments, got none")
         return max_length, max_segments, policy
-    if (max_segments is None) == (max_length is None):
-        raise ValueError(
-            f"give max_segments or max_length, got max_segments={max_segments}, "
-            f"max_length={max_length}"
-        )
+    spans = [] if max_segments is None else [segmentation.span(max_segments + 1)]
+    max_length = min([*spans, *([] if max_length is None else [max_length])], default=None)
     if max_length is None:
-        assert max_segments is not None
-        max_length = segmentation.span(max_segments + 1)
+        raise ValueError("give max_segments or max_length, got neither")
     if not same_size:
         return max_length, None, policy
     kept = -(-max_length // segmentation.size) - 1

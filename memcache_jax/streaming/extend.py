@@ -13,7 +13,10 @@ from jax import lax
 from memcache_jax import _checks
 from memcache_jax._arguments import check_arguments
 from memcache_jax._typing import Array, Bool, Float, Int, Matrices, State
-from memcache_jax.caching import exact_chunk, full_controls
+from memcache_jax.aggregation import Aggregation
+from memcache_jax.caching import Start, exact_chunk, full_controls
+from memcache_jax.memories import Memory
+from memcache_jax.segmentation import Segmentation
 from memcache_jax.streaming import storage
 from memcache_jax.streaming.cache import Cache
 from memcache_jax.streaming.slots import Merge, Reads
@@ -28,6 +31,11 @@ def extend(
     *,
     controls: Mapping[str, Array] | None = None,
     lengths: Int[Array, "b"] | None = None,
+    memory: Memory | None = None,
+    weights: Mapping[str, Array] | None = None,
+    aggregation: Aggregation | None = None,
+    segmentation: Segmentation | None = None,
+    start: Start | None = None,
 ) -> tuple[Float[Array, "b t h v"], Cache]:
     """The next tokens of a stream: the outputs that ``memory_caching`` has for them.
 
@@ -47,13 +55,21 @@ def extend(
       controls: the rule's per-token coefficients.
       lengths: tokens of each row that count, the first ones; all by default. Outputs of the others
         are zero.
+      memory: what the cache was made for, as are the last three: checked where it is given.
+      weights: initial weights of a deep memory, by default those that the cache was made with.
+        Segments that begin from here on begin with them, and only where they are given do they get
+        gradients after ``stop_gradient`` of the cache.
+      aggregation: see memory.
+      segmentation: see memory.
+      start: see memory.
 
     Returns:
       The outputs, and the cache after the last token.
 
     Raises:
-      ValueError: for arguments that do not fit each other or the cache, or more tokens than a row
-        has room for. Under ``jit`` positions are not known, and outputs beyond are NaN.
+      ValueError: for a cache of another configuration, arguments that do not fit each other or the
+        cache, or more tokens than a row has room for. The cache is then as it was. Under ``jit``
+        positions are not known, and outputs beyond are NaN.
 
     Example:
       >>> import jax, memcache_jax as mc
@@ -62,12 +78,15 @@ def extend(
       ...             segmentation=mc.Constant(32))
       >>> cache = mc.init_cache(2, 4, 16, 16, **rule, max_segments=3)
       >>> start, cache = mc.extend(cache, q[:, :90], k[:, :90], v[:, :90], u[:, :90])
-      >>> rest, cache = mc.extend(cache, q[:, 90:], k[:, 90:], v[:, 90:], u[:, 90:])
+      >>> rest, cache = mc.extend(cache, q[:, 90:], k[:, 90:], v[:, 90:], u[:, 90:], **rule)
       >>> whole = mc.memory_caching(q, k, v, u, **rule)
       >>> bool(abs(rest - whole[:, 90:]).max() < 1e-4)
       True
     """
     config = cache.config
+    config.check_same(
+        memory=memory, aggregation=aggregation, segmentation=segmentation, start=start
+    )
     memory, controls = config.memory, dict(controls or {})
     check_arguments(
         query,
@@ -82,6 +101,7 @@ def extend(
         None,
     )
     _check_fits(cache, key, value, lengths)
+    cache = cache if weights is None else cache.with_weights(weights)
     connector = jnp.zeros_like(query) if connector is None else connector
     tokens = (query, key, value, connector, full_controls(memory, controls, key))
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x.astype(cache.key_sum.dtype), 2, 1), tokens)
@@ -338,8 +358,7 @@ def _where(rows: Bool[Array, "b ..."], new: Array, old: Array) -> Array:
 
 def _check_fits(cache: Cache, key: Array, value: Array, lengths: Array | None) -> None:
     """Raises ValueError unless the tokens are of the cache's sizes and find room."""
-    _, heads, _, key_dim = cache.key_sum.shape
-    value_dim = cache.config.memory.matrices(cache.initial)[-1].shape[-1]
+    heads, key_dim, value_dim = cache.sizes
     for name, rows, dim in (("key", key, key_dim), ("value", value, value_dim)):
         axes = f"b, t, h, {name[0]} of the cache"
         _checks.check_shape(name, rows, (*key.shape[:2], heads, dim), axes)

@@ -165,6 +165,8 @@ def test_bytes_of_a_cache():
     # 2 layers, 2 rows, 2 heads of dimension 8: 4 segments, and a window of 6.
     assert parts["cached states"] == 2 * 2 * 2 * 4 * 8 * 8 * 4
     assert parts["keys and values"] == 2 * 2 * 2 * 5 * 2 * 8 * 4
+    window = LAYERS["window"](nnx.Rngs(0)).init_cache(3)
+    assert window.nbytes == 3 * (2 * 4 * 16 + 1) * 4  # keys, values and the position
     assert parts["convolution tails"] == 2 * 2 * 3 * 3 * 16 * 4
 
 
@@ -179,7 +181,12 @@ def test_errors():
         lambda: model.extend(tokens[:1], cache): "the cache has 2 rows, got tokens of 1",
         lambda: model.extend(tokens[:, :0], cache): "give at least one token",
         lambda: model.extend(tokens + 0.5, cache): "tokens must be integers",
-        lambda: model.init_cache(0, 10): "batch must be at least 1",
+        lambda: model.extend(tokens, cache.layers[0]): "a LanguageModel's, got LayerCache",
+        lambda: model.extend(
+            tokens, language_model().init_cache(2, 12)
+        ): r"\(num_layers, mixers\) = \(4, 2\), this model has \(1, 1\)",
+        lambda: model.init_cache(0, 10): "batch_size must be at least 1",
+        lambda: model.init_cache(2, 10, segments=3): r"no options \['segments'\]",
         lambda: language_model(mixers=(mc.nn.AttentionMixer(),)).init_cache(2): "give max_length",
         lambda: model.init_cache(2, 10, policy="merge"): "needs max_segments",
     }.items():
@@ -191,7 +198,7 @@ def test_errors():
     model.extend(tokens[:, :3], cache)  # which is as good as before
 
     one, other = (caching(nnx.Rngs(0), mc.memories.RetNet(), k) for k in (mc.GRM(), mc.SSC()))
-    with pytest.raises(ValueError, match=r"made for aggregation=GRM\(.*, this layer has SSC"):
+    with pytest.raises(ValueError, match=r"made for aggregation=GRM\(.*, got SSC"):
         other.extend(inputs(), one.init_cache(3, 10))
     window = LAYERS["window"](nnx.Rngs(0))
     with pytest.raises(ValueError, match="for another window than 5: it has the last 0 tokens"):
@@ -202,6 +209,6 @@ def test_errors():
         window.init_cache(3, segments=2)
     wide = mc.nn.Attention(FEATURES, 4, rngs=nnx.Rngs(0))
     with pytest.raises(
-        ValueError, match=r"\(heads, head_dim\) = \(4, 4\), this layer has \(2, 8\)"
+        ValueError, match=r"\(num_heads, head_dim\) = \(4, 4\), this layer has \(2, 8\)"
     ):
         LAYERS["attention"](nnx.Rngs(0)).extend(inputs(), wide.init_cache(3, 10))
