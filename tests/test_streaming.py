@@ -241,6 +241,31 @@ def test_gradients_pass_from_call_to_call(memory):
 
 
 @pytest.mark.usefixtures("x64")
+def test_segments_begin_with_the_weights_that_are_given():
+    memory, plan = MEMORIES["titans"], (mc.Residual(), mc.Constant(8))
+    inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 16, batch=1, heads=1))
+    other = jax.tree.map(lambda w: w[:, ::-1], inputs["weights"])
+    first, second = (over_time(inputs, memory, lambda x, p=p: x[:, p]) for p in np.s_[:8, 8:])
+    _, cache = mc.extend(empty(inputs, memory, *plan), **first)
+
+    @jax.jit
+    def outputs(weights):
+        return mc.extend(cache, **second, weights=weights)[0]
+
+    alone = (whole(dict(second, weights=w), memory, *plan) for w in (inputs["weights"], other))
+    kept = [outputs(w) - y for w, y in zip((inputs["weights"], other), alone, strict=True)]
+    assert_close(kept[1], kept[0], 1e-10)  # the read of the first segment, which is cached
+
+    def loss(weights):
+        return (outputs(weights) ** 2).sum()
+
+    slope = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, jax.grad(loss)(other), other)))
+    up, down = (loss(jax.tree.map(lambda w, s=s: s * w, other)) for s in (1 + 1e-6, 1 - 1e-6))
+    assert abs(slope) > 1e-3
+    np.testing.assert_allclose(slope, (up - down) / 2e-6, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("memory", "segmentation"),
     [
