@@ -176,7 +176,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             ", resident": ("peak_bytes", "--", 1e-6),
         },
     }
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     names = dict.fromkeys(row["model"] for row in rows)
     for axis, (title, keys) in zip(axes, lines.items(), strict=True):
         for color, name in enumerate(names):
@@ -186,7 +186,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 x, y = [row["position"] for row in known], [row[key] * scale for row in known]
                 axis.plot(x, y, style, color=f"C{color}", label=name + label)
         axis.set(xscale="log", yscale="log", xlabel="tokens of history", ylabel=title)
-        axis.legend(fontsize="x-small")
+    handles = axes[1].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
