@@ -168,6 +168,8 @@ def test_other_gates_and_segments(name):
         (mc.Soup(), lengths, "independent"),
         (mc.Residual(), lengths, "independent"),
     )
+    # What is read does not depend on the rule; mixtures differ from reads where a rule is deep.
+    plans = tuple(plan for plan in plans if name == "linear" or plan[0].mixes)
     cases = tuple((repr(plan), *plan) for plan in plans)
     got = streamed_all(inputs, memory, cases, 7)
     for name, *plan in cases:
@@ -385,13 +387,14 @@ def test_errors():
     with pytest.raises(ValueError, match="nothing is to be read"):
         mc.extend(cache, **over_time(inputs, memory, lambda x: x[:, :0]))
     titans, few = MEMORIES["titans"], over_time(inputs, memory, lambda x: x[:, :3])
-    for name, wrong, message in (
+    others: Any = (
         ("memory", titans, r"memory=LinearAttention\(\), got Titans\(chunk_size=4"),
         ("aggregation", mc.SSC(), r"aggregation=GRM\(gate='content', .*, got SSC"),
         ("segmentation", mc.Constant(16), r"segmentation=Constant\(size=8\), got .*16"),
         ("start", "checkpoint", "start='independent', got 'checkpoint'"),
         ("weights", dict(W=jnp.zeros((3, 4, 4))), r"weights of LinearAttention must be empty; unk"),
-    ):
+    )
+    for name, wrong, message in others:
         with pytest.raises(ValueError, match=message):
             mc.extend(cache, **few, **{name: wrong})
     same: Any = dict(memory=memory, aggregation=mc.GRM(), segmentation=mc.Constant(8), weights={})
@@ -505,8 +508,8 @@ def test_narrow_states(name, kind):
         cache = empty(inputs, memory, kind, mc.Constant(8), cache_dtype=dtype)
         nbytes.append(sum(x.nbytes for x in jax.tree.leaves(cache.bank)))
         outputs = []
-        for begin in range(0, 36, 9):
-            part = over_time(inputs, memory, lambda x, b=begin: x[:, b : b + 9])
+        for begin in range(0, 36, 3):  # less than a chunk: one loop to compile
+            part = over_time(inputs, memory, lambda x, b=begin: x[:, b : b + 3])
             y, cache = step(cache, **part)
             outputs.append(y)
         difference = np.concatenate(outputs, axis=1) - wanted
