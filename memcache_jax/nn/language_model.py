@@ -1,7 +1,6 @@
 """A decoder-only language model whose blocks mix tokens by memory caching or by attention."""
 
 import dataclasses
-import functools
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
@@ -9,7 +8,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from memcache_jax import _checks
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.aggregation import GRM, Aggregation
 from memcache_jax.caching import Implementation, Start
@@ -17,6 +15,7 @@ from memcache_jax.memories import Memory, Titans
 from memcache_jax.nn.attention import Attention
 from memcache_jax.nn.layers import Linear, SwiGLU
 from memcache_jax.nn.memory_caching import MemoryCaching
+from memcache_jax.nn.model_cache import LanguageModelCache, without_states
 from memcache_jax.segmentation import Constant, Segmentation
 from memcache_jax.sharding.mesh import constrain, partitioned
 
@@ -186,74 +185,6 @@ class _Period(nnx.Module):
         return x, new
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("layers", "states", "position"),
-    meta_fields=("max_length",),
-)
-@dataclasses.dataclass(frozen=True)
-class LanguageModelCache:
-    """A stream's past in a language model, as a pytree.
-
-    Attributes:
-      layers: of each mixer, the caches of its layers but for their states, stacked.
-      states: of each mixer, the states that all its layers share, (layers * b, ...).
-      position: tokens that each row has taken, (b,).
-      max_length: tokens that a row may take; None for any number.
-    """
-
-    layers: list
-    states: list
-    position: Any
-    max_length: int | None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(x.nbytes for x in jax.tree.leaves(self))
-
-    def check_room(self, shape: tuple[int, ...], lengths: Any = None) -> None:
-        """Raises ValueError unless tokens (b, t) go on where the rows are, and have room.
-
-        ``lengths`` of them count in each row. What is traced is not known.
-        """
-        _checks.check_room(self.position, shape, lengths, self.max_length)
-
-    def reset(self, rows: jax.typing.ArrayLike) -> "LanguageModelCache":
-        """The cache with the marked rows (b,) before their first token."""
-        layers = jax.vmap(lambda caches: [cache.reset(rows) for cache in caches])(self.layers)
-        every = jnp.tile(jnp.asarray(rows), self._repeats)
-        states = [cache.reset_states(every) for cache in self._with_states()]
-        position = jnp.where(jnp.asarray(rows), 0, self.position)
-        return LanguageModelCache(layers, states, position, self.max_length)
-
-    def take(self, rows: jax.typing.ArrayLike) -> "LanguageModelCache":
-        """The cache of these rows, in this order; one may come more than once."""
-        batch = len(self.position)
-        rows = _checks.check_rows(rows, batch)
-        layers = jax.vmap(lambda caches: [cache.take_small(rows) for cache in caches])(self.layers)
-        every = (jnp.arange(self._repeats)[:, None] * batch + rows[None]).reshape(-1)
-        states = [cache.take_states(every) for cache in self._with_states()]
-        position = jnp.take(self.position, rows, axis=0)
-        return LanguageModelCache(layers, states, position, self.max_length)
-
-    @property
-    def _repeats(self) -> int:
-        return len(jax.tree.leaves(self.layers)[0])
-
-    def _with_states(self) -> list:
-        """Of each mixer, a layer's cache with the states of all."""
-        return [
-            jax.tree.map(lambda x: x[0], cache).with_states(shared)
-            for cache, shared in zip(self.layers, self.states, strict=True)
-        ]
-
-
-def _small(cache: Any) -> Any:
-    """A mixer's cache without its states."""
-    return cache.with_states((None, None))
-
-
 class LanguageModel(nnx.Module):
     """Token embedding, a stack of blocks, RMSNorm and an output layer.
 
@@ -368,7 +299,7 @@ class LanguageModel(nnx.Module):
 
     def init_cache(
         self, batch_size: int, max_length: int | None = None, **options: Any
-    ) -> "LanguageModelCache":
+    ) -> LanguageModelCache:
         """An empty cache for ``extend``.
 
         Args:
@@ -389,7 +320,7 @@ class LanguageModel(nnx.Module):
         bounds = [max_length, *(getattr(cache, "max_length", None) for cache in one)]
         bounds = [bound for bound in bounds if bound is not None]
         return LanguageModelCache(
-            jax.vmap(lambda state: list(map(_small, init(state))))(stacked),
+            jax.vmap(lambda state: list(map(without_states, init(state))))(stacked),
             [cache.empty_states(self.config.repeats * batch_size) for cache in one],
             jnp.zeros(batch_size, jnp.int32),
             min(bounds, default=None),
@@ -398,9 +329,9 @@ class LanguageModel(nnx.Module):
     def extend(
         self,
         tokens: Int[Array, "b t"],
-        cache: "LanguageModelCache",
+        cache: LanguageModelCache,
         lengths: Int[Array, "b"] | None = None,
-    ) -> tuple[Float[Array, "b t d"], "LanguageModelCache"]:
+    ) -> tuple[Float[Array, "b t d"], LanguageModelCache]:
         """``hidden`` for the next tokens of a stream, and the cache after them.
 
         Args:
@@ -414,6 +345,7 @@ class LanguageModel(nnx.Module):
             row's room are NaN.
         """
         _check_tokens(tokens)
+        self._check_cache(cache)
         cache.check_room(tokens.shape, lengths)
         graph, stacked = nnx.split(self.layers)
 
@@ -425,7 +357,7 @@ class LanguageModel(nnx.Module):
                 for cache, shared in zip(small, states, strict=True)
             ]
             x, caches = nnx.merge(graph, state).extend(x, caches, lengths)
-            return (x, [cache.states for cache in caches]), list(map(_small, caches))
+            return (x, [cache.states for cache in caches]), list(map(without_states, caches))
 
         rows = jnp.arange(self.config.repeats) * len(tokens)
         carry = self._embed(tokens), cache.states
@@ -433,6 +365,16 @@ class LanguageModel(nnx.Module):
         taken = tokens.shape[1] if lengths is None else lengths
         cache = LanguageModelCache(layers, states, cache.position + taken, cache.max_length)
         return self.norm(x), cache
+
+    def _check_cache(self, cache: Any) -> None:
+        if not isinstance(cache, LanguageModelCache):
+            raise ValueError(f"the cache must be a LanguageModel's, got {type(cache).__name__}")
+        here = self.config.num_layers, len(self.config.mixers)
+        if cache.depth != here:
+            raise ValueError(
+                f"the cache was made for (num_layers, mixers) = {cache.depth}, this model has "
+                f"{here}"
+            )
 
     def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
         """Returns the output layer's logits, in float32 or wider."""

@@ -1,7 +1,7 @@
 """The Memory Caching layer: a drop-in for causal self-attention."""
 
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -15,77 +15,12 @@ from memcache_jax._typing import Array, Float, Int
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.caching import Implementation, Start, check_implementation
 from memcache_jax.memories import Control, Memory
+from memcache_jax.nn.layer_cache import LayerCache
 from memcache_jax.nn.layers import CausalConv, Linear, l2_normalize
 from memcache_jax.segmentation import Segmentation
 from memcache_jax.sharding.memory_caching import memory_caching_over_mesh
 from memcache_jax.sharding.mesh import partitioned
-from memcache_jax.streaming import Cache, extend, init_cache
-
-
-class LayerCache(NamedTuple):
-    """A stream's past in one layer.
-
-    Attributes:
-      memory: the memory's.
-      tails: the last inputs of the convolutions.
-    """
-
-    memory: Cache
-    tails: tuple[Any, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(x.nbytes for x in jax.tree.leaves(self))
-
-    @property
-    def head_shape(self) -> tuple[int, ...]:
-        """Heads, and their dimension."""
-        return self.memory.key_sum.shape[1::2]
-
-    @property
-    def max_length(self) -> int | None:
-        """Tokens that a row may take; None for any number."""
-        return self.memory.config.max_length
-
-    def reset(self, rows: jax.typing.ArrayLike) -> "LayerCache":
-        """The cache with the marked rows (b,) before their first token."""
-        marked = jnp.asarray(rows)[:, None, None]
-        tails = tuple(jnp.where(marked, 0, tail) for tail in self.tails)
-        return LayerCache(self.memory.reset(rows), tails)
-
-    def take(self, rows: jax.typing.ArrayLike) -> "LayerCache":
-        """The cache of these rows, in this order; one may come more than once."""
-        rows = _checks.check_rows(rows, len(self.memory.position))
-        return self.take_small(rows).with_states(self.take_states(rows))
-
-    # For a stack of layers, as in ``Cache``.
-
-    @property
-    def states(self) -> tuple:
-        """What is large."""
-        return self.memory.states
-
-    def with_states(self, states: tuple, first: Any = None) -> "LayerCache":
-        """The cache with these, in which its own begin with a row."""
-        return self._replace(memory=self.memory.with_states(states, first))
-
-    def empty_states(self, rows: int) -> tuple:
-        """So many rows of empty ones."""
-        return self.memory.empty_states(rows)
-
-    def reset_states(self, rows: Array) -> tuple:
-        """All of them, zero in the marked rows."""
-        return self.memory.reset_states(rows)
-
-    def take_states(self, rows: Array) -> tuple:
-        """These rows of them, of all."""
-        return self.memory.take_states(rows)
-
-    def take_small(self, rows: Array) -> "LayerCache":
-        """These rows of all else."""
-        tails = tuple(jnp.take(tail, rows, axis=0) for tail in self.tails)
-        return LayerCache(self.memory.take_small(rows), tails)
+from memcache_jax.streaming import check_options, extend, init_cache
 
 
 class MemoryCaching(nnx.Module):
@@ -316,6 +251,8 @@ class MemoryCaching(nnx.Module):
         Raises:
           ValueError: as ``mc.init_cache``.
         """
+        _checks.check_sizes(batch_size=batch_size)
+        check_options(options)
         cache = init_cache(
             batch_size,
             self.num_heads,
@@ -352,7 +289,7 @@ class MemoryCaching(nnx.Module):
             or find room in it, or for a cache of another layer.
         """
         _checks.check_input(x, self.in_features)
-        self._check_cache(cache)
+        _checks.check_cache(cache, LayerCache, (self.num_heads, self.head_dim))
         x = x if self.dtype is None else x.astype(self.dtype)
         counts = jnp.full(len(x), x.shape[1]) if lengths is None else lengths
         rows, tails = zip(
@@ -364,15 +301,17 @@ class MemoryCaching(nnx.Module):
             ),
             strict=True,
         )
-        y, memory = extend(cache.memory, **self._tokens(x, *rows), lengths=lengths)
+        y, memory = extend(
+            cache.memory,
+            **self._tokens(x, *rows),
+            lengths=lengths,
+            memory=self.memory,
+            weights=self._initial_weights(),
+            aggregation=self.aggregation,
+            segmentation=self.segmentation,
+            start=self.start,
+        )
         return self._output(x, y), LayerCache(memory, tails)
-
-    def _check_cache(self, cache: LayerCache) -> None:
-        _checks.check_cache(cache, LayerCache, (self.num_heads, self.head_dim))
-        for name in ("memory", "aggregation", "segmentation", "start"):
-            made, here = getattr(cache.memory.config, name), getattr(self, name)
-            if made != here:
-                raise ValueError(f"the cache was made for {name}={made}, this layer has {here}")
 
     def _linears(self) -> tuple[Linear, ...]:
         return self.query, self.key, self.value
