@@ -44,11 +44,12 @@ def layers() -> dict[str, Callable]:
     memories = [
         *(rules.LinearAttention(), rules.RetNet(), rules.SSD(), rules.SWLA(), rules.GLA()),
         *(rules.DeltaNet(), rules.GatedDeltaNet(), rules.RWKV7()),
-        *(rules.DLA(FLAGS.chunk), rules.Titans(FLAGS.chunk)),
+        *(rules.DLA(FLAGS.chunk), rules.Titans(FLAGS.chunk), rules.Vector()),
     ]
     memories = {type(memory).__name__: memory for memory in memories}
     memories["Titans depth 1"] = rules.Titans(FLAGS.chunk, depth=1)
-    aggregations = (mc.Residual(), mc.GRM(), mc.Soup(), mc.SSC())
+    aggregations = {kind.__name__: kind() for kind in (mc.Residual, mc.GRM, mc.Soup, mc.SSC)}
+    aggregations["SSC soup"] = mc.SSC(inner="soup")
     kinds = dict(constant=mc.Constant, logarithmic=mc.Logarithmic)
     segmentation = kinds[FLAGS.segmentation](FLAGS.segment)
 
@@ -64,9 +65,9 @@ def layers() -> dict[str, Callable]:
         )
 
     rows: dict[str, Callable] = {
-        f"{name} + {type(aggregation).__name__}": caching(memory, aggregation)
+        f"{name} + {kind}": caching(memory, aggregation)
         for name, memory in memories.items()
-        for aggregation in aggregations
+        for kind, aggregation in aggregations.items()
     }
     rows["causal attention"] = lambda: mc.nn.Attention(size, heads, rngs=nnx.Rngs(0))
     return rows

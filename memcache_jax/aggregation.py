@@ -12,7 +12,13 @@ from jax import lax
 
 from memcache_jax._checks import check_choice
 from memcache_jax._typing import Array, Float, Int, Matrices
-from memcache_jax.gating import pooled_keys, relevance, running_keys, softmax_gates
+from memcache_jax.gating import (
+    finite_rows,
+    pooled_keys,
+    relevance,
+    running_keys,
+    softmax_gates,
+)
 from memcache_jax.kernels.bank_read import bank_read
 from memcache_jax.kernels.chunk_update import chunk_update
 from memcache_jax.kernels.grouped_read import grouped_read
@@ -129,9 +135,12 @@ class Aggregation(abc.ABC):
         gates: tuple[Float[Array, "b h n c r"], Float[Array, "b h n c"]],
         reads: np.ndarray | Array,
         *,
+        zero_gates: bool = False,
         implementation: str | None = None,
     ) -> Float[Array, "b h n c v"]:
         """The outputs of all tokens, from the live memory and a bank of states.
+
+        A state that a token does not read reaches neither its output nor a gradient, NaN or not.
 
         Args:
           memory: the rule.
@@ -141,14 +150,17 @@ class Aggregation(abc.ABC):
           gates: as from ``gates``.
           reads: which states each block reads, (n, r) or (b, n, r), -1 for none; or each token,
             (b, h, n, c, r).
+          zero_gates: whether of the states that a block reads, those with a gate of zero are not
+            read by that token, as with documents.
           implementation: of the reads of cached states.
         """
 
         def gated_sum(online: Array, read: Callable[..., Array], bank: Matrices, x: Array) -> Array:
             online = online.reshape(*x.shape[:-1], -1)
             if not memory.reads_query and implementation is None and _all_in_order(reads, bank):
-                cached = jnp.einsum("bhncr,bhrv->bhncv", gates[0], bank[0][:, :, :, 0])
+                cached = _weighted_rows(gates[0], bank[0][:, :, :, 0])
             else:
+                read = blind_where_gates_are_zero(read) if zero_gates else read
                 cached = self.read_cached(read, bank, x, gates[0], reads, implementation)
             return jnp.einsum("bhnc,bhncv->bhncv", gates[1], online) + cached
 
@@ -173,7 +185,12 @@ class Aggregation(abc.ABC):
     def combine_token(
         self, memory: Memory, states: Matrices, query: Float[Array, "k"], gates: Float[Array, "s"]
     ) -> Float[Array, "v"]:
-        """The equation itself: one token's output, from states stacked along their first axis."""
+        """The equation itself: one token's output, from states stacked along their first axis.
+
+        Those with a gate of zero are not read.
+        """
+        read = gates != 0
+        states = jax.tree.map(lambda matrix: jnp.where(read[:, None, None], matrix, 0), states)
         if self.mixes:
             mixture = jax.tree.map(lambda matrix: jnp.tensordot(gates, matrix, axes=1), states)
             return memory.read(mixture, query[None])[0]
@@ -190,6 +207,35 @@ def _all_in_order(reads: np.ndarray | Array, bank: Matrices) -> bool:
     if not isinstance(reads, np.ndarray) or reads.shape[-1] != bank[0].shape[2]:
         return False
     return not np.any((reads >= 0) & (reads != np.arange(reads.shape[-1])))
+
+
+def _weighted_rows(
+    gates: Float[Array, "b h n c r"], rows: Float[Array, "b h r v"]
+) -> Float[Array, "b h n c v"]:
+    """The sum of all rows by gates; NaN where one that is not finite has a gate."""
+    rows, broken = finite_rows(rows)
+    broken = jnp.einsum("bhncr,bhr->bhnc", gates, broken.astype(gates.dtype)) > 0
+    return jnp.where(broken[..., None], jnp.nan, jnp.einsum("bhncr,bhrv->bhncv", gates, rows))
+
+
+def blind_where_gates_are_zero(read: Callable[..., Array]) -> Callable[..., Array]:
+    """The read, where rows with a gate of zero see nothing of the state, nor do their gradients.
+
+    What goes in is masked as well as what comes out: 0 * NaN is NaN, forward and backward.
+    """
+
+    def seen(x: Array, gate: Array) -> Array:
+        gate = gate.reshape(-1, *[1] * (x.ndim - 1))
+        return jnp.where(jnp.broadcast_to(gate, x.shape) != 0, x, 0)
+
+    def blind(matrices: Matrices, x: Array, gate: Array | None = None) -> Array:
+        if gate is None:
+            return read(matrices, x)
+        by_any = jnp.max(jnp.abs(gate)) != 0
+        matrices = tuple(jnp.where(by_any, matrix, 0) for matrix in matrices)
+        return seen(read(matrices, seen(x, gate), seen(gate, gate)), gate)
+
+    return blind
 
 
 def _read_matrix(
@@ -344,9 +390,14 @@ class SSC(GRM):
             return pooled_keys(key, plan, self.pooling), online
 
         pooled, online = jax.vmap(jax.vmap(of_head))(connector, key)
+        pooled, broken = finite_rows(pooled)
         cached, live, states = ssc_route(
             connector, pooled, online, plan.reads, self.top_k, implementation=implementation
         )
+        # Which to select is not known where a relevance is not.
+        seen = (plan.reads >= 0)[None, None]
+        broken = (broken[:, :, np.maximum(plan.reads, 0)] & seen).any(axis=-1)
+        cached = jnp.where(broken[..., None, None], jnp.nan, cached)
         return (cached, live), states
 
     def read_cached(
@@ -367,13 +418,7 @@ class SSC(GRM):
         # The others' gates are zero, so that these are the largest.
         chosen_gates, slots = lax.top_k(gates, self.top_k)
         blocks, width = reads.shape[-2:]
-        readable = jnp.maximum(reads, 0).reshape(-1, 1, blocks, 1, width)
+        readable = jnp.asarray(reads).reshape(-1, 1, blocks, 1, width)
         states = jnp.take_along_axis(readable, slots.reshape(*slots.shape[:3], 1, -1), axis=-1)
-        return grouped_read(
-            read,
-            bank,
-            query,
-            chosen_gates,
-            states.reshape(slots.shape),
-            implementation=implementation,
-        )
+        states = jnp.where(chosen_gates != 0, states.reshape(slots.shape), -1)
+        return grouped_read(read, bank, query, chosen_gates, states, implementation=implementation)

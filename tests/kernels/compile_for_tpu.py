@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 import memcache_jax as mc
+from memcache_jax.aggregation import blind_where_gates_are_zero
 from memcache_jax.kernels.bank_read import bank_read
 from memcache_jax.kernels.grouped_read import tpu as grouped_read
 from memcache_jax.kernels.ssc_route import ssc_route
@@ -36,10 +37,10 @@ def with_vjp(function):
     return both
 
 
-def read_bank(memory):
+def read_bank(read):
     return with_vjp(
         lambda bank, query, gates: bank_read(
-            memory.read, bank, query, gates, READS, implementation="pallas_tpu"
+            read, bank, query, gates, READS, implementation="pallas_tpu"
         )
     )
 
@@ -65,10 +66,13 @@ def bank_of(*layers):
 
 ROWS_AND_GATES = shapes((BLOCKS, ROWS, K), (BLOCKS, ROWS, BLOCKS - 1))
 CASES = {
-    "bank_read": (read_bank(LINEAR), (bank_of((K, K)), *ROWS_AND_GATES)),
-    "bank_read, deep": (read_bank(DEEP), (bank_of((K, 4 * K), (4 * K, K)), *ROWS_AND_GATES)),
+    "bank_read": (read_bank(LINEAR.read), (bank_of((K, K)), *ROWS_AND_GATES)),
+    "bank_read, documents": (
+        read_bank(blind_where_gates_are_zero(DEEP.read)),
+        (bank_of((K, 4 * K), (4 * K, K)), *ROWS_AND_GATES),
+    ),
     "bank_read, largest": (
-        read_bank(DEEP),
+        read_bank(DEEP.read),
         (
             bank_of((256, 1024), (1024, 256)),
             *shapes((BLOCKS, ROWS, 256), (BLOCKS, ROWS, BLOCKS - 1), dtype=jnp.bfloat16),
