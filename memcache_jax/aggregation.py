@@ -98,6 +98,12 @@ class Aggregation(abc.ABC):
         rows_and_heads = jax.vmap(heads, in_axes=(0, 0, None if document is None else 0))
         return self.gates(*rows_and_heads(connector, key, document)), reads
 
+    def selected(
+        self, gates: Float[Array, "b h n c r"], reads: np.ndarray | Array
+    ) -> tuple[Array, np.ndarray | Array]:
+        """The gates and the states of what tokens read, where that is not all that blocks may."""
+        return gates, reads
+
     def read_cached(
         self,
         read: Callable[..., Array],
@@ -130,6 +136,7 @@ class Aggregation(abc.ABC):
         reads: np.ndarray | Array,
         *,
         implementation: str | None = None,
+        read_cached: Callable[..., Array] | None = None,
     ) -> Float[Array, "b h n c v"]:
         """The outputs of all tokens, from the live memory and a bank of states.
 
@@ -142,14 +149,17 @@ class Aggregation(abc.ABC):
           reads: which states each block reads, (n, r) or (b, n, r), -1 for none; or each token,
             (b, h, n, c, r).
           implementation: of the reads of cached states.
+          read_cached: what reads them, with the arguments of the method of that name, which is the
+            default.
         """
+        read_cached = read_cached or self.read_cached
 
         def gated_sum(online: Array, read: Callable[..., Array], bank: Matrices, x: Array) -> Array:
             online = online.reshape(*x.shape[:-1], -1)
             if not memory.reads_query and implementation is None and _all_in_order(reads, bank):
                 cached = jnp.einsum("bhncr,bhrv->bhncv", gates[0], bank[0][:, :, :, 0])
             else:
-                cached = self.read_cached(read, bank, x, gates[0], reads, implementation)
+                cached = read_cached(read, bank, x, gates[0], reads, implementation)
             return jnp.einsum("bhnc,bhncv->bhncv", gates[1], online) + cached
 
         if not self._mixes_layers(memory):
@@ -349,6 +359,19 @@ class SSC(GRM):
         )
         return (cached, live), states
 
+    def selected(
+        self, gates: Float[Array, "b h n c r"], reads: np.ndarray | Array
+    ) -> tuple[Array, np.ndarray | Array]:
+        """Those of the ``top_k`` states of each token, if it selects among more."""
+        if reads.ndim == 5 or self.top_k >= gates.shape[-1]:
+            return gates, reads
+        # The others' gates are zero, so that these are the largest.
+        chosen_gates, slots = lax.top_k(gates, self.top_k)
+        blocks, width = reads.shape[-2:]
+        readable = jnp.maximum(reads, 0).reshape(-1, 1, blocks, 1, width)
+        states = jnp.take_along_axis(readable, slots.reshape(*slots.shape[:3], 1, -1), axis=-1)
+        return chosen_gates, states.reshape(slots.shape)
+
     def read_cached(
         self,
         read: Callable[..., Array],
@@ -359,21 +382,8 @@ class SSC(GRM):
         implementation: str | None = None,
     ) -> Float[Array, "b h n c v"]:
         """The gated sum of the reads of the selected states alone."""
-        if reads.ndim == 5:
-            states = jnp.asarray(reads)
-            return grouped_read(read, bank, query, gates, states, implementation=implementation)
-        if self.top_k >= gates.shape[-1]:
+        gates, reads = self.selected(gates, reads)
+        if reads.ndim < 5:
             return super().read_cached(read, bank, query, gates, reads, implementation)
-        # The others' gates are zero, so that these are the largest.
-        chosen_gates, slots = lax.top_k(gates, self.top_k)
-        blocks, width = reads.shape[-2:]
-        readable = jnp.maximum(reads, 0).reshape(-1, 1, blocks, 1, width)
-        states = jnp.take_along_axis(readable, slots.reshape(*slots.shape[:3], 1, -1), axis=-1)
-        return grouped_read(
-            read,
-            bank,
-            query,
-            chosen_gates,
-            states.reshape(slots.shape),
-            implementation=implementation,
-        )
+        states = jnp.asarray(reads)
+        return grouped_read(read, bank, query, gates, states, implementation=implementation)

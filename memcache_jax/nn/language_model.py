@@ -18,6 +18,7 @@ from memcache_jax.nn.attention import Attention
 from memcache_jax.nn.layers import Linear, SwiGLU
 from memcache_jax.nn.memory_caching import MemoryCaching
 from memcache_jax.segmentation import Constant, Segmentation
+from memcache_jax.sharding.memory_caching import Exchange
 from memcache_jax.sharding.mesh import constrain, partitioned
 
 
@@ -47,6 +48,7 @@ class MemoryCachingMixer:
     connector: Literal["learned", "query"] = "learned"
     distances: int = 64
     implementation: Implementation | None = None
+    exchange: Exchange = "gather"
 
     def build(self, in_features: int, num_heads: int, **options: Any) -> MemoryCaching:
         """Returns the layer."""

@@ -22,6 +22,7 @@ _STEERING = (
     "tensorboard",
     "sample.",
     "model.implementation",
+    "model.exchange",
     "mesh.",
     "accumulate",
 )
@@ -78,6 +79,7 @@ def default_config() -> Config:
     config.model.connector = "learned"  # what gates by content compare with keys, or "query"
     config.model.distances = 64  # that gates by position tell apart
     config.model.implementation = config_dict.placeholder(str)  # "pallas_tpu", "pallas_gpu", "xla"
+    config.model.exchange = "gather"  # of states between parts of a sequence, or "ring"
     config.model.window = 256  # tokens that sliding-window attention sees
     config.model.rope_base = 10_000.0  # of attention's rotary positions
 

@@ -14,7 +14,8 @@ from memcache_jax.nn import AttentionMixer, LanguageModelConfig, MemoryCachingMi
 from memcache_jax.training.config import Config, default_config
 
 MIXERS = ("memory_caching", "attention", "sliding_window")
-_LAYER = ("start", "connector", "distances", "implementation")  # of memory caching, as they are
+# Of memory caching, as they are.
+_LAYER = ("start", "connector", "distances", "implementation", "exchange")
 
 
 def model_config(options: Config) -> LanguageModelConfig:
