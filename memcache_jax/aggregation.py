@@ -104,6 +104,12 @@ class Aggregation(abc.ABC):
         rows_and_heads = jax.vmap(heads, in_axes=(0, 0, None if document is None else 0))
         return self.gates(*rows_and_heads(connector, key, document)), reads
 
+    def selected(
+        self, gates: Float[Array, "b h n c r"], reads: np.ndarray | Array
+    ) -> tuple[Array, np.ndarray | Array]:
+        """The gates and the states of what tokens read, where that is not all that blocks may."""
+        return gates, reads
+
     def read_cached(
         self,
         read: Callable[..., Array],
@@ -137,6 +143,7 @@ class Aggregation(abc.ABC):
         *,
         zero_gates: bool = False,
         implementation: str | None = None,
+        read_cached: Callable[..., Array] | None = None,
     ) -> Float[Array, "b h n c v"]:
         """The outputs of all tokens, from the live memory and a bank of states.
 
@@ -153,7 +160,10 @@ class Aggregation(abc.ABC):
           zero_gates: whether of the states that a block reads, those with a gate of zero are not
             read by that token, as with documents.
           implementation: of the reads of cached states.
+          read_cached: what reads them, with the arguments of the method of that name, which is the
+            default.
         """
+        read_cached = read_cached or self.read_cached
 
         def gated_sum(online: Array, read: Callable[..., Array], bank: Matrices, x: Array) -> Array:
             online = online.reshape(*x.shape[:-1], -1)
@@ -161,7 +171,7 @@ class Aggregation(abc.ABC):
                 cached = _weighted_rows(gates[0], bank[0][:, :, :, 0])
             else:
                 read = blind_where_gates_are_zero(read) if zero_gates else read
-                cached = self.read_cached(read, bank, x, gates[0], reads, implementation)
+                cached = read_cached(read, bank, x, gates[0], reads, implementation)
             return jnp.einsum("bhnc,bhncv->bhncv", gates[1], online) + cached
 
         if not self._mixes_layers(memory):
@@ -381,7 +391,8 @@ class SSC(GRM):
         implementation: str | None = None,
     ) -> tuple[tuple[Array, Array], np.ndarray | Array]:
         """Gates of each token's own states, where they are selected by content."""
-        if self.gate != "content" or document is not None or self.top_k >= plan.reads.shape[1]:
+        by_content = self.gate == "content" and document is None
+        if not by_content or self._all_are_few(plan.reads):
             return super().weigh(connector, key, plan, document, reads)
 
         def of_head(connector: Array, key: Array) -> tuple[Array, Array]:
@@ -400,6 +411,19 @@ class SSC(GRM):
         cached = jnp.where(broken[..., None, None], jnp.nan, cached)
         return (cached, live), states
 
+    def selected(
+        self, gates: Float[Array, "b h n c r"], reads: np.ndarray | Array
+    ) -> tuple[Array, np.ndarray | Array]:
+        """Those of the ``top_k`` states of each token, if it selects among more."""
+        if reads.ndim == 5 or self._all_are_few(reads):
+            return gates, reads
+        # The others' gates are zero, so that these are the largest.
+        chosen_gates, slots = lax.top_k(gates, self.top_k)
+        blocks, width = reads.shape[-2:]
+        readable = jnp.asarray(reads).reshape(-1, 1, blocks, 1, width)
+        states = jnp.take_along_axis(readable, slots.reshape(*slots.shape[:3], 1, -1), axis=-1)
+        return chosen_gates, jnp.where(chosen_gates != 0, states.reshape(slots.shape), -1)
+
     def read_cached(
         self,
         read: Callable[..., Array],
@@ -410,15 +434,16 @@ class SSC(GRM):
         implementation: str | None = None,
     ) -> Float[Array, "b h n c v"]:
         """The gated sum of the reads of the selected states alone."""
-        if reads.ndim == 5:
-            states = jnp.asarray(reads)
-            return grouped_read(read, bank, query, gates, states, implementation=implementation)
-        if self.top_k >= gates.shape[-1]:
+        gates, reads = self.selected(gates, reads)
+        if reads.ndim < 5:
+            if self.top_k < gates.shape[-1]:
+                read = blind_where_gates_are_zero(read)
             return super().read_cached(read, bank, query, gates, reads, implementation)
-        # The others' gates are zero, so that these are the largest.
-        chosen_gates, slots = lax.top_k(gates, self.top_k)
-        blocks, width = reads.shape[-2:]
-        readable = jnp.asarray(reads).reshape(-1, 1, blocks, 1, width)
-        states = jnp.take_along_axis(readable, slots.reshape(*slots.shape[:3], 1, -1), axis=-1)
-        states = jnp.where(chosen_gates != 0, states.reshape(slots.shape), -1)
-        return grouped_read(read, bank, query, chosen_gates, states, implementation=implementation)
+        states = jnp.asarray(reads)
+        return grouped_read(read, bank, query, gates, states, implementation=implementation)
+
+    def _all_are_few(self, reads: np.ndarray | Array) -> bool:
+        """Whether reading all that blocks may read is no more than the selected ones of tokens."""
+        if self.top_k >= reads.shape[-1]:
+            return True
+        return isinstance(reads, np.ndarray) and np.sum(reads >= 0) <= self.top_k * len(reads)

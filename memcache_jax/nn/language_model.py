@@ -11,13 +11,22 @@ from jax import lax
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.aggregation import GRM, Aggregation
 from memcache_jax.caching import Implementation, Start
+from memcache_jax.kernels._units import WRITTEN
 from memcache_jax.memories import Memory, Titans
 from memcache_jax.nn.attention import Attention
 from memcache_jax.nn.layers import Linear, SwiGLU
 from memcache_jax.nn.memory_caching import MemoryCaching
 from memcache_jax.nn.model_cache import LanguageModelCache, without_states
 from memcache_jax.segmentation import Constant, Segmentation
+from memcache_jax.sharding.memory_caching import Exchange
 from memcache_jax.sharding.mesh import constrain, partitioned
+
+_OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[WRITTEN],
+    offload_src="device",
+    offload_dst="pinned_host",
+)
 
 
 @runtime_checkable
@@ -46,6 +55,7 @@ class MemoryCachingMixer:
     connector: Literal["learned", "query"] = "learned"
     distances: int = 64
     implementation: Implementation | None = None
+    exchange: Exchange = "gather"
 
     def build(self, in_features: int, num_heads: int, **options: Any) -> MemoryCaching:
         """Returns the layer."""
@@ -82,11 +92,14 @@ class LanguageModelConfig:
         64; 0 for blocks without an MLP.
       tie_embeddings: whether the output layer is the embedding's transpose.
       remat: whether each block's activations are recomputed in the backward pass.
+      offload_states: whether, with ``remat``, what the memories write (states before each chunk and
+        after each segment, live reads) waits in the host's memory instead, and is not written anew.
       dtype: dtype of the arithmetic; parameters and logits are float32 or wider.
       param_dtype: dtype of the parameters.
 
     Raises:
-      ValueError: if ``num_layers`` is not a multiple of the number of mixers, or sizes are < 1.
+      ValueError: if ``num_layers`` is not a multiple of the number of mixers, sizes are < 1, or
+        ``offload_states`` comes without ``remat``.
     """
 
     vocab_size: int
@@ -98,6 +111,7 @@ class LanguageModelConfig:
     mlp_features: int | None = None
     tie_embeddings: bool = False
     remat: bool = False
+    offload_states: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -112,6 +126,9 @@ class LanguageModelConfig:
                 f"num_layers={self.num_layers} must be a multiple of the number of mixers, "
                 f"got {len(self.mixers)}"
             )
+
+        if self.offload_states and not self.remat:
+            raise ValueError("offload_states needs remat: without it nothing is recomputed")
 
     @property
     def repeats(self) -> int:
@@ -255,7 +272,8 @@ class LanguageModel(nnx.Module):
             return nnx.merge(graph, state)(x, document_ids), None
 
         if self.config.remat:
-            period = jax.checkpoint(period, prevent_cse=False)
+            policy = _OFFLOAD if self.config.offload_states else None
+            period = jax.checkpoint(period, prevent_cse=False, policy=policy)
         x = self._embed(tokens)
         x, _ = lax.scan(period, x, stacked)
         return self.norm(x)

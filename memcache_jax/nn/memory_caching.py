@@ -1,7 +1,7 @@
 """The Memory Caching layer: a drop-in for causal self-attention."""
 
 from collections.abc import Iterator
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from memcache_jax.memories import Control, Memory
 from memcache_jax.nn.layer_cache import LayerCache
 from memcache_jax.nn.layers import CausalConv, Linear, l2_normalize
 from memcache_jax.segmentation import Segmentation
-from memcache_jax.sharding.memory_caching import memory_caching_over_mesh
+from memcache_jax.sharding.memory_caching import Exchange, memory_caching_over_mesh
 from memcache_jax.sharding.mesh import partitioned
 from memcache_jax.streaming import check_options, extend, init_cache
 
@@ -45,6 +45,8 @@ class MemoryCaching(nnx.Module):
       distances: for gates by position, how many distances have logits of their own.
       conv_width: taps of the convolution.
       implementation: as in ``memory_caching``.
+      exchange: on a mesh with parts of a sequence, how they get each other's states: ``"gather"``,
+        all at once, or ``"ring"``, one part's after the other's, in less memory.
       dtype: dtype of the projections' arithmetic and of the output; by default the wider of the
         input's and ``param_dtype``, as in Flax. Memory states and gates are always float32 or
         wider.
@@ -53,7 +55,8 @@ class MemoryCaching(nnx.Module):
 
     Raises:
       ValueError: if ``num_heads`` does not divide ``in_features`` and no ``head_dim`` is given, if
-        the memory's chunk size does not divide the segment size, or for an unknown ``start``.
+        the memory's chunk size does not divide the segment size, or for an unknown ``start`` or
+        ``exchange``.
 
     Example:
       >>> import jax.numpy as jnp, memcache_jax as mc
@@ -79,6 +82,7 @@ class MemoryCaching(nnx.Module):
         distances: int = 64,
         conv_width: int = 4,
         implementation: Implementation | None = None,
+        exchange: Exchange = "gather",
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -89,11 +93,13 @@ class MemoryCaching(nnx.Module):
         if distances < 2:
             raise ValueError(f"distances must be at least 2, got {distances}")
         check_implementation(implementation)
+        _checks.check_choice("exchange", exchange, get_args(Exchange))
         self.in_features, self.num_heads = in_features, num_heads
         self.head_dim = _checks.check_heads(in_features, num_heads, head_dim)
         self.memory, self.aggregation, self.segmentation = memory, aggregation, segmentation
         self.start: Start = start
         self.implementation: Implementation | None = implementation
+        self.exchange: Exchange = exchange
         self.dtype = dtype
         inner = num_heads * self.head_dim
 
@@ -200,6 +206,7 @@ class MemoryCaching(nnx.Module):
             start=self.start,
             document_ids=document_ids,
             implementation=self.implementation,
+            exchange=self.exchange,
         )
         return self._output(x, y)
 

@@ -37,7 +37,7 @@ def train_step(name) -> tuple[Any, tuple]:
     config.model.segmentation.size = 64
     optimizer = make_optimizer(config.optimizer, 100)
     graph, state = abstract_state(model_config(config.model), optimizer)
-    tokens = jax.ShapeDtypeStruct((1, 257), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((1, 513), jnp.int32)
     return make_train_step(graph, optimizer), (state, tokens)
 
 
