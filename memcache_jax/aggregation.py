@@ -446,4 +446,5 @@ class SSC(GRM):
         """Whether reading all that blocks may read is no more than the selected ones of tokens."""
         if self.top_k >= reads.shape[-1]:
             return True
-        return isinstance(reads, np.ndarray) and np.sum(reads >= 0) <= self.top_k * len(reads)
+        total = np.sum(reads >= 0) if isinstance(reads, np.ndarray) else np.inf
+        return bool(total <= self.top_k * len(reads))

@@ -1,6 +1,5 @@
 """The Memory Caching layer: a drop-in for causal self-attention."""
 
-from collections.abc import Iterator
 from typing import Any, Literal, get_args, overload
 
 import jax
@@ -193,14 +192,9 @@ class MemoryCaching(nnx.Module):
             if document_ids is not None:
                 raise ValueError("a cache is of one document in each row: give no document_ids")
             return self.extend(x, cache)
-        _checks.check_input(x, self.in_features)
-        if document_ids is not None:
-            _checks.check_documents(document_ids, x.shape[:2])
-        x = x if self.dtype is None else x.astype(self.dtype)
         y = memory_caching_over_mesh(
-            **self._tokens(x, *self._projected(x, document_ids)),
+            **self.operands(x, document_ids),
             memory=self.memory,
-            weights=self._initial_weights(),
             aggregation=self.aggregation,
             segmentation=self.segmentation,
             start=self.start,
@@ -208,7 +202,42 @@ class MemoryCaching(nnx.Module):
             implementation=self.implementation,
             exchange=self.exchange,
         )
-        return self._output(x, y)
+        return self._output(x if self.dtype is None else x.astype(self.dtype), y)
+
+    def operands(
+        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None = None
+    ) -> dict[str, Any]:
+        """The arrays that a call gives to ``mc.memory_caching``, by the names of its arguments.
+
+        Args:
+          x: the input.
+          document_ids: as for a call.
+
+        Returns:
+          ``query``, ``key``, ``value``, ``connector`` (or None), ``controls`` and ``weights``.
+
+        Raises:
+          ValueError: as a call.
+
+        Example:
+          >>> import jax.numpy as jnp, memcache_jax as mc
+          >>> from flax import nnx
+          >>> layer = mc.nn.MemoryCaching(8, 2, memory=mc.memories.SSD(),
+          ...                             aggregation=mc.GRM(), segmentation=mc.Constant(4),
+          ...                             rngs=nnx.Rngs(0))
+          >>> operands = layer.operands(jnp.ones((1, 14, 8)))
+          >>> operands["query"].shape, sorted(operands["controls"])
+          ((1, 14, 2, 4), ['lam', 'log_alpha'])
+        """
+        _checks.check_input(x, self.in_features)
+        if document_ids is not None:
+            _checks.check_documents(document_ids, x.shape[:2])
+        x = x if self.dtype is None else x.astype(self.dtype)
+        rows = (
+            conv(linear(x), document_ids)
+            for conv, linear in zip(self._convs(), self._linears(), strict=True)
+        )
+        return self._tokens(x, *rows) | {"weights": self._initial_weights()}
 
     def gates(self, x: Float[Array, "b t d"]) -> Float[Array, "b t h states"]:
         """The gates with which a call weighs the states that each token reads, to look at.
@@ -234,12 +263,10 @@ class MemoryCaching(nnx.Module):
           >>> gates.shape, (gates > 0).sum(axis=-1)[0, ::4, 0].tolist()
           ((1, 14, 2, 4), [1, 2, 2, 2])
         """
-        _checks.check_input(x, self.in_features)
-        x = x if self.dtype is None else x.astype(self.dtype)
-        tokens = self._tokens(x, *self._projected(x, None))
+        operands = self.operands(x)
         return gates_of_states(
-            tokens["key"],
-            tokens["connector"],
+            operands["key"],
+            operands["connector"],
             aggregation=self.aggregation,
             segmentation=self.segmentation,
         )
@@ -325,11 +352,6 @@ class MemoryCaching(nnx.Module):
 
     def _convs(self) -> tuple[CausalConv, ...]:
         return self.query_conv, self.key_conv, self.value_conv
-
-    def _projected(self, x: Float[Array, "b t d"], document_ids: Array | None) -> Iterator[Array]:
-        """Queries, keys and values before their heads are apart."""
-        for conv, linear in zip(self._convs(), self._linears(), strict=True):
-            yield conv(linear(x), document_ids)
 
     def _initial_weights(self) -> dict[str, Array]:
         return {name: weight[...] for name, weight in self.weights.items()}
