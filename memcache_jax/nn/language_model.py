@@ -13,6 +13,7 @@ from memcache_jax import _checks
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.aggregation import GRM, Aggregation
 from memcache_jax.caching import Implementation, Start
+from memcache_jax.kernels._units import WRITTEN
 from memcache_jax.memories import Memory, Titans
 from memcache_jax.nn.attention import Attention
 from memcache_jax.nn.layers import Linear, SwiGLU
@@ -20,6 +21,13 @@ from memcache_jax.nn.memory_caching import MemoryCaching
 from memcache_jax.segmentation import Constant, Segmentation
 from memcache_jax.sharding.memory_caching import Exchange
 from memcache_jax.sharding.mesh import constrain, partitioned
+
+_OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[WRITTEN],
+    offload_src="device",
+    offload_dst="pinned_host",
+)
 
 
 @runtime_checkable
@@ -85,11 +93,14 @@ class LanguageModelConfig:
         64; 0 for blocks without an MLP.
       tie_embeddings: whether the output layer is the embedding's transpose.
       remat: whether each block's activations are recomputed in the backward pass.
+      offload_states: whether, with ``remat``, what the memories write (states before each chunk and
+        after each segment, live reads) waits in the host's memory instead, and is not written anew.
       dtype: dtype of the arithmetic; parameters and logits are float32 or wider.
       param_dtype: dtype of the parameters.
 
     Raises:
-      ValueError: if ``num_layers`` is not a multiple of the number of mixers, or sizes are < 1.
+      ValueError: if ``num_layers`` is not a multiple of the number of mixers, sizes are < 1, or
+        ``offload_states`` comes without ``remat``.
     """
 
     vocab_size: int
@@ -101,6 +112,7 @@ class LanguageModelConfig:
     mlp_features: int | None = None
     tie_embeddings: bool = False
     remat: bool = False
+    offload_states: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -115,6 +127,9 @@ class LanguageModelConfig:
                 f"num_layers={self.num_layers} must be a multiple of the number of mixers, "
                 f"got {len(self.mixers)}"
             )
+
+        if self.offload_states and not self.remat:
+            raise ValueError("offload_states needs remat: without it nothing is recomputed")
 
     @property
     def repeats(self) -> int:
@@ -326,7 +341,8 @@ class LanguageModel(nnx.Module):
             return nnx.merge(graph, state)(x, document_ids), None
 
         if self.config.remat:
-            period = jax.checkpoint(period, prevent_cse=False)
+            policy = _OFFLOAD if self.config.offload_states else None
+            period = jax.checkpoint(period, prevent_cse=False, policy=policy)
         x = self._embed(tokens)
         x, _ = lax.scan(period, x, stacked)
         return self.norm(x)

@@ -23,6 +23,7 @@ _STEERING = (
     "sample.",
     "model.implementation",
     "model.exchange",
+    "model.offload_states",
     "mesh.",
     "accumulate",
 )
@@ -68,6 +69,7 @@ def default_config() -> Config:
     config.model.mlp_features = config_dict.placeholder(int)  # 8/3 features by default; 0: no MLP
     config.model.tie_embeddings = False
     config.model.remat = False  # recompute activations in the backward pass, to save memory
+    config.model.offload_states = False  # with remat: what memories write waits on the host
     config.model.dtype = "float32"  # of the arithmetic, or "bfloat16"; parameters are float32
     config.model.mixers = ("memory_caching",)  # of consecutive blocks, repeated; see models.py
     config.model.memory = ConfigDict(

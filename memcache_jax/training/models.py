@@ -44,6 +44,7 @@ def model_config(options: Config) -> LanguageModelConfig:
         mlp_features=options["mlp_features"],
         tie_embeddings=options["tie_embeddings"],
         remat=options["remat"],
+        offload_states=options.get("offload_states", False),
         dtype=jnp.dtype(options["dtype"]),
     )
 
