@@ -17,7 +17,12 @@ With it a policy can keep all that memories have written, so that none is writte
 
 def written(tree: Any) -> Any:
     """The tree, its arrays named ``WRITTEN``."""
-    return jax.tree.map(lambda x: checkpoint_name(x, WRITTEN), tree)
+
+    # As one row: libtpu crashes on copies to the host of what it has laid out in another order.
+    def named(x: jax.Array) -> jax.Array:
+        return checkpoint_name(x.reshape(-1), WRITTEN).reshape(x.shape)
+
+    return jax.tree.map(named, tree)
 
 
 def for_each_unit(unit: Callable, batch_dims: int) -> Callable:
