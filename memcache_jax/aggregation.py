@@ -11,6 +11,12 @@ import numpy as np
 from jax import lax
 
 from memcache_jax._checks import check_choice
+from memcache_jax._reads import (
+    all_in_order,
+    blind_where_gates_are_zero,
+    read_matrix,
+    weighted_rows,
+)
 from memcache_jax._typing import Array, Float, Int, Matrices
 from memcache_jax.gating import (
     finite_rows,
@@ -24,7 +30,6 @@ from memcache_jax.kernels.chunk_update import chunk_update
 from memcache_jax.kernels.grouped_read import grouped_read
 from memcache_jax.kernels.ssc_route import ssc_route
 from memcache_jax.memories import Memory
-from memcache_jax.memories.base import gated
 from memcache_jax.segmentation import ReadPlan
 
 GATES = ("content", "position", "uniform")
@@ -167,8 +172,8 @@ class Aggregation(abc.ABC):
 
         def gated_sum(online: Array, read: Callable[..., Array], bank: Matrices, x: Array) -> Array:
             online = online.reshape(*x.shape[:-1], -1)
-            if not memory.reads_query and implementation is None and _all_in_order(reads, bank):
-                cached = _weighted_rows(gates[0], bank[0][:, :, :, 0])
+            if not memory.reads_query and implementation is None and all_in_order(reads, bank):
+                cached = weighted_rows(gates[0], bank[0][:, :, :, 0])
             else:
                 read = blind_where_gates_are_zero(read) if zero_gates else read
                 cached = read_cached(read, bank, x, gates[0], reads, implementation)
@@ -188,7 +193,7 @@ class Aggregation(abc.ABC):
                     batch_dims=3,
                     implementation=implementation,
                 )
-            return gated_sum(online, _read_matrix, (bank[layer],), x)
+            return gated_sum(online, read_matrix, (bank[layer],), x)
 
         return memory.forward(mixed, query)
 
@@ -210,48 +215,6 @@ class Aggregation(abc.ABC):
     def _mixes_layers(self, memory: Memory) -> bool:
         """Whether mixing parameters differs from mixing reads: not for a single layer."""
         return self.mixes and memory.depth > 1
-
-
-def _all_in_order(reads: np.ndarray | Array, bank: Matrices) -> bool:
-    """Whether slot i of every block is state i or empty."""
-    if not isinstance(reads, np.ndarray) or reads.shape[-1] != bank[0].shape[2]:
-        return False
-    return not np.any((reads >= 0) & (reads != np.arange(reads.shape[-1])))
-
-
-def _weighted_rows(
-    gates: Float[Array, "b h n c r"], rows: Float[Array, "b h r v"]
-) -> Float[Array, "b h n c v"]:
-    """The sum of all rows by gates; NaN where one that is not finite has a gate."""
-    rows, broken = finite_rows(rows)
-    broken = jnp.einsum("bhncr,bhr->bhnc", gates, broken.astype(gates.dtype)) > 0
-    return jnp.where(broken[..., None], jnp.nan, jnp.einsum("bhncr,bhrv->bhncv", gates, rows))
-
-
-def blind_where_gates_are_zero(read: Callable[..., Array]) -> Callable[..., Array]:
-    """The read, where rows with a gate of zero see nothing of the state, nor do their gradients.
-
-    What goes in is masked as well as what comes out: 0 * NaN is NaN, forward and backward.
-    """
-
-    def seen(x: Array, gate: Array) -> Array:
-        gate = gate.reshape(-1, *[1] * (x.ndim - 1))
-        return jnp.where(jnp.broadcast_to(gate, x.shape) != 0, x, 0)
-
-    def blind(matrices: Matrices, x: Array, gate: Array | None = None) -> Array:
-        if gate is None:
-            return read(matrices, x)
-        by_any = jnp.max(jnp.abs(gate)) != 0
-        matrices = tuple(jnp.where(by_any, matrix, 0) for matrix in matrices)
-        return seen(read(matrices, seen(x, gate), seen(gate, gate)), gate)
-
-    return blind
-
-
-def _read_matrix(
-    matrices: Matrices, x: Float[Array, "rows in"], gate: Float[Array, "rows"] | None = None
-) -> Float[Array, "rows out"]:
-    return jnp.matmul(gated(gate, x), matrices[0])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 import memcache_jax as mc
-from memcache_jax.aggregation import blind_where_gates_are_zero
+from memcache_jax._reads import blind_where_gates_are_zero
 from memcache_jax.kernels.bank_read import bank_read
 from memcache_jax.kernels.grouped_read import tpu as grouped_read
 from memcache_jax.kernels.ssc_route import ssc_route
