@@ -237,7 +237,9 @@ def test_rows_that_are_blind_to_a_state(implementation, memory):
     def outputs(read, number, implementation):
         holds = tuple(matrix.at[:, :, 2:].set(number) for matrix in bank)
         y, gradients = value_and_vjp(
-            lambda *xs: bank_read(read, *xs, RAGGED, implementation=implementation),
+            lambda bank, query, gates: bank_read(
+                read, bank, query, gates, RAGGED, implementation=implementation
+            ),
             *(holds, query, gates),
         )
         return y, *gradients[:2], jnp.where(seen, gradients[2], 0)
