@@ -190,19 +190,19 @@ class Together(Aggregation):
         """The relevance itself: each aggregation makes its own of it."""
         return cached, online
 
-    def weigh(self, *args, **options):
+    def weigh(self, *args, **options) -> Any:
         return tuple(kind.weigh(*args, **options) for kind in self.kinds), None
 
     def live(self, memory, chunk, query):
         return tuple(kind.live(memory, chunk, query) for kind in self.kinds)
 
-    def combine(self, memory, bank, query, live, gates, reads, **options):
+    def combine(self, memory, bank, query, live, gates, reads, **options) -> Any:
         return self._sum(
             kind.combine(memory, bank, query, own, *weighed, **options)
             for kind, own, weighed in zip(self.kinds, live, gates, strict=True)
         )
 
-    def combine_token(self, memory, states, query, gates):
+    def combine_token(self, memory, states, query, gates) -> Any:
         def own(kind):
             scores = gates if kind.gate == "content" else jnp.where(gates > -jnp.inf, 0, gates)
             return jnp.append(*kind.gates(scores[:-1], scores[-1]))
