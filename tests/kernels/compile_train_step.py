@@ -22,7 +22,7 @@ from memcache_jax.training.step import abstract_state, make_train_step
 
 MODELS = {
     "titans_grm": (dict(name="Titans", chunk_size=32), dict(name="GRM")),
-    "gated_delta_net_ssc": (dict(name="GatedDeltaNet"), dict(name="SSC", top_k=2)),
+    "gated_delta_net_ssc": (dict(name="GatedDeltaNet"), dict(name="SSC", top_k=1)),
 }
 SIZES = dict(vocab_size=257, num_layers=1, features=128, num_heads=2, mlp_features=128)
 KERNEL = r"(?:affine_update|bank_read|chunk_update|grouped_read|ssc_route)_(?:back|for)ward[a-z_]*"
@@ -37,7 +37,7 @@ def train_step(name) -> tuple[Any, tuple]:
     config.model.segmentation.size = 64
     optimizer = make_optimizer(config.optimizer, 100)
     graph, state = abstract_state(model_config(config.model), optimizer)
-    tokens = jax.ShapeDtypeStruct((1, 513), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((1, 257), jnp.int32)
     return make_train_step(graph, optimizer), (state, tokens)
 
 
