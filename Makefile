@@ -4,7 +4,7 @@
 #   make test         all tests; make test-fast leaves out the slow ones
 #   make lint         ruff and pyright
 #   make bench        time of the layer, forward and backward
-#   make recall       associative recall with and without cached memories, in runs/recall
+#   make recall       associative recall with and without cached memories, in runs/recall*
 #   make gpu-check    every GPU kernel: correctness, then times beside XLA, a matmul and attention
 #
 # Another Python: make demo PYTHON=python3.12. An NVIDIA GPU or a TPU is found by itself; to choose,
@@ -41,6 +41,7 @@ bench: $(VENV)/.demo
 
 recall: $(VENV)/.demo
 	$(RUN) -m experiments.mqar --config=configs/recall.py --workdir=runs/recall
+	$(RUN) -m experiments.mqar --config=configs/recall.py:deep --workdir=runs/recall_deep
 
 gpu-check: $(VENV)/.demo
 	$(RUN) -m experiments.check_kernels

@@ -7,23 +7,32 @@ def changes(config: Any, report: dict[str, Any]) -> list[str]:
     """Up to three changes of the configuration that would need less memory, the best first.
 
     What a change saves is estimated from the state's bytes on a chip and the memory there is: state
-    that is not divided over all chips comes first where it is most of it, else activations do.
+    that is not divided over all chips comes first where it is most of it, else activations do. A
+    mesh that is named fills the chips, and divides the model's heads and segments.
     """
-    mesh = report["mesh"]
+    from memcache_jax.sharding.memory_caching import fits_ring
+
+    mesh, model = report["mesh"], config.model
     rows = config.batch_size // (mesh["data"] * mesh["fsdp"] * config.accumulate)
+    twice = f"--config.accumulate={2 * config.accumulate}"
     of_activations = []
-    if not config.model.remat:
+    if not model.remat:
         of_activations.append("--config.model.remat=True: recompute blocks in the backward pass")
     if rows > 1:
-        of_activations.append(
-            f"--config.accumulate={2 * config.accumulate}: half the rows at a time"
-        )
-    if config.model.dtype == "float32":
+        of_activations.append(f"{twice}: half the rows at a time")
+    if model.dtype == "float32":
         of_activations.append("--config.model.dtype=bfloat16: activations of half the size")
-    of_activations.append(
-        f"--config.mesh.seq={2 * mesh['seq']}: half of each sequence on a chip (independent starts)"
-    )
-    of_activations.append(f"--config.mesh.tensor={2 * mesh['tensor']}: half of the heads on a chip")
+    mixers = _memory_mixers(config)
+    if mesh["seq"] > 1 and any(
+        mixer.exchange == "gather" and fits_ring(mixer.segmentation, config.sequence_length)
+        for mixer in mixers
+    ):
+        of_activations.append("--config.model.exchange=ring: states of one part at a time")
+    # Fewer parts of a batch have more rows each, of which half are then taken at a time.
+    if _divides_time(config, mixers, 2 * mesh["seq"]) and (flags := _doubled(config, mesh, "seq")):
+        of_activations.append(f"{flags} {twice}: half of each sequence on a chip")
+    if not model.num_heads % (2 * mesh["tensor"]) and (flags := _doubled(config, mesh, "tensor")):
+        of_activations.append(f"{flags} {twice}: half of the heads on a chip")
     of_state = []
     if mesh["data"] > 1:
         of_state.append(
@@ -32,3 +41,40 @@ def changes(config: Any, report: dict[str, Any]) -> list[str]:
         )
     mostly_state = report["hbm"] is not None and report["state_bytes"] > report["hbm"] / 2
     return (of_state + of_activations if mostly_state else of_activations + of_state)[:3]
+
+
+def _memory_mixers(config: Any) -> list[Any]:
+    from memcache_jax.nn import MemoryCachingMixer
+    from memcache_jax.training.models import model_config
+
+    mixers = model_config(config.model).mixers
+    return [mixer for mixer in mixers if isinstance(mixer, MemoryCachingMixer)]
+
+
+def _divides_time(config: Any, mixers: list[Any], parts: int) -> bool:
+    from memcache_jax.sharding.memory_caching import check_parts
+
+    try:
+        for mixer in mixers:
+            check_parts(
+                parts,
+                config.sequence_length,
+                memory=mixer.memory,
+                segmentation=mixer.segmentation,
+                start=mixer.start,
+                implementation=mixer.implementation,
+                exchange=mixer.exchange,
+            )
+    except ValueError:
+        return False
+    return True
+
+
+def _doubled(config: Any, mesh: dict[str, int], axis: str) -> str:
+    """The flags of a mesh with twice the devices along an axis; none if there is no such mesh."""
+    for other in ("data", "fsdp"):
+        sizes = mesh | {axis: 2 * mesh[axis], other: mesh[other] // 2}
+        slices = config.mesh.slices
+        if mesh[other] % 2 == 0 and not (sizes["data"] % slices and sizes["fsdp"] % slices):
+            return " ".join(f"--config.mesh.{name}={sizes[name]}" for name in (axis, other))
+    return ""

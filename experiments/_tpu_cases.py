@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 import memcache_jax as mc
+from memcache_jax._reads import blind_where_gates_are_zero
 from memcache_jax.kernels.affine_update import AffineChunk, affine_update
 from memcache_jax.kernels.bank_read import bank_read
 from memcache_jax.kernels.chunk_update import chunk_update
@@ -25,9 +26,12 @@ def tpu_cases() -> dict[str, tuple[Callable[..., Any], tuple]]:
     largest = _shapes((_BLOCKS, _ROWS, 256), (_BLOCKS, _ROWS, _BLOCKS - 1), dtype=jnp.bfloat16)
     groups = (_bank((_K, _K)), *_shapes((4 * _BLOCKS, _ROWS, _K), (4 * _BLOCKS, _ROWS)))
     return {
-        "bank_read": (_read_bank(_LINEAR), (_bank((_K, _K)), *rows)),
-        "bank_read, deep": (_read_bank(_DEEP), (_bank((_K, 4 * _K), (4 * _K, _K)), *rows)),
-        "bank_read, largest": (_read_bank(_DEEP), (_bank((256, 1024), (1024, 256)), *largest)),
+        "bank_read": (_read_bank(_LINEAR.read), (_bank((_K, _K)), *rows)),
+        "bank_read, documents": (
+            _read_bank(blind_where_gates_are_zero(_DEEP.read)),
+            (_bank((_K, 4 * _K), (4 * _K, _K)), *rows),
+        ),
+        "bank_read, largest": (_read_bank(_DEEP.read), (_bank((256, 1024), (1024, 256)), *largest)),
         "grouped_read": (
             _read_groups,
             jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), groups),
@@ -59,10 +63,10 @@ def _with_vjp(function: Callable[..., Any]) -> Callable[..., Any]:
     return both
 
 
-def _read_bank(memory: Any) -> Callable[..., Any]:
+def _read_bank(read: Callable[..., Any]) -> Callable[..., Any]:
     return _with_vjp(
         lambda bank, query, gates: bank_read(
-            memory.read, bank, query, gates, _READS, implementation="pallas_tpu"
+            read, bank, query, gates, _READS, implementation="pallas_tpu"
         )
     )
 

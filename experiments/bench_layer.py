@@ -4,6 +4,9 @@
 
 Every rule with every aggregation takes a while to compile; ``--only`` picks some.
 
+Beside each layer stands its operation alone, ``mc.memory_caching`` of the layer's own arrays:
+forward and backward without projections, convolutions and norms.
+
 On a CPU the program keeps to one core (``--cores``). Times are medians of interleaved rounds, so
 that a noisy machine disturbs all rows alike. FLOPs are those of the matrix products in the traced
 program, each loop's body times its trips; "x matmul" is the time over the time that the same FLOPs
@@ -44,11 +47,12 @@ def layers() -> dict[str, Callable]:
     memories = [
         *(rules.LinearAttention(), rules.RetNet(), rules.SSD(), rules.SWLA(), rules.GLA()),
         *(rules.DeltaNet(), rules.GatedDeltaNet(), rules.RWKV7()),
-        *(rules.DLA(FLAGS.chunk), rules.Titans(FLAGS.chunk)),
+        *(rules.DLA(FLAGS.chunk), rules.Titans(FLAGS.chunk), rules.Vector()),
     ]
     memories = {type(memory).__name__: memory for memory in memories}
     memories["Titans depth 1"] = rules.Titans(FLAGS.chunk, depth=1)
-    aggregations = (mc.Residual(), mc.GRM(), mc.Soup(), mc.SSC())
+    aggregations = {kind.__name__: kind() for kind in (mc.Residual, mc.GRM, mc.Soup, mc.SSC)}
+    aggregations["SSC soup"] = mc.SSC(inner="soup")
     kinds = dict(constant=mc.Constant, logarithmic=mc.Logarithmic)
     segmentation = kinds[FLAGS.segmentation](FLAGS.segment)
 
@@ -64,9 +68,9 @@ def layers() -> dict[str, Callable]:
         )
 
     rows: dict[str, Callable] = {
-        f"{name} + {type(aggregation).__name__}": caching(memory, aggregation)
+        f"{name} + {kind}": caching(memory, aggregation)
         for name, memory in memories.items()
-        for aggregation in aggregations
+        for kind, aggregation in aggregations.items()
     }
     rows["causal attention"] = lambda: mc.nn.Attention(size, heads, rngs=nnx.Rngs(0))
     return rows
@@ -78,13 +82,16 @@ def is_chosen(name: str) -> bool:
     return FLAGS.only is None or any(part.replace(" ", "") in short for part in FLAGS.only)
 
 
-def programs(build: Callable) -> tuple[Callable, Callable, tuple]:
-    """Forward and gradient of a layer (all parameters and the input), and their arguments."""
+def programs(build: Callable) -> dict[str, tuple[Callable, tuple]]:
+    """Forward and gradient of a layer and of its operation alone, and their arguments."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
-    graph, params = nnx.split(build())
+    import memcache_jax as mc
+
+    layer = build()
+    graph, params = nnx.split(layer)
     x = jax.random.normal(jax.random.key(1), (FLAGS.batch, FLAGS.length, FLAGS.features))
 
     def forward(params, x):
@@ -93,7 +100,16 @@ def programs(build: Callable) -> tuple[Callable, Callable, tuple]:
     def loss(params, x):
         return jnp.sum(forward(params, x) ** 2)
 
-    return forward, jax.grad(loss, argnums=(0, 1)), (params, x)
+    found = {"forward": (forward, (params, x)), "gradient": (jax.grad(loss, (0, 1)), (params, x))}
+    if isinstance(layer, mc.nn.MemoryCaching):
+        names = ("memory", "aggregation", "segmentation", "start")
+        how = {name: getattr(layer, name) for name in names}
+
+        def operation(arrays):
+            return jnp.sum(mc.memory_caching(**arrays, **how) ** 2)
+
+        found["operation"] = jax.grad(operation), (layer.operands(x),)
+    return found
 
 
 def main(argv: list[str]) -> None:
@@ -115,8 +131,7 @@ def main(argv: list[str]) -> None:
     if not chosen:
         raise app.UsageError(f"--only={FLAGS.only} names none of {list(layers())}")
     for name, build in chosen.items():
-        forward, gradient, arguments = programs(build)
-        for kind, function in (("forward", forward), ("gradient", gradient)):
+        for kind, (function, arguments) in programs(build).items():
             begin = time.perf_counter()
             jobs[name, kind] = jax.jit(function).lower(*arguments).compile(), arguments
             compile_seconds[name, kind] = time.perf_counter() - begin
@@ -156,7 +171,10 @@ def main(argv: list[str]) -> None:
             f"{name:30} {kind:9} {row['ms']:8.1f} {row['gflop']:7.2f} "
             f"{row['times_matmul']:9.2f} {row['compile_seconds']:10.1f}"
         )
-    print("\ngradient: forward and backward, with respect to all parameters and the input.")
+    print(
+        "\ngradient: forward and backward, with respect to all parameters and the input; operation:"
+        "\nof mc.memory_caching alone, with respect to all its arrays."
+    )
     if FLAGS.json:
         with open(FLAGS.json, "w") as file:
             json.dump(dict(matmul_gflops=rate / 1e9, rows=table), file, indent=2)

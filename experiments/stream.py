@@ -7,8 +7,11 @@ logarithmic buckets, and a Transformer with a KV cache up to ``--attention`` tok
 random bytes taken in long pieces; at powers of two the next tokens are taken one by one and timed,
 the median of ``--rounds``. A cache's arrays have their size from the start, so that a step costs
 the same everywhere; "made for" beside each position is the step of a cache that is made for that
-length and no more, empty still. Nothing is trained: neither time nor bytes depend on the
-parameters.
+length and no more, empty still. Both are timed in turn with the step of the cache that is made for
+the first position, and their ratios to it are of one moment: a machine's speed changes by the
+minute. Memory is the most that the process had resident while it took the tokens since the position
+before, its programs and all caches included (Linux only). Nothing is trained: neither time nor
+bytes depend on the parameters.
 """
 
 import json
@@ -18,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import app, flags
 from flax import nnx
 
 import memcache_jax as mc
 
+PEAK_IS_KNOWN = Path("/proc/self/clear_refs").exists()
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "Where the figures and the picture go.", required=True)
 flags.DEFINE_integer("length", 1 << 20, "Tokens of history.")
@@ -33,7 +38,7 @@ flags.DEFINE_integer("heads", 4, "Heads h.")
 flags.DEFINE_integer("layers", 1, "Layers.")
 flags.DEFINE_integer("segment", 256, "Segment size C.")
 flags.DEFINE_integer("piece", 2048, "Tokens of history taken at once.")
-flags.DEFINE_integer("rounds", 50, "Timed tokens at each position.")
+flags.DEFINE_integer("rounds", 100, "Timed tokens at each position.")
 
 
 def mixers() -> dict[str, Any]:
@@ -74,52 +79,78 @@ class Stream:
         # Room for the tokens that are timed at each position.
         self.cache = model.init_cache(1, length + FLAGS.rounds * (len(positions(length)) + 1))
 
-        def extend(state: Any, tokens: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        def extend(
+            state: Any, tokens: jax.Array, cache: Any, lengths: jax.Array | None
+        ) -> tuple[jax.Array, Any]:
             model = nnx.merge(graph, state)
-            hidden, cache = model.extend(tokens, cache)
+            hidden, cache = model.extend(tokens, cache, lengths)
             return model.logits(hidden[:, -1]), cache
 
         self.step = jax.jit(extend, donate_argnums=2)
         self.position = 0
 
     def take(self, count: int) -> float:
-        """Takes so many random tokens, and returns the seconds."""
-        tokens = jax.random.randint(jax.random.key(count), (1, count), 0, 256)
+        """Takes so many random tokens, a piece's at most, and returns the seconds."""
+        # One program for all pieces, however long.
+        size, lengths = (1, None) if count == 1 else (FLAGS.piece, jnp.array([count]))
+        tokens = jax.random.randint(jax.random.key(count), (1, size), 0, 256)
         begin = time.perf_counter()
-        logits, self.cache = self.step(self.state, tokens, self.cache)
+        logits, self.cache = self.step(self.state, tokens, self.cache, lengths)
         logits.block_until_ready()
         self.position += count
         return time.perf_counter() - begin
 
-    def token_time(self) -> float:
-        """Milliseconds of the next token, the median."""
-        return 1e3 * statistics.median(self.take(1) for _ in range(FLAGS.rounds))
+
+def token_times(*streams: Stream) -> list[float]:
+    """Milliseconds of the next token of each, which are taken in turn: the medians."""
+    rounds = [[stream.take(1) for stream in streams] for _ in range(FLAGS.rounds)]
+    return [1e3 * statistics.median(times) for times in zip(*rounds, strict=True)]
+
+
+def forget_peak() -> None:
+    """Lets the largest resident set begin anew with the present one."""
+    if PEAK_IS_KNOWN:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int | None:
+    """The largest resident set since ``forget_peak``; None where the system does not tell."""
+    if not PEAK_IS_KNOWN:
+        return None
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(status["VmHWM"].removesuffix("kB"))
 
 
 def measure(name: str, mixer: Any, length: int) -> list[dict[str, Any]]:
     """Rows of position, milliseconds per token and bytes."""
-    model = build(mixer)
-    stream, rows = Stream(model, length), []
-    stream.take(1)  # compiles
+    model, rows = build(mixer), []
+    stream, *fitted = (Stream(model, room) for room in (length, *positions(length)))
+    for one in (stream, *fitted):
+        one.take(1)  # compiles
+    stream.take(min(2, FLAGS.piece))
     begin = time.perf_counter()
-    for wanted in positions(length):
+    for wanted, own in zip(positions(length), fitted, strict=True):
+        forget_peak()
         while stream.position < wanted:
             stream.take(min(FLAGS.piece, wanted - stream.position))
-        in_time = stream.token_time()
-        fitted = Stream(model, wanted)
-        fitted.take(1)
+        peak = peak_bytes()
+        in_time, made_for, first = token_times(stream, own, fitted[0])
         row: dict[str, Any] = dict(
             model=name,
             position=wanted,
             ms_per_token=in_time,
-            ms_made_for=fitted.token_time(),
+            ms_made_for=made_for,
+            ms_made_for_first=first,
             bytes=stream.cache.nbytes,
-            bytes_made_for=fitted.cache.nbytes,
+            bytes_made_for=own.cache.nbytes,
+            peak_bytes=peak,
         )
         rows.append(row)
+        resident = "" if peak is None else f", {peak / 1e6:,.0f} MB resident"
         print(
-            f"{name:<12} {wanted:>9,} tokens  {in_time:7.3f} ms/token  made for "
-            f"{row['ms_made_for']:7.3f} ms, {row['bytes_made_for'] / 1e6:8.1f} MB",
+            f"{name:<12} {wanted:>9,} tokens  {in_time:7.3f} ms/token ({in_time / first:.2f} x)  "
+            f"made for {made_for:7.3f} ms ({made_for / first:.2f} x), "
+            f"{row['bytes_made_for'] / 1e6:8.1f} MB{resident}",
             flush=True,
         )
     print(f"{name}: {time.perf_counter() - begin:.0f} s, {stream.cache.nbytes / 1e6:.1f} MB")
@@ -134,21 +165,29 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    lines = {
+        "milliseconds per token": {
+            "": ("ms_per_token", "-o", 1.0),
+            ", cache made for this length": ("ms_made_for", ":", 1.0),
+        },
+        "megabytes": {
+            "": ("bytes", "-o", 1e-6),
+            ", cache made for this length": ("bytes_made_for", ":", 1e-6),
+            ", resident": ("peak_bytes", "--", 1e-6),
+        },
+    }
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     names = dict.fromkeys(row["model"] for row in rows)
-    for axis, what, scale in ((axes[0], "ms", 1.0), (axes[1], "bytes", 1e-6)):
+    for axis, (title, keys) in zip(axes, lines.items(), strict=True):
         for color, name in enumerate(names):
             mine = [row for row in rows if row["model"] == name]
-            x = [row["position"] for row in mine]
-            one = "ms_per_token" if what == "ms" else "bytes"
-            for key, style in ((one, "-o"), (f"{what}_made_for", ":")):
-                y = [row[key] * scale for row in mine]
-                label = name if style == "-o" else f"{name}, cache made for this length"
-                axis.plot(x, y, style, color=f"C{color}", label=label)
-        axis.set(xscale="log", yscale="log", xlabel="tokens of history")
-    axes[0].set_ylabel("milliseconds per token")
-    axes[1].set_ylabel("megabytes of cache")
-    axes[0].legend(fontsize="small")
+            for label, (key, style, scale) in keys.items():
+                known = [row for row in mine if row[key] is not None]
+                x, y = [row["position"] for row in known], [row[key] * scale for row in known]
+                axis.plot(x, y, style, color=f"C{color}", label=name + label)
+        axis.set(xscale="log", yscale="log", xlabel="tokens of history", ylabel=title)
+    handles = axes[1].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -167,8 +206,14 @@ def main(_: list[str]) -> None:
     (workdir / "stream.json").write_text(json.dumps(rows, indent=1))
     plot(rows, workdir / "stream.png")
     for name in mixers():
-        mine = [row["ms_per_token"] for row in rows if row["model"] == name]
-        print(f"{name}: the last is {mine[-1] / mine[0]:.2f} times the first")
+        last = [row for row in rows if row["model"] == name][-1]
+        one, other = (
+            last[key] / last["ms_made_for_first"] for key in ("ms_per_token", "ms_made_for")
+        )
+        print(
+            f"{name}: after {last['position']:,} tokens the next one takes {one:.2f} times, with a "
+            f"cache made for so many {other:.2f} times, that of a cache made for {FLAGS.first:,}"
+        )
     print(f"written: {workdir / 'stream.json'}, {workdir / 'stream.png'}")
 
 

@@ -2,9 +2,27 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+WRITTEN = "memcache_written"
+"""The name of what a write gives and what its backward pass needs, for ``jax.checkpoint_policies``.
+
+With it a policy can keep all that memories have written, so that none is written anew.
+"""
+
+
+def written(tree: Any) -> Any:
+    """The tree, its arrays named ``WRITTEN``."""
+
+    # As one row: libtpu crashes on copies to the host of what it has laid out in another order.
+    def named(x: jax.Array) -> jax.Array:
+        return checkpoint_name(x.reshape(-1), WRITTEN).reshape(x.shape)
+
+    return jax.tree.map(named, tree)
 
 
 def for_each_unit(unit: Callable, batch_dims: int) -> Callable:

@@ -15,6 +15,13 @@ def check_choice(name: str, got: Any, choices: tuple) -> None:
         raise ValueError(f"{name} must be one of {list(choices)}, got {got!r}")
 
 
+def check_sizes(**sizes: int | None) -> None:
+    """Raises ValueError for a size below 1."""
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+
+
 def check_names(what: str, got: Mapping, wanted: Mapping, optional: tuple = ()) -> None:
     """Raises ValueError unless ``got`` has the names of ``wanted`` (those optional may lack)."""
     unknown = sorted(set(got) - set(wanted))
@@ -37,15 +44,11 @@ def check_shape(what: str, array: jax.Array, wanted: tuple[int, ...], axes: str)
 
 def check_heads(in_features: int, num_heads: int, head_dim: int | None) -> int:
     """Returns the dimension of a head, or raises ValueError."""
-    for name, size in (("in_features", in_features), ("num_heads", num_heads)):
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+    check_sizes(in_features=in_features, num_heads=num_heads, head_dim=head_dim)
     if head_dim is None and in_features % num_heads:
         raise ValueError(
             f"num_heads={num_heads} must divide in_features={in_features}, or give head_dim"
         )
-    if head_dim is not None and head_dim < 1:
-        raise ValueError(f"head_dim must be at least 1, got {head_dim}")
     return in_features // num_heads if head_dim is None else head_dim
 
 
@@ -74,7 +77,7 @@ def check_cache(cache: Any, kind: type, wanted: tuple[int, int]) -> None:
         raise ValueError(f"the cache was made for another layer: {type(cache).__name__}")
     if cache.head_shape != wanted:
         raise ValueError(
-            f"the cache was made for (heads, head_dim) = {cache.head_shape}, this layer has "
+            f"the cache was made for (num_heads, head_dim) = {cache.head_shape}, this layer has "
             f"{wanted}"
         )
 
@@ -128,6 +131,6 @@ def check_room(
     most = int((np.asarray(position) + lengths).max())
     if most > max_length:
         raise ValueError(
-            f"the cache holds {max_length} tokens in a row and would have {most}: make it longer, "
-            "or with a policy that makes room"
+            f"the cache holds {max_length} tokens in a row and would have {most}: init_cache makes "
+            "more room with a larger max_length or max_segments, or a policy"
         )

@@ -90,22 +90,27 @@ def _one_head(
     def read(t: Array) -> Array:
         begun = jnp.argmax(document == document[t]) // segment if follows else 0
         slots = jnp.asarray(plan.reads)[t // segment - begun]
+        visible = (slots >= 0) & (owner[begun, slots] == document[t])
+
+        def seen(cached: Array) -> Array:
+            rows = visible.reshape(-1, *[1] * (cached.ndim - 2))
+            return jnp.where(rows, cached[begun, slots], 0)  # 0 * NaN is NaN
+
         online = memory.matrices(jax.tree.map(lambda x: x[t], live))
         if aggregation.gate == "content":
             begins = jnp.asarray(plan.first)[t // segment] * segment
             keys = pool(begins, t + 1, document[t])
-            scores = _joined(pooled[begun, slots], keys) @ connector[t]
+            scores = _joined(seen(pooled), keys) @ connector[t]
         elif aggregation.gate == "position":
             distances = jnp.append(jnp.asarray(plan.distances)[t // segment - begun], 0)
             scores = connector[t, jnp.clip(distances, 0, connector.shape[-1] - 1)]
         else:
             scores = jnp.zeros(len(slots) + 1, key.dtype)
-        visible = (slots >= 0) & (owner[begun, slots] == document[t])
         cached = jnp.where(visible, scores[:-1], -jnp.inf)
         cached_gates, online_gate = aggregation.gates(cached, scores[-1])
         return aggregation.combine_token(
             memory,
-            jax.tree.map(lambda cached, own: _joined(cached[begun, slots], own), bank, online),
+            jax.tree.map(lambda cached, own: _joined(seen(cached), own), bank, online),
             query[t],
             jnp.append(cached_gates, online_gate),
         )

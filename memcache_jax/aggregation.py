@@ -11,14 +11,25 @@ import numpy as np
 from jax import lax
 
 from memcache_jax._checks import check_choice
+from memcache_jax._reads import (
+    all_in_order,
+    blind_where_gates_are_zero,
+    read_matrix,
+    weighted_rows,
+)
 from memcache_jax._typing import Array, Float, Int, Matrices
-from memcache_jax.gating import pooled_keys, relevance, running_keys, softmax_gates
+from memcache_jax.gating import (
+    finite_rows,
+    pooled_keys,
+    relevance,
+    running_keys,
+    softmax_gates,
+)
 from memcache_jax.kernels.bank_read import bank_read
 from memcache_jax.kernels.chunk_update import chunk_update
 from memcache_jax.kernels.grouped_read import grouped_read
 from memcache_jax.kernels.ssc_route import ssc_route
 from memcache_jax.memories import Memory
-from memcache_jax.memories.base import gated
 from memcache_jax.segmentation import ReadPlan
 
 GATES = ("content", "position", "uniform")
@@ -98,6 +109,12 @@ class Aggregation(abc.ABC):
         rows_and_heads = jax.vmap(heads, in_axes=(0, 0, None if document is None else 0))
         return self.gates(*rows_and_heads(connector, key, document)), reads
 
+    def selected(
+        self, gates: Float[Array, "b h n c r"], reads: np.ndarray | Array
+    ) -> tuple[Array, np.ndarray | Array]:
+        """The gates and the states of what tokens read, where that is not all that blocks may."""
+        return gates, reads
+
     def read_cached(
         self,
         read: Callable[..., Array],
@@ -129,9 +146,13 @@ class Aggregation(abc.ABC):
         gates: tuple[Float[Array, "b h n c r"], Float[Array, "b h n c"]],
         reads: np.ndarray | Array,
         *,
+        zero_gates: bool = False,
         implementation: str | None = None,
+        read_cached: Callable[..., Array] | None = None,
     ) -> Float[Array, "b h n c v"]:
         """The outputs of all tokens, from the live memory and a bank of states.
+
+        A state that a token does not read reaches neither its output nor a gradient, NaN or not.
 
         Args:
           memory: the rule.
@@ -141,15 +162,21 @@ class Aggregation(abc.ABC):
           gates: as from ``gates``.
           reads: which states each block reads, (n, r) or (b, n, r), -1 for none; or each token,
             (b, h, n, c, r).
+          zero_gates: whether of the states that a block reads, those with a gate of zero are not
+            read by that token, as with documents.
           implementation: of the reads of cached states.
+          read_cached: what reads them, with the arguments of the method of that name, which is the
+            default.
         """
+        read_cached = read_cached or self.read_cached
 
         def gated_sum(online: Array, read: Callable[..., Array], bank: Matrices, x: Array) -> Array:
             online = online.reshape(*x.shape[:-1], -1)
-            if not memory.reads_query and implementation is None and _all_in_order(reads, bank):
-                cached = jnp.einsum("bhncr,bhrv->bhncv", gates[0], bank[0][:, :, :, 0])
+            if not memory.reads_query and implementation is None and all_in_order(reads, bank):
+                cached = weighted_rows(gates[0], bank[0][:, :, :, 0])
             else:
-                cached = self.read_cached(read, bank, x, gates[0], reads, implementation)
+                read = blind_where_gates_are_zero(read) if zero_gates else read
+                cached = read_cached(read, bank, x, gates[0], reads, implementation)
             return jnp.einsum("bhnc,bhncv->bhncv", gates[1], online) + cached
 
         if not self._mixes_layers(memory):
@@ -166,14 +193,19 @@ class Aggregation(abc.ABC):
                     batch_dims=3,
                     implementation=implementation,
                 )
-            return gated_sum(online, _read_matrix, (bank[layer],), x)
+            return gated_sum(online, read_matrix, (bank[layer],), x)
 
         return memory.forward(mixed, query)
 
     def combine_token(
         self, memory: Memory, states: Matrices, query: Float[Array, "k"], gates: Float[Array, "s"]
     ) -> Float[Array, "v"]:
-        """The equation itself: one token's output, from states stacked along their first axis."""
+        """The equation itself: one token's output, from states stacked along their first axis.
+
+        Those with a gate of zero are not read.
+        """
+        read = gates != 0
+        states = jax.tree.map(lambda matrix: jnp.where(read[:, None, None], matrix, 0), states)
         if self.mixes:
             mixture = jax.tree.map(lambda matrix: jnp.tensordot(gates, matrix, axes=1), states)
             return memory.read(mixture, query[None])[0]
@@ -183,19 +215,6 @@ class Aggregation(abc.ABC):
     def _mixes_layers(self, memory: Memory) -> bool:
         """Whether mixing parameters differs from mixing reads: not for a single layer."""
         return self.mixes and memory.depth > 1
-
-
-def _all_in_order(reads: np.ndarray | Array, bank: Matrices) -> bool:
-    """Whether slot i of every block is state i or empty."""
-    if not isinstance(reads, np.ndarray) or reads.shape[-1] != bank[0].shape[2]:
-        return False
-    return not np.any((reads >= 0) & (reads != np.arange(reads.shape[-1])))
-
-
-def _read_matrix(
-    matrices: Matrices, x: Float[Array, "rows in"], gate: Float[Array, "rows"] | None = None
-) -> Float[Array, "rows out"]:
-    return jnp.matmul(gated(gate, x), matrices[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,7 +354,8 @@ class SSC(GRM):
         implementation: str | None = None,
     ) -> tuple[tuple[Array, Array], np.ndarray | Array]:
         """Gates of each token's own states, where they are selected by content."""
-        if self.gate != "content" or document is not None or self.top_k >= plan.reads.shape[1]:
+        by_content = self.gate == "content" and document is None
+        if not by_content or self._all_are_few(plan.reads):
             return super().weigh(connector, key, plan, document, reads)
 
         def of_head(connector: Array, key: Array) -> tuple[Array, Array]:
@@ -344,10 +364,28 @@ class SSC(GRM):
             return pooled_keys(key, plan, self.pooling), online
 
         pooled, online = jax.vmap(jax.vmap(of_head))(connector, key)
+        pooled, broken = finite_rows(pooled)
         cached, live, states = ssc_route(
             connector, pooled, online, plan.reads, self.top_k, implementation=implementation
         )
+        # Which to select is not known where a relevance is not.
+        seen = (plan.reads >= 0)[None, None]
+        broken = (broken[:, :, np.maximum(plan.reads, 0)] & seen).any(axis=-1)
+        cached = jnp.where(broken[..., None, None], jnp.nan, cached)
         return (cached, live), states
+
+    def selected(
+        self, gates: Float[Array, "b h n c r"], reads: np.ndarray | Array
+    ) -> tuple[Array, np.ndarray | Array]:
+        """Those of the ``top_k`` states of each token, if it selects among more."""
+        if reads.ndim == 5 or self._all_are_few(reads):
+            return gates, reads
+        # The others' gates are zero, so that these are the largest.
+        chosen_gates, slots = lax.top_k(gates, self.top_k)
+        blocks, width = reads.shape[-2:]
+        readable = jnp.asarray(reads).reshape(-1, 1, blocks, 1, width)
+        states = jnp.take_along_axis(readable, slots.reshape(*slots.shape[:3], 1, -1), axis=-1)
+        return chosen_gates, jnp.where(chosen_gates != 0, states.reshape(slots.shape), -1)
 
     def read_cached(
         self,
@@ -359,21 +397,17 @@ class SSC(GRM):
         implementation: str | None = None,
     ) -> Float[Array, "b h n c v"]:
         """The gated sum of the reads of the selected states alone."""
-        if reads.ndim == 5:
-            states = jnp.asarray(reads)
-            return grouped_read(read, bank, query, gates, states, implementation=implementation)
-        if self.top_k >= gates.shape[-1]:
+        gates, reads = self.selected(gates, reads)
+        if reads.ndim < 5:
+            if self.top_k < gates.shape[-1]:
+                read = blind_where_gates_are_zero(read)
             return super().read_cached(read, bank, query, gates, reads, implementation)
-        # The others' gates are zero, so that these are the largest.
-        chosen_gates, slots = lax.top_k(gates, self.top_k)
-        blocks, width = reads.shape[-2:]
-        readable = jnp.maximum(reads, 0).reshape(-1, 1, blocks, 1, width)
-        states = jnp.take_along_axis(readable, slots.reshape(*slots.shape[:3], 1, -1), axis=-1)
-        return grouped_read(
-            read,
-            bank,
-            query,
-            chosen_gates,
-            states.reshape(slots.shape),
-            implementation=implementation,
-        )
+        states = jnp.asarray(reads)
+        return grouped_read(read, bank, query, gates, states, implementation=implementation)
+
+    def _all_are_few(self, reads: np.ndarray | Array) -> bool:
+        """Whether reading all that blocks may read is no more than the selected ones of tokens."""
+        if self.top_k >= reads.shape[-1]:
+            return True
+        total = np.sum(reads >= 0) if isinstance(reads, np.ndarray) else np.inf
+        return bool(total <= self.top_k * len(reads))

@@ -190,7 +190,14 @@ def _chunked(
         connector, key, plan, document, reads, implementation=implementation
     )
     y = aggregation.combine(
-        memory, memory.matrices(bank), query, kept, gates, reads, implementation=implementation
+        memory,
+        memory.matrices(bank),
+        query,
+        kept,
+        gates,
+        reads,
+        zero_gates=document is not None,
+        implementation=implementation,
     )
     return y.reshape(*y.shape[:2], -1, y.shape[-1])[:, :, :length]
 

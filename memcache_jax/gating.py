@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memcache_jax._documents import DocumentBuckets, buckets_of_documents
-from memcache_jax._typing import Array, Float, Int
+from memcache_jax._typing import Array, Bool, Float, Int
 from memcache_jax.segmentation import ReadPlan
 
 
@@ -30,9 +30,10 @@ def pooled_keys(
         sums = over_buckets((key.mean(axis=1) if pooling == "mean" else key.sum(axis=1))[block])
         return sums / jnp.asarray(after - first, key.dtype)[:, None] if pooling == "mean" else sums
     last = document[after - 1, -1][owner]
-    same = (document[block] == last[:, None]).astype(key.dtype)
-    sums = over_buckets(jnp.einsum("nc,nck->nk", same, key[block], precision="highest"))
-    return sums / over_buckets(same.sum(axis=1))[:, None] if pooling == "mean" else sums
+    same = document[block] == last[:, None]
+    sums = over_buckets(jnp.sum(key[block], axis=1, where=same[..., None]))
+    counts = over_buckets(same.sum(axis=1).astype(key.dtype))
+    return sums / counts[:, None] if pooling == "mean" else sums
 
 
 def running_keys(
@@ -116,11 +117,14 @@ def scores(
       gate: what gates are made from.
     """
     if pooled is not None and running is not None:
+        # 0 * NaN is NaN: in a gradient, the keys of states that are not read.
+        pooled, broken = finite_rows(pooled)
         if pooled.ndim == 3:
             cached = jnp.einsum("nck,nrk->ncr", connector, pooled, precision="highest")
+            cached = jnp.where(broken[:, None], jnp.nan, cached)
         else:
             cached = jnp.einsum("nck,rk->ncr", connector, pooled, precision="highest")
-            cached = _in_slots(cached, reads)
+            cached = _in_slots(jnp.where(broken[None, None], jnp.nan, cached), reads)
         online = jnp.vecdot(connector, running, precision="highest")
     elif gate == "position":
         distances = jnp.clip(jnp.asarray(distances), 0, connector.shape[-1] - 1)
@@ -130,6 +134,12 @@ def scores(
         online = jnp.zeros(connector.shape[:2], connector.dtype)
         cached = jnp.zeros((*connector.shape[:2], reads.shape[1]), connector.dtype)
     return jnp.where(jnp.asarray(reads >= 0)[:, None], cached, -jnp.inf), online
+
+
+def finite_rows(rows: Float[Array, "*r k"]) -> tuple[Float[Array, "*r k"], Bool[Array, "*r"]]:
+    """The rows, zero where not all of one is finite, and where that is."""
+    finite = jnp.isfinite(rows).all(axis=-1)
+    return jnp.where(finite[..., None], rows, 0), ~finite
 
 
 def _in_slots(
@@ -155,15 +165,20 @@ def _slot_keys(
     key: Float[Array, "n c k"], slots: DocumentBuckets, pooling: str, document: Int[Array, "n c"]
 ) -> Float[Array, "n r k"]:
     """``pooled_keys`` of the bucket in each slot, zero where there is none."""
-    same = (document == document[:, -1:]).astype(key.dtype)
-    sums = jnp.einsum("nc,nck->nk", same, key, precision="highest")
+    same = document == document[:, -1:]
+    sums, broken = finite_rows(jnp.sum(key, axis=1, where=same[..., None]))
     block = np.arange(len(key))[None, None]
     inside = (slots.first[..., None] <= block) & (block < slots.after[..., None])
-    inside = inside.astype(key.dtype)
-    pooled = jnp.tensordot(inside, sums, axes=1, precision="highest")
+
+    def of_buckets(x: Array) -> Array:
+        return jnp.tensordot(inside.astype(key.dtype), x, axes=1, precision="highest")
+
+    pooled = jnp.where(
+        (inside & broken[None, None]).any(axis=-1)[..., None], jnp.nan, of_buckets(sums)
+    )
     if pooling == "sum":
         return pooled
-    counts = jnp.tensordot(inside, same.sum(axis=1), axes=1, precision="highest")
+    counts = of_buckets(same.sum(axis=1).astype(key.dtype))
     return pooled / jnp.maximum(counts, 1)[..., None]
 
 
@@ -178,8 +193,8 @@ def _running_document_keys(
 
     def combine(left: tuple, right: tuple) -> tuple:
         begins, sums, counts = right
-        keep = (~begins).astype(sums.dtype)
-        return left[0] | begins, sums + keep[:, None] * left[1], counts + keep * left[2]
+        before = (jnp.where(begins.reshape(-1, *[1] * (x.ndim - 1)), 0, x) for x in left[1:])
+        return left[0] | begins, *(x + y for x, y in zip(before, (sums, counts), strict=True))
 
     ones = jnp.ones(n * c, key.dtype)
     _, sums, counts = jax.lax.associative_scan(combine, (begins, key.reshape(-1, k), ones))

@@ -1,6 +1,7 @@
 """The combinations that the shared tests run over: a new rule or variant is listed here once."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import memcache_jax as mc
+from memcache_jax.aggregation import Aggregation
 
 MEMORIES = {
     "linear": mc.memories.LinearAttention(),
@@ -172,6 +174,48 @@ def run_all(inputs, memory, *, size=4, cases=CASES, options=(), document_ids=Non
 
 
 REFERENCE = (("implementation", "reference"),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Together(Aggregation):
+    """Several aggregations over one writing of a memory: the sum of their outputs, each scaled.
+
+    Scales differ by aggregation and channel, so that none is another's.
+    """
+
+    kinds: tuple[Any, ...]
+    gate = "content"
+
+    def gates(self, cached, online):
+        """The relevance itself: each aggregation makes its own of it."""
+        return cached, online
+
+    def weigh(self, *args, **options) -> Any:
+        return tuple(kind.weigh(*args, **options) for kind in self.kinds), None
+
+    def live(self, memory, chunk, query):
+        return tuple(kind.live(memory, chunk, query) for kind in self.kinds)
+
+    def combine(self, memory, bank, query, live, gates, reads, **options) -> Any:
+        return self._sum(
+            kind.combine(memory, bank, query, own, *weighed, **options)
+            for kind, own, weighed in zip(self.kinds, live, gates, strict=True)
+        )
+
+    def combine_token(self, memory, states, query, gates) -> Any:
+        def own(kind):
+            scores = gates if kind.gate == "content" else jnp.where(gates > -jnp.inf, 0, gates)
+            return jnp.append(*kind.gates(scores[:-1], scores[-1]))
+
+        return self._sum(
+            kind.combine_token(memory, states, query, own(kind)) for kind in self.kinds
+        )
+
+    def _sum(self, outputs):
+        return sum(
+            y * jnp.cos(i + jnp.arange(y.shape[-1])).reshape(*[1] * (y.ndim - 1), -1)
+            for i, y in enumerate(outputs)
+        )
 
 
 @contextlib.contextmanager

@@ -56,7 +56,7 @@ def unchecked():
 
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory):
-    """The workdir of a language model trained for two steps, ``runs/demo`` in a folder."""
+    """The workdir of a language model that has learned a sentence, ``runs/demo`` in a folder."""
     from memcache_jax.training import default_config, train
 
     folder = tmp_path_factory.mktemp("trained")
@@ -64,12 +64,14 @@ def trained_run(tmp_path_factory):
     for i in range(8):
         (folder / "text" / f"{i}.txt").write_text("the cat sat on the mat. " * 30)
     config = default_config()
-    config.steps, config.batch_size, config.sequence_length = 2, 2, 32
+    config.steps, config.batch_size, config.sequence_length = 60, 2, 32
+    config.log_every = config.eval_every = config.checkpoint_every = 60
     config.model.update(num_layers=1, features=16, num_heads=2, mlp_features=32)
-    config.model.mixers = ("attention",)
+    config.model.memory = {"name": "LinearAttention"}
+    config.model.segmentation.size = 8
     config.data.files = (str(folder / "text"),)
     config.data.heldout_fraction, config.data.heldout_tokens = 0.3, 64
-    config.optimizer.warmup_steps = 1
+    config.optimizer.learning_rate, config.optimizer.warmup_steps = 3e-2, 1
     config.sample.max_new_tokens = 0
     train(config, folder / "runs" / "demo")
     return folder / "runs" / "demo"

@@ -131,7 +131,7 @@ def test_rows_of_their_own_lengths(mixer):
 
 def test_a_cache_of_a_language_model_and_none_agree():
     model, tokens = language_model(), prompts()
-    options: dict[str, Any] = dict(temperature=0.8, top_p=0.9, key=jax.random.key(2))
+    options: dict[str, Any] = dict(temperature=0.8, key=jax.random.key(2))
     graph, state = nnx.split(model)
     anew = mc.generate(lambda tokens: nnx.merge(graph, state)(tokens), tokens, 30, **options)
     np.testing.assert_array_equal(mc.generate(model, tokens, 30, **options), anew)
@@ -144,6 +144,11 @@ def test_bounded_memory():
     full = mc.generate(model, prompts(), 40, temperature=0)
     np.testing.assert_array_equal(short, full[:, :25])  # the first two segments see all
     np.testing.assert_array_equal(long[:, :25], short)
+    # Without a policy there is room for two segments: the last token is drawn, and not taken.
+    options["cache"] = dict(max_segments=1)
+    np.testing.assert_array_equal(mc.generate(model, prompts(), 28, **options), full[:, :33])
+    with pytest.raises(ValueError, match=r"room for 32 .* of 5 and max_new_tokens=29 need 33"):
+        mc.generate(model, prompts(), 29, **options)
     with pytest.raises(ValueError, match=r"is for an nn\.LanguageModel"):
         mc.generate(count_up, prompts(), 2, **options)
 
@@ -161,10 +166,13 @@ def test_decoder():
     )
 
     # The conversation goes on, rows at a place of their own.
-    decoder.feed(tokens, lengths=np.array([2, 9, 5]))
+    lengths = np.array([2, 9, 5])
+    decoder.feed(tokens, lengths=lengths)
     after = np.stack([decoder.next() for _ in range(4)], axis=1)
-    row = np.concatenate([wanted[2], tokens[2, :5]])[None]
-    np.testing.assert_array_equal(mc.generate(model, row, 4, temperature=0)[0, 20:], after[2])
+    told, lengths = np.concatenate([wanted, tokens], axis=1), wanted.shape[1] + lengths
+    again = np.asarray(mc.generate(model, told, 4, lengths=lengths, temperature=0))
+    for row, length in enumerate(lengths):
+        np.testing.assert_array_equal(again[row, length : length + 4], after[row])
     kept = decoder.cache.take(np.arange(3))
     decoder.feed(tokens[:, :1], lengths=np.array([1, 0, 0]))
     decoder.cache = kept
@@ -213,7 +221,7 @@ def test_same_key_same_tokens_and_another_key_others():
 
 
 def test_rows_do_not_depend_on_later_rows():
-    model, tokens, key = language_model(), prompts(batch=4), jax.random.key(3)
+    model, tokens, key = language_model(), prompts(), jax.random.key(3)
     together = mc.generate(model, tokens, 10, key=key)
     first = mc.generate(model, tokens[:2], 10, key=key)
     np.testing.assert_array_equal(together[:2], first)
@@ -316,6 +324,7 @@ def test_in_float64(x64):
         (None, {"lengths": np.array([5, 6, 1])}, r"lengths must be 1 to 5, .* got \[5, 6, 1\]"),
         (None, {"lengths": np.array([5])}, r"lengths must be integers \(b,\) = \(3,\), got"),
         (None, {"cache": {"max_segments": 2, "policy": "forget"}}, "policy must be one of"),
+        (None, {"cache": {"segments": 2}}, r"no options \['segments'\]; it has \['max_segments'"),
         (None, {"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         (None, {"top_p": 1.1}, r"top_p must be in \(0, 1\], got 1.1"),
         (None, {"stop_token": VOCAB}, "stop_token must hold .* got 23"),

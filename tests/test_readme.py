@@ -4,10 +4,20 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.cases import REFERENCE, TWO_PLANS, assert_close, combine, make_inputs, run_all
+import memcache_jax as mc
+from tests.cases import (
+    AGGREGATIONS,
+    REFERENCE,
+    TWO_PLANS,
+    assert_close,
+    combine,
+    make_inputs,
+    run_all,
+)
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -56,6 +66,21 @@ def test_write_your_own_memory():
     options = dict(cases=combine(("grm", "ssc"), TWO_PLANS))
     wanted = run_all(inputs, memory, **options, options=REFERENCE)
     assert_close(run_all(inputs, memory, **options), wanted, 1e-12)
+    outputs, tokens = [], {name: x for name, x in inputs.items() if name != "weights"}
+    cache = mc.init_cache(
+        *(2, 3, 4, 4),
+        memory=memory,
+        aggregation=AGGREGATIONS["ssc"],
+        segmentation=mc.Logarithmic(4),
+        max_segments=4,
+        dtype=jnp.float64,
+    )
+    for begin, end in ((0, 7), (7, 19)):
+        part = jax.tree.map(lambda x, b=begin, e=end: x[:, b:e], tokens)
+        y, cache = jax.jit(mc.extend)(cache, **part)
+        outputs.append(y)
+    y = jnp.concatenate(outputs, axis=1)
+    assert_close(y, wanted["ssc/logarithmic/independent"], 1e-10)
     ids = np.array([[0] * 5 + [1] * 14, [0] * 2 + [1] * 9 + [0] * 8])
     documents = dict(cases=combine(("grm",), TWO_PLANS[:1]))
     wanted = run_all(inputs, memory, **documents, options=REFERENCE, document_ids=ids)

@@ -14,6 +14,7 @@ from memcache_jax._typing import Array
 from memcache_jax.kernels._block_sizes import block_sizes
 from memcache_jax.kernels._dispatch import check_served
 from memcache_jax.kernels._pallas import dtype_reasons
+from memcache_jax.kernels._units import written
 from memcache_jax.kernels.affine_update.form import AffineChunk
 
 
@@ -50,7 +51,7 @@ def affine_update(
         return forward(state, rows)[0]
 
     def forward(state: Array, rows: Any) -> tuple[tuple[Array, Array], Any]:
-        ends, y, starts = backend.forward(chunks(rows), state, keep, plan)
+        ends, y, starts = written(backend.forward(chunks(rows), state, keep, plan))
         return (ends.astype(state.dtype), y), (rows, starts)
 
     def backward(residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Array, Any]:

@@ -27,6 +27,8 @@ def bank_read(
 ) -> Float[Array, "b h n c v"]:
     """Returns Y_t = sum over the states i that block n reads of gates[t, i] read(bank_i, x_t).
 
+    A state that a block does not read reaches neither its outputs nor a gradient, NaN or not.
+
     Args:
       read: reads one state: (matrices, rows (c, k)) -> rows (c, v); with gates (c) as a third
         argument, the rows it returns times those.

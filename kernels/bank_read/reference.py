@@ -20,9 +20,12 @@ def bank_read(
 
     def unit(bank, query, gates, reads):
         def block(query, gates, reads):
-            states = jax.tree.map(lambda matrix: matrix[jnp.maximum(reads, 0)], bank)
+            there = reads >= 0
+            states = jax.tree.map(
+                lambda matrix: jnp.where(there[:, None, None], matrix[reads], 0), bank
+            )
             every = jax.vmap(read, in_axes=(0, None))(states, query)
-            return jnp.einsum("cr,rcv->cv", jnp.where(reads[None] >= 0, gates, 0), every)
+            return jnp.einsum("cr,rcv->cv", jnp.where(there[None], gates, 0), every)
 
         return jax.vmap(block)(query, gates, reads)
 

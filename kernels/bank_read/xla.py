@@ -3,7 +3,7 @@
 The (block, slot) pairs of the plan are visited in groups of one pair per block on average: a group
 gathers its blocks and states, reads them in one batched product, and adds into the output. The
 backward pass visits the same groups and recomputes the reads, so that no read of a pair is
-kept.
+kept. What fills up a group has a block and a state beyond the last, so that its sums are dropped.
 """
 
 import functools
@@ -38,32 +38,38 @@ def bank_read(
     static = isinstance(reads, np.ndarray)
     if static and query.shape[2:4] == (1, 1):
         return _read_by_token(read, bank, query, gates, reads)
-    groups = _pair_groups(reads) if static else _slot_groups(reads, rows=query.shape[3])
+    num_states = jax.tree.leaves(bank)[0].shape[2]
+    if static:
+        groups = _pair_groups(reads, num_states)
+    else:
+        groups = _slot_groups(reads, num_states, rows=query.shape[3])
 
     def take(bank, query, gates, group):
-        """The states, rows and gates of a group's pairs."""
-        block, slot, state, real = group
-        states = jax.tree.map(lambda matrix: matrix[state], bank)
-        return states, query[block], jnp.where(real[:, None], gates[block, :, slot], 0)
+        """The states, rows and gates of a group's pairs; any for those that fill it up."""
+        block, slot, state = group
+        states = jax.tree.map(lambda matrix: matrix.at[state].get(mode="clip"), bank)
+        rows = query.at[block].get(mode="clip")
+        return states, rows, gates.at[block, :, slot].get(mode="clip")
 
     pairs = jax.vmap(read)
 
     def forward_unit(groups, bank, query, gates):
         def visit(total, group):
-            return total.at[group[0]].add(pairs(*take(bank, query, gates, group))), None
+            rows = pairs(*take(bank, query, gates, group))
+            return total.at[group[0]].add(rows, mode="drop"), None
 
         return lax.scan(visit, jnp.zeros((query.shape[0], *row.shape), row.dtype), groups)[0]
 
     def backward_unit(groups, bank, query, gates, cotangent):
         def visit(totals, group):
-            block, slot, state, real = group
+            block, slot, state = group
             _, pull = jax.vjp(pairs, *take(bank, query, gates, group))
-            d_states, d_query, d_gates = pull(cotangent[block])
+            d_states, d_query, d_gates = pull(cotangent.at[block].get(mode="clip"))
             states, queries, every_gate = totals
             return (
-                jax.tree.map(lambda total, d: total.at[state].add(d), states, d_states),
-                queries.at[block].add(d_query),
-                every_gate.at[block, :, slot].add(jnp.where(real[:, None], d_gates, 0)),
+                jax.tree.map(lambda t, d: t.at[state].add(d, mode="drop"), states, d_states),
+                queries.at[block].add(d_query, mode="drop"),
+                every_gate.at[block, :, slot].add(d_gates, mode="drop"),
             ), None
 
         zeros = jax.tree.map(jnp.zeros_like, (bank, query, gates))
@@ -112,20 +118,23 @@ def _read_by_token(
     return jax.vmap(jax.vmap(unit))(bank, query, gates)
 
 
-def _pair_groups(reads: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Lists (block, slot, state, real) of the pairs, (groups, pairs in a group) each.
+def _pair_groups(reads: np.ndarray, num_states: int) -> tuple[np.ndarray, ...]:
+    """Lists (block, slot, state) of the pairs, (groups, pairs in a group) each.
 
-    The last group is filled up with pairs that are not real.
+    The last group is filled up.
     """
     block, slot = np.nonzero(reads >= 0)
     size = reads.shape[0]
     groups = -(-len(block) // size)
     fill = (0, groups * size - len(block))
-    lists = (block, slot, reads[block, slot], np.ones(len(block), bool))
-    return tuple(np.pad(values, fill).reshape(groups, size) for values in lists)
+    lists = ((block, size), (slot, 0), (reads[block, slot], num_states))
+    return tuple(
+        np.pad(values, fill, constant_values=beyond).reshape(groups, size)
+        for values, beyond in lists
+    )
 
 
-def _slot_groups(reads: Int[Array, "b n r"], rows: int) -> tuple[Array, ...]:
+def _slot_groups(reads: Int[Array, "b n r"], num_states: int, rows: int) -> tuple[Array, ...]:
     """Lists as of ``_pair_groups``, (b, groups, pairs in a group), of all slots, empty ones too.
 
     A group has a pair of every block, or more where these have but few rows.
@@ -136,7 +145,12 @@ def _slot_groups(reads: Int[Array, "b n r"], rows: int) -> tuple[Array, ...]:
     padded = jnp.pad(reads, ((0, 0), (0, 0), (0, groups * together - slots)), constant_values=-1)
     slot, block = np.meshgrid(np.arange(groups * together), np.arange(blocks), indexing="ij")
     states = jnp.moveaxis(padded, 2, 1)
-    lists = (block[None], np.minimum(slot, slots - 1)[None], jnp.maximum(states, 0), states >= 0)
+    real = states >= 0
+    lists = (
+        jnp.where(real, block[None], blocks),
+        np.minimum(slot, slots - 1)[None],
+        jnp.where(real, states, num_states),
+    )
     return tuple(
         jnp.broadcast_to(values, states.shape).reshape(batch, groups, -1) for values in lists
     )

@@ -12,6 +12,7 @@ from memcache_jax.kernels import _sweep
 from memcache_jax.kernels._block_sizes import block_sizes
 from memcache_jax.kernels._dispatch import check_served
 from memcache_jax.kernels._pallas import dtype_reasons
+from memcache_jax.kernels._units import written
 
 
 def chunk_update(
@@ -55,7 +56,7 @@ def chunk_update(
         return forward(state, rows)[0]
 
     def forward(state: Any, rows: Any) -> tuple[tuple[Any, Any], Any]:
-        ends, y, starts = _sweep.forward(plan, step, state, rows, y_shapes)
+        ends, y, starts = written(_sweep.forward(plan, step, state, rows, y_shapes))
         return (jax.tree.map(lambda x: x[:, 0], ends), y), (starts, rows)
 
     def backward(residuals: tuple[Any, Any], cotangents: tuple[Any, Any]) -> tuple[Any, Any]:

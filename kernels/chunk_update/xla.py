@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from memcache_jax.kernels._units import for_each_unit
+from memcache_jax.kernels._units import for_each_unit, written
 
 
 def chunk_update(
@@ -30,7 +30,7 @@ def chunk_update(
         def unit(state, rows):
             return lax.scan(keep_start, state, rows)
 
-        end, (y, starts) = for_each_unit(unit, batch_dims)(state, rows)
+        end, (y, starts) = written(for_each_unit(unit, batch_dims)(state, rows))
         return (end, y), (starts, rows)
 
     def backward(residuals, cotangents):

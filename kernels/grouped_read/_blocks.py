@@ -1,31 +1,34 @@
 """What the implementations of the grouped read share: pairs arranged into blocks of one state.
 
 As in a mixture of experts, the (row, choice) pairs are sorted by state and each state's group is
-filled up to whole blocks, so that every block reads one state. Every state has a block.
+filled up to whole blocks, so that every block reads one state. Every state has a block. A choice of
+-1 has no place.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from memcache_jax._typing import Array, Int, Matrices
+from memcache_jax._typing import Array, Bool, Int, Matrices
 
 
 class Blocks(NamedTuple):
     """Where pairs lie in the blocks of each unit.
 
     Attributes:
-      place: (units, pairs) the place of each pair.
+      place: (units, pairs) the place of each pair; one too high for those that choose no state.
       pair: (units, places) the pair at each place; one too high where there is none.
       state: (units, blocks) the state that each block reads, ascending.
+      chosen: (units, states) whether any pair chose the state.
     """
 
     place: Array
     pair: Array
     state: Array
+    chosen: Array
 
 
 def most_blocks(pairs: int, num_states: int, rows: int) -> int:
@@ -39,18 +42,28 @@ def arrange(
     """Arranges pairs that chose these states into blocks of ``rows`` rows."""
 
     def unit(states: Int[Array, "pairs"]) -> Blocks:
-        counts = jnp.zeros(num_states, jnp.int32).at[states].add(1)
+        states = jnp.where(states < 0, num_states, states)  # last, and dropped
+        counts = jnp.zeros(num_states, jnp.int32).at[states].add(1, mode="drop")
         blocks = jnp.maximum(-(-counts // rows), 1)
         last_block = jnp.cumsum(blocks)
         order = jnp.argsort(states, stable=True)
         rank = jnp.arange(len(states)) - (jnp.cumsum(counts) - counts)[states[order]]
         place = (last_block - blocks)[states[order]] * rows + rank
-        pair = jnp.full(num_blocks * rows, len(states)).at[place].set(order)
+        place = jnp.where(states[order] < num_states, place, num_blocks * rows)
+        pair = jnp.full(num_blocks * rows, len(states)).at[place].set(order, mode="drop")
         state = jnp.searchsorted(last_block, jnp.arange(num_blocks), side="right")
         state = state.clip(max=num_states - 1).astype(jnp.int32)
-        return Blocks(jnp.zeros_like(place).at[order].set(place), pair, state)
+        return Blocks(jnp.zeros_like(place).at[order].set(place), pair, state, counts > 0)
 
     return jax.vmap(unit)(states)
+
+
+def of_chosen(chosen: Bool[Array, "*units states"], d_bank: Sequence[Array]) -> Matrices:
+    """The gradients (*units, states, in, out) of the states that were chosen, zero of the others.
+
+    Those have a block too, whose gradient is NaN where the state is, though nothing reads it.
+    """
+    return tuple(jnp.where(chosen[..., None, None], d, 0) for d in d_bank)
 
 
 @jax.vmap
@@ -98,7 +111,11 @@ def differentiable(kernels: Any, choices: int) -> Callable[..., Array]:
             *operands(blocks, *arrays), by_place(blocks, cotangent)
         )
         d_gates = take(d_weights.reshape(len(d_weights), -1), blocks.place)
-        gradients = (tuple(d_bank), by_token(blocks, d_rows), d_gates.reshape(arrays[2].shape))
+        gradients = (
+            of_chosen(blocks.chosen, d_bank),
+            by_token(blocks, d_rows),
+            d_gates.reshape(arrays[2].shape),
+        )
         return None, *jax.tree.map(lambda d, x: d.astype(x.dtype), gradients, arrays)
 
     grouped_read.defvjp(forward, backward)

@@ -25,13 +25,15 @@ def grouped_read(
 ) -> Float[Array, "b h n c v"]:
     """Returns Y_t = sum over s of gates[t, s] read(bank_{states[t, s]}, x_t).
 
+    A state that a row has not chosen reaches neither its output nor a gradient, NaN or not.
+
     Args:
       read: reads one state: (matrices, rows (c, k)) -> rows (c, v); with gates (c) as a third
         argument, the rows it returns times those.
       bank: the cached states, each matrix (b, h, states, in, out).
       query: the rows x.
       gates: weight of each row's choices.
-      states: the states that each row has chosen.
+      states: the states that each row has chosen, -1 for none.
       implementation: ``"xla"``, ``"pallas_tpu"``, ``"pallas_gpu"`` or ``"reference"``; None for
         what is fastest on the platform that the program is compiled for.
 

@@ -19,9 +19,12 @@ def grouped_read(
 
     def unit(bank, query, gates, states):
         def row(query, gates, states):
-            chosen = jax.tree.map(lambda matrix: matrix[states], bank)
+            there = states >= 0
+            chosen = jax.tree.map(
+                lambda matrix: jnp.where(there[:, None, None], matrix[states], 0), bank
+            )
             every = jax.vmap(read, in_axes=(0, None))(chosen, query[None])[:, 0]
-            return jnp.einsum("s,sv->v", gates, every)
+            return jnp.einsum("s,sv->v", jnp.where(there, gates, 0), every)
 
         return jax.vmap(jax.vmap(row))(query, gates, states)
 

@@ -39,7 +39,7 @@ def select(logits: Array, reads: Array, online: Array, top_k: int, axis: int) ->
         first = jnp.where(left == largest[-1], slots, jnp.inf).min(axis=axis, keepdims=True)
         hit = slots == first
         state = jnp.where(hit, reads, 0.0).sum(axis=axis, keepdims=True)
-        states.append(jnp.where(largest[-1] > -jnp.inf, state, 0.0))
+        states.append(jnp.where(largest[-1] > -jnp.inf, state, -1.0))
         left = jnp.where(hit, -jnp.inf, left)
     most = jnp.maximum(largest[0], online)
     weights = [jnp.exp(x - most) for x in (*largest, online)]

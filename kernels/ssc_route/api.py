@@ -39,7 +39,7 @@ def ssc_route(
 
     Returns:
       The gates of the selected states, the most relevant first; the gate of the online state; and
-      the selected states. Where fewer are visible, the gate is zero and the state 0.
+      the selected states. Where fewer are visible, the gate is zero and the state -1.
 
     Raises:
       ValueError: for an unknown implementation.

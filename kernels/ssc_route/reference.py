@@ -25,7 +25,7 @@ def ssc_route(
             cached = jnp.where(reads >= 0, cached, -jnp.inf)
             selected, slots = lax.top_k(cached, top_k)
             gates = jax.nn.softmax(jnp.append(selected, online))
-            return gates[:-1], gates[-1], jnp.where(selected > -jnp.inf, reads[slots], 0)
+            return gates[:-1], gates[-1], jnp.where(selected > -jnp.inf, reads[slots], -1)
 
         block = jax.vmap(token, in_axes=(0, 0, None))
         return jax.vmap(block)(connector, online, jnp.asarray(reads, jnp.int32))

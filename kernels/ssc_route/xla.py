@@ -28,4 +28,4 @@ def ssc_route(
     selected, slots = lax.top_k(cached, top_k)
     gates = jax.nn.softmax(jnp.concatenate([selected, online[..., None]], axis=-1), axis=-1)
     states = jnp.take_along_axis(jnp.asarray(np.pad(of_slot, ends), jnp.int32), slots, axis=-1)
-    return gates[..., :-1], gates[..., -1], jnp.where(selected > -jnp.inf, states, 0)
+    return gates[..., :-1], gates[..., -1], jnp.where(selected > -jnp.inf, states, -1)

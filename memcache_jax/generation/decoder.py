@@ -15,7 +15,7 @@ from memcache_jax.generation.generate import extend_logits
 from memcache_jax.generation.prompts import buffer_size, check_prompt
 from memcache_jax.generation.sampling import Sampling, sample
 from memcache_jax.nn import LanguageModel
-from memcache_jax.nn.language_model import LanguageModelCache
+from memcache_jax.nn.model_cache import LanguageModelCache
 
 
 class Decoder:

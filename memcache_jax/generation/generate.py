@@ -78,11 +78,10 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p)
     key = sampling.check_key(key)
     stops = check_stop(stop_token, model)
-    if cache is not None and not isinstance(model, LanguageModel):
-        raise ValueError(f"cache={dict(cache)} is for an nn.LanguageModel, got {type(model)}")
-
     length = tokens.shape[1]
     total = length + max_new_tokens
+    if cache is not None:
+        _check_cache(model, cache, tokens.shape, max_new_tokens)
     padding = buffer_size(length) - length
     graph, state = nnx.split(model) if isinstance(model, nnx.Module) else (model, None)
     new = _continue(
@@ -105,6 +104,21 @@ def generate(
     return jax.vmap(lambda row, place, new: row.at[place].set(new))(
         result, place, new[:, :max_new_tokens]
     )
+
+
+def _check_cache(model: Any, options: Mapping[str, Any], shape: tuple[int, ...], new: int) -> None:
+    """Raises ValueError unless a cache with these options has room for a prompt (b, t) and more."""
+    if not isinstance(model, LanguageModel):
+        raise ValueError(f"cache={dict(options)} is for an nn.LanguageModel, got {type(model)}")
+    batch, length = shape
+    taken = length + new - 1  # the last one is drawn, and not taken
+    empty = jax.eval_shape(lambda: model.init_cache(batch, buffer_size(length + new), **options))
+    if empty.max_length is not None and taken > empty.max_length:
+        raise ValueError(
+            f"cache={dict(options)} has room for {empty.max_length} tokens in a row; a prompt of "
+            f"{length} and max_new_tokens={new} need {taken}: give a larger max_segments or a "
+            "policy that makes room"
+        )
 
 
 @functools.partial(

@@ -12,6 +12,7 @@ from memcache_jax import _checks
 from memcache_jax._documents import count_documents
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.nn.layers import Linear
+from memcache_jax.streaming import check_options
 
 
 class AttentionCache(NamedTuple):
@@ -24,6 +25,11 @@ class AttentionCache(NamedTuple):
     value: Any
     position: Any  # (b,)
     first: Any = None  # or for layers that share keys and values the first row of this one
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(x.nbytes for x in jax.tree.leaves(self))
 
     @property
     def head_shape(self) -> tuple[int, ...]:
@@ -174,12 +180,8 @@ class Attention(nnx.Module):
         Raises:
           ValueError: for sizes below 1, or no length where all tokens are seen.
         """
-        for name, size in (("batch_size", batch_size), ("max_length", max_length)):
-            if size is not None and size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        unknown = sorted(set(options) - {"max_segments", "policy", "cache_dtype", "placement"})
-        if unknown:
-            raise ValueError(f"a cache has no options {unknown}")
+        _checks.check_sizes(batch_size=batch_size, max_length=max_length)
+        check_options(options)
         if self.window is None and max_length is None:
             raise ValueError("attention over all tokens keeps them all: give max_length")
         past: Any = max_length if self.window is None else self.window - 1

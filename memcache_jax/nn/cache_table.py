@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from memcache_jax.nn.attention import AttentionCache
-from memcache_jax.nn.language_model import LanguageModel, LanguageModelCache
-from memcache_jax.nn.memory_caching import LayerCache
+from memcache_jax.nn.language_model import LanguageModel
+from memcache_jax.nn.layer_cache import LayerCache
+from memcache_jax.nn.model_cache import LanguageModelCache
 
 _PARTS = ("initial", "state", "anchor", "key_sum", "record", "bank", "pooled")
 _NAMES = dict(

@@ -1,7 +1,6 @@
 """A decoder-only language model whose blocks mix tokens by memory caching or by attention."""
 
 import dataclasses
-import functools
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
@@ -9,16 +8,25 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from memcache_jax import _checks
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.aggregation import GRM, Aggregation
 from memcache_jax.caching import Implementation, Start
+from memcache_jax.kernels._units import WRITTEN
 from memcache_jax.memories import Memory, Titans
 from memcache_jax.nn.attention import Attention
 from memcache_jax.nn.layers import Linear, SwiGLU
 from memcache_jax.nn.memory_caching import MemoryCaching
+from memcache_jax.nn.model_cache import LanguageModelCache, without_states
 from memcache_jax.segmentation import Constant, Segmentation
+from memcache_jax.sharding.memory_caching import Exchange
 from memcache_jax.sharding.mesh import constrain, partitioned
+
+_OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[WRITTEN],
+    offload_src="device",
+    offload_dst="pinned_host",
+)
 
 
 @runtime_checkable
@@ -47,6 +55,7 @@ class MemoryCachingMixer:
     connector: Literal["learned", "query"] = "learned"
     distances: int = 64
     implementation: Implementation | None = None
+    exchange: Exchange = "gather"
 
     def build(self, in_features: int, num_heads: int, **options: Any) -> MemoryCaching:
         """Returns the layer."""
@@ -83,11 +92,14 @@ class LanguageModelConfig:
         64; 0 for blocks without an MLP.
       tie_embeddings: whether the output layer is the embedding's transpose.
       remat: whether each block's activations are recomputed in the backward pass.
+      offload_states: whether, with ``remat``, what the memories write (states before each chunk and
+        after each segment, live reads) waits in the host's memory instead, and is not written anew.
       dtype: dtype of the arithmetic; parameters and logits are float32 or wider.
       param_dtype: dtype of the parameters.
 
     Raises:
-      ValueError: if ``num_layers`` is not a multiple of the number of mixers, or sizes are < 1.
+      ValueError: if ``num_layers`` is not a multiple of the number of mixers, sizes are < 1, or
+        ``offload_states`` comes without ``remat``.
     """
 
     vocab_size: int
@@ -99,6 +111,7 @@ class LanguageModelConfig:
     mlp_features: int | None = None
     tie_embeddings: bool = False
     remat: bool = False
+    offload_states: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -113,6 +126,9 @@ class LanguageModelConfig:
                 f"num_layers={self.num_layers} must be a multiple of the number of mixers, "
                 f"got {len(self.mixers)}"
             )
+
+        if self.offload_states and not self.remat:
+            raise ValueError("offload_states needs remat: without it nothing is recomputed")
 
     @property
     def repeats(self) -> int:
@@ -186,74 +202,6 @@ class _Period(nnx.Module):
         return x, new
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("layers", "states", "position"),
-    meta_fields=("max_length",),
-)
-@dataclasses.dataclass(frozen=True)
-class LanguageModelCache:
-    """A stream's past in a language model, as a pytree.
-
-    Attributes:
-      layers: of each mixer, the caches of its layers but for their states, stacked.
-      states: of each mixer, the states that all its layers share, (layers * b, ...).
-      position: tokens that each row has taken, (b,).
-      max_length: tokens that a row may take; None for any number.
-    """
-
-    layers: list
-    states: list
-    position: Any
-    max_length: int | None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(x.nbytes for x in jax.tree.leaves(self))
-
-    def check_room(self, shape: tuple[int, ...], lengths: Any = None) -> None:
-        """Raises ValueError unless tokens (b, t) go on where the rows are, and have room.
-
-        ``lengths`` of them count in each row. What is traced is not known.
-        """
-        _checks.check_room(self.position, shape, lengths, self.max_length)
-
-    def reset(self, rows: jax.typing.ArrayLike) -> "LanguageModelCache":
-        """The cache with the marked rows (b,) before their first token."""
-        layers = jax.vmap(lambda caches: [cache.reset(rows) for cache in caches])(self.layers)
-        every = jnp.tile(jnp.asarray(rows), self._repeats)
-        states = [cache.reset_states(every) for cache in self._with_states()]
-        position = jnp.where(jnp.asarray(rows), 0, self.position)
-        return LanguageModelCache(layers, states, position, self.max_length)
-
-    def take(self, rows: jax.typing.ArrayLike) -> "LanguageModelCache":
-        """The cache of these rows, in this order; one may come more than once."""
-        batch = len(self.position)
-        rows = _checks.check_rows(rows, batch)
-        layers = jax.vmap(lambda caches: [cache.take_small(rows) for cache in caches])(self.layers)
-        every = (jnp.arange(self._repeats)[:, None] * batch + rows[None]).reshape(-1)
-        states = [cache.take_states(every) for cache in self._with_states()]
-        position = jnp.take(self.position, rows, axis=0)
-        return LanguageModelCache(layers, states, position, self.max_length)
-
-    @property
-    def _repeats(self) -> int:
-        return len(jax.tree.leaves(self.layers)[0])
-
-    def _with_states(self) -> list:
-        """Of each mixer, a layer's cache with the states of all."""
-        return [
-            jax.tree.map(lambda x: x[0], cache).with_states(shared)
-            for cache, shared in zip(self.layers, self.states, strict=True)
-        ]
-
-
-def _small(cache: Any) -> Any:
-    """A mixer's cache without its states."""
-    return cache.with_states((None, None))
-
-
 class LanguageModel(nnx.Module):
     """Token embedding, a stack of blocks, RMSNorm and an output layer.
 
@@ -324,7 +272,8 @@ class LanguageModel(nnx.Module):
             return nnx.merge(graph, state)(x, document_ids), None
 
         if self.config.remat:
-            period = jax.checkpoint(period, prevent_cse=False)
+            policy = _OFFLOAD if self.config.offload_states else None
+            period = jax.checkpoint(period, prevent_cse=False, policy=policy)
         x = self._embed(tokens)
         x, _ = lax.scan(period, x, stacked)
         return self.norm(x)
@@ -368,7 +317,7 @@ class LanguageModel(nnx.Module):
 
     def init_cache(
         self, batch_size: int, max_length: int | None = None, **options: Any
-    ) -> "LanguageModelCache":
+    ) -> LanguageModelCache:
         """An empty cache for ``extend``.
 
         Args:
@@ -389,7 +338,7 @@ class LanguageModel(nnx.Module):
         bounds = [max_length, *(getattr(cache, "max_length", None) for cache in one)]
         bounds = [bound for bound in bounds if bound is not None]
         return LanguageModelCache(
-            jax.vmap(lambda state: list(map(_small, init(state))))(stacked),
+            jax.vmap(lambda state: list(map(without_states, init(state))))(stacked),
             [cache.empty_states(self.config.repeats * batch_size) for cache in one],
             jnp.zeros(batch_size, jnp.int32),
             min(bounds, default=None),
@@ -398,9 +347,9 @@ class LanguageModel(nnx.Module):
     def extend(
         self,
         tokens: Int[Array, "b t"],
-        cache: "LanguageModelCache",
+        cache: LanguageModelCache,
         lengths: Int[Array, "b"] | None = None,
-    ) -> tuple[Float[Array, "b t d"], "LanguageModelCache"]:
+    ) -> tuple[Float[Array, "b t d"], LanguageModelCache]:
         """``hidden`` for the next tokens of a stream, and the cache after them.
 
         Args:
@@ -414,6 +363,7 @@ class LanguageModel(nnx.Module):
             row's room are NaN.
         """
         _check_tokens(tokens)
+        self._check_cache(cache)
         cache.check_room(tokens.shape, lengths)
         graph, stacked = nnx.split(self.layers)
 
@@ -425,7 +375,7 @@ class LanguageModel(nnx.Module):
                 for cache, shared in zip(small, states, strict=True)
             ]
             x, caches = nnx.merge(graph, state).extend(x, caches, lengths)
-            return (x, [cache.states for cache in caches]), list(map(_small, caches))
+            return (x, [cache.states for cache in caches]), list(map(without_states, caches))
 
         rows = jnp.arange(self.config.repeats) * len(tokens)
         carry = self._embed(tokens), cache.states
@@ -433,6 +383,16 @@ class LanguageModel(nnx.Module):
         taken = tokens.shape[1] if lengths is None else lengths
         cache = LanguageModelCache(layers, states, cache.position + taken, cache.max_length)
         return self.norm(x), cache
+
+    def _check_cache(self, cache: Any) -> None:
+        if not isinstance(cache, LanguageModelCache):
+            raise ValueError(f"the cache must be a LanguageModel's, got {type(cache).__name__}")
+        here = self.config.num_layers, len(self.config.mixers)
+        if cache.depth != here:
+            raise ValueError(
+                f"the cache was made for (num_layers, mixers) = {cache.depth}, this model has "
+                f"{here}"
+            )
 
     def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
         """Returns the output layer's logits, in float32 or wider."""

@@ -110,15 +110,22 @@ class CausalConv(nnx.Module):
     ) -> Float[Array, "b t d"]:
         """y_t = silu(sum over j of kernel[j] x_{t - width + 1 + j}), within t's document."""
         kernel = self.kernel[...].astype(x.dtype)
+        before = kernel.shape[0] - 1
         if document_ids is None:
-            return over_time(_conv_silu, x, kernel, before=kernel.shape[0] - 1)
-        y, past = x * kernel[-1][None, None], x
-        goes_on = document_ids == _shift(document_ids)
-        for back in range(1, kernel.shape[0]):
-            # Cut off wherever a document begins: an id may come again.
-            past = jnp.where(goes_on[..., None], _shift(past), 0)
-            y += past * kernel[-1 - back][None, None]
-        return jax.nn.silu(y)
+            return over_time(_conv_silu, x, kernel, before=before)
+        return over_time(_document_conv_silu, x, kernel, document_ids, before=before)
+
+
+def _document_conv_silu(
+    x: Float[Array, "b t d"], kernel: Float[Array, "w d"], document_ids: Int[Array, "b t"]
+) -> Float[Array, "b t d"]:
+    y, past = x * kernel[-1][None, None], x
+    goes_on = document_ids == _shift(document_ids)
+    for back in range(1, kernel.shape[0]):
+        # Cut off wherever a document begins: an id may come again.
+        past = jnp.where(goes_on[..., None], _shift(past), 0)
+        y += past * kernel[-1 - back][None, None]
+    return jax.nn.silu(y)
 
 
 def _shift(x: Float[Array, "b t ..."] | Int[Array, "b t"]) -> Array:

@@ -1,7 +1,6 @@
 """The Memory Caching layer: a drop-in for causal self-attention."""
 
-from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -15,77 +14,12 @@ from memcache_jax._typing import Array, Float, Int
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.caching import Implementation, Start, check_implementation
 from memcache_jax.memories import Control, Memory
+from memcache_jax.nn.layer_cache import LayerCache
 from memcache_jax.nn.layers import CausalConv, Linear, l2_normalize
 from memcache_jax.segmentation import Segmentation
-from memcache_jax.sharding.memory_caching import memory_caching_over_mesh
+from memcache_jax.sharding.memory_caching import Exchange, memory_caching_over_mesh
 from memcache_jax.sharding.mesh import partitioned
-from memcache_jax.streaming import Cache, extend, init_cache
-
-
-class LayerCache(NamedTuple):
-    """A stream's past in one layer.
-
-    Attributes:
-      memory: the memory's.
-      tails: the last inputs of the convolutions.
-    """
-
-    memory: Cache
-    tails: tuple[Any, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(x.nbytes for x in jax.tree.leaves(self))
-
-    @property
-    def head_shape(self) -> tuple[int, ...]:
-        """Heads, and their dimension."""
-        return self.memory.key_sum.shape[1::2]
-
-    @property
-    def max_length(self) -> int | None:
-        """Tokens that a row may take; None for any number."""
-        return self.memory.config.max_length
-
-    def reset(self, rows: jax.typing.ArrayLike) -> "LayerCache":
-        """The cache with the marked rows (b,) before their first token."""
-        marked = jnp.asarray(rows)[:, None, None]
-        tails = tuple(jnp.where(marked, 0, tail) for tail in self.tails)
-        return LayerCache(self.memory.reset(rows), tails)
-
-    def take(self, rows: jax.typing.ArrayLike) -> "LayerCache":
-        """The cache of these rows, in this order; one may come more than once."""
-        rows = _checks.check_rows(rows, len(self.memory.position))
-        return self.take_small(rows).with_states(self.take_states(rows))
-
-    # For a stack of layers, as in ``Cache``.
-
-    @property
-    def states(self) -> tuple:
-        """What is large."""
-        return self.memory.states
-
-    def with_states(self, states: tuple, first: Any = None) -> "LayerCache":
-        """The cache with these, in which its own begin with a row."""
-        return self._replace(memory=self.memory.with_states(states, first))
-
-    def empty_states(self, rows: int) -> tuple:
-        """So many rows of empty ones."""
-        return self.memory.empty_states(rows)
-
-    def reset_states(self, rows: Array) -> tuple:
-        """All of them, zero in the marked rows."""
-        return self.memory.reset_states(rows)
-
-    def take_states(self, rows: Array) -> tuple:
-        """These rows of them, of all."""
-        return self.memory.take_states(rows)
-
-    def take_small(self, rows: Array) -> "LayerCache":
-        """These rows of all else."""
-        tails = tuple(jnp.take(tail, rows, axis=0) for tail in self.tails)
-        return LayerCache(self.memory.take_small(rows), tails)
+from memcache_jax.streaming import check_options, extend, init_cache
 
 
 class MemoryCaching(nnx.Module):
@@ -110,6 +44,8 @@ class MemoryCaching(nnx.Module):
       distances: for gates by position, how many distances have logits of their own.
       conv_width: taps of the convolution.
       implementation: as in ``memory_caching``.
+      exchange: on a mesh with parts of a sequence, how they get each other's states: ``"gather"``,
+        all at once, or ``"ring"``, one part's after the other's, in less memory.
       dtype: dtype of the projections' arithmetic and of the output; by default the wider of the
         input's and ``param_dtype``, as in Flax. Memory states and gates are always float32 or
         wider.
@@ -118,7 +54,8 @@ class MemoryCaching(nnx.Module):
 
     Raises:
       ValueError: if ``num_heads`` does not divide ``in_features`` and no ``head_dim`` is given, if
-        the memory's chunk size does not divide the segment size, or for an unknown ``start``.
+        the memory's chunk size does not divide the segment size, or for an unknown ``start`` or
+        ``exchange``.
 
     Example:
       >>> import jax.numpy as jnp, memcache_jax as mc
@@ -144,6 +81,7 @@ class MemoryCaching(nnx.Module):
         distances: int = 64,
         conv_width: int = 4,
         implementation: Implementation | None = None,
+        exchange: Exchange = "gather",
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -154,11 +92,13 @@ class MemoryCaching(nnx.Module):
         if distances < 2:
             raise ValueError(f"distances must be at least 2, got {distances}")
         check_implementation(implementation)
+        _checks.check_choice("exchange", exchange, get_args(Exchange))
         self.in_features, self.num_heads = in_features, num_heads
         self.head_dim = _checks.check_heads(in_features, num_heads, head_dim)
         self.memory, self.aggregation, self.segmentation = memory, aggregation, segmentation
         self.start: Start = start
         self.implementation: Implementation | None = implementation
+        self.exchange: Exchange = exchange
         self.dtype = dtype
         inner = num_heads * self.head_dim
 
@@ -252,21 +192,52 @@ class MemoryCaching(nnx.Module):
             if document_ids is not None:
                 raise ValueError("a cache is of one document in each row: give no document_ids")
             return self.extend(x, cache)
-        _checks.check_input(x, self.in_features)
-        if document_ids is not None:
-            _checks.check_documents(document_ids, x.shape[:2])
-        x = x if self.dtype is None else x.astype(self.dtype)
         y = memory_caching_over_mesh(
-            **self._tokens(x, *self._projected(x, document_ids)),
+            **self.operands(x, document_ids),
             memory=self.memory,
-            weights=self._initial_weights(),
             aggregation=self.aggregation,
             segmentation=self.segmentation,
             start=self.start,
             document_ids=document_ids,
             implementation=self.implementation,
+            exchange=self.exchange,
         )
-        return self._output(x, y)
+        return self._output(x if self.dtype is None else x.astype(self.dtype), y)
+
+    def operands(
+        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None = None
+    ) -> dict[str, Any]:
+        """The arrays that a call gives to ``mc.memory_caching``, by the names of its arguments.
+
+        Args:
+          x: the input.
+          document_ids: as for a call.
+
+        Returns:
+          ``query``, ``key``, ``value``, ``connector`` (or None), ``controls`` and ``weights``.
+
+        Raises:
+          ValueError: as a call.
+
+        Example:
+          >>> import jax.numpy as jnp, memcache_jax as mc
+          >>> from flax import nnx
+          >>> layer = mc.nn.MemoryCaching(8, 2, memory=mc.memories.SSD(),
+          ...                             aggregation=mc.GRM(), segmentation=mc.Constant(4),
+          ...                             rngs=nnx.Rngs(0))
+          >>> operands = layer.operands(jnp.ones((1, 14, 8)))
+          >>> operands["query"].shape, sorted(operands["controls"])
+          ((1, 14, 2, 4), ['lam', 'log_alpha'])
+        """
+        _checks.check_input(x, self.in_features)
+        if document_ids is not None:
+            _checks.check_documents(document_ids, x.shape[:2])
+        x = x if self.dtype is None else x.astype(self.dtype)
+        rows = (
+            conv(linear(x), document_ids)
+            for conv, linear in zip(self._convs(), self._linears(), strict=True)
+        )
+        return self._tokens(x, *rows) | {"weights": self._initial_weights()}
 
     def gates(self, x: Float[Array, "b t d"]) -> Float[Array, "b t h states"]:
         """The gates with which a call weighs the states that each token reads, to look at.
@@ -292,12 +263,10 @@ class MemoryCaching(nnx.Module):
           >>> gates.shape, (gates > 0).sum(axis=-1)[0, ::4, 0].tolist()
           ((1, 14, 2, 4), [1, 2, 2, 2])
         """
-        _checks.check_input(x, self.in_features)
-        x = x if self.dtype is None else x.astype(self.dtype)
-        tokens = self._tokens(x, *self._projected(x, None))
+        operands = self.operands(x)
         return gates_of_states(
-            tokens["key"],
-            tokens["connector"],
+            operands["key"],
+            operands["connector"],
             aggregation=self.aggregation,
             segmentation=self.segmentation,
         )
@@ -316,6 +285,8 @@ class MemoryCaching(nnx.Module):
         Raises:
           ValueError: as ``mc.init_cache``.
         """
+        _checks.check_sizes(batch_size=batch_size)
+        check_options(options)
         cache = init_cache(
             batch_size,
             self.num_heads,
@@ -352,7 +323,7 @@ class MemoryCaching(nnx.Module):
             or find room in it, or for a cache of another layer.
         """
         _checks.check_input(x, self.in_features)
-        self._check_cache(cache)
+        _checks.check_cache(cache, LayerCache, (self.num_heads, self.head_dim))
         x = x if self.dtype is None else x.astype(self.dtype)
         counts = jnp.full(len(x), x.shape[1]) if lengths is None else lengths
         rows, tails = zip(
@@ -364,26 +335,23 @@ class MemoryCaching(nnx.Module):
             ),
             strict=True,
         )
-        y, memory = extend(cache.memory, **self._tokens(x, *rows), lengths=lengths)
+        y, memory = extend(
+            cache.memory,
+            **self._tokens(x, *rows),
+            lengths=lengths,
+            memory=self.memory,
+            weights=self._initial_weights(),
+            aggregation=self.aggregation,
+            segmentation=self.segmentation,
+            start=self.start,
+        )
         return self._output(x, y), LayerCache(memory, tails)
-
-    def _check_cache(self, cache: LayerCache) -> None:
-        _checks.check_cache(cache, LayerCache, (self.num_heads, self.head_dim))
-        for name in ("memory", "aggregation", "segmentation", "start"):
-            made, here = getattr(cache.memory.config, name), getattr(self, name)
-            if made != here:
-                raise ValueError(f"the cache was made for {name}={made}, this layer has {here}")
 
     def _linears(self) -> tuple[Linear, ...]:
         return self.query, self.key, self.value
 
     def _convs(self) -> tuple[CausalConv, ...]:
         return self.query_conv, self.key_conv, self.value_conv
-
-    def _projected(self, x: Float[Array, "b t d"], document_ids: Array | None) -> Iterator[Array]:
-        """Queries, keys and values before their heads are apart."""
-        for conv, linear in zip(self._convs(), self._linears(), strict=True):
-            yield conv(linear(x), document_ids)
 
     def _initial_weights(self) -> dict[str, Array]:
         return {name: weight[...] for name, weight in self.weights.items()}

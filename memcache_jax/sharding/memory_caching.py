@@ -5,18 +5,21 @@ independent starts every part writes its own segments, and what crosses the mesh
 their ends and the pooled keys, not a token's activations.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
 from memcache_jax._arguments import check_arguments
 from memcache_jax._bank import bucket_states
 from memcache_jax._checks import check_choice
+from memcache_jax._documents import count_documents
 from memcache_jax._typing import Array, Float, Int, State
 from memcache_jax._writing import initial_states, write_blocks
 from memcache_jax.aggregation import Aggregation
@@ -32,6 +35,9 @@ from memcache_jax.gating import pooled_keys, running_keys, scores
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Lengths, Segmentation
 from memcache_jax.sharding.mesh import active_mesh, num_devices, spec
+from memcache_jax.sharding.ring import read_ring
+
+Exchange: TypeAlias = Literal["gather", "ring"]
 
 
 def memory_caching_over_mesh(
@@ -48,27 +54,29 @@ def memory_caching_over_mesh(
     start: Start = "independent",
     document_ids: Int[Array, "b t"] | None = None,
     implementation: Implementation | None = None,
+    exchange: Exchange = "gather",
 ) -> Float[Array, "b t h v"]:
     """``memory_caching`` under the mesh of ``jax.set_mesh``; without one, that itself.
 
     Rows are divided over ``data`` and ``fsdp``, heads over ``tensor``, and time over ``seq``: each
-    part writes its own segments. States at their ends and pooled keys are gathered. Where segments
-    begin with the state before them, the parts' states are carried from one to the next, for rules
-    whose states can be merged, which then write twice.
+    part writes its own segments. Pooled keys are gathered, and so are the states at segments' ends
+    with ``exchange="gather"``; with ``"ring"`` these go round the parts, and no device holds more
+    than two parts of them beside its own. Where segments begin with the state before them, the
+    parts' states are carried from one to the next, for rules whose states can be merged, which then
+    write twice.
 
     Raises:
-      ValueError: as ``memory_caching``; for rows or heads that the mesh does not divide evenly; and
-        over ``seq``, for fewer segments than devices, segments of several lengths, packed
-        documents, the reference, and, with checkpoint starts or ``Logarithmic``, rules whose states
-        cannot be merged.
+      ValueError: as ``memory_caching``; for an unknown exchange; for rows or heads that the mesh
+        does not divide evenly; and over ``seq``, for fewer segments than devices, segments of
+        several lengths, the reference, with checkpoint starts or ``Logarithmic`` packed documents
+        and rules whose states cannot be merged, and a ring where blocks read other states than
+        those of all segments before them.
     """
-    how: dict[str, Any] = dict(
-        memory=memory,
-        aggregation=aggregation,
-        segmentation=segmentation,
-        start=start,
-        implementation=implementation,
+    where: dict[str, Any] = dict(
+        memory=memory, segmentation=segmentation, start=start, implementation=implementation
     )
+    how: dict[str, Any] = where | dict(aggregation=aggregation)
+    check_choice("exchange", exchange, get_args(Exchange))
     mesh = active_mesh()
     controls, weights = dict(controls or {}), dict(weights or {})
     if mesh is None:
@@ -103,13 +111,13 @@ def memory_caching_over_mesh(
                 f"got {key.shape[axis]}"
             )
     parts, length = num_devices(mesh, "time"), key.shape[1]
-    tokens = (query, key, value, connector)
+    tokens, document = (query, key, value, connector), document_ids
     layouts = {
         name: spec("heads") if control.axes == "h" else spec("batch", "time", "heads")
         for name, control in memory.controls.items()
     }
     if parts > 1:
-        _check_parts(parts, memory, segmentation, start, document_ids, implementation, length)
+        check_parts(parts, length, exchange=exchange, documents=document_ids is not None, **where)
         padding = -length % (parts * segmentation.size)
 
         def pad(x: Array) -> Array:
@@ -120,11 +128,15 @@ def memory_caching_over_mesh(
             name: control if layouts[name] == spec("heads") else pad(control)
             for name, control in controls.items()
         }
+        if document_ids is not None:
+            # Counted over the whole sequence: an id may come again in another part.
+            document = count_documents(document_ids)
+            document = jnp.pad(document, ((0, 0), (0, padding)), mode="edge")
 
-    def local(tokens: tuple, controls: dict, weights: dict, document_ids: Array | None) -> Array:
+    def local(tokens: tuple, controls: dict, weights: dict, document: Array | None) -> Array:
         if parts > 1:
-            return _part(tokens, controls, weights, parts=parts, **how)
-        options = dict(controls=controls, weights=weights, document_ids=document_ids)
+            return _part(tokens, controls, weights, document, parts=parts, exchange=exchange, **how)
+        options = dict(controls=controls, weights=weights, document_ids=document)
         return memory_caching(*tokens, **options, **how)
 
     row = spec("batch", "time", "heads")
@@ -138,20 +150,22 @@ def memory_caching_over_mesh(
         ),
         out_specs=row,
         check_vma=False,
-    )(tokens, controls, weights, document_ids)
+    )(tokens, controls, weights, document)
     return y[:, :length]
 
 
-def _check_parts(
+def check_parts(
     parts: int,
+    length: int,
+    *,
     memory: Memory,
     segmentation: Segmentation,
     start: Start,
-    document_ids: Array | None,
     implementation: Implementation | None,
-    length: int,
+    exchange: Exchange,
+    documents: bool = False,
 ) -> None:
-    """Raises ValueError for what cannot be divided over time."""
+    """Raises ValueError for what cannot be divided over time, in so many parts."""
     plan = segmentation.plan(length)
     reasons = []
     if isinstance(segmentation, Lengths):
@@ -160,8 +174,13 @@ def _check_parts(
         reasons.append(
             f"a segment for each of the {parts} devices, got {length} tokens in {segmentation}"
         )
-    if document_ids is not None:
-        reasons.append("sequences without document_ids")
+    if documents and start == "checkpoint":
+        reasons.append("independent starts for document_ids")
+    if documents and plan.spans_segments.any():
+        reasons.append(
+            "a Constant segmentation for document_ids: other buckets count from where a document "
+            "begins"
+        )
     if implementation == "reference":
         reasons.append("the fast path, not the reference")
     if start == "checkpoint" and implementation not in (None, "xla"):
@@ -175,14 +194,25 @@ def _check_parts(
         reasons.append(
             f"a Constant segmentation for {type(memory).__name__}, whose states cannot be merged"
         )
+    if exchange == "ring" and not fits_ring(segmentation, length):
+        reasons.append(f"a Constant segmentation for a ring, got {segmentation}")
     if reasons:
         raise ValueError(f"a sequence over several devices (seq > 1) needs {'; '.join(reasons)}")
+
+
+def fits_ring(segmentation: Segmentation, length: int) -> bool:
+    """Whether blocks read the states of all blocks before them, slot i that of block i."""
+    plan = segmentation.plan(length)
+    blocks = np.arange(len(plan.buckets))
+    own = np.array_equal(plan.buckets, np.stack([blocks, blocks + 1], axis=1))
+    return own and not np.any(plan.visible & (plan.reads != blocks))
 
 
 def _part(
     tokens: tuple,
     controls: Mapping[str, Array],
     weights: Mapping[str, Array],
+    document: Int[Array, "b t"] | None,
     *,
     parts: int,
     memory: Memory,
@@ -190,13 +220,16 @@ def _part(
     segmentation: Segmentation,
     start: Start,
     implementation: Implementation | None,
+    exchange: Exchange,
 ) -> Float[Array, "b t h v"]:
     """The outputs of one part of the sequence, within a ``shard_map``."""
     query, key, value, connector = tokens
     dtype, here = value.dtype, key.shape[1]
     own, plan = segmentation.plan(here), segmentation.plan(parts * here)
     tokens, weights = widened(memory, query, key, value, connector, controls, weights)
-    blocks, _, rows = split_blocks(memory, tokens, None, own, parts * here)
+    # A document that goes on into this part is the first of it.
+    own_document = None if document is None else document - document[:, :1]
+    blocks, own_document, rows = split_blocks(memory, tokens, own_document, own, parts * here)
     query, key, value, connector, _ = blocks
 
     def initial(shape: tuple[int, ...]) -> State:
@@ -213,7 +246,10 @@ def _part(
         before = functools.partial(_same, prefix)
     ends, kept = write_blocks(memory, live, before, rows, own, **how)
 
-    if plan.spans_segments.any() and not carries:
+    read_cached = None
+    if exchange == "ring":
+        bank, read_cached = memory.matrices(ends), functools.partial(read_ring, aggregation)
+    elif plan.spans_segments.any() and not carries:
         # Merging needs the whole states, and of each token no more than its controls.
         ends, later = _gather((ends, rows[3]))
         bank, _ = bucket_states(
@@ -232,18 +268,39 @@ def _part(
 
     reads, distances = mine(plan.reads), mine(plan.distances)
 
-    def score(connector: Array, key: Array) -> tuple[Array, Array]:
+    def score(connector: Array, key: Array, document: Array | None) -> tuple[Array, Array]:
         if aggregation.gate != "content":
             return scores(connector, None, None, reads, distances, aggregation.gate)
-        own_keys = key.mean(axis=1) if aggregation.pooling == "mean" else key.sum(axis=1)
+        block = np.arange(count)
+        blocks = dataclasses.replace(own, buckets=np.stack([block, block + 1], axis=1))
+        own_keys = pooled_keys(key, blocks, aggregation.pooling, document)
         keys = lax.all_gather(own_keys, "seq", axis=0, tiled=True)
         pooled = pooled_keys(keys[:, None], plan, aggregation.pooling)
-        running = running_keys(key, own, aggregation.pooling)
+        running = running_keys(key, own, aggregation.pooling, document)
         return scores(connector, pooled, running, reads, distances, aggregation.gate)
 
-    gates = aggregation.gates(*jax.vmap(jax.vmap(score))(connector, key))
+    heads = jax.vmap(score, in_axes=(0, 0, None))
+    rows_and_heads = jax.vmap(heads, in_axes=(0, 0, None if document is None else 0))
+    cached, online = rows_and_heads(connector, key, own_document)
+    if document is not None:
+        of_token = document.reshape(len(document), count, -1)
+        of_state = lax.all_gather(of_token[:, :, -1], "seq", axis=1, tiled=True)
+        after = jnp.asarray(plan.buckets[:, 1])[jnp.maximum(reads, 0)]
+        same = of_token[..., None] == of_state[:, after - 1][:, :, None]
+        cached = jnp.where(same[:, None], cached, -jnp.inf)
+    gates = aggregation.gates(cached, online)
     every = jnp.broadcast_to(reads[None], (len(key), *reads.shape))
-    y = aggregation.combine(memory, bank, query, kept, gates, every, implementation=implementation)
+    y = aggregation.combine(
+        memory,
+        bank,
+        query,
+        kept,
+        gates,
+        every,
+        zero_gates=document is not None,
+        implementation=implementation,
+        read_cached=read_cached,
+    )
     y = y.reshape(*y.shape[:2], -1, y.shape[-1])
     return jnp.moveaxis(y, 1, 2).astype(dtype)
 

@@ -6,18 +6,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from memcache_jax._typing import Array, Float
+from memcache_jax._typing import Array, Float, Int
 from memcache_jax.sharding.mesh import active_mesh, fit, spec
 
 
 def over_time(
-    causal: Callable[[Array, Array], Array],
+    causal: Callable[..., Array],
     x: Float[Array, "b t d"],
     kernel: Float[Array, "w d"],
-    *,
+    *rows: Int[Array, "b t"],
     before: int,
 ) -> Float[Array, "b t d"]:
-    """Returns causal(x, kernel), each part of the sequence on its devices.
+    """Returns causal(x, kernel, *rows), each part of the sequence on its devices.
 
     Only the last tokens of a part cross the mesh, to the part after it.
 
@@ -26,6 +26,7 @@ def over_time(
         before the first.
       x: the tokens.
       kernel: whatever else it takes of each channel.
+      rows: and of each token.
       before: how far it looks back.
     """
     mesh = active_mesh()
@@ -38,15 +39,21 @@ def over_time(
         or x.shape[1] % parts
         or x.shape[1] // parts < before
     ):
-        return causal(x, kernel)
+        return causal(x, kernel, *rows)
     hops = [(part, part + 1) for part in range(parts - 1)]
 
-    def part(x: Array, kernel: Array) -> Array:
-        tail = lax.ppermute(x[:, x.shape[1] - before :], "seq", hops)
-        return causal(jnp.concatenate([tail, x], axis=1), kernel)[:, before:]
+    def part(x: Array, kernel: Array, *rows: Array) -> Array:
+        def with_tail(x: Array) -> Array:
+            tail = lax.ppermute(x[:, x.shape[1] - before :], "seq", hops)
+            return jnp.concatenate([tail, x], axis=1)
 
-    rows = fit(spec("batch", "time", "heads"), x, mesh)
+        return causal(with_tail(x), kernel, *map(with_tail, rows))[:, before:]
+
+    tokens = fit(spec("batch", "time", "heads"), x, mesh)
     channels = fit(spec(None, "heads"), kernel, mesh)
-    return jax.shard_map(part, in_specs=(rows, channels), out_specs=rows, check_vma=False)(
-        x, kernel
-    )
+    return jax.shard_map(
+        part,
+        in_specs=(tokens, channels, *(fit(spec("batch", "time"), row, mesh) for row in rows)),
+        out_specs=tokens,
+        check_vma=False,
+    )(x, kernel, *rows)

@@ -10,65 +10,15 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from memcache_jax import _checks
-from memcache_jax._arguments import check_configuration, check_weights
+from memcache_jax._arguments import check_weights
 from memcache_jax._typing import Array, State
-from memcache_jax.aggregation import SSC, Aggregation
+from memcache_jax.aggregation import Aggregation
 from memcache_jax.caching import Start
 from memcache_jax.memories import Memory
-from memcache_jax.segmentation import Constant, Segmentation
-from memcache_jax.streaming import storage
-from memcache_jax.streaming.schedule import make_schedule
-from memcache_jax.streaming.slots import POLICIES, Planned, Policy, Recent, Slots
+from memcache_jax.segmentation import Segmentation
+from memcache_jax.streaming.config import CacheConfig, make_config
+from memcache_jax.streaming.slots import Policy
 from memcache_jax.streaming.storage import Placement
-
-
-@dataclasses.dataclass(frozen=True)
-class CacheConfig:
-    """What a cache was made for; ``extend`` takes it from there.
-
-    Attributes:
-      memory: the write rule.
-      aggregation: how reads become one output.
-      segmentation: where states are cached.
-      start: what a segment's memory begins with.
-      max_length: tokens that a row may take; None for any number.
-      max_segments: states that are kept, of segments of one size; else None.
-      policy: what makes room for more.
-      cache_dtype: of cached states.
-      placement: where these are.
-    """
-
-    memory: Memory
-    aggregation: Aggregation
-    segmentation: Segmentation
-    start: Start
-    max_length: int | None
-    max_segments: int | None
-    policy: Policy
-    cache_dtype: str
-    placement: Placement
-
-    @property
-    def slots(self) -> Slots:
-        """Where states are kept, and for how long."""
-        if self.max_segments is not None:
-            by_age = self.policy.startswith("drop") and isinstance(self.aggregation, SSC)
-            return Recent(self.max_segments, self.segmentation.size, self.policy, by_age)
-        return Planned(make_schedule(self.segmentation, self.max_length))
-
-    def states(self, initial: State, first: Any = 0) -> storage.Bank:
-        """What holds cached states like this one, (h, ...), from a first row on."""
-        state = jax.eval_shape(
-            lambda state: storage.pack(self.memory.matrices(state), self.cache_dtype), initial
-        )
-        bank = storage.HostBank if self.placement == "host" else storage.DeviceBank
-        return bank(self.slots.num_slots, state, first)
-
-    def keys(self, key_sum: Array, first: Any = 0) -> storage.DeviceBank:
-        """What holds pooled keys."""
-        heads, key_dim = key_sum.shape[1], key_sum.shape[-1]
-        state = (jax.ShapeDtypeStruct((heads, key_dim), key_sum.dtype),)
-        return storage.DeviceBank(self.slots.num_slots, state, first)
 
 
 @functools.partial(
@@ -116,6 +66,18 @@ class Cache:
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return sum(x.nbytes for x in jax.tree.leaves(self))
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Heads h, and their key and value dimensions k and v."""
+        _, heads, _, key_dim = self.key_sum.shape
+        return heads, key_dim, self.config.memory.matrices(self.initial)[-1].shape[-1]
+
+    def with_weights(self, weights: Mapping[str, Array]) -> "Cache":
+        """The cache whose later segments begin with these weights of a deep memory."""
+        dtype = self.key_sum.dtype
+        initial = _initial(self.config.memory, weights, *self.sizes, dtype)
+        return dataclasses.replace(self, initial=initial)
 
     def reset(self, rows: jax.typing.ArrayLike) -> "Cache":
         """The cache with the marked rows (b,) before their first token.
@@ -214,7 +176,7 @@ def init_cache(
       segmentation: where states are cached.
       start: what a segment's memory begins with.
       max_segments: segments that may be cached. With ``policy="error"`` a row takes the tokens of
-        one more, or of ``max_length`` where that is given instead.
+        one more, or ``max_length`` where that is given too and less, or alone.
       max_length: tokens of a row.
       policy: for segments of one size, what happens where ``max_segments`` are cached and another
         ends: ``"error"``; the state of the oldest goes, ``"drop_oldest"``; that of the one whose
@@ -242,41 +204,24 @@ def init_cache(
       >>> cache.position.tolist(), cache.pooled.shape
       ([0, 0], (2, 4, 7, 16))
     """
-    check_configuration(memory, aggregation, segmentation)
-    _checks.check_choice("start", start, ("independent", "checkpoint"))
-    for name, size in dict(
+    _checks.check_sizes(
         batch=batch, heads=heads, key_dim=key_dim, value_dim=value_dim, max_length=max_length
-    ).items():
-        if size is not None and size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
-    weights = {name: weight.astype(dtype) for name, weight in (weights or {}).items()}
-    check_weights(memory, weights, heads, key_dim, value_dim)
-    _checks.check_choice("dtype", jnp.dtype(dtype).name, ("float32", "float64"))
-    given = policy
-    max_length, max_segments, policy = _bounds(
-        memory, aggregation, segmentation, max_length, max_segments, policy
     )
-    if policy != given:  # a narrow running mean would stop to move
-        cache_dtype = None
-    config = CacheConfig(
+    _checks.check_choice("dtype", jnp.dtype(dtype).name, ("float32", "float64"))
+    config = make_config(
         memory,
         aggregation,
         segmentation,
         start,
-        max_length,
-        max_segments,
-        policy,
-        _checked_dtype(dtype if cache_dtype is None else cache_dtype),
-        placement,
+        max_length=max_length,
+        max_segments=max_segments,
+        policy=policy,
+        cache_dtype=dtype if cache_dtype is None else cache_dtype,
+        placement=placement,
+        dtype=dtype,
     )
-    _check_placement(config)
+    initial = _initial(memory, weights or {}, heads, key_dim, value_dim, dtype)
     slots = config.slots
-    if not slots.num_slots:
-        config = dataclasses.replace(config, placement="device")
-
-    initial = jax.vmap(
-        lambda weights: memory.init(weights, key_dim, value_dim, jnp.dtype(dtype)), axis_size=heads
-    )(weights)
 
     def repeat(x: Array, count: int) -> Array:
         shape = (batch, heads, count, *x.shape[1:])
@@ -301,58 +246,17 @@ def init_cache(
     return cache.with_states(cache.empty_states(batch))
 
 
-def _bounds(
+def _initial(
     memory: Memory,
-    aggregation: Aggregation,
-    segmentation: Segmentation,
-    max_length: int | None,
-    max_segments: int | None,
-    policy: Policy,
-) -> tuple[int | None, int | None, Policy]:
-    """Tokens of a row and states to keep, None for any number and for as many as a plan says.
-
-    Returns:
-      Both, and the policy: where it changes no output, ``"merge"``.
-    """
-    _checks.check_choice("policy", policy, POLICIES)
-    same_size = isinstance(segmentation, Constant)
-    if max_segments is not None and max_segments < (0 if policy == "error" else 1):
-        raise ValueError(f"max_segments is too small for policy={policy!r}, got {max_segments}")
-    if policy != "error":
-        if not same_size:
-            raise ValueError(
-                f"policy={policy!r} is for segments of one size, Constant, got {segmentation}"
-            )
-        if max_segments is None:
-            raise ValueError(f"policy={policy!r} needs max_segments, got none")
-        return max_length, max_segments, policy
-    if (max_segments is None) == (max_length is None):
-        raise ValueError(
-            f"give max_segments or max_length, got max_segments={max_segments}, "
-            f"max_length={max_length}"
-        )
-    if max_length is None:
-        assert max_segments is not None
-        max_length = segmentation.span(max_segments + 1)
-    if not same_size:
-        return max_length, None, policy
-    kept = -(-max_length // segmentation.size) - 1
-    if kept and aggregation.merges_exactly(memory):
-        return max_length, 1, "merge"
-    return max_length, kept, policy
-
-
-def _checked_dtype(dtype: DTypeLike) -> str:
-    name = jnp.dtype(dtype).name
-    _checks.check_choice("cache_dtype", name, storage.CACHE_DTYPES)
-    return name
-
-
-def _check_placement(config: CacheConfig) -> None:
-    _checks.check_choice("placement", config.placement, storage.PLACEMENTS)
-    fits = isinstance(config.aggregation, SSC) and config.policy != "merge"
-    if config.placement == "host" and not fits:
-        raise ValueError(
-            "placement='host' is for SSC, which reads a few states, where none are merged, got "
-            f"{config.aggregation} and policy={config.policy!r}"
-        )
+    weights: Mapping[str, Array],
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    dtype: DTypeLike,
+) -> State:
+    """The state (h, ...) before the first token, of weights that are checked."""
+    check_weights(memory, weights, heads, key_dim, value_dim)
+    weights = {name: weight.astype(dtype) for name, weight in weights.items()}
+    return jax.vmap(
+        lambda weights: memory.init(weights, key_dim, value_dim, jnp.dtype(dtype)), axis_size=heads
+    )(weights)

@@ -22,6 +22,8 @@ _STEERING = (
     "tensorboard",
     "sample.",
     "model.implementation",
+    "model.exchange",
+    "model.offload_states",
     "mesh.",
     "accumulate",
 )
@@ -67,6 +69,7 @@ def default_config() -> Config:
     config.model.mlp_features = config_dict.placeholder(int)  # 8/3 features by default; 0: no MLP
     config.model.tie_embeddings = False
     config.model.remat = False  # recompute activations in the backward pass, to save memory
+    config.model.offload_states = False  # with remat: what memories write waits on the host
     config.model.dtype = "float32"  # of the arithmetic, or "bfloat16"; parameters are float32
     config.model.mixers = ("memory_caching",)  # of consecutive blocks, repeated; see models.py
     config.model.memory = ConfigDict(
@@ -78,6 +81,7 @@ def default_config() -> Config:
     config.model.connector = "learned"  # what gates by content compare with keys, or "query"
     config.model.distances = 64  # that gates by position tell apart
     config.model.implementation = config_dict.placeholder(str)  # "pallas_tpu", "pallas_gpu", "xla"
+    config.model.exchange = "gather"  # of states between parts of a sequence, or "ring"
     config.model.window = 256  # tokens that sliding-window attention sees
     config.model.rope_base = 10_000.0  # of attention's rotary positions
 

@@ -122,6 +122,13 @@ class _Run:
     def __init__(self, config: Config, workdir: Path, mesh: Mesh | None) -> None:
         self.config, self.workdir, self.mesh = config, workdir, mesh
         model = model_config(config.model)
+        device = jax.local_devices()[0]
+        memories = sorted(memory.kind for memory in device.addressable_memories())
+        if model.offload_states and "pinned_host" not in memories:
+            raise ValueError(
+                f"model.offload_states needs devices that see the host's memory (pinned_host), got "
+                f"{device.platform} with {', '.join(memories)}"
+            )
         self.optimizer = make_optimizer(config.optimizer, config.steps)
         self.graph, target = abstract_state(model, self.optimizer, mesh)
         self.corpus = load_corpus(config)

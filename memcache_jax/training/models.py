@@ -14,7 +14,8 @@ from memcache_jax.nn import AttentionMixer, LanguageModelConfig, MemoryCachingMi
 from memcache_jax.training.config import Config, default_config
 
 MIXERS = ("memory_caching", "attention", "sliding_window")
-_LAYER = ("start", "connector", "distances", "implementation")  # of memory caching, as they are
+# Of memory caching, as they are.
+_LAYER = ("start", "connector", "distances", "implementation", "exchange")
 
 
 def model_config(options: Config) -> LanguageModelConfig:
@@ -43,6 +44,7 @@ def model_config(options: Config) -> LanguageModelConfig:
         mlp_features=options["mlp_features"],
         tie_embeddings=options["tie_embeddings"],
         remat=options["remat"],
+        offload_states=options.get("offload_states", False),
         dtype=jnp.dtype(options["dtype"]),
     )
 

@@ -6,6 +6,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import memcache_jax as mc
 from memcache_jax.training import load_model
@@ -34,6 +35,16 @@ def test_the_text_is_that_of_the_model(trained_run):
     )
     assert done.stdout == tokenizer.decode(np.asarray(expected[0])) + "\n"
     assert done.stdout.startswith("the c")
+
+
+def test_greedy_from_the_cache_is_greedy_by_passing_over_everything(trained_run):
+    model, tokenizer, _ = load_model(trained_run)
+    prompts = np.stack([tokenizer.encode(b"the cat sat"), tokenizer.encode(b"sat on the ")])
+    cached = np.asarray(mc.generate(model, prompts, 60, temperature=0))
+    graph, state = nnx.split(model)
+    anew = mc.generate(lambda tokens: nnx.merge(graph, state)(tokens), prompts, 60, temperature=0)
+    np.testing.assert_array_equal(cached, anew)
+    assert tokenizer.decode(cached[0]).startswith("the cat sat on the mat.")
 
 
 def test_a_new_document_without_a_prompt(trained_run):

@@ -117,25 +117,24 @@ def test_command(tmp_path, trained_run):
     config = default_config()
     config.steps, config.batch_size, config.sequence_length = 1, 1, 16
     config.model.update(num_layers=1, features=16, num_heads=2, mlp_features=16)
-    config.model.memory = {"name": "LinearAttention"}
-    config.model.segmentation.size = 8
+    config.model.mixers = ("attention",)
     config.data.files = (str(tmp_path / "corpus*.txt"),)
     config.data.heldout_fraction, config.data.heldout_tokens = 0.3, 16
     config.optimizer.warmup_steps, config.sample.max_new_tokens = 0, 0
     train(config, tmp_path / "run")
     jax.clear_caches()
 
-    def run(workdir):
+    def run(workdir, *flags):
         command = [sys.executable, "-m", "experiments.inspect", f"--workdir={workdir}"]
-        command += [f"--text={text}", "--max_tokens=20"]
+        command += [f"--text={text}", "--max_tokens=20", *flags]
         return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
-    done = run(tmp_path / "run")
+    done = run(trained_run, f"--output={tmp_path}/read")
     assert done.returncode == 0, done.stderr
     assert "layer 0: LinearAttention, GRM" in done.stdout
-    assert "<span>&lt;</span>" in (tmp_path / "run" / "inspect.html").read_text()
-    stored = json.loads((tmp_path / "run" / "inspect.json").read_text())
+    assert "<span>&lt;</span>" in (tmp_path / "read" / "inspect.html").read_text()
+    stored = json.loads((tmp_path / "read" / "inspect.json").read_text())
     assert np.shape(stored["layers"][0]["gates"]) == (20, 2, 3)
-    done = run(trained_run)
+    done = run(tmp_path / "run")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: the model has no memory caching")

@@ -52,3 +52,31 @@ def test_advice_follows_what_fills_the_memory():
     config.model.remat = True
     state = changes(config, dict(mesh=mesh, hbm=16, state_bytes=15))
     assert state[0].startswith("--config.mesh.fsdp=8 --config.mesh.data=1")
+
+
+def test_advised_meshes_fill_the_chips_and_divide_the_model():
+    from experiments._advice import changes
+
+    config = default_config()
+    config.model.update(remat=True, dtype="bfloat16", num_heads=4)
+
+    def advised(data, fsdp, seq, tensor):
+        config.batch_size = data * fsdp
+        sizes = dict(data=data, fsdp=fsdp, seq=seq, tensor=tensor)
+        lines = changes(config, dict(mesh=sizes, hbm=16, state_bytes=1))
+        for line in lines:
+            flags = [flag.split("=") for flag in line.split(":")[0].split() if "mesh" in flag]
+            given = sizes | {name.removeprefix("--config.mesh."): int(n) for name, n in flags}
+            make_mesh(given, devices=jax.devices()[: data * fsdp * seq * tensor])
+            assert not config.model.num_heads % given["tensor"]
+        return [line.split(":")[0] for line in lines]
+
+    # 512 tokens are four segments.
+    seq, tensor, _ = advised(2, 2, 1, 1)
+    assert seq == "--config.mesh.seq=2 --config.mesh.data=1 --config.accumulate=2"
+    assert tensor == "--config.mesh.tensor=2 --config.mesh.data=1 --config.accumulate=2"
+    ring, tensor = advised(1, 2, 4, 1)
+    assert ring == "--config.model.exchange=ring"
+    assert tensor == "--config.mesh.tensor=2 --config.mesh.fsdp=1 --config.accumulate=2"
+    assert advised(1, 2, 1, 4) == [seq.replace("data", "fsdp")]
+    assert advised(1, 1, 1, 8) == []

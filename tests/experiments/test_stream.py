@@ -22,5 +22,10 @@ def test_small(tmp_path):
         *(("attention", n) for n in (32, 64)),
     ]
     assert all(row["ms_per_token"] > 0 and row["bytes_made_for"] > 0 for row in rows)
+    assert all(row["ms_made_for_first"] > 0 for row in rows)
+    # A process with JAX has more than 50 MB, and these models next to nothing.
+    peaks = [row["peak_bytes"] for row in rows]
+    assert all(peak is None or 5e7 < peak < 4e9 for peak in peaks)
+    assert not sys.platform.startswith("linux") or None not in peaks
     assert (tmp_path / "stream.png").stat().st_size > 1000
     assert "a KV cache of this model" in done.stdout

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import memcache_jax as mc
+from memcache_jax._reads import blind_where_gates_are_zero
 from memcache_jax.kernels import _table
 from memcache_jax.kernels._pallas import lowered_for_gpu
 from memcache_jax.kernels.bank_read import _shared, bank_read, gpu, tpu
@@ -37,8 +38,10 @@ MEMORIES = {
 def make(memory, reads, dtype):
     memory, shapes = MEMORIES[memory]
     normal, (blocks, slots), lead = normals(0, dtype), reads.shape[-2:], (2, 3)
-    states = max(slots, 1)
+    states = max(slots, 1) + 1
     bank = tuple(normal(*lead, states, *shape) * shape[0] ** -0.5 for shape in shapes)
+    for matrix in bank:
+        matrix[:, :, -1] = np.nan  # read by no block
     query, gates = normal(*lead, blocks, 5, 4), normal(*lead, blocks, 5, slots)
     bank = tuple(map(jnp.asarray, bank))
     return memory, (bank, jnp.asarray(query), jnp.asarray(gates))
@@ -83,9 +86,12 @@ CASES = {
 def make_case(reads, memory, heads, rows, k, v, dtype, batch=2):
     shapes = [(k, v)] if memory == "matrix" else [(k, 3 * k), (3 * k, k)]
     normal, lead = normals(1, np.float32), (batch, heads)
-    states = reads.max(initial=0) + 2  # the last one is read by no block
+    states = reads.max(initial=0) + 2
+    bank = tuple(normal(*lead, states, *shape) * shape[0] ** -0.5 for shape in shapes)
+    for matrix in bank:
+        matrix[:, :, -1] = np.nan  # read by no block
     arrays = (
-        tuple(normal(*lead, states, *shape) * shape[0] ** -0.5 for shape in shapes),
+        bank,
         normal(*lead, reads.shape[-2], rows, k),
         normal(*lead, reads.shape[-2], rows, reads.shape[-1]),
     )
@@ -218,6 +224,29 @@ def test_under_the_transformations():
         for function in (by_vmap, by_scan, by_shard_map):
             got = jax.jit(jax.grad(function, argnums=(0, 1, 2)))(bank, query, gates)
             assert_close(got, wanted, 2e-6)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("implementation", ["xla", *KERNELS])
+def test_rows_that_are_blind_to_a_state(implementation, memory):
+    bank, query, gates = make_case(RAGGED, memory, 2, 5, 4, 4, "float32")
+    seen = (RAGGED != 2)[None, None, :, None] & (np.arange(5) % 2 == 0)[None, None, None, :, None]
+    gates = jnp.where(seen, gates, 0)
+    read = MEMORIES[memory][0].read
+
+    def outputs(read, number, implementation):
+        holds = tuple(matrix.at[:, :, 2:].set(number) for matrix in bank)
+        y, gradients = value_and_vjp(
+            lambda bank, query, gates: bank_read(
+                read, bank, query, gates, RAGGED, implementation=implementation
+            ),
+            *(holds, query, gates),
+        )
+        return y, *gradients[:2], jnp.where(seen, gradients[2], 0)
+
+    with runnable(implementation):
+        got = outputs(blind_where_gates_are_zero(read), jnp.nan, implementation)
+    assert_close(got, outputs(read, 0.0, "reference"), 2e-6)
 
 
 @pytest.mark.usefixtures("x64")

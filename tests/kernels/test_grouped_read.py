@@ -24,12 +24,14 @@ MEMORIES = {
 
 
 def make(memory, states, dtype=jnp.float32, rows=29):
-    """Rows that choose two of ``states`` states each."""
+    """Rows that choose two of ``states`` states each, or fewer, and never the last of several."""
     memory, shapes = MEMORIES[memory]
     normal, lead, rows = normals(0, dtype), (2, 1), (2, 1, 3, rows)
     bank = tuple(normal(*lead, states, *shape) * shape[0] ** -0.5 for shape in shapes)
     query, gates = normal(*rows, 4), normal(*rows, 2)
-    chosen = jnp.asarray(np.random.default_rng(1).integers(0, states, gates.shape))
+    chosen = jnp.asarray(np.random.default_rng(1).integers(-1, max(states - 1, 1), gates.shape))
+    for matrix in bank:
+        matrix[:, :, 1:][:, :, -1:] = np.nan
     bank = tuple(map(jnp.asarray, bank))
     return memory, (bank, jnp.asarray(query), jnp.asarray(gates)), chosen
 
@@ -89,13 +91,12 @@ CASES = {
 def make_case(rows, choices, states, heads, k, v, memory, dtype):
     shapes = [(k, v)] if memory == "matrix" else [(k, 3 * k), (3 * k, k)]
     normal, lead = normals(1, np.float32), (2, heads)
-    arrays = (
-        tuple(normal(*lead, states, *shape) * shape[0] ** -0.5 for shape in shapes),
-        normal(*lead, 3, rows, k),
-        normal(*lead, 3, rows, choices),
-    )
+    bank = tuple(normal(*lead, states, *shape) * shape[0] ** -0.5 for shape in shapes)
+    arrays = bank, normal(*lead, 3, rows, k), normal(*lead, 3, rows, choices)
     # The last of several states is chosen by none.
-    draw = np.random.default_rng(2).integers(0, max(states - 1, 1), arrays[2].shape)
+    draw = np.random.default_rng(2).integers(-1, max(states - 1, 1), arrays[2].shape)
+    for matrix in bank:
+        matrix[:, :, 1:][:, :, -1:] = np.nan
     arrays = jax.tree.map(lambda x: jnp.asarray(x, dtype), arrays)
     read = MEMORIES[memory][0].read
     chosen = jnp.asarray(draw, jnp.int32)

@@ -83,7 +83,7 @@ def test_of_equally_relevant_states_the_older(implementation):
         gates, _, states = ssc_route(
             connector, pooled, online, reads, 2, implementation=implementation
         )
-    wanted = [[0, 0], [0, 0], [1, 0], [1, 2], [1, 2], [1, 2]]
+    wanted = [[-1, -1], [0, -1], [1, 0], [1, 2], [1, 2], [1, 2]]
     np.testing.assert_array_equal(states[0, 0, :, 0], wanted)
     np.testing.assert_array_equal(gates[0, 0, 0], 0.0)
     np.testing.assert_array_equal(gates[0, 0, 1, :, 1], 0.0)

@@ -27,6 +27,13 @@ LAYERS = {
 }
 
 
+HOST = (
+    mc.nn.MemoryCachingMixer(
+        memory=mc.memories.SSD(), aggregation=mc.SSC(top_k=2), segmentation=mc.Constant(8)
+    ),
+)
+
+
 def caching(rngs, memory, aggregation, segmentation: Any = None, **options):
     return mc.nn.MemoryCaching(
         FEATURES,
@@ -99,16 +106,28 @@ def test_call_with_a_cache():
         layer(x, jnp.zeros(x.shape[:2], int), cache=cache)
 
 
+def test_initial_weights_are_trained_where_the_cache_is_a_constant():
+    layer = caching(nnx.Rngs(0), mc.memories.Titans(chunk_size=2, depth=1), mc.Residual())
+
+    @nnx.jit
+    def gradients(layer, x, cache):
+        def loss(layer):
+            y, after = layer.extend(x, cache)
+            return (y**2).sum(), after
+
+        return nnx.grad(loss, has_aux=True)(layer)
+
+    # Segments have 8 tokens: the first piece begins one and the third one does, not the second.
+    cache, seen = layer.init_cache(1, 9), []
+    for begin in (0, 3, 6):
+        slopes, cache = gradients(layer, inputs(1)[:, begin : begin + 3], cache)
+        seen.append(bool(jnp.any(slopes.weights.W[...])))
+    assert seen == [True, False, True]
+
+
 @pytest.mark.parametrize("placement", ["device", "host"])
 def test_language_model(placement):
-    mixers = dict(
-        device=language_model().config.mixers,
-        host=(
-            mc.nn.MemoryCachingMixer(
-                memory=mc.memories.SSD(), aggregation=mc.SSC(top_k=2), segmentation=mc.Constant(8)
-            ),
-        ),
-    )[placement]
+    mixers = dict(device=language_model().config.mixers, host=HOST)[placement]
     model = language_model(mixers=mixers, num_layers=2 * len(mixers))
     tokens = jax.random.randint(jax.random.key(1), (3, LENGTH), 0, 23)
     graph, state = nnx.split(model)
@@ -142,20 +161,34 @@ def test_bounded_memory_of_a_model():
     assert cache.position.tolist() == [90]
 
 
-def test_a_cache_is_saved_and_restored(tmp_path):
-    model, tokens = language_model(), jnp.ones((1, 20), int)
+@pytest.mark.parametrize(
+    ("options", "mixers"),
+    [
+        (dict(cache_dtype="int8"), language_model().config.mixers),
+        (dict(placement="host"), HOST),
+    ],
+    ids=["int8", "host"],
+)
+def test_a_cache_is_saved_and_restored(tmp_path, options, mixers):
+    model, tokens = language_model(mixers=mixers), jnp.ones((1, 20), int)
     graph, state = nnx.split(model)
     extend = jax.jit(lambda tokens, cache: nnx.merge(graph, state).extend(tokens, cache))
-    _, cache = extend(tokens, model.init_cache(1, 60))
+    _, cache = extend(tokens, model.init_cache(1, 60, **options))
     ocp.save(tmp_path / "cache", cache)
-    empty = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-        model.init_cache(1, 60),
-    )
+    mesh = jax.make_mesh((1,), ("x",))
+
+    def struct(x):
+        kind = x.sharding.memory_kind
+        sharding = jax.sharding.NamedSharding(mesh, jax.P(), memory_kind=kind)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    empty = jax.tree.map(struct, model.init_cache(1, 60, **options))
     restored = ocp.load(tmp_path / "cache", empty)
     for got, wanted in zip(*map(jax.tree.leaves, (restored, cache)), strict=True):
         np.testing.assert_array_equal(got, wanted)
-    np.testing.assert_array_equal(extend(tokens, restored)[0], extend(tokens, cache)[0])
+        assert got.dtype == wanted.dtype
+        assert got.sharding.memory_kind == wanted.sharding.memory_kind
+    assert_close(extend(tokens, restored)[0], extend(tokens, cache)[0], 1e-5)
 
 
 def test_bytes_of_a_cache():
@@ -165,6 +198,8 @@ def test_bytes_of_a_cache():
     # 2 layers, 2 rows, 2 heads of dimension 8: 4 segments, and a window of 6.
     assert parts["cached states"] == 2 * 2 * 2 * 4 * 8 * 8 * 4
     assert parts["keys and values"] == 2 * 2 * 2 * 5 * 2 * 8 * 4
+    window = LAYERS["window"](nnx.Rngs(0)).init_cache(3)
+    assert window.nbytes == 3 * (2 * 4 * 16 + 1) * 4  # keys, values and the position
     assert parts["convolution tails"] == 2 * 2 * 3 * 3 * 16 * 4
 
 
@@ -179,7 +214,12 @@ def test_errors():
         lambda: model.extend(tokens[:1], cache): "the cache has 2 rows, got tokens of 1",
         lambda: model.extend(tokens[:, :0], cache): "give at least one token",
         lambda: model.extend(tokens + 0.5, cache): "tokens must be integers",
-        lambda: model.init_cache(0, 10): "batch must be at least 1",
+        lambda: model.extend(tokens, cache.layers[0]): "a LanguageModel's, got LayerCache",
+        lambda: model.extend(
+            tokens, language_model().init_cache(2, 12)
+        ): r"\(num_layers, mixers\) = \(4, 2\), this model has \(1, 1\)",
+        lambda: model.init_cache(0, 10): "batch_size must be at least 1",
+        lambda: model.init_cache(2, 10, segments=3): r"no options \['segments'\]",
         lambda: language_model(mixers=(mc.nn.AttentionMixer(),)).init_cache(2): "give max_length",
         lambda: model.init_cache(2, 10, policy="merge"): "needs max_segments",
     }.items():
@@ -191,7 +231,7 @@ def test_errors():
     model.extend(tokens[:, :3], cache)  # which is as good as before
 
     one, other = (caching(nnx.Rngs(0), mc.memories.RetNet(), k) for k in (mc.GRM(), mc.SSC()))
-    with pytest.raises(ValueError, match=r"made for aggregation=GRM\(.*, this layer has SSC"):
+    with pytest.raises(ValueError, match=r"made for aggregation=GRM\(.*, got SSC"):
         other.extend(inputs(), one.init_cache(3, 10))
     window = LAYERS["window"](nnx.Rngs(0))
     with pytest.raises(ValueError, match="for another window than 5: it has the last 0 tokens"):
@@ -202,6 +242,6 @@ def test_errors():
         window.init_cache(3, segments=2)
     wide = mc.nn.Attention(FEATURES, 4, rngs=nnx.Rngs(0))
     with pytest.raises(
-        ValueError, match=r"\(heads, head_dim\) = \(4, 4\), this layer has \(2, 8\)"
+        ValueError, match=r"\(num_heads, head_dim\) = \(4, 4\), this layer has \(2, 8\)"
     ):
         LAYERS["attention"](nnx.Rngs(0)).extend(inputs(), wide.init_cache(3, 10))

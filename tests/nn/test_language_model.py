@@ -87,6 +87,22 @@ def test_remat_changes_no_number_and_saves_less():
     assert saved(remat) < saved(plain) / 3
 
 
+@pytest.mark.usefixtures("x64")
+def test_states_on_the_host_change_no_number_and_are_not_written_anew():
+    from experiments._flops import count_flops
+
+    tokens = ids()
+    wide = dict(dtype=jnp.float64, param_dtype=jnp.float64, remat=True)
+    remat, offload = make(**wide), make(**wide, offload_states=True)
+    assert_close(gradient(offload, tokens), gradient(remat, tokens), 1e-12)
+
+    assert count_flops(gradient, offload, tokens) < count_flops(gradient, remat, tokens)
+    # Here the host is the device: what a TPU program would move is told by the traced form alone.
+    assert "host" in str(jax.make_jaxpr(gradient)(offload, tokens)).lower()
+    with pytest.raises(ValueError, match="offload_states needs remat"):
+        make(offload_states=True)
+
+
 def test_tied_embeddings_are_the_output_layer():
     model = make(tie_embeddings=True)
     assert not hasattr(model, "head")

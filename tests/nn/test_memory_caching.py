@@ -248,7 +248,7 @@ def test_gates_are_those_of_the_reads(aggregation, segmentation):
 
     @jax.jit
     def run(layer, x):
-        rows = layer._tokens(x, *layer._projected(x, None))
+        rows = layer.operands(x)
         options: Any = dict(aggregation=layer.aggregation, segmentation=segmentation)
         y = mc.memory_caching(**rows, memory=layer.memory, **options)
         return layer.gates(x), rows, y

@@ -52,6 +52,27 @@ def test_parameters_are_shared_and_the_model_is_left_alone():
     assert [layer.aggregation for layer in layers] == [mc.Residual()]
 
 
+def test_soup_with_uniform_gates_decodes_in_constant_memory():
+    trained = model(mc.Residual(), mc.Constant(1024))
+    longer = mc.nn.with_memory_caching(
+        trained, segmentation=mc.Constant(8), aggregation=mc.Soup(gate="uniform")
+    )
+    few, many = (
+        mc.nn.cache_bytes(jax.eval_shape(lambda length=length: longer.init_cache(1, length)))
+        for length in (40, 400_000)
+    )
+    assert few == many
+    graph, state = nnx.split(longer)
+    step = jax.jit(lambda tokens, cache: nnx.merge(graph, state).extend(tokens, cache))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 19, (1, 40)))
+    cache, hidden = longer.init_cache(1, 40), []
+    for t in range(40):
+        y, cache = step(tokens[:, t : t + 1], cache)
+        hidden.append(y)
+    wanted = nnx.jit(lambda model, tokens: model.hidden(tokens))(longer, tokens)
+    assert_close(jnp.concatenate(hidden, axis=1), wanted, 2e-5)
+
+
 def test_errors():
     trained = model(mc.Residual(), mc.Constant(1024))
     with pytest.raises(ValueError, match="has no parameters for those of GRM"):

@@ -1,7 +1,13 @@
 """A train step on eight devices gives the loss and the gradient of one device."""
 
+import dataclasses
 import functools
+import importlib.util
+import json
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -34,14 +40,17 @@ OPTIMIZER = optax.sgd(1.0)
 TOKENS = np.random.default_rng(0).integers(0, 16, (8, 33)).astype(np.int32)
 
 
-def model(name, dtype):
+def model(name, dtype, exchange="gather"):
+    mixer = MIXERS[name]
+    if exchange != "gather":
+        mixer = dataclasses.replace(mixer, exchange=exchange)
     return mc.nn.LanguageModelConfig(
         vocab_size=16,
         num_layers=1,
         features=32,
         num_heads=8,
         mlp_features=32,
-        mixers=(MIXERS[name],),
+        mixers=(mixer,),
         dtype=dtype,
         param_dtype=dtype,
     )
@@ -54,11 +63,11 @@ def on_one_device(name, dtype):
     return jax.device_get(make_train_step(graph, OPTIMIZER)(state, jnp.asarray(TOKENS)))
 
 
-def on_mesh(name, dtype, shape, **options):
-    mesh = make_mesh(dict(zip(AXES, shape, strict=True)))
+def on_mesh(name, dtype, shape, exchange="gather", **options):
+    mesh, config = make_mesh(dict(zip(AXES, shape, strict=True))), model(name, dtype, exchange)
     with jax.set_mesh(mesh):
-        graph, target = abstract_state(model(name, dtype), OPTIMIZER, mesh)
-        state = create_state(model(name, dtype), OPTIMIZER, 0, target)
+        graph, target = abstract_state(config, OPTIMIZER, mesh)
+        state = create_state(config, OPTIMIZER, 0, target)
         tokens = jax.device_put(TOKENS, batch_sharding(mesh))
         return jax.device_get(make_train_step(graph, OPTIMIZER, **options)(state, tokens))
 
@@ -82,11 +91,29 @@ def test_every_mesh_gives_the_gradient_of_one_device(name, shape):
     assert_same(got, on_one_device(name, jnp.float32), 1e-5)
 
 
+@pytest.mark.parametrize("name", ["titans grm", "gated_deltanet ssc"])
+def test_states_in_a_ring_give_the_gradient_of_one_device(name):
+    got = on_mesh(name, jnp.float32, (1, 1, 8, 1), exchange="ring")
+    assert_same(got, on_one_device(name, jnp.float32), 1e-5)
+
+
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "shape",
+    [*(pytest.param(shape, marks=pytest.mark.slow) for shape in MESHES[:-1]), MESHES[-1]],
+    ids=str,
+)
 @pytest.mark.parametrize("name", [name for name in MIXERS if name != "transformer"])
-def test_all_axes_at_once_in_float64(name):
+def test_every_mesh_in_float64(name, shape):
     # Attention is left out: JAX has its softmax in float32.
-    got = on_mesh(name, jnp.float64, (1, 2, 2, 2))
+    got = on_mesh(name, jnp.float64, shape)
+    assert_same(got, on_one_device(name, jnp.float64), 1e-10)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ["titans grm", "gated_deltanet ssc"])
+def test_states_in_a_ring_in_float64(name):
+    got = on_mesh(name, jnp.float64, MESHES[-1], exchange="ring")
     assert_same(got, on_one_device(name, jnp.float64), 1e-10)
 
 
@@ -95,11 +122,11 @@ def test_parts_of_a_batch_give_the_same_gradient():
     assert_same(got, on_one_device("transformer", jnp.float32), 1e-5)
 
 
-def test_no_token_crosses_the_mesh_within_the_memory():
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+def test_no_token_crosses_the_mesh_within_the_memory(exchange):
     from memcache_jax.sharding.memory_caching import memory_caching_over_mesh
 
-    shape, size = (2, 512, 2, 8), 64
-    rows = jax.ShapeDtypeStruct(shape, jnp.float32)
+    (b, t, h, k), size, parts = (2, 512, 2, 8), 64, 8
 
     def loss(q, k, v, u):
         y = memory_caching_over_mesh(
@@ -107,18 +134,43 @@ def test_no_token_crosses_the_mesh_within_the_memory():
             memory=mc.memories.LinearAttention(),
             aggregation=mc.GRM(),
             segmentation=mc.Constant(size),
+            exchange=exchange,
         )
         return jnp.sum(y**2)
 
-    with jax.set_mesh(make_mesh(dict(seq=8))) as _:
+    with jax.set_mesh(make_mesh(dict(seq=parts))):
         sharding = jax.NamedSharding(jax.sharding.get_mesh(), jax.P(None, "seq"))
-        rows = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
-        text = (
-            jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(*[rows] * 4).compile().as_text()
-            or ""
-        )
-    found = re.findall(r"= f32\[([\d,]+)\]\S* (?:all-\w+|reduce-scatter|collective)", text)
-    sizes = [int(np.prod([int(n) for n in dims.split(",")])) for dims in found]
-    states = shape[0] * shape[2] * shape[1] // size * shape[3] ** 2
-    assert states in sizes
-    assert max(sizes) == states < np.prod(shape)
+        rows = jax.ShapeDtypeStruct((b, t, h, k), jnp.float32, sharding=sharding)
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
+        text = gradient.lower(*[rows] * 4).compile().as_text() or ""
+    largest = {"all-gather": 0, "reduce-scatter": 0, "all-reduce": 0, "collective-permute": 0}
+    for dims, kind in re.findall(r"= f32\[([\d,]+)\]\S* ([a-z-]+)\(", text):
+        if kind in largest:
+            largest[kind] = max(largest[kind], int(np.prod([int(n) for n in dims.split(",")])))
+    pooled = b * h * t // size * k
+    states = pooled * k
+    assert states < b * t * h * k
+    if exchange == "gather":
+        assert largest["all-gather"] == states
+        assert largest["collective-permute"] == 0
+    else:
+        # What is gathered is the pooled keys alone.
+        assert largest["all-gather"] == pooled
+        assert largest["collective-permute"] == states // parts
+    assert max(largest["all-reduce"], largest["reduce-scatter"]) <= states
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
+def test_a_tpu_reads_while_states_travel_and_keeps_them_on_the_host():
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "tests.sharding.compile_pod"]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert not done.returncode, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    # Of each of two layers, the states after four segments of four rows of one head.
+    assert found["host"] >= 2 * 4 * 4 * 64 * 64 * 4
+    assert found["hops_during_reads"]

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import signal
+from unittest import mock
 
 import jax
 import numpy as np
@@ -300,3 +301,11 @@ def test_jsonl_with_a_named_field(config, tmp_path):
     config.data.files = (str(tmp_path / "*.jsonl"),)
     config.data.text_field = "body"
     assert train(config, tmp_path / "run")["step"] == 6
+
+
+def test_offloading_needs_devices_that_see_the_host(config, tmp_path, monkeypatch):
+    config.model.update(remat=True, offload_states=True)
+    device = mock.Mock(platform="toy", addressable_memories=lambda: [mock.Mock(kind="device")])
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    with pytest.raises(ValueError, match=r"host's memory \(pinned_host\), got toy with device"):
+        train(config, tmp_path)

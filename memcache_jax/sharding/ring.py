@@ -1,0 +1,207 @@
+"""Cached states that go round the parts of a sequence: each part reads those that pass by.
+
+No device holds more of them than its own part, the part that it reads and the one on the way.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from memcache_jax._typing import Array, Float, Int, Matrices
+from memcache_jax.aggregation import Aggregation
+from memcache_jax.kernels.bank_read import bank_read
+from memcache_jax.kernels.grouped_read import grouped_read
+
+AXIS = "seq"
+
+
+def read_ring(
+    aggregation: Aggregation,
+    read: Callable[..., Array],
+    bank: Matrices,
+    query: Float[Array, "b h n c k"],
+    gates: Float[Array, "b h n c r"],
+    reads: Int[Array, "..."],
+    implementation: str | None,
+) -> Float[Array, "b h n c v"]:
+    """``aggregation.read_cached`` of the states of all parts, within a ``shard_map``.
+
+    Args:
+      aggregation: reads all visible states, or those that a token selects.
+      read: as for ``bank_read``.
+      bank: the states at the ends of this part's blocks.
+      query: the queries of this part.
+      gates: of the states of all parts.
+      reads: (b, n, r), slot i holds state i or -1; or (b, h, n, c, r), what tokens have selected.
+      implementation: of the reads.
+    """
+    count = bank[0].shape[2]
+    gates, states = aggregation.selected(gates, reads)
+    if states.ndim == 5:
+        return _read_selected(read, bank, query, gates, jnp.asarray(states), implementation)
+    slots = lax.axis_size(AXIS) * count
+    gates, reads = (_filled(x, slots, value) for x, value in ((gates, 0), (reads, -1)))
+
+    def pieces(part: Array, reads: Array) -> Array:
+        return jnp.ones((), jnp.int32)
+
+    def piece(part: Array, _: Array, bank: Matrices, rows: tuple, reads: Array) -> Array:
+        query, gates = rows
+        begin = part * count
+        gates, reads = (lax.dynamic_slice_in_dim(x, begin, count, axis=-1) for x in (gates, reads))
+        reads = jnp.where(reads >= 0, reads - begin, -1)
+        return bank_read(read, bank, query, gates, reads, implementation=implementation)
+
+    return _over_ring(piece, pieces, bank, (query, gates), reads)
+
+
+def _filled(x: Array, size: int, value: int) -> Array:
+    """The array with a last axis of that size."""
+    missing = [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])]
+    return jnp.pad(x, missing, constant_values=value)
+
+
+def _read_selected(
+    read: Callable[..., Array],
+    bank: Matrices,
+    query: Float[Array, "b h n c k"],
+    gates: Float[Array, "b h n c s"],
+    states: Int[Array, "b h n c s"],
+    implementation: str | None,
+) -> Float[Array, "b h n c v"]:
+    """The read of selected states: of a part that passes by, by the tokens that selected any of it.
+
+    Those (token, choice) pairs are as many as the tokens make them. They are read a few at a time,
+    so that all parts together cost about what one read of all pairs would.
+    """
+    (batch, heads), tokens, choices = gates.shape[:2], query.shape[2:4], gates.shape[-1]
+    units, parts, count = batch * heads, lax.axis_size(AXIS), bank[0].shape[2]
+    flat = gates.reshape(units, -1), states.reshape(units, -1)
+    pairs = flat[0].shape[1]
+    size = -(-pairs // parts)
+    # A gate of zero is of no state, or of one that changes nothing.
+    owner = jnp.where(flat[0] > 0, flat[1] // count, parts)
+    order = jnp.argsort(owner, axis=1, stable=True)
+    find = jax.vmap(jnp.searchsorted, in_axes=(0, None))
+    begin = find(jnp.take_along_axis(owner, order, axis=1), jnp.arange(parts + 1))
+
+    def pieces(part: Array, index: tuple) -> Array:
+        _, _, begin = index
+        return jnp.max(-(-(begin[:, part + 1] - begin[:, part]) // size))
+
+    def piece(part: Array, number: Array, bank: Matrices, rows: tuple, index: tuple) -> Array:
+        """What the pairs of one piece add to all outputs."""
+        (query, gates), (states, order, begin) = rows, index
+
+        def taken(query, gates, states, order, first, after):
+            place = first + number * size + jnp.arange(size)
+            pair = order.at[place].get(mode="fill", fill_value=pairs)
+            pair = jnp.where(place < after, pair, pairs)
+            token = pair // choices
+            at = dict(mode="fill", fill_value=0)
+            state = states.at[pair].get(**at) - part * count
+            return token, query.at[token].get(**at), gates.at[pair].get(**at), state.clip(min=0)
+
+        token, x, weights, state = jax.vmap(taken)(
+            query, gates, states, order, begin[:, part], begin[:, part + 1]
+        )
+
+        def rowwise(x: Array, *last: int) -> Array:
+            return x.reshape(batch, heads, 1, size, *last)
+
+        y = grouped_read(
+            read,
+            bank,
+            rowwise(x, x.shape[-1]),
+            rowwise(weights, 1),
+            rowwise(state, 1),
+            implementation=implementation,
+        ).reshape(units, size, -1)
+        zeros = jnp.zeros((units, query.shape[1], y.shape[-1]), y.dtype)
+        return jax.vmap(lambda total, token, y: total.at[token].add(y, mode="drop"))(
+            zeros, token, y
+        )
+
+    rows = query.reshape(units, -1, query.shape[-1]), flat[0]
+    y = _over_ring(piece, pieces, bank, rows, (flat[1], order, begin))
+    return y.reshape(batch, heads, *tokens, -1)
+
+
+def _over_ring(
+    piece: Callable[..., Array],
+    pieces: Callable[[Array, Any], Array],
+    bank: Matrices,
+    rows: Any,
+    index: Any,
+) -> Array:
+    """Returns the sum of all pieces of this part and those before it, as their states pass by.
+
+    While a part's states are read those of the part before are on the way. The backward pass sends
+    them round once more, each with its gradient, which so comes back to where its state is.
+
+    Args:
+      piece: (part, number, bank of that part, rows, index) to what is to be summed.
+      pieces: (part, index) to how many there are.
+      bank: the states of this part.
+      rows: what is differentiated beside it.
+      index: what is not.
+    """
+    parts = lax.axis_size(AXIS)
+    onward = functools.partial(
+        lax.ppermute, axis_name=AXIS, perm=[(part, (part + 1) % parts) for part in range(parts)]
+    )
+
+    def visit(hop: Array | int, index: Any, add: Callable, total: Any) -> Any:
+        """The total with the pieces of the part that is here after so many hops."""
+        here = lax.axis_index(AXIS)
+        part = (here - hop) % parts
+        number = jnp.where(hop <= here, pieces(part, index), 0)
+        return lax.fori_loop(0, number, functools.partial(add, part), total)
+
+    @jax.custom_vjp
+    def read_all(bank: Matrices, rows: Any, index: Any) -> Array:
+        def read(hop: Array | int, bank: Matrices, y: Array) -> Array:
+            def add(part: Array, number: Array, y: Array) -> Array:
+                return y + piece(part, number, bank, rows, index)
+
+            return visit(hop, index, add, y)
+
+        def turn(carry: tuple, hop: Array) -> tuple[tuple, None]:
+            bank, y = carry
+            return (onward(bank), read(hop, bank, y)), None
+
+        y = jax.eval_shape(piece, 0, 0, bank, rows, index)
+        carry, _ = lax.scan(turn, (bank, jnp.zeros(y.shape, y.dtype)), jnp.arange(parts - 1))
+        return read(parts - 1, *carry)
+
+    def forward(bank: Matrices, rows: Any, index: Any) -> tuple[Array, tuple]:
+        return read_all(bank, rows, index), (bank, rows, index)
+
+    def backward(residuals: tuple, d_y: Array) -> tuple[Matrices, Any, None]:
+        bank, rows, index = residuals
+
+        def read(hop: Array | int, bank: Matrices, totals: tuple) -> tuple:
+            def add(part: Array, number: Array, totals: tuple) -> tuple:
+                _, pull = jax.vjp(
+                    lambda bank, rows: piece(part, number, bank, rows, index), bank, rows
+                )
+                return jax.tree.map(jnp.add, totals, pull(d_y))
+
+            return visit(hop, index, add, totals)
+
+        def turn(carry: tuple, hop: Array) -> tuple[tuple, None]:
+            bank, totals = carry
+            d_bank, d_rows = read(hop, bank, totals)
+            return (onward(bank), (onward(d_bank), d_rows)), None
+
+        totals = jax.tree.map(jnp.zeros_like, (bank, rows))
+        carry, _ = lax.scan(turn, (bank, totals), jnp.arange(parts - 1))
+        d_bank, d_rows = read(parts - 1, *carry)
+        return onward(d_bank), d_rows, None
+
+    read_all.defvjp(forward, backward)
+    return read_all(bank, rows, index)
