@@ -86,7 +86,7 @@ def _route(connector: Any, pooled: Any, online: Any) -> Any:
     return ssc_route(connector, pooled, online, _READS, _TOP_K, implementation="pallas_tpu")[:2]
 
 
-def _units(*shape: int) -> jax.ShapeDtypeStruct:
+def _units(*shape: int) -> Any:
     """An array of eight memories."""
     return jax.ShapeDtypeStruct((8, *shape), jnp.float32)
 

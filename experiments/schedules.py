@@ -6,7 +6,7 @@ TPUs, with libtpu installed: the bundles of each kernel, and of each loop's body
 packages installed that compile for CUDA (jax-cuda12-plugin, jax-cuda12-pjrt and
 nvidia-cuda-nvcc-cu12): registers of a thread, bytes that it spills, threads and shared memory.
 Nothing runs: the figures tell that a kernel has changed, not how fast it is. Those of an earlier
-time are kept in ``experiments/schedules.json``.
+time are kept in ``experiments/schedules.json``; ``--json`` with that file keeps these instead.
 """
 
 import functools
