@@ -27,7 +27,6 @@ from flax import nnx
 
 import memcache_jax as mc
 
-PEAK_IS_KNOWN = Path("/proc/self/clear_refs").exists()
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "Where the figures and the picture go.", required=True)
 flags.DEFINE_integer("length", 1 << 20, "Tokens of history.")
@@ -107,18 +106,21 @@ def token_times(*streams: Stream) -> list[float]:
     return [1e3 * statistics.median(times) for times in zip(*rounds, strict=True)]
 
 
-def forget_peak() -> None:
-    """Lets the largest resident set begin anew with the present one."""
-    if PEAK_IS_KNOWN:
+def forget_peak() -> bool:
+    """Lets the largest resident set begin anew with the present one; whether the system can."""
+    try:
         Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def peak_bytes() -> int | None:
     """The largest resident set since ``forget_peak``; None where the system does not tell."""
-    if not PEAK_IS_KNOWN:
-        return None
-    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return 1024 * int(status["VmHWM"].removesuffix("kB"))
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.removeprefix("VmHWM:").removesuffix("kB"))
+    return None
 
 
 def measure(name: str, mixer: Any, length: int) -> list[dict[str, Any]]:
@@ -130,10 +132,10 @@ def measure(name: str, mixer: Any, length: int) -> list[dict[str, Any]]:
     stream.take(min(2, FLAGS.piece))
     begin = time.perf_counter()
     for wanted, own in zip(positions(length), fitted, strict=True):
-        forget_peak()
+        knows_peak = forget_peak()
         while stream.position < wanted:
             stream.take(min(FLAGS.piece, wanted - stream.position))
-        peak = peak_bytes()
+        peak = peak_bytes() if knows_peak else None
         in_time, made_for, first = token_times(stream, own, fitted[0])
         row: dict[str, Any] = dict(
             model=name,

@@ -41,6 +41,7 @@ def blind_where_gates_are_zero(read: Callable[..., Array]) -> Callable[..., Arra
             return read(matrices, x)
         by_any = jnp.max(jnp.abs(gate)) != 0
         matrices = tuple(jnp.where(by_any, matrix, 0) for matrix in matrices)
+        # The gate is masked by itself for its own gradient, which is zero where it is.
         return seen(read(matrices, seen(x, gate), seen(gate, gate)), gate)
 
     return blind

@@ -410,4 +410,4 @@ class SSC(GRM):
         if self.top_k >= reads.shape[-1]:
             return True
         total = np.sum(reads >= 0) if isinstance(reads, np.ndarray) else np.inf
-        return bool(total <= self.top_k * len(reads))
+        return bool(total <= self.top_k * (reads.size // reads.shape[-1]))

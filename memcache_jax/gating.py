@@ -53,7 +53,10 @@ def running_keys(
     before = block - plan.first
     if np.any(before):
         same = (plan.first[:, None] <= block[None]) & (block[None] < block[:, None])
-        sums += jnp.tensordot(same.astype(key.dtype), key.sum(axis=1), axes=1)[:, None]
+        blocks, broken = finite_rows(key.sum(axis=1))
+        earlier = jnp.tensordot(same.astype(key.dtype), blocks, axes=1)
+        spoilt = jnp.any(jnp.where(same, broken[None], False), axis=1)
+        sums += jnp.where(spoilt[:, None], jnp.nan, earlier)[:, None]
     if pooling == "sum":
         return sums
     counts = before[:, None] * plan.block_size + np.arange(1, key.shape[1] + 1)[None]

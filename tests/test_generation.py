@@ -149,6 +149,11 @@ def test_bounded_memory():
     np.testing.assert_array_equal(mc.generate(model, prompts(), 28, **options), full[:, :33])
     with pytest.raises(ValueError, match=r"room for 32 .* of 5 and max_new_tokens=29 need 33"):
         mc.generate(model, prompts(), 29, **options)
+    # Only what a row takes counts, not the width of all.
+    wide = jnp.pad(prompts(), ((0, 0), (0, 25)))
+    lengths = jnp.full(len(wide), 5)
+    alike = mc.generate(model, wide, 28, lengths=lengths, **options)
+    np.testing.assert_array_equal(alike[:, :33], full[:, :33])
     with pytest.raises(ValueError, match=r"is for an nn\.LanguageModel"):
         mc.generate(count_up, prompts(), 2, **options)
 

@@ -61,7 +61,8 @@ def generate(
       ValueError: for a prompt that is not integers (b, t), is empty or has ids out of the model's
         vocabulary; for ``max_new_tokens``, ``lengths``, ``temperature``, ``top_k``, ``top_p`` or
         ``stop_token`` out of range; for a missing key; if the model does not return
-        (b, t, vocab), or for ``cache`` with a model that keeps none.
+        (b, t, vocab); or for ``cache`` with a model that keeps none, unknown options, or too
+        little room.
 
     Example:
       >>> import jax.numpy as jnp, memcache_jax as mc
@@ -81,7 +82,7 @@ def generate(
     length = tokens.shape[1]
     total = length + max_new_tokens
     if cache is not None:
-        _check_cache(model, cache, tokens.shape, max_new_tokens)
+        _check_cache(model, cache, tokens.shape, int(counts.max()), max_new_tokens)
     padding = buffer_size(length) - length
     graph, state = nnx.split(model) if isinstance(model, nnx.Module) else (model, None)
     new = _continue(
@@ -106,17 +107,22 @@ def generate(
     )
 
 
-def _check_cache(model: Any, options: Mapping[str, Any], shape: tuple[int, ...], new: int) -> None:
-    """Raises ValueError unless a cache with these options has room for a prompt (b, t) and more."""
+def _check_cache(
+    model: Any, options: Mapping[str, Any], shape: tuple[int, ...], longest: int, new: int
+) -> None:
+    """Raises ValueError unless a cache with these options has room for prompts and more.
+
+    Prompts (b, t) have up to ``longest`` tokens in a row.
+    """
     if not isinstance(model, LanguageModel):
         raise ValueError(f"cache={dict(options)} is for an nn.LanguageModel, got {type(model)}")
     batch, length = shape
-    taken = length + new - 1  # the last one is drawn, and not taken
+    taken = longest + new - 1  # the last one is drawn, and not taken
     empty = jax.eval_shape(lambda: model.init_cache(batch, buffer_size(length + new), **options))
     if empty.max_length is not None and taken > empty.max_length:
         raise ValueError(
             f"cache={dict(options)} has room for {empty.max_length} tokens in a row; a prompt of "
-            f"{length} and max_new_tokens={new} need {taken}: give a larger max_segments or a "
+            f"{longest} and max_new_tokens={new} need {taken}: give a larger max_segments or a "
             "policy that makes room"
         )
 

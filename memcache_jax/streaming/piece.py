@@ -89,6 +89,8 @@ def _scores(
         else:
             slots = jnp.broadcast_to(reads.slots[:, None], (*key.shape[:2], shape[-1]))
             pooled = _keys(cache).take(cache.pooled, slots)
+        # 0 * NaN is NaN: in a gradient, what lies in slots that are not read.
+        pooled = jnp.where((reads.slots >= 0)[:, None, :, None], pooled, 0)
         cached = jnp.einsum("bhmk,bhrk->bhmr", connector, pooled, precision="highest")
         keys = key_sum[:, :, None] + jnp.cumsum(key, axis=2)
         if aggregation.pooling == "mean":

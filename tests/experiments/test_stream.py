@@ -26,6 +26,6 @@ def test_small(tmp_path):
     # A process with JAX has more than 50 MB, and these models next to nothing.
     peaks = [row["peak_bytes"] for row in rows]
     assert all(peak is None or 5e7 < peak < 4e9 for peak in peaks)
-    assert not sys.platform.startswith("linux") or None not in peaks
+    assert len({peak is None for peak in peaks}) == 1  # the system tells, or does not
     assert (tmp_path / "stream.png").stat().st_size > 1000
     assert "a KV cache of this model" in done.stdout
