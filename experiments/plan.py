@@ -46,7 +46,8 @@ def plan(config: Any, topology: str, *, quick: bool = False) -> dict[str, Any]:
       quick: compile with less effort.
 
     Returns:
-      The numbers of the report, by name; ``overflow`` has the compiler's words if it does not fit.
+      The numbers of the report, by name; ``overflow`` has the compiler's words if it does not fit,
+      and ``unlisted`` in place of ``collectives`` those of a program that cannot be read back.
 
     Raises:
       ValueError: for a topology that libtpu does not know, or a configuration that cannot work.
@@ -115,7 +116,11 @@ def plan(config: Any, topology: str, *, quick: bool = False) -> dict[str, Any]:
     # The new state takes the place of the old one.
     own = memory.output_size_in_bytes - memory.alias_size_in_bytes
     report["peak_bytes"] = memory.argument_size_in_bytes + memory.temp_size_in_bytes + own
-    report["collectives"] = collectives(compiled.as_text())
+    try:
+        report["collectives"] = collectives(compiled.as_text())
+    except jax.errors.JaxRuntimeError as e:
+        # jaxlib 0.10 cannot read a program back that gives gathers to sparse cores (v5p, v6e).
+        report["unlisted"] = _first_lines(str(e))
     return report
 
 
@@ -154,6 +159,9 @@ def describe(config: Any, report: dict[str, Any]) -> str:
     if report["hbm"] is not None:
         lines.append(f"left                {gib(report['hbm'] - report['peak_bytes'])}")
     lines.append(f"compiled in         {report['compile_seconds']:8.1f} s")
+    if "unlisted" in report:
+        lines += ["", f"Collectives cannot be listed: {report['unlisted']}"]
+        return "\n".join(lines)
     lines += ["", f"{'collective':20} {'a step':>8} {'GiB a chip':>12}"]
     lines += [
         f"{kind:20} {count:8,} {size / GIB:12.3f}"
