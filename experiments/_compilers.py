@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +67,15 @@ class NoCompilerError(ImportError):
     """What compiles for a chip is not installed; says how to."""
 
 
-def apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a function in a process of its own, where JAX looks for no device.
+def apart(function: Callable[..., Any], *every: Iterable[Any]) -> Iterator[Any]:
+    """``map`` in a process of its own, where JAX looks for no device.
 
     libtpu compiles for one kind of TPU in a process, and reads its flags once. JAX forgets the CUDA
     compiler of a process that looked for a GPU in vain.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+        yield from pool.map(function, *every)
 
 
 def tpu_figures(chip: str, function: Callable[..., Any], *arguments: Any) -> dict[str, Figures]:

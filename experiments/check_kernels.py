@@ -18,7 +18,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -174,32 +174,27 @@ def _flash_linear_attention() -> Iterator[dict[str, Any]]:
                 yield dict(name=name, kind=kind, seconds=seconds(run))
 
 
-def compiled(only: Sequence[str] | None) -> list[dict[str, Any]]:
-    """Kernels compiled for a GPU that is not there; where no compiler is either, lowered for it."""
+def compiled(name: str) -> list[dict[str, Any]]:
+    """A case's kernels, compiled for a GPU that is not there; with no compiler, lowered for it."""
     import jax
     import jax.numpy as jnp
 
     from experiments._compilers import KERNEL, NoCompilerError, gpu_figures
     from memcache_jax.kernels._pallas import lowered_for_gpu
 
-    rows = []
-    for case in cases("small", jnp.bfloat16, only, abstract=True):
-        both = functools.partial(passes(case)["backward"], "pallas_gpu")
-        found: dict[str, dict[str, int]] = {}
-        row: dict[str, Any] = dict(name=case.name, good=False)
-        with reported(row):
-            try:
-                found = gpu_figures(both, *case.arrays)
-            except NoCompilerError:
-                text = lowered_for_gpu(jax.jit(both), *case.arrays).as_text()
-                found = {kernel: {} for kernel in sorted(set(KERNEL.findall(text)))}
-            assert found, "no kernel in the program"
+    (case,) = cases("small", jnp.bfloat16, [name], abstract=True)
+    both = functools.partial(passes(case)["backward"], "pallas_gpu")
+    row: dict[str, Any] = dict(name=name, good=False)
+    with reported(row):
+        try:
+            found = gpu_figures(both, *case.arrays)
+        except NoCompilerError:
+            text = lowered_for_gpu(jax.jit(both), *case.arrays).as_text()
+            found = {kernel: {} for kernel in sorted(set(KERNEL.findall(text)))}
+        assert found, "no kernel in the program"
         came = "compiled" if any(found.values()) else "lowered"
-        rows += [
-            dict(name=case.name, kind=kernel, came=came) | figures
-            for kernel, figures in found.items()
-        ] or [row]
-    return rows
+        return [dict(name=name, kind=kernel, came=came) | found[kernel] for kernel in found]
+    return [row]
 
 
 def show(row: dict[str, Any]) -> str:
@@ -221,12 +216,17 @@ def main(argv: list[str]) -> None:
     """Prints errors and times as they come; exits with 1 if a kernel is wrong."""
     del argv
     import jax
+    import jax.numpy as jnp
 
     with_gpu = any(device.platform == "gpu" for device in jax.devices())
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n")
     end = time.monotonic() + 60 * FLAGS.minutes
     rows = []
-    found = itertools.chain(errors(), table()) if with_gpu else apart(compiled, FLAGS.only)
+    if with_gpu:
+        found = itertools.chain(errors(), table())
+    else:
+        names = [case.name for case in cases("small", jnp.bfloat16, FLAGS.only, abstract=True)]
+        found = itertools.chain.from_iterable(apart(compiled, names))
     for row in found:
         rows.append(row)
         print(show(row), flush=True)

@@ -89,7 +89,7 @@ def main() -> None:
     figures = {}
     for chip in _CHIPS.value:
         try:
-            figures[chip] = apart(measure, chip, _ONLY.value)
+            (figures[chip],) = apart(measure, [chip], [_ONLY.value])
         except NoCompilerError as e:
             print(f"{chip}: not compiled, its compiler is not installed ({e})")
             continue
