@@ -142,7 +142,9 @@ class MemoryCaching(nnx.Module):
         self.weights = nnx.Dict()
         for name, shape in memory.weight_shapes(self.head_dim, self.head_dim).items():
             # Not zero: the gradients of both layers of a zero network are zero for ever.
-            init = partitioned(jax.nn.initializers.normal(shape[1] ** -0.5), "heads", None, None)
+            normal = jax.nn.initializers.normal(shape[1] ** -0.5)
+            longer = shape.index(max(shape))
+            init = partitioned(normal, "heads", *("embed" if i == longer else None for i in (0, 1)))
             self.weights[name] = nnx.Param(init(rngs.params(), (num_heads, *shape), param_dtype))
 
         self.norm = nnx.RMSNorm(self.head_dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)

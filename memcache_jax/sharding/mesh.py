@@ -16,7 +16,10 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from memcache_jax._typing import Array
 
 AXES = ("data", "fsdp", "seq", "tensor")
-"""Copies of the model; shards of it that are gathered for use; shards of time; shards of heads."""
+"""Copies of the model; shards of it that are gathered for use; shards of time; shards of heads.
+
+Parameters are divided over the parts of a sequence too, since all of them use all parameters.
+"""
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
@@ -24,7 +27,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
-    "embed": "fsdp",
+    "embed": ("fsdp", "seq"),  # of parameters; activations are whole along it
     "layers": None,
 }
 """The mesh's axes for each named axis of an array."""
@@ -104,14 +107,21 @@ def constrain(x: Array, *names: str | None) -> Array:
 
 
 def fit(layout: PartitionSpec, x: Any, mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """The layout without the axes of the mesh that do not divide those of the array."""
+    """The layout without the axes of the mesh that do not divide those of the array.
+
+    Of several over one axis of the array the last ones are left out until the rest divides it.
+    """
     axes = (*layout, *[None] * (len(x.shape) - len(layout)))
     return PartitionSpec(
-        *(
-            None if size % _devices(mesh, axis) else axis
-            for size, axis in zip(x.shape, axes, strict=True)
-        )
+        *(_dividing(size, axis, mesh) for size, axis in zip(x.shape, axes, strict=True))
     )
+
+
+def _dividing(size: int, axes: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """The axes of the mesh that divide an array's axis of this size."""
+    while isinstance(axes, tuple) and size % _devices(mesh, axes):
+        axes = axes[:-1] or None
+    return None if size % _devices(mesh, axes) else axes
 
 
 def partitioned(init: Callable[..., Array], *names: str | None) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import memcache_jax as mc
 from memcache_jax.sharding import AXES, constrain, make_mesh, param_shardings, state_shardings
+from memcache_jax.sharding.mesh import fit
 
 
 def test_one_axis_takes_what_is_left():
@@ -45,16 +46,26 @@ def test_parameters_follow_the_names_of_their_axes():
     shardings = param_shardings(state, mesh)
     specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
     block = specs["layers"]["blocks"][0]
-    assert block["mixer"]["query"]["kernel"] == P(None, "fsdp", "tensor")
-    assert block["mixer"]["out"]["kernel"] == P(None, "tensor", "fsdp")
-    assert block["mixer"]["weights"]["W2"] == P(None, "tensor", None, None)
-    assert block["mlp"]["down"]["kernel"] == P(None, "tensor", "fsdp")
+    over = ("fsdp", "seq")
+    assert block["mixer"]["query"]["kernel"] == P(None, over, "tensor")
+    assert block["mixer"]["out"]["kernel"] == P(None, "tensor", over)
+    assert block["mixer"]["weights"]["W2"] == P(None, "tensor", over, None)
+    assert block["mixer"]["weights"]["W1"] == P(None, "tensor", None, over)
+    assert block["mlp"]["down"]["kernel"] == P(None, "tensor", over)
     # 257 ids are not divided by two.
-    assert specs["embedding"]["embedding"] == P(None, "fsdp")
+    assert specs["embedding"]["embedding"] == P(None, over)
     params = nnx.to_pure_dict(state)
     adam = state_shardings(optax.adam(1e-3), params, shardings, mesh)[0]
     assert jax.tree.map(lambda s: s.spec, adam.mu) == specs
     assert adam.count.spec == P()
+
+
+def test_axes_that_do_not_divide_are_left_out():
+    mesh = make_mesh(dict(fsdp=2, seq=2, tensor=2))
+    over = ("fsdp", "seq")
+    for size, wanted in (8, over), (6, "fsdp"), (5, None):
+        x = jax.ShapeDtypeStruct((size, 3), jnp.float32)
+        assert fit(P(over, "tensor"), x, mesh) == P(wanted, None)
 
 
 def test_without_a_mesh_nothing_changes():
