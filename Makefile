@@ -19,6 +19,11 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --disable-pip-version-check --quiet
 SPEC := setup.cfg pyproject.toml
 
+# The tests install libtpu, which complains in every program where there is no TPU.
+ifeq ($(ACCELERATOR)$(wildcard /dev/accel0 /dev/vfio/0)$(shell command -v nvidia-smi),auto)
+export JAX_PLATFORMS ?= cpu
+endif
+
 .PHONY: demo test test-fast lint bench recall gpu-check clean
 .DEFAULT_GOAL := test
 

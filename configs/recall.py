@@ -4,7 +4,7 @@ Command:   make recall, or
            python -m experiments.mqar --config=configs/recall.py --workdir=runs/recall
            python -m experiments.mqar --config=configs/recall.py:deep --workdir=runs/recall_deep
 Hardware:  two CPU cores
-Time:      27 minutes beside other work (16 and 11), 27 minutes of processor time
+Time:      15 minutes
 Expected:  means of two seeds on 2026-11-22: at L = 256 and K = 64, SSD alone 0.03, with GRM 0.45,
            with SSC 0.31, attention 1.00; at L = 128 and K = 32, DLA alone 0.02, with GRM 0.50,
            with SSC 0.40
