@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from memcache_jax import _checks
 from memcache_jax._documents import count_documents
-from memcache_jax._typing import Array, Float, Int
+from memcache_jax._typing import Array, Bool, Float, Int
 from memcache_jax.nn.layers import Linear
 from memcache_jax.streaming import check_options
 
@@ -21,7 +21,7 @@ class AttentionCache(NamedTuple):
     With a window they are the last ones before a row's next token, else all from the first on.
     """
 
-    key: Any  # (b, past, h, k)
+    key: Any  # (b, h, past, k): a head's lie side by side, as a token's read takes them
     value: Any
     position: Any  # (b,)
     first: Any = None  # or for layers that share keys and values the first row of this one
@@ -34,7 +34,7 @@ class AttentionCache(NamedTuple):
     @property
     def head_shape(self) -> tuple[int, ...]:
         """Heads, and their dimension."""
-        return self.key.shape[2:]
+        return self.key.shape[1::2]
 
     def reset(self, rows: jax.typing.ArrayLike) -> "AttentionCache":
         """The cache with the marked rows (b,) before their first token."""
@@ -186,7 +186,7 @@ class Attention(nnx.Module):
             raise ValueError("attention over all tokens keeps them all: give max_length")
         past: Any = max_length if self.window is None else self.window - 1
         dtype = self.query.param_dtype if self.dtype is None else self.dtype
-        shape = (batch_size, past, self.num_heads, self.head_dim)
+        shape = (batch_size, self.num_heads, past, self.head_dim)
         key, value = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
         return AttentionCache(key, value, jnp.zeros(batch_size, jnp.int32))
 
@@ -211,34 +211,37 @@ class Attention(nnx.Module):
         """
         _checks.check_input(x, self.in_features)
         _checks.check_cache(cache, AttentionCache, (self.num_heads, self.head_dim))
-        if self.window is not None and cache.key.shape[1] != self.window - 1:
+        length, past = x.shape[1], cache.key.shape[2]
+        if self.window is not None and past != self.window - 1:
             raise ValueError(
                 f"the cache was made for another window than {self.window}: it has the last "
-                f"{cache.key.shape[1]} tokens"
+                f"{past} tokens"
             )
-        limit = cache.key.shape[1] if self.window is None else None
+        limit = past if self.window is None else None
         _checks.check_room(cache.position, x.shape[:2], lengths, limit)
-        length, past = x.shape[1], cache.key.shape[1]
         lengths = jnp.full(len(x), length, jnp.int32) if lengths is None else lengths
         place = cache.position[:, None] + jnp.arange(length)[None]
-        query, *new = self._rows(x, place)
+        query, *new = (jnp.moveaxis(rows, 2, 1) for rows in self._rows(x, place))
         if self.window is None:
             # Beyond a row's last token nothing is put.
             there = jnp.where(jnp.arange(length)[None] < lengths[:, None], place, past)
-            rows = (0 if cache.first is None else cache.first) + jnp.arange(len(x))[:, None]
+            rows = (0 if cache.first is None else cache.first) + jnp.arange(len(x))
+            heads = jnp.arange(self.num_heads)[None, :, None]
             kept = tuple(
-                old.at[rows, there].set(new.astype(old.dtype), mode="drop")
+                old.at[rows[:, None, None], heads, there[:, None]].set(
+                    new.astype(old.dtype), mode="drop"
+                )
                 for old, new in zip(cache.states, new, strict=True)
             )
             key, value = (_own(row, cache.first, len(x)) for row in kept)
             seen = jnp.arange(past)[None, None] <= place[..., None]
         else:
             old = (_own(row, cache.first, len(x)) for row in cache.states)
-            key, value = (jnp.concatenate(pair, axis=1) for pair in zip(old, new, strict=True))
+            key, value = (jnp.concatenate(pair, axis=2) for pair in zip(old, new, strict=True))
             of_key = (cache.position - past)[:, None] + jnp.arange(past + length)[None]
             ago = place[..., None] - of_key[:, None]
             seen = (ago >= 0) & (ago < self.window) & (of_key >= 0)[:, None]
-            last = jax.vmap(lambda row, begin: lax.dynamic_slice_in_dim(row, begin, past))
+            last = jax.vmap(lambda row, begin: lax.dynamic_slice_in_dim(row, begin, past, axis=1))
             first = 0 if cache.first is None else cache.first
             kept = tuple(
                 lax.dynamic_update_slice_in_dim(
@@ -246,7 +249,7 @@ class Attention(nnx.Module):
                 )
                 for old, row in zip(cache.states, (key, value), strict=True)
             )
-        y = jax.nn.dot_product_attention(query, key, value, mask=seen[:, None])
+        y = jnp.moveaxis(_attend(query, key, value, seen[:, None]), 1, 2)
         if self.window is None:
             beyond = (place >= past) & (jnp.arange(length)[None] < lengths[:, None])
             y = jnp.where(beyond[..., None, None], jnp.nan, y)
@@ -267,6 +270,19 @@ class Attention(nnx.Module):
 def _own(shared: Array, first: Any, rows: int) -> Array:
     """A layer's rows of what several share."""
     return shared if first is None else lax.dynamic_slice_in_dim(shared, first, rows)
+
+
+def _attend(
+    query: Float[Array, "b h t k"],
+    key: Float[Array, "b h s k"],
+    value: Float[Array, "b h s k"],
+    seen: Bool[Array, "b 1 t s"],
+) -> Float[Array, "b h t k"]:
+    """Attention over what lies head by head, which ``jax.nn.dot_product_attention`` would copy."""
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.einsum("bhtk,bhsk->bhts", query, key, preferred_element_type=wide)
+    weights = jax.nn.softmax(jnp.where(seen, scores * query.shape[-1] ** -0.5, -jnp.inf))
+    return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value)
 
 
 def rotate(
