@@ -7,12 +7,15 @@ Every rule with every aggregation takes a while to compile; ``--only`` picks som
 Beside each layer stands its operation alone, ``mc.memory_caching`` of the layer's own arrays:
 forward and backward without projections, convolutions and norms.
 
-On a CPU the program keeps to one core (``--cores``). Times are medians of interleaved rounds, so
+On a CPU the program keeps to one core (``--cores``), and has the C library keep the memory that a
+pass has freed (``--keep_memory``): else the kernel fills every page of it with zeros for the next
+pass, which is a quarter of the time of a layer as small as linear attention here. Times are medians of interleaved rounds, so
 that a noisy machine disturbs all rows alike. FLOPs are those of the matrix products in the traced
 program, each loop's body times its trips; "x matmul" is the time over the time that the same FLOPs
 take at the rate of a large float32 matmul measured in the same rounds.
 """
 
+import ctypes
 import json
 import os
 import statistics
@@ -31,6 +34,7 @@ flags.DEFINE_integer("chunk", 32, "Chunk size m of deep memories.")
 flags.DEFINE_integer("batch", 1, "Sequences.")
 flags.DEFINE_integer("rounds", 15, "Timed rounds.")
 flags.DEFINE_integer("cores", 1, "CPU cores to keep to; 0 for all.")
+flags.DEFINE_bool("keep_memory", True, "Freed memory stays with the process (glibc alone).")
 flags.DEFINE_string("start", "independent", "Start of a segment: independent or checkpoint.")
 flags.DEFINE_enum("segmentation", "constant", ["constant", "logarithmic"], "Segmentation.")
 flags.DEFINE_string("json", None, "File to write the table to.")
@@ -112,9 +116,19 @@ def programs(build: Callable) -> dict[str, tuple[Callable, tuple]]:
     return found
 
 
+def keep_freed_memory() -> bool:
+    """Tells glibc to hold on to freed memory, however large; returns whether it does."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    m_trim_threshold, m_mmap_threshold = -1, -3  # of malloc.h
+    return mallopt is not None and all(
+        mallopt(option, 2**30) == 1 for option in (m_trim_threshold, m_mmap_threshold)
+    )
+
+
 def main(argv: list[str]) -> None:
     """Compiles everything, then times it in interleaved rounds and prints the table."""
     del argv
+    kept = FLAGS.keep_memory and keep_freed_memory()
     if FLAGS.cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-FLAGS.cores :])
     import jax
@@ -151,7 +165,7 @@ def main(argv: list[str]) -> None:
     print(
         f"{device.platform} ({device.device_kind}), T={FLAGS.length}, d={FLAGS.features}, "
         f"{FLAGS.heads} heads, C={FLAGS.segment}, m={FLAGS.chunk}, batch {FLAGS.batch}, "
-        f"{FLAGS.start} start, float32\n"
+        f"{FLAGS.start} start, float32; freed memory {'is kept' if kept else 'goes back'}\n"
         f"float32 matmul, 1024 x 1024 x 1024: {rate / 1e9:.0f} GFLOP/s\n"
     )
     print(f"{'layer':30} {'pass':9} {'ms':>8} {'GFLOP':>7} {'x matmul':>9} {'compile s':>10}")
