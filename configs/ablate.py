@@ -18,8 +18,9 @@ def get_config(rule: str = "swla") -> Any:
     """Returns the configuration for a write rule of ``mc.presets``."""
     config = recall_config()
     config.models = (f"{rule}_grm",)
+    config.steps = 1000
     config.seeds = (0, 1)
-    config.workers = 2
+    config.at_once = config.workers = 2
     # Keys of config.model and what takes their place.
     config.changes = ConfigDict(
         {
