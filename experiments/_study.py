@@ -8,6 +8,7 @@ more seeds or models, measures only what is missing.
 import concurrent.futures
 import json
 import multiprocessing
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -118,6 +119,11 @@ def _in_turn(
         try:
             for future in concurrent.futures.as_completed(futures):
                 yield future.result()
+        except BaseException:
+            # A signal to this process alone does not reach them.
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -186,6 +192,7 @@ def run(program: Callable[[Any, Study], None]) -> None:
     def main(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"expected only flags, got {' '.join(argv[1:])}")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             study = Study(workdir.value, config.value)
             try:

@@ -1,6 +1,8 @@
 """A study measures each case once, whatever interrupts it."""
 
 import json
+import multiprocessing
+import time
 
 import pytest
 from ml_collections import ConfigDict
@@ -18,6 +20,12 @@ def fail(cases):
     if cases[0]["size"] == 3:
         raise KeyboardInterrupt
     return double(cases)
+
+
+def fail_beside_a_long_one(cases):
+    if cases[0]["size"] == 1:
+        time.sleep(200)
+    return fail([dict(size=3)])
 
 
 @pytest.fixture
@@ -48,6 +56,15 @@ def test_an_interrupted_study_measures_only_what_is_missing(study):
 def test_processes_measure_side_by_side(study):
     rows = study.measure(CASES, double, workers=2)
     assert [row["value"] for row in rows] == [2, 4, 6]
+
+
+@pytest.mark.slow
+def test_an_interrupted_study_leaves_no_process_behind(study):
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        study.measure(CASES, fail_beside_a_long_one, workers=2)
+    assert time.monotonic() - began < 100
+    assert not multiprocessing.active_children()
 
 
 def test_a_workdir_belongs_to_one_process_and_to_studies(study, tmp_path):
