@@ -9,10 +9,10 @@ forward and backward without projections, convolutions and norms.
 
 On a CPU the program keeps to one core (``--cores``), and has the C library keep the memory that a
 pass has freed (``--keep_memory``): else the kernel fills every page of it with zeros for the next
-pass, which is a quarter of the time of a layer as small as linear attention here. Times are medians of interleaved rounds, so
-that a noisy machine disturbs all rows alike. FLOPs are those of the matrix products in the traced
-program, each loop's body times its trips; "x matmul" is the time over the time that the same FLOPs
-take at the rate of a large float32 matmul measured in the same rounds.
+pass, which is a quarter of the time of a layer as small as linear attention here. Times are medians
+of interleaved rounds, so that a noisy machine disturbs all rows alike. FLOPs are those of the
+matrix products in the traced program, each loop's body times its trips; "x matmul" is the time over
+the time that the same FLOPs take at the rate of a large float32 matmul measured in the same rounds.
 """
 
 import ctypes
