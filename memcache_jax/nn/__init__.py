@@ -3,13 +3,13 @@
 from memcache_jax.nn import linen
 from memcache_jax.nn.attention import Attention
 from memcache_jax.nn.cache_table import cache_bytes, cache_table
-from memcache_jax.nn.language_model import (
+from memcache_jax.nn.config import (
     AttentionMixer,
-    LanguageModel,
     LanguageModelConfig,
     MemoryCachingMixer,
     Mixer,
 )
+from memcache_jax.nn.language_model import LanguageModel
 from memcache_jax.nn.memory_caching import MemoryCaching
 from memcache_jax.nn.post_training import with_memory_caching
 

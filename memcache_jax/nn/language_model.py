@@ -1,7 +1,6 @@
 """A decoder-only language model whose blocks mix tokens by memory caching or by attention."""
 
-import dataclasses
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +8,12 @@ from flax import nnx
 from jax import lax
 
 from memcache_jax._typing import Array, Float, Int
-from memcache_jax.aggregation import GRM, Aggregation
-from memcache_jax.caching import Implementation, Start
 from memcache_jax.kernels._units import WRITTEN
-from memcache_jax.memories import Memory, Titans
-from memcache_jax.nn.attention import Attention
-from memcache_jax.nn.layers import Linear, SwiGLU
+from memcache_jax.nn.block import Period
+from memcache_jax.nn.config import LanguageModelConfig
+from memcache_jax.nn.layers import Linear
 from memcache_jax.nn.memory_caching import MemoryCaching
 from memcache_jax.nn.model_cache import LanguageModelCache, without_states
-from memcache_jax.segmentation import Constant, Segmentation
-from memcache_jax.sharding.memory_caching import Exchange
 from memcache_jax.sharding.mesh import constrain, partitioned
 
 _OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
@@ -27,179 +22,6 @@ _OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
     offload_src="device",
     offload_dst="pinned_host",
 )
-
-
-@runtime_checkable
-class Mixer(Protocol):
-    """A description of a token mixer, from which each block builds its own."""
-
-    def build(self, in_features: int, num_heads: int, **options: Any) -> nnx.Module:
-        """Returns a module (b, t, d) -> (b, t, d); options: head_dim, dtype, param_dtype, rngs.
-
-        Where documents are packed, it is called with their ids (b, t) as a second argument. For
-        streams it has ``init_cache(batch_size, max_length, **options)``, whose options are those
-        of ``MemoryCaching``, and ``extend(x, cache, lengths)``, which returns the outputs and the
-        next cache; a cache has the methods of ``AttentionCache``.
-        """
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class MemoryCachingMixer:
-    """Blocks mix tokens with ``MemoryCaching``; its arguments are the attributes."""
-
-    memory: Memory = Titans()
-    aggregation: Aggregation = GRM()
-    segmentation: Segmentation = Constant(256)
-    start: Start = "independent"
-    connector: Literal["learned", "query"] = "learned"
-    distances: int = 64
-    implementation: Implementation | None = None
-    exchange: Exchange = "gather"
-
-    def build(self, in_features: int, num_heads: int, **options: Any) -> MemoryCaching:
-        """Returns the layer."""
-        arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return MemoryCaching(in_features, num_heads, **arguments, **options)
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionMixer:
-    """Blocks mix tokens with ``Attention``; its arguments are the attributes."""
-
-    window: int | None = None
-    rope_base: float = 10_000.0
-    implementation: Literal["xla", "cudnn"] | None = None
-
-    def build(self, in_features: int, num_heads: int, **options: Any) -> Attention:
-        """Returns the layer."""
-        arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Attention(in_features, num_heads, **arguments, **options)
-
-
-@dataclasses.dataclass(frozen=True)
-class LanguageModelConfig:
-    """The shape of a ``LanguageModel``.
-
-    Attributes:
-      vocab_size: number of token ids.
-      num_layers: blocks; a multiple of the number of mixers.
-      features: model dimension d.
-      num_heads: heads of every mixer.
-      mixers: the mixers of consecutive blocks, repeated over the depth.
-      head_dim: dimension of a head; ``features // num_heads`` by default.
-      mlp_features: hidden width of the SwiGLU MLP, by default 8/3 d rounded up to a multiple of
-        64; 0 for blocks without an MLP.
-      tie_embeddings: whether the output layer is the embedding's transpose.
-      remat: whether each block's activations are recomputed in the backward pass.
-      offload_states: whether, with ``remat``, what the memories write (states before each chunk and
-        after each segment, live reads) waits in the host's memory instead, and is not written anew.
-      dtype: dtype of the arithmetic; parameters and logits are float32 or wider.
-      param_dtype: dtype of the parameters.
-
-    Raises:
-      ValueError: if ``num_layers`` is not a multiple of the number of mixers, sizes are < 1, or
-        ``offload_states`` comes without ``remat``.
-    """
-
-    vocab_size: int
-    num_layers: int
-    features: int
-    num_heads: int
-    mixers: tuple[Mixer, ...] = (MemoryCachingMixer(),)
-    head_dim: int | None = None
-    mlp_features: int | None = None
-    tie_embeddings: bool = False
-    remat: bool = False
-    offload_states: bool = False
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-    def __post_init__(self) -> None:
-        for name in ("vocab_size", "num_layers", "features", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.mlp_features is not None and self.mlp_features < 0:
-            raise ValueError(f"mlp_features must not be negative, got {self.mlp_features}")
-        if not self.mixers or self.num_layers % len(self.mixers):
-            raise ValueError(
-                f"num_layers={self.num_layers} must be a multiple of the number of mixers, "
-                f"got {len(self.mixers)}"
-            )
-
-        if self.offload_states and not self.remat:
-            raise ValueError("offload_states needs remat: without it nothing is recomputed")
-
-    @property
-    def repeats(self) -> int:
-        """How often the mixers come one after the other."""
-        return self.num_layers // len(self.mixers)
-
-
-class Block(nnx.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: LanguageModelConfig, mixer: Mixer, *, rngs: nnx.Rngs) -> None:
-        options = dict(dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)
-        self.mixer_norm = nnx.RMSNorm(config.features, **options)
-        self.mixer = mixer.build(
-            config.features, config.num_heads, head_dim=config.head_dim, **options
-        )
-        hidden = config.mlp_features
-        if hidden is None:
-            hidden = -(-8 * config.features // (3 * 64)) * 64
-        self.has_mlp = hidden > 0
-        if self.has_mlp:
-            self.mlp_norm = nnx.RMSNorm(config.features, **options)
-            self.mlp = SwiGLU(config.features, hidden, **options)
-
-    def __call__(
-        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None = None
-    ) -> Float[Array, "b t d"]:
-        """Applies the mixer and the MLP."""
-        documents = () if document_ids is None else (document_ids,)
-        x = constrain(x + self.mixer(self.mixer_norm(x), *documents), "batch", "time", None)
-        return constrain(self._mix_features(x), "batch", "time", None)
-
-    def extend(
-        self, x: Float[Array, "b t d"], cache: Any, lengths: Int[Array, "b"] | None
-    ) -> tuple[Float[Array, "b t d"], Any]:
-        """Applies both to the next tokens of a stream, with the mixer's cache."""
-        mixer: Any = self.mixer
-        y, cache = mixer.extend(self.mixer_norm(x), cache, lengths)
-        return self._mix_features(x + y), cache
-
-    def init_cache(self, batch_size: int, max_length: int | None, **options: Any) -> Any:
-        """The mixer's empty cache."""
-        mixer: Any = self.mixer
-        return mixer.init_cache(batch_size, max_length, **options)
-
-    def _mix_features(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        return x + self.mlp(self.mlp_norm(x)) if self.has_mlp else x
-
-
-class _Period(nnx.Module):
-    """One block of each mixer: what the stack repeats."""
-
-    def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs) -> None:
-        self.blocks = nnx.List([Block(config, mixer, rngs=rngs) for mixer in config.mixers])
-
-    def __call__(
-        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None
-    ) -> Float[Array, "b t d"]:
-        for block in self.blocks:
-            x = block(x, document_ids)
-        return x
-
-    def init_cache(self, batch_size: int, max_length: int | None, options: dict) -> list:
-        return [block.init_cache(batch_size, max_length, **options) for block in self.blocks]
-
-    def extend(self, x: Array, caches: list, lengths: Array | None) -> tuple[Array, list]:
-        new = []
-        for block, cache in zip(self.blocks, caches, strict=True):
-            x, cache = block.extend(x, cache, lengths)
-            new.append(cache)
-        return x, new
 
 
 class LanguageModel(nnx.Module):
@@ -235,8 +57,8 @@ class LanguageModel(nnx.Module):
         @nnx.split_rngs(splits=config.repeats)
         @nnx.vmap(in_axes=0, out_axes=0)
         @nnx.transform_metadata(in_axes=None, out_axes=0, partition="layers")
-        def stack(rngs: nnx.Rngs) -> _Period:
-            return _Period(config, rngs=rngs)
+        def stack(rngs: nnx.Rngs) -> Period:
+            return Period(config, rngs=rngs)
 
         self.layers = stack(rngs)
         self.norm = nnx.RMSNorm(config.features, rngs=rngs, **options)

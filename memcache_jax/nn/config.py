@@ -1,0 +1,122 @@
+"""What a language model is made of: the mixers of its blocks, and their sizes."""
+
+import dataclasses
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+from flax import nnx
+
+from memcache_jax.aggregation import GRM, Aggregation
+from memcache_jax.caching import Implementation, Start
+from memcache_jax.memories import Memory, Titans
+from memcache_jax.nn.attention import Attention
+from memcache_jax.nn.memory_caching import MemoryCaching
+from memcache_jax.segmentation import Constant, Segmentation
+from memcache_jax.sharding.memory_caching import Exchange
+
+
+@runtime_checkable
+class Mixer(Protocol):
+    """A description of a token mixer, from which each block builds its own."""
+
+    def build(self, in_features: int, num_heads: int, **options: Any) -> nnx.Module:
+        """Returns a module (b, t, d) -> (b, t, d); options: head_dim, dtype, param_dtype, rngs.
+
+        Where documents are packed, it is called with their ids (b, t) as a second argument. For
+        streams it has ``init_cache(batch_size, max_length, **options)``, whose options are those
+        of ``MemoryCaching``, and ``extend(x, cache, lengths)``, which returns the outputs and the
+        next cache; a cache has the methods of ``AttentionCache``.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryCachingMixer:
+    """Blocks mix tokens with ``MemoryCaching``; its arguments are the attributes."""
+
+    memory: Memory = Titans()
+    aggregation: Aggregation = GRM()
+    segmentation: Segmentation = Constant(256)
+    start: Start = "independent"
+    connector: Literal["learned", "query"] = "learned"
+    distances: int = 64
+    implementation: Implementation | None = None
+    exchange: Exchange = "gather"
+
+    def build(self, in_features: int, num_heads: int, **options: Any) -> MemoryCaching:
+        """Returns the layer."""
+        arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return MemoryCaching(in_features, num_heads, **arguments, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionMixer:
+    """Blocks mix tokens with ``Attention``; its arguments are the attributes."""
+
+    window: int | None = None
+    rope_base: float = 10_000.0
+    implementation: Literal["xla", "cudnn"] | None = None
+
+    def build(self, in_features: int, num_heads: int, **options: Any) -> Attention:
+        """Returns the layer."""
+        arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Attention(in_features, num_heads, **arguments, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelConfig:
+    """The shape of a ``LanguageModel``.
+
+    Attributes:
+      vocab_size: number of token ids.
+      num_layers: blocks; a multiple of the number of mixers.
+      features: model dimension d.
+      num_heads: heads of every mixer.
+      mixers: the mixers of consecutive blocks, repeated over the depth.
+      head_dim: dimension of a head; ``features // num_heads`` by default.
+      mlp_features: hidden width of the SwiGLU MLP, by default 8/3 d rounded up to a multiple of
+        64; 0 for blocks without an MLP.
+      tie_embeddings: whether the output layer is the embedding's transpose.
+      remat: whether each block's activations are recomputed in the backward pass.
+      offload_states: whether, with ``remat``, what the memories write (states before each chunk and
+        after each segment, live reads) waits in the host's memory instead, and is not written anew.
+      dtype: dtype of the arithmetic; parameters and logits are float32 or wider.
+      param_dtype: dtype of the parameters.
+
+    Raises:
+      ValueError: if ``num_layers`` is not a multiple of the number of mixers, sizes are < 1, or
+        ``offload_states`` comes without ``remat``.
+    """
+
+    vocab_size: int
+    num_layers: int
+    features: int
+    num_heads: int
+    mixers: tuple[Mixer, ...] = (MemoryCachingMixer(),)
+    head_dim: int | None = None
+    mlp_features: int | None = None
+    tie_embeddings: bool = False
+    remat: bool = False
+    offload_states: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "num_layers", "features", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.mlp_features is not None and self.mlp_features < 0:
+            raise ValueError(f"mlp_features must not be negative, got {self.mlp_features}")
+        if not self.mixers or self.num_layers % len(self.mixers):
+            raise ValueError(
+                f"num_layers={self.num_layers} must be a multiple of the number of mixers, "
+                f"got {len(self.mixers)}"
+            )
+
+        if self.offload_states and not self.remat:
+            raise ValueError("offload_states needs remat: without it nothing is recomputed")
+
+    @property
+    def repeats(self) -> int:
+        """How often the mixers come one after the other."""
+        return self.num_layers // len(self.mixers)
