@@ -32,7 +32,7 @@ def test_each_stream_gives_its_rows_of_every_batch(make, count, window):
     batches = make(batch_size=4, num_streams=count, shuffle_window=8)
     alone = functools.partial(make, training_iterator, batch_size=4 // count, num_streams=count)
     parts = [alone(stream_index=i, shuffle_window=window) for i in range(count)]
-    for _ in range(20):
+    for _ in range(8):
         rows = np.concatenate([next(part)["tokens"] for part in parts])
         np.testing.assert_array_equal(next(batches), rows, strict=True)
 
@@ -43,7 +43,7 @@ def test_streams_that_are_not_read_change_nothing(make, monkeypatch):
     monkeypatch.setattr(streams, "training_iterator", made)
     part = make(batch_size=6, num_streams=3, read=[1, 2])
     assert [call.kwargs["stream_index"] for call in made.call_args_list] == [1, 2]
-    for _ in range(20):
+    for _ in range(8):
         rows = next(part)
         np.testing.assert_array_equal(rows[2:], next(whole)[2:])
         assert (rows[:2] == -1).all()
