@@ -18,11 +18,11 @@ from memcache_jax.training.tokenizers import ByteTokenizer
 
 @pytest.fixture
 def make(corpus_folder):
-    """Makes a stream or several, of rows of 6 tokens out of twelve files."""
+    """Makes a stream or several, of rows of 32 tokens out of twelve files."""
     records = Records(find_files(str(corpus_folder)))
 
     def make(kind=Streams, **options):
-        return kind(records, ByteTokenizer(), sequence_length=6, seed=1, **options)
+        return kind(records, ByteTokenizer(), sequence_length=32, seed=1, **options)
 
     return make
 
@@ -51,12 +51,13 @@ def test_streams_that_are_not_read_change_nothing(make, monkeypatch):
 
 def test_any_number_of_processes_goes_on_with_the_next_batch(make, monkeypatch):
     """As one process that reads both streams, and as two of which each reads one."""
-    whole = make(batch_size=4, num_streams=2)
-    parts = [make(batch_size=4, num_streams=2, read=[index]) for index in range(2)]
-    for _ in range(11):
+    make = functools.partial(make, batch_size=4, num_streams=2, shuffle_window=6)
+    whole, *parts = make(), make(read=[0]), make(read=[1])
+    for _ in range(20):  # until the streams are at different places
         for batches in (whole, *parts):
             next(batches)
     state = whole.get_state()
+    assert state[0] != state[1]
     own: list = []  # of the processes so far
     monkeypatch.setattr(streams, "gather", lambda value: own.append(value) or own)
     with pytest.raises(ValueError, match=r"no process reads \[1\] of the 2 streams"):
@@ -64,7 +65,7 @@ def test_any_number_of_processes_goes_on_with_the_next_batch(make, monkeypatch):
     assert json.loads(json.dumps(parts[1].get_state())) == state
     upcoming = [next(whole) for _ in range(3)]
     for read in ([0, 1], [0], [1]):
-        resumed = make(batch_size=4, num_streams=2, read=read)
+        resumed = make(read=read)
         next(resumed)
         resumed.set_state(json.loads(json.dumps(state)))
         for rows in upcoming:
@@ -102,7 +103,7 @@ def test_bad_numbers_of_streams_are_told(make):
         ([0, 1], 4, [0]),  # two devices that share a stream
         ([2, 3], 8, [2, 3]),
         ([7], 2, [1]),
-        ([1], 16, [2, 3]),  # a device's rows cut through no stream, but hold two
+        ([1], 16, [2, 3]),  # a stream for each row
         ([0, 6], 4, [0, 3]),
         ([3, 4], 1, [0]),
     ],
