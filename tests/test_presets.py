@@ -84,6 +84,8 @@ def test_configuration_files(file, size):
     config = importlib.import_module(f"configs.{file}").get_config("dla_grm")
     assert config == preset_config("dla_grm", size)
     assert config.optimizer.learning_rate == SIZES[size].learning_rate
+    assert config.data.streams == (1 if size in ("tiny", "170m") else 32)
+    assert config.batch_size % config.data.streams == 0
     assert (CONFIGS / f"{file}.py").read_text().count(f"configs/{file}.py") == 1
 
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain
 import jax
 from flax import nnx
 from ml_collections import ConfigDict
@@ -21,6 +20,7 @@ from memcache_jax.training.distributed import all_agree, is_main_process, wait_f
 from memcache_jax.training.models import model_config
 from memcache_jax.training.optimizer import make_optimizer
 from memcache_jax.training.step import Params, TrainState, abstract_state
+from memcache_jax.training.streams import Streams
 from memcache_jax.training.tokenizers import Tokenizer, make_tokenizer
 
 _log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of the run in a workdir: state and data iterator, saved asynchronously.
+    """The checkpoints of the run in a workdir: state and place in the data, saved asynchronously.
 
     One process writes to a workdir at a time. A save that was killed leaves a
     ``*.orbax-checkpoint-tmp``, which is removed here and never read.
@@ -81,12 +81,10 @@ class Checkpoints:
                 _log.debug("no notes in the checkpoint of step %d: %s", step, e)
         return None
 
-    def save(
-        self, step: int, state: TrainState, data: grain.DatasetIterator, notes: Mapping[str, Any]
-    ) -> None:
+    def save(self, step: int, state: TrainState, data: Streams, notes: Mapping[str, Any]) -> None:
         """Begins to save, after the save before it has ended.
 
-        Arrays may be donated, the iterator moved on and the notes changed once this returns.
+        Arrays may be donated, the streams moved on and the notes changed once this returns.
 
         Raises:
           CheckpointError: if this save could not begin, or the one before it failed.
@@ -97,8 +95,8 @@ class Checkpoints:
                 step,
                 state._asdict(),
                 force=True,
-                # A copy, as they are written after this returns. The place in the data is the same
-                # for any number of processes, and so lies here.
+                # A copy, as they are written after this returns. The places in the data are those
+                # of all processes, whose number may change, and so lie here.
                 custom_metadata=copy.deepcopy({**notes, "stream": data.get_state()}),
             )
         except Exception as e:
@@ -138,14 +136,14 @@ class Checkpoints:
             "--config.resume=True"
         )
 
-    def restore(self, target: TrainState, data: grain.DatasetIterator) -> Restored | None:
-        """Returns the newest checkpoint that can be read, and sets the iterator to its place.
+    def restore(self, target: TrainState, data: Streams) -> Restored | None:
+        """Returns the newest checkpoint that can be read, and sets the streams to their places.
 
         Newer ones that cannot be read are set aside under the name ``<step>.unreadable``.
 
         Args:
           target: shapes, dtypes and, if set, shardings of the state.
-          data: an iterator made with the arguments of the one that was saved.
+          data: streams made with the arguments of those that were saved.
 
         Raises:
           ValueError: if there are checkpoints, but none that can be read.

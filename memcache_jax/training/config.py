@@ -28,6 +28,9 @@ _STEERING = (
     "accumulate",
 )
 
+# Keys that the runs of earlier versions lack, and what they did.
+_ADDED = {"data.streams": 1}
+
 
 def default_config() -> Config:
     """Returns a complete configuration, which files under ``configs/`` change.
@@ -93,6 +96,7 @@ def default_config() -> Config:
     config.data.heldout_tokens = 65_536  # the most that are measured
     config.data.text_field = "text"  # of .jsonl and .parquet files
     config.data.tokenizer = "bytes"  # or the path of a Hugging Face `tokenizers` JSON file
+    config.data.streams = 1  # that give rows to each batch; a process reads those of its devices
     config.data.eos_token = config_dict.placeholder(str)  # ends a document; found by default
 
     config.optimizer = ConfigDict()
@@ -163,7 +167,7 @@ def config_differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> l
       stored: a configuration as ``to_json`` returns it.
       given: another.
     """
-    flat_stored, flat_given = _flatten(stored), _flatten(given)
+    flat_stored, flat_given = _ADDED | _flatten(stored), _ADDED | _flatten(given)
 
     def show(flat: dict[str, Any], key: str) -> str:
         return repr(flat[key]) if key in flat else "nothing"

@@ -33,13 +33,13 @@ def training_iterator(
     sequence_length: int,
     batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    stream_index: int = 0,
+    num_streams: int = 1,
     shuffle_window: int = 1024,
 ) -> grain.DatasetIterator:
     """Returns an endless iterator over shuffled, packed batches.
 
-    Records are shuffled anew each epoch and dealt out to the processes; each document is followed
+    Records are shuffled anew each epoch and dealt out to the streams; each document is followed
     by the end token, the whole is cut into rows without padding, and rows change places within
     windows. ``get_state`` returns a small dict that JSON can hold; ``set_state`` of it in an
     iterator made with the same arguments continues with the very next batch.
@@ -48,17 +48,17 @@ def training_iterator(
       records: the documents to train on.
       tokenizer: turns them into ids.
       sequence_length: tokens predicted per row; a row has one more.
-      batch_size: rows per batch of this process.
+      batch_size: rows per batch of this stream.
       seed: decides the order.
-      process_index: which process this is.
-      process_count: how many processes share the records.
+      stream_index: which stream this is.
+      num_streams: how many streams share the records.
       shuffle_window: rows that are shuffled together; 1 keeps a document's rows in order.
 
     Returns:
       An iterator over ``{"tokens": (batch_size, sequence_length + 1) int32}``.
 
     Raises:
-      ValueError: if a process would have no records, or the records no text.
+      ValueError: if a stream would have no records, or the records no text.
 
     Example:
       >>> records = Records(find_files("corpus"))  # doctest: +SKIP
@@ -71,12 +71,12 @@ def training_iterator(
             "sequence_length and batch_size must be positive and seed not negative, got "
             f"{sequence_length=}, {batch_size=}, {seed=}"
         )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index must be in [0, {process_count}), got {process_index}")
-    if len(records) < process_count:
+    if not 0 <= stream_index < num_streams:
+        raise ValueError(f"stream_index must be in [0, {num_streams}), got {stream_index}")
+    if len(records) < num_streams:
         raise ValueError(
-            f"{process_count} processes need as many records at least, got {len(records)}: "
-            "give more files, or files with more lines or row groups"
+            f"{num_streams} streams need as many records at least, got {len(records)}: give fewer "
+            "streams, more files, or files with more lines or row groups"
         )
     # Grain would look for a first token forever.
     if not any(records[i] for i in range(len(records))):
@@ -84,7 +84,7 @@ def training_iterator(
     dataset = (
         grain.MapDataset.source(records)
         .seed(seed)
-        .shuffle()[process_index::process_count]
+        .shuffle()[stream_index::num_streams]
         .map(_tokenize_with(tokenizer))
         .repeat()
         # Reading ahead in threads is slower: Python's lock is held most of the time.

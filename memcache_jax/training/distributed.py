@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -64,7 +65,10 @@ def is_main_process() -> bool:
 
 
 def place_rows(rows: np.ndarray, mesh: Mesh | None) -> Array:
-    """Puts rows that every process holds on the devices of a mesh, each its own."""
+    """Puts rows on the devices of a mesh, each its own.
+
+    Every process has all rows, but may have anything in those that its devices do not hold.
+    """
     if mesh is None:
         return jnp.asarray(rows)
     return jax.make_array_from_callback(rows.shape, batch_sharding(mesh), lambda i: rows[i])
@@ -89,6 +93,19 @@ def check_agreement(what: str, *facts: Any) -> None:
     every = multihost_utils.process_allgather(digest)
     if (every != every[:1]).any():
         raise ValueError(f"the processes of this run differ in {what}")
+
+
+def gather(value: Any) -> list[Any]:
+    """Returns what each process has, in their order, as it comes back from JSON."""
+    text = json.dumps(value).encode()
+    if jax.process_count() == 1:
+        return [json.loads(text)]
+    sizes = multihost_utils.process_allgather(np.array(len(text)))
+    # In steps, as each length is a program to compile.
+    padded = np.zeros(-(-sizes.max() // 4096) * 4096, np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    every = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(every, sizes, strict=True)]
 
 
 def all_agree(good: bool) -> bool:

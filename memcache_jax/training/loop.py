@@ -24,7 +24,6 @@ from memcache_jax.training.config import (
     to_json,
 )
 from memcache_jax.training.corpus import ReplacedDocuments, load_corpus
-from memcache_jax.training.data import training_iterator
 from memcache_jax.training.distributed import (
     all_agree,
     check_agreement,
@@ -51,6 +50,7 @@ from memcache_jax.training.step import (
     make_eval_step,
     make_train_step,
 )
+from memcache_jax.training.streams import Streams, streams_here
 
 _log = logging.getLogger(__name__)
 
@@ -133,12 +133,14 @@ class _Run:
         self.graph, target = abstract_state(model, self.optimizer, mesh)
         self.corpus = load_corpus(config)
         self.replaced = ReplacedDocuments(self.corpus.tokenizer)
-        self.batches = training_iterator(
+        self.batches = Streams(
             self.corpus.train,
             self.corpus.tokenizer,
             sequence_length=config.sequence_length,
             batch_size=config.batch_size,
             seed=config.seed,
+            num_streams=config.data.streams,
+            read=streams_here(mesh, config.batch_size, config.data.streams),
         )
         self.eval_step = make_eval_step(self.graph)
         self.create = lambda: create_state(
@@ -231,7 +233,7 @@ class _Run:
         first = self.step + 1
         saved = self.step if self.checkpoints.steps else None
         while self.step < config.steps and not should_stop(self.step, stop.number):
-            tokens = place_rows(next(self.batches)["tokens"], self.mesh)
+            tokens = place_rows(next(self.batches), self.mesh)
             self.state, metrics = train_step(self.state, tokens)
             self.step += 1
             # The device computes one step while the host prepares the next; with more in flight,

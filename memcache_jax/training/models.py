@@ -89,7 +89,7 @@ def preset_config(name: str, size: str) -> Config:
     Half a million tokens a batch at a context of 4096 (of 1024 in small batches for the tiny size),
     AdamW with weight decay 0.1, cosine decay. The data is left to name, ``config.data.files``, and,
     but for the tiny size, which reads bytes, a tokenizer of at most 32,000 ids,
-    ``config.data.tokenizer``.
+    ``config.data.tokenizer``. Sizes above 170m, which are for several hosts, read 32 streams.
 
     Args:
       name: one of ``mc.presets.NAMES``.
@@ -113,6 +113,7 @@ def preset_config(name: str, size: str) -> Config:
     if not tiny:
         config.eval_every, config.checkpoint_every = 1000, 1000
         config.data.tokenizer = "tokenizer.json"
+        config.data.streams = 1 if size == "170m" else 32
     return config
 
 

@@ -14,9 +14,9 @@ from orbax.checkpoint import v1 as ocp
 
 from memcache_jax.training import CheckpointError, load_model, train
 from memcache_jax.training.checkpoint import Checkpoints, export_params
-from memcache_jax.training.data import training_iterator
 from memcache_jax.training.files import Records, find_files
 from memcache_jax.training.step import TrainState
+from memcache_jax.training.streams import Streams
 from memcache_jax.training.tokenizers import ByteTokenizer
 
 
@@ -29,7 +29,9 @@ def state_of(step):
 def batches(corpus_folder):
     def make():
         records = Records(find_files(str(corpus_folder)))
-        return training_iterator(records, ByteTokenizer(), sequence_length=32, batch_size=2, seed=0)
+        return Streams(
+            records, ByteTokenizer(), sequence_length=32, batch_size=2, seed=0, num_streams=2
+        )
 
     return make
 
@@ -41,7 +43,7 @@ def saved(tmp_path, batches):
     for step in (1, 2, 3):
         next(data)
         checkpoints.save(step, state_of(step), data, {"losses": [step / 3]})
-    upcoming = next(data)["tokens"]
+    upcoming = next(data)
     checkpoints.close()
     return tmp_path / "run", upcoming
 
@@ -67,7 +69,7 @@ def test_state_data_and_notes_come_back(saved, batches):
     assert restored.step == 3
     assert restored.notes == {"losses": [1.0]}
     assert_is(restored.state, 3)
-    np.testing.assert_array_equal(next(data)["tokens"], upcoming)
+    np.testing.assert_array_equal(next(data), upcoming)
 
 
 def test_nothing_to_restore(tmp_path, batches):
@@ -144,7 +146,7 @@ def test_damage_falls_back_to_the_last_good_one(saved, batches, damage, caplog):
     fresh = batches()
     next(fresh)
     next(fresh)
-    np.testing.assert_array_equal(next(data)["tokens"], next(fresh)["tokens"])
+    np.testing.assert_array_equal(next(data), next(fresh))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -147,3 +147,11 @@ def test_steering_is_no_difference():
     given.steps, given.resume, given.sample.prompt, given.tensorboard = 7, True, "x", True
     given.log_every, given.eval_every, given.checkpoint_every, given.keep_checkpoints = 1, 1, 1, 9
     assert config_differences(to_json(stored), to_json(given)) == []
+
+
+def test_a_run_of_before_there_were_streams_had_one():
+    stored, given = to_json(default_config()), default_config()
+    del stored["data"]["streams"]
+    assert config_differences(stored, to_json(given)) == []
+    given.data.streams = 2
+    assert config_differences(stored, to_json(given)) == ["data.streams: 1, now 2"]

@@ -33,7 +33,7 @@ def letters(tmp_path, lengths):
     return Records(find_files(str(write(tmp_path / "letters", texts))))
 
 
-def batches(records, *, sequence_length=6, batch_size=2, seed=0, shuffle_window=1, **processes):
+def batches(records, *, sequence_length=6, batch_size=2, seed=0, shuffle_window=1, **streams):
     return training_iterator(
         records,
         ByteTokenizer(),
@@ -41,7 +41,7 @@ def batches(records, *, sequence_length=6, batch_size=2, seed=0, shuffle_window=
         batch_size=batch_size,
         seed=seed,
         shuffle_window=shuffle_window,
-        **processes,
+        **streams,
     )
 
 
@@ -243,10 +243,10 @@ def test_seed_decides_the_order(tmp_path):
     assert first == again != other
 
 
-def test_processes_share_out_each_epoch(tmp_path):
+def test_streams_share_out_each_epoch(tmp_path):
     records = letters(tmp_path, range(1, 11))
     shares = [
-        documents(batches(records, process_index=i, process_count=3), len(range(i, 10, 3)))
+        documents(batches(records, stream_index=i, num_streams=3), len(range(i, 10, 3)))
         for i in range(3)
     ]
     assert sorted(itertools.chain(*shares)) == sorted(documents(batches(records), 10))
@@ -300,10 +300,10 @@ def test_one_record_repeats(tmp_path):
 
 def test_stream_errors_come_at_once(tmp_path):
     records = letters(tmp_path, [3, 4])
-    with pytest.raises(ValueError, match="3 processes need as many records at least, got 2"):
-        batches(records, process_count=3)
-    with pytest.raises(ValueError, match=r"process_index must be in \[0, 2\), got 2"):
-        batches(records, process_index=2, process_count=2)
+    with pytest.raises(ValueError, match="3 streams need as many records at least, got 2"):
+        batches(records, num_streams=3)
+    with pytest.raises(ValueError, match=r"stream_index must be in \[0, 2\), got 2"):
+        batches(records, stream_index=2, num_streams=2)
     with pytest.raises(ValueError, match="batch_size=0"):
         batches(records, batch_size=0)
     write(tmp_path, {"blank.jsonl": ' \n{"text": ""}\n'})

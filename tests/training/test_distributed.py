@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,13 +21,14 @@ from memcache_jax.training.config import to_json
 from memcache_jax.training.distributed import initialize
 from memcache_jax.training.metrics import read_metrics
 
-# A process of a run: joins the others, and dies before a step where it is told to.
+# A process of a run: joins the others, tells which streams of data it makes, and dies before a
+# step where it is told to.
 PROCESS = """
 import json, os, sys, time
 import jax
 jax.config.update("jax_compilation_cache_dir", sys.argv[3])
 from ml_collections import ConfigDict
-from memcache_jax.training import initialize, loop, train
+from memcache_jax.training import initialize, loop, streams, train
 initialize()
 config, death = ConfigDict(json.loads(sys.argv[1])), int(sys.argv[4])
 make = loop.make_train_step
@@ -41,6 +43,11 @@ def make_mortal(*args):
         return step(*arguments)
     return mortal
 loop.make_train_step = make_mortal
+make_iterator = streams.training_iterator
+def make_told(*args, **options):
+    print("reads stream", options["stream_index"], file=sys.stderr)
+    return make_iterator(*args, **options)
+streams.training_iterator = make_told
 train(config, sys.argv[2])
 """
 
@@ -80,6 +87,7 @@ def start(config, workdir, cache, processes, death=0):
 def finish(processes):
     errors = [process.communicate(timeout=240)[1] for process in processes]
     assert all(process.returncode == 0 for process in processes), "\n".join(errors)
+    return errors
 
 
 def losses(workdir):
@@ -88,14 +96,16 @@ def losses(workdir):
 
 @pytest.mark.slow
 def test_two_processes_die_and_go_on_as_one_and_as_two(config, tmp_path, compilation_folder):
-    cache = compilation_folder
+    cache, config.data.streams = compilation_folder, 2
     train(config, tmp_path / "whole")
     wanted = losses(tmp_path / "whole")
     for process in start(config, tmp_path / "two", cache, 2, death=4):
         process.communicate(timeout=240)
     assert Checkpoints.steps_in(tmp_path / "two") == [2]
     shutil.copytree(tmp_path / "two", tmp_path / "one")
-    finish(start(config, tmp_path / "two", cache, 2))
+    told = finish(start(config, tmp_path / "two", cache, 2))
+    for index, lines in enumerate(told):
+        assert re.findall(r"reads stream (\d)", lines) == [str(index)]
     np.testing.assert_allclose(losses(tmp_path / "two"), wanted, rtol=1e-5)
     config.mesh.data = 1
     train(config, tmp_path / "one")

@@ -232,8 +232,10 @@ def test_a_workdir_with_a_run_is_not_overwritten(config, tmp_path):
     config.seed = 5
     with pytest.raises(ValueError, match=r"a checkpoint of step 6: .*--config.resume=True, or"):
         train(config, tmp_path)
-    config.resume, config.model.features = True, 32
-    with pytest.raises(ValueError, match=r"model.features: 16, now 32; seed: 0, now 5"):
+    config.resume, config.model.features, config.data.streams = True, 32, 2
+    with pytest.raises(
+        ValueError, match=r"data.streams: 1, now 2; model.features: 16, now 32; seed"
+    ):
         train(config, tmp_path)
     assert (tmp_path / "config.json").read_text() == before
     assert Checkpoints.steps_in(tmp_path) == [6, 3]
