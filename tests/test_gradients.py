@@ -87,8 +87,8 @@ def kinds_of(memory):
     return {name: kind for name, kind in KINDS.items() if memory.depth > 1 or not kind.mixes}
 
 
-@functools.partial(jax.jit, static_argnames=("memory", "size", "start"))
-def outputs_and_gradients(inputs, cotangents, *, memory, size, start):
+@functools.partial(jax.jit, static_argnames=("memory", "size"))
+def outputs_and_gradients(inputs, cotangents, *, memory, size):
     """Of each kind of aggregation."""
     kinds = kinds_of(memory)
 
@@ -98,7 +98,6 @@ def outputs_and_gradients(inputs, cotangents, *, memory, size, start):
             memory=memory,
             aggregation=InParts(tuple(kinds.values())),
             segmentation=mc.Constant(size),
-            start=start,
         )
         return jnp.stack(jnp.split(y, len(kinds), axis=-1))
 
@@ -129,20 +128,27 @@ def assert_stays_close(inputs, **how):
             assert_close({name: gradients}, {name: wanted[name][1]}, 2 * tolerance)
 
 
+LONG = ("swla", "gla", "gated_deltanet", "titans")
+
+
 @pytest.mark.slow
-@every_memory
-def test_lower_precision_stays_close(memory):
+@pytest.mark.parametrize("name", [name for name in MEMORIES if name not in LONG])
+def test_lower_precision_stays_close(name):
+    memory = MEMORIES[name]
     inputs = make_inputs(memory, 200, dim=15, dtype=jnp.float32)
-    assert_stays_close(inputs, memory=memory, size=64, start="independent")
+    if name == "dla":
+        # So that reads are not all but the query itself, and gates without a say.
+        inputs["controls"]["eta"] *= 3
+    assert_stays_close(inputs, memory=memory, size=64)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("alpha", [0.999, 0.8])
-@pytest.mark.parametrize("name", ["swla", "gla", "gated_deltanet", "titans"])
-def test_lower_precision_stays_close_over_long_sequences(name, alpha):
+@pytest.mark.parametrize("name", LONG)
+def test_lower_precision_stays_close_over_long_sequences(name):
     memory = MEMORIES[name]
     inputs = make_inputs(memory, 4096, batch=1, heads=1, dim=15, dtype=jnp.float32)
-    inputs["controls"]["log_alpha"][:] = np.log(alpha)
     if memory.gradient_chunk:  # longer steps diverge
         inputs["controls"]["eta"] *= 0.02
-    assert_stays_close(inputs, memory=memory, size=256, start="independent")
+    for alpha in (0.999, 0.8):
+        inputs["controls"]["log_alpha"][:] = np.log(alpha)
+        assert_stays_close(inputs, memory=memory, size=256)
