@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import pathlib
 from typing import Any
 from unittest import mock
 
@@ -13,6 +14,16 @@ import numpy as np
 
 import memcache_jax as mc
 from memcache_jax.aggregation import Aggregation
+
+
+def rule_of_the_docs() -> Any:
+    """The rule that docs/write_your_own_memory.md adds, as the page has it."""
+    page = pathlib.Path(__file__).parents[1] / "docs/write_your_own_memory.md"
+    _, code, *_ = page.read_text().split("```python\n")
+    names: dict[str, Any] = {}
+    exec(compile(code.split("```")[0], page, "exec"), names)
+    return names["Erasing"]()
+
 
 MEMORIES = {
     "linear": mc.memories.LinearAttention(),
@@ -27,6 +38,7 @@ MEMORIES = {
     "titans": mc.memories.Titans(chunk_size=4, expansion=2),
     "titans_depth1": mc.memories.Titans(chunk_size=4, depth=1),
     "vector": mc.memories.Vector(),
+    "erasing": rule_of_the_docs(),
 }
 # One of each family, for what the rule has little part in.
 FAMILIES = {name: MEMORIES[name] for name in ("linear", "gated_deltanet", "titans")}
@@ -73,13 +85,13 @@ def normals(seed, dtype=None):
     return lambda *shape: draw(shape).astype(rows_dtype(dtype))
 
 
-def make_inputs(memory, length, *, batch=2, heads=3, dim=4, seed=0, dtype=None):
+def make_inputs(memory, length, *, batch=2, heads=3, dim=4, value_dim=None, seed=0, dtype=None):
     """Random arguments of ``memory_caching`` for a memory, NumPy arrays in one dict."""
     normal = normals(seed, dtype)
-    rows = (batch, length, heads, dim)
-    sizes = dict(b=batch, t=length, h=heads, k=dim, v=dim)
+    rows, value_dim = (batch, length, heads, dim), value_dim or dim
+    sizes = dict(b=batch, t=length, h=heads, k=dim)
     inputs: dict[str, Any] = dict(
-        query=unit(normal(*rows)), key=unit(normal(*rows)), value=normal(*rows)
+        query=unit(normal(*rows)), key=unit(normal(*rows)), value=normal(*rows[:-1], value_dim)
     )
     inputs["connector"] = 3 * unit(normal(*rows))
     logits = {
@@ -89,7 +101,7 @@ def make_inputs(memory, length, *, batch=2, heads=3, dim=4, seed=0, dtype=None):
     inputs["controls"] = jax.tree.map(np.array, _activate(memory, logits))
     inputs["weights"] = {
         name: normal(heads, *shape) / np.sqrt(shape[1], dtype=rows_dtype(dtype))
-        for name, shape in memory.weight_shapes(dim, dim).items()
+        for name, shape in memory.weight_shapes(dim, value_dim).items()
     }
     return inputs
 
@@ -197,7 +209,7 @@ class Together(Aggregation):
         return tuple(kind.live(memory, chunk, query) for kind in self.kinds)
 
     def combine(self, memory, bank, query, live, gates, reads, **options) -> Any:
-        return self._sum(
+        return self.scaled(
             kind.combine(memory, bank, query, own, *weighed, **options)
             for kind, own, weighed in zip(self.kinds, live, gates, strict=True)
         )
@@ -207,11 +219,12 @@ class Together(Aggregation):
             scores = gates if kind.gate == "content" else jnp.where(gates > -jnp.inf, 0, gates)
             return jnp.append(*kind.gates(scores[:-1], scores[-1]))
 
-        return self._sum(
+        return self.scaled(
             kind.combine_token(memory, states, query, own(kind)) for kind in self.kinds
         )
 
-    def _sum(self, outputs):
+    def scaled(self, outputs):
+        """The sum of the aggregations' outputs, each scaled."""
         return sum(
             y * jnp.cos(i + jnp.arange(y.shape[-1])).reshape(*[1] * (y.ndim - 1), -1)
             for i, y in enumerate(outputs)
@@ -239,3 +252,20 @@ def assert_close(got, wanted, tolerance, scale=None):
             assert error <= tolerance, f"{jax.tree_util.keystr(path)}: {error} > {tolerance}"
 
     jax.tree_util.tree_map_with_path(check, got, wanted)
+
+
+def assert_slopes(loss, inputs, gradients, normal, tolerance):
+    """Asserts that gradients of a loss are its slopes along a random direction of each argument."""
+    arguments, tree = jax.tree.flatten(inputs)
+    for i, (x, gradient) in enumerate(zip(arguments, jax.tree.leaves(gradients), strict=True)):
+        direction = normal(*x.shape)
+
+        def moved(distance, i=i, along=direction):
+            others = [x + distance * along if i == j else x for j, x in enumerate(arguments)]
+            return float(loss(jax.tree.unflatten(tree, others)))
+
+        # The second difference of first differences: the error is of fourth order.
+        near, far = ((moved(h) - moved(-h)) / (2 * h) for h in (1e-4, 2e-4))
+        difference = (4 * near - far) / 3
+        error = abs(np.vdot(gradient, direction) - difference)
+        assert error <= tolerance * max(1, abs(difference)), (i, error)

@@ -1,6 +1,5 @@
 """What must hold for every memory, aggregation and start: see the names of the tests."""
 
-import dataclasses
 import itertools
 from typing import Any
 
@@ -8,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import memcache_jax as mc
 from tests.cases import (
@@ -123,55 +120,6 @@ def test_chunks_of_one_token_equal_tokens(start):
     assert_close(run(inputs, memory, mc.GRM(), start=start), wanted, 1e-12)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MEMORIES)
-@settings(max_examples=3, deadline=None)
-@given(data=st.data())
-def test_chunks_equal_tokens_at_any_shape(name, data):
-    memory = MEMORIES[name]
-    chunk = data.draw(st.integers(1, 5), "chunk")
-    if memory.gradient_chunk:
-        memory = dataclasses.replace(memory, chunk_size=chunk, expansion=1)
-    size = chunk * data.draw(st.integers(1, 4), "chunks in a block")
-    length = data.draw(st.integers(1, 40), "length")
-    lengths = tuple(size * n for n in data.draw(st.lists(st.integers(1, 3), min_size=1), "lengths"))
-    segmentation = data.draw(
-        st.sampled_from(
-            [mc.Constant(size), mc.Logarithmic(size), mc.Lengths((*lengths, 40 * size))]
-        )
-    )
-    kind = data.draw(st.sampled_from([mc.GRM, mc.Soup, mc.SSC]), "aggregation")
-    aggregation = kind(
-        gate=data.draw(st.sampled_from(["content", "position", "uniform"]), "gate"),
-        pooling=data.draw(st.sampled_from(["mean", "sum"]), "pooling"),
-        **(
-            dict(top_k=2, inner=data.draw(st.sampled_from(["grm", "soup"])))
-            if kind is mc.SSC
-            else {}
-        ),
-    )
-    sizes = {name: data.draw(st.integers(1, 3), name) for name in ("batch", "heads", "dim")}
-    start = data.draw(st.sampled_from(STARTS), "start")
-    with jax.enable_x64(True):
-        inputs = make_inputs(memory, length, **sizes)
-        if memory.gradient_chunk:
-            inputs["controls"]["eta"] *= 0.05  # a larger one diverges, both to NaN
-        inputs = jax.tree.map(jnp.asarray, inputs)
-
-        def outputs(implementation):
-            return mc.memory_caching(
-                **inputs,
-                memory=memory,
-                aggregation=aggregation,
-                segmentation=segmentation,
-                start=start,
-                implementation=implementation,
-            )
-
-        got, wanted = jax.jit(lambda: (outputs("xla"), outputs("reference")))()
-        assert_close(got, wanted, 1e-11, scale=max(1.0, float(abs(wanted).max())))
-
-
 @pytest.mark.usefixtures("x64")
 @every_start
 def test_schedules_agree(start):
@@ -185,57 +133,6 @@ def test_schedules_agree(start):
             )
 
     assert_close(outputs("side_by_side"), outputs("in_turn"), 1e-12)
-
-
-@pytest.mark.usefixtures("x64")
-def test_residual_of_linear_attention_is_linear_attention():
-    memory = MEMORIES["linear"]
-    inputs = make_inputs(memory, 21)
-    scores = jnp.einsum("bthk,bshk->bhts", inputs["query"], inputs["key"])
-    wanted = jnp.einsum("bhts,bshv->bthv", jnp.tril(scores), inputs["value"])
-    assert_close(run(inputs, memory, mc.Residual()), wanted, 1e-12)
-
-
-@pytest.mark.usefixtures("x64")
-@every_family
-def test_one_segment_is_the_base_rule(memory):
-    inputs = make_inputs(memory, 7)
-    base = run_reference(inputs, memory, mc.Residual(), size=24)
-    for name, y in run_all(inputs, memory, size=8, cases=combine(plans=TWO_PLANS[:1])).items():
-        assert_close({name: y}, {name: base}, 1e-12)
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(
-    ("name", "inner"), [("linear", "grm"), ("titans", "grm"), ("titans", "soup")]
-)
-def test_a_router_that_takes_all_is_what_it_routes_to(name, inner):
-    memory = MEMORIES[name]
-    inputs = make_inputs(memory, 18)  # five segments
-    wanted, more, all_, fewer = (
-        run(inputs, memory, kind, size=4)
-        for kind in (
-            dict(grm=mc.GRM(), soup=mc.Soup())[inner],
-            *(mc.SSC(top_k=top_k, inner=inner) for top_k in (7, 4, 3)),
-        )
-    )
-    assert_close(more, wanted, 1e-12)
-    assert_close(all_, wanted, 1e-12)
-    assert np.abs(fewer - wanted).max() > 1e-4
-
-
-@pytest.mark.usefixtures("x64")
-def test_vectors_in_segments_of_one_token_are_softmax_attention():
-    inputs = make_inputs(MEMORIES["vector"], 21)
-    y = run(inputs, MEMORIES["vector"], mc.GRM(), size=1)
-    u, k, v = (inputs[name] for name in ("connector", "key", "value"))
-    scores = np.einsum("bthk,bshk->bhts", u, k)
-    weights = np.tril(np.exp(scores))
-    weights /= weights.sum(axis=-1, keepdims=True)
-    assert_close(y, np.einsum("bhts,bshv->bthv", weights, v), 1e-12)
-    # JAX takes the softmax in float32 whatever the inputs are.
-    wanted = jax.nn.dot_product_attention(u, k, v, is_causal=True, scale=1.0)
-    assert_close(y, wanted, 1e-6)
 
 
 @pytest.mark.parametrize("kind", [mc.SSC(top_k=2), mc.SSC(top_k=2, inner="soup")], ids=repr)
@@ -303,50 +200,6 @@ def test_memory_does_not_grow_with_the_square_of_an_odd_length():
         return analysis.temp_size_in_bytes
 
     assert temporaries(1021) < 1.5 * temporaries(1024)
-
-
-PRECISIONS = ((jnp.float32, 1e-6), (jnp.bfloat16, 1e-2))
-
-
-@every_memory
-def test_lower_precision_stays_close(memory):
-    inputs = make_inputs(memory, 200, dim=16, dtype=jnp.float32)
-    for dtype, tolerance in PRECISIONS:
-        narrow = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), inputs)
-        got = run(narrow, memory, mc.GRM(), size=64)
-        assert got.dtype == dtype
-        with jax.enable_x64(True):
-            exact = jax.tree.map(lambda x: x.astype(np.float64), narrow)
-            wanted = run(exact, memory, mc.GRM(), size=64)
-            assert_close(got, wanted, tolerance)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["swla", "gla", "gated_deltanet", "titans"])
-def test_lower_precision_stays_close_over_long_sequences(name):
-    memory = MEMORIES[name]
-
-    @jax.jit
-    def outputs(inputs, cotangent):
-        with scheduled("in_turn"):
-            y, pull = jax.vjp(lambda inputs: run(inputs, memory, mc.GRM(), size=256), inputs)
-            return y, pull(cotangent)
-
-    for alpha, (dtype, tolerance) in itertools.product((0.999, 0.8), PRECISIONS):
-        inputs = make_inputs(memory, 4096, batch=1, heads=1, dim=16, dtype=jnp.float32)
-        inputs["controls"]["log_alpha"][:] = np.log(alpha)
-        if memory.gradient_chunk:  # longer steps diverge
-            inputs["controls"]["eta"] *= 0.02
-        inputs = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), inputs)
-        cotangent = np.cos(np.arange(4096 * 16, dtype=np.float32)).reshape(1, 4096, 1, 16)
-        cotangent = cotangent.astype(dtype)
-        y, gradients = outputs(inputs, cotangent)
-        assert y.dtype == dtype
-        with jax.enable_x64(True):
-            exact = jax.tree.map(lambda x: x.astype(np.float64), (inputs, cotangent))
-            y_wanted, gradients_wanted = outputs(*exact)
-            assert_close(y, y_wanted, tolerance)
-            assert_close(gradients, gradients_wanted, 2 * tolerance)
 
 
 @pytest.mark.parametrize(("name", "length"), list(itertools.product(MEMORIES, (20, 1))))

@@ -3,21 +3,9 @@
 import re
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
-import memcache_jax as mc
-from tests.cases import (
-    AGGREGATIONS,
-    REFERENCE,
-    TWO_PLANS,
-    assert_close,
-    combine,
-    make_inputs,
-    run_all,
-)
+from tests.cases import MEMORIES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -54,38 +42,13 @@ def test_all_blocks_are_found():
     assert len(BLOCK.findall(README)) == README.count("```python")
 
 
-@pytest.mark.usefixtures("x64")
 def test_write_your_own_memory():
     page = (ROOT / "docs/write_your_own_memory.md").read_text()
-    code = "".join(block for _, block in BLOCK.findall(page))
-    names = {}
-    with jax.enable_x64(False):
-        exec(compile(code, "write_your_own_memory.md", "exec"), names)
-    memory = names["Erasing"]()
-    inputs = make_inputs(memory, 19)
-    options = dict(cases=combine(("grm", "ssc"), TWO_PLANS))
-    wanted = run_all(inputs, memory, **options, options=REFERENCE)
-    assert_close(run_all(inputs, memory, **options), wanted, 1e-12)
-    outputs, tokens = [], {name: x for name, x in inputs.items() if name != "weights"}
-    cache = mc.init_cache(
-        *(2, 3, 4, 4),
-        memory=memory,
-        aggregation=AGGREGATIONS["ssc"],
-        segmentation=mc.Logarithmic(4),
-        max_segments=4,
-        dtype=jnp.float64,
-    )
-    for begin, end in ((0, 7), (7, 19)):
-        part = jax.tree.map(lambda x, b=begin, e=end: x[:, b:e], tokens)
-        y, cache = jax.jit(mc.extend)(cache, **part)
-        outputs.append(y)
-    y = jnp.concatenate(outputs, axis=1)
-    assert_close(y, wanted["ssc/logarithmic/independent"], 1e-10)
-    ids = np.array([[0] * 5 + [1] * 14, [0] * 2 + [1] * 9 + [0] * 8])
-    documents = dict(cases=combine(("grm",), TWO_PLANS[:1]))
-    wanted = run_all(inputs, memory, **documents, options=REFERENCE, document_ids=ids)
-    assert_close(run_all(inputs, memory, **documents, document_ids=ids), wanted, 1e-12)
-    assert BLOCK.findall(page)[0][1].count("\n") < 60
+    rule, *others = (block for _, block in BLOCK.findall(page))
+    assert rule.count("\n") < 60
+    exec(compile("".join([rule, *others]), "write_your_own_memory.md", "exec"), {})
+    # And the shared tests take it, listed once.
+    assert repr(MEMORIES["erasing"]) == "Erasing()"
 
 
 def test_what_it_points_to_exists():

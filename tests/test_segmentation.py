@@ -1,7 +1,5 @@
 """Read plans: which buckets there are and who reads them."""
 
-import itertools
-
 import numpy as np
 import pytest
 
@@ -23,18 +21,6 @@ def test_plan_of_a_prefix_is_a_prefix_of_the_plan():
     whole = mc.Constant(4).plan(40)
     part = mc.Constant(4).plan(17)
     np.testing.assert_array_equal(part.reads, whole.reads[:5, :4])
-
-
-def test_logarithmic_reads_the_binary_expansion():
-    plan = mc.Logarithmic(4).plan(4 * 64)
-    for block, reads in enumerate(plan.reads):
-        buckets = plan.buckets[[i for i in reads if i >= 0]].tolist()
-        sizes = [after - first for first, after in buckets]
-        assert sizes == [1 << p for p in range(6, -1, -1) if block >> p & 1]
-        borders = [0, *np.cumsum(sizes).tolist()]
-        assert buckets == [list(pair) for pair in itertools.pairwise(borders)]
-    assert plan.buckets[plan.reads[37, :3], 1].tolist() == [32, 36, 37]
-    assert plan.reads.shape[1] == 6
 
 
 def test_logarithmic_plan_of_a_prefix_reads_the_same_buckets():

@@ -24,42 +24,10 @@ from tests.cases import (
     scheduled,
     value_and_vjp,
 )
+from tests.streams import empty, over_time, streamed
 from tests.vectors import RULES, SEGMENT, assert_agrees, vector_inputs
 
 LENGTH = 37
-
-
-def over_time(inputs, memory, change):
-    """The tokens of inputs, changed; constants of a head as they are."""
-    fixed = {name for name, control in memory.controls.items() if control.axes == "h"}
-
-    def leaf(path, x):
-        return x if path[-1].key in fixed else change(x)
-
-    tokens = {name: x for name, x in inputs.items() if name != "weights"}
-    return jax.tree_util.tree_map_with_path(leaf, tokens)
-
-
-def empty(
-    inputs, memory, aggregation, segmentation, start: Any = "independent", segments=None, **options
-):
-    batch, length, heads, dim = inputs["key"].shape
-    if segments is None:
-        segments = -(-length // segmentation.size) - 1
-    return mc.init_cache(
-        batch,
-        heads,
-        dim,
-        dim,
-        memory=memory,
-        weights=inputs["weights"],
-        aggregation=aggregation,
-        segmentation=segmentation,
-        start=start,
-        max_segments=segments,
-        dtype=inputs["key"].dtype,
-        **options,
-    )
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
@@ -68,26 +36,6 @@ def whole(inputs, memory, aggregation, segmentation, start: Any = "independent")
         return mc.memory_caching(
             **inputs, memory=memory, aggregation=aggregation, segmentation=segmentation, start=start
         )
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4), static_argnames="split")
-def streamed(
-    inputs,
-    memory,
-    aggregation,
-    segmentation,
-    start="independent",
-    split: Any = (3, 33, 1),
-):
-    """The outputs of calls with so many tokens each."""
-    cache, outputs, begin = empty(inputs, memory, aggregation, segmentation, start), [], 0
-    with scheduled("in_turn"):
-        for count in split:
-            part = over_time(inputs, memory, lambda x, b=begin, c=count: x[:, b : b + c])
-            y, cache = mc.extend(cache, **part)
-            outputs.append(y)
-            begin += count
-    return jnp.concatenate(outputs, axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("memory", "cases", "count"))
