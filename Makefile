@@ -20,7 +20,8 @@ PIP := $(RUN) -m pip install --disable-pip-version-check --quiet
 SPEC := setup.cfg pyproject.toml
 
 # The tests install libtpu, which complains in every program where there is no TPU.
-ifeq ($(ACCELERATOR)$(wildcard /dev/accel0 /dev/vfio/0)$(shell command -v nvidia-smi),auto)
+ifneq ($(filter auto cpu,$(ACCELERATOR)$(wildcard /dev/accel0 /dev/vfio/0)$(shell \
+    command -v nvidia-smi 2>/dev/null)),)
 export JAX_PLATFORMS ?= cpu
 endif
 

@@ -5,8 +5,8 @@ Command:   python -m experiments.needle --config=configs/needle.py --workdir=run
            --config=configs/needle.py:trained --config.trained="('runs/mine',)"
 Hardware:  two CPU cores; trained models one accelerator
 Time:      21 minutes beside other work
-Expected:  at 1,024 tokens, means of two seeds on 2026-11-22: SSD 0.54, with GRM 0.96, with SSC
-           0.97, attention 0.80. Trained models: not run yet.
+Expected:  at 1,024 tokens, means of two seeds on 2026-11-22: SSD 0.54 (1.00 and 0.07), with GRM
+           0.96, with SSC 0.97, attention 0.80. Trained models: not run yet.
 """
 
 from typing import Any

@@ -223,7 +223,7 @@ class Together(Aggregation):
             kind.combine_token(memory, states, query, own(kind)) for kind in self.kinds
         )
 
-    def scaled(self, outputs):
+    def scaled(self, outputs) -> Any:
         """The sum of the aggregations' outputs, each scaled."""
         return sum(
             y * jnp.cos(i + jnp.arange(y.shape[-1])).reshape(*[1] * (y.ndim - 1), -1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,7 @@ PRECISIONS = ((jnp.float32, 1e-6), (jnp.bfloat16, 1e-2))
 class InParts(Together):
     """Several aggregations over one writing of a memory, each of a part of the channels."""
 
-    def scaled(self, outputs):
+    def scaled(self, outputs) -> Any:
         outputs = list(outputs)
         parts = (jnp.split(y, len(outputs), axis=-1)[i] for i, y in enumerate(outputs))
         return jnp.concatenate(list(parts), axis=-1)

@@ -221,22 +221,20 @@ class Attention(nnx.Module):
         _checks.check_room(cache.position, x.shape[:2], lengths, limit)
         lengths = jnp.full(len(x), length, jnp.int32) if lengths is None else lengths
         place = cache.position[:, None] + jnp.arange(length)[None]
-        query, *new = (jnp.moveaxis(rows, 2, 1) for rows in self._rows(x, place))
+        query, *new = self._rows(x, place)
         if self.window is None:
             # Beyond a row's last token nothing is put.
             there = jnp.where(jnp.arange(length)[None] < lengths[:, None], place, past)
-            rows = (0 if cache.first is None else cache.first) + jnp.arange(len(x))
-            heads = jnp.arange(self.num_heads)[None, :, None]
+            rows = (0 if cache.first is None else cache.first) + jnp.arange(len(x))[:, None]
             kept = tuple(
-                old.at[rows[:, None, None], heads, there[:, None]].set(
-                    new.astype(old.dtype), mode="drop"
-                )
+                old.at[rows, :, there].set(new.astype(old.dtype), mode="drop")
                 for old, new in zip(cache.states, new, strict=True)
             )
             key, value = (_own(row, cache.first, len(x)) for row in kept)
             seen = jnp.arange(past)[None, None] <= place[..., None]
         else:
             old = (_own(row, cache.first, len(x)) for row in cache.states)
+            new = (jnp.moveaxis(rows, 2, 1) for rows in new)
             key, value = (jnp.concatenate(pair, axis=2) for pair in zip(old, new, strict=True))
             of_key = (cache.position - past)[:, None] + jnp.arange(past + length)[None]
             ago = place[..., None] - of_key[:, None]
@@ -249,7 +247,7 @@ class Attention(nnx.Module):
                 )
                 for old, row in zip(cache.states, (key, value), strict=True)
             )
-        y = jnp.moveaxis(_attend(query, key, value, seen[:, None]), 1, 2)
+        y = _attend(query, key, value, seen[:, None])
         if self.window is None:
             beyond = (place >= past) & (jnp.arange(length)[None] < lengths[:, None])
             y = jnp.where(beyond[..., None, None], jnp.nan, y)
@@ -273,16 +271,17 @@ def _own(shared: Array, first: Any, rows: int) -> Array:
 
 
 def _attend(
-    query: Float[Array, "b h t k"],
+    query: Float[Array, "b t h k"],
     key: Float[Array, "b h s k"],
     value: Float[Array, "b h s k"],
     seen: Bool[Array, "b 1 t s"],
-) -> Float[Array, "b h t k"]:
+) -> Float[Array, "b t h k"]:
     """Attention over what lies head by head, which ``jax.nn.dot_product_attention`` would copy."""
+    key, value = key.astype(query.dtype), value.astype(query.dtype)
     wide = jnp.promote_types(query.dtype, jnp.float32)
-    scores = jnp.einsum("bhtk,bhsk->bhts", query, key, preferred_element_type=wide)
+    scores = jnp.einsum("bthk,bhsk->bhts", query, key, preferred_element_type=wide)
     weights = jax.nn.softmax(jnp.where(seen, scores * query.shape[-1] ** -0.5, -jnp.inf))
-    return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value)
+    return jnp.einsum("bhts,bhsk->bthk", weights.astype(value.dtype), value)
 
 
 def rotate(

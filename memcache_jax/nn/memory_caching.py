@@ -143,8 +143,9 @@ class MemoryCaching(nnx.Module):
         for name, shape in memory.weight_shapes(self.head_dim, self.head_dim).items():
             # Not zero: the gradients of both layers of a zero network are zero for ever.
             normal = jax.nn.initializers.normal(shape[1] ** -0.5)
-            longer = shape.index(max(shape))
-            init = partitioned(normal, "heads", *("embed" if i == longer else None for i in (0, 1)))
+            longest = shape.index(max(shape))
+            axes = ("embed" if axis == longest else None for axis in range(len(shape)))
+            init = partitioned(normal, "heads", *axes)
             self.weights[name] = nnx.Param(init(rngs.params(), (num_heads, *shape), param_dtype))
 
         self.norm = nnx.RMSNorm(self.head_dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)

@@ -53,7 +53,7 @@ def default_config() -> Config:
     config.mesh = ConfigDict()  # devices along each axis, one may be -1: all that are left
     config.mesh.data = 1  # copies of the model
     config.mesh.fsdp = 1  # shards of parameters and optimizer, gathered for use
-    config.mesh.seq = 1  # parts of a sequence
+    config.mesh.seq = 1  # parts of a sequence; parameters are divided over them too
     config.mesh.tensor = 1  # shards of heads and hidden widths
     config.mesh.slices = 1  # TPU slices that a slower network joins
     config.resume = False  # go on from the newest checkpoint in the workdir, if there is one
@@ -131,6 +131,11 @@ def check_config(config: Config) -> None:
         raise ValueError(
             f"batch_size must be a multiple of accumulate, got {config.batch_size} and "
             f"{config.accumulate}"
+        )
+    streams = config.data.streams
+    if streams < 1 or config.batch_size % streams:
+        raise ValueError(
+            f"batch_size must be a multiple of data.streams, got {config.batch_size} and {streams}"
         )
     for name in ("learning_rate", "clip_norm"):
         if not config.optimizer[name] > 0:

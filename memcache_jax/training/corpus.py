@@ -109,6 +109,7 @@ class ReplacedDocuments:
         if self._tokenizer.num_replaced_documents > self.count:
             self.count = self._tokenizer.num_replaced_documents
             _log.warning(
-                "%d documents read so far were not UTF-8; their invalid bytes were replaced.",
+                "%d documents that this process has read were not UTF-8; "
+                "their invalid bytes were replaced.",
                 self.count,
             )

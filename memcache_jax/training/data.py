@@ -76,7 +76,7 @@ def training_iterator(
     if len(records) < num_streams:
         raise ValueError(
             f"{num_streams} streams need as many records at least, got {len(records)}: give fewer "
-            "streams, more files, or files with more lines or row groups"
+            "streams, data.streams, more files, or files with more lines or row groups"
         )
     # Grain would look for a first token forever.
     if not any(records[i] for i in range(len(records))):

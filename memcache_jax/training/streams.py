@@ -76,6 +76,10 @@ class Streams:
             for index in (range(num_streams) if read is None else read)
         }
 
+    def __iter__(self) -> "Streams":
+        """Returns itself."""
+        return self
+
     def __next__(self) -> np.ndarray:
         """Returns tokens (b, t + 1) int32, -1 in the rows of streams that are not read."""
         tokens = np.full(self._shape, -1, np.int32)

@@ -102,6 +102,8 @@ def test_bad_models_are_refused(key, value, message):
         ("batch_size", 0),
         ("log_every", 0),
         ("keep_checkpoints", 0),
+        ("data.streams", 0),
+        ("data.streams", 3),
         ("optimizer.learning_rate", 0.0),
         ("optimizer.learning_rate", float("nan")),
         ("optimizer.z_loss", -1.0),
