@@ -3,8 +3,9 @@
 Command:   python -m experiments.ablate --config=configs/ablate.py --workdir=runs/ablate, or
            --config=configs/ablate.py:titans for another rule
 Hardware:  two CPU cores
-Time:      not measured
-Expected:  not run yet.
+Time:      65 minutes beside other work
+Expected:  at L = 256 and K = 64, means of two seeds on 2026-11-22: SWLA with GRM 0.28, with
+           segments of 8 tokens 0.74, of 32 0.13, without caches 0.14. Other rules: not run yet.
 """
 
 from typing import Any
