@@ -4,8 +4,10 @@ Command:   python -m experiments.extrapolate --config=configs/extrapolate.py \
                --workdir=runs/extrapolate
            on two CPU cores, --config=configs/extrapolate.py:cpu
 Hardware:  one GPU; or two CPU cores
-Time:      not measured
-Expected:  not run yet.
+Time:      14 minutes on two cores, beside other work
+Expected:  on two cores, bits per byte of the positions 1,024 to 2,048 after training on 256, on
+           2026-11-22: Titans 2.36, with caches after training 2.10, trained with GRM 2.11, a
+           Transformer 4.44. Not run on a GPU.
 """
 
 from typing import Any
