@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import memcache_jax as mc
-from memcache_jax import aggregation
+from memcache_jax.aggregation import base
 from memcache_jax.kernels import _table
 from memcache_jax.kernels._pallas import interpret_kernels
 from memcache_jax.kernels.chunk_update import chunk_update
@@ -112,7 +112,7 @@ def test_the_later_layers_of_soups_are_read_by_the_implementation(monkeypatch):
         asked.append(implementation)
         return chunk_update(*args, implementation=implementation, **options)
 
-    monkeypatch.setattr(aggregation, "chunk_update", update)
+    monkeypatch.setattr(base, "chunk_update", update)
     inputs = make_inputs(MEMORIES["titans"], 12, batch=1, heads=1, dtype=np.float32)
     inputs = jax.tree.map(jnp.asarray, inputs)
     tokens = [inputs[name] for name in ("query", "key", "value", "query")]
