@@ -153,7 +153,7 @@ def test_soup_of_matrices_is_grm(case, options):
 def test_soup_of_deep_memories_is_not_grm(case):
     assume(case.states > 0)
     grm, soup = case.run([mc.GRM()], [mc.Soup()])
-    assert abs(grm - soup).max() > 1e-8
+    assert abs(grm - soup).max() > 1e-13  # of a second order in small steps
 
 
 @at_any_shape(5)
