@@ -81,7 +81,8 @@ def channel_scores(
     size, width = x.shape
     filled = 1 << (size - 1).bit_length()
     x, key, since = (
-        jnp.pad(rows, ((0, filled - size), (0, 0))) for rows in (x, key, jnp.maximum(log_decay, _ZERO))
+        jnp.pad(rows, ((0, filled - size), (0, 0)))
+        for rows in (x, key, jnp.maximum(log_decay, _ZERO))
     )
     to_end = jnp.zeros_like(since)
     scores = jnp.vecdot(x, key)[:, None, None]
