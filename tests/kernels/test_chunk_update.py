@@ -150,6 +150,36 @@ def test_float32_where_integers_have_64_bits():
     assert_close(got, value_and_vjp(functools.partial(run, "reference"), state, rows), 2e-6)
 
 
+def traced(key_dim):
+    """Titans by the TPU's kernels, not run."""
+    memory = mc.memories.Titans(chunk_size=128)
+    shapes = {"log_alpha": (), "log_beta": (), "eta": ()}
+    tokens = {name: (1, 512, 2, *rest) for name, rest in shapes.items()}
+    weights = {n: (2, *shape) for n, shape in memory.weight_shapes(key_dim, key_dim).items()}
+    arrays, tokens, weights = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        ([(1, 512, 2, key_dim)] * 3, tokens, weights),
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+    def y(arrays, controls, weights):
+        how = dict(memory=memory, aggregation=mc.Residual(), segmentation=mc.Constant(256))
+        how |= dict(controls=controls, weights=weights, start="checkpoint")
+        return mc.memory_caching(*arrays, **how, implementation="pallas_tpu").sum()
+
+    return jax.eval_shape(jax.grad(y), arrays, tokens, weights)
+
+
+@pytest.mark.parametrize("key_dim", [32, 64, 96, 128, 256])
+def test_tpu_takes_heads_of_any_usual_size(key_dim):
+    assert {x.shape for x in traced(key_dim)} == {(1, 512, 2, key_dim)}
+
+
+def test_tpu_refuses_what_vector_memory_cannot_hold():
+    with pytest.raises(NotImplementedError, match=r"backward [0-9.]+ MiB, where kernels may use"):
+        traced(512)
+
+
 def test_gpu_serves_none():
     with pytest.raises(NotImplementedError, match="registers"):
         chunk_update(lambda s, r: (s, r), 0.0, 0.0, batch_dims=0, implementation="pallas_gpu")
