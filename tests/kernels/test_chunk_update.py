@@ -153,21 +153,21 @@ def test_float32_where_integers_have_64_bits():
 def traced(key_dim):
     """Titans by the TPU's kernels, not run."""
     memory = mc.memories.Titans(chunk_size=128)
-    shapes = {"log_alpha": (), "log_beta": (), "eta": ()}
-    tokens = {name: (1, 512, 2, *rest) for name, rest in shapes.items()}
-    weights = {n: (2, *shape) for n, shape in memory.weight_shapes(key_dim, key_dim).items()}
-    arrays, tokens, weights = jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
-        ([(1, 512, 2, key_dim)] * 3, tokens, weights),
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
+
+    def shaped(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    arrays = [shaped(1, 512, 2, key_dim)] * 3
+    controls = {name: shaped(1, 512, 2) for name in memory.controls}
+    shapes = memory.weight_shapes(key_dim, key_dim)
+    weights = {name: shaped(2, *shape) for name, shape in shapes.items()}
 
     def y(arrays, controls, weights):
         how = dict(memory=memory, aggregation=mc.Residual(), segmentation=mc.Constant(256))
         how |= dict(controls=controls, weights=weights, start="checkpoint")
         return mc.memory_caching(*arrays, **how, implementation="pallas_tpu").sum()
 
-    return jax.eval_shape(jax.grad(y), arrays, tokens, weights)
+    return jax.eval_shape(jax.grad(y), arrays, controls, weights)
 
 
 @pytest.mark.parametrize("key_dim", [32, 64, 96, 128, 256])
