@@ -185,14 +185,23 @@ def dtype_reasons(*arrays: Array) -> list[tuple[bool, str]]:
 def triton_state_reasons(bank: Matrices) -> list[tuple[bool, str]]:
     """Why Triton kernels cannot serve states (..., in, out), for ``check_served``."""
     shapes = [m.shape[-2:] for m in bank]
-    filled = sum(power_of_two(rows) * power_of_two(columns) for rows, columns in shapes)
     return [
         (any(1 in shape for shape in shapes), f"matrices of one row or column, {shapes}"),
         (
-            filled > _LARGEST_STATE,
-            f"a state of {filled} numbers, filled up, where {_LARGEST_STATE} fit into registers",
+            not fits_triton(shapes),
+            f"a state of {_filled(shapes)} numbers, filled up, where {_LARGEST_STATE} fit into "
+            "registers",
         ),
     ]
+
+
+def fits_triton(shapes: Sequence[tuple[int, int]]) -> bool:
+    """Whether a Triton program has registers for matrices of these shapes."""
+    return _filled(shapes) <= _LARGEST_STATE
+
+
+def _filled(shapes: Sequence[tuple[int, int]]) -> int:
+    return sum(power_of_two(rows) * power_of_two(columns) for rows, columns in shapes)
 
 
 def read_shape(

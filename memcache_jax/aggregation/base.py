@@ -1,6 +1,7 @@
 """What all aggregations share: gates over states, and the gated sum of reads or of layers."""
 
 import abc
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +17,11 @@ from memcache_jax._reads import (
 )
 from memcache_jax._typing import Array, Float, Int, Matrices
 from memcache_jax.gating import relevance
+from memcache_jax.kernels._pallas import fits_triton
 from memcache_jax.kernels.bank_read import bank_read
 from memcache_jax.kernels.chunk_update import chunk_update
 from memcache_jax.memories import Memory
+from memcache_jax.memories._pieces import pieces_of_matrix
 from memcache_jax.segmentation import ReadPlan
 
 
@@ -157,17 +160,28 @@ class Aggregation(abc.ABC):
         """
         read_cached = read_cached or self.read_cached
 
-        def gated_sum(online: Array, read: Callable[..., Array], bank: Matrices, x: Array) -> Array:
+        def gated_sum(online: Array, divide: Callable, bank: Matrices, x: Array) -> Array:
             online = online.reshape(*x.shape[:-1], -1)
             if not memory.reads_query and implementation is None and all_in_order(reads, bank):
                 cached = weighted_rows(gates[0], bank[0][:, :, :, 0])
             else:
-                read = blind_where_gates_are_zero(read) if zero_gates else read
-                cached = read_cached(read, bank, x, gates[0], reads, implementation)
+                fits = fits_triton if implementation == "pallas_gpu" else lambda shapes: True
+                cached = functools.reduce(
+                    jnp.add,
+                    (
+                        read_cached(
+                            blind_where_gates_are_zero(read) if zero_gates else read,
+                            *(matrices, query, gates[0], reads, implementation),
+                        )
+                        for read, matrices, query in divide(bank, x, fits)
+                    ),
+                )
             return jnp.einsum("bhnc,bhncv->bhncv", gates[1], online) + cached
 
         if not self._mixes_layers(memory):
-            return gated_sum(live, memory.read, bank, query)
+            return gated_sum(live, memory.pieces, bank, query)
+
+        pieces_of_layer = functools.partial(pieces_of_matrix, read_matrix)
 
         def mixed(layer: int, x: Array) -> Array:
             """A layer of M*, never forming its weights: the gated sum of the layers' outputs."""
@@ -180,7 +194,7 @@ class Aggregation(abc.ABC):
                     batch_dims=3,
                     implementation=implementation,
                 )
-            return gated_sum(online, read_matrix, (bank[layer],), x)
+            return gated_sum(online, pieces_of_layer, (bank[layer],), x)
 
         return memory.forward(mixed, query)
 

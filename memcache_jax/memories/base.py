@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from memcache_jax._typing import Apply, Array, Bool, Controls, Float, Int, Matrices, State
 from memcache_jax.kernels.affine_update import AffineChunk
+from memcache_jax.memories._pieces import Fits, Piece
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,6 +244,20 @@ class Memory(abc.ABC):
     ) -> Float[Array, "rows v"]:
         """Reads a frozen state, times a gate if there is one."""
         return self.forward(lambda layer, x: jnp.matmul(x, matrices[layer]), query, gate)
+
+    def pieces(self, matrices: Matrices, query: Float[Array, "... k"], fits: Fits) -> list[Piece]:
+        """Reads of smaller states that add up to ``read``, as few as fit.
+
+        Args:
+          matrices: the matrices of states, (..., in, out) each.
+          query: what reads them.
+          fits: whether matrices are small enough.
+
+        Returns:
+          The pieces; the whole, if the read is no such sum.
+        """
+        del fits
+        return [Piece(self.read, matrices, query)]
 
     @property
     def mergeable(self) -> bool:

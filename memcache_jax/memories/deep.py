@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from memcache_jax._typing import Apply, Array, Bool, Controls, Float, Int, Matrices
 from memcache_jax.memories._decay import decay_matrix, start_decay
+from memcache_jax.memories._pieces import Fits, Piece, fewest_pieces, pieces_of_matrix
 from memcache_jax.memories.base import NEAR_ONE, Control, Memory, gated
 
 
@@ -155,6 +156,19 @@ class DeepMemory(Memory):
             return apply(0, gated(gate, query))
         return gated(gate, query) + apply(1, gated(gate, jax.nn.gelu(apply(0, query))))
 
+    def pieces(self, matrices: Matrices, query: Float[Array, "... k"], fits: Fits) -> list[Piece]:
+        """Some of the hidden units each; the first one adds the query too."""
+        if type(self).forward is not DeepMemory.forward:
+            return super().pieces(matrices, query, fits)
+        if self.depth == 1:
+            return pieces_of_matrix(self.read, matrices, query, fits)
+        inner, outer = matrices
+        (rows, hidden), columns = inner.shape[-2:], outer.shape[-1]
+        count = fewest_pieces(hidden, lambda size: fits([(rows, size), (size, columns)]))
+        parts = zip(jnp.split(inner, count, -1), jnp.split(outer, count, -2), strict=True)
+        reads = [self.read, *[_read_hidden] * (count - 1)]
+        return [Piece(read, part, query) for read, part in zip(reads, parts, strict=True)]
+
     def step(
         self,
         state: DeepState,
@@ -276,6 +290,14 @@ class DeepMemory(Memory):
         zeros = tuple(jnp.zeros((key.shape[0], w.shape[1]), key.dtype) for w in weights)
         deltas, inputs = jax.grad(loss, has_aux=True)(zeros)
         return inputs, deltas
+
+
+def _read_hidden(
+    matrices: Matrices, query: Float[Array, "rows k"], gate: Float[Array, "rows"] | None = None
+) -> Array:
+    """What hidden units add to the read of a memory of depth 2."""
+    inner, outer = matrices
+    return jnp.matmul(gated(gate, jax.nn.gelu(jnp.matmul(query, inner))), outer)
 
 
 @dataclasses.dataclass(frozen=True)

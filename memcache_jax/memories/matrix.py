@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from memcache_jax._typing import Apply, Array, Bool, Controls, Float, Matrices
 from memcache_jax.kernels.affine_update import AffineChunk
 from memcache_jax.memories._decay import decay_matrix, start_decay
+from memcache_jax.memories._pieces import Fits, Piece, pieces_of_matrix
 from memcache_jax.memories.base import NEAR_ONE, Control, Memory, gated
 
 
@@ -53,6 +54,12 @@ class MatrixMemory(Memory):
     ) -> Array:
         """M q."""
         return apply(0, gated(gate, query))
+
+    def pieces(self, matrices: Matrices, query: Float[Array, "... k"], fits: Fits) -> list[Piece]:
+        """Bands of M's rows."""
+        if type(self).forward is not MatrixMemory.forward:
+            return super().pieces(matrices, query, fits)
+        return pieces_of_matrix(self.read, matrices, query, fits)
 
 
 class DecayChunk(NamedTuple):

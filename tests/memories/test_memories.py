@@ -127,3 +127,19 @@ def test_gradients_of_gates_are_summed_in_float32(memory):
     sums = re.findall(r"(\w+)\[[0-9,]*\] = reduce_sum", str(jax.make_jaxpr(gradient)(gate, query)))
     assert sums
     assert {*sums} == {"f32"}
+
+
+@every_memory
+def test_pieces_add_up_to_the_read(memory):
+    state, key, value, controls, query = one_head(memory, 6)
+    state, _ = memory.write(state, state, key, value, controls)
+    matrices, gate = memory.matrices(state), jnp.linspace(-1, 2, len(query))
+    largest = max(m.size for m in matrices) // 2
+    pieces = memory.pieces(
+        matrices, query, lambda shapes: sum(rows * columns for rows, columns in shapes) <= largest
+    )
+    assert len(pieces) > 1 or not memory.reads_query
+    parts = [piece.read(piece.matrices, piece.query, gate) for piece in pieces]
+    assert_close(sum(parts), memory.read(matrices, query, gate), 1e-12)
+    (whole,) = memory.pieces(matrices, query, lambda shapes: True)
+    assert_close(whole.read(whole.matrices, query), memory.read(matrices, query), 0)
