@@ -129,6 +129,7 @@ def test_gradients_of_gates_are_summed_in_float32(memory):
     assert {*sums} == {"f32"}
 
 
+@pytest.mark.usefixtures("x64")
 @every_memory
 def test_pieces_add_up_to_the_read(memory):
     state, key, value, controls, query = one_head(memory, 6)
