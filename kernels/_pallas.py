@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -195,13 +196,13 @@ def triton_state_reasons(bank: Matrices) -> list[tuple[bool, str]]:
     ]
 
 
-def fits_triton(shapes: Sequence[tuple[int, int]]) -> bool:
+def fits_triton(shapes: Sequence[tuple[int, ...]]) -> bool:
     """Whether a Triton program has registers for matrices of these shapes."""
     return _filled(shapes) <= _LARGEST_STATE
 
 
-def _filled(shapes: Sequence[tuple[int, int]]) -> int:
-    return sum(power_of_two(rows) * power_of_two(columns) for rows, columns in shapes)
+def _filled(shapes: Sequence[tuple[int, ...]]) -> int:
+    return sum(math.prod(map(power_of_two, shape)) for shape in shapes)
 
 
 def read_shape(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from memcache_jax._typing import Array, Float, Matrices
 
-Fits: TypeAlias = Callable[[Sequence[tuple[int, int]]], bool]
+Fits: TypeAlias = Callable[[Sequence[tuple[int, ...]]], bool]
 """Whether matrices of these shapes, (in, out) each, are small enough together."""
 
 
