@@ -37,6 +37,13 @@ TABLE = {
             "work": 12,
         },
     },
+    "deep_update/pallas_gpu": {
+        "default": {
+            "num_stages": 1,
+            "num_warps": 8,
+            "units": 32,
+        },
+    },
     "grouped_read/pallas_gpu": {
         "default": {
             "num_stages": 2,
