@@ -10,9 +10,11 @@ import numpy as np
 from jax import lax
 
 from memcache_jax._affine import write_affine
+from memcache_jax._deep import write_deep
 from memcache_jax._typing import Array, State
 from memcache_jax.kernels.chunk_update import chunk_update
 from memcache_jax.memories import Memory
+from memcache_jax.memories.deep import DeepMemory
 from memcache_jax.segmentation import ReadPlan
 
 
@@ -65,8 +67,10 @@ def write_blocks(
         return write_runs(memory, live, initial, rows, implementation)
     if kernel := _matrix_kernel(memory, implementation):
         return write_affine(memory, live, initial, rows, restarts, kernel)
-
     write, start = chunk_writer(memory, live, initial, rows)
+    if isinstance(memory, DeepMemory) and implementation == "pallas_gpu":
+        return write_deep(memory, write, start, rows, restarts, implementation)
+
     batch, heads = rows[1].shape[:2]
     first = start((batch, heads))
 
@@ -95,6 +99,8 @@ def write_runs(
     if kernel := _matrix_kernel(memory, implementation):
         return write_affine(memory, live, initial, rows, np.ones(runs[2], bool), kernel)
     write, start = chunk_writer(memory, live, initial, rows)
+    if isinstance(memory, DeepMemory) and implementation == "pallas_gpu":
+        return write_deep(memory, write, start, rows, np.ones(runs[2], bool), implementation)
     (ends, _), kept = chunk_update(
         write, start(runs), rows, batch_dims=3, implementation=implementation
     )

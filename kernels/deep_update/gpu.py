@@ -83,9 +83,7 @@ def deep_update(
     return update(form, given, goes_on)
 
 
-def _starts(
-    form: DescentChunk, goes_on: Array, given: Parts, loss: Loss, blocks: Blocks
-) -> Parts:
+def _starts(form: DescentChunk, goes_on: Array, given: Parts, loss: Loss, blocks: Blocks) -> Parts:
     """The states that chunks start from, written over those given."""
     deep, parts = len(given[0]) > 1, range(len(given))
     tiles, first, last = _tiles(given, blocks)

@@ -24,7 +24,7 @@ class DeepState(NamedTuple):
     """Weights and momentum of one head's network, layer by layer."""
 
     weights: Matrices
-    momentum: Matrices
+    momentum: Matrices = ()
 
 
 class DeepChunk(NamedTuple):
@@ -227,7 +227,7 @@ class DeepMemory(Memory):
         of_weights, *of_momentum = self._coefficients(controls, same)
         chunk = DeepChunk(start=state, inputs=inputs, deltas=deltas, **of_weights._asdict())
         momentum = (chunk._replace(**changed._asdict()).end() for changed in of_momentum)
-        return DeepState(chunk.end(), next(momentum, ())), chunk
+        return DeepState(chunk.end(), *momentum), chunk
 
     def descent(
         self, key: Float[Array, "m k"], value: Float[Array, "m v"], controls: Controls
