@@ -41,7 +41,7 @@ TABLE = {
         "default": {
             "num_stages": 1,
             "num_warps": 8,
-            "units": 32,
+            "units": 16,
         },
     },
     "grouped_read/pallas_gpu": {

@@ -38,7 +38,8 @@ class DescentChunk(NamedTuple):
 
         def part(i: int) -> Matrices:
             (written,) = pull(self.mixing[i][:, None] * error)
-            kept = (sum(self.decay[i, p] * x for p, x in enumerate(xs)) for xs in zip(*start))
+            layers = zip(*start, strict=True)
+            kept = (sum(self.decay[i, p] * x for p, x in enumerate(layer)) for layer in layers)
             return tuple(x - change for x, change in zip(kept, written, strict=True))
 
         return tuple(map(part, range(len(start))))

@@ -8,8 +8,8 @@ other is the prediction alone, and backward the cotangent of its error.
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,6 @@ from memcache_jax.kernels._pallas import (
     filled_up,
     for_each,
     power_of_two,
-    shared_memory_reason,
     triton_barrier,
     triton_call,
 )
@@ -86,39 +85,53 @@ def deep_update(
 def _starts(form: DescentChunk, goes_on: Array, given: Parts, loss: Loss, blocks: Blocks) -> Parts:
     """The states that chunks start from, written over those given."""
     deep, parts = len(given[0]) > 1, range(len(given))
-    tiles, first, last = _tiles(given, blocks)
+    tiles = _tiles(given, blocks)
 
-    def chunk(c: Array, form: Any, states: Any) -> None:
-        key, value = form.key[0, c], form.value[0, c]
+    def chunk(c: Array, form: Any, states: Any, error: Any, entered: Any = None) -> None:
+        def matrix(part: int, layer: int, j: Array) -> Array:
+            return states[part][layer][0, c, *tiles.place(layer, j)]
 
-        def hidden(j: Array) -> tuple[Array, ...]:
-            if not deep:
-                return (form.key[0, c, *first(j)],)
-            return _gelu(_product(key, states[0][0][0, c, *first(j)]), 1)
+        def hidden(j: Array, order: int = 0) -> tuple[Array, ...]:
+            return _gelu(entered[0, j], order) if deep else (form.key[0, c, *tiles.place(0, j)],)
+
+        def enter(j: Array, _: None) -> None:
+            entered[0, j] = _product(form.key[0, c], matrix(0, 0, j))
 
         def predict(j: Array, prediction: Array) -> Array:
-            return prediction + _product(hidden(j)[0], states[0][-1][0, c, *last(j)])
+            return prediction + _product(hidden(j)[0], matrix(0, -1, j))
 
-        prediction = for_each(tiles, predict, key if deep else jnp.zeros_like(value))
-        error = jax.grad(loss)(prediction, value)
-
-        def write(layer: int, place: tuple, x: Array, delta: Array) -> None:
-            before = [states[p][layer][0, c, *place] for p in parts]
+        def write(layer: int, j: Array, change: Callable[[Array], Array]) -> None:
             for p in parts:
-                kept = sum(form.decay[0, c, p, q] * before[q] for q in parts[p:])
-                change = _product(x.T, form.mixing[0, c, p][:, None] * delta)
-                states[p][layer][0, c + 1, *place] = kept - change
+                after = -change(form.mixing[0, c, p][:, None])
+                for q in parts[p:]:
+                    after += form.decay[0, c, p, q] * matrix(q, layer, j)
+                states[p][layer][0, c + 1, *tiles.place(layer, j)] = after
 
-        def write_tile(j: Array, _: None) -> None:
-            h, *slope = hidden(j)
-            if deep:
-                delta = _product(error, states[0][-1][0, c, *last(j)].T) * slope[0]
-                write(0, first(j), key, delta)
-            write(-1, last(j), h, error)
+        def write_first(j: Array, _: None) -> None:
+            delta = _product(error[0, 0], matrix(0, -1, j).T) * hidden(j, 1)[1]
+            write(0, j, lambda mixing: _product(form.key[0, c].T, mixing * delta))
 
-        for_each(tiles, write_tile, None)
+        def write_last(j: Array, _: None) -> None:
+            (h,) = hidden(j)
+            write(-1, j, lambda mixing: _product((mixing * h).T, error[0, 0]))
 
-    return _call("deep_update_forward", chunk, lambda i: i, goes_on, form, given, blocks)
+        prediction = jnp.zeros_like(form.value[0, c])
+        if deep:
+            for_each(tiles.count, enter, None)
+            triton_barrier()
+            prediction = form.key[0, c]
+        prediction = for_each(tiles.count, predict, prediction)
+        error[0, 0] = jax.grad(loss)(prediction, form.value[0, c])
+        triton_barrier()
+        if deep:
+            for_each(tiles.count, write_first, None)
+        for_each(tiles.count, write_last, None)
+
+    rows, values = form.value.shape[2:]
+    scratch = [(1, rows, values), *[(tiles.count, rows, tiles.size)] * deep]
+    return _call(
+        *("deep_update_forward", chunk, lambda i: i, goes_on, form, given, scratch, blocks)
+    )
 
 
 def _d_starts(
@@ -132,65 +145,86 @@ def _d_starts(
     """The cotangents of the states that chunks start from, added to those from their reads."""
     deep, parts = len(weights) > 1, range(len(d_starts))
     chunks = goes_on.shape[1]
-    tiles, first, last = _tiles(d_starts, blocks)
+    tiles = _tiles(d_starts, blocks)
 
-    def chunk(c: Array, operands: Any, d_states: Any) -> None:
+    def chunk(
+        c: Array,
+        operands: Any,
+        d_states: Any,
+        errors: Any,
+        entered: Any = None,
+        d_delta: Any = None,
+    ) -> None:
         form, weights = operands
-        key, value = form.key[0, c], form.value[0, c]
 
-        def hidden(j: Array) -> tuple[Array, ...]:
-            if not deep:
-                return (form.key[0, c, *first(j)],)
-            return _gelu(_product(key, weights[0][0, c, *first(j)]), 2)
+        def matrix(layer: int, j: Array) -> Array:
+            return weights[layer][0, c, *tiles.place(layer, j)]
 
-        def d_after(layer: int, place: tuple) -> list[Array]:
-            return [d_states[p][layer][0, c + 1, *place] for p in parts]
+        def d_after(part: int, layer: int, j: Array) -> Array:
+            return d_states[part][layer][0, c + 1, *tiles.place(layer, j)]
 
-        def mixed(p: int, x: Array) -> Array:
-            return form.mixing[0, c, p][:, None] * x
+        def mixing(p: int) -> Array:
+            return form.mixing[0, c, p][:, None]
 
-        def d_delta(x: Array, after: list[Array]) -> Array:
-            """Of a layer with the inputs x."""
-            return -sum(mixed(p, _product(x, after[p])) for p in parts)
+        def hidden(j: Array, order: int = 0) -> tuple[Array, ...]:
+            return _gelu(entered[0, j], order) if deep else (form.key[0, c, *tiles.place(0, j)],)
+
+        def enter(j: Array, _: None) -> None:
+            entered[0, j] = _product(form.key[0, c], matrix(0, j))
+            every = (mixing(p) * _product(form.key[0, c], d_after(p, 0, j)) for p in parts)
+            d_delta[0, j] = -sum(every)
 
         def predict(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             prediction, d_error = carry
-            (h, *slopes), matrix = hidden(j), weights[-1][0, c, *last(j)]
-            d_error += d_delta(h, d_after(-1, last(j)))
-            if deep:
-                d_error += _product(d_delta(key, d_after(0, first(j))) * slopes[0], matrix)
-            return prediction + _product(h, matrix), d_error
-
-        zero = jnp.zeros_like(value)
-        prediction, d_error = for_each(tiles, predict, (key if deep else zero, zero))
-        error, d_prediction = jax.jvp(
-            lambda prediction: jax.grad(loss)(prediction, value), (prediction,), (d_error,)
-        )
-
-        def add(layer: int, place: tuple, after: list[Array], of_weights: Array) -> None:
+            h, *slopes = hidden(j, int(deep))
+            prediction += _product(h, matrix(-1, j))
             for p in parts:
-                kept = sum(form.decay[0, c, q, p] * after[q] for q in parts[: p + 1])
-                d_states[p][layer][0, c, *place] += kept if p else kept + of_weights
-
-        def pull_tile(j: Array, _: None) -> None:
-            h, *slopes = hidden(j)
-            after = d_after(-1, last(j))
-            of_weights = _product(h.T, d_prediction)
+                d_error += _product(-mixing(p) * h, d_after(p, -1, j))
             if deep:
-                matrix, after_first = weights[-1][0, c, *last(j)], d_after(0, first(j))
-                d_first = d_delta(key, after_first)
-                of_weights += _product((d_first * slopes[0]).T, error)
-                d_h = _product(d_prediction, matrix.T)
-                d_h -= sum(_product(mixed(p, error), after[p].T) for p in parts)
-                d_z = d_h * slopes[0] + d_first * _product(error, matrix.T) * slopes[1]
-                add(0, first(j), after_first, _product(key.T, d_z))
-            add(-1, last(j), after, of_weights)
+                d_error += _product(d_delta[0, j] * slopes[0], matrix(-1, j))
+            return prediction, d_error
 
-        for_each(tiles, pull_tile, None)
+        def pull(layer: int, j: Array, of_weights: Array) -> None:
+            for p in parts:
+                total = 0.0 if p else of_weights
+                for q in parts[: p + 1]:
+                    total += form.decay[0, c, q, p] * d_after(q, layer, j)
+                d_states[p][layer][0, c, *tiles.place(layer, j)] += total
 
+        def pull_first(j: Array, _: None) -> None:
+            _, slope, curvature = hidden(j, 2)
+            d_h = _product(errors[0, 1], matrix(-1, j).T)
+            for p in parts:
+                d_h -= mixing(p) * _product(errors[0, 0], d_after(p, -1, j).T)
+            d_slope = d_delta[0, j] * _product(errors[0, 0], matrix(-1, j).T)
+            pull(0, j, _product(form.key[0, c].T, d_h * slope + d_slope * curvature))
+
+        def pull_last(j: Array, _: None) -> None:
+            h, *slopes = hidden(j, int(deep))
+            of_weights = _product(h.T, errors[0, 1])
+            if deep:
+                of_weights += _product((d_delta[0, j] * slopes[0]).T, errors[0, 0])
+            pull(-1, j, of_weights)
+
+        prediction = d_error = jnp.zeros_like(form.value[0, c])
+        if deep:
+            for_each(tiles.count, enter, None)
+            triton_barrier()
+            prediction = form.key[0, c]
+        prediction, d_error = for_each(tiles.count, predict, (prediction, d_error))
+        errors[0, 0], errors[0, 1] = jax.jvp(
+            lambda x: jax.grad(loss)(x, form.value[0, c]), (prediction,), (d_error,)
+        )
+        triton_barrier()
+        if deep:
+            for_each(tiles.count, pull_first, None)
+        for_each(tiles.count, pull_last, None)
+
+    rows, values = form.value.shape[2:]
+    scratch = [(2, rows, values), *[(tiles.count, rows, tiles.size)] * 2 * deep]
     return _call(
         *("deep_update_backward", chunk, lambda i: chunks - 2 - i),
-        *(goes_on, (form, weights), d_starts, blocks),
+        *(goes_on, (form, weights), d_starts, scratch, blocks),
     )
 
 
@@ -202,52 +236,60 @@ def _gelu(x: Array, order: int) -> tuple[Array, ...]:
     return (*values, slopes[-1])
 
 
-def _tiles(state: Parts, blocks: Blocks) -> tuple[int, Callable, Callable]:
-    """How many tiles there are, and the place of one in the first layer and in the last one.
+class _Tiles(NamedTuple):
+    """Hidden units in tiles; at depth 1, keys."""
 
-    At depth 1 the former is that of its channels in the keys.
-    """
-    every = state[0][-1].shape[2]
-    size = min(blocks.units, every)
+    count: int
+    size: int
 
-    def units(j: Array) -> Any:
-        return pl.ds(j * size, size)
+    def place(self, layer: int, j: Array) -> tuple:
+        """Of tile j in the last layer, -1, and in what gives it its inputs, 0."""
+        units = pl.ds(j * self.size, self.size)
+        return (units, slice(None)) if layer else (slice(None), units)
 
-    return every // size, lambda j: (slice(None), units(j)), lambda j: (units(j), slice(None))
+
+def _tiles(state: Parts, blocks: Blocks) -> _Tiles:
+    units = state[0][-1].shape[2]
+    size = min(blocks.units, units)
+    return _Tiles(units // size, size)
 
 
 def _call(
     name: str,
-    chunk: Callable[[Array, Any, Any], None],
+    chunk: Callable[..., None],
     order: Callable[[Array], Array],
     goes_on: Array,
     operands: Any,
     states: Parts,
+    scratch: Sequence[tuple[int, ...]],
     blocks: Blocks,
 ) -> Parts:
     """Runs one program for each memory, which changes its states in place.
 
     Args:
       name: the kernel's name.
-      chunk: what it does for chunk c of those after which the memory goes on, with references to
-        the operands and to the states.
+      chunk: what it does for a chunk c after which the memory goes on, with references to the
+        operands, the states and the scratch.
       order: the chunks, all but the last one, by step.
       goes_on: as for ``deep_update``.
       operands: arrays (units, chunks, ...).
       states: arrays (units, chunks, ...).
+      scratch: shapes of what a program keeps for itself.
       blocks: how a program runs.
     """
     units, chunks = goes_on.shape
     if chunks == 1:
         return states
 
-    def kernel(goes_on_ref: Any, operands_refs: Any, _: Any, states_refs: Any) -> None:
+    def kernel(
+        goes_on_ref: Any, operands_refs: Any, _: Any, states_refs: Any, *scratch: Any
+    ) -> None:
         def step(i: Array, _: None) -> None:
             c = order(i)
 
             @pl.when(goes_on_ref[0, c + 1] > 0)
             def _():
-                chunk(c, operands_refs, states_refs)
+                chunk(c, operands_refs, states_refs, *scratch)
 
             # The next step reads what other threads of this program have stored: a barrier orders
             # their accesses to global memory too. Nothing else needs one. Within a step no tile is
@@ -257,23 +299,24 @@ def _call(
 
         for_each(chunks - 1, step, None)
 
-    def of_unit(x: Array) -> pl.BlockSpec:
+    def of_unit(x: Any) -> pl.BlockSpec:
         return pl.BlockSpec((1, *x.shape[1:]), lambda u: (u, *[0] * len(x.shape[1:])))
 
     arguments = (goes_on.astype(jnp.int32), operands, states)
-    others = len(jax.tree.leaves(arguments[:2]))
-    (out,) = triton_call(
+    first = len(jax.tree.leaves(arguments[:2]))
+    outputs = [states, *(jax.ShapeDtypeStruct((units, *shape), jnp.float32) for shape in scratch)]
+    states, *_ = triton_call(
         kernel,
         grid=(units,),
         in_specs=jax.tree.map(of_unit, arguments),
-        out_specs=[jax.tree.map(of_unit, states)],
-        out_shape=[jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), states)],
-        input_output_aliases={others + i: i for i in range(len(jax.tree.leaves(states)))},
+        out_specs=jax.tree.map(of_unit, outputs),
+        out_shape=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), outputs),
+        input_output_aliases={first + i: i for i in range(len(jax.tree.leaves(states)))},
         name=name,
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
     )(*arguments)
-    return out
+    return states
 
 
 def _form(form: DescentChunk) -> DescentChunk:

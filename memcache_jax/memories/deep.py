@@ -73,7 +73,7 @@ class DeepChunk(NamedTuple):
 
 
 class _Coefficients(NamedTuple):
-    """What weights or momentum after each token are of the start and of gradients: ``DeepChunk``'s."""
+    """The weights, or the momentum, after each token, as ``DeepChunk`` has them."""
 
     weight_decay: Float[Array, "m"]
     momentum_decay: Float[Array, "m"] | None
