@@ -39,7 +39,7 @@ TABLE = {
     },
     "deep_update/pallas_gpu": {
         "default": {
-            "num_stages": 1,
+            "num_stages": 2,
             "num_warps": 8,
             "units": 16,
         },
