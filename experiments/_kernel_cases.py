@@ -114,7 +114,9 @@ def cases(
                 name: normal(h, *shape, scale=shape[1] ** -0.5)
                 for name, shape in memory.weight_shapes(k, k).items()
             }
-            m, segment = memory.gradient_chunk or memory.largest_chunk, c if small else 2**30
+            m = memory.gradient_chunk or memory.largest_chunk
+            # Larger states of deep memories are not read by kernels.
+            segment = c if small and not (weights and k > 64) else n * c
             # A deep memory's products: three forward and back, four that write weights and
             # momentum, four reads of both, each of 4 k^2; and two layers' scores and their sums.
             flops = (88 * k + 20 * m) * k if weights else (4 * m + 4 * k) * k

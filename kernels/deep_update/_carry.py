@@ -46,7 +46,7 @@ def starts_of(
 
     All arrays are float32, and of sizes that are powers of two.
     """
-    deep, parts = len(given[0]) > 1, range(len(given))
+    deep, parts, chunks = len(given[0]) > 1, range(len(given)), goes_on.shape[1]
     tiles = _tiles(given, blocks)
 
     def chunk(c: Array, form: Any, states: Any, error: Any, entered: Any = None) -> None:
@@ -79,21 +79,20 @@ def starts_of(
 
         prediction = jnp.zeros_like(form.value[0, c])
         if deep:
-            for_each(tiles.count, enter, None)
+            for_each(tiles.number, enter, None)
             triton_barrier()
             prediction = form.key[0, c]
-        prediction = for_each(tiles.count, predict, prediction)
+        prediction = for_each(tiles.number, predict, prediction)
         error[0, 0] = _slope(loss, c, prediction, form.value[0, c])
         triton_barrier()
         if deep:
-            for_each(tiles.count, write_first, None)
-        for_each(tiles.count, write_last, None)
+            for_each(tiles.number, write_first, None)
+        for_each(tiles.number, write_last, None)
 
     rows, values = form.value.shape[2:]
-    scratch = [(1, rows, values), *[(tiles.count, rows, tiles.size)] * deep]
-    return _call(
-        *("deep_update_forward", chunk, lambda i: i, goes_on, form, given, scratch, blocks)
-    )
+    scratch = [(1, rows, values), *[(tiles.number, rows, tiles.size)] * deep]
+    every = range(chunks - 1)
+    return _call("deep_update_forward", chunk, every, goes_on, form, given, scratch, blocks)
 
 
 def d_starts_of(
@@ -105,8 +104,7 @@ def d_starts_of(
     blocks: Blocks,
 ) -> Parts:
     """The cotangents of the states that chunks start from, written over those of the reads."""
-    deep, parts = len(weights) > 1, range(len(d_starts))
-    chunks = goes_on.shape[1]
+    deep, parts, chunks = len(weights) > 1, range(len(d_starts)), goes_on.shape[1]
     tiles = _tiles(d_starts, blocks)
 
     def chunk(
@@ -154,7 +152,7 @@ def d_starts_of(
                 d_states[p][layer][0, c, *tiles.place(layer, j)] += total
 
         def pull_first(j: Array, _: None) -> None:
-            _, slope, curvature = hidden(j, 2)
+            slope, curvature = hidden(j, 2)[1:]
             d_h = _product(errors[0, 1], matrix(-1, j).T)
             for p in parts:
                 d_h -= mixing(p) * _product(errors[0, 0], d_after(p, -1, j).T)
@@ -170,24 +168,22 @@ def d_starts_of(
 
         prediction = d_error = jnp.zeros_like(form.value[0, c])
         if deep:
-            for_each(tiles.count, enter, None)
+            for_each(tiles.number, enter, None)
             triton_barrier()
             prediction = form.key[0, c]
-        prediction, d_error = for_each(tiles.count, predict, (prediction, d_error))
+        prediction, d_error = for_each(tiles.number, predict, (prediction, d_error))
         errors[0, 0], errors[0, 1] = jax.jvp(
             lambda x: _slope(loss, c, x, form.value[0, c]), (prediction,), (d_error,)
         )
         triton_barrier()
         if deep:
-            for_each(tiles.count, pull_first, None)
-        for_each(tiles.count, pull_last, None)
+            for_each(tiles.number, pull_first, None)
+        for_each(tiles.number, pull_last, None)
 
     rows, values = form.value.shape[2:]
-    scratch = [(2, rows, values), *[(tiles.count, rows, tiles.size)] * 2 * deep]
-    return _call(
-        *("deep_update_backward", chunk, lambda i: chunks - 2 - i),
-        *(goes_on, (form, weights), d_starts, scratch, blocks),
-    )
+    scratch = [(2, rows, values), *[(tiles.number, rows, tiles.size)] * 2 * deep]
+    every, operands = range(chunks - 2, -1, -1), (form, weights)
+    return _call("deep_update_backward", chunk, every, goes_on, operands, d_starts, scratch, blocks)
 
 
 def _slope(loss: Loss, c: Array, prediction: Array, value: Array) -> Array:
@@ -208,7 +204,7 @@ def _gelu(x: Array, order: int) -> tuple[Array, ...]:
 class _Tiles(NamedTuple):
     """Hidden units in tiles; at depth 1, keys."""
 
-    count: int
+    number: int
     size: int
 
     def place(self, layer: int, j: Array) -> tuple:
@@ -226,7 +222,7 @@ def _tiles(state: Parts, blocks: Blocks) -> _Tiles:
 def _call(
     name: str,
     chunk: Callable[..., None],
-    order: Callable[[Array], Array],
+    every: range,
     goes_on: Array,
     operands: Any,
     states: Parts,
@@ -239,34 +235,35 @@ def _call(
       name: the kernel's name.
       chunk: what it does for a chunk c after which the memory goes on, with references to the
         operands, the states and the scratch.
-      order: the chunks, all but the last one, by step.
+      every: the chunks, one after the other: all but the last one.
       goes_on: as for ``deep_update``.
       operands: arrays (units, chunks, ...).
       states: arrays (units, chunks, ...).
       scratch: shapes of what a program keeps for itself.
       blocks: how a program runs.
     """
-    units, chunks = goes_on.shape
-    if chunks == 1:
+    if not every:
         return states
+    units = len(goes_on)
 
     def kernel(
         goes_on_ref: Any, operands_refs: Any, _: Any, states_refs: Any, *scratch: Any
     ) -> None:
         def step(i: Array, _: None) -> None:
-            c = order(i)
+            c = every.start + every.step * i
 
             @pl.when(goes_on_ref[0, c + 1] > 0)
             def _():
                 chunk(c, operands_refs, states_refs, *scratch)
 
-            # The next step reads what other threads of this program have stored: a barrier orders
-            # their accesses to global memory too. Nothing else needs one. Within a step no tile is
-            # read that another has written, loads in flight are those of one loop over tiles, and
-            # no other program has the same memory.
+            # Triton orders no thread's loads after another's stores. So a barrier, which orders
+            # accesses to global memory too, is wherever a pass reads what an earlier one stored:
+            # in a chunk for the scratch, and here for the states. Within a pass no tile is read
+            # that another has stored, so that loads of the next tiles may be in flight; and no
+            # other program has the same memory.
             triton_barrier()
 
-        for_each(chunks - 1, step, None)
+        for_each(len(every), step, None)
 
     def of_unit(x: Any) -> pl.BlockSpec:
         return pl.BlockSpec((1, *x.shape[1:]), lambda u: (u, *[0] * len(x.shape[1:])))

@@ -234,11 +234,12 @@ class DeepMemory(Memory):
     ) -> DescentChunk:
         """A chunk's write as a map of the state that it starts from, for kernels."""
         parts = self._coefficients(controls, None)
-        decays = ((part.weight_decay, part.momentum_decay)[: len(parts)] for part in parts)
+        decays = ((part.weight_decay, part.momentum_decay) for part in parts)
+        decays = ([x[-1] for x in row if x is not None] for row in decays)
         return DescentChunk(
             key=key,
             value=value,
-            decay=jnp.stack([jnp.stack([decay[-1] for decay in row]) for row in decays]),
+            decay=jnp.stack([jnp.stack(row) for row in decays]),
             mixing=jnp.stack([part.mixing[-1] for part in parts]),
         )
 

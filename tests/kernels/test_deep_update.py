@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
 import memcache_jax as mc
 from memcache_jax.kernels._pallas import interpret_kernels, lowered_for_gpu
@@ -77,6 +78,38 @@ def test_bfloat16():
 def test_float32_where_integers_have_64_bits():
     memory = mc.memories.Titans(expansion=1)
     compare(memory, make(memory, 16, 8))
+
+
+def test_transformations():
+    memory = mc.memories.Titans(expansion=1)
+    form, given, goes_on = make(memory, 16, 4)
+
+    def update(form, given, goes_on, implementation):
+        return deep_update(form, given, goes_on, loss=memory.loss, implementation=implementation)
+
+    def gradients(implementation):
+        def total(form, given):
+            @jax.checkpoint
+            def body(given, _):
+                return update(form, given, goes_on, implementation), None
+
+            given, _ = jax.lax.scan(body, given, length=2)
+            return jax.tree.reduce(lambda total, x: total + jnp.sum(x**2), given, 0.0)
+
+        gradient = jax.vmap(jax.grad(total, argnums=(0, 1)), in_axes=(0, None))
+        return jax.jit(gradient)(jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), form), given)
+
+    def sharded(implementation):
+        mesh = Mesh(np.array(jax.devices()[:2]), ("units",))
+        spec = PartitionSpec("units")
+        run = functools.partial(update, implementation=implementation)
+        parts = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+        return jax.jit(parts)(form, given, goes_on)
+
+    with interpret_kernels():
+        got = gradients("pallas_gpu"), sharded("pallas_gpu")
+    assert_close(got[0], gradients("reference"), 2e-6)
+    assert_close(got[1], update(form, given, goes_on, "reference"), 1e-6)
 
 
 @pytest.mark.parametrize("name", ["starts_of", "d_starts_of"])
