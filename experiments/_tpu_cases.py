@@ -43,6 +43,7 @@ def tpu_cases() -> dict[str, tuple[Callable[..., Any], tuple]]:
         "affine_update, decay": _affine(64, erases=False),
         "affine_update, delta": _affine(128, erases=True),
         "chunk_update, Titans": _titans(128),
+        "chunk_update, largest": _titans(256),
     }
 
 

@@ -18,7 +18,7 @@ from memcache_jax._typing import Array, Matrices
 
 _INTERPRETED = contextvars.ContextVar("kernels_interpreted", default=False)
 _SCOPED_VMEM = 16 * 2**20  # what a TPU kernel may use unless it asks for more
-_VMEM = 48 * 2**20  # what it may ask for: the smallest TPUs have 64
+_VMEM = 60 * 2**20  # what it may ask for: the smallest TPUs have 64
 _SMEM = 2**20 - 2**14  # a TPU's scalar memory, less what kernels take for themselves
 _SHARED_MEMORY = 227 * 2**10  # of a Triton program on an H100, H200 or B200
 _LARGEST_STATE = 2**15  # numbers that a Triton program has registers for
@@ -143,6 +143,11 @@ def vmem_reason(*needs: tuple[str, int]) -> tuple[bool, str]:
     told = " and ".join(f"{of} {needed / 2**20:.1f} MiB" for of, needed in needs)
     over = any(needed > _VMEM for _, needed in needs)
     return over, f"vector memory: {told}, where kernels may use {_VMEM / 2**20:.0f} MiB"
+
+
+def vmem_left(needed: int) -> int:
+    """Bytes of vector memory that a TPU's kernel may use beside an estimate of what it needs."""
+    return max(_VMEM - needed, 0)
 
 
 def smem_reason(numbers: int) -> tuple[bool, str]:

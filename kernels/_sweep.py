@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from memcache_jax._typing import Array
 from memcache_jax.kernels._dispatch import check_served
-from memcache_jax.kernels._pallas import LANES, tpu_call, vmem_reason
+from memcache_jax.kernels._pallas import LANES, tpu_call, vmem_left, vmem_reason
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 """Some memories through one chunk, side by side: (states, rows) -> (next states, outputs)."""
@@ -38,13 +38,15 @@ class Blocks:
       units: memories that one program carries side by side.
       group: chunks between two states that the forward pass keeps for the backward one.
       start_bytes: memory for the states that the chunks of a group began with.
-      work: memory that a step needs for its own, in sizes of the states.
+      state_work: memory that a step needs for its own, at most, in sizes of the states.
+      row_work: the same, in sizes of a chunk's rows.
     """
 
     units: int
     group: int
     start_bytes: int
-    work: int
+    state_work: int
+    row_work: int
 
 
 class Sweep(NamedTuple):
@@ -77,13 +79,15 @@ def plan(name: str, state: Any, rows: Any, y: Any, keep: int, blocks: Blocks) ->
     size = max(_bytes(state) // max(units, 1), 1)
     fits = max(blocks.start_bytes // size, 1)
     together = _divisor(units, min(blocks.units, fits))
-    group = _divisor(keep, min(blocks.group, fits // together))
-    # Blocks are held twice, to bring the next one in.
-    chunk = _tiles(rows, 2) + _tiles(y, 2)
-    states, of_state = blocks.work, _tiles(state, 1)
+    of_state, of_rows, of_y = _tiles(state, 1), _tiles(rows, 2), _tiles(y, 2)
+    work = min(blocks.state_work * of_state, blocks.row_work * of_rows)
+    # Blocks are held twice, to bring the next one in, and cotangents once more while they are made.
+    fixed = together * (10 * of_state + 6 * of_rows + 2 * of_y + work)
+    room = vmem_left(fixed) // max(together * of_state, 1)
+    group = _divisor(keep, min(blocks.group, fits // together, room))
     needs = (
-        ("forward", together * ((states + 7) * of_state + 4 * chunk)),
-        ("backward", together * ((states + 8 + group) * of_state + 8 * chunk)),
+        ("forward", fixed - together * 4 * of_rows),
+        ("backward", fixed + together * group * of_state),
     )
     check_served(name, "pallas_tpu", [vmem_reason(*needs)])
     return Sweep(name, together, group, keep // group, *dict(needs).values())

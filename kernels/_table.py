@@ -11,9 +11,10 @@ TABLE = {
     "affine_update/pallas_tpu": {
         "default": {
             "group": 16,
+            "row_work": 8,
             "start_bytes": 4194304,
+            "state_work": 4,
             "units": 4,
-            "work": 4,
         },
     },
     "bank_read/pallas_gpu": {
@@ -32,9 +33,10 @@ TABLE = {
     "chunk_update/pallas_tpu": {
         "default": {
             "group": 16,
+            "row_work": 32,
             "start_bytes": 8388608,
+            "state_work": 12,
             "units": 1,
-            "work": 12,
         },
     },
     "deep_update/pallas_gpu": {

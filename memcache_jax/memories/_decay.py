@@ -65,11 +65,7 @@ def end_decay(log_decay: Float[Array, "m *k"]) -> Float[Array, "m *k"]:
 
 
 def channel_scores(
-    x: Float[Array, "m k"],
-    key: Float[Array, "m k"],
-    log_decay: Float[Array, "m k"],
-    *,
-    before: bool = False,
+    x: Float[Array, "m k"], key: Float[Array, "m k"], log_decay: Float[Array, "m k"]
 ) -> Float[Array, "m m"]:
     """Returns A[t, j] = sum over c of x[t, c] key[j, c] prod over j < i <= t of decay[i, c].
 
@@ -81,33 +77,28 @@ def channel_scores(
       x: what reads.
       key: what was written.
       log_decay: logs of the decays, <= 0.
-      before: x[t] reads before token t decays and writes: j < t, and the product ends at t - 1.
     """
-    size = len(x)
+    size, width = x.shape
     filled = 1 << (size - 1).bit_length()
-
-    def split(rows: Array) -> Array:
-        return jnp.pad(rows, ((0, filled - size), (0, 0)))[:, None]
-
-    x, key, since = split(x), split(key), split(jnp.maximum(log_decay, _ZERO))
+    x, key, since = (
+        jnp.pad(rows, ((0, filled - size), (0, 0)))
+        for rows in (x, key, jnp.maximum(log_decay, _ZERO))
+    )
     to_end = jnp.zeros_like(since)
-    scores = jnp.einsum("wik,wjk->wij", x, jnp.zeros_like(key) if before else key)
+    scores = jnp.vecdot(x, key)[:, None, None]
+
+    def halves(rows: Array) -> tuple[Array, Array]:
+        """The first and the second halves of blocks."""
+        pairs = rows.reshape(len(scores) // 2, 2, -1, width)
+        return pairs[:, 0], pairs[:, 1]
+
     while len(scores) > 1:
-        reach = since[1::2]
-        if before:
-            reach = jnp.pad(reach, ((0, 0), (1, 0), (0, 0)))[:, :-1]
-        readers, writers = x[1::2] * jnp.exp(reach), key[::2] * jnp.exp(to_end[::2])
+        (first, second), (to_middle, rest) = halves(since), halves(to_end)
+        readers, writers = halves(x)[1] * jnp.exp(second), halves(key)[0] * jnp.exp(to_middle)
         corner = jnp.einsum("wik,wjk->wij", readers, writers)
         upper = jnp.concatenate([scores[::2], jnp.zeros_like(corner)], axis=2)
         lower = jnp.concatenate([corner, scores[1::2]], axis=2)
+        since = jnp.stack([first, first[:, -1:] + second], axis=1)
+        to_end = jnp.stack([to_middle + second[:, -1:], rest], axis=1)
         scores = jnp.concatenate([upper, lower], axis=1)
-        first, second = since[::2, -1:], since[1::2, -1:]
-        since = _joined(since[::2], first + since[1::2])
-        to_end = _joined(to_end[::2] + second, to_end[1::2])
-        x, key = _joined(x[::2], x[1::2]), _joined(key[::2], key[1::2])
     return scores[0, :size, :size]
-
-
-def _joined(first: Float[Array, "w s k"], second: Float[Array, "w s k"]) -> Array:
-    """Neighbouring blocks as one."""
-    return jnp.concatenate([first, second], axis=1)

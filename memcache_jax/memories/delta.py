@@ -218,10 +218,11 @@ class RWKV7(MatrixMemory):
         """
         log_w, kappa = controls["log_w"], controls["kappa"]
         before = jnp.pad(start_decay(log_w)[:-1], ((1, 0), (0, 0)), constant_values=1.0)
-        scores = jax.vmap(
-            lambda written: channel_scores(kappa, written, log_w, before=True),
-        )
-        to_erased, to_written = scores(jnp.stack([controls["a"] * kappa, key]))
+        # What reads before token t reads after token t - 1.
+        reads = jnp.pad(kappa[1:], ((0, 1), (0, 0)))
+        written = jnp.stack([controls["a"] * kappa, key])
+        scores = jax.vmap(channel_scores, in_axes=(None, 0, None))(reads, written, log_w)
+        to_erased, to_written = jnp.pad(scores[:, :-1], ((0, 0), (1, 0), (0, 0)))
         return kappa * before, to_written, to_erased
 
 

@@ -150,6 +150,36 @@ def test_float32_where_integers_have_64_bits():
     assert_close(got, value_and_vjp(functools.partial(run, "reference"), state, rows), 2e-6)
 
 
+def traced(key_dim):
+    """Titans by the TPU's kernels, not run."""
+    memory = mc.memories.Titans(chunk_size=128)
+
+    def shaped(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    arrays = [shaped(1, 512, 2, key_dim)] * 3
+    controls = {name: shaped(1, 512, 2) for name in memory.controls}
+    shapes = memory.weight_shapes(key_dim, key_dim)
+    weights = {name: shaped(2, *shape) for name, shape in shapes.items()}
+
+    def y(arrays, controls, weights):
+        how = dict(memory=memory, aggregation=mc.Residual(), segmentation=mc.Constant(256))
+        how |= dict(controls=controls, weights=weights, start="checkpoint")
+        return mc.memory_caching(*arrays, **how, implementation="pallas_tpu").sum()
+
+    return jax.eval_shape(jax.grad(y), arrays, controls, weights)
+
+
+@pytest.mark.parametrize("key_dim", [32, 64, 96, 128, 256])
+def test_tpu_takes_heads_of_any_usual_size(key_dim):
+    assert {x.shape for x in traced(key_dim)} == {(1, 512, 2, key_dim)}
+
+
+def test_tpu_refuses_what_vector_memory_cannot_hold():
+    with pytest.raises(NotImplementedError, match=r"backward [0-9.]+ MiB, where kernels may use"):
+        traced(512)
+
+
 def test_chunks_without_a_state_are_side_by_side_on_a_gpu():
     rows = jnp.arange(24.0).reshape(2, 3, 4)
 
