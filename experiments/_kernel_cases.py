@@ -1,5 +1,6 @@
 """The operations that kernels serve, at the sizes that programs check, time and compile."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -103,19 +104,30 @@ def cases(
             )
         )
         tokens = [normal(b, n * c, h, k, scale=k**-0.5) for _ in range(4)]
-        for memory in (mc.memories.SSD(), mc.memories.GatedDeltaNet()):
+        titans = mc.memories.Titans(chunk_size=40 if small else 64)
+        for memory in (mc.memories.SSD(), mc.memories.GatedDeltaNet(), titans):
             controls = {
-                name: normal(b, n * c, h, of=_log_decay if name == "log_alpha" else jax.nn.sigmoid)
-                for name in memory.controls
+                name: normal(b, n * c, h, of=functools.partial(_as_a_layer, control))
+                for name, control in memory.controls.items()
             }
-            m, segment = memory.largest_chunk, c if small else 2**30
+            weights = {
+                name: normal(h, *shape, scale=shape[1] ** -0.5)
+                for name, shape in memory.weight_shapes(k, k).items()
+            }
+            m = memory.gradient_chunk or memory.largest_chunk
+            # Larger states of deep memories are not read by kernels.
+            segment = c if small and not (weights and k > 64) else n * c
+            # A deep memory's products: three forward and back, four that write weights and
+            # momentum, four reads of both, each of 4 k^2; and two layers' scores and their sums.
+            flops = (88 * k + 20 * m) * k if weights else (4 * m + 4 * k) * k
             found.append(
                 Case(
                     f"chunk_update {type(memory).__name__} k={k}",
-                    lambda how, q, key, v, u, controls, memory=memory, segment=segment: (
+                    lambda how, q, key, v, u, controls, weights, memory=memory, segment=segment: (
                         mc.memory_caching(
                             *(q, key, v, u),
                             controls=controls,
+                            weights=weights,
                             memory=memory,
                             aggregation=mc.Residual(),
                             segmentation=mc.Constant(segment),
@@ -123,16 +135,17 @@ def cases(
                             implementation=how,
                         )
                     ),
-                    (*tokens, controls),
-                    rows * (4 * m * k + 4 * k * k),
+                    (*tokens, controls, weights),
+                    rows * flops,
                     item * 4 * rows * k,
                 )
             )
     return [case for case in found if is_chosen(case.name, only)]
 
 
-def _log_decay(x: Any) -> Any:
-    return -0.1 * jax.nn.sigmoid(x)
+def _as_a_layer(control: mc.memories.Control, x: Any) -> Any:
+    """The coefficient that a layer makes of such logits."""
+    return (control.scale * control.activation(x + control.bias)).astype(x.dtype)
 
 
 def passes(case: Case) -> dict[str, Callable]:

@@ -17,10 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import app, flags
 
-from experiments._kernel_cases import Case, cases, is_chosen, passes
+from experiments._kernel_cases import Case, cases, passes
 from experiments.check_kernels import reported, seconds
 
 FLAGS = flags.FLAGS
@@ -36,6 +35,7 @@ CANDIDATES = {
     "bank_read/pallas_gpu": _TRITON,
     "bank_read/pallas_tpu": dict(rows=(128, 256, 512), bank_bytes=(2**20, 2**22, 2**23)),
     "chunk_update/pallas_tpu": _SWEEP,
+    "deep_update/pallas_gpu": dict(units=(16, 32, 64)) | _WARPS,
     "grouped_read/pallas_gpu": _TRITON,
     "grouped_read/pallas_tpu": dict(rows=(64, 128, 256, 512)),
     "ssc_route/pallas_gpu": _TRITON,
@@ -51,36 +51,6 @@ def candidates(name: str) -> list[dict[str, int]]:
     kinds, default = CANDIDATES[name], TABLE[name]["default"]
     every = itertools.product(*kinds.values())
     return [{**default, **dict(zip(kinds, sizes, strict=True))} for sizes in every]
-
-
-def deep_memory() -> list[Case]:
-    """The chunked update of a deep memory, which has kernels on TPUs alone."""
-    import jax.numpy as jnp
-
-    import memcache_jax as mc
-
-    b, t, h, k = 2, 4096, 8, 64
-    rng = np.random.default_rng(0)
-    memory = mc.memories.Titans(chunk_size=64)
-
-    def normal(*shape: int) -> Any:
-        return jnp.asarray(rng.standard_normal(shape, np.float32) * k**-0.5, jnp.bfloat16)
-
-    weights = {name: normal(h, *shape) for name, shape in memory.weight_shapes(k, k).items()}
-    tokens = tuple(normal(b, t, h, k) for _ in range(3))
-
-    def call(how: str, weights: Any, query: Any, key: Any, value: Any) -> Any:
-        return mc.memory_caching(
-            *(query, key, value),
-            weights=weights,
-            memory=memory,
-            aggregation=mc.Residual(),
-            segmentation=mc.Constant(2**30),
-            implementation=how,  # pyright: ignore[reportArgumentType]
-        )
-
-    found = [Case(f"chunk_update Titans k={k}", call, (weights, *tokens), 0.0, 0.0)]
-    return [case for case in found if is_chosen(case.name, FLAGS.only)]
 
 
 def tune(case: Case, implementation: str, timer: Callable[..., float]) -> Iterator[dict[str, Any]]:
@@ -167,7 +137,7 @@ def main(argv: list[str]) -> None:
     print(f"{device.device_kind}, jax {jax.__version__}\n")
     end = time.monotonic() + 60 * FLAGS.minutes
     rows = []
-    for case in [*cases("large", jnp.bfloat16, FLAGS.only), *deep_memory()]:
+    for case in cases("large", jnp.bfloat16, FLAGS.only):
         with tuned_for(device.device_kind):
             for row in tune(case, implementation, seconds):
                 rows.append(row)

@@ -75,6 +75,12 @@ def triton_call(
     )
 
 
+def triton_barrier() -> None:
+    """Has the threads of a Triton program wait for each other, and see what each has stored."""
+    if not _INTERPRETED.get():
+        plgpu_triton.debug_barrier()
+
+
 @dataclasses.dataclass(frozen=True)
 class TritonSizes:
     """How a Triton program runs.

@@ -39,6 +39,13 @@ TABLE = {
             "units": 1,
         },
     },
+    "deep_update/pallas_gpu": {
+        "default": {
+            "num_stages": 2,
+            "num_warps": 8,
+            "units": 16,
+        },
+    },
     "grouped_read/pallas_gpu": {
         "default": {
             "num_stages": 2,

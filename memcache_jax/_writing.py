@@ -10,9 +10,11 @@ import numpy as np
 from jax import lax
 
 from memcache_jax._affine import write_affine
-from memcache_jax._typing import Array, State
+from memcache_jax._deep import write_deep
+from memcache_jax._typing import Array, Bool, State
 from memcache_jax.kernels.chunk_update import chunk_update
 from memcache_jax.memories import Memory
+from memcache_jax.memories.deep import DeepMemory
 from memcache_jax.segmentation import ReadPlan
 
 
@@ -55,7 +57,7 @@ def write_blocks(
         chunk up to each token.
       plan: where segments begin.
       carries: whether segments go on from the one before, rather than anew.
-      implementation: of ``chunk_update``.
+      implementation: of ``chunk_update``, or of a kernel for memories of this kind.
 
     Returns:
       The states at the end of each block (b, h, n, ...), and what was kept of its chunks.
@@ -63,8 +65,9 @@ def write_blocks(
     restarts = plan.begins & (not carries)
     if restarts.all():
         return write_runs(memory, live, initial, rows, implementation)
-    if kernel := _matrix_kernel(memory, implementation):
-        return write_affine(memory, live, initial, rows, restarts, kernel)
+    out = _written_by_kernel(memory, live, initial, rows, restarts, implementation)
+    if out is not None:
+        return out
 
     write, start = chunk_writer(memory, live, initial, rows)
     batch, heads = rows[1].shape[:2]
@@ -92,8 +95,10 @@ def write_runs(
 ) -> tuple[State, Any]:
     """``write_blocks`` where each block begins anew, and all run side by side."""
     runs = rows[1].shape[:3]
-    if kernel := _matrix_kernel(memory, implementation):
-        return write_affine(memory, live, initial, rows, np.ones(runs[2], bool), kernel)
+    restarts = np.ones(runs[2], bool)
+    out = _written_by_kernel(memory, live, initial, rows, restarts, implementation)
+    if out is not None:
+        return out
     write, start = chunk_writer(memory, live, initial, rows)
     (ends, _), kept = chunk_update(
         write, start(runs), rows, batch_dims=3, implementation=implementation
@@ -101,10 +106,24 @@ def write_runs(
     return ends, kept
 
 
-def _matrix_kernel(memory: Memory, implementation: str | None) -> str | None:
-    """The implementation, if it carries this memory's matrix through all chunks in one kernel."""
-    kernels = ("pallas_tpu", "pallas_gpu")
-    return implementation if memory.is_affine and implementation in kernels else None
+def _written_by_kernel(
+    memory: Memory,
+    live: Callable[[Any, Array], Any],
+    initial: Callable[[tuple[int, ...]], State],
+    rows: tuple,
+    restarts: Bool[np.ndarray, "n"],
+    implementation: str | None,
+) -> tuple[State, Any] | None:
+    """``write_blocks`` by a kernel that carries memories of this kind through all their chunks.
+
+    None if the implementation has no such kernel.
+    """
+    if memory.is_affine and implementation in ("pallas_tpu", "pallas_gpu"):
+        return write_affine(memory, live, initial, rows, restarts, implementation)
+    if isinstance(memory, DeepMemory) and implementation == "pallas_gpu":
+        write, start = chunk_writer(memory, live, initial, rows)
+        return write_deep(memory, write, start, rows, restarts, implementation)
+    return None
 
 
 def chunk_writer(

@@ -46,7 +46,9 @@ def bank_read(
 ) -> Float[Array, "b h n c v"]:
     """See ``api.bank_read``."""
     batch, heads, _, rows, features = query.shape
-    states = bank[0].shape[2]
+    states, row = bank[0].shape[2], read_shape(read, bank, query)
+    if not reads.shape[-1]:
+        return jnp.zeros((*query.shape[:4], row.shape[-1]), row.dtype)
     check_served(
         "bank_read",
         "pallas_gpu",
@@ -56,9 +58,6 @@ def bank_read(
             *triton_state_reasons(bank),
         ],
     )
-    row = read_shape(read, bank, query)
-    if not reads.shape[-1]:
-        return jnp.zeros((*query.shape[:4], row.shape[-1]), row.dtype)
     sizes = block_sizes(TritonSizes, "bank_read/pallas_gpu", shape_key(bank, rows), query.dtype)
     tile = min(sizes.rows, power_of_two(rows))
     full = -(-rows // tile) * tile

@@ -30,7 +30,7 @@ def chunk_update(
       rows: what is written and read, arrays (*batch, chunks, ...).
       batch_dims: how many leading axes are independent memories.
       implementation: ``"xla"`` (the default), ``"pallas_tpu"``, which traces ``chunk`` in its
-        kernels, or ``"reference"``. ``"pallas_gpu"`` serves none.
+        kernels, ``"pallas_gpu"``, which serves chunks that carry no state, or ``"reference"``.
 
     Returns:
       The last states (*batch, ...) and the outputs (*batch, chunks, ...).

@@ -1,20 +1,25 @@
-"""The chunked update on GPUs, which no kernel serves; matrix memories have the affine update."""
+"""The chunked update on GPUs, of chunks that carry no state: all of them side by side.
+
+What matrix memories carry is the affine update's, and what deep memories do is the deep update's.
+"""
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from memcache_jax.kernels._dispatch import check_served
+from memcache_jax.kernels.chunk_update import xla
 
 
 def chunk_update(
     chunk: Callable[[Any, Any], tuple[Any, Any]], state: Any, rows: Any, batch_dims: int
-) -> NoReturn:
-    """Raises CannotServeError.
-
-    With momentum a deep memory's state has 16 k^2 numbers, and every layer's change needs the whole
-    of it. A program's registers hold that for k = 32 at most.
-    """
-    del chunk, state, rows, batch_dims
-    reason = "a deep memory's state does not fit into the registers of a Triton program"
-    check_served("chunk_update", "pallas_gpu", [(True, reason)])
-    raise AssertionError
+) -> tuple[Any, Any]:
+    """See ``api.chunk_update``."""
+    shapes = [x.shape[batch_dims:] for x in jax.tree.leaves(state)]
+    reason = f"a state {shapes} of a memory that is neither deep nor an affine map of a matrix"
+    check_served("chunk_update", "pallas_gpu", [(bool(shapes), reason)])
+    alone = jax.tree.map(lambda x: jnp.expand_dims(x, batch_dims + 1), rows)
+    _, y = xla.chunk_update(chunk, state, alone, batch_dims + 1)
+    return state, jax.tree.map(lambda x: jnp.squeeze(x, batch_dims + 1), y)

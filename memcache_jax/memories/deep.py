@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from memcache_jax._typing import Apply, Array, Bool, Controls, Float, Int, Matrices
+from memcache_jax.kernels.deep_update import DescentChunk
 from memcache_jax.memories._decay import decay_matrix, start_decay
 from memcache_jax.memories._pieces import Fits, Piece, fewest_pieces, pieces_of_matrix
 from memcache_jax.memories.base import NEAR_ONE, Control, Memory, gated
@@ -24,7 +25,7 @@ class DeepState(NamedTuple):
     """Weights and momentum of one head's network, layer by layer."""
 
     weights: Matrices
-    momentum: Matrices
+    momentum: Matrices = ()
 
 
 class DeepChunk(NamedTuple):
@@ -70,6 +71,14 @@ class DeepChunk(NamedTuple):
         if self.momentum_decay is not None:
             y += self.momentum_decay[:, None] * jnp.matmul(x, self.start.momentum[layer])
         return y - jnp.matmul(scores, self.deltas[layer])
+
+
+class _Coefficients(NamedTuple):
+    """The weights, or the momentum, after each token, as ``DeepChunk`` has them."""
+
+    weight_decay: Float[Array, "m"]
+    momentum_decay: Float[Array, "m"] | None
+    mixing: Float[Array, "m m"]
 
 
 class DocumentsChunk(NamedTuple):
@@ -229,32 +238,41 @@ class DeepMemory(Memory):
     ) -> tuple[DeepState, DeepChunk]:
         """``write``, where only tokens of the same document see each other."""
         inputs, deltas = self._inner_gradient(anchor.weights, key, value)
-        decay = decay_matrix(controls["log_alpha"], same)
-        eta = controls["eta"]
-        chunk = DeepChunk(
-            start=state,
-            weight_decay=start_decay(controls["log_alpha"], same),
-            momentum_decay=None,
-            mixing=decay * eta[None],
-            inputs=inputs,
-            deltas=deltas,
+        of_weights, *of_momentum = self._coefficients(controls, same)
+        chunk = DeepChunk(start=state, inputs=inputs, deltas=deltas, **of_weights._asdict())
+        momentum = (chunk._replace(**changed._asdict()).end() for changed in of_momentum)
+        return DeepState(chunk.end(), *momentum), chunk
+
+    def descent(
+        self, key: Float[Array, "m k"], value: Float[Array, "m v"], controls: Controls
+    ) -> DescentChunk:
+        """A chunk's write as a map of the state that it starts from, for kernels."""
+        parts = self._coefficients(controls, None)
+        decays = ((part.weight_decay, part.momentum_decay) for part in parts)
+        decays = ([x[-1] for x in row if x is not None] for row in decays)
+        return DescentChunk(
+            key=key,
+            value=value,
+            decay=jnp.stack([jnp.stack(row) for row in decays]),
+            mixing=jnp.stack([part.mixing[-1] for part in parts]),
         )
-        if not state.momentum:
-            return DeepState(chunk.end(), ()), chunk
+
+    def _coefficients(
+        self, controls: Controls, same: Bool[Array, "m m"] | None
+    ) -> tuple[_Coefficients, ...]:
+        """Those of the weights, and of the momentum if there is any."""
+        log_alpha, eta = controls["log_alpha"], controls["eta"]
+        decay, weight_decay = decay_matrix(log_alpha, same), start_decay(log_alpha, same)
+        if "log_beta" not in self.controls:
+            return (_Coefficients(weight_decay, None, decay * eta[None]),)
         # S_t = B_t S_0 - sum_j momentum[t, j] eta_j G_j, and W_t sums what alpha leaves of S_t.
         momentum, momentum_decay = (
             f(controls["log_beta"], same) for f in (decay_matrix, start_decay)
         )
-        of_momentum = chunk._replace(
-            weight_decay=jnp.zeros_like(eta),
-            momentum_decay=momentum_decay,
-            mixing=momentum * eta[None],
-        )
-        chunk = chunk._replace(
-            momentum_decay=jnp.sum(decay * momentum_decay[None], axis=1),
-            mixing=jnp.matmul(decay, momentum, precision="highest") * eta[None],
-        )
-        return DeepState(chunk.end(), of_momentum.end()), chunk
+        mixing = jnp.matmul(decay, momentum, precision="highest") * eta[None]
+        kept = jnp.sum(decay * momentum_decay[None], axis=1)
+        of_momentum = _Coefficients(jnp.zeros_like(eta), momentum_decay, momentum * eta[None])
+        return _Coefficients(weight_decay, kept, mixing), of_momentum
 
     def apply(
         self, chunk: DeepChunk | DocumentsChunk, layer: int, x: Float[Array, "m in"]

@@ -180,6 +180,24 @@ def test_tpu_refuses_what_vector_memory_cannot_hold():
         traced(512)
 
 
-def test_gpu_serves_none():
-    with pytest.raises(NotImplementedError, match="registers"):
-        chunk_update(lambda s, r: (s, r), 0.0, 0.0, batch_dims=0, implementation="pallas_gpu")
+def test_chunks_without_a_state_are_side_by_side_on_a_gpu():
+    rows = jnp.arange(24.0).reshape(2, 3, 4)
+
+    def run(implementation, rows):
+        return chunk_update(
+            lambda _, x: ((), jnp.sin(x).sum()),
+            (),
+            rows,
+            batch_dims=1,
+            implementation=implementation,
+        )
+
+    got = value_and_vjp(functools.partial(run, "pallas_gpu"), rows)
+    assert_close(got, value_and_vjp(functools.partial(run, "reference"), rows), 1e-6)
+
+
+def test_gpu_serves_no_other_state():
+    with pytest.raises(NotImplementedError, match="neither deep nor an affine map"):
+        chunk_update(
+            lambda s, r: (s, r), jnp.ones(2), jnp.ones(3), batch_dims=0, implementation="pallas_gpu"
+        )

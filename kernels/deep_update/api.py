@@ -1,0 +1,42 @@
+"""Entry point of the deep update."""
+
+from memcache_jax._typing import Array, Float
+from memcache_jax.kernels._dispatch import choose
+from memcache_jax.kernels.deep_update import gpu, reference
+from memcache_jax.kernels.deep_update.form import DescentChunk, Loss, Parts
+
+_IMPLEMENTATIONS = {
+    "reference": reference.deep_update,
+    "pallas_gpu": gpu.deep_update,
+}
+
+
+def deep_update(
+    form: DescentChunk,
+    given: Parts,
+    goes_on: Float[Array, "units chunks"],
+    *,
+    loss: Loss,
+    implementation: str,
+) -> Parts:
+    """The states that the chunks of deep memories start from.
+
+    From these, all chunks are written and read side by side.
+
+    Args:
+      form: the chunks, arrays (units, chunks, ...).
+      given: the states that chunks start from where runs begin, arrays (units, chunks, ...).
+      goes_on: 1 where a chunk starts from the end of the one before, 0 where it starts from the
+        state given; 0 for the first.
+      loss: the inner loss.
+      implementation: ``"reference"`` or ``"pallas_gpu"``.
+
+    Returns:
+      The states, arrays (units, chunks, ...).
+
+    Raises:
+      ValueError: for an unknown implementation.
+      NotImplementedError: for what a kernel cannot take.
+    """
+    update = choose("deep_update", _IMPLEMENTATIONS, implementation)
+    return update(form, given, goes_on, loss)
