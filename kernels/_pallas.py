@@ -22,7 +22,8 @@ _SCOPED_VMEM = 16 * 2**20  # what a TPU kernel may use unless it asks for more
 _VMEM = 60 * 2**20  # what it may ask for: the smallest TPUs have 64
 _SMEM = 2**20 - 2**14  # a TPU's scalar memory, less what kernels take for themselves
 _SHARED_MEMORY = 227 * 2**10  # of a Triton program on an H100, H200 or B200
-_LARGEST_STATE = 2**15  # numbers that a Triton program has registers for
+_LARGEST_STATE = 2**15  # numbers that a Triton program has registers for, some of them spilled
+_COMFORTABLE_STATE = 2**14  # numbers of one matrix that it has registers for with hardly a spill
 LANES = 128
 """Lanes of a TPU's vector register."""
 
@@ -195,7 +196,7 @@ def triton_state_reasons(bank: Matrices) -> list[tuple[bool, str]]:
     return [
         (any(1 in shape for shape in shapes), f"matrices of one row or column, {shapes}"),
         (
-            not fits_triton(shapes),
+            _filled(shapes) > _LARGEST_STATE,
             f"a state of {_filled(shapes)} numbers, filled up, where {_LARGEST_STATE} fit into "
             "registers",
         ),
@@ -203,8 +204,8 @@ def triton_state_reasons(bank: Matrices) -> list[tuple[bool, str]]:
 
 
 def fits_triton(shapes: Sequence[tuple[int, ...]]) -> bool:
-    """Whether a Triton program has registers for matrices of these shapes."""
-    return _filled(shapes) <= _LARGEST_STATE
+    """Whether a Triton program keeps matrices of these shapes, and reads of them, in registers."""
+    return len(shapes) * _filled(shapes) <= _COMFORTABLE_STATE
 
 
 def _filled(shapes: Sequence[tuple[int, ...]]) -> int:

@@ -163,7 +163,7 @@ class DeepMemory(Memory):
         """W q, or q + W1 gelu(W2 q)."""
         if self.depth == 1:
             return apply(0, gated(gate, query))
-        return gated(gate, query) + apply(1, gated(gate, jax.nn.gelu(apply(0, query))))
+        return gated(gate, query) + apply(1, gated(gate, _gelu(apply(0, query))))
 
     def pieces(self, matrices: Matrices, query: Float[Array, "... k"], fits: Fits) -> list[Piece]:
         """Some of the hidden units each; the first one adds the query too."""
@@ -310,12 +310,17 @@ class DeepMemory(Memory):
         return inputs, deltas
 
 
+def _gelu(x: Array) -> Array:
+    """GELU in float32 or wider: Triton has no tanh of narrower numbers."""
+    return jax.nn.gelu(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
+
+
 def _read_hidden(
     matrices: Matrices, query: Float[Array, "rows k"], gate: Float[Array, "rows"] | None = None
 ) -> Array:
     """What hidden units add to the read of a memory of depth 2."""
     inner, outer = matrices
-    return jnp.matmul(gated(gate, jax.nn.gelu(jnp.matmul(query, inner))), outer)
+    return jnp.matmul(gated(gate, _gelu(jnp.matmul(query, inner))), outer)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,70 @@
+"""States too large for a Triton program are read piece by piece."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import memcache_jax as mc
+from memcache_jax.kernels import _pallas
+from memcache_jax.kernels._pallas import fits_triton, interpret_kernels, lowered_for_gpu
+from tests.cases import assert_close, make_inputs, value_and_vjp
+
+TITANS, LINEAR = mc.memories.Titans(chunk_size=4, expansion=2), mc.memories.LinearAttention()
+CASES = {  # 16 filled up to powers of two are 16 x 32 twice, 32 is 32 x 32
+    "GRM": (TITANS, mc.GRM(), 16, 1024),
+    "soup": (TITANS, mc.Soup(), 16, 256),
+    "SSC": (TITANS, mc.SSC(top_k=1), 16, 1024),
+    "matrix": (LINEAR, mc.GRM(), 32, 512),
+}
+
+
+def outputs(memory, aggregation, inputs, implementation):
+    def run(inputs):
+        return mc.memory_caching(
+            **inputs,
+            memory=memory,
+            aggregation=aggregation,
+            segmentation=mc.Constant(4),
+            implementation=implementation,
+        )
+
+    return value_and_vjp(run, inputs)
+
+
+@pytest.mark.parametrize(("memory", "aggregation", "dim", "limit"), CASES.values(), ids=CASES)
+def test_memory_caching(monkeypatch, memory, aggregation, dim, limit):
+    inputs = make_inputs(memory, 14, batch=1, heads=1, dim=dim, dtype=np.float32)
+    inputs = jax.tree.map(jnp.asarray, inputs)
+    calls = []
+
+    def fits(shapes):
+        calls.append(fits_triton(shapes))
+        return calls[-1]
+
+    monkeypatch.setattr(_pallas, "_COMFORTABLE_STATE", limit)
+    monkeypatch.setattr("memcache_jax.aggregation.base.fits_triton", fits)
+    with interpret_kernels():
+        got = outputs(memory, aggregation, inputs, "pallas_gpu")
+    assert False in calls
+    assert True in calls
+    wanted = outputs(memory, aggregation, inputs, "xla")
+    assert_close(got[0], wanted[0], 1e-6)
+    assert_close(got[1], wanted[1], 2e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("key_dim", [96, 128])
+def test_usual_heads_of_deep_memories_lower_to_triton(key_dim, dtype):
+    memory = mc.memories.Titans()
+    inputs = make_inputs(memory, 96, batch=1, heads=1, dim=key_dim)
+    inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), inputs)
+    how = dict(aggregation=mc.GRM(), segmentation=mc.Constant(64))
+
+    def loss(inputs):
+        y = mc.memory_caching(**inputs, memory=memory, **how, implementation="pallas_gpu")
+        return y.astype(jnp.float32).sum()
+
+    text = lowered_for_gpu(jax.jit(jax.grad(loss)), inputs).as_text()
+    kernels = ("deep_update_backward", "bank_read_backward_bank", "bank_read_backward_rows")
+    assert all(kernel in text for kernel in kernels)
