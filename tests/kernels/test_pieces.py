@@ -56,7 +56,7 @@ def test_memory_caching(monkeypatch, memory, aggregation, dim, limit):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("key_dim", [96, 128])
 def test_usual_heads_of_deep_memories_lower_to_triton(key_dim, dtype):
-    memory = mc.memories.Titans()
+    memory = mc.memories.Titans(chunk_size=32)
     inputs = make_inputs(memory, 96, batch=1, heads=1, dim=key_dim)
     inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), inputs)
     how = dict(aggregation=mc.GRM(), segmentation=mc.Constant(64))
