@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import memcache_jax as mc
+from memcache_jax.kernels._pallas import fits_triton
 from memcache_jax.kernels.bank_read import bank_read
 from memcache_jax.kernels.grouped_read import grouped_read
 from memcache_jax.kernels.ssc_route import ssc_route
+from memcache_jax.segmentation import ReadPlan
 
 
 class Case(NamedTuple):
@@ -76,6 +78,20 @@ def cases(
                 item * (2 * rows * k + rows * (n - 1) / 2 + b * h * n * k * k),
             )
         )
+        titans = mc.memories.Titans(chunk_size=40 if small else 64)
+        deep = tuple(
+            normal(b, h, n - 1, *shape[::-1], scale=shape[1] ** -0.5)
+            for shape in titans.weight_shapes(k, k).values()
+        )
+        found.append(
+            Case(
+                f"bank_read Titans k={k}",
+                functools.partial(_read_deep, titans, plan),
+                (deep, query, gates),
+                16 * pairs * c * k * k,
+                item * (2 * rows * k + rows * (n - 1) / 2 + 8 * b * h * n * k * k),
+            )
+        )
         states = jnp.asarray(rng.integers(0, n - 1, (b, h, n, c, s)))
         chosen = normal(b, h, n, c, s)
         found.append(
@@ -104,7 +120,6 @@ def cases(
             )
         )
         tokens = [normal(b, n * c, h, k, scale=k**-0.5) for _ in range(4)]
-        titans = mc.memories.Titans(chunk_size=40 if small else 64)
         for memory in (mc.memories.SSD(), mc.memories.GatedDeltaNet(), titans):
             controls = {
                 name: normal(b, n * c, h, of=functools.partial(_as_a_layer, control))
@@ -115,8 +130,7 @@ def cases(
                 for name, shape in memory.weight_shapes(k, k).items()
             }
             m = memory.gradient_chunk or memory.largest_chunk
-            # Larger states of deep memories are not read by kernels.
-            segment = c if small and not (weights and k > 64) else n * c
+            segment = c if small else n * c
             # A deep memory's products: three forward and back, four that write weights and
             # momentum, four reads of both, each of 4 k^2; and two layers' scores and their sums.
             flops = (88 * k + 20 * m) * k if weights else (4 * m + 4 * k) * k
@@ -141,6 +155,22 @@ def cases(
                 )
             )
     return [case for case in found if is_chosen(case.name, only)]
+
+
+def _read_deep(
+    memory: mc.memories.Memory, plan: ReadPlan, how: str, bank: Any, query: Any, gates: Any
+) -> Any:
+    """The bank read of a deep memory, in pieces where a program has no room for the whole."""
+    fits = fits_triton if how == "pallas_gpu" else lambda shapes: True
+    return functools.reduce(
+        jnp.add,
+        (
+            bank_read(
+                piece.read, piece.matrices, piece.query, gates, plan.reads, implementation=how
+            )
+            for piece in memory.pieces(bank, query, fits)
+        ),
+    )
 
 
 def _as_a_layer(control: mc.memories.Control, x: Any) -> Any:
