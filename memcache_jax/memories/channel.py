@@ -66,7 +66,7 @@ class GLA(MatrixMemory):
       'b t h k'
     """
 
-    largest_chunk: ClassVar[int] = 64
+    largest_chunk: ClassVar[int] = 32
 
     @property
     def controls(self) -> Mapping[str, Control]:

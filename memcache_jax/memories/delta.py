@@ -152,7 +152,7 @@ class RWKV7(MatrixMemory):
       ['a', 'kappa', 'log_w']
     """
 
-    largest_chunk: ClassVar[int] = 64
+    largest_chunk: ClassVar[int] = 32
 
     @property
     def controls(self) -> Mapping[str, Control]:
