@@ -32,6 +32,8 @@ KERNEL = re.compile(
 )
 """Name of a kernel, in the names that compilers give it."""
 
+_ENTRY = re.compile(rf"\.entry {KERNEL.pattern}(?:__\d+)?\(")  # a number if there are several
+
 # Limits that XLA would ask the driver for: NVIDIA's tables of the H200 and of capability 9.0.
 _H200 = """
 gpu_device_info {
@@ -126,6 +128,8 @@ def _tpu(chip: str) -> tuple[Any, tempfile.TemporaryDirectory]:
 def gpu_figures(function: Callable[..., Any], *arguments: Any) -> dict[str, Figures]:
     """Compiles a function for an H200; ``registers`` and ``launches`` of its kernels.
 
+    Of several kernels of one name the largest figures.
+
     Raises:
       NoCompilerError: if the packages that compile are not installed.
     """
@@ -139,11 +143,18 @@ def gpu_figures(function: Callable[..., Any], *arguments: Any) -> dict[str, Figu
         found = {}
         for path in folder.glob("*.ptx"):
             text = path.read_text()
-            if any(f".entry {kernel}(" in text for kernel in KERNEL.findall(text)):
+            if _ENTRY.search(text):
                 command = [ptxas, "-v", "--gpu-name=sm_90a", path, "-o", os.devnull]
                 told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
                 found |= registers(told)
-    return {name: found[name] | launched[name] for name in sorted(found) if KERNEL.fullmatch(name)}
+    largest: dict[str, Figures] = {}
+    for entry in sorted(found):
+        name = entry.split("__")[0]
+        if KERNEL.fullmatch(name):
+            so_far = largest.setdefault(name, {})
+            for figure, number in (found[entry] | launched[entry]).items():
+                so_far[figure] = max(number, so_far.get(figure, 0))
+    return largest
 
 
 @functools.cache

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import memcache_jax as mc
-from memcache_jax.kernels._pallas import fits_triton
 from memcache_jax.kernels.bank_read import bank_read
 from memcache_jax.kernels.grouped_read import grouped_read
 from memcache_jax.kernels.ssc_route import ssc_route
+from memcache_jax.memories._pieces import sum_of_pieces
 from memcache_jax.segmentation import ReadPlan
 
 
@@ -161,16 +161,11 @@ def _read_deep(
     memory: mc.memories.Memory, plan: ReadPlan, how: str, bank: Any, query: Any, gates: Any
 ) -> Any:
     """The bank read of a deep memory, in pieces where a program has no room for the whole."""
-    fits = fits_triton if how == "pallas_gpu" else lambda shapes: True
-    return functools.reduce(
-        jnp.add,
-        (
-            bank_read(
-                piece.read, piece.matrices, piece.query, gates, plan.reads, implementation=how
-            )
-            for piece in memory.pieces(bank, query, fits)
-        ),
-    )
+
+    def read_piece(read: Callable[..., Any], bank: Any, query: Any) -> Any:
+        return bank_read(read, bank, query, gates, plan.reads, implementation=how)
+
+    return sum_of_pieces(memory.pieces, bank, query, how, read_piece)
 
 
 def _as_a_layer(control: mc.memories.Control, x: Any) -> Any:

@@ -23,7 +23,7 @@ _VMEM = 60 * 2**20  # what it may ask for: the smallest TPUs have 64
 _SMEM = 2**20 - 2**14  # a TPU's scalar memory, less what kernels take for themselves
 _SHARED_MEMORY = 227 * 2**10  # of a Triton program on an H100, H200 or B200
 _LARGEST_STATE = 2**15  # numbers that a Triton program has registers for, some of them spilled
-_COMFORTABLE_STATE = 2**14  # numbers of one matrix that it has registers for with hardly a spill
+_COMFORTABLE_STATE = 2**14  # the same of one matrix, with hardly a spill
 LANES = 128
 """Lanes of a TPU's vector register."""
 
@@ -205,6 +205,7 @@ def triton_state_reasons(bank: Matrices) -> list[tuple[bool, str]]:
 
 def fits_triton(shapes: Sequence[tuple[int, ...]]) -> bool:
     """Whether a Triton program keeps matrices of these shapes, and reads of them, in registers."""
+    # Each layer has rows of its own there too, so that two have room for half as much.
     return len(shapes) * _filled(shapes) <= _COMFORTABLE_STATE
 
 

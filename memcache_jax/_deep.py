@@ -27,6 +27,7 @@ def write_deep(
     """``write_blocks`` where the recurrence makes the states that chunks start from, no more.
 
     From these all chunks are written and read side by side. The backward pass makes all that anew.
+    The states of all chunks are held at once, forward too.
 
     Args:
       memory: a memory that overrides nothing that the kernels have of their own.
@@ -36,7 +37,7 @@ def write_deep(
       restarts: whether each block begins anew. Where all do, they run side by side.
       implementation: of ``deep_update``.
     """
-    check_served("deep_update", implementation, _reasons(memory, rows[1]))
+    check_served("deep_update", implementation, _reasons(memory, *rows[1:3]))
     batch, chunks = rows[1].shape[:3], rows[1].shape[3]
     lead = batch if restarts.all() else batch[:2]
     units, count = math.prod(lead), math.prod(batch[len(lead) :]) * chunks
@@ -85,18 +86,19 @@ def write_deep(
     return ends, jax.tree.map(lambda x: x.reshape(*batch, chunks, *x.shape[2:]), kept)
 
 
-def _reasons(memory: DeepMemory, key: Array) -> list[tuple[bool, str]]:
+def _reasons(memory: DeepMemory, key: Array, value: Array) -> list[tuple[bool, str]]:
     """Why kernels cannot serve a memory, for ``check_served``."""
     kind = type(memory)
     methods = ("forward", "init", "write", "write_documents")
     own = [name for name in methods if getattr(kind, name) is not getattr(DeepMemory, name)]
-    filled = any(size != power_of_two(size) for size in key.shape[-2:])
+    sizes = (*key.shape[-2:], value.shape[-1])
+    filled = any(size != power_of_two(size) for size in sizes)
     return [
         (bool(own), f"{kind.__name__} overrides {', '.join(own)}"),
         (
             filled and kind.loss not in (Titans.loss, DLA.loss),
-            f"the loss of {kind.__name__} is taken of chunks {key.shape[-2:]} that are not filled "
-            "up: their sizes must be powers of two from 16 on",
+            f"the loss of {kind.__name__} is taken of chunks that are not filled up: rows, key and "
+            f"value dimension, {sizes}, must be powers of two from 16 on",
         ),
     ]
 

@@ -1,6 +1,6 @@
 """The chunked update on GPUs, of chunks that carry no state: all of them side by side.
 
-What matrix memories carry is the affine update's, and what deep memories do is the deep update's.
+Matrix memories are carried by the affine update, and deep ones by the deep update.
 """
 
 from collections.abc import Callable

@@ -54,7 +54,11 @@ def starts_of(
             return states[part][layer][0, c, *tiles.place(layer, j)]
 
         def hidden(j: Array, order: int = 0) -> tuple[Array, ...]:
-            return _gelu(entered[0, j], order) if deep else (form.key[0, c, *tiles.place(0, j)],)
+            return (
+                _gelu_and_slopes(entered[0, j], order)
+                if deep
+                else (form.key[0, c, *tiles.place(0, j)],)
+            )
 
         def enter(j: Array, _: None) -> None:
             entered[0, j] = _product(form.key[0, c], matrix(0, 0, j))
@@ -127,7 +131,11 @@ def d_starts_of(
             return form.mixing[0, c, p][:, None]
 
         def hidden(j: Array, order: int = 0) -> tuple[Array, ...]:
-            return _gelu(entered[0, j], order) if deep else (form.key[0, c, *tiles.place(0, j)],)
+            return (
+                _gelu_and_slopes(entered[0, j], order)
+                if deep
+                else (form.key[0, c, *tiles.place(0, j)],)
+            )
 
         def enter(j: Array, _: None) -> None:
             entered[0, j] = _product(form.key[0, c], matrix(0, j))
@@ -193,11 +201,11 @@ def _slope(loss: Loss, c: Array, prediction: Array, value: Array) -> Array:
     return jax.vjp(lambda x: loss(x, value), prediction)[1](one)[0]
 
 
-def _gelu(x: Array, order: int) -> tuple[Array, ...]:
+def _gelu_and_slopes(x: Array, order: int) -> tuple[Array, ...]:
     """gelu(x), and its derivatives up to an order."""
     if not order:
         return (jax.nn.gelu(x),)
-    values, slopes = jax.jvp(lambda x: _gelu(x, order - 1), (x,), (jnp.ones_like(x),))
+    values, slopes = jax.jvp(lambda x: _gelu_and_slopes(x, order - 1), (x,), (jnp.ones_like(x),))
     return (*values, slopes[-1])
 
 

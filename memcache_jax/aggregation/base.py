@@ -17,11 +17,10 @@ from memcache_jax._reads import (
 )
 from memcache_jax._typing import Array, Float, Int, Matrices
 from memcache_jax.gating import relevance
-from memcache_jax.kernels._pallas import fits_triton
 from memcache_jax.kernels.bank_read import bank_read
 from memcache_jax.kernels.chunk_update import chunk_update
 from memcache_jax.memories import Memory
-from memcache_jax.memories._pieces import pieces_of_matrix
+from memcache_jax.memories._pieces import pieces_of_matrix, sum_of_pieces
 from memcache_jax.segmentation import ReadPlan
 
 
@@ -160,22 +159,16 @@ class Aggregation(abc.ABC):
         """
         read_cached = read_cached or self.read_cached
 
+        def read_piece(read: Callable[..., Array], bank: Matrices, x: Array) -> Array:
+            read = blind_where_gates_are_zero(read) if zero_gates else read
+            return read_cached(read, bank, x, gates[0], reads, implementation)
+
         def gated_sum(online: Array, divide: Callable, bank: Matrices, x: Array) -> Array:
             online = online.reshape(*x.shape[:-1], -1)
             if not memory.reads_query and implementation is None and all_in_order(reads, bank):
                 cached = weighted_rows(gates[0], bank[0][:, :, :, 0])
             else:
-                fits = fits_triton if implementation == "pallas_gpu" else lambda shapes: True
-                cached = functools.reduce(
-                    jnp.add,
-                    (
-                        read_cached(
-                            blind_where_gates_are_zero(read) if zero_gates else read,
-                            *(matrices, query, gates[0], reads, implementation),
-                        )
-                        for read, matrices, query in divide(bank, x, fits)
-                    ),
-                )
+                cached = sum_of_pieces(divide, bank, x, implementation, read_piece)
             return jnp.einsum("bhnc,bhncv->bhncv", gates[1], online) + cached
 
         if not self._mixes_layers(memory):

@@ -248,6 +248,9 @@ class Memory(abc.ABC):
     def pieces(self, matrices: Matrices, query: Float[Array, "... k"], fits: Fits) -> list[Piece]:
         """Reads of smaller states that add up to ``read``, as few as fit.
 
+        A class that overrides this without a subclass's ``read`` or ``forward`` in mind asks
+        ``reads_as`` first.
+
         Args:
           matrices: the matrices of states, (..., in, out) each.
           query: what reads them.
@@ -258,6 +261,10 @@ class Memory(abc.ABC):
         """
         del fits
         return [Piece(self.read, matrices, query)]
+
+    def reads_as(self, kind: type["Memory"]) -> bool:
+        """Whether nothing between this class and ``kind`` overrides how a state is read."""
+        return all(getattr(type(self), n) is getattr(kind, n) for n in ("read", "forward"))
 
     @property
     def mergeable(self) -> bool:

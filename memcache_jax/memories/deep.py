@@ -167,7 +167,7 @@ class DeepMemory(Memory):
 
     def pieces(self, matrices: Matrices, query: Float[Array, "... k"], fits: Fits) -> list[Piece]:
         """Some of the hidden units each; the first one adds the query too."""
-        if type(self).forward is not DeepMemory.forward:
+        if not self.reads_as(DeepMemory):
             return super().pieces(matrices, query, fits)
         if self.depth == 1:
             return pieces_of_matrix(self.read, matrices, query, fits)

@@ -57,7 +57,7 @@ class MatrixMemory(Memory):
 
     def pieces(self, matrices: Matrices, query: Float[Array, "... k"], fits: Fits) -> list[Piece]:
         """Bands of M's rows."""
-        if type(self).forward is not MatrixMemory.forward:
+        if not self.reads_as(MatrixMemory):
             return super().pieces(matrices, query, fits)
         return pieces_of_matrix(self.read, matrices, query, fits)
 

@@ -102,7 +102,7 @@ def test_figures_are_kept_of_every_kernel_and_chip():
         kernels = {kernel.split(": ")[1] for kernel in kept["kernels"]}
         for way in ("forward", "backward"):
             found = {kernel.split(f"_{way}")[0] for kernel in kernels if f"_{way}" in kernel}
-            # The chunked update of a GPU is the affine one.
+            # On a GPU the chunked update is the affine one or the deep one.
             assert found == operations | {"deep_update" if chip == GPU else "chunk_update"}
 
 

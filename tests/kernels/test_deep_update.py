@@ -208,6 +208,27 @@ def test_lowers_to_triton(rule, depth):
     assert str(jax.make_jaxpr(both)(*arrays)).count("debug_barrier") == 2 * (depth + 1)
 
 
+def test_transformations_lower_to_triton():
+    """A barrier is an effect, which scans, remat and ``vmap`` must let pass."""
+    memory = mc.memories.Titans(expansion=1)
+    form, given, goes_on = make(memory, 16, 4)
+
+    def total(form, given):
+        @jax.checkpoint
+        def body(given, _):
+            how = dict(loss=memory.loss, implementation="pallas_gpu")
+            return deep_update(form, given, goes_on, **how), None
+
+        given, _ = jax.lax.scan(body, given, length=2)
+        return jax.tree.reduce(lambda total, x: total + jnp.sum(x**2), given, 0.0)
+
+    gradient = jax.vmap(jax.grad(total), in_axes=(0, None))
+    forms = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), form)
+    text = lowered_for_gpu(jax.jit(gradient), forms, given).as_text()
+    assert "deep_update_forward" in text
+    assert "deep_update_backward" in text
+
+
 # Keys and rows of a chunk; hidden units of a tile, loads in flight; bytes of shared memory that
 # jaxlib 0.10.2 compiles the backward pass of Titans to for an H200.
 COMPILED = [
@@ -275,10 +296,9 @@ class Doubled(mc.memories.Titans):
         return 2 * super().forward(apply, query, gate)
 
 
-def layer(memory, dim, implementation):
-    inputs = jax.tree.map(
-        jnp.asarray, make_inputs(memory, 32, batch=1, heads=1, dim=dim, dtype=np.float32)
-    )
+def layer(memory, dim, implementation, **sizes):
+    inputs = make_inputs(memory, 32, batch=1, heads=1, dim=dim, dtype=np.float32, **sizes)
+    inputs = jax.tree.map(jnp.asarray, inputs)
     return mc.memory_caching(
         **inputs,
         memory=memory,
@@ -299,10 +319,11 @@ def test_another_loss():
     ("memory", "message"),
     [
         (Cubed(chunk_size=8), "the loss of Cubed .* powers of two"),
+        (Cubed(chunk_size=16, depth=1), r"the loss of Cubed .* \(16, 16, 24\)"),
         (Doubled(chunk_size=16), "Doubled overrides forward"),
     ],
-    ids=["loss of rows filled up", "network"],
+    ids=["loss of rows filled up", "loss of values filled up", "network"],
 )
 def test_other_rules_are_refused(memory, message):
     with pytest.raises(NotImplementedError, match=message):
-        layer(memory, 16, "pallas_gpu")
+        layer(memory, 16, "pallas_gpu", value_dim=24 if memory.depth == 1 else None)

@@ -11,29 +11,33 @@ from memcache_jax.kernels._pallas import fits_triton, interpret_kernels, lowered
 from tests.cases import assert_close, make_inputs, value_and_vjp
 
 TITANS, LINEAR = mc.memories.Titans(chunk_size=4, expansion=2), mc.memories.LinearAttention()
+IDS = np.array([[0] * 4 + [1] * 10])
 CASES = {  # 16 filled up to powers of two are 16 x 32 twice, 32 is 32 x 32
     "GRM": (TITANS, mc.GRM(), 16, 1024),
     "soup": (TITANS, mc.Soup(), 16, 256),
     "SSC": (TITANS, mc.SSC(top_k=1), 16, 1024),
+    "documents": (TITANS, mc.GRM(), 16, 1024, IDS),
     "matrix": (LINEAR, mc.GRM(), 32, 512),
 }
 
 
-def outputs(memory, aggregation, inputs, implementation):
+def outputs(memory, aggregation, inputs, implementation, ids=None):
     def run(inputs):
         return mc.memory_caching(
             **inputs,
             memory=memory,
             aggregation=aggregation,
             segmentation=mc.Constant(4),
+            document_ids=None if ids is None else jnp.asarray(ids),
             implementation=implementation,
         )
 
     return value_and_vjp(run, inputs)
 
 
-@pytest.mark.parametrize(("memory", "aggregation", "dim", "limit"), CASES.values(), ids=CASES)
-def test_memory_caching(monkeypatch, memory, aggregation, dim, limit):
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_memory_caching(monkeypatch, case):
+    memory, aggregation, dim, limit, *ids = case
     inputs = make_inputs(memory, 14, batch=1, heads=1, dim=dim, dtype=np.float32)
     inputs = jax.tree.map(jnp.asarray, inputs)
     calls = []
@@ -43,12 +47,12 @@ def test_memory_caching(monkeypatch, memory, aggregation, dim, limit):
         return calls[-1]
 
     monkeypatch.setattr(_pallas, "_COMFORTABLE_STATE", limit)
-    monkeypatch.setattr("memcache_jax.aggregation.base.fits_triton", fits)
+    monkeypatch.setattr("memcache_jax.memories._pieces.fits_triton", fits)
     with interpret_kernels():
-        got = outputs(memory, aggregation, inputs, "pallas_gpu")
+        got = outputs(memory, aggregation, inputs, "pallas_gpu", *ids)
     assert False in calls
     assert True in calls
-    wanted = outputs(memory, aggregation, inputs, "xla")
+    wanted = outputs(memory, aggregation, inputs, "xla", *ids)
     assert_close(got[0], wanted[0], 1e-6)
     assert_close(got[1], wanted[1], 2e-6)
 

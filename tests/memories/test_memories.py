@@ -144,3 +144,13 @@ def test_pieces_add_up_to_the_read(memory):
     assert_close(sum(parts), memory.read(matrices, query, gate), 1e-12)
     (whole,) = memory.pieces(matrices, query, lambda shapes: True)
     assert_close(whole.read(whole.matrices, query), memory.read(matrices, query), 0)
+
+
+def test_a_read_of_ones_own_is_not_divided():
+    class Normalized(mc.memories.LinearAttention):
+        def read(self, matrices, query, gate=None):
+            y = super().read(matrices, query, gate)
+            return y / jnp.linalg.norm(y, axis=-1, keepdims=True)
+
+    pieces = Normalized().pieces((jnp.ones((4, 4)),), jnp.ones((2, 4)), lambda shapes: False)
+    assert len(pieces) == 1
