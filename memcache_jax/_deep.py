@@ -13,7 +13,9 @@ from memcache_jax.kernels._dispatch import check_served
 from memcache_jax.kernels._pallas import power_of_two
 from memcache_jax.kernels._units import written
 from memcache_jax.kernels.deep_update import deep_update
-from memcache_jax.memories.deep import DLA, DeepMemory, DeepState, Titans
+from memcache_jax.memories.deep import DeepMemory, DeepState
+from memcache_jax.memories.dla import DLA
+from memcache_jax.memories.titans import Titans
 
 
 def write_deep(

@@ -2,9 +2,11 @@
 
 from memcache_jax.memories.base import Control, Memory
 from memcache_jax.memories.channel import GLA
-from memcache_jax.memories.deep import DLA, DeepMemory, Titans
+from memcache_jax.memories.deep import DeepMemory
 from memcache_jax.memories.delta import RWKV7, DeltaNet, GatedDeltaNet
+from memcache_jax.memories.dla import DLA
 from memcache_jax.memories.matrix import SSD, SWLA, LinearAttention, RetNet
+from memcache_jax.memories.titans import Titans
 from memcache_jax.memories.vector import Vector
 
 __all__ = [

@@ -18,7 +18,7 @@ from memcache_jax._typing import Apply, Array, Bool, Controls, Float, Int, Matri
 from memcache_jax.kernels.deep_update import DescentChunk
 from memcache_jax.memories._decay import decay_matrix, start_decay
 from memcache_jax.memories._pieces import Fits, Piece, fewest_pieces, pieces_of_matrix
-from memcache_jax.memories.base import NEAR_ONE, Control, Memory, gated
+from memcache_jax.memories.base import Memory, gated
 
 
 class DeepState(NamedTuple):
@@ -321,93 +321,3 @@ def _read_hidden(
     """What hidden units add to the read of a memory of depth 2."""
     inner, outer = matrices
     return jnp.matmul(gated(gate, _gelu(jnp.matmul(query, inner))), outer)
-
-
-@dataclasses.dataclass(frozen=True)
-class Titans(DeepMemory):
-    """Titans' long-term memory: descent on the recall error, with momentum and weight decay.
-
-    Eq. 34-36 of arXiv:2602.24281, with l_t(M) = ||M(k_t) - v_t||^2::
-
-        S_t = beta_t S_{t-1} - eta_t grad l_t
-        M_t = alpha_t M_{t-1} + S_t
-
-    The paper prints ``M_t = alpha_t M_{t-1} - S_t``, which climbs the loss; the sign here is that
-    of the Titans paper (arXiv:2501.00663). The gradient is taken at the state with which the
-    token's chunk began; ``chunk_size=1`` is the exact online rule.
-
-    Controls, each (b, t, h): ``log_alpha`` and ``log_beta`` (<= 0), ``eta`` (>= 0).
-
-    Attributes:
-      chunk_size: tokens that share the point at which gradients are taken.
-      expansion: hidden width over key dimension.
-      depth: 2 for M(x) = x + W1 gelu(W2 x), 1 for M(x) = W x.
-
-    Raises:
-      ValueError: for a depth other than 1 or 2, or sizes below 1.
-
-    Example:
-      >>> import memcache_jax as mc
-      >>> mc.memories.Titans(chunk_size=32).weight_shapes(64, 64)
-      {'W2': (256, 64), 'W1': (64, 256)}
-    """
-
-    @property
-    def controls(self) -> Mapping[str, Control]:
-        """log_alpha (weight decay, near 0), log_beta (momentum), eta (step size)."""
-        return {
-            "log_alpha": NEAR_ONE,
-            "log_beta": Control(activation=jax.nn.log_sigmoid, bias=0.0),
-            "eta": Control(activation=jax.nn.softplus, bias=-2.0, scale=1.0 / self.chunk_size),
-        }
-
-    def coupled(self, controls: Controls) -> Controls:
-        """Scales eta by 1 - beta.
-
-        A chunk's gradients are summed at one point and momentum carries them on, so that a chunk of
-        equal keys moves the memory by eta chunk_size / (1 - beta) gradients. With features of
-        squared norm s that is stable while 2 s eta chunk_size / (1 - beta) < 2; whatever beta is
-        learned, it begins near 0.2 s.
-        """
-        kept = 1 - jnp.exp(controls["log_beta"])
-        return {**controls, "eta": controls["eta"] * kept}
-
-    def loss(self, prediction: Float[Array, "rows v"], value: Float[Array, "rows v"]) -> Array:
-        """The squared error of recall."""
-        return jnp.sum((prediction - value) ** 2)
-
-
-@dataclasses.dataclass(frozen=True)
-class DLA(DeepMemory):
-    """Deep linear attention: M_t = alpha_t M_{t-1} - eta_t grad l_t, l_t(M) = -<M(k_t), v_t>.
-
-    Eq. 30-33 of arXiv:2602.24281, where alpha = 1. The gradient is taken at the state with which
-    the token's chunk began.
-
-    Controls, each (b, t, h): ``eta`` (>= 0), and optionally ``log_alpha`` (<= 0).
-
-    Attributes:
-      chunk_size: tokens that share the point at which gradients are taken.
-      expansion: hidden width over key dimension.
-      depth: 2 for M(x) = x + W1 gelu(W2 x), 1 for M(x) = W x.
-
-    Raises:
-      ValueError: for a depth other than 1 or 2, or sizes below 1.
-
-    Example:
-      >>> import memcache_jax as mc
-      >>> sorted(mc.memories.DLA(chunk_size=32).controls)
-      ['eta', 'log_alpha']
-    """
-
-    @property
-    def controls(self) -> Mapping[str, Control]:
-        """The step size eta, and the weight decay log_alpha."""
-        return {
-            "eta": Control(activation=jax.nn.softplus, bias=-2.0, scale=1.0 / self.chunk_size),
-            "log_alpha": dataclasses.replace(NEAR_ONE, optional=True),
-        }
-
-    def loss(self, prediction: Float[Array, "rows v"], value: Float[Array, "rows v"]) -> Array:
-        """How little what is recalled points to the value."""
-        return -jnp.sum(prediction * value)
