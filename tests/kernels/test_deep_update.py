@@ -216,8 +216,8 @@ def test_transformations_lower_to_triton():
     def total(form, given):
         @jax.checkpoint
         def body(given, _):
-            how = dict(loss=memory.loss, implementation="pallas_gpu")
-            return deep_update(form, given, goes_on, **how), None
+            after = deep_update(form, given, goes_on, loss=memory.loss, implementation="pallas_gpu")
+            return after, None
 
         given, _ = jax.lax.scan(body, given, length=2)
         return jax.tree.reduce(lambda total, x: total + jnp.sum(x**2), given, 0.0)

@@ -63,10 +63,15 @@ def test_usual_heads_of_deep_memories_lower_to_triton(key_dim, dtype):
     memory = mc.memories.Titans(chunk_size=32)
     inputs = make_inputs(memory, 96, batch=1, heads=1, dim=key_dim)
     inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), inputs)
-    how = dict(aggregation=mc.GRM(), segmentation=mc.Constant(64))
 
     def loss(inputs):
-        y = mc.memory_caching(**inputs, memory=memory, **how, implementation="pallas_gpu")
+        y = mc.memory_caching(
+            **inputs,
+            memory=memory,
+            aggregation=mc.GRM(),
+            segmentation=mc.Constant(64),
+            implementation="pallas_gpu",
+        )
         return y.astype(jnp.float32).sum()
 
     text = lowered_for_gpu(jax.jit(jax.grad(loss)), inputs).as_text()
