@@ -54,7 +54,8 @@ def test_memory_caching(monkeypatch, case):
     assert True in calls
     wanted = outputs(memory, aggregation, inputs, "xla", *ids)
     assert_close(got[0], wanted[0], 1e-6)
-    assert_close(got[1], wanted[1], 2e-6)
+    # Pieces round apart, and the gates' gradients are small differences of their sums.
+    assert_close(got[1], wanted[1], 1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
