@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton as plgpu_triton
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from memcache_jax._typing import Array, Matrices
+from memcache_jax.kernels._dispatch import check_served
 
 _INTERPRETED = contextvars.ContextVar("kernels_interpreted", default=False)
 _SCOPED_VMEM = 16 * 2**20  # what a TPU kernel may use unless it asks for more
@@ -164,6 +165,25 @@ def shared_memory_reason(needed: int) -> tuple[bool, str]:
     return needed > _SHARED_MEMORY, f"{told}, where there are {_SHARED_MEMORY // 2**10}"
 
 
+def with_most_stages(operation: str, blocks: Any, shared_bytes: Callable[[Any], int]) -> Any:
+    """Returns the blocks with as many loads in flight as shared memory has room for.
+
+    Args:
+      operation: whose they are.
+      blocks: block sizes, a dataclass; of ``num_stages``, the most there may be.
+      shared_bytes: an estimate of what a program needs with such blocks.
+
+    Raises:
+      CannotServeError: if there is no room for one.
+    """
+    every = [
+        dataclasses.replace(blocks, num_stages=stages) for stages in range(1, blocks.num_stages + 1)
+    ]
+    reasons = {blocks: shared_memory_reason(shared_bytes(blocks)) for blocks in every}
+    check_served(operation, "pallas_gpu", [reasons[every[0]]])
+    return next(blocks for blocks in reversed(every) if not reasons[blocks][0])
+
+
 def tile_bytes(shape: Sequence[int], itemsize: int = 4) -> int:
     """Bytes of a matrix in a TPU's memory, which holds it in tiles of 8 x 128."""
     rows, columns = shape
@@ -182,6 +202,11 @@ def filled_up(x: Array, shape: Sequence[int]) -> Array:
         (0, to - size) for to, size in zip(shape, x.shape[lead:], strict=True)
     ]
     return jnp.pad(x, ends) if any(end for _, end in ends) else x
+
+
+def cut(x: Array, like: Array) -> Array:
+    """Returns what of a filled up array is of the shape of another one, in its dtype."""
+    return x[tuple(slice(size) for size in like.shape)].astype(like.dtype)
 
 
 def dtype_reasons(*arrays: Array) -> list[tuple[bool, str]]:

@@ -17,13 +17,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from memcache_jax._typing import Array
-from memcache_jax.kernels._dispatch import check_served
 from memcache_jax.kernels._pallas import (
+    cut,
     filled_up,
     for_each,
     power_of_two,
-    shared_memory_reason,
     triton_call,
+    with_most_stages,
 )
 from memcache_jax.kernels.affine_update.form import AffineChunk
 
@@ -50,12 +50,7 @@ _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 def plan(form: AffineChunk, state: jax.ShapeDtypeStruct, keep: int, blocks: Blocks) -> Blocks:
     """The blocks with as many loads in flight as shared memory has room for, or refuses."""
     del state, keep
-    every = [
-        dataclasses.replace(blocks, num_stages=stages) for stages in range(1, blocks.num_stages + 1)
-    ]
-    reasons = {blocks: shared_memory_reason(_shared_bytes(form, blocks)) for blocks in every}
-    check_served("affine_update", "pallas_gpu", [reasons[every[0]]])
-    return next(blocks for blocks in reversed(every) if not reasons[blocks][0])
+    return with_most_stages("affine_update", blocks, functools.partial(_shared_bytes, form))
 
 
 def _shared_bytes(form: AffineChunk, blocks: Blocks) -> int:
@@ -102,7 +97,7 @@ def backward(
         scores=_dot("ucmv,ucwv->ucmw", d_y, written),
         erase=None if form.erase is None else -_dot("ucwv,uckv->ucwk", d_written, starts),
     )
-    return jax.tree.map(_cut, d_form, form), _cut(d_state, state)
+    return jax.tree.map(cut, d_form, form), cut(d_state, state)
 
 
 def _filled(form: AffineChunk) -> AffineChunk:
@@ -130,10 +125,6 @@ def _sizes(form: AffineChunk) -> tuple[int, ...]:
 
 def _matrices(x: Array) -> Array:
     return filled_up(x.astype(jnp.float32), [power_of_two(size) for size in x.shape[-2:]])
-
-
-def _cut(x: Array, like: Array) -> Array:
-    return x[tuple(slice(size) for size in like.shape)].astype(like.dtype)
 
 
 def _starts(form: AffineChunk, state: Array, blocks: Blocks) -> tuple[Array, Array, Array]:

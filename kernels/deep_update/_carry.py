@@ -53,12 +53,7 @@ def starts_of(
         def matrix(part: int, layer: int, j: Array) -> Array:
             return states[part][layer][0, c, *tiles.place(layer, j)]
 
-        def hidden(j: Array, order: int = 0) -> tuple[Array, ...]:
-            return (
-                _gelu_and_slopes(entered[0, j], order)
-                if deep
-                else (form.key[0, c, *tiles.place(0, j)],)
-            )
+        hidden = functools.partial(_hidden, tiles, deep, form, c, entered)
 
         def enter(j: Array, _: None) -> None:
             entered[0, j] = _product(form.key[0, c], matrix(0, 0, j))
@@ -130,12 +125,7 @@ def d_starts_of(
         def mixing(p: int) -> Array:
             return form.mixing[0, c, p][:, None]
 
-        def hidden(j: Array, order: int = 0) -> tuple[Array, ...]:
-            return (
-                _gelu_and_slopes(entered[0, j], order)
-                if deep
-                else (form.key[0, c, *tiles.place(0, j)],)
-            )
+        hidden = functools.partial(_hidden, tiles, deep, form, c, entered)
 
         def enter(j: Array, _: None) -> None:
             entered[0, j] = _product(form.key[0, c], matrix(0, j))
@@ -194,21 +184,6 @@ def d_starts_of(
     return _call("deep_update_backward", chunk, every, goes_on, operands, d_starts, scratch, blocks)
 
 
-def _slope(loss: Loss, c: Array, prediction: Array, value: Array) -> Array:
-    """The loss's gradient with respect to the prediction, in chunk c."""
-    # Not a constant 1, as ``jax.grad`` has: Triton's lowering knows no constant's negative.
-    one = (c >= 0).astype(jnp.float32)
-    return jax.vjp(lambda x: loss(x, value), prediction)[1](one)[0]
-
-
-def _gelu_and_slopes(x: Array, order: int) -> tuple[Array, ...]:
-    """gelu(x), and its derivatives up to an order."""
-    if not order:
-        return (jax.nn.gelu(x),)
-    values, slopes = jax.jvp(lambda x: _gelu_and_slopes(x, order - 1), (x,), (jnp.ones_like(x),))
-    return (*values, slopes[-1])
-
-
 class _Tiles(NamedTuple):
     """Hidden units in tiles; at depth 1, keys."""
 
@@ -219,6 +194,30 @@ class _Tiles(NamedTuple):
         """Of tile j in the last layer, -1, and in what gives it its inputs, 0."""
         units = pl.ds(j * self.size, self.size)
         return (units, slice(None)) if layer else (slice(None), units)
+
+
+def _slope(loss: Loss, c: Array, prediction: Array, value: Array) -> Array:
+    """The loss's gradient with respect to the prediction, in chunk c."""
+    # Not a constant 1, as ``jax.grad`` has: Triton's lowering knows no constant's negative.
+    one = (c >= 0).astype(jnp.float32)
+    return jax.vjp(lambda x: loss(x, value), prediction)[1](one)[0]
+
+
+def _hidden(
+    tiles: _Tiles, deep: bool, form: Any, c: Array, entered: Any, j: Array, order: int = 0
+) -> tuple[Array, ...]:
+    """What a tile gives the last layer, and at depth 2 its derivatives up to an order."""
+    if deep:
+        return _gelu_and_slopes(entered[0, j], order)
+    return (form.key[0, c, *tiles.place(0, j)],)
+
+
+def _gelu_and_slopes(x: Array, order: int) -> tuple[Array, ...]:
+    """gelu(x), and its derivatives up to an order."""
+    if not order:
+        return (jax.nn.gelu(x),)
+    values, slopes = jax.jvp(lambda x: _gelu_and_slopes(x, order - 1), (x,), (jnp.ones_like(x),))
+    return (*values, slopes[-1])
 
 
 def _tiles(state: Parts, blocks: Blocks) -> _Tiles:

@@ -3,7 +3,7 @@
 Only the states that chunks start from are made chunk by chunk, and backward their cotangents.
 """
 
-import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -13,10 +13,11 @@ from memcache_jax._typing import Array, Bool, Float
 from memcache_jax.kernels._block_sizes import block_sizes
 from memcache_jax.kernels._dispatch import check_served
 from memcache_jax.kernels._pallas import (
+    cut,
     dtype_reasons,
     filled_up,
     power_of_two,
-    shared_memory_reason,
+    with_most_stages,
 )
 from memcache_jax.kernels.deep_update._carry import Blocks, d_starts_of, starts_of
 from memcache_jax.kernels.deep_update.form import DescentChunk, Loss, Parts
@@ -38,13 +39,14 @@ def deep_update(
 
     def forward(form: DescentChunk, given: Parts, goes_on: Array) -> tuple[Parts, Any]:
         starts = starts_of(_form(form), goes_on, _filled(given), loss, blocks)
-        starts = _cut(starts, given)
+        starts = jax.tree.map(cut, starts, given)
         return starts, (form, starts, goes_on)
 
     def backward(residuals: Any, d_starts: Parts) -> tuple[DescentChunk, Parts, Array]:
         form, starts, goes_on = residuals
         weights, d_starts = _filled((starts[0], d_starts))
-        d_starts = _cut(d_starts_of(_form(form), goes_on, weights, d_starts, loss, blocks), starts)
+        d_starts = d_starts_of(_form(form), goes_on, weights, d_starts, loss, blocks)
+        d_starts = jax.tree.map(cut, d_starts, starts)
 
         def ends(form: DescentChunk) -> Parts:
             before = jax.tree.map(lambda x: x[:, :-1], (form, starts))
@@ -61,12 +63,7 @@ def deep_update(
 
 def plan(form: DescentChunk, given: tuple, blocks: Blocks) -> Blocks:
     """The blocks with as many loads in flight as shared memory has room for, or refuses."""
-    every = [
-        dataclasses.replace(blocks, num_stages=stages) for stages in range(1, blocks.num_stages + 1)
-    ]
-    reasons = {blocks: shared_memory_reason(_shared_bytes(form, given, blocks)) for blocks in every}
-    check_served("deep_update", "pallas_gpu", [reasons[every[0]]])
-    return next(blocks for blocks in reversed(every) if not reasons[blocks][0])
+    return with_most_stages("deep_update", blocks, functools.partial(_shared_bytes, form, given))
 
 
 def _shared_bytes(form: DescentChunk, given: tuple, blocks: Blocks) -> int:
@@ -101,13 +98,6 @@ def _filled(tree: Any) -> Any:
         return filled_up(x.astype(jnp.float32), tuple(map(power_of_two, x.shape[2:])))
 
     return jax.tree.map(filled, tree)
-
-
-def _cut(tree: Any, like: Any) -> Any:
-    def cut(x: Array, like: Array) -> Array:
-        return x[tuple(slice(size) for size in like.shape)].astype(like.dtype)
-
-    return jax.tree.map(cut, tree, like)
 
 
 def _where(condition: Bool[Array, "units chunks"], x: Array) -> Array:
