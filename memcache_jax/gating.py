@@ -1,5 +1,7 @@
 """Relevance of memory states to a token: its connector against the states' pooled keys."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,12 +158,30 @@ def _in_slots(
     return jnp.take_along_axis(cached, jnp.maximum(jnp.asarray(reads), 0)[:, None], axis=-1)
 
 
+@jax.custom_vjp
 def softmax_gates(
     cached: Float[Array, "... r"], online: Float[Array, "..."]
 ) -> tuple[Float[Array, "... r"], Float[Array, "..."]]:
     """Softmax over the visible cached states and the online one together (Eq. 10)."""
-    gates = jax.nn.softmax(jnp.concatenate([cached, online[..., None]], axis=-1), axis=-1)
-    return gates[..., :-1], gates[..., -1]
+    largest = jnp.maximum(jnp.max(cached, axis=-1, initial=-jnp.inf), online)
+    cached, online = jnp.exp(cached - largest[..., None]), jnp.exp(online - largest)
+    total = cached.sum(axis=-1) + online
+    return cached / total[..., None], online / total
+
+
+def _softmax_gates_forward(cached: Array, online: Array) -> tuple[Any, Any]:
+    gates = softmax_gates(cached, online)
+    return gates, gates
+
+
+def _softmax_gates_backward(gates: Any, d_gates: Any) -> tuple[Array, Array]:
+    # By hand: autodiff joins and parts arrays of few states, which is slow on CPUs.
+    (cached, online), (d_cached, d_online) = gates, d_gates
+    mean = jnp.vecdot(cached, d_cached, precision="highest") + online * d_online
+    return cached * (d_cached - mean[..., None]), online * (d_online - mean)
+
+
+softmax_gates.defvjp(_softmax_gates_forward, _softmax_gates_backward)
 
 
 def _slot_keys(
@@ -209,6 +229,8 @@ def _running_sum(x: Float[Array, "n c k"], width: int = 16) -> Float[Array, "n c
     """Cumulative sum over c in two levels: ``jnp.cumsum`` of the whole axis is slow on CPU."""
     n, c, k = x.shape
     rows = jnp.pad(x, ((0, 0), (0, -c % width), (0, 0))).reshape(n, -1, width, k)
-    inner = jnp.einsum("ij,nwjk->nwik", jnp.tri(width, dtype=x.dtype), rows, precision="highest")
+    # One factor of all products, XLA's CPU backend would transpose the rows for it.
+    sums = jnp.broadcast_to(jnp.tri(width, dtype=x.dtype), (*rows.shape[:2], width, width))
+    inner = jnp.einsum("nwij,nwjk->nwik", sums, rows, precision="highest")
     before = jnp.cumsum(inner[:, :, -1], axis=1) - inner[:, :, -1]
     return (inner + before[:, :, None]).reshape(n, -1, k)[:, :c]
