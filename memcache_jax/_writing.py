@@ -118,7 +118,7 @@ def _written_by_kernel(
 
     None if the implementation has no such kernel.
     """
-    if memory.is_affine and implementation in ("pallas_tpu", "pallas_gpu"):
+    if memory.is_affine and (implementation in ("pallas_tpu", "pallas_gpu") or (implementation != "reference" and restarts.all())):
         return write_affine(memory, live, initial, rows, restarts, implementation)
     if isinstance(memory, DeepMemory) and implementation == "pallas_gpu":
         write, start = chunk_writer(memory, live, initial, rows)

@@ -58,7 +58,7 @@ class Memory(abc.ABC):
     depth: int = 1
     """Layers that a read passes through one after the other."""
 
-    largest_chunk: ClassVar[int] = 128
+    largest_chunk: ClassVar[int] = 64
     """Tokens that a rule which is exact for any chunk is best written in at once."""
 
     reads_query: ClassVar[bool] = True
