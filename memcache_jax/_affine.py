@@ -9,7 +9,6 @@ import numpy as np
 
 from memcache_jax._typing import Array, Bool, Float, State
 from memcache_jax.kernels.affine_update import AffineChunk, affine_update
-from memcache_jax.kernels.affine_update.xla import runs_from_zero
 from memcache_jax.memories import Memory
 from memcache_jax.memories.base import first_of_documents
 
@@ -20,7 +19,7 @@ def write_affine(
     initial: Callable[[tuple[int, ...]], State],
     rows: tuple,
     restarts: Bool[np.ndarray, "n"],
-    implementation: str,
+    implementation: str | None,
 ) -> tuple[State, Any]:
     """``write_blocks`` for a memory whose chunks are affine maps of its matrix.
 
@@ -57,18 +56,14 @@ def write_affine(
         form = memory.affine(before, key, value, query, controls)
         return form if goes_on is None else _detached(form, goes_on)
 
-    own = jax.tree.map(lambda x: x.reshape(*lead, -1, *x.shape[4:]), (before, goes_on, *rows))
-    if implementation in (None, "xla"):
-        ends, y = runs_from_zero(chunk, own, len(lead))
-    else:
-        ends, y = affine_update(
-            chunk,
-            initial(lead).matrix,
-            own,
-            batch_dims=len(lead),
-            keep=chunks,
-            implementation=implementation,
-        )
+    ends, y = affine_update(
+        chunk,
+        None if apart else initial(lead).matrix,
+        jax.tree.map(lambda x: x.reshape(*lead, -1, *x.shape[4:]), (before, goes_on, *rows)),
+        batch_dims=len(lead),
+        keep=chunks,
+        implementation=implementation,
+    )
     last = jax.tree.map(lambda x: x[:, :, :, -1], carried)
     states = last._replace(matrix=ends.reshape(*batch, *ends.shape[-2:]))
     y = y.reshape(*query.shape[:-1], -1)

@@ -65,7 +65,7 @@ def write_blocks(
     restarts = plan.begins & (not carries)
     if restarts.all():
         return write_runs(memory, live, initial, rows, implementation)
-    out = _written_by_kernel(memory, live, initial, rows, restarts, implementation)
+    out = _written_at_once(memory, live, initial, rows, restarts, implementation)
     if out is not None:
         return out
 
@@ -96,7 +96,7 @@ def write_runs(
     """``write_blocks`` where each block begins anew, and all run side by side."""
     runs = rows[1].shape[:3]
     restarts = np.ones(runs[2], bool)
-    out = _written_by_kernel(memory, live, initial, rows, restarts, implementation)
+    out = _written_at_once(memory, live, initial, rows, restarts, implementation)
     if out is not None:
         return out
     write, start = chunk_writer(memory, live, initial, rows)
@@ -106,7 +106,7 @@ def write_runs(
     return ends, kept
 
 
-def _written_by_kernel(
+def _written_at_once(
     memory: Memory,
     live: Callable[[Any, Array], Any],
     initial: Callable[[tuple[int, ...]], State],
@@ -114,11 +114,14 @@ def _written_by_kernel(
     restarts: Bool[np.ndarray, "n"],
     implementation: str | None,
 ) -> tuple[State, Any] | None:
-    """``write_blocks`` by a kernel that carries memories of this kind through all their chunks.
+    """``write_blocks`` in the form for memories of this kind, which has all their chunks at once.
 
-    None if the implementation has no such kernel.
+    None if the implementation has no such form. In plain XLA it is worth its while where chunks add
+    to the memory without reading it.
     """
-    if memory.is_affine and (implementation in ("pallas_tpu", "pallas_gpu") or (implementation != "reference" and restarts.all())):
+    kernels = implementation in ("pallas_tpu", "pallas_gpu")
+    only_add = implementation in (None, "xla") and memory.mergeable and restarts.all()
+    if memory.is_affine and (kernels or only_add):
         return write_affine(memory, live, initial, rows, restarts, implementation)
     if isinstance(memory, DeepMemory) and implementation == "pallas_gpu":
         write, start = chunk_writer(memory, live, initial, rows)

@@ -8,11 +8,12 @@ import jax
 
 from memcache_jax._typing import Array
 from memcache_jax.kernels._dispatch import choose
-from memcache_jax.kernels.affine_update import gpu, kernel, reference, tpu
+from memcache_jax.kernels.affine_update import gpu, kernel, reference, tpu, xla
 from memcache_jax.kernels.affine_update.form import AffineChunk
 
 _IMPLEMENTATIONS = {
     "reference": reference.affine_update,
+    "xla": xla.affine_update,
     "pallas_tpu": functools.partial(kernel.affine_update, tpu),
     "pallas_gpu": functools.partial(kernel.affine_update, gpu),
 }
@@ -20,12 +21,12 @@ _IMPLEMENTATIONS = {
 
 def affine_update(
     chunk: Callable[[Any], AffineChunk],
-    state: Array,
+    state: Array | None,
     rows: Any,
     *,
     batch_dims: int,
     keep: int,
-    implementation: str,
+    implementation: str | None,
 ) -> tuple[Array, Array]:
     """Carries matrices through chunks that are affine maps of them.
 
@@ -34,11 +35,12 @@ def affine_update(
 
     Args:
       chunk: the map of one chunk, from its rows.
-      state: the first matrices, (*batch, k, v).
+      state: the first matrices, (*batch, k, v); None for zeros.
       rows: what ``chunk`` needs, arrays (*batch, chunks, ...).
       batch_dims: how many leading axes are independent matrices.
       keep: how many chunks lie between two matrices that are returned; a divisor of their number.
-      implementation: ``"reference"``, ``"pallas_tpu"`` or ``"pallas_gpu"``.
+      implementation: ``"xla"`` (the default), ``"pallas_tpu"``, ``"pallas_gpu"`` or
+        ``"reference"``.
 
     Returns:
       The matrices after every ``keep`` chunks (*batch, chunks // keep, k, v), and what the chunks

@@ -1,6 +1,10 @@
 """A chunk of a matrix memory as an affine map."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from memcache_jax._typing import Array, Float
 
@@ -23,3 +27,11 @@ class AffineChunk(NamedTuple):
     query: Float[Array, "m k"]
     scores: Float[Array, "m writes"]
     erase: Float[Array, "erasing k"] | None = None
+
+
+def empty_matrices(chunk: Callable[[Any], AffineChunk], rows: Any, batch_dims: int) -> Array:
+    """Zeros (*batch, k, v) for what ``chunk`` maps, from its rows (*batch, chunks, ...)."""
+    batch = jax.tree.leaves(rows)[0].shape[:batch_dims]
+    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[batch_dims + 1 :], x.dtype), rows)
+    form = jax.eval_shape(chunk, row)
+    return jnp.zeros((*batch, *form.decay.shape, form.value.shape[-1]), form.value.dtype)

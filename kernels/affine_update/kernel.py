@@ -15,13 +15,13 @@ from memcache_jax.kernels._block_sizes import block_sizes
 from memcache_jax.kernels._dispatch import check_served
 from memcache_jax.kernels._pallas import dtype_reasons
 from memcache_jax.kernels._units import written
-from memcache_jax.kernels.affine_update.form import AffineChunk
+from memcache_jax.kernels.affine_update.form import AffineChunk, empty_matrices
 
 
 def affine_update(
     backend: ModuleType,
     chunk: Callable[[Any], AffineChunk],
-    state: Array,
+    state: Array | None,
     rows: Any,
     batch_dims: int,
     keep: int,
@@ -31,6 +31,7 @@ def affine_update(
     A backend has ``Blocks``, the block sizes that are tuned, ``plan``, which makes of them how the
     kernels run or refuses, and ``forward`` and ``backward``.
     """
+    state = empty_matrices(chunk, rows, batch_dims) if state is None else state
     implementation = f"pallas_{backend.__name__.rsplit('.', 1)[-1]}"
     dtypes = dtype_reasons(*jax.tree.leaves((state, rows)))
     check_served("affine_update", implementation, dtypes)

@@ -8,13 +8,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from memcache_jax._typing import Array
-from memcache_jax.kernels.affine_update.form import AffineChunk
+from memcache_jax.kernels.affine_update.form import AffineChunk, empty_matrices
 
 
 def affine_update(
-    chunk: Callable[[Any], AffineChunk], state: Array, rows: Any, batch_dims: int, keep: int
+    chunk: Callable[[Any], AffineChunk],
+    state: Array | None,
+    rows: Any,
+    batch_dims: int,
+    keep: int,
 ) -> tuple[Array, Array]:
     """See ``api.affine_update``."""
+    state = empty_matrices(chunk, rows, batch_dims) if state is None else state
 
     def step(matrix: Array, rows: Any) -> tuple[Array, tuple[Array, Array]]:
         form = chunk(rows)

@@ -1,6 +1,7 @@
-"""The affine update of matrices that start at zero, in plain XLA.
+"""The affine update in plain XLA: only the matrices wait for each other.
 
-All that does not depend on the matrices is one batched product for all chunks of a run.
+What chunks add to a matrix and read of their own writes is one batched product for all chunks. The
+backward pass makes the maps and the matrices anew.
 """
 
 from collections.abc import Callable
@@ -15,53 +16,59 @@ from memcache_jax.kernels._units import for_each_unit, written
 from memcache_jax.kernels.affine_update.form import AffineChunk
 
 
-def runs_from_zero(
-    chunk: Callable[[Any], AffineChunk], rows: Any, batch_dims: int
+def affine_update(
+    chunk: Callable[[Any], AffineChunk],
+    state: Array | None,
+    rows: Any,
+    batch_dims: int,
+    keep: int,
 ) -> tuple[Array, Array]:
-    """Runs of chunks, each from a matrix of zeros: the last matrices and what the chunks read."""
+    """See ``api.affine_update``."""
 
-    def unit(rows: Any) -> tuple[Array, Array]:
-        form = jax.vmap(chunk)(rows)
-        local = jnp.einsum("cmw,cwv->cmv", form.scores, form.value)
-        added = jnp.einsum("cwk,cwv->ckv", form.key, form.value)
-        if len(added) == 1:
-            return added[0], local
-        if form.erase is None:
-
-            def step(matrix: Array, xs: tuple) -> tuple[Array, Array]:
-                decay, added = xs
-                return decay[:, None] * matrix + added, matrix
-
-            end, starts = lax.scan(step, added[0], (form.decay[1:], added[1:]))
-            old = jnp.einsum("cmk,ckv->cmv", form.query[1:], starts)
-        else:
-            erase, m = form.erase, form.erase.shape[1]
-
-            def step(matrix: Array, xs: tuple) -> tuple[Array, Array]:
-                decay, added, key, query, scores, erase = xs
-                gone = jnp.matmul(erase, matrix)
-                y = jnp.matmul(query, matrix) - jnp.matmul(scores[:, :m], gone)
-                return decay[:, None] * matrix + added - jnp.matmul(key[:m].T, gone), y
-
-            end, old = lax.scan(
-                step,
-                added[0],
-                tuple(x[1:] for x in (form.decay, added, form.key, form.query, form.scores, erase)),
-            )
-        return end, local + jnp.pad(old, ((1, 0), (0, 0), (0, 0)))
+    def unit(state: Array | None, rows: Any) -> tuple[Array, Array]:
+        ends, y = _carried(jax.vmap(chunk)(rows), state)
+        return ends[keep - 1 :: keep], y
 
     @jax.custom_vjp
-    def update(rows):
-        return for_each_unit(unit, batch_dims)(rows)
+    def update(state: Array | None, rows: Any) -> tuple[Array, Array]:
+        return for_each_unit(unit, batch_dims)(state, rows)
 
-    def forward(rows):
-        return written(update(rows)), rows
+    def forward(state: Array | None, rows: Any) -> tuple[tuple[Array, Array], Any]:
+        return written(update(state, rows)), (state, rows)
 
-    def backward(rows, cotangents):
-        def pull(rows, d_end, d_y):
-            return jax.vjp(unit, rows)[1]((d_end, d_y))[0]
+    def backward(residuals: Any, cotangents: tuple[Array, Array]) -> Any:
+        def pull(residuals: Any, cotangents: tuple[Array, Array]) -> Any:
+            return jax.vjp(unit, *residuals)[1](cotangents)
 
-        return (for_each_unit(pull, batch_dims)(rows, *cotangents),)
+        return for_each_unit(pull, batch_dims)(residuals, cotangents)
 
     update.defvjp(forward, backward)
-    return update(rows)
+    return update(state, rows)
+
+
+def _carried(form: AffineChunk, state: Array | None) -> tuple[Array, Array]:
+    """The matrices after each chunk, and the reads, from the maps of all chunks of one run."""
+    y = jnp.einsum("cmw,cwv->cmv", form.scores, form.value)
+    added = jnp.einsum("cwk,cwv->ckv", form.key, form.value)
+    done = 0
+    if state is None:  # the first chunk finds nothing to decay, to erase or to read
+        state, done = added[0], 1
+    decay, added, query, scores, key, erase = jax.tree.map(
+        lambda x: x[done:], (form.decay, added, form.query, form.scores, form.key, form.erase)
+    )
+    erasing = 0 if erase is None else erase.shape[1]
+
+    def step(matrix: Array, xs: tuple) -> tuple[Array, tuple[Array, Array | None]]:
+        decay, added, key, erase = xs
+        after = decay[:, None] * matrix + added
+        if erase is None:
+            return after, (matrix, None)
+        erased = jnp.matmul(erase, matrix)
+        return after - jnp.matmul(key.T, erased), (matrix, erased)
+
+    end, (starts, erased) = lax.scan(step, state, (decay, added, key[:, :erasing], erase))
+    old = jnp.einsum("cmk,ckv->cmv", query, starts)
+    if erased is not None:
+        old -= jnp.einsum("cme,cev->cmv", scores[:, :, :erasing], erased)
+    ends = jnp.concatenate([starts[1 - done :], end[None]])
+    return ends, y + jnp.pad(old, ((done, 0), (0, 0), (0, 0)))

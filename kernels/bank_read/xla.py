@@ -124,10 +124,11 @@ def _pair_groups(reads: np.ndarray, num_states: int) -> tuple[np.ndarray, ...]:
     The last group is filled up; of the sizes near the number of blocks, where that takes least.
     """
     block, slot = np.nonzero(reads >= 0)
-    size = min(range(len(reads), len(reads) // 2, -1), key=lambda size: -len(block) % size)
+    blocks = len(reads)
+    size = min(range(blocks, blocks // 2, -1), key=lambda size: -len(block) % size)
     groups = -(-len(block) // size)
     fill = (0, groups * size - len(block))
-    lists = ((block, size), (slot, 0), (reads[block, slot], num_states))
+    lists = ((block, blocks), (slot, 0), (reads[block, slot], num_states))
     return tuple(
         np.pad(values, fill, constant_values=beyond).reshape(groups, size)
         for values, beyond in lists

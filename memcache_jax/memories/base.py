@@ -128,8 +128,11 @@ class Memory(abc.ABC):
 
     @property
     def is_affine(self) -> bool:
-        """Whether ``affine`` works."""
-        return type(self).affine is not Memory.affine
+        """Whether ``affine`` works: no subclass writes or reads in another way than its class."""
+        owner = next(kind for kind in type(self).__mro__ if "affine" in vars(kind))
+        return owner is not Memory and self._does_as(
+            owner, "write", "apply", "forward", "read_online"
+        )
 
     def affine(
         self,
@@ -264,7 +267,11 @@ class Memory(abc.ABC):
 
     def reads_as(self, kind: type["Memory"]) -> bool:
         """Whether nothing between this class and ``kind`` overrides how a state is read."""
-        return all(getattr(type(self), n) is getattr(kind, n) for n in ("read", "forward"))
+        return self._does_as(kind, "read", "forward")
+
+    def _does_as(self, kind: type["Memory"], *names: str) -> bool:
+        """Whether nothing between this class and ``kind`` overrides methods of these names."""
+        return all(getattr(type(self), name) is getattr(kind, name) for name in names)
 
     @property
     def mergeable(self) -> bool:

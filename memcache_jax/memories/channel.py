@@ -11,7 +11,7 @@ from memcache_jax._typing import Array, Controls, Float
 from memcache_jax.kernels.affine_update import AffineChunk
 from memcache_jax.memories._decay import channel_scores, end_decay, start_decay
 from memcache_jax.memories.base import Control
-from memcache_jax.memories.matrix import MatrixMemory, MatrixState
+from memcache_jax.memories.matrix import MatrixMemory, MatrixState, affine_of_write
 
 
 class ChannelChunk(NamedTuple):
@@ -67,6 +67,7 @@ class GLA(MatrixMemory):
     """
 
     largest_chunk: ClassVar[int] = 32
+    affine = affine_of_write
 
     @property
     def controls(self) -> Mapping[str, Control]:

@@ -34,17 +34,6 @@ class MatrixMemory(Memory):
         del layer
         return chunk.apply(x)
 
-    def affine(
-        self,
-        before: Any,
-        key: Float[Array, "m k"],
-        value: Float[Array, "m v"],
-        query: Float[Array, "m k"],
-        controls: Controls,
-    ) -> AffineChunk:
-        """The map of a chunk that only decays and adds, from its writes to a zero matrix."""
-        return self.write(before, before, key, value, controls)[1].affine(query)
-
     def matrices(self, state: Any) -> Matrices:
         """The matrix itself."""
         return (state.matrix,)
@@ -60,6 +49,18 @@ class MatrixMemory(Memory):
         if not self.reads_as(MatrixMemory):
             return super().pieces(matrices, query, fits)
         return pieces_of_matrix(self.read, matrices, query, fits)
+
+
+def affine_of_write(
+    self: MatrixMemory,
+    before: Any,
+    key: Float[Array, "m k"],
+    value: Float[Array, "m v"],
+    query: Float[Array, "m k"],
+    controls: Controls,
+) -> AffineChunk:
+    """``affine`` of a class whose chunks decay and add: its writes to a zero matrix."""
+    return self.write(before, before, key, value, controls)[1].affine(query)
 
 
 class DecayChunk(NamedTuple):
@@ -101,6 +102,8 @@ class DecayChunk(NamedTuple):
 
 class ScalarDecayMemory(MatrixMemory):
     """Matrix memories with one decay per token: M_t = alpha_t M_{t-1} + lam_t v_t k_t^T."""
+
+    affine = affine_of_write
 
     @abc.abstractmethod
     def coefficients(self, controls: Controls, ones: Float[Array, "*m"]) -> tuple[Array, Array]:
@@ -153,6 +156,8 @@ class LinearAttention(ScalarDecayMemory):
       >>> sorted(memory.controls)
       []
     """
+
+    affine = affine_of_write
 
     def coefficients(self, controls: Controls, ones: Float[Array, "*m"]) -> tuple[Array, Array]:
         """No decay but where documents begin, every token as it is."""
@@ -254,6 +259,8 @@ class SWLA(MatrixMemory):
       >>> sorted(mc.memories.SWLA().controls)
       ['beta', 'lam', 'log_alpha']
     """
+
+    affine = affine_of_write
 
     @property
     def controls(self) -> Mapping[str, Control]:

@@ -86,9 +86,10 @@ def test_kernels_equal_chunks_in_turn(memory, implementation):
     assert_close(got[1], wanted[1], 2e-6)
 
 
-@pytest.mark.parametrize("implementation", KERNELS)
-def test_documents(implementation):
-    memory = AFFINE["swla"]
+@pytest.mark.parametrize("implementation", [*KERNELS, "xla"])
+@pytest.mark.parametrize("name", ["swla", "gated_deltanet"])
+def test_documents(name, implementation):
+    memory = AFFINE[name]
     rows = jax.tree.map(lambda x: x[:, :, :, None], make_rows(memory, 3))
     begun = jnp.zeros((2, 1, 3, 1, CHUNK)).at[0, :, 1, :, 4:].set(1).at[0, :, 2, :, :].set(1)
     restarts = np.array([True, True, True])
@@ -121,15 +122,33 @@ def update(state, form, implementation="pallas_tpu", keep=3):
 
 
 @pytest.mark.parametrize("keep", [1, 2, 6])
-@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("implementation", [*KERNELS, "xla"])
 def test_states_are_kept_between_runs(implementation, keep):
-    with interpret_kernels():
-        got = value_and_vjp(
+    def outputs(implementation):
+        return value_and_vjp(
             lambda *xs: update(*xs, implementation=implementation, keep=keep), *make_form()
         )
-    wanted = value_and_vjp(
-        lambda *xs: update(*xs, implementation="reference", keep=keep), *make_form()
-    )
+
+    with interpret_kernels():
+        got = outputs(implementation)
+    wanted = outputs("reference")
+    assert_close(got[0], wanted[0], 1e-6)
+    assert_close(got[1], wanted[1], 2e-6)
+
+
+@pytest.mark.parametrize("erasing", [4, None])
+@pytest.mark.parametrize("implementation", [*KERNELS, "xla", "reference"])
+def test_no_state_is_zero(implementation, erasing):
+    state, form = make_form()
+    if erasing is None:
+        form = form._replace(erase=None)
+
+    def outputs(state, implementation):
+        return value_and_vjp(lambda form: update(state, form, implementation), form)
+
+    with interpret_kernels():
+        got = outputs(None, implementation)
+    wanted = outputs(jnp.zeros_like(state), "reference")
     assert_close(got[0], wanted[0], 1e-6)
     assert_close(got[1], wanted[1], 2e-6)
 

@@ -154,3 +154,17 @@ def test_a_read_of_ones_own_is_not_divided():
 
     pieces = Normalized().pieces((jnp.ones((4, 4)),), jnp.ones((2, 4)), lambda shapes: False)
     assert len(pieces) == 1
+
+
+def test_a_class_that_reads_its_own_way_is_served_by_its_own_methods():
+    class Doubled(mc.memories.SSD):
+        def forward(self, apply, query, gate=None):
+            return super().forward(apply, 2 * query, gate)
+
+    memory = Doubled()
+    assert mc.memories.SSD().is_affine
+    assert not memory.is_affine
+    inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 24, batch=1, heads=1, dtype=np.float32))
+    how = dict(memory=memory, aggregation=mc.Residual(), segmentation=mc.Constant(8))
+    wanted = mc.memory_caching(**inputs, **how, implementation="reference")
+    assert_close(mc.memory_caching(**inputs, **how), wanted, 1e-6)
