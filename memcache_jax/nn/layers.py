@@ -1,6 +1,5 @@
 """Small layers that several modules share."""
 
-import functools
 from typing import Any
 
 import jax
@@ -193,32 +192,5 @@ class SwiGLU(nnx.Module):
 def l2_normalize(x: Float[Array, "... k"], epsilon: float = 1e-6) -> Float[Array, "... k"]:
     """Returns x / |x| along the last axis, computed in float32 or wider."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return _l2_normalize(wide, epsilon).astype(x.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _l2_normalize(x: Float[Array, "... k"], epsilon: float) -> Float[Array, "... k"]:
-    return _times_rows(jax.lax.rsqrt(_vecdot(x, x) + epsilon), x)
-
-
-def _l2_normalize_forward(x: Array, epsilon: float) -> tuple[Array, Array]:
-    return _l2_normalize(x, epsilon), x
-
-
-def _l2_normalize_backward(epsilon: float, x: Array, d_y: Array) -> tuple[Array]:
-    # By hand, with one more sum over rows. XLA's CPU backend would take what is done with a sum
-    # into a slow kernel of its own, but for the barrier.
-    scale = jax.lax.rsqrt(_vecdot(x, x) + epsilon)
-    along = jax.lax.optimization_barrier(scale**3 * _vecdot(x, d_y))
-    return (_times_rows(scale, d_y) - _times_rows(along, x),)
-
-
-_l2_normalize.defvjp(_l2_normalize_forward, _l2_normalize_backward)
-
-
-def _vecdot(x: Array, y: Array) -> Array:
-    return jnp.vecdot(x, y, precision="highest")
-
-
-def _times_rows(scale: Float[Array, "..."], x: Float[Array, "... k"]) -> Float[Array, "... k"]:
-    return scale[..., None] * x
+    norm = jax.lax.rsqrt(jnp.vecdot(wide, wide, precision="highest") + epsilon)
+    return jnp.einsum("...k,...->...k", wide, norm, precision="highest").astype(x.dtype)

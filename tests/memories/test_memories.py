@@ -165,6 +165,11 @@ def test_a_class_that_reads_its_own_way_is_served_by_its_own_methods():
     assert mc.memories.SSD().is_affine
     assert not memory.is_affine
     inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 24, batch=1, heads=1, dtype=np.float32))
-    how = dict(memory=memory, aggregation=mc.Residual(), segmentation=mc.Constant(8))
-    wanted = mc.memory_caching(**inputs, **how, implementation="reference")
-    assert_close(mc.memory_caching(**inputs, **how), wanted, 1e-6)
+    run = functools.partial(
+        mc.memory_caching,
+        **inputs,
+        memory=memory,
+        aggregation=mc.Residual(),
+        segmentation=mc.Constant(8),
+    )
+    assert_close(run(), run(implementation="reference"), 1e-6)
