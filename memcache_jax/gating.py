@@ -1,6 +1,5 @@
 """Relevance of memory states to a token: its connector against the states' pooled keys."""
 
-import functools
 from typing import Any
 
 import jax
@@ -230,22 +229,22 @@ def _running_sum(x: Float[Array, "n c k"], width: int = 16) -> Float[Array, "n c
     """Cumulative sum over c in two levels: ``jnp.cumsum`` of the whole axis is slow on CPU."""
     n, c, k = x.shape
     rows = jnp.pad(x, ((0, 0), (0, -c % width), (0, 0))).reshape(n, -1, width, k)
-    inner = _sums_of_rows(rows, False)
+    ones = jnp.broadcast_to(jnp.tri(width, dtype=x.dtype), (*rows.shape[:2], width, width))
+    inner = _products(ones, rows)
     before = jnp.cumsum(inner[:, :, -1], axis=1) - inner[:, :, -1]
     return (inner + before[:, :, None]).reshape(n, -1, k)[:, :c]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _sums_of_rows(x: Float[Array, "n w m k"], following: bool) -> Float[Array, "n w m k"]:
-    """Sums of few rows up to and with each one, or of those that follow it and its own."""
-    # By hand, and with a factor for each product: else XLA's CPU backend transposes the rows.
-    n, w, m, _ = x.shape
-    ones = jnp.triu(jnp.ones((m, m), x.dtype)) if following else jnp.tri(m, dtype=x.dtype)
-    ones = jnp.broadcast_to(ones, (n, w, m, m))
-    return jnp.einsum("nwij,nwjk->nwik", ones, x, precision="highest")
+@jax.custom_vjp
+def _products(constants: Float[Array, "n w i j"], x: Float[Array, "n w j k"]) -> Array:
+    """Products with constants, which come first backward too.
+
+    With x first, or one constant for all, XLA's CPU backend transposes x, which takes longer.
+    """
+    return jnp.einsum("nwij,nwjk->nwik", constants, x, precision="highest")
 
 
-_sums_of_rows.defvjp(
-    lambda x, following: (_sums_of_rows(x, following), None),
-    lambda following, _, d_sums: (_sums_of_rows(d_sums, not following),),
+_products.defvjp(
+    lambda constants, x: (_products(constants, x), constants),
+    lambda constants, d_y: (None, _products(jnp.matrix_transpose(constants), d_y)),
 )
