@@ -1,13 +1,14 @@
-"""Writing blocks of a matrix memory by the kernel that carries one matrix through all of them."""
+"""Writing blocks of a matrix memory by maps of its matrix, those of all chunks made at once."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from memcache_jax._typing import Array, Bool, Float, State
+from memcache_jax.kernels._dispatch import CannotServeError
 from memcache_jax.kernels.affine_update import AffineChunk, affine_update
 from memcache_jax.memories import Memory
 from memcache_jax.memories.base import first_of_documents
@@ -26,7 +27,7 @@ def write_affine(
     Args:
       memory: a memory that has ``affine``.
       live: as for ``write_blocks``; it may read the live memory with the queries, and no more.
-      initial: as for ``write_blocks``.
+      initial: as for ``write_blocks``; where blocks begin anew, their matrix is zero.
       rows: as for ``write_blocks``.
       restarts: whether each block begins anew. Where all do, they run side by side; where some do,
         their maps leave nothing of the matrix.
@@ -70,17 +71,20 @@ def write_affine(
     return states, _for_each(lambda y, query: live(_Reads(query, y), query), 4)(y, query)
 
 
-class _Reads(NamedTuple):
-    """The view of a chunk that was read with its queries."""
+class _Reads:
+    """The view of a chunk that was read with its queries, and that has nothing else."""
 
-    query: Float[Array, "m k"]
-    y: Float[Array, "m v"]
+    def __init__(self, query: Float[Array, "m k"], y: Float[Array, "m v"]) -> None:
+        self._query, self._y = query, y
 
     def apply(self, x: Float[Array, "m k"]) -> Float[Array, "m v"]:
         """The reads."""
-        if x is not self.query:
-            raise NotImplementedError("kernels read the live memory with the queries alone")
-        return self.y
+        if x is not self._query:
+            raise CannotServeError("the live memory was read with the queries alone")
+        return self._y
+
+    def __getattr__(self, name: str) -> Any:
+        raise CannotServeError(f"of the live memory there are only reads, no {name}")
 
 
 def _for_each(function: Callable, dims: int) -> Callable:
@@ -95,7 +99,8 @@ def _of_chunk_before(
     """What the chunk before each one has, zero where there is none."""
     flat = x.reshape(*x.shape[:2], -1, *x.shape[4:])
     before = jnp.pad(flat[:, :, :-1], [(int(axis == 2), 0) for axis in range(flat.ndim)])
-    return before.reshape(x.shape) * there.reshape(1, 1, *there.shape, *[1] * (x.ndim - 4))
+    there = there.reshape(1, 1, *there.shape, *[1] * (x.ndim - 4))
+    return jnp.where(there, before.reshape(x.shape), 0)  # 0 * NaN is NaN
 
 
 def _detached(form: AffineChunk, goes_on: Float[Array, ""]) -> AffineChunk:

@@ -158,7 +158,7 @@ def _in_slots(
     return jnp.take_along_axis(cached, jnp.maximum(jnp.asarray(reads), 0)[:, None], axis=-1)
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def softmax_gates(
     cached: Float[Array, "... r"], online: Float[Array, "..."]
 ) -> tuple[Float[Array, "... r"], Float[Array, "..."]]:
@@ -169,19 +169,14 @@ def softmax_gates(
     return cached / total[..., None], online / total
 
 
-def _softmax_gates_forward(cached: Array, online: Array) -> tuple[Any, Any]:
-    gates = softmax_gates(cached, online)
-    return gates, gates
-
-
-def _softmax_gates_backward(gates: Any, d_gates: Any) -> tuple[Array, Array]:
-    # By hand: autodiff joins and parts arrays of few states, which is slow on CPUs.
-    (cached, online), (d_cached, d_online) = gates, d_gates
+@softmax_gates.defjvp
+def _softmax_gates_jvp(scores: tuple[Array, Array], d_scores: tuple[Array, Array]) -> Any:
+    # By hand: JAX's own joins and parts arrays of few states, and sums them slowly on CPUs.
+    cached, online = gates = softmax_gates(*scores)
+    d_cached, d_online = d_scores
     mean = jnp.vecdot(cached, d_cached, precision="highest") + online * d_online
-    return cached * (d_cached - mean[..., None]), online * (d_online - mean)
-
-
-softmax_gates.defvjp(_softmax_gates_forward, _softmax_gates_backward)
+    along = jnp.einsum("...r,...->...r", cached, mean, precision="highest")
+    return gates, (cached * d_cached - along, online * (d_online - mean))
 
 
 def _slot_keys(
@@ -230,21 +225,25 @@ def _running_sum(x: Float[Array, "n c k"], width: int = 16) -> Float[Array, "n c
     n, c, k = x.shape
     rows = jnp.pad(x, ((0, 0), (0, -c % width), (0, 0))).reshape(n, -1, width, k)
     ones = jnp.broadcast_to(jnp.tri(width, dtype=x.dtype), (*rows.shape[:2], width, width))
-    inner = _products(ones, rows)
+    inner = _sums_of_rows(ones, rows)
     before = jnp.cumsum(inner[:, :, -1], axis=1) - inner[:, :, -1]
     return (inner + before[:, :, None]).reshape(n, -1, k)[:, :c]
 
 
-@jax.custom_vjp
 def _products(constants: Float[Array, "n w i j"], x: Float[Array, "n w j k"]) -> Array:
+    return jnp.einsum("nwij,nwjk->nwik", constants, x, precision="highest")
+
+
+@jax.custom_vjp
+def _sums_of_rows(constants: Float[Array, "n w i j"], x: Float[Array, "n w j k"]) -> Array:
     """Products with constants, which come first backward too.
 
     With x first, or one constant for all, XLA's CPU backend transposes x, which takes longer.
     """
-    return jnp.einsum("nwij,nwjk->nwik", constants, x, precision="highest")
+    return _products(constants, x)
 
 
-_products.defvjp(
+_sums_of_rows.defvjp(
     lambda constants, x: (_products(constants, x), constants),
     lambda constants, d_y: (None, _products(jnp.matrix_transpose(constants), d_y)),
 )

@@ -22,6 +22,7 @@ from tests.cases import (
 LENGTH, SIZE, BORDER = 21, 4, 12
 CONSTANT, LOGARITHMIC = ((name, "independent") for name in SEGMENTATIONS)
 CASES = {
+    "swla": combine(["grm", "ssc"], [CONSTANT]),
     "linear": combine(plans=[CONSTANT]) + combine(["grm", "ssc"], [LOGARITHMIC]),
     "titans": combine(["grm", "ssc_soup"], [CONSTANT]) + combine(["soup", "ssc"], [LOGARITHMIC]),
     "vector": combine(["grm", "ssc"], [CONSTANT]) + combine(["grm"], [LOGARITHMIC]),
@@ -31,8 +32,8 @@ FEW = combine(["grm", "ssc"], [CONSTANT])
 IDS = (np.arange(LENGTH) >= BORDER).astype(np.int32)[None]
 every_path = pytest.mark.parametrize(
     ("name", "options"),
-    [("linear", ()), ("titans", ()), ("vector", ()), ("linear", REFERENCE)],
-    ids=["linear", "titans", "vector", "reference"],
+    [("linear", ()), ("swla", ()), ("titans", ()), ("vector", ()), ("linear", REFERENCE)],
+    ids=["linear", "swla", "titans", "vector", "reference"],
 )
 
 

@@ -34,7 +34,7 @@ def affine_update(
         return for_each_unit(unit, batch_dims)(state, rows)
 
     def forward(state: Array | None, rows: Any) -> tuple[tuple[Array, Array], Any]:
-        return written(update(state, rows)), (state, rows)
+        return written(for_each_unit(unit, batch_dims)(state, rows)), (state, rows)
 
     def backward(residuals: Any, cotangents: tuple[Array, Array]) -> Any:
         def pull(residuals: Any, cotangents: tuple[Array, Array]) -> Any:

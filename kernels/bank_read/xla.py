@@ -1,6 +1,6 @@
 """The gated bank read in plain XLA: work in proportion to the pairs that are really read.
 
-The (block, slot) pairs of the plan are visited in groups of about one pair per block: a group
+The (block, slot) pairs of the plan are visited in groups of up to one pair per block: a group
 gathers its blocks and states, reads them in one batched product, and adds into the output. The
 backward pass visits the same groups and recomputes the reads, so that no read of a pair is
 kept. What fills up a group has a block and a state beyond the last, so that its sums are dropped.
@@ -121,12 +121,12 @@ def _read_by_token(
 def _pair_groups(reads: np.ndarray, num_states: int) -> tuple[np.ndarray, ...]:
     """Lists (block, slot, state) of the pairs, (groups, pairs in a group) each.
 
-    The last group is filled up; of the sizes near the number of blocks, where that takes least.
+    As few groups of up to a pair per block as there can be, all of one size: the last is filled up.
     """
     block, slot = np.nonzero(reads >= 0)
     blocks = len(reads)
-    size = min(range(blocks, blocks // 2, -1), key=lambda size: -len(block) % size)
-    groups = -(-len(block) // size)
+    groups = -(-len(block) // blocks)
+    size = -(-len(block) // max(groups, 1))
     fill = (0, groups * size - len(block))
     lists = ((block, blocks), (slot, 0), (reads[block, slot], num_states))
     return tuple(

@@ -128,11 +128,10 @@ class Memory(abc.ABC):
 
     @property
     def is_affine(self) -> bool:
-        """Whether ``affine`` works: no subclass writes or reads in another way than its class."""
+        """Whether ``affine`` works: no subclass of the one that has it does otherwise."""
         owner = next(kind for kind in type(self).__mro__ if "affine" in vars(kind))
-        return owner is not Memory and self._does_as(
-            owner, "write", "apply", "forward", "read_online"
-        )
+        instead_of = "init", "write", "write_documents", "apply", "forward", "read_online"
+        return owner is not Memory and self._does_as(owner, *instead_of)
 
     def affine(
         self,
@@ -142,9 +141,11 @@ class Memory(abc.ABC):
         query: Float[Array, "m k"],
         controls: Controls,
     ) -> AffineChunk:
-        """A chunk's write and online read as a map of the state's matrix, for kernels.
+        """A chunk's write and online read as a map of the state's matrix.
 
-        For memories whose state is one matrix, zero at first, beside what ``carried`` knows.
+        For memories whose state is one matrix, zero at first, beside what ``carried`` knows, and
+        that forget by their controls. Kernels take it instead of ``write`` and ``read_online``; of
+        a memory that also has ``merge``, so does XLA where segments begin anew.
 
         Args:
           before: the state before the chunk, with a zero matrix.
@@ -271,7 +272,7 @@ class Memory(abc.ABC):
 
     def _does_as(self, kind: type["Memory"], *names: str) -> bool:
         """Whether nothing between this class and ``kind`` overrides methods of these names."""
-        return all(getattr(type(self), name) is getattr(kind, name) for name in names)
+        return all(getattr(type(self), name) is getattr(kind, name, None) for name in names)
 
     @property
     def mergeable(self) -> bool:

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -156,12 +157,29 @@ def test_a_read_of_ones_own_is_not_divided():
     assert len(pieces) == 1
 
 
-def test_a_class_that_reads_its_own_way_is_served_by_its_own_methods():
-    class Doubled(mc.memories.SSD):
-        def forward(self, apply, query, gate=None):
-            return super().forward(apply, 2 * query, gate)
+class Doubled(mc.memories.SSD):
+    def forward(self, apply, query, gate=None):
+        return super().forward(apply, 2 * query, gate)
 
-    memory = Doubled()
+
+class FromOnes(mc.memories.SSD):
+    def init(self, weights, key_dim, value_dim, dtype):
+        state = super().init(weights, key_dim, value_dim, dtype)
+        return jax.tree.map(jnp.ones_like, state)
+
+
+class Both:
+    def affine(self, before, key, value, query, controls):
+        owner: Any = super()
+        return owner.affine(before, key, value, query, controls)
+
+
+class Mixed(Both, mc.memories.SSD):
+    pass
+
+
+@pytest.mark.parametrize("memory", [Doubled(), FromOnes(), Mixed()], ids=lambda x: type(x).__name__)
+def test_a_class_that_does_something_its_own_way_is_served_by_its_own_methods(memory):
     assert mc.memories.SSD().is_affine
     assert not memory.is_affine
     inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 24, batch=1, heads=1, dtype=np.float32))
@@ -173,3 +191,15 @@ def test_a_class_that_reads_its_own_way_is_served_by_its_own_methods():
         segmentation=mc.Constant(8),
     )
     assert_close(run(), run(implementation="reference"), 1e-6)
+
+
+def test_an_aggregation_that_reads_the_live_memory_its_own_way():
+    class Halved(mc.Residual):
+        def live(self, memory, chunk, query):
+            return memory.read_online(chunk, query / 2)
+
+    memory = mc.memories.SSD()
+    inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 24, batch=1, heads=1, dtype=np.float32))
+    run = functools.partial(mc.memory_caching, memory=memory, segmentation=mc.Constant(24))
+    wanted = run(**inputs | {"query": inputs["query"] / 2}, aggregation=mc.Residual())
+    assert_close(run(**inputs, aggregation=Halved()), wanted, 1e-6)
