@@ -323,8 +323,9 @@ def test_work_grows_with_the_pairs_that_are_read():
         reads = mc.Constant(4).plan(4 * blocks).reads
         return count_flops(lambda b, q, g: bank_read(memory.read, b, q, g, reads), *arguments)
 
-    one_pair = flops(2) / 2  # one group of two: one real pair, one to fill up
-    assert flops(9) == 36 * one_pair  # 9 x 8 / 2 pairs
+    one_pair = flops(2)
+    assert flops(8) == 28 * one_pair  # 8 x 7 / 2 pairs, with none to fill up
+    assert flops(9) == 36 * one_pair
     assert flops(17) == 136 * one_pair
 
 
