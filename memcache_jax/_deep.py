@@ -91,8 +91,7 @@ def write_deep(
 def _reasons(memory: DeepMemory, key: Array, value: Array) -> list[tuple[bool, str]]:
     """Why kernels cannot serve a memory, for ``check_served``."""
     kind = type(memory)
-    methods = ("forward", "init", "write", "write_documents")
-    own = [name for name in methods if getattr(kind, name) is not getattr(DeepMemory, name)]
+    own = memory.overridden(DeepMemory, "forward", "init", "write", "write_documents")
     sizes = (*key.shape[-2:], value.shape[-1])
     filled = any(size != power_of_two(size) for size in sizes)
     return [

@@ -29,12 +29,11 @@ def affine_update(
         ends, y = _carried(jax.vmap(chunk)(rows), state)
         return ends[keep - 1 :: keep], y
 
-    @jax.custom_vjp
-    def update(state: Array | None, rows: Any) -> tuple[Array, Array]:
-        return for_each_unit(unit, batch_dims)(state, rows)
+    run = for_each_unit(unit, batch_dims)
+    update = jax.custom_vjp(run)
 
     def forward(state: Array | None, rows: Any) -> tuple[tuple[Array, Array], Any]:
-        return written(for_each_unit(unit, batch_dims)(state, rows)), (state, rows)
+        return written(run(state, rows)), (state, rows)
 
     def backward(residuals: Any, cotangents: tuple[Array, Array]) -> Any:
         def pull(residuals: Any, cotangents: tuple[Array, Array]) -> Any:

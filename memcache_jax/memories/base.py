@@ -131,7 +131,7 @@ class Memory(abc.ABC):
         """Whether ``affine`` works: no subclass of the one that has it does otherwise."""
         owner = next(kind for kind in type(self).__mro__ if "affine" in vars(kind))
         instead_of = "init", "write", "write_documents", "apply", "forward", "read_online"
-        return owner is not Memory and self._does_as(owner, *instead_of)
+        return owner is not Memory and not self.overridden(owner, *instead_of)
 
     def affine(
         self,
@@ -268,11 +268,12 @@ class Memory(abc.ABC):
 
     def reads_as(self, kind: type["Memory"]) -> bool:
         """Whether nothing between this class and ``kind`` overrides how a state is read."""
-        return self._does_as(kind, "read", "forward")
+        return not self.overridden(kind, "read", "forward")
 
-    def _does_as(self, kind: type["Memory"], *names: str) -> bool:
-        """Whether nothing between this class and ``kind`` overrides methods of these names."""
-        return all(getattr(type(self), name) is getattr(kind, name, None) for name in names)
+    def overridden(self, kind: type["Memory"], *names: str) -> list[str]:
+        """Of methods of these names, those that a class between this one and ``kind`` overrides."""
+        own = type(self)
+        return [name for name in names if getattr(own, name) is not getattr(kind, name, None)]
 
     @property
     def mergeable(self) -> bool:

@@ -59,7 +59,10 @@ def affine_of_write(
     query: Float[Array, "m k"],
     controls: Controls,
 ) -> AffineChunk:
-    """``affine`` of a class whose chunks decay and add: its writes to a zero matrix."""
+    """``affine`` of a class whose chunks decay and add: its writes to a zero matrix.
+
+    Each class names it beside a ``write`` of its own, without which ``is_affine`` is false.
+    """
     return self.write(before, before, key, value, controls)[1].affine(query)
 
 
