@@ -1,14 +1,109 @@
-"""Relevance of memory states to a token: its connector against the states' pooled keys."""
+"""Which cached states tokens may read, and their relevance: connectors against pooled keys."""
 
-from typing import Any
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memcache_jax._documents import DocumentBuckets, buckets_of_documents
 from memcache_jax._typing import Array, Bool, Float, Int
+from memcache_jax.kernels.gate_softmax import softmax_gates
+from memcache_jax.kernels.running_sum import running_sum
 from memcache_jax.segmentation import ReadPlan
+
+__all__ = [
+    "Candidates",
+    "OfBlocks",
+    "OfTokens",
+    "Selection",
+    "finite_rows",
+    "gates_by_state",
+    "in_order",
+    "pooled_keys",
+    "running_keys",
+    "scores",
+    "softmax_gates",
+]
+
+
+class Candidates(NamedTuple):
+    """The cached states that the tokens of each block may read, and what gates are made from.
+
+    Attributes:
+      states: numbers of states in the bank, oldest first, -1 for an empty slot. One row stands for
+        all, and a NumPy array is static: slots that are empty in it cost nothing.
+      distances: segments back to each state's end, 1 for the last segment.
+      pooled: (b, h, states, k) pooled keys by number; None for gates that are not made from them.
+      slot_pooled: (b, h, n, r, k) pooled keys by slot, where a state's depend on the block.
+      running: (b, h, n, c, k) pooled keys of the live memory at each token.
+      same_document: (b, n, c, r) whether a token and a state are of one document; None for yes.
+      counts: (b, n, r) segments that a state stands for, 0 for an empty slot; None for one each.
+    """
+
+    states: np.ndarray | Int[Array, "b n r"]
+    distances: np.ndarray | Int[Array, "b n r"]
+    pooled: Float[Array, "b h states k"] | None = None
+    slot_pooled: Float[Array, "b h n r k"] | None = None
+    running: Float[Array, "b h n c k"] | None = None
+    same_document: Bool[Array, "b n c r"] | None = None
+    counts: Int[Array, "b n r"] | None = None
+
+    @property
+    def only_keys(self) -> bool:
+        """Whether content gates follow from pooled keys and empty slots alone."""
+        others = self.slot_pooled, self.same_document, self.counts
+        return all(x is None for x in others)
+
+
+class OfBlocks(NamedTuple):
+    """A selection in which all tokens of a block read the same states.
+
+    Attributes:
+      states: as of ``Candidates``.
+      gates: of the cached states.
+      live: of the live memory.
+      unread: whether a gate of zero says that the token does not read the state, whatever it holds.
+    """
+
+    states: np.ndarray | Int[Array, "b n r"]
+    gates: Float[Array, "b h n c r"]
+    live: Float[Array, "b h n c"]
+    unread: bool = False
+
+
+class OfTokens(NamedTuple):
+    """A selection in which each token has its own states.
+
+    Attributes:
+      states: numbers of states in the bank, -1 for none.
+      gates: of the cached states.
+      live: of the live memory.
+    """
+
+    states: Int[Array, "b h n c s"]
+    gates: Float[Array, "b h n c s"]
+    live: Float[Array, "b h n c"]
+
+
+Selection: TypeAlias = OfBlocks | OfTokens
+
+
+def gates_by_state(selection: Selection, count: int) -> Float[Array, "b h n c states"]:
+    """The gates of all ``count`` states of the bank, zero for those that a token does not read."""
+    if isinstance(selection, OfTokens):
+        states = selection.states
+    elif in_order(selection.states, count):
+        return selection.gates
+    else:
+        states = jnp.asarray(selection.states)[:, None, :, None]
+
+    def spread(gates: Float[Array, "s"], states: Int[Array, "s"]) -> Float[Array, "states"]:
+        return jnp.zeros(count, gates.dtype).at[states].add(gates, mode="drop")
+
+    gates = selection.gates
+    states = jnp.broadcast_to(jnp.where(states < 0, count, states), gates.shape)
+    flat = (x.reshape(-1, x.shape[-1]) for x in (gates, states))
+    return jax.vmap(spread)(*flat).reshape(*gates.shape[:-1], count)
 
 
 def pooled_keys(
@@ -44,13 +139,13 @@ def running_keys(
     pooling: str = "mean",
     document: Int[Array, "n c"] | None = None,
 ) -> Float[Array, "n c k"]:
-    """Returns, for each token, the mean or sum of its segment's keys, up to and with its own.
+    """Returns, for each token, the mean or sum of its segment's keys up to and with its own.
 
     With documents, of those of its own document.
     """
     if document is not None:
         return _running_document_keys(key, plan, pooling, document)
-    sums = _running_sum(key)
+    sums = running_sum(key)
     block = np.arange(plan.num_blocks)
     before = block - plan.first
     if np.any(before):
@@ -63,141 +158,6 @@ def running_keys(
         return sums
     counts = before[:, None] * plan.block_size + np.arange(1, key.shape[1] + 1)[None]
     return sums / jnp.asarray(counts, key.dtype)[..., None]
-
-
-def relevance(
-    connector: Float[Array, "n c u"],
-    key: Float[Array, "n c k"],
-    plan: ReadPlan,
-    *,
-    gate: str = "content",
-    pooling: str = "mean",
-    document: Int[Array, "n c"] | None = None,
-) -> tuple[Float[Array, "n c r"], Float[Array, "n c"]]:
-    """Returns the scores of the states that each token may read, and of the online one.
-
-    Content gates have r_t^(i) = <u_t, p_i>; position gates the logit of the state's distance, that
-    of the last one for any farther; uniform gates zero. Slots of ``plan.reads`` that hold no
-    bucket score -inf, and so do states of other documents.
-    """
-    slots = None
-    if document is not None and plan.spans_segments.any():
-        slots = buckets_of_documents(plan, document)
-    pooled = running = None
-    if gate == "content":
-        running = running_keys(key, plan, pooling, document)
-        if document is not None and slots is not None:
-            pooled = _slot_keys(key, slots, pooling, document)
-        else:
-            pooled = pooled_keys(key, plan, pooling, document)
-    if slots is None:
-        reads, distances = plan.reads, plan.distances
-    else:
-        reads, distances = jnp.where(slots.after > 0, 0, -1), slots.distances
-    cached, online = scores(connector, pooled, running, reads, distances, gate)
-    if document is None or not len(plan.buckets):
-        return cached, online
-    after = plan.buckets[:, 1][np.maximum(plan.reads, 0)] if slots is None else slots.after
-    same = document[:, :, None] == document[:, -1][after - 1][:, None]
-    return jnp.where(same, cached, -jnp.inf), online
-
-
-def scores(
-    connector: Float[Array, "n c u"],
-    pooled: Float[Array, "..."] | None,
-    running: Float[Array, "n c k"] | None,
-    reads: np.ndarray | Int[Array, "n r"],
-    distances: np.ndarray | Int[Array, "n r"],
-    gate: str,
-) -> tuple[Float[Array, "n c r"], Float[Array, "n c"]]:
-    """``relevance`` of blocks, from pooled and running keys and a plan's rows for the blocks.
-
-    Args:
-      connector: as for ``relevance``.
-      pooled: of content gates, the buckets' pooled keys (buckets, k), or those in the slots of each
-        block, (n, r, k).
-      running: of content gates, the online state's keys.
-      reads: the bucket in each slot, -1 for none.
-      distances: of position gates, the distance of each slot's bucket.
-      gate: what gates are made from.
-    """
-    if pooled is not None and running is not None:
-        # 0 * NaN is NaN: in a gradient, the keys of states that are not read.
-        pooled, broken = finite_rows(pooled)
-        if pooled.ndim == 3:
-            cached = jnp.einsum("nck,nrk->ncr", connector, pooled, precision="highest")
-            cached = jnp.where(broken[:, None], jnp.nan, cached)
-        else:
-            cached = jnp.einsum("nck,rk->ncr", connector, pooled, precision="highest")
-            cached = _in_slots(jnp.where(broken[None, None], jnp.nan, cached), reads)
-        online = jnp.vecdot(connector, running, precision="highest")
-    elif gate == "position":
-        distances = jnp.clip(jnp.asarray(distances), 0, connector.shape[-1] - 1)
-        cached = jnp.take_along_axis(connector, distances[:, None], axis=-1)
-        online = connector[..., 0]
-    else:
-        online = jnp.zeros(connector.shape[:2], connector.dtype)
-        cached = jnp.zeros((*connector.shape[:2], reads.shape[1]), connector.dtype)
-    return jnp.where(jnp.asarray(reads >= 0)[:, None], cached, -jnp.inf), online
-
-
-def finite_rows(rows: Float[Array, "*r k"]) -> tuple[Float[Array, "*r k"], Bool[Array, "*r"]]:
-    """The rows, zero where not all of one is finite, and where that is."""
-    finite = jnp.isfinite(rows).all(axis=-1)
-    return jnp.where(finite[..., None], rows, 0), ~finite
-
-
-def _in_slots(
-    cached: Float[Array, "n c buckets"], reads: np.ndarray | Int[Array, "n r"]
-) -> Float[Array, "n c r"]:
-    """The scores of the buckets in each block's slots."""
-    if isinstance(reads, np.ndarray) and reads.shape[1] == cached.shape[-1]:
-        bucket_of_slot = np.arange(cached.shape[-1])[None]
-        if not np.any((reads >= 0) & (reads != bucket_of_slot)):
-            return cached
-    return jnp.take_along_axis(cached, jnp.maximum(jnp.asarray(reads), 0)[:, None], axis=-1)
-
-
-@jax.custom_jvp
-def softmax_gates(
-    cached: Float[Array, "... r"], online: Float[Array, "..."]
-) -> tuple[Float[Array, "... r"], Float[Array, "..."]]:
-    """Softmax over the visible cached states and the online one together (Eq. 10)."""
-    largest = jnp.maximum(jnp.max(cached, axis=-1, initial=-jnp.inf), online)
-    cached, online = jnp.exp(cached - largest[..., None]), jnp.exp(online - largest)
-    total = cached.sum(axis=-1) + online
-    return cached / total[..., None], online / total
-
-
-@softmax_gates.defjvp
-def _softmax_gates_jvp(scores: tuple[Array, Array], d_scores: tuple[Array, Array]) -> Any:
-    # By hand: JAX's own joins and parts arrays of few states, and sums them slowly on CPUs.
-    cached, online = gates = softmax_gates(*scores)
-    d_cached, d_online = d_scores
-    mean = jnp.vecdot(cached, d_cached, precision="highest") + online * d_online
-    along = jnp.einsum("...r,...->...r", cached, mean, precision="highest")
-    return gates, (cached * d_cached - along, online * (d_online - mean))
-
-
-def _slot_keys(
-    key: Float[Array, "n c k"], slots: DocumentBuckets, pooling: str, document: Int[Array, "n c"]
-) -> Float[Array, "n r k"]:
-    """``pooled_keys`` of the bucket in each slot, zero where there is none."""
-    same = document == document[:, -1:]
-    sums, broken = finite_rows(jnp.sum(key, axis=1, where=same[..., None]))
-    block = np.arange(len(key))[None, None]
-    inside = (slots.first[..., None] <= block) & (block < slots.after[..., None])
-
-    def of_buckets(x: Array) -> Array:
-        return jnp.tensordot(inside.astype(key.dtype), x, axes=1, precision="highest")
-
-    pooled = jnp.where(
-        (inside & broken[None, None]).any(axis=-1)[..., None], jnp.nan, of_buckets(sums)
-    )
-    if pooling == "sum":
-        return pooled
-    counts = of_buckets(same.sum(axis=1).astype(key.dtype))
-    return pooled / jnp.maximum(counts, 1)[..., None]
 
 
 def _running_document_keys(
@@ -220,30 +180,68 @@ def _running_document_keys(
     return sums.reshape(n, c, k)
 
 
-def _running_sum(x: Float[Array, "n c k"], width: int = 16) -> Float[Array, "n c k"]:
-    """Cumulative sum over c in two levels: ``jnp.cumsum`` of the whole axis is slow on CPU."""
-    n, c, k = x.shape
-    rows = jnp.pad(x, ((0, 0), (0, -c % width), (0, 0))).reshape(n, -1, width, k)
-    ones = jnp.broadcast_to(jnp.tri(width, dtype=x.dtype), (*rows.shape[:2], width, width))
-    inner = _sums_of_rows(ones, rows)
-    before = jnp.cumsum(inner[:, :, -1], axis=1) - inner[:, :, -1]
-    return (inner + before[:, :, None]).reshape(n, -1, k)[:, :c]
+def scores(
+    connector: Float[Array, "b h n c u"], candidates: Candidates, gate: str
+) -> tuple[Float[Array, "b h n c r"], Float[Array, "b h n c"]]:
+    """Returns the relevance of the states that each token may read, and of the live memory.
 
+    Content gates have r_t^(i) = <u_t, p_i> (Eq. 10 of arXiv:2602.24281); position gates the logit
+    of the state's distance, or of the farthest that has one; uniform gates zero. A state that
+    stands for n segments counts n times. Empty slots and states of other documents score -inf.
 
-def _products(constants: Float[Array, "n w i j"], x: Float[Array, "n w j k"]) -> Array:
-    return jnp.einsum("nwij,nwjk->nwik", constants, x, precision="highest")
-
-
-@jax.custom_vjp
-def _sums_of_rows(constants: Float[Array, "n w i j"], x: Float[Array, "n w j k"]) -> Array:
-    """Products with constants, which come first backward too.
-
-    With x first, or one constant for all, XLA's CPU backend transposes x, which takes longer.
+    Args:
+      connector: what gates are made from.
+      candidates: the states.
+      gate: ``"content"``, ``"position"`` or ``"uniform"``.
     """
-    return _products(constants, x)
+    slots, distances = (jnp.asarray(x)[:, None, :, None] for x in candidates[:2])  # (b, 1, n, 1, r)
+    visible = slots >= 0
+    if candidates.running is not None:
+        cached = _products(connector, candidates)
+        live = jnp.vecdot(connector, candidates.running, precision="highest")
+    elif gate == "position":
+        distances = jnp.clip(distances, 0, connector.shape[-1] - 1)
+        cached = jnp.take_along_axis(connector, distances, axis=-1)
+        live = connector[..., 0]
+    else:
+        live = jnp.zeros(connector.shape[:4], connector.dtype)
+        cached = jnp.zeros((*live.shape, slots.shape[-1]), connector.dtype)
+    if candidates.counts is not None:
+        counts = candidates.counts[:, None, :, None]
+        cached += jnp.log(jnp.maximum(counts, 1).astype(cached.dtype))
+        visible &= counts > 0
+    if candidates.same_document is not None:
+        visible &= candidates.same_document[:, None]
+    return jnp.where(visible, cached, -jnp.inf), live
 
 
-_sums_of_rows.defvjp(
-    lambda constants, x: (_products(constants, x), constants),
-    lambda constants, d_y: (None, _products(jnp.matrix_transpose(constants), d_y)),
-)
+def _products(
+    connector: Float[Array, "b h n c u"], candidates: Candidates
+) -> Float[Array, "b h n c r"]:
+    """The products of connectors and pooled keys, NaN where a key is not finite."""
+    # 0 * NaN is NaN: in a gradient, the keys of states that are not read.
+    if candidates.slot_pooled is not None:
+        pooled, broken = finite_rows(candidates.slot_pooled)
+        cached = jnp.einsum("bhnck,bhnrk->bhncr", connector, pooled, precision="highest")
+        return jnp.where(broken[..., None, :], jnp.nan, cached)
+    assert candidates.pooled is not None
+    pooled, broken = finite_rows(candidates.pooled)
+    cached = jnp.einsum("bhnck,bhrk->bhncr", connector, pooled, precision="highest")
+    cached = jnp.where(broken[:, :, None, None], jnp.nan, cached)
+    if in_order(candidates.states, pooled.shape[2]):
+        return cached
+    slots = jnp.maximum(jnp.asarray(candidates.states), 0)
+    return jnp.take_along_axis(cached, slots[:, None, :, None], axis=-1)
+
+
+def in_order(states: np.ndarray | Array, count: int) -> bool:
+    """Whether there are ``count`` slots, and it is known that slot i is empty or has state i."""
+    if not isinstance(states, np.ndarray) or states.shape[-1] != count:
+        return False
+    return not np.any((states >= 0) & (states != np.arange(count)))
+
+
+def finite_rows(rows: Float[Array, "*r k"]) -> tuple[Float[Array, "*r k"], Bool[Array, "*r"]]:
+    """The rows, zero where not all of one is finite, and where that is."""
+    finite = jnp.isfinite(rows).all(axis=-1)
+    return jnp.where(finite[..., None], rows, 0), ~finite

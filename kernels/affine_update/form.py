@@ -28,6 +28,14 @@ class AffineChunk(NamedTuple):
     scores: Float[Array, "m writes"]
     erase: Float[Array, "erasing k"] | None = None
 
+    def __call__(self, matrix: Float[Array, "k v"]) -> tuple[Array, Array]:
+        """The matrix after the chunk, and what its rows read."""
+        written = self.value
+        if self.erase is not None:
+            written = written.at[: len(self.erase)].add(-jnp.matmul(self.erase, matrix))
+        after = self.decay[:, None] * matrix + jnp.matmul(self.key.T, written)
+        return after, jnp.matmul(self.query, matrix) + jnp.matmul(self.scores, written)
+
 
 def empty_matrices(chunk: Callable[[Any], AffineChunk], rows: Any, batch_dims: int) -> Array:
     """Zeros (*batch, k, v) for what ``chunk`` maps, from its rows (*batch, chunks, ...)."""

@@ -1,5 +1,6 @@
 """Write rules: how a memory is written, and how it is read."""
 
+from memcache_jax.memories.affine import AffineMemory
 from memcache_jax.memories.base import Control, Memory
 from memcache_jax.memories.channel import GLA
 from memcache_jax.memories.deep import DeepMemory
@@ -15,6 +16,7 @@ __all__ = [
     "RWKV7",
     "SSD",
     "SWLA",
+    "AffineMemory",
     "Control",
     "DeepMemory",
     "DeltaNet",

@@ -3,14 +3,12 @@
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from memcache_jax._typing import Apply, Array, Bool, Controls, Float, Int, Matrices, State
-from memcache_jax.kernels.affine_update import AffineChunk
-from memcache_jax.memories._pieces import Fits, Piece
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +42,41 @@ NEAR_ONE = Control(activation=jax.nn.log_sigmoid, bias=5.0, forget=-jnp.inf)
 """The log of a decay per token and head that starts near one."""
 
 
+Form: TypeAlias = Literal["scan", "affine", "descent"]
+"""How the chunks of a memory follow from each other, and so how fast they can be written.
+
+``"scan"``: a chunk waits for the one before; any rule. ``"affine"``: a chunk is an affine map of
+the state's one matrix, and a read is one product with it; ``AffineMemory``. ``"descent"``: a chunk
+is a step of gradient descent on a small network; ``DeepMemory``.
+"""
+
+
 class Memory(abc.ABC):
     """A recurrent memory: how it is written and how it is read, for one head of one sequence.
 
     A rule implements a few small methods on unbatched arrays; the callers map them over batch,
-    heads and segments. ``write`` is the fast path, ``step`` the equation it must equal.
+    heads and segments. ``step`` is the equation, ``write`` the same for a chunk of tokens.
 
     A memory's parameters are a tuple of matrices, and its forward pass is code over an abstract
     ``apply(layer, x)``. So one ``forward`` serves a frozen state (``x W``), the live state at
     every token of a chunk (``apply``), and a mixture of many states.
+
+    A rule states what it is in class attributes, ``form`` to ``zeros_add_nothing``. A class that
+    derives from a finished rule is a ``"scan"`` with the defaults below until it states them again:
+    whatever it overrides then runs on every path.
     """
+
+    form: ClassVar[Form] = "scan"
+    """How its chunks follow from each other."""
+
+    merges: ClassVar[bool] = False
+    """Whether ``merge`` joins two runs into one."""
+
+    reads_query: ClassVar[bool] = True
+    """Whether a read depends on the query; if not, it is the state's one matrix, a row."""
+
+    zeros_add_nothing: ClassVar[bool] = False
+    """Whether rows and columns of zeros leave the gradient of a deep memory's loss as it is."""
 
     depth: int = 1
     """Layers that a read passes through one after the other."""
@@ -61,8 +84,22 @@ class Memory(abc.ABC):
     largest_chunk: ClassVar[int] = 64
     """Tokens that a rule which is exact for any chunk is best written in at once."""
 
-    reads_query: ClassVar[bool] = True
-    """Whether a read depends on the query; else it is the state's one matrix, a row."""
+    fixed: ClassVar[tuple[str, ...]] = ()
+    """Methods that the fast paths of a form replace, so that a rule of that form keeps them."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        bases = [base for base in cls.__bases__ if issubclass(base, Memory)]
+        if not all(base.__abstractmethods__ for base in bases):  # derives from a finished rule
+            for name in ("form", "merges", "reads_query", "zeros_add_nothing"):
+                if name not in vars(cls):
+                    setattr(cls, name, getattr(Memory, name))
+        own = [] if "fixed" in vars(cls) else [name for name in cls.fixed if name in vars(cls)]
+        if own and cls.form != "scan":
+            raise TypeError(
+                f"{cls.__name__} overrides {', '.join(own)}, which the fast paths of form="
+                f"{cls.form!r} do not call: state form = 'scan' in it"
+            )
 
     @property
     def gradient_chunk(self) -> int | None:
@@ -125,40 +162,6 @@ class Memory(abc.ABC):
           The state after the chunk, and a view of the chunk through which ``apply`` reads the
           live memory at each of its tokens.
         """
-
-    @property
-    def is_affine(self) -> bool:
-        """Whether ``affine`` works: no subclass of the one that has it does otherwise."""
-        owner = next(kind for kind in type(self).__mro__ if "affine" in vars(kind))
-        instead_of = "init", "write", "write_documents", "apply", "forward", "read_online"
-        return owner is not Memory and not self.overridden(owner, *instead_of)
-
-    def affine(
-        self,
-        before: State,
-        key: Float[Array, "m k"],
-        value: Float[Array, "m v"],
-        query: Float[Array, "m k"],
-        controls: Controls,
-    ) -> AffineChunk:
-        """A chunk's write and online read as a map of the state's matrix.
-
-        For memories whose state is one matrix, zero at first, beside what ``carried`` knows, and
-        that forget by their controls. Kernels take it instead of ``write`` and ``read_online``; of
-        a memory that also has ``merge``, so does XLA where segments begin anew.
-
-        Args:
-          before: the state before the chunk, with a zero matrix.
-          key: as for ``write``.
-          value: as for ``write``.
-          query: what reads, each right after its token's write.
-          controls: as for ``write``.
-        """
-        raise NotImplementedError(f"chunks of {type(self).__name__} are no affine maps of a matrix")
-
-    def carried(self, key: Float[Array, "m k"], value: Float[Array, "m v"]) -> State:
-        """The state after a chunk of a memory that has ``affine``, with a zero matrix."""
-        return self.init({}, key.shape[-1], value.shape[-1], key.dtype)
 
     def write_documents(
         self,
@@ -249,37 +252,6 @@ class Memory(abc.ABC):
         """Reads a frozen state, times a gate if there is one."""
         return self.forward(lambda layer, x: jnp.matmul(x, matrices[layer]), query, gate)
 
-    def pieces(self, matrices: Matrices, query: Float[Array, "... k"], fits: Fits) -> list[Piece]:
-        """Reads of smaller states that add up to ``read``, as few as fit.
-
-        A class that overrides this without a subclass's ``read`` or ``forward`` in mind asks
-        ``reads_as`` first.
-
-        Args:
-          matrices: the matrices of states, (..., in, out) each.
-          query: what reads them.
-          fits: whether matrices are small enough.
-
-        Returns:
-          The pieces; the whole, if the read is no such sum.
-        """
-        del fits
-        return [Piece(self.read, matrices, query)]
-
-    def reads_as(self, kind: type["Memory"]) -> bool:
-        """Whether nothing between this class and ``kind`` overrides how a state is read."""
-        return not self.overridden(kind, "read", "forward")
-
-    def overridden(self, kind: type["Memory"], *names: str) -> list[str]:
-        """Of methods of these names, those that a class between this one and ``kind`` overrides."""
-        own = type(self)
-        return [name for name in names if getattr(own, name) is not getattr(kind, name, None)]
-
-    @property
-    def mergeable(self) -> bool:
-        """Whether ``merge`` works."""
-        return type(self).merge is not Memory.merge
-
     def merge(self, left: State, right: State, controls: Controls) -> State:
         """The state of two runs of tokens, each written from the initial state, as one run.
 
@@ -298,14 +270,3 @@ class Memory(abc.ABC):
 def first_of_documents(begun: Int[Array, "m"]) -> Bool[Array, "m"]:
     """Whether a token begins a document, from how many have begun in its chunk."""
     return begun > jnp.pad(begun[:-1], (1, 0))
-
-
-def gated(gate: Float[Array, "rows"] | None, x: Float[Array, "*rows in"]) -> Array:
-    """Returns the rows of x, each times its gate if there is one.
-
-    A gate's gradient is a sum over the row, in float32 at least.
-    """
-    if gate is None:
-        return x
-    wide = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
-    return jnp.broadcast_to(wide[:, None], x.shape).astype(gate.dtype) * x

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from memcache_jax._typing import Array, Controls, Float
 from memcache_jax.kernels.affine_update import AffineChunk
-from memcache_jax.memories._decay import channel_scores, end_decay, start_decay
+from memcache_jax.kernels.decay import channel_scores, end_decay, start_decay
+from memcache_jax.memories.affine import MatrixState
 from memcache_jax.memories.base import Control
-from memcache_jax.memories.matrix import MatrixMemory, MatrixState, affine_of_write
+from memcache_jax.memories.matrix import MatrixMemory
 
 
 class ChannelChunk(NamedTuple):
@@ -66,8 +67,8 @@ class GLA(MatrixMemory):
       'b t h k'
     """
 
+    merges: ClassVar[bool] = True
     largest_chunk: ClassVar[int] = 32
-    affine = affine_of_write
 
     @property
     def controls(self) -> Mapping[str, Control]:

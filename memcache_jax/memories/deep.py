@@ -9,16 +9,16 @@ matrix products.
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from memcache_jax._typing import Apply, Array, Bool, Controls, Float, Int, Matrices
+from memcache_jax.kernels.decay import decay_matrix, start_decay
 from memcache_jax.kernels.deep_update import DescentChunk
-from memcache_jax.memories._decay import decay_matrix, start_decay
-from memcache_jax.memories._pieces import Fits, Piece, fewest_pieces, pieces_of_matrix
-from memcache_jax.memories.base import Memory, gated
+from memcache_jax.kernels.pieces import gated, gelu
+from memcache_jax.memories.base import Form, Memory
 
 
 class DeepState(NamedTuple):
@@ -113,6 +113,11 @@ class DeepMemory(Memory):
       depth: number of layers, 1 or 2.
     """
 
+    form: ClassVar[Form] = "descent"
+    fixed: ClassVar[tuple[str, ...]] = (
+        *("init", "write", "write_documents", "matrices", "forward", "read", "read_online"),
+    )
+
     chunk_size: int = 64
     expansion: int = 4
     depth: int = 2
@@ -163,20 +168,7 @@ class DeepMemory(Memory):
         """W q, or q + W1 gelu(W2 q)."""
         if self.depth == 1:
             return apply(0, gated(gate, query))
-        return gated(gate, query) + apply(1, gated(gate, _gelu(apply(0, query))))
-
-    def pieces(self, matrices: Matrices, query: Float[Array, "... k"], fits: Fits) -> list[Piece]:
-        """Some of the hidden units each; the first one adds the query too."""
-        if not self.reads_as(DeepMemory):
-            return super().pieces(matrices, query, fits)
-        if self.depth == 1:
-            return pieces_of_matrix(self.read, matrices, query, fits)
-        inner, outer = matrices
-        (rows, hidden), columns = inner.shape[-2:], outer.shape[-1]
-        count = fewest_pieces(hidden, lambda size: fits([(rows, size), (size, columns)]))
-        parts = zip(jnp.split(inner, count, -1), jnp.split(outer, count, -2), strict=True)
-        reads = [self.read, *[_read_hidden] * (count - 1)]
-        return [Piece(read, part, query) for read, part in zip(reads, parts, strict=True)]
+        return gated(gate, query) + apply(1, gated(gate, gelu(apply(0, query))))
 
     def step(
         self,
@@ -308,16 +300,3 @@ class DeepMemory(Memory):
         zeros = tuple(jnp.zeros((key.shape[0], w.shape[1]), key.dtype) for w in weights)
         deltas, inputs = jax.grad(loss, has_aux=True)(zeros)
         return inputs, deltas
-
-
-def _gelu(x: Array) -> Array:
-    """GELU in float32 or wider: Triton has no tanh of narrower numbers."""
-    return jax.nn.gelu(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
-
-
-def _read_hidden(
-    matrices: Matrices, query: Float[Array, "rows k"], gate: Float[Array, "rows"] | None = None
-) -> Array:
-    """What hidden units add to the read of a memory of depth 2."""
-    inner, outer = matrices
-    return jnp.matmul(gated(gate, _gelu(jnp.matmul(query, inner))), outer)

@@ -4,6 +4,7 @@ Within a chunk, what the tokens erase depends on each other through a unit lower
 (the WY form of arXiv:2406.06484). Solved, it leaves a memory that only decays and adds.
 """
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar
@@ -13,17 +14,21 @@ import jax.numpy as jnp
 
 from memcache_jax._typing import Array, Bool, Controls, Float
 from memcache_jax.kernels.affine_update import AffineChunk
-from memcache_jax.memories._decay import channel_scores, decay_matrix, start_decay
-from memcache_jax.memories._triangular import solve_unit_lower
+from memcache_jax.kernels.decay import channel_scores, decay_matrix, start_decay
+from memcache_jax.kernels.triangular import solve_unit_lower
+from memcache_jax.memories.affine import MatrixState
 from memcache_jax.memories.base import NEAR_ONE, Control
 from memcache_jax.memories.channel import ChannelChunk
-from memcache_jax.memories.matrix import DecayChunk, MatrixMemory, MatrixState
+from memcache_jax.memories.matrix import DecayChunk, MatrixMemory
 
 
 class _DeltaMemory(MatrixMemory):
     """M_t = alpha_t M_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T."""
 
-    largest_chunk: ClassVar[int] = 64
+    @property
+    @abc.abstractmethod
+    def controls(self) -> Mapping[str, Control]:
+        """beta, and perhaps log_alpha."""
 
     def step(
         self,

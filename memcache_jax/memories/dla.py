@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,8 @@ class DLA(DeepMemory):
       >>> sorted(mc.memories.DLA(chunk_size=32).controls)
       ['eta', 'log_alpha']
     """
+
+    zeros_add_nothing: ClassVar[bool] = True
 
     @property
     def controls(self) -> Mapping[str, Control]:

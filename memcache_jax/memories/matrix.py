@@ -3,67 +3,36 @@
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from memcache_jax._typing import Apply, Array, Bool, Controls, Float, Matrices
+from memcache_jax._typing import Array, Bool, Controls, Float
 from memcache_jax.kernels.affine_update import AffineChunk
-from memcache_jax.memories._decay import decay_matrix, start_decay
-from memcache_jax.memories._pieces import Fits, Piece, pieces_of_matrix
-from memcache_jax.memories.base import NEAR_ONE, Control, Memory, gated
+from memcache_jax.kernels.decay import decay_matrix, start_decay
+from memcache_jax.memories.affine import AffineMemory, MatrixState
+from memcache_jax.memories.base import NEAR_ONE, Control
 
 
-class MatrixState(NamedTuple):
-    """The matrix of one head."""
-
-    matrix: Float[Array, "k v"]
-
-
-class MatrixMemory(Memory):
-    """What matrix memories share: they start at zero and are read by one product."""
-
-    def init(self, weights: Mapping[str, Array], key_dim: int, value_dim: int, dtype: Any) -> Any:
-        """Returns the zero matrix."""
-        del weights
-        return MatrixState(jnp.zeros((key_dim, value_dim), dtype))
+class MatrixMemory(AffineMemory):
+    """Affine memories whose chunks, as ``write`` returns them, know their reads and their maps."""
 
     def apply(self, chunk: Any, layer: int, x: Float[Array, "m k"]) -> Array:
-        """The start's product with x, plus decayed causal attention to what the chunk writes."""
+        """The product of M_t with row t of x."""
         del layer
         return chunk.apply(x)
 
-    def matrices(self, state: Any) -> Matrices:
-        """The matrix itself."""
-        return (state.matrix,)
-
-    def forward(
-        self, apply: Apply, query: Float[Array, "*rows k"], gate: Float[Array, "rows"] | None = None
-    ) -> Array:
-        """M q."""
-        return apply(0, gated(gate, query))
-
-    def pieces(self, matrices: Matrices, query: Float[Array, "... k"], fits: Fits) -> list[Piece]:
-        """Bands of M's rows."""
-        if not self.reads_as(MatrixMemory):
-            return super().pieces(matrices, query, fits)
-        return pieces_of_matrix(self.read, matrices, query, fits)
-
-
-def affine_of_write(
-    self: MatrixMemory,
-    before: Any,
-    key: Float[Array, "m k"],
-    value: Float[Array, "m v"],
-    query: Float[Array, "m k"],
-    controls: Controls,
-) -> AffineChunk:
-    """``affine`` of a class whose chunks decay and add: its writes to a zero matrix.
-
-    Each class names it beside a ``write`` of its own, without which ``is_affine`` is false.
-    """
-    return self.write(before, before, key, value, controls)[1].affine(query)
+    def affine(
+        self,
+        before: Any,
+        key: Float[Array, "m k"],
+        value: Float[Array, "m v"],
+        query: Float[Array, "m k"],
+        controls: Controls,
+    ) -> AffineChunk:
+        """What the chunk writes to a zero matrix."""
+        return self.write(before, before, key, value, controls)[1].affine(query)
 
 
 class DecayChunk(NamedTuple):
@@ -106,7 +75,7 @@ class DecayChunk(NamedTuple):
 class ScalarDecayMemory(MatrixMemory):
     """Matrix memories with one decay per token: M_t = alpha_t M_{t-1} + lam_t v_t k_t^T."""
 
-    affine = affine_of_write
+    merges: ClassVar[bool] = True
 
     @abc.abstractmethod
     def coefficients(self, controls: Controls, ones: Float[Array, "*m"]) -> tuple[Array, Array]:
@@ -159,8 +128,6 @@ class LinearAttention(ScalarDecayMemory):
       >>> sorted(memory.controls)
       []
     """
-
-    affine = affine_of_write
 
     def coefficients(self, controls: Controls, ones: Float[Array, "*m"]) -> tuple[Array, Array]:
         """No decay but where documents begin, every token as it is."""
@@ -263,7 +230,7 @@ class SWLA(MatrixMemory):
       ['beta', 'lam', 'log_alpha']
     """
 
-    affine = affine_of_write
+    merges: ClassVar[bool] = True
 
     @property
     def controls(self) -> Mapping[str, Control]:

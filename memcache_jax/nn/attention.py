@@ -9,8 +9,8 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from memcache_jax import _checks
-from memcache_jax._documents import count_documents
 from memcache_jax._typing import Array, Bool, Float, Int
+from memcache_jax.engine.documents import count_documents
 from memcache_jax.nn.layers import Linear
 from memcache_jax.streaming import check_options
 

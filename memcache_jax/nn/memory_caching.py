@@ -8,11 +8,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from memcache_jax import _checks
-from memcache_jax._arguments import check_configuration
-from memcache_jax._gates import gates_of_states
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.aggregation import Aggregation
-from memcache_jax.caching import Implementation, Start, check_implementation
+from memcache_jax.caching import Implementation, Start, check_configuration
+from memcache_jax.engine.run import gates_of_tokens
 from memcache_jax.memories import Control, Memory
 from memcache_jax.nn.layer_cache import LayerCache
 from memcache_jax.nn.layers import CausalConv, Linear, l2_normalize
@@ -91,7 +90,7 @@ class MemoryCaching(nnx.Module):
         _checks.check_choice("connector", connector, ("learned", "query"))
         if distances < 2:
             raise ValueError(f"distances must be at least 2, got {distances}")
-        check_implementation(implementation)
+        check_configuration(memory, aggregation, segmentation, start, implementation)
         _checks.check_choice("exchange", exchange, get_args(Exchange))
         self.in_features, self.num_heads = in_features, num_heads
         self.head_dim = _checks.check_heads(in_features, num_heads, head_dim)
@@ -267,7 +266,7 @@ class MemoryCaching(nnx.Module):
           ((1, 14, 2, 4), [1, 2, 2, 2])
         """
         operands = self.operands(x)
-        return gates_of_states(
+        return gates_of_tokens(
             operands["key"],
             operands["connector"],
             aggregation=self.aggregation,

@@ -5,8 +5,8 @@ from typing import TypeVar
 
 from flax import nnx
 
-from memcache_jax._arguments import check_configuration
 from memcache_jax.aggregation import GRM, Aggregation
+from memcache_jax.caching import check_configuration
 from memcache_jax.nn.config import MemoryCachingMixer
 from memcache_jax.nn.language_model import LanguageModel
 from memcache_jax.nn.memory_caching import MemoryCaching

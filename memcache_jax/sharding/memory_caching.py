@@ -5,37 +5,24 @@ independent starts every part writes its own segments, and what crosses the mesh
 their ends and the pooled keys, not a token's activations.
 """
 
-import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import PartitionSpec
 
-from memcache_jax._arguments import check_arguments
-from memcache_jax._bank import bucket_states
-from memcache_jax._checks import check_choice
-from memcache_jax._documents import count_documents
-from memcache_jax._typing import Array, Float, Int, State
-from memcache_jax._writing import initial_states, write_blocks
+from memcache_jax._checks import check_arguments, check_choice
+from memcache_jax._typing import Array, Float, Int
 from memcache_jax.aggregation import Aggregation
-from memcache_jax.caching import (
-    Implementation,
-    Start,
-    check_implementation,
-    memory_caching,
-    split_blocks,
-    widened,
-)
-from memcache_jax.gating import pooled_keys, running_keys, scores
+from memcache_jax.caching import Implementation, Start, check_configuration, memory_caching
+from memcache_jax.engine.documents import count_documents
+from memcache_jax.engine.run import cut_for, full_controls, run, widen, writing
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Lengths, Segmentation
 from memcache_jax.sharding.mesh import active_mesh, num_devices, spec
-from memcache_jax.sharding.ring import read_ring
+from memcache_jax.sharding.parts import Part
 
 Exchange: TypeAlias = Literal["gather", "ring"]
 
@@ -80,30 +67,13 @@ def memory_caching_over_mesh(
     mesh = active_mesh()
     controls, weights = dict(controls or {}), dict(weights or {})
     if mesh is None:
-        return memory_caching(
-            query,
-            key,
-            value,
-            connector,
-            controls=controls,
-            weights=weights,
-            document_ids=document_ids,
-            **how,
-        )
+        options = dict(controls=controls, weights=weights, document_ids=document_ids)
+        return memory_caching(query, key, value, connector, **options, **how)
+    check_configuration(memory, aggregation, segmentation, start, implementation)
     check_arguments(
-        query,
-        key,
-        value,
-        connector,
-        memory,
-        controls,
-        weights,
-        aggregation,
-        segmentation,
-        document_ids,
+        *(query, key, value, connector, memory, controls, weights),
+        *(aggregation, segmentation, document_ids),
     )
-    check_choice("start", start, ("independent", "checkpoint"))
-    check_implementation(implementation)
     for name, axis in (("batch", 0), ("heads", 2)):
         if key.shape[axis] % num_devices(mesh, name):
             raise ValueError(
@@ -185,12 +155,12 @@ def check_parts(
         reasons.append("the fast path, not the reference")
     if start == "checkpoint" and implementation not in (None, "xla"):
         reasons.append("independent starts for kernels")
-    if not memory.mergeable and start == "checkpoint":
+    if not memory.merges and start == "checkpoint":
         reasons.append(
             f"independent starts for {type(memory).__name__}, whose states cannot be merged: each "
             "segment would wait for the one before"
         )
-    if not memory.mergeable and plan.spans_segments.any() and start == "independent":
+    if not memory.merges and plan.spans_segments.any() and start == "independent":
         reasons.append(
             f"a Constant segmentation for {type(memory).__name__}, whose states cannot be merged"
         )
@@ -223,108 +193,16 @@ def _part(
     exchange: Exchange,
 ) -> Float[Array, "b t h v"]:
     """The outputs of one part of the sequence, within a ``shard_map``."""
-    query, key, value, connector = tokens
-    dtype, here = value.dtype, key.shape[1]
-    own, plan = segmentation.plan(here), segmentation.plan(parts * here)
-    tokens, weights = widened(memory, query, key, value, connector, controls, weights)
+    key, value = tokens[1:3]
+    own, plan = (segmentation.plan(n * key.shape[1]) for n in (1, parts))
     # A document that goes on into this part is the first of it.
     own_document = None if document is None else document - document[:, :1]
-    blocks, own_document, rows = split_blocks(memory, tokens, own_document, own, parts * here)
-    query, key, value, connector, _ = blocks
-
-    def initial(shape: tuple[int, ...]) -> State:
-        return initial_states(memory, weights, shape, key.shape[-1], value.shape[-1], key.dtype)
-
-    carries = start == "checkpoint"
-    live = functools.partial(aggregation.live, memory)
-    how: dict[str, Any] = dict(carries=carries, implementation=implementation)
-    before = initial
-    if carries:
-        first = initial(key.shape[:2])
-        ends, _ = write_blocks(memory, lambda view, query: (), initial, rows, own, **how)
-        prefix = _carry(memory, first, jax.tree.map(lambda x: x[:, :, -1], ends), tokens[4], parts)
-        before = functools.partial(_same, prefix)
-    ends, kept = write_blocks(memory, live, before, rows, own, **how)
-
-    read_cached = None
-    if exchange == "ring":
-        bank, read_cached = memory.matrices(ends), functools.partial(read_ring, aggregation)
-    elif plan.spans_segments.any() and not carries:
-        # Merging needs the whole states, and of each token no more than its controls.
-        ends, later = _gather((ends, rows[3]))
-        bank, _ = bucket_states(
-            memory, ends, initial, (None, None, None, later, None), plan, None, **how
-        )
-        bank = memory.matrices(bank)
-    else:
-        last = plan.buckets[:, 1] - 1
-        bank = jax.tree.map(lambda x: x[:, :, last], _gather(memory.matrices(ends)))
-
-    count = own.num_blocks
-    begin = lax.axis_index("seq") * count
-
-    def mine(table: Any) -> Array:
-        return lax.dynamic_slice_in_dim(jnp.asarray(table), begin, count)
-
-    reads, distances = mine(plan.reads), mine(plan.distances)
-
-    def score(connector: Array, key: Array, document: Array | None) -> tuple[Array, Array]:
-        if aggregation.gate != "content":
-            return scores(connector, None, None, reads, distances, aggregation.gate)
-        block = np.arange(count)
-        blocks = dataclasses.replace(own, buckets=np.stack([block, block + 1], axis=1))
-        own_keys = pooled_keys(key, blocks, aggregation.pooling, document)
-        keys = lax.all_gather(own_keys, "seq", axis=0, tiled=True)
-        pooled = pooled_keys(keys[:, None], plan, aggregation.pooling)
-        running = running_keys(key, own, aggregation.pooling, document)
-        return scores(connector, pooled, running, reads, distances, aggregation.gate)
-
-    heads = jax.vmap(score, in_axes=(0, 0, None))
-    rows_and_heads = jax.vmap(heads, in_axes=(0, 0, None if document is None else 0))
-    cached, online = rows_and_heads(connector, key, own_document)
+    widened = widen(*tokens, full_controls(memory, controls, key))
+    weights = {name: weight.astype(widened.key.dtype) for name, weight in weights.items()}
+    blocks = cut_for(memory, widened, own_document, own, parts * key.shape[1])
     if document is not None:
-        of_token = document.reshape(len(document), count, -1)
-        of_state = lax.all_gather(of_token[:, :, -1], "seq", axis=1, tiled=True)
-        after = jnp.asarray(plan.buckets[:, 1])[jnp.maximum(reads, 0)]
-        same = of_token[..., None] == of_state[:, after - 1][:, :, None]
-        cached = jnp.where(same[:, None], cached, -jnp.inf)
-    gates = aggregation.gates(cached, online)
-    every = jnp.broadcast_to(reads[None], (len(key), *reads.shape))
-    y = aggregation.combine(
-        memory,
-        bank,
-        query,
-        kept,
-        gates,
-        every,
-        zero_gates=document is not None,
-        implementation=implementation,
-        read_cached=read_cached,
-    )
-    y = y.reshape(*y.shape[:2], -1, y.shape[-1])
-    return jnp.moveaxis(y, 1, 2).astype(dtype)
-
-
-def _same(state: State, shape: tuple[int, ...]) -> State:
-    """That state, which has the shape."""
-    assert jax.tree.leaves(state)[0].shape[: len(shape)] == shape, "one state for each head"
-    return state
-
-
-def _gather(tree: Any) -> Any:
-    """Of every part, in order, what is there by block: (b, h, n, ...)."""
-    return jax.tree.map(lambda x: lax.all_gather(x, "seq", axis=2, tiled=True), tree)
-
-
-def _carry(memory: Memory, first: State, end: State, controls: Any, parts: int) -> State:
-    """The state before each part, from those after every part alone: one hop for each part."""
-    merge = jax.vmap(jax.vmap(memory.merge))
-    index = lax.axis_index("seq")
-    hops = [(part, part + 1) for part in range(parts - 1)]
-
-    def hop(before: State, _: None) -> tuple[State, None]:
-        passed = lax.ppermute(merge(before, end, controls), "seq", hops)
-        # The first part has none before it.
-        return jax.tree.map(lambda new, old: jnp.where(index > 0, new, old), passed, first), None
-
-    return lax.scan(hop, first, None, length=parts - 1)[0]
+        document = document.reshape(blocks.document.shape)
+    layout = Part(own, plan, start == "checkpoint", exchange == "ring", document)
+    how = writing(memory, aggregation, widened, weights, implementation)
+    y, _, _ = run(layout, how, aggregation, blocks)
+    return jnp.moveaxis(y.reshape(*y.shape[:2], -1, y.shape[-1]), 1, 2).astype(value.dtype)

@@ -11,52 +11,48 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from memcache_jax._typing import Array, Float, Int, Matrices
-from memcache_jax.aggregation import Aggregation
+from memcache_jax._typing import Array, Float, Matrices
+from memcache_jax.gating import OfBlocks, OfTokens
 from memcache_jax.kernels.bank_read import bank_read
 from memcache_jax.kernels.grouped_read import grouped_read
 
 AXIS = "seq"
 
 
-def read_ring(
-    aggregation: Aggregation,
+def read_blocks(
     read: Callable[..., Array],
     bank: Matrices,
     query: Float[Array, "b h n c k"],
-    gates: Float[Array, "b h n c r"],
-    reads: Int[Array, "..."],
+    selection: OfBlocks,
     implementation: str | None,
 ) -> Float[Array, "b h n c v"]:
-    """``aggregation.read_cached`` of the states of all parts, within a ``shard_map``.
+    """The gated sum of reads of the states of all parts, within a ``shard_map``.
 
     Args:
-      aggregation: reads all visible states, or those that a token selects.
       read: as for ``bank_read``.
       bank: the states at the ends of this part's blocks.
       query: the queries of this part.
-      gates: of the states of all parts.
-      reads: (b, n, r), slot i holds state i or -1; or (b, h, n, c, r), what tokens have selected.
+      selection: of the states of all parts, where slot i holds state i or none.
       implementation: of the reads.
     """
     count = bank[0].shape[2]
-    gates, states = aggregation.selected(gates, reads)
-    if states.ndim == 5:
-        return _read_selected(read, bank, query, gates, jnp.asarray(states), implementation)
     slots = lax.axis_size(AXIS) * count
-    gates, reads = (_filled(x, slots, value) for x, value in ((gates, 0), (reads, -1)))
+    states = jnp.broadcast_to(selection.states, (len(query), *selection.states.shape[1:]))
+    gates, states = _filled(selection.gates, slots, 0), _filled(states, slots, -1)
 
-    def pieces(part: Array, reads: Array) -> Array:
+    def pieces(part: Array, states: Array) -> Array:
         return jnp.ones((), jnp.int32)
 
-    def piece(part: Array, _: Array, bank: Matrices, rows: tuple, reads: Array) -> Array:
+    def piece(part: Array, _: Array, bank: Matrices, rows: tuple, states: Array) -> Array:
         query, gates = rows
         begin = part * count
-        gates, reads = (lax.dynamic_slice_in_dim(x, begin, count, axis=-1) for x in (gates, reads))
-        reads = jnp.where(reads >= 0, reads - begin, -1)
-        return bank_read(read, bank, query, gates, reads, implementation=implementation)
+        gates, states = (
+            lax.dynamic_slice_in_dim(x, begin, count, axis=-1) for x in (gates, states)
+        )
+        states = jnp.where(states >= 0, states - begin, -1)
+        return bank_read(read, bank, query, gates, states, implementation=implementation)
 
-    return _over_ring(piece, pieces, bank, (query, gates), reads)
+    return _over_ring(piece, pieces, bank, (query, gates), states)
 
 
 def _filled(x: Array, size: int, value: int) -> Array:
@@ -65,19 +61,20 @@ def _filled(x: Array, size: int, value: int) -> Array:
     return jnp.pad(x, missing, constant_values=value)
 
 
-def _read_selected(
+def read_tokens(
     read: Callable[..., Array],
     bank: Matrices,
     query: Float[Array, "b h n c k"],
-    gates: Float[Array, "b h n c s"],
-    states: Int[Array, "b h n c s"],
+    selection: OfTokens,
     implementation: str | None,
 ) -> Float[Array, "b h n c v"]:
-    """The read of selected states: of a part that passes by, by the tokens that selected any of it.
+    """``read_blocks`` where each token has states of its own.
 
-    Those (token, choice) pairs are as many as the tokens make them. They are read a few at a time,
-    so that all parts together cost about what one read of all pairs would.
+    A part that passes by is read by the tokens that selected any of it. Those (token, choice) pairs
+    are as many as the tokens make them. They are read a few at a time, so that all parts together
+    cost about what one read of all pairs would.
     """
+    states, gates = selection.states, selection.gates
     (batch, heads), tokens, choices = gates.shape[:2], query.shape[2:4], gates.shape[-1]
     units, parts, count = batch * heads, lax.axis_size(AXIS), bank[0].shape[2]
     flat = gates.reshape(units, -1), states.reshape(units, -1)

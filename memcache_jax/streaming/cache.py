@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from memcache_jax import _checks
-from memcache_jax._arguments import check_weights
+from memcache_jax._checks import check_weights
 from memcache_jax._typing import Array, State
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.caching import Start

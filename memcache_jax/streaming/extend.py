@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from memcache_jax import _checks
-from memcache_jax._arguments import check_arguments
+from memcache_jax._checks import check_arguments
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.aggregation import Aggregation
-from memcache_jax.caching import Start, exact_chunk, full_controls
+from memcache_jax.caching import Start
+from memcache_jax.engine.run import exact_chunk, full_controls, widen
+from memcache_jax.engine.types import Tokens
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Segmentation
 from memcache_jax.streaming.cache import Cache
@@ -86,22 +88,13 @@ def extend(
     )
     memory, controls = config.memory, dict(controls or {})
     check_arguments(
-        query,
-        key,
-        value,
-        connector,
-        memory,
-        controls,
-        None,
-        config.aggregation,
-        config.segmentation,
-        None,
+        *(query, key, value, connector, memory, controls, None),
+        *(config.aggregation, config.segmentation, None),
     )
     _check_fits(cache, key, value, lengths)
     cache = cache if weights is None else cache.with_weights(weights)
-    connector = jnp.zeros_like(query) if connector is None else connector
-    tokens = (query, key, value, connector, full_controls(memory, controls, key))
-    tokens = jax.tree.map(lambda x: jnp.moveaxis(x.astype(cache.key_sum.dtype), 2, 1), tokens)
+    controls = full_controls(memory, controls, key)
+    tokens = widen(query, key, value, connector, controls, cache.key_sum.dtype)
     count = query.shape[1]
     lengths = jnp.full(len(query), count) if lengths is None else lengths
 
@@ -132,7 +125,7 @@ def _repeat(advance: Any, times: int, carry: tuple) -> tuple:
 
 
 def _advance(
-    tokens: tuple, lengths: Int[Array, "b"], chunk: int, size: int, carry: tuple
+    tokens: Tokens, lengths: Int[Array, "b"], chunk: int, size: int, carry: tuple
 ) -> tuple[Cache, Array, Array]:
     """Takes a whole chunk in the rows that can, or one token in those that cannot."""
     cache, done, y = carry

@@ -1,4 +1,4 @@
-"""Tokens of one chunk: what they write, read and store."""
+"""A piece of a stream, tokens that lie in one chunk: the engine's layout over a cache."""
 
 import dataclasses
 import functools
@@ -10,142 +10,176 @@ import numpy as np
 from jax import lax
 
 from memcache_jax._typing import Array, Bool, Float, Int, Matrices, State
+from memcache_jax.aggregation import Aggregation
+from memcache_jax.engine.read import ArrayBank, Bank
+from memcache_jax.engine.run import Layout, run
+from memcache_jax.engine.types import Blocks, Kept, Rows, Tokens, Writing
+from memcache_jax.engine.write import write_chunk
+from memcache_jax.gating import Candidates, OfBlocks, OfTokens, Selection
+from memcache_jax.memories import Memory
 from memcache_jax.streaming import storage
 from memcache_jax.streaming.cache import Cache
-from memcache_jax.streaming.slots import Merge, Reads
+from memcache_jax.streaming.slots import Merge
 
 
 def take_piece(
-    cache: Cache, piece: tuple, active: Bool[Array, "b"]
+    cache: Cache, piece: Tokens, active: Bool[Array, "b"]
 ) -> tuple[Cache, Float[Array, "b h m v"]]:
     """Tokens (b, h, m, ...) that lie in one chunk: the outputs, and the cache after them."""
     config, slots = cache.config, cache.config.slots
-    memory, aggregation = config.memory, config.aggregation
-    query, key, value, connector, controls = piece
-    size = query.shape[2]
-    block, into_block = jnp.divmod(cache.position, config.segmentation.size)
-    begins = (into_block == 0)[:, None] & slots.begins(block)
+    memory, aggregation, segment = config.memory, config.aggregation, config.segmentation.size
+    size = piece.key.shape[2]
+    block, into_block = jnp.divmod(cache.position, segment)
+    cache = _begun(cache, block, into_block)
 
-    state, anchor, key_sum = cache.state, cache.anchor, cache.key_sum
-    restart = begins if config.start == "independent" else (cache.position == 0)[:, None]
-    state = jax.tree.map(
-        lambda old, new: _where(restart, jnp.broadcast_to(new[None, :, None], old.shape), old),
-        state,
-        cache.initial,
-    )
-    if memory.gradient_chunk:
-        anew = (cache.position % memory.gradient_chunk == 0)[:, None]
-        anchor = jax.tree.map(lambda new, old: _where(anew, new, old), state, anchor)
-    key_sum = _where(begins, jnp.zeros_like(key_sum), key_sum)
+    tokens = jax.tree.map(lambda x: x[:, :, None], piece)
+    rows = Rows(tokens.query, tokens.key, tokens.value, tokens.controls)
+    rows = jax.tree.map(lambda x: x[:, :, None], rows)
+    how = Writing(memory, tuple(aggregation.needs(memory)), lambda shape: None, None)
+    layout = Piece(cache, block)
+    y, ends, selection = run(layout, how, aggregation, Blocks(tokens, None, rows))
+    y = y[:, :, 0]
 
-    def write(state: State, anchor: State, key: Any, value: Any, controls: Any) -> Any:
-        return memory.write(state, state if anchor is None else anchor, key, value, controls)
-
-    tracks = jax.vmap(write, in_axes=(0, 0, None, None, None))
-    ends, chunks = jax.vmap(jax.vmap(tracks))(state, anchor, key, value, controls)
-    live = jax.vmap(jax.vmap(functools.partial(aggregation.live, memory)))(
-        jax.tree.map(lambda x: x[:, :, 0], chunks), query
-    )
-    reads = slots.reads(cache.record, block)
-    before = cache.position - slots.first(block) * config.segmentation.size
-    scores = _scores(cache, key_sum[:, :, 0], before, connector, key, reads)
-    y, read = _read(cache, query, live, scores, reads)
-    complete = active & (into_block + size == config.segmentation.size)
+    complete = active & (into_block + size == segment)
     if config.max_length is not None:
         # Tokens beyond a row's room have NaN for outputs, and what they write is not kept.
         left = (config.max_length - cache.position)[:, None]
         inside = jnp.arange(size)[None] < left
         y, complete = jnp.where(inside[:, None, :, None], y, jnp.nan), complete & inside[:, -1]
-
-    key_sum += key.sum(axis=2)[:, :, None]
     keep = functools.partial(_where, active[:, None])
     cache = dataclasses.replace(
         cache,
         position=cache.position + size * active,
         state=jax.tree.map(keep, ends, cache.state),
-        anchor=jax.tree.map(keep, anchor, cache.anchor),
-        key_sum=keep(key_sum, cache.key_sum),
-        record=slots.count_reads(cache.record, jnp.where(active[:, None], read, 0)),
+        key_sum=keep(cache.key_sum + piece.key.sum(axis=2)[:, :, None], cache.key_sum),
+        record=slots.count_reads(cache.record, selection, active),
     )
     return _store(cache, block, complete, after=y), y
 
 
-def _scores(
-    cache: Cache,
-    key_sum: Float[Array, "b h k"],
-    before: Int[Array, "b"],
-    connector: Float[Array, "b h m u"],
-    key: Float[Array, "b h m k"],
-    reads: Reads,
-) -> tuple[Float[Array, "b h m r"], Float[Array, "b h m"]]:
-    """Relevance of the states that a piece may read, and of the live one.
+def _begun(cache: Cache, block: Int[Array, "b"], into_block: Int[Array, "b"]) -> Cache:
+    """The cache with the runs begun that begin with a row's next token."""
+    config = cache.config
+    begins = (into_block == 0)[:, None] & config.slots.begins(block)
+    restart = begins if config.start == "independent" else (cache.position == 0)[:, None]
+    state = jax.tree.map(
+        lambda old, new: _where(restart, jnp.broadcast_to(new[None, :, None], old.shape), old),
+        cache.state,
+        cache.initial,
+    )
+    anchor = cache.anchor
+    if config.memory.gradient_chunk:
+        anew = (cache.position % config.memory.gradient_chunk == 0)[:, None]
+        anchor = jax.tree.map(lambda new, old: _where(anew, new, old), state, anchor)
+    key_sum = _where(begins, jnp.zeros_like(cache.key_sum), cache.key_sum)
+    return dataclasses.replace(cache, state=state, anchor=anchor, key_sum=key_sum)
 
-    Of the live segment there have been ``before`` tokens, and the sum of their keys.
+
+@dataclasses.dataclass(frozen=True)
+class Piece(Layout):
+    """Tokens that go on from a cache, one block (b, h, 1, m, ...) of one chunk.
+
+    Attributes:
+      cache: what came before, with the runs begun that begin here.
+      block: the block of its sequence in which each row's tokens lie.
     """
-    aggregation, shape = cache.config.aggregation, (*key.shape[:3], reads.slots.shape[1])
-    if aggregation.gate == "content":
-        if cache.config.slots.reads_all:
-            pooled = _keys(cache).all(cache.pooled, len(key))
-        else:
-            slots = jnp.broadcast_to(reads.slots[:, None], (*key.shape[:2], shape[-1]))
-            pooled = _keys(cache).take(cache.pooled, slots)
-        # 0 * NaN is NaN: in a gradient, what lies in slots that are not read.
-        pooled = jnp.where((reads.slots >= 0)[:, None, :, None], pooled, 0)
-        cached = jnp.einsum("bhmk,bhrk->bhmr", connector, pooled, precision="highest")
-        keys = key_sum[:, :, None] + jnp.cumsum(key, axis=2)
+
+    cache: Cache
+    block: Int[Array, "b"]
+
+    def write(self, how: Writing, rows: Rows) -> tuple[State, Kept]:
+        """The tokens, into each track; the live one, which is read, is track 0."""
+        rows = jax.tree.map(lambda x: x[:, :, 0, 0], rows)
+        states = self.cache.state, self.cache.anchor
+
+        def write(how: Writing, state: State, anchor: State, rows: Rows) -> tuple[State, Kept]:
+            return write_chunk(how, state, state if anchor is None else anchor, rows)
+
+        live = jax.vmap(jax.vmap(functools.partial(write, how)))
+        first, kept = live(*jax.tree.map(lambda x: x[:, :, 0], states), rows)
+        ends = jax.tree.map(lambda x: x[:, :, None], first)
+        if jax.tree.leaves(states)[0].shape[2] > 1:
+            tracks = jax.vmap(functools.partial(write, how.with_no_reads()), in_axes=(0, 0, None))
+            others = jax.tree.map(lambda x: x[:, :, 1:], states)
+            later, _ = jax.vmap(jax.vmap(tracks))(*others, rows)
+            ends = jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=2), ends, later)
+        return ends, jax.tree.map(lambda x: x[:, :, None, None], kept)
+
+    def cached(
+        self, how: Writing, aggregation: Aggregation, ends: State, blocks: Blocks
+    ) -> tuple[Bank, Candidates]:
+        """The states in the slots of each row."""
+        cache, key = self.cache, blocks.tokens.key
+        slots = cache.config.slots
+        bank = SlotBank(how.memory, cache, key.dtype)
+        reads = slots.reads(cache.record, self.block)
+        states = reads.slots[:, None]
+        if slots.reads_all:
+            states = np.arange(states.shape[-1])[None, None]
+        counts = None if reads.segments is None else reads.segments[:, None]
+        candidates = Candidates(states, reads.distances[:, None], counts=counts)
+        if aggregation.gate != "content":
+            return bank, candidates
+        running = cache.key_sum[:, :, :1, None] + jnp.cumsum(key, axis=3)
         if aggregation.pooling == "mean":
-            counts = before[:, None] + jnp.arange(1, key.shape[2] + 1)[None]
-            keys /= counts.astype(keys.dtype)[:, None, :, None]
-        online = jnp.vecdot(connector, keys, precision="highest")
-    elif aggregation.gate == "position":
-        distance = jnp.clip(reads.distances, 0, connector.shape[-1] - 1)
-        cached = jnp.take_along_axis(connector, distance[:, None, None], axis=-1)
-        online = connector[..., 0]
-    else:
-        cached, online = jnp.zeros(shape, key.dtype), jnp.zeros(shape[:3], key.dtype)
-    # A state of n segments counts n times.
-    cached += jnp.log(jnp.maximum(reads.segments, 1).astype(cached.dtype))[:, None, None]
-    return jnp.where((reads.slots >= 0)[:, None, None], cached, -jnp.inf), online
+            before = cache.position - slots.first(self.block) * cache.config.segmentation.size
+            counts = before[:, None] + jnp.arange(1, key.shape[3] + 1)[None]
+            running /= counts.astype(running.dtype)[:, None, None, :, None]
+        pooled = _keys(cache).all(cache.pooled, len(key))
+        return bank, candidates._replace(pooled=pooled, running=running)
 
 
-def _read(
-    cache: Cache,
-    query: Float[Array, "b h m k"],
-    live: Any,
-    scores: tuple[Float[Array, "b h m r"], Float[Array, "b h m"]],
-    reads: Reads,
-) -> tuple[Float[Array, "b h m v"], Float[Array, "b r"]]:
-    """The outputs, and the sum of each cached state's gates over heads and tokens.
+@dataclasses.dataclass(frozen=True)
+class SlotBank(Bank):
+    """The states in a cache's slots, of which only those that are read are brought near.
 
-    They are reads of the live memory and of the cached ones, or of their mixture.
+    Attributes:
+      memory: the rule.
+      cache: whose slots.
+      dtype: of the arithmetic.
     """
-    config, (batch, heads, size, _) = cache.config, query.shape
-    aggregation, (cached, online), width = config.aggregation, scores, reads.slots.shape[1]
-    few = min(width, getattr(aggregation, "top_k", width))
-    combine = functools.partial(aggregation.combine, config.memory)
-    live = jax.tree.map(lambda x: x[:, :, None, None], live)
-    if config.placement == "device" and size * few >= width:
-        gates = aggregation.gates(cached, online)
-        bank = storage.unpack(_states(cache).all(cache.bank, batch), query.dtype)
-        # The gates of empty slots are zero.
-        which = np.arange(width)[None] if config.slots.reads_all else reads.slots[:, None]
-        block = jax.tree.map(lambda x: x[:, :, None], gates)
-        y = combine(bank, query[:, :, None], live, block, which)[:, :, 0]
-        return y, gates[0].sum(axis=(1, 2))
-    # The states that each token selects, side by side; a token is a block of its own.
-    _, chosen = lax.top_k(lax.stop_gradient(cached), few)
-    gates = aggregation.gates(jnp.take_along_axis(cached, chosen, axis=-1), online)
-    places = jnp.broadcast_to(jnp.maximum(reads.slots, 0)[:, None, None], cached.shape)
-    places = jnp.take_along_axis(places, chosen, axis=-1).reshape(batch, heads, -1)
-    bank = storage.unpack(_states(cache).take(cache.bank, places), query.dtype)
-    # What lies in a slot that is not read may be anything, NaN too, and its gate is zero.
-    seen = jnp.take_along_axis((cached > -jnp.inf), chosen, axis=-1).reshape(places.shape)
-    bank = jax.tree.map(lambda x: jnp.where(seen[..., None, None], x, 0), bank)
-    each = np.arange(size * few).reshape(size, few)
-    blocks = gates[0][:, :, :, None], gates[1][..., None]
-    y = combine(bank, query[:, :, :, None], live, blocks, each)[:, :, :, 0]
-    sums = jax.vmap(lambda place, gate: jnp.zeros(width, gate.dtype).at[place].add(gate))
-    return y, sums(chosen.reshape(batch, -1), gates[0].reshape(batch, -1))
+
+    memory: Memory
+    cache: Cache
+    dtype: Any
+
+    def read(
+        self, query: Float[Array, "b h n c k"], selection: Selection
+    ) -> Float[Array, "b h n c v"]:
+        """From all slots, or from copies of the states that each token selects."""
+        bank, near, rows = self._near(query, selection)
+        y = bank.read(rows, near)
+        return y.reshape(*query.shape[:-1], y.shape[-1])
+
+    def read_layer(
+        self, layer: int, x: Float[Array, "b h n c in"], selection: Selection
+    ) -> Float[Array, "b h n c out"]:
+        """The same for one layer."""
+        bank, near, rows = self._near(x, selection)
+        y = bank.read_layer(layer, rows, near)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _near(self, x: Array, selection: Selection) -> tuple[ArrayBank, Selection, Array]:
+        """A bank of states at hand, and selection and rows in its terms."""
+        cache, (batch, heads, _, size) = self.cache, x.shape[:4]
+        placement, slots = cache.config.placement, cache.config.slots.num_slots
+        few = isinstance(selection, OfTokens) and size * selection.states.shape[-1] < slots
+        if placement == "device" and not few:
+            matrices = storage.unpack(_states(cache).all(cache.bank, batch), self.dtype)
+            return ArrayBank(self.memory, matrices, None), selection, x
+        states = jnp.asarray(selection.states)
+        if isinstance(selection, OfBlocks):
+            states = jnp.where(selection.gates != 0, states[:, None, :, None], -1)
+        # The states of each token side by side; a token is a block of its own.
+        states = states.reshape(batch, heads, -1)
+        near = _states(cache).take(cache.bank, jnp.maximum(states, 0))
+        matrices = storage.unpack(near, self.dtype)
+        # What lies in a slot that is not read may be anything, NaN too, and its gate is zero.
+        matrices = jax.tree.map(lambda m: jnp.where(states[..., None, None] >= 0, m, 0), matrices)
+        each = np.arange(states.shape[-1]).reshape(1, size, -1)
+        gates, live = selection.gates[:, :, 0, :, None], selection.live[:, :, 0, :, None]
+        rows = x[:, :, 0, :, None]
+        return ArrayBank(self.memory, matrices, None), OfBlocks(each, gates, live), rows
 
 
 def _store(cache: Cache, block: Int[Array, "b"], ends: Bool[Array, "b"], after: Array) -> Cache:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memcache_jax._typing import Array, Bool, Float, Int
+from memcache_jax.gating import Selection, gates_by_state
 from memcache_jax.streaming.schedule import Schedule
 
 Policy = Literal["error", "drop_oldest", "drop_least_read", "merge"]
@@ -26,12 +27,12 @@ class Reads(NamedTuple):
     Attributes:
       slots: (b, r), -1 for none.
       distances: (b, r) segments back to each state's end, 1 for the last one.
-      segments: (b, r) how many segments each state stands for.
+      segments: (b, r) how many segments each state stands for, 0 for none; None for one each.
     """
 
     slots: Array
     distances: Array
-    segments: Array
+    segments: Array | None = None
 
 
 class Merge(NamedTuple):
@@ -85,9 +86,9 @@ class Slots(abc.ABC):
     def reads(self, record: Any, block: Int[Array, "b"]) -> Reads:
         """What the block reads."""
 
-    def count_reads(self, record: Any, gates: Float[Array, "b r"]) -> Any:
-        """The record after reads with these gates."""
-        del gates
+    def count_reads(self, record: Any, selection: Selection, active: Bool[Array, "b"]) -> Any:
+        """The record after the tokens of active rows have read."""
+        del selection, active
         return record
 
     @abc.abstractmethod
@@ -124,7 +125,7 @@ class Planned(Slots):
     def reads(self, record: Any, block: Int[Array, "b"]) -> Reads:
         """What the block reads."""
         slots = self._row(self.schedule.reads, block)
-        return Reads(slots, self._row(self.schedule.distances, block), jnp.ones_like(slots))
+        return Reads(slots, self._row(self.schedule.distances, block))
 
     def store(
         self, record: Any, block: Int[Array, "b"], ends: Bool[Array, "b"]
@@ -198,21 +199,19 @@ class Recent(Slots):
         reads = Reads(slots, distances, record.segments)
         if not self.by_age:
             return reads
-        order = self._order(record)
-        return Reads(*(jnp.take_along_axis(x, order, axis=1) for x in reads))
-
-    def _order(self, record: Kept) -> Int[Array, "b slots"]:
-        """The slots, the oldest state's first and empty ones last."""
         last = jnp.iinfo(jnp.int32).max
-        return jnp.argsort(jnp.where(record.segments > 0, record.newest, last), axis=1)
+        order = jnp.argsort(jnp.where(full, record.newest, last), axis=1)  # empty slots last
+        slots, distances, segments = (
+            jnp.take_along_axis(x, order, axis=1) for x in (slots, distances, record.segments)
+        )
+        return Reads(slots, distances, segments)
 
-    def count_reads(self, record: Kept, gates: Float[Array, "b r"]) -> Kept:
+    def count_reads(self, record: Kept, selection: Selection, active: Bool[Array, "b"]) -> Kept:
         """Adds the gates up where the policy asks."""
         if self.policy != "drop_least_read":
             return record
-        if self.by_age:
-            back = jnp.argsort(self._order(record), axis=1)
-            gates = jnp.take_along_axis(gates, back, axis=1)
+        gates = gates_by_state(selection, self.num_slots).sum(axis=(1, 2, 3))
+        gates = jnp.where(active[:, None], gates, 0)
         return record._replace(gates=record.gates + gates.astype(record.gates.dtype))
 
     def tokens(self, block: Int[Array, "b"]) -> Int[Array, "b 1"]:

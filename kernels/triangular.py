@@ -14,7 +14,7 @@ def solve_unit_lower(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from memcache_jax.memories._triangular import solve_unit_lower
+      >>> from memcache_jax.kernels.triangular import solve_unit_lower
       >>> solve_unit_lower(jnp.array([[0.0, 0.0], [2.0, 0.0]]), jnp.ones((2, 1)))[:, 0].tolist()
       [1.0, -1.0]
     """

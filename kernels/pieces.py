@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 
 from memcache_jax._typing import Array, Float, Matrices
@@ -65,3 +66,33 @@ def fewest_pieces(size: int, fits: Callable[[int], bool]) -> int:
     """The fewest equal pieces, of two or more, of which each fits; one piece where none does."""
     counts = (count for count in range(1, size) if size % count == 0 and fits(size // count))
     return next(counts, 1)
+
+
+def gated(gate: Float[Array, "rows"] | None, x: Float[Array, "*rows in"]) -> Array:
+    """Returns the rows of x, each times its gate if there is one.
+
+    A gate's gradient is a sum over the row, in float32 at least.
+    """
+    if gate is None:
+        return x
+    wide = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
+    return jnp.broadcast_to(wide[:, None], x.shape).astype(gate.dtype) * x
+
+
+def gelu(x: Array) -> Array:
+    """GELU in float32 or wider: Triton has no tanh of narrower numbers."""
+    return jax.nn.gelu(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
+
+
+def pieces_of_network(read, matrices, query, fits):
+    inner, outer = matrices
+    (rows, hidden), columns = inner.shape[-2:], outer.shape[-1]
+    count = fewest_pieces(hidden, lambda size: fits([(rows, size), (size, columns)]))
+    parts = zip(jnp.split(inner, count, -1), jnp.split(outer, count, -2), strict=True)
+    reads = [read, *[_read_hidden] * (count - 1)]
+    return [Piece(read, part, query) for read, part in zip(reads, parts, strict=True)]
+
+
+def _read_hidden(matrices, query, gate=None):
+    inner, outer = matrices
+    return jnp.matmul(gated(gate, gelu(jnp.matmul(query, inner))), outer)

@@ -14,28 +14,29 @@ from jax import lax
 
 from memcache_jax._typing import Array, Float, Int, State
 from memcache_jax.aggregation import Aggregation
+from memcache_jax.engine.types import Tokens
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import ReadPlan
 
 
 def memory_caching(
-    tokens: tuple,
+    tokens: Tokens,
     weights: Mapping[str, Array],
     document: Int[Array, "b t"] | None,
     **configuration: Any,
 ) -> Float[Array, "b h t v"]:
-    """Every head of every row by itself, with the arguments of ``caching``'s fast path."""
+    """Every head of every row by itself: tokens (b, h, t, ...), and the document of each."""
     # Buckets of several segments are counted from the block in which a document begins.
     follows = document is not None and bool(configuration["plan"].spans_segments.any())
     if document is None:
-        document = jnp.zeros((tokens[0].shape[0], tokens[0].shape[2]), int)
+        document = jnp.zeros((tokens.key.shape[0], tokens.key.shape[2]), int)
     one_head = functools.partial(_one_head, follows=follows, **configuration)
     heads = jax.vmap(one_head, in_axes=(0, 0, None))
     return jax.vmap(heads, in_axes=(0, None, 0))(tokens, weights, document)
 
 
 def _one_head(
-    tokens: tuple,
+    tokens: Tokens,
     weights: Mapping[str, Array],
     document: Int[Array, "t"],
     *,
@@ -108,7 +109,7 @@ def _one_head(
             scores = jnp.zeros(len(slots) + 1, key.dtype)
         cached = jnp.where(visible, scores[:-1], -jnp.inf)
         cached_gates, online_gate = aggregation.gates(cached, scores[-1])
-        return aggregation.combine_token(
+        return aggregation.read_token(
             memory,
             jax.tree.map(lambda cached, own: _joined(seen(cached), own), bank, online),
             query[t],

@@ -1,0 +1,140 @@
+"""Documents packed into one sequence: each token's document, and the buckets it may read."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memcache_jax._typing import Array, Float, Int
+from memcache_jax.aggregation import Aggregation
+from memcache_jax.gating import Candidates, finite_rows, pooled_keys, running_keys
+from memcache_jax.segmentation import ReadPlan
+
+
+def count_documents(document_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    """Documents that have begun after the first: an id may come again, this does not."""
+    changes = document_ids[:, 1:] != document_ids[:, :-1]
+    return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+
+
+def begun_in_chunk(document: Int[Array, "b n c"], chunk: int) -> Int[Array, "b n c"]:
+    """Documents that have begun in a token's chunk, up to and with it."""
+    chunks = document.reshape(document.shape[0], -1, chunk)
+    before = jnp.pad(chunks[:, :-1, -1], ((0, 0), (1, 0)))
+    return (chunks - before[..., None]).reshape(document.shape)
+
+
+class DocumentBuckets(NamedTuple):
+    """The buckets that the blocks of one row read, none where first = after.
+
+    Attributes:
+      first: first block of the bucket in each slot.
+      after: the block after its last.
+      distances: as a plan's, of the slots that hold one.
+    """
+
+    first: Int[Array, "n r"]
+    after: Int[Array, "n r"]
+    distances: Int[Array, "n r"]
+
+
+def buckets_of_documents(plan: ReadPlan, document: Int[Array, "n c"]) -> DocumentBuckets:
+    """The plan's buckets, where each block counts from the one in which its document began.
+
+    That is the document which goes on into the block from the one before; others that begin in the
+    block have nothing to read.
+    """
+    # Block s counts one more than block s - 1 did of its last document.
+    number = jnp.pad(_blocks_of_last_document(document)[:-1] + 1, (1, 0))
+    begun = (np.arange(plan.num_blocks) - number)[:, None]
+    bucket = jnp.asarray(plan.reads)[number]
+    span = jnp.asarray(plan.buckets)[jnp.maximum(bucket, 0)]
+    first, after = (jnp.where(bucket >= 0, begun + span[..., side], 0) for side in (0, 1))
+    return DocumentBuckets(first, after, jnp.asarray(plan.distances)[number])
+
+
+def runs_of_documents(document: Int[Array, "n c"], size: int) -> Int[Array, "runs"]:
+    """First blocks of the runs of ``size`` blocks into which each document divides.
+
+    A block is of the document of its last token. There are n // size in any case, the last ones
+    perhaps of no use.
+    """
+    last = document[:, -1]
+    begins = _blocks_of_last_document(document)[: len(last) - size + 1] % size == 0
+    whole = last[: len(last) - size + 1] == last[size - 1 :]
+    (first,) = jnp.nonzero(begins & whole, size=len(last) // size, fill_value=len(last) - size)
+    return first
+
+
+def _blocks_of_last_document(document: Int[Array, "n c"]) -> Int[Array, "n"]:
+    """Blocks since the one in which the document of each block's last token began."""
+    last = document[:, -1]
+    return jnp.arange(len(last)) - jnp.searchsorted(last, last)
+
+
+def document_candidates(
+    aggregation: Aggregation,
+    plan: ReadPlan,
+    key: Float[Array, "b h n c k"],
+    document: Int[Array, "b n c"],
+) -> Candidates:
+    """The buckets that a plan's blocks may read where documents are packed.
+
+    If a bucket has several segments, buckets follow each row's documents, and whoever makes their
+    states numbers them: ``states`` then only says which slots are empty.
+    """
+    slots = None
+    states, distances, after = plan.reads[None], plan.distances[None], None
+    if plan.spans_segments.any():
+        slots = jax.vmap(lambda row: buckets_of_documents(plan, row))(document)
+        states, distances, after = slots.after - 1, slots.distances, slots.after
+    elif len(plan.buckets):
+        after = jnp.asarray(plan.buckets[:, 1])[np.maximum(states, 0)]
+    same = None
+    if after is not None:
+        after = jnp.broadcast_to(after, (len(document), *after.shape[1:]))
+        of_state = jax.vmap(lambda row, after: row[after - 1, -1])(document, after)
+        same = document[..., None] == of_state[:, :, None]
+    candidates = Candidates(states, distances, same_document=same)
+    if aggregation.gate != "content":
+        return candidates
+    pooling = aggregation.pooling
+
+    def heads_of_rows(function: Any, *of_rows: Any) -> Array:
+        heads = jax.vmap(function, in_axes=(0, *[None] * len(of_rows)))
+        return jax.vmap(heads)(key, *of_rows)
+
+    running = heads_of_rows(
+        lambda key, document: running_keys(key, plan, pooling, document), document
+    )
+    if slots is not None:
+        pooled = heads_of_rows(
+            lambda key, slots, document: _slot_keys(key, slots, pooling, document), slots, document
+        )
+        return candidates._replace(slot_pooled=pooled, running=running)
+    pooled = heads_of_rows(
+        lambda key, document: pooled_keys(key, plan, pooling, document), document
+    )
+    return candidates._replace(pooled=pooled, running=running)
+
+
+def _slot_keys(
+    key: Float[Array, "n c k"], slots: DocumentBuckets, pooling: str, document: Int[Array, "n c"]
+) -> Float[Array, "n r k"]:
+    """``pooled_keys`` of the bucket in each slot, zero where there is none."""
+    same = document == document[:, -1:]
+    sums, broken = finite_rows(jnp.sum(key, axis=1, where=same[..., None]))
+    block = np.arange(len(key))[None, None]
+    inside = (slots.first[..., None] <= block) & (block < slots.after[..., None])
+
+    def of_buckets(x: Array) -> Array:
+        return jnp.tensordot(inside.astype(key.dtype), x, axes=1, precision="highest")
+
+    pooled = jnp.where(
+        (inside & broken[None, None]).any(axis=-1)[..., None], jnp.nan, of_buckets(sums)
+    )
+    if pooling == "sum":
+        return pooled
+    counts = of_buckets(same.sum(axis=1).astype(key.dtype))
+    return pooled / jnp.maximum(counts, 1)[..., None]

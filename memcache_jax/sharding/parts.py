@@ -1,0 +1,144 @@
+"""One part of a sequence on a mesh: it writes its own segments, and reads those of all parts.
+
+What crosses the mesh is the states at the ends of segments and their pooled keys, no token's
+activations.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from memcache_jax._typing import Array, Float, Matrices, State
+from memcache_jax.aggregation import Aggregation
+from memcache_jax.engine.bank import bucket_states
+from memcache_jax.engine.read import ArrayBank, Bank, blind_where_gates_are_zero
+from memcache_jax.engine.run import Layout
+from memcache_jax.engine.types import Blocks, Kept, Rows, Writing
+from memcache_jax.engine.write import write_blocks
+from memcache_jax.gating import Candidates, OfTokens, Selection, pooled_keys, running_keys
+from memcache_jax.memories import Memory
+from memcache_jax.segmentation import ReadPlan
+from memcache_jax.sharding.ring import read_blocks, read_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Part(Layout):
+    """The part of a sequence that lies on this device along ``seq``, within a ``shard_map``.
+
+    Attributes:
+      own: the plan of this part alone.
+      plan: that of the whole sequence.
+      carries: whether segments go on from the one before, rather than anew.
+      ring: whether states go round the parts, rather than being gathered.
+      document: (b, n, c) the document of each token, counted over the whole sequence; None where
+        no documents are packed.
+    """
+
+    own: ReadPlan
+    plan: ReadPlan
+    carries: bool
+    ring: bool
+    document: Any
+
+    def write(self, how: Writing, rows: Rows) -> tuple[State, Kept]:
+        """This part's segments; those that go on from the part before are written twice."""
+        restarts = self.own.begins & (not self.carries)
+        if self.carries:
+            first = how.initial(rows.key.shape[:2])
+            ends, _ = write_blocks(how.with_no_reads(), rows, restarts)
+            end = jax.tree.map(lambda x: x[:, :, -1], ends)
+            controls = jax.tree.map(
+                lambda x: x.reshape(*x.shape[:2], -1, *x.shape[5:]), rows.controls
+            )
+            before = _state_before(how.memory, first, end, controls)
+            how = how._replace(initial=lambda shape: before)
+        return write_blocks(how, rows, restarts)
+
+    def cached(
+        self, how: Writing, aggregation: Aggregation, ends: State, blocks: Blocks
+    ) -> tuple[Bank, Candidates]:
+        """The states of all parts: gathered, merged where buckets are longer, or on a ring."""
+        candidates = self._candidates(aggregation, blocks)
+        if self.ring:
+            return RingBank(how.memory, how.memory.matrices(ends), how.implementation), candidates
+        plan = self.plan
+        if plan.spans_segments.any() and not self.carries:
+            # Merging needs whole states, and of the tokens no more than their controls.
+            ends, controls = _gathered((ends, blocks.rows.controls))
+            rows = blocks.rows._replace(controls=controls)
+            matrices = how.memory.matrices(bucket_states(how, ends, rows, plan))
+        else:
+            matrices = _gathered(how.memory.matrices(ends))
+            matrices = jax.tree.map(lambda x: x[:, :, plan.buckets[:, 1] - 1], matrices)
+        return ArrayBank(how.memory, matrices, how.implementation), candidates
+
+    def _candidates(self, aggregation: Aggregation, blocks: Blocks) -> Candidates:
+        own, plan, pooling = self.own, self.plan, aggregation.pooling
+        count = own.num_blocks
+        begin = lax.axis_index("seq") * count
+
+        def mine(table: np.ndarray) -> Array:
+            return lax.dynamic_slice_in_dim(jnp.asarray(table), begin, count)[None]
+
+        candidates = Candidates(mine(plan.reads), mine(plan.distances))
+        if self.document is not None:
+            of_state = lax.all_gather(self.document[:, :, -1], "seq", axis=1, tiled=True)
+            after = jnp.asarray(plan.buckets[:, 1])[jnp.maximum(candidates.states[0], 0)]
+            same = self.document[..., None] == of_state[:, after - 1][:, :, None]
+            candidates = candidates._replace(same_document=same)
+        if aggregation.gate != "content":
+            return candidates
+        block = np.arange(count)
+        each = dataclasses.replace(own, buckets=np.stack([block, block + 1], axis=1))
+
+        def keys(key: Float[Array, "n c k"], document: Any) -> tuple[Array, Array]:
+            pooled = pooled_keys(key, each, pooling, document)
+            pooled = lax.all_gather(pooled, "seq", axis=0, tiled=True)
+            pooled = pooled_keys(pooled[:, None], plan, pooling)
+            return pooled, running_keys(key, own, pooling, document)
+
+        heads = jax.vmap(keys, in_axes=(0, None))
+        rows = jax.vmap(heads, in_axes=(0, None if blocks.document is None else 0))
+        pooled, running = rows(blocks.tokens.key, blocks.document)
+        return candidates._replace(pooled=pooled, running=running)
+
+
+class RingBank(ArrayBank):
+    """The states of this part, which go round the parts to be read."""
+
+    def gather(
+        self,
+        read: Callable[..., Array],
+        matrices: Matrices,
+        x: Float[Array, "b h n c in"],
+        selection: Selection,
+    ) -> Float[Array, "b h n c out"]:
+        """As ``ArrayBank.gather``, of the states of all parts, numbered along the sequence."""
+        if isinstance(selection, OfTokens):
+            return read_tokens(read, matrices, x, selection, self.implementation)
+        read = blind_where_gates_are_zero(read) if selection.unread else read
+        return read_blocks(read, matrices, x, selection, self.implementation)
+
+
+def _gathered(tree: Any) -> Any:
+    """The blocks (b, h, n, ...) of all parts, in order."""
+    return jax.tree.map(lambda x: lax.all_gather(x, "seq", axis=2, tiled=True), tree)
+
+
+def _state_before(memory: Memory, first: State, end: State, controls: Any) -> State:
+    """The state before each part, from those after every part alone: one hop for each part."""
+    merge = jax.vmap(jax.vmap(memory.merge))
+    index, parts = lax.axis_index("seq"), lax.axis_size("seq")
+    hops = [(part, part + 1) for part in range(parts - 1)]
+
+    def hop(before: State, _: None) -> tuple[State, None]:
+        passed = lax.ppermute(merge(before, end, controls), "seq", hops)
+        # The first part has none before it.
+        return jax.tree.map(lambda new, old: jnp.where(index > 0, new, old), passed, first), None
+
+    return lax.scan(hop, first, None, length=parts - 1)[0]
