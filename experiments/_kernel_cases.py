@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import memcache_jax as mc
+from memcache_jax.engine.read import pieces_of
 from memcache_jax.kernels.bank_read import bank_read
 from memcache_jax.kernels.grouped_read import grouped_read
+from memcache_jax.kernels.pieces import sum_of_pieces
 from memcache_jax.kernels.ssc_route import ssc_route
-from memcache_jax.memories._pieces import sum_of_pieces
 from memcache_jax.segmentation import ReadPlan
 
 
@@ -165,7 +166,7 @@ def _read_deep(
     def read_piece(read: Callable[..., Any], bank: Any, query: Any) -> Any:
         return bank_read(read, bank, query, gates, plan.reads, implementation=how)
 
-    return sum_of_pieces(memory.pieces, bank, query, how, read_piece)
+    return sum_of_pieces(pieces_of(memory), bank, query, how, read_piece)
 
 
 def _as_a_layer(control: mc.memories.Control, x: Any) -> Any:

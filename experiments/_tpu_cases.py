@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 import memcache_jax as mc
-from memcache_jax._reads import blind_where_gates_are_zero
+from memcache_jax.engine.read import blind_where_gates_are_zero
 from memcache_jax.kernels.affine_update import AffineChunk, affine_update
 from memcache_jax.kernels.bank_read import bank_read
 from memcache_jax.kernels.chunk_update import chunk_update

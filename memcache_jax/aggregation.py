@@ -14,6 +14,7 @@ from memcache_jax._typing import Array, Float, Matrices
 from memcache_jax.engine.read import Bank, Live
 from memcache_jax.gating import (
     Candidates,
+    Keys,
     OfBlocks,
     OfTokens,
     Selection,
@@ -91,7 +92,7 @@ class Aggregation(abc.ABC):
           implementation: of the selection.
         """
         del implementation
-        gates, live = self.gates(*scores(connector, candidates, self.gate))
+        gates, live = self.gates(*scores(connector, candidates, self.gate, self.pooling))
         return OfBlocks(candidates.states, gates, live, unread=candidates.same_document is not None)
 
     def needs(self, memory: Memory) -> tuple[LivePart, ...]:
@@ -284,9 +285,10 @@ class SSC(GRM):
             selection = super().select(connector, candidates)
             assert isinstance(selection, OfBlocks)
             return selection._replace(unread=selection.unread or self.top_k < states.shape[-1])
-        if isinstance(states, np.ndarray) and candidates.only_keys and self.gate == "content":
-            return self._route(connector, candidates, states[0], implementation)
-        cached, live = scores(connector, candidates, self.gate)
+        by_block = candidates.same_document is None and candidates.counts is None
+        if isinstance(states, np.ndarray) and by_block and self.gate == "content":
+            return self._route(connector, candidates.keys(self.pooling), states[0], implementation)
+        cached, live = scores(connector, candidates, self.gate, self.pooling)
         _, slots = lax.top_k(lax.stop_gradient(cached), self.top_k)
         cached = jnp.take_along_axis(cached, slots, axis=-1)
         of_slots = jnp.asarray(states)[:, None, :, None]
@@ -296,13 +298,14 @@ class SSC(GRM):
     def _route(
         self,
         connector: Float[Array, "b h n c u"],
-        candidates: Candidates,
+        keys: Keys,
         reads: np.ndarray,
         implementation: str | None,
     ) -> OfTokens:
-        """``select`` by content where nothing but the block says which states a token may read."""
-        pooled, broken = finite_rows(candidates.pooled)
-        live = jnp.vecdot(connector, candidates.running, precision="highest")
+        """``select`` by content where a token may read whatever its block may."""
+        assert keys.states is not None, "only documents shift the states of a slot"
+        pooled, broken = finite_rows(keys.states)
+        live = jnp.vecdot(connector, keys.live, precision="highest")
         gates, live, states = ssc_route(
             connector, pooled, live, reads, self.top_k, implementation=implementation
         )

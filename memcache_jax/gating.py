@@ -1,5 +1,6 @@
 """Which cached states tokens may read, and their relevance: connectors against pooled keys."""
 
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -13,6 +14,7 @@ from memcache_jax.segmentation import ReadPlan
 
 __all__ = [
     "Candidates",
+    "Keys",
     "OfBlocks",
     "OfTokens",
     "Selection",
@@ -26,6 +28,20 @@ __all__ = [
 ]
 
 
+class Keys(NamedTuple):
+    """The pooled keys that content gates compare with connectors.
+
+    Attributes:
+      live: of the live memory at each token.
+      states: of cached states, by their numbers in the bank; None where they depend on the block,
+      slots: and stand by slot.
+    """
+
+    live: Float[Array, "b h n c k"]
+    states: Float[Array, "b h states k"] | None = None
+    slots: Float[Array, "b h n r k"] | None = None
+
+
 class Candidates(NamedTuple):
     """The cached states that the tokens of each block may read, and what gates are made from.
 
@@ -33,26 +49,16 @@ class Candidates(NamedTuple):
       states: numbers of states in the bank, oldest first, -1 for an empty slot. One row stands for
         all, and a NumPy array is static: slots that are empty in it cost nothing.
       distances: segments back to each state's end, 1 for the last segment.
-      pooled: (b, h, states, k) pooled keys by number; None for gates that are not made from them.
-      slot_pooled: (b, h, n, r, k) pooled keys by slot, where a state's depend on the block.
-      running: (b, h, n, c, k) pooled keys of the live memory at each token.
-      same_document: (b, n, c, r) whether a token and a state are of one document; None for yes.
-      counts: (b, n, r) segments that a state stands for, 0 for an empty slot; None for one each.
+      keys: makes the pooled keys, of ``"mean"`` or ``"sum"`` pooling.
+      same_document: whether a token and a state are of one document; None for yes.
+      counts: segments that a state stands for, 0 for an empty slot; None for one each.
     """
 
     states: np.ndarray | Int[Array, "b n r"]
     distances: np.ndarray | Int[Array, "b n r"]
-    pooled: Float[Array, "b h states k"] | None = None
-    slot_pooled: Float[Array, "b h n r k"] | None = None
-    running: Float[Array, "b h n c k"] | None = None
+    keys: Callable[[str], Keys]
     same_document: Bool[Array, "b n c r"] | None = None
     counts: Int[Array, "b n r"] | None = None
-
-    @property
-    def only_keys(self) -> bool:
-        """Whether content gates follow from pooled keys and empty slots alone."""
-        others = self.slot_pooled, self.same_document, self.counts
-        return all(x is None for x in others)
 
 
 class OfBlocks(NamedTuple):
@@ -181,7 +187,7 @@ def _running_document_keys(
 
 
 def scores(
-    connector: Float[Array, "b h n c u"], candidates: Candidates, gate: str
+    connector: Float[Array, "b h n c u"], candidates: Candidates, gate: str, pooling: str = "mean"
 ) -> tuple[Float[Array, "b h n c r"], Float[Array, "b h n c"]]:
     """Returns the relevance of the states that each token may read, and of the live memory.
 
@@ -193,12 +199,14 @@ def scores(
       connector: what gates are made from.
       candidates: the states.
       gate: ``"content"``, ``"position"`` or ``"uniform"``.
+      pooling: of the keys, for content gates.
     """
     slots, distances = (jnp.asarray(x)[:, None, :, None] for x in candidates[:2])  # (b, 1, n, 1, r)
     visible = slots >= 0
-    if candidates.running is not None:
-        cached = _products(connector, candidates)
-        live = jnp.vecdot(connector, candidates.running, precision="highest")
+    if gate == "content":
+        keys = candidates.keys(pooling)
+        cached = _products(connector, keys, candidates.states)
+        live = jnp.vecdot(connector, keys.live, precision="highest")
     elif gate == "position":
         distances = jnp.clip(distances, 0, connector.shape[-1] - 1)
         cached = jnp.take_along_axis(connector, distances, axis=-1)
@@ -216,21 +224,21 @@ def scores(
 
 
 def _products(
-    connector: Float[Array, "b h n c u"], candidates: Candidates
+    connector: Float[Array, "b h n c u"], keys: Keys, states: np.ndarray | Int[Array, "b n r"]
 ) -> Float[Array, "b h n c r"]:
-    """The products of connectors and pooled keys, NaN where a key is not finite."""
+    """The products of connectors and pooled keys by slot, NaN where a key is not finite."""
     # 0 * NaN is NaN: in a gradient, the keys of states that are not read.
-    if candidates.slot_pooled is not None:
-        pooled, broken = finite_rows(candidates.slot_pooled)
+    if keys.slots is not None:
+        pooled, broken = finite_rows(keys.slots)
         cached = jnp.einsum("bhnck,bhnrk->bhncr", connector, pooled, precision="highest")
         return jnp.where(broken[..., None, :], jnp.nan, cached)
-    assert candidates.pooled is not None
-    pooled, broken = finite_rows(candidates.pooled)
+    assert keys.states is not None
+    pooled, broken = finite_rows(keys.states)
     cached = jnp.einsum("bhnck,bhrk->bhncr", connector, pooled, precision="highest")
     cached = jnp.where(broken[:, :, None, None], jnp.nan, cached)
-    if in_order(candidates.states, pooled.shape[2]):
+    if in_order(states, pooled.shape[2]):
         return cached
-    slots = jnp.maximum(jnp.asarray(candidates.states), 0)
+    slots = jnp.maximum(jnp.asarray(states), 0)
     return jnp.take_along_axis(cached, slots[:, None, :, None], axis=-1)
 
 

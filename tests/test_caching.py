@@ -262,8 +262,8 @@ class TestErrors:
         [
             (dict(query=jnp.ones((2, 20, 3, 4))), r"query must have shape .*\(2, 21, 3, 4\), got"),
             (dict(key=jnp.ones((2, 21, 4))), r"key must be \(b, t, h, k\).*\(2, 21, 4\)"),
-            (dict(key=jnp.ones((2, 0, 3, 4))), "nothing is to be read"),
-            (dict(key=jnp.ones((0, 21, 3, 4))), "nothing is to be read"),
+            (dict(key=jnp.ones((2, 0, 3, 4))), "key must not be empty, got shape"),
+            (dict(key=jnp.ones((0, 21, 3, 4))), "key must not be empty, got shape"),
             (dict(value=jnp.ones((2, 21, 1, 4))), r"value must have shape .*got \(2, 21, 1, 4\)"),
             (dict(value=jnp.ones((2, 21, 3, 5))), "needs k = v, got k=4, v=5"),
             (dict(query=jnp.ones((2, 21, 3, 4), int)), "query must be floating point, got int32"),

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import memcache_jax as mc
-from memcache_jax.gating import pooled_keys, relevance, running_keys, softmax_gates
+from memcache_jax.engine.run import candidates_of
+from memcache_jax.gating import pooled_keys, running_keys, scores, softmax_gates
 from memcache_jax.segmentation import ReadPlan
 from tests.cases import (
     MEMORIES,
@@ -25,6 +26,13 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 def keys(blocks, size=5):
     return jax.random.normal(jax.random.key(0), (blocks, size, 3))
+
+
+def relevance(connector, key, plan, gate="content"):
+    """The scores of one head's blocks (n, c, ...)."""
+    candidates = candidates_of(plan, key[None, None])
+    cached, live = scores(connector[None, None], candidates, gate)
+    return cached[0, 0], live[0, 0]
 
 
 @pytest.mark.parametrize("size", [1, 5, 16, 37])

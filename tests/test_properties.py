@@ -14,8 +14,8 @@ from hypothesis import Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
 import memcache_jax as mc
-from memcache_jax._gates import gates_of_states
-from memcache_jax.aggregation.grm import GATES
+from memcache_jax.aggregation import GATES
+from memcache_jax.engine.run import gates_of_tokens
 from tests.cases import (
     MEMORIES,
     SEGMENTATIONS,
@@ -264,7 +264,7 @@ def test_gradients_are_those_of_differences(case, aggregation):
     def read(inputs):
         """Which states have gates: the router's choice of them has no gradient."""
         how = dict(aggregation=aggregation, segmentation=case.segmentation)
-        return gates_of_states(inputs["key"], inputs["connector"], **how) > 0
+        return gates_of_tokens(inputs["key"], inputs["connector"], **how) > 0
 
     at_first = read(case.inputs)
 

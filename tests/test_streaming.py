@@ -332,7 +332,7 @@ def test_errors():
         cache.take(np.array([2]))
     with pytest.raises(ValueError, match="lengths must be 0 to 20, the tokens given, got"):
         mc.extend(cache, **part, lengths=jnp.array([3, 21]))
-    with pytest.raises(ValueError, match="nothing is to be read"):
+    with pytest.raises(ValueError, match="key must not be empty"):
         mc.extend(cache, **over_time(inputs, memory, lambda x: x[:, :0]))
     titans, few = MEMORIES["titans"], over_time(inputs, memory, lambda x: x[:, :3])
     others: Any = (

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memcache_jax._gates import gates_of_states
+from memcache_jax.engine.run import gates_of_tokens
 from tests.cases import (
     KINDS,
     MEMORIES,
@@ -87,7 +87,7 @@ def tokens_blind_to(segment, inputs, case):
     """Which tokens (b, t, h) have a gate of zero for all states of a segment, and are not in it."""
     kind, name, _ = case
     segmentation = SEGMENTATIONS[name](SIZE)
-    gates = gates_of_states(
+    gates = gates_of_tokens(
         jnp.asarray(inputs["key"]),
         jnp.asarray(inputs["connector"]),
         aggregation=KINDS[kind],

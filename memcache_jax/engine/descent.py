@@ -36,10 +36,10 @@ def write_descent(
       rows: the blocks.
       restarts: as for ``write_blocks``. Where all begin anew, they run side by side.
     """
-    memory = how.memory
+    memory, implementation = how.memory, how.implementation
     assert isinstance(memory, DeepMemory)
-    assert how.implementation is not None
-    check_served("deep_update", how.implementation, _reasons(memory, rows))
+    assert implementation is not None
+    check_served("deep_update", implementation, _reasons(memory, rows))
     batch, chunks = rows.key.shape[:3], rows.key.shape[3]
     lead = batch if restarts.all() else batch[:2]
     units, count = math.prod(lead), math.prod(batch[len(lead) :]) * chunks
@@ -63,7 +63,7 @@ def write_descent(
                 tuple(part for part in given if part),
                 goes_on.astype(rows.key.dtype),
                 loss=memory.loss,
-                implementation=how.implementation,
+                implementation=implementation,
             )
         )
         _, kept = write_each((starts, first[1]), rows)

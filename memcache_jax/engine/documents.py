@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memcache_jax._typing import Array, Float, Int
-from memcache_jax.aggregation import Aggregation
-from memcache_jax.gating import Candidates, finite_rows, pooled_keys, running_keys
+from memcache_jax.gating import Candidates, Keys, finite_rows, pooled_keys, running_keys
 from memcache_jax.segmentation import ReadPlan
 
 
@@ -74,10 +73,7 @@ def _blocks_of_last_document(document: Int[Array, "n c"]) -> Int[Array, "n"]:
 
 
 def document_candidates(
-    aggregation: Aggregation,
-    plan: ReadPlan,
-    key: Float[Array, "b h n c k"],
-    document: Int[Array, "b n c"],
+    plan: ReadPlan, key: Float[Array, "b h n c k"], document: Int[Array, "b n c"]
 ) -> Candidates:
     """The buckets that a plan's blocks may read where documents are packed.
 
@@ -96,27 +92,18 @@ def document_candidates(
         after = jnp.broadcast_to(after, (len(document), *after.shape[1:]))
         of_state = jax.vmap(lambda row, after: row[after - 1, -1])(document, after)
         same = document[..., None] == of_state[:, :, None]
-    candidates = Candidates(states, distances, same_document=same)
-    if aggregation.gate != "content":
-        return candidates
-    pooling = aggregation.pooling
 
-    def heads_of_rows(function: Any, *of_rows: Any) -> Array:
-        heads = jax.vmap(function, in_axes=(0, *[None] * len(of_rows)))
-        return jax.vmap(heads)(key, *of_rows)
+    def keys(pooling: str) -> Keys:
+        def of_head(key: Any, slots: Any, document: Any) -> Keys:
+            live = running_keys(key, plan, pooling, document)
+            if slots is None:
+                return Keys(live, states=pooled_keys(key, plan, pooling, document))
+            return Keys(live, slots=_slot_keys(key, slots, pooling, document))
 
-    running = heads_of_rows(
-        lambda key, document: running_keys(key, plan, pooling, document), document
-    )
-    if slots is not None:
-        pooled = heads_of_rows(
-            lambda key, slots, document: _slot_keys(key, slots, pooling, document), slots, document
-        )
-        return candidates._replace(slot_pooled=pooled, running=running)
-    pooled = heads_of_rows(
-        lambda key, document: pooled_keys(key, plan, pooling, document), document
-    )
-    return candidates._replace(pooled=pooled, running=running)
+        of_row = jax.vmap(of_head, in_axes=(0, None, None))
+        return jax.vmap(of_row)(key, slots, document)
+
+    return Candidates(states, distances, keys, same_document=same)
 
 
 def _slot_keys(

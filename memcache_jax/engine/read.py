@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,18 @@ from memcache_jax.gating import OfBlocks, OfTokens, Selection, finite_rows, in_o
 from memcache_jax.kernels.bank_read import bank_read
 from memcache_jax.kernels.chunk_update import chunk_update
 from memcache_jax.kernels.grouped_read import grouped_read
-from memcache_jax.kernels.pieces import gated, pieces_of_matrix, pieces_of_network, sum_of_pieces
+from memcache_jax.kernels.pieces import (
+    Fits,
+    Piece,
+    gated,
+    pieces_of_matrix,
+    pieces_of_network,
+    sum_of_pieces,
+)
 from memcache_jax.memories import Memory
+
+Divide: TypeAlias = Callable[[Matrices, Array, Fits], list[Piece]]
+"""From the matrices of states, the rows that read them and what fits, to the pieces."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,16 +140,14 @@ class ArrayBank(Bank):
             rows = self.matrices[0]
             if isinstance(selection, OfBlocks) and in_order(selection.states, rows.shape[2]):
                 return _weighted_rows(selection.gates, rows[:, :, :, 0])
-        split = None
-        if memory.form != "scan":
-            split = pieces_of_matrix if memory.depth == 1 else pieces_of_network
-        return self._sum(memory.read, split, self.matrices, query, selection)
+        return self._sum(pieces_of(memory), self.matrices, query, selection)
 
     def read_layer(
         self, layer: int, x: Float[Array, "b h n c in"], selection: Selection
     ) -> Float[Array, "b h n c out"]:
         """By one matrix of each state."""
-        return self._sum(_read_matrix, pieces_of_matrix, (self.matrices[layer],), x, selection)
+        divide = functools.partial(pieces_of_matrix, _read_matrix)
+        return self._sum(divide, (self.matrices[layer],), x, selection)
 
     def gather(
         self,
@@ -172,23 +180,22 @@ class ArrayBank(Bank):
         )
 
     def _sum(
-        self,
-        read: Callable[..., Array],
-        split: Callable[..., Any] | None,
-        matrices: Matrices,
-        x: Float[Array, "b h n c in"],
-        selection: Selection,
+        self, divide: Divide, matrices: Matrices, x: Array, selection: Selection
     ) -> Float[Array, "b h n c out"]:
-        """``gather``, of states that a GPU's kernels have no room for in pieces that add up."""
+        """``gather``, in pieces that add up where a kernel has no room for a whole state."""
 
         def gather(read: Callable[..., Array], matrices: Matrices, x: Array) -> Array:
             return self.gather(read, matrices, x, selection)
 
-        if split is None:
-            return gather(read, matrices, x)
-        return sum_of_pieces(
-            functools.partial(split, read), matrices, x, self.implementation, gather
-        )
+        return sum_of_pieces(divide, matrices, x, self.implementation, gather)
+
+
+def pieces_of(memory: Memory) -> Divide:
+    """How the read of a memory's states divides into smaller reads that add up."""
+    if memory.form == "scan":
+        return lambda matrices, query, fits: [Piece(memory.read, matrices, query)]
+    divide = pieces_of_matrix if memory.depth == 1 else pieces_of_network
+    return functools.partial(divide, memory.read)
 
 
 def blind_where_gates_are_zero(read: Callable[..., Array]) -> Callable[..., Array]:

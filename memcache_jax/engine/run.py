@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +16,7 @@ from memcache_jax.engine.documents import begun_in_chunk, document_candidates
 from memcache_jax.engine.read import ArrayBank, Bank, Live
 from memcache_jax.engine.types import Blocks, Kept, Rows, Tokens, Writing
 from memcache_jax.engine.write import initial_states, write_blocks
-from memcache_jax.gating import (
-    Candidates,
-    Selection,
-    gates_by_state,
-    pooled_keys,
-    running_keys,
-)
+from memcache_jax.gating import Candidates, Keys, gates_by_state, pooled_keys, running_keys
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import ReadPlan, Segmentation
 
@@ -34,23 +29,21 @@ class Layout(abc.ABC):
         """Writes the blocks: the states at their ends, and what was kept of the live memory."""
 
     @abc.abstractmethod
-    def cached(
-        self, how: Writing, aggregation: Aggregation, ends: State, blocks: Blocks
-    ) -> tuple[Bank, Candidates]:
+    def cached(self, how: Writing, ends: State, blocks: Blocks) -> tuple[Bank, Candidates]:
         """The cached states, and which of them the tokens of each block may read."""
 
 
 def run(
     layout: Layout, how: Writing, aggregation: Aggregation, blocks: Blocks
-) -> tuple[Float[Array, "b h n c v"], State, Selection]:
+) -> tuple[Float[Array, "b h n c v"], State, Any]:
     """Writes all blocks, banks states, selects among them and reads.
 
     Returns:
-      The outputs, the states at the ends of the blocks, and what tokens have selected.
+      The outputs, the states at the ends of the blocks, and the aggregation's selection.
     """
     tokens = blocks.tokens
     ends, kept = layout.write(how, blocks.rows)
-    bank, candidates = layout.cached(how, aggregation, ends, blocks)
+    bank, candidates = layout.cached(how, ends, blocks)
     selection = aggregation.select(tokens.connector, candidates, implementation=how.implementation)
     live = Live(how.memory, tokens.query, kept, how.implementation)
     return aggregation.read(bank, live, tokens.query, selection), ends, selection
@@ -72,15 +65,13 @@ class OnePass(Layout):
         """Segment by segment, side by side where they begin anew."""
         return write_blocks(how, rows, self.plan.begins & (not self.carries))
 
-    def cached(
-        self, how: Writing, aggregation: Aggregation, ends: State, blocks: Blocks
-    ) -> tuple[Bank, Candidates]:
+    def cached(self, how: Writing, ends: State, blocks: Blocks) -> tuple[Bank, Candidates]:
         """The states at the ends of blocks where they serve, else those of longer runs."""
         plan, document, key = self.plan, blocks.document, blocks.tokens.key
         if document is None:
-            candidates = candidates_of(aggregation, plan, key)
+            candidates = candidates_of(plan, key)
         else:
-            candidates = document_candidates(aggregation, plan, key, document)
+            candidates = document_candidates(plan, key, document)
         if document is not None and plan.spans_segments.any():
             states, reads = document_states(
                 how, ends, blocks.rows, plan, document, carries=self.carries
@@ -110,20 +101,16 @@ def writing(
     return Writing(memory, tuple(aggregation.needs(memory)), initial, implementation)
 
 
-def candidates_of(
-    aggregation: Aggregation, plan: ReadPlan, key: Float[Array, "b h n c k"]
-) -> Candidates:
-    """The buckets that a plan's blocks may read, and what gates are made from."""
-    candidates = Candidates(plan.reads[None], plan.distances[None])
-    if aggregation.gate != "content":
-        return candidates
+def candidates_of(plan: ReadPlan, key: Float[Array, "b h n c k"]) -> Candidates:
+    """The buckets that a plan's blocks may read, and their pooled keys."""
 
-    def keys(key: Float[Array, "n c k"]) -> tuple[Array, Array]:
-        pooling = aggregation.pooling
-        return pooled_keys(key, plan, pooling), running_keys(key, plan, pooling)
+    def keys(pooling: str) -> Keys:
+        def of_head(key: Float[Array, "n c k"]) -> tuple[Array, Array]:
+            return running_keys(key, plan, pooling), pooled_keys(key, plan, pooling)
 
-    pooled, running = jax.vmap(jax.vmap(keys))(key)
-    return candidates._replace(pooled=pooled, running=running)
+        return Keys(*jax.vmap(jax.vmap(of_head))(key))
+
+    return Candidates(plan.reads[None], plan.distances[None], keys)
 
 
 def gates_of_tokens(
@@ -151,7 +138,7 @@ def gates_of_tokens(
     dtype = jnp.promote_types(jnp.result_type(key, connector), jnp.float32)
     tokens = widen(key, key, key, connector, {}, dtype)
     blocks = cut(tokens, None, plan, min(plan.block_size, length), chunk=1)
-    candidates = candidates_of(aggregation, plan, blocks.tokens.key)
+    candidates = candidates_of(plan, blocks.tokens.key)
     selection = aggregation.select(blocks.tokens.connector, candidates)
     cached = gates_by_state(selection, len(plan.buckets))
     gates = jnp.concatenate([cached, selection.live[..., None]], axis=-1)

@@ -193,15 +193,18 @@ def _part(
     exchange: Exchange,
 ) -> Float[Array, "b t h v"]:
     """The outputs of one part of the sequence, within a ``shard_map``."""
-    key, value = tokens[1:3]
-    own, plan = (segmentation.plan(n * key.shape[1]) for n in (1, parts))
-    # A document that goes on into this part is the first of it.
-    own_document = None if document is None else document - document[:, :1]
-    widened = widen(*tokens, full_controls(memory, controls, key))
-    weights = {name: weight.astype(widened.key.dtype) for name, weight in weights.items()}
-    blocks = cut_for(memory, widened, own_document, own, parts * key.shape[1])
+    query, key, value, connector = tokens
+    here = key.shape[1]
+    own, plan = segmentation.plan(here), segmentation.plan(parts * here)
+    own_document = None
     if document is not None:
-        document = document.reshape(blocks.document.shape)
+        # A document that goes on into this part is the first of it.
+        own_document = document - document[:, :1]
+        document = document.reshape(len(document), own.num_blocks, -1)
+    controls = full_controls(memory, controls, key)
+    widened = widen(query, key, value, connector, controls)
+    weights = {name: weight.astype(widened.key.dtype) for name, weight in weights.items()}
+    blocks = cut_for(memory, widened, own_document, own, parts * here)
     layout = Part(own, plan, start == "checkpoint", exchange == "ring", document)
     how = writing(memory, aggregation, widened, weights, implementation)
     y, _, _ = run(layout, how, aggregation, blocks)

@@ -14,13 +14,12 @@ import numpy as np
 from jax import lax
 
 from memcache_jax._typing import Array, Float, Matrices, State
-from memcache_jax.aggregation import Aggregation
 from memcache_jax.engine.bank import bucket_states
 from memcache_jax.engine.read import ArrayBank, Bank, blind_where_gates_are_zero
 from memcache_jax.engine.run import Layout
 from memcache_jax.engine.types import Blocks, Kept, Rows, Writing
 from memcache_jax.engine.write import write_blocks
-from memcache_jax.gating import Candidates, OfTokens, Selection, pooled_keys, running_keys
+from memcache_jax.gating import Candidates, Keys, OfTokens, Selection, pooled_keys, running_keys
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import ReadPlan
 from memcache_jax.sharding.ring import read_blocks, read_tokens
@@ -59,11 +58,9 @@ class Part(Layout):
             how = how._replace(initial=lambda shape: before)
         return write_blocks(how, rows, restarts)
 
-    def cached(
-        self, how: Writing, aggregation: Aggregation, ends: State, blocks: Blocks
-    ) -> tuple[Bank, Candidates]:
+    def cached(self, how: Writing, ends: State, blocks: Blocks) -> tuple[Bank, Candidates]:
         """The states of all parts: gathered, merged where buckets are longer, or on a ring."""
-        candidates = self._candidates(aggregation, blocks)
+        candidates = self._candidates(blocks)
         if self.ring:
             return RingBank(how.memory, how.memory.matrices(ends), how.implementation), candidates
         plan = self.plan
@@ -77,35 +74,33 @@ class Part(Layout):
             matrices = jax.tree.map(lambda x: x[:, :, plan.buckets[:, 1] - 1], matrices)
         return ArrayBank(how.memory, matrices, how.implementation), candidates
 
-    def _candidates(self, aggregation: Aggregation, blocks: Blocks) -> Candidates:
-        own, plan, pooling = self.own, self.plan, aggregation.pooling
+    def _candidates(self, blocks: Blocks) -> Candidates:
+        own, plan = self.own, self.plan
         count = own.num_blocks
         begin = lax.axis_index("seq") * count
 
         def mine(table: np.ndarray) -> Array:
             return lax.dynamic_slice_in_dim(jnp.asarray(table), begin, count)[None]
 
-        candidates = Candidates(mine(plan.reads), mine(plan.distances))
+        def keys(pooling: str) -> Keys:
+            block = np.arange(count)
+            each = dataclasses.replace(own, buckets=np.stack([block, block + 1], axis=1))
+
+            def of_head(key: Float[Array, "n c k"], document: Any) -> Keys:
+                pooled = pooled_keys(key, each, pooling, document)
+                pooled = lax.all_gather(pooled, "seq", axis=0, tiled=True)
+                pooled = pooled_keys(pooled[:, None], plan, pooling)
+                return Keys(running_keys(key, own, pooling, document), pooled)
+
+            of_row = jax.vmap(of_head, in_axes=(0, None))
+            return jax.vmap(of_row)(blocks.tokens.key, blocks.document)
+
+        states, same = mine(plan.reads), None
         if self.document is not None:
             of_state = lax.all_gather(self.document[:, :, -1], "seq", axis=1, tiled=True)
-            after = jnp.asarray(plan.buckets[:, 1])[jnp.maximum(candidates.states[0], 0)]
+            after = jnp.asarray(plan.buckets[:, 1])[jnp.maximum(states[0], 0)]
             same = self.document[..., None] == of_state[:, after - 1][:, :, None]
-            candidates = candidates._replace(same_document=same)
-        if aggregation.gate != "content":
-            return candidates
-        block = np.arange(count)
-        each = dataclasses.replace(own, buckets=np.stack([block, block + 1], axis=1))
-
-        def keys(key: Float[Array, "n c k"], document: Any) -> tuple[Array, Array]:
-            pooled = pooled_keys(key, each, pooling, document)
-            pooled = lax.all_gather(pooled, "seq", axis=0, tiled=True)
-            pooled = pooled_keys(pooled[:, None], plan, pooling)
-            return pooled, running_keys(key, own, pooling, document)
-
-        heads = jax.vmap(keys, in_axes=(0, None))
-        rows = jax.vmap(heads, in_axes=(0, None if blocks.document is None else 0))
-        pooled, running = rows(blocks.tokens.key, blocks.document)
-        return candidates._replace(pooled=pooled, running=running)
+        return Candidates(states, mine(plan.distances), keys, same_document=same)
 
 
 class RingBank(ArrayBank):

@@ -10,12 +10,11 @@ import numpy as np
 from jax import lax
 
 from memcache_jax._typing import Array, Bool, Float, Int, Matrices, State
-from memcache_jax.aggregation import Aggregation
 from memcache_jax.engine.read import ArrayBank, Bank
 from memcache_jax.engine.run import Layout, run
 from memcache_jax.engine.types import Blocks, Kept, Rows, Tokens, Writing
 from memcache_jax.engine.write import write_chunk
-from memcache_jax.gating import Candidates, OfBlocks, OfTokens, Selection
+from memcache_jax.gating import Candidates, Keys, OfBlocks, OfTokens, Selection
 from memcache_jax.memories import Memory
 from memcache_jax.streaming import storage
 from memcache_jax.streaming.cache import Cache
@@ -89,44 +88,47 @@ class Piece(Layout):
 
     def write(self, how: Writing, rows: Rows) -> tuple[State, Kept]:
         """The tokens, into each track; the live one, which is read, is track 0."""
-        rows = jax.tree.map(lambda x: x[:, :, 0, 0], rows)
+        chunk = jax.tree.map(lambda x: x[:, :, 0, 0], rows)
         states = self.cache.state, self.cache.anchor
 
         def write(how: Writing, state: State, anchor: State, rows: Rows) -> tuple[State, Kept]:
             return write_chunk(how, state, state if anchor is None else anchor, rows)
 
         live = jax.vmap(jax.vmap(functools.partial(write, how)))
-        first, kept = live(*jax.tree.map(lambda x: x[:, :, 0], states), rows)
+        state, anchor = jax.tree.map(lambda x: x[:, :, 0], states)
+        first, kept = live(state, anchor, chunk)
         ends = jax.tree.map(lambda x: x[:, :, None], first)
         if jax.tree.leaves(states)[0].shape[2] > 1:
             tracks = jax.vmap(functools.partial(write, how.with_no_reads()), in_axes=(0, 0, None))
-            others = jax.tree.map(lambda x: x[:, :, 1:], states)
-            later, _ = jax.vmap(jax.vmap(tracks))(*others, rows)
+            state, anchor = jax.tree.map(lambda x: x[:, :, 1:], states)
+            later, _ = jax.vmap(jax.vmap(tracks))(state, anchor, chunk)
             ends = jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=2), ends, later)
         return ends, jax.tree.map(lambda x: x[:, :, None, None], kept)
 
-    def cached(
-        self, how: Writing, aggregation: Aggregation, ends: State, blocks: Blocks
-    ) -> tuple[Bank, Candidates]:
+    def cached(self, how: Writing, ends: State, blocks: Blocks) -> tuple[Bank, Candidates]:
         """The states in the slots of each row."""
         cache, key = self.cache, blocks.tokens.key
-        slots = cache.config.slots
-        bank = SlotBank(how.memory, cache, key.dtype)
+        config, slots = cache.config, cache.config.slots
         reads = slots.reads(cache.record, self.block)
         states = reads.slots[:, None]
         if slots.reads_all:
             states = np.arange(states.shape[-1])[None, None]
         counts = None if reads.segments is None else reads.segments[:, None]
-        candidates = Candidates(states, reads.distances[:, None], counts=counts)
-        if aggregation.gate != "content":
-            return bank, candidates
-        running = cache.key_sum[:, :, :1, None] + jnp.cumsum(key, axis=3)
-        if aggregation.pooling == "mean":
-            before = cache.position - slots.first(self.block) * cache.config.segmentation.size
-            counts = before[:, None] + jnp.arange(1, key.shape[3] + 1)[None]
-            running /= counts.astype(running.dtype)[:, None, None, :, None]
-        pooled = _keys(cache).all(cache.pooled, len(key))
-        return bank, candidates._replace(pooled=pooled, running=running)
+
+        def keys(pooling: str) -> Keys:
+            if pooling != config.aggregation.pooling:
+                raise ValueError(
+                    f"the cache pools keys by {config.aggregation.pooling!r}, got {pooling!r}"
+                )
+            live = cache.key_sum[:, :, :1, None] + jnp.cumsum(key, axis=3)
+            if pooling == "mean":
+                before = cache.position - slots.first(self.block) * config.segmentation.size
+                tokens = before[:, None] + jnp.arange(1, key.shape[3] + 1)[None]
+                live /= tokens.astype(live.dtype)[:, None, None, :, None]
+            return Keys(live, _keys(cache).all(cache.pooled, len(key)))
+
+        candidates = Candidates(states, reads.distances[:, None], keys, counts=counts)
+        return SlotBank(how.memory, cache, key.dtype), candidates
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,16 +11,16 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 
-import memcache_jax as mc
-from memcache_jax._writing import initial_states, write_blocks
-from memcache_jax.caching import full_controls
+from memcache_jax.engine.run import full_controls
+from memcache_jax.engine.types import Rows, Writing
+from memcache_jax.engine.write import initial_states, write_blocks
 from memcache_jax.kernels import _sweep
 from memcache_jax.kernels._pallas import interpret_kernels, lowered_for_gpu
 from memcache_jax.kernels.affine_update import AffineChunk, affine_update, gpu
 from tests.cases import MEMORIES, assert_close, make_inputs, normals, value_and_vjp
 
 KERNELS = ("pallas_tpu", "pallas_gpu")
-AFFINE = {name: memory for name, memory in MEMORIES.items() if memory.is_affine}
+AFFINE = {name: memory for name, memory in MEMORIES.items() if memory.form == "affine"}
 CHUNK = 8
 
 
@@ -51,19 +51,9 @@ def initial_of(memory):
 
 def written(memory, restarts, rows, implementation):
     """Ends and online reads of the blocks (b, h, n, chunks, m, ...)."""
-    plan = mc.Constant(rows[1].shape[3] * CHUNK).plan(rows[1].shape[2] * rows[1].shape[3] * CHUNK)
-    first = np.maximum.accumulate(np.where(restarts, np.arange(len(restarts)), 0))
-    plan = type(plan)(plan.block_size, plan.buckets, plan.reads, first)
-    live = functools.partial(mc.GRM().live, memory)
-    return write_blocks(
-        memory,
-        live,
-        initial_of(memory),
-        rows,
-        plan,
-        carries=False,
-        implementation=implementation,
-    )
+    how = Writing(memory, ("reads",), initial_of(memory), implementation)
+    ends, kept = write_blocks(how, Rows(*rows), restarts)
+    return ends, kept["reads"]
 
 
 @pytest.mark.parametrize("implementation", KERNELS)

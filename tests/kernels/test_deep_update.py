@@ -284,6 +284,8 @@ def test_float64_is_not_served():
 class Cubed(mc.memories.Titans):
     """Another loss."""
 
+    form = "descent"
+
     def loss(self, prediction, value):
         return jnp.sum(jnp.abs(prediction - value) ** 3)
 
@@ -320,7 +322,7 @@ def test_another_loss():
     [
         (Cubed(chunk_size=8), "the loss of Cubed .* powers of two"),
         (Cubed(chunk_size=16, depth=1), r"the loss of Cubed .* \(16, 16, 24\)"),
-        (Doubled(chunk_size=16), "Doubled overrides forward"),
+        (Doubled(chunk_size=16), "neither deep nor an affine map"),
     ],
     ids=["loss of rows filled up", "loss of values filled up", "network"],
 )

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import memcache_jax as mc
-from memcache_jax.memories._decay import decay_matrix
+from memcache_jax.engine.read import pieces_of
+from memcache_jax.kernels.decay import decay_matrix
 from tests.cases import MEMORIES, assert_close, make_inputs
 
 every_memory = pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
@@ -137,13 +138,14 @@ def test_pieces_add_up_to_the_read(memory):
     state, _ = memory.write(state, state, key, value, controls)
     matrices, gate = memory.matrices(state), jnp.linspace(-1, 2, len(query))
     largest = max(m.size for m in matrices) // 2
-    pieces = memory.pieces(
+    divide = pieces_of(memory)
+    pieces = divide(
         matrices, query, lambda shapes: sum(rows * columns for rows, columns in shapes) <= largest
     )
-    assert (len(pieces) > 1) == (type(memory).pieces is not mc.memories.Memory.pieces)
+    assert (len(pieces) > 1) == (memory.form != "scan")
     parts = [piece.read(piece.matrices, piece.query, gate) for piece in pieces]
     assert_close(sum(parts), memory.read(matrices, query, gate), 1e-12)
-    (whole,) = memory.pieces(matrices, query, lambda shapes: True)
+    (whole,) = divide(matrices, query, lambda shapes: True)
     assert_close(whole.read(whole.matrices, query), memory.read(matrices, query), 0)
 
 
@@ -153,7 +155,8 @@ def test_a_read_of_ones_own_is_not_divided():
             y = super().read(matrices, query, gate)
             return y / jnp.linalg.norm(y, axis=-1, keepdims=True)
 
-    pieces = Normalized().pieces((jnp.ones((4, 4)),), jnp.ones((2, 4)), lambda shapes: False)
+    divide = pieces_of(Normalized())
+    pieces = divide((jnp.ones((4, 4)),), jnp.ones((2, 4)), lambda shapes: False)
     assert len(pieces) == 1
 
 
@@ -180,8 +183,8 @@ class Mixed(Both, mc.memories.SSD):
 
 @pytest.mark.parametrize("memory", [Doubled(), FromOnes(), Mixed()], ids=lambda x: type(x).__name__)
 def test_a_class_that_does_something_its_own_way_is_served_by_its_own_methods(memory):
-    assert mc.memories.SSD().is_affine
-    assert not memory.is_affine
+    assert mc.memories.SSD().form == "affine"
+    assert memory.form != "affine"
     inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 24, batch=1, heads=1, dtype=np.float32))
     run = functools.partial(
         mc.memory_caching,
@@ -195,8 +198,12 @@ def test_a_class_that_does_something_its_own_way_is_served_by_its_own_methods(me
 
 def test_an_aggregation_that_reads_the_live_memory_its_own_way():
     class Halved(mc.Residual):
-        def live(self, memory, chunk, query):
-            return memory.read_online(chunk, query / 2)
+        def needs(self, memory):
+            return ("layers",)
+
+        def read(self, bank, live, query, selection):
+            own = bank.memory.forward(live.apply, query / 2)
+            return own + bank.read(query, selection)
 
     memory = mc.memories.SSD()
     inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 24, batch=1, heads=1, dtype=np.float32))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.scipy.linalg import solve_triangular
 
-from memcache_jax.memories._triangular import solve_unit_lower
+from memcache_jax.kernels.triangular import solve_unit_lower
 from tests.cases import assert_close, normals, value_and_vjp
 
 
