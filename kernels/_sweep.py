@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from memcache_jax._typing import Array
 from memcache_jax.kernels._dispatch import check_served
-from memcache_jax.kernels._pallas import LANES, tpu_call, vmem_left, vmem_reason
+from memcache_jax.kernels._tpu import LANES, tpu_call, vmem_left, vmem_reason
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 """Some memories through one chunk, side by side: (states, rows) -> (next states, outputs)."""

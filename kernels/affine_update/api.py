@@ -1,22 +1,15 @@
 """Entry point of the affine update."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from memcache_jax._typing import Array
-from memcache_jax.kernels._dispatch import choose
-from memcache_jax.kernels.affine_update import gpu, kernel, reference, tpu, xla
+from memcache_jax.kernels._dispatch import choose, implementations
 from memcache_jax.kernels.affine_update.form import AffineChunk
 
-_IMPLEMENTATIONS = {
-    "reference": reference.affine_update,
-    "xla": xla.affine_update,
-    "pallas_tpu": functools.partial(kernel.affine_update, tpu),
-    "pallas_gpu": functools.partial(kernel.affine_update, gpu),
-}
+_IMPLEMENTATIONS = implementations("affine_update", "reference", "xla", "pallas_tpu", "pallas_gpu")
 
 
 def affine_update(

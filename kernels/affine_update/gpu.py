@@ -17,14 +17,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from memcache_jax._typing import Array
-from memcache_jax.kernels._pallas import (
-    cut,
-    filled_up,
-    for_each,
-    power_of_two,
-    triton_call,
-    with_most_stages,
-)
+from memcache_jax.kernels._shapes import cut, filled_up, power_of_two
+from memcache_jax.kernels._triton import for_each, triton_call, with_most_stages
+from memcache_jax.kernels.affine_update._shared import Backend, by_kernels
 from memcache_jax.kernels.affine_update.form import AffineChunk
 
 
@@ -45,6 +40,18 @@ class Blocks:
 
 _product = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def affine_update(
+    chunk: Callable[[Any], AffineChunk],
+    state: Array | None,
+    rows: Any,
+    batch_dims: int,
+    keep: int,
+) -> tuple[Array, Array]:
+    """See ``api.affine_update``."""
+    backend = Backend("pallas_gpu", Blocks, plan, forward, backward)
+    return by_kernels(backend, chunk, state, rows, batch_dims, keep)
 
 
 def plan(form: AffineChunk, state: jax.ShapeDtypeStruct, keep: int, blocks: Blocks) -> Blocks:

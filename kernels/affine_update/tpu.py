@@ -3,6 +3,7 @@
 Matrices are kept as (v, k), so that a decay of key channels is a row.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,10 +12,23 @@ from jax import lax
 
 from memcache_jax._typing import Array
 from memcache_jax.kernels import _sweep
+from memcache_jax.kernels.affine_update._shared import Backend, by_kernels
 from memcache_jax.kernels.affine_update.form import AffineChunk
 
 Blocks = _sweep.Blocks
 _ROWS, _TRANSPOSED, _COLUMNS = ((2,), (1,)), ((2,), (2,)), ((1,), (1,))
+
+
+def affine_update(
+    chunk: Callable[[Any], AffineChunk],
+    state: Array | None,
+    rows: Any,
+    batch_dims: int,
+    keep: int,
+) -> tuple[Array, Array]:
+    """See ``api.affine_update``."""
+    backend = Backend("pallas_tpu", Blocks, plan, forward, backward)
+    return by_kernels(backend, chunk, state, rows, batch_dims, keep)
 
 
 def plan(form: AffineChunk, state: jax.ShapeDtypeStruct, keep: int, blocks: Blocks) -> _sweep.Sweep:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from memcache_jax._typing import Array
-from memcache_jax.kernels._units import for_each_unit, written
+from memcache_jax.kernels._dispatch import for_each_unit, written
 from memcache_jax.kernels.affine_update.form import AffineChunk
 
 

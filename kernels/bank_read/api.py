@@ -5,15 +5,9 @@ from collections.abc import Callable
 import numpy as np
 
 from memcache_jax._typing import Array, Float, Matrices
-from memcache_jax.kernels._dispatch import choose
-from memcache_jax.kernels.bank_read import gpu, reference, tpu, xla
+from memcache_jax.kernels._dispatch import choose, implementations
 
-_IMPLEMENTATIONS = {
-    "reference": reference.bank_read,
-    "xla": xla.bank_read,
-    "pallas_tpu": tpu.bank_read,
-    "pallas_gpu": gpu.bank_read,
-}
+_IMPLEMENTATIONS = implementations("bank_read", "reference", "xla", "pallas_tpu", "pallas_gpu")
 
 
 def bank_read(

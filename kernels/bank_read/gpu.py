@@ -19,15 +19,14 @@ from jax.experimental import pallas as pl
 from memcache_jax._typing import Array, Float, Matrices
 from memcache_jax.kernels._block_sizes import block_sizes
 from memcache_jax.kernels._dispatch import check_served
-from memcache_jax.kernels._pallas import (
-    TritonSizes,
+from memcache_jax.kernels._shapes import (
     dtype_reasons,
     filled_up,
     power_of_two,
     read_shape,
     shape_key,
-    triton_state_reasons,
 )
+from memcache_jax.kernels._triton import TritonSizes, triton_state_reasons
 from memcache_jax.kernels.bank_read._shared import (
     Runs,
     differentiable,

@@ -21,17 +21,8 @@ from jax.experimental.pallas import tpu as pltpu
 from memcache_jax._typing import Array, Float, Matrices
 from memcache_jax.kernels._block_sizes import block_sizes
 from memcache_jax.kernels._dispatch import check_served
-from memcache_jax.kernels._pallas import (
-    LANES,
-    dtype_reasons,
-    filled_up,
-    read_shape,
-    shape_key,
-    smem_reason,
-    tile_bytes,
-    tpu_call,
-    vmem_reason,
-)
+from memcache_jax.kernels._shapes import dtype_reasons, filled_up, read_shape, shape_key
+from memcache_jax.kernels._tpu import LANES, smem_reason, tile_bytes, tpu_call, vmem_reason
 from memcache_jax.kernels.bank_read._shared import (
     Runs,
     differentiable,

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from memcache_jax._typing import Array, Float, Int, Matrices
-from memcache_jax.kernels._units import for_each_unit
+from memcache_jax.kernels._dispatch import for_each_unit
 
 _FEW_ROWS = 256  # to be read at once, at least
 

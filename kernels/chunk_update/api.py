@@ -3,15 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from memcache_jax.kernels._dispatch import choose
-from memcache_jax.kernels.chunk_update import gpu, reference, tpu, xla
+from memcache_jax.kernels._dispatch import choose, implementations
 
-_IMPLEMENTATIONS = {
-    "reference": reference.chunk_update,
-    "xla": xla.chunk_update,
-    "pallas_tpu": tpu.chunk_update,
-    "pallas_gpu": gpu.chunk_update,
-}
+_IMPLEMENTATIONS = implementations("chunk_update", "reference", "xla", "pallas_tpu", "pallas_gpu")
 
 
 def chunk_update(

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from memcache_jax._typing import Array
 from memcache_jax.kernels import _sweep
 from memcache_jax.kernels._block_sizes import block_sizes
-from memcache_jax.kernels._dispatch import check_served
-from memcache_jax.kernels._pallas import dtype_reasons
-from memcache_jax.kernels._units import written
+from memcache_jax.kernels._dispatch import check_served, written
+from memcache_jax.kernels._shapes import dtype_reasons
 
 
 def chunk_update(

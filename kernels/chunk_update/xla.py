@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from memcache_jax.kernels._units import for_each_unit, written
+from memcache_jax.kernels._dispatch import for_each_unit, written
 
 
 def chunk_update(

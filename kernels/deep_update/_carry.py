@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from memcache_jax._typing import Array, Matrices
-from memcache_jax.kernels._pallas import for_each, triton_barrier, triton_call
+from memcache_jax.kernels._triton import for_each, triton_barrier, triton_call
 from memcache_jax.kernels.deep_update.form import DescentChunk, Loss, Parts
 
 _product = functools.partial(jnp.dot, preferred_element_type=jnp.float32)

@@ -1,14 +1,10 @@
 """Entry point of the deep update."""
 
 from memcache_jax._typing import Array, Float
-from memcache_jax.kernels._dispatch import choose
-from memcache_jax.kernels.deep_update import gpu, reference
+from memcache_jax.kernels._dispatch import choose, implementations
 from memcache_jax.kernels.deep_update.form import DescentChunk, Loss, Parts
 
-_IMPLEMENTATIONS = {
-    "reference": reference.deep_update,
-    "pallas_gpu": gpu.deep_update,
-}
+_IMPLEMENTATIONS = implementations("deep_update", "reference", "pallas_gpu")
 
 
 def deep_update(

@@ -12,13 +12,8 @@ import jax.numpy as jnp
 from memcache_jax._typing import Array, Bool, Float
 from memcache_jax.kernels._block_sizes import block_sizes
 from memcache_jax.kernels._dispatch import check_served
-from memcache_jax.kernels._pallas import (
-    cut,
-    dtype_reasons,
-    filled_up,
-    power_of_two,
-    with_most_stages,
-)
+from memcache_jax.kernels._shapes import cut, dtype_reasons, filled_up, power_of_two
+from memcache_jax.kernels._triton import with_most_stages
 from memcache_jax.kernels.deep_update._carry import Blocks, d_starts_of, starts_of
 from memcache_jax.kernels.deep_update.form import DescentChunk, Loss, Parts
 

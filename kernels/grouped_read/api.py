@@ -3,15 +3,9 @@
 from collections.abc import Callable
 
 from memcache_jax._typing import Array, Float, Int, Matrices
-from memcache_jax.kernels._dispatch import choose
-from memcache_jax.kernels.grouped_read import gpu, reference, tpu, xla
+from memcache_jax.kernels._dispatch import choose, implementations
 
-_IMPLEMENTATIONS = {
-    "reference": reference.grouped_read,
-    "xla": xla.grouped_read,
-    "pallas_tpu": tpu.grouped_read,
-    "pallas_gpu": gpu.grouped_read,
-}
+_IMPLEMENTATIONS = implementations("grouped_read", "reference", "xla", "pallas_tpu", "pallas_gpu")
 
 
 def grouped_read(

@@ -18,16 +18,8 @@ from jax.experimental.pallas import tpu as pltpu
 from memcache_jax._typing import Array, Float, Int, Matrices
 from memcache_jax.kernels._block_sizes import block_sizes
 from memcache_jax.kernels._dispatch import check_served
-from memcache_jax.kernels._pallas import (
-    dtype_reasons,
-    power_of_two,
-    read_shape,
-    shape_key,
-    smem_reason,
-    tile_bytes,
-    tpu_call,
-    vmem_reason,
-)
+from memcache_jax.kernels._shapes import dtype_reasons, power_of_two, read_shape, shape_key
+from memcache_jax.kernels._tpu import smem_reason, tile_bytes, tpu_call, vmem_reason
 from memcache_jax.kernels.grouped_read._blocks import by_kernels, most_blocks
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from memcache_jax._typing import Array, Bool, Float, Int, Matrices
-from memcache_jax.kernels._units import for_each_unit
+from memcache_jax.kernels._dispatch import for_each_unit
 from memcache_jax.kernels.grouped_read._blocks import arrange, most_blocks, of_chosen, take
 
 _ROWS = 64  # of a block

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memcache_jax._typing import Array
-from memcache_jax.kernels._pallas import filled_up
+from memcache_jax.kernels._shapes import filled_up
 
 
 def slots_are_states(reads: np.ndarray, num_states: int) -> bool:

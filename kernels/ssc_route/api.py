@@ -3,15 +3,9 @@
 import numpy as np
 
 from memcache_jax._typing import Array, Float, Int
-from memcache_jax.kernels._dispatch import choose
-from memcache_jax.kernels.ssc_route import gpu, reference, tpu, xla
+from memcache_jax.kernels._dispatch import choose, implementations
 
-_IMPLEMENTATIONS = {
-    "reference": reference.ssc_route,
-    "xla": xla.ssc_route,
-    "pallas_tpu": tpu.ssc_route,
-    "pallas_gpu": gpu.ssc_route,
-}
+_IMPLEMENTATIONS = implementations("ssc_route", "reference", "xla", "pallas_tpu", "pallas_gpu")
 
 
 def ssc_route(

@@ -17,7 +17,8 @@ from jax.experimental import pallas as pl
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.kernels._block_sizes import block_sizes
 from memcache_jax.kernels._dispatch import check_served
-from memcache_jax.kernels._pallas import TritonSizes, dtype_reasons, for_each, power_of_two
+from memcache_jax.kernels._shapes import dtype_reasons, power_of_two
+from memcache_jax.kernels._triton import TritonSizes, for_each
 from memcache_jax.kernels.ssc_route._shared import by_kernels, scattered, select
 
 _LOGITS = 2**13  # that a program has registers for, with what selecting takes

@@ -16,7 +16,8 @@ from jax.experimental import pallas as pl
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.kernels._block_sizes import block_sizes
 from memcache_jax.kernels._dispatch import check_served
-from memcache_jax.kernels._pallas import LANES, dtype_reasons, tile_bytes, tpu_call, vmem_reason
+from memcache_jax.kernels._shapes import dtype_reasons
+from memcache_jax.kernels._tpu import LANES, tile_bytes, tpu_call, vmem_reason
 from memcache_jax.kernels.ssc_route._shared import by_kernels, scattered, select
 
 

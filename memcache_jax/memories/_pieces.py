@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeAlias
 import jax.numpy as jnp
 
 from memcache_jax._typing import Array, Float, Matrices
-from memcache_jax.kernels._pallas import fits_triton
+from memcache_jax.kernels._shapes import fits_triton
 
 Fits: TypeAlias = Callable[[Sequence[tuple[int, ...]]], bool]
 """Whether matrices of these shapes, (in, out) each, are small enough together."""

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 import memcache_jax as mc
-from memcache_jax.kernels import _pallas
-from memcache_jax.kernels._pallas import fits_triton, interpret_kernels, lowered_for_gpu
+from memcache_jax.kernels import _shapes
+from memcache_jax.kernels._dispatch import interpret_kernels
+from memcache_jax.kernels._shapes import fits_triton
+from memcache_jax.kernels._triton import lowered_for_gpu
 from tests.cases import assert_close, make_inputs, value_and_vjp
 
 TITANS, LINEAR = mc.memories.Titans(chunk_size=4, expansion=2), mc.memories.LinearAttention()
@@ -46,7 +48,7 @@ def test_memory_caching(monkeypatch, case):
         calls.append(fits_triton(shapes))
         return calls[-1]
 
-    monkeypatch.setattr(_pallas, "_COMFORTABLE_STATE", limit)
+    monkeypatch.setattr(_shapes, "_COMFORTABLE_STATE", limit)
     monkeypatch.setattr("memcache_jax.memories._pieces.fits_triton", fits)
     with interpret_kernels():
         got = outputs(memory, aggregation, inputs, "pallas_gpu", *ids)
