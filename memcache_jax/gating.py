@@ -1,13 +1,13 @@
 """Relevance of memory states to a token: its connector against the states' pooled keys."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from memcache_jax._documents import DocumentBuckets, buckets_of_documents
 from memcache_jax._typing import Array, Bool, Float, Int
+from memcache_jax.kernels.gate_softmax import softmax_gates as softmax_gates
+from memcache_jax.kernels.running_sum import running_sum
 from memcache_jax.segmentation import ReadPlan
 
 
@@ -50,7 +50,7 @@ def running_keys(
     """
     if document is not None:
         return _running_document_keys(key, plan, pooling, document)
-    sums = _running_sum(key)
+    sums = running_sum(key)
     block = np.arange(plan.num_blocks)
     before = block - plan.first
     if np.any(before):
@@ -158,27 +158,6 @@ def _in_slots(
     return jnp.take_along_axis(cached, jnp.maximum(jnp.asarray(reads), 0)[:, None], axis=-1)
 
 
-@jax.custom_jvp
-def softmax_gates(
-    cached: Float[Array, "... r"], online: Float[Array, "..."]
-) -> tuple[Float[Array, "... r"], Float[Array, "..."]]:
-    """Softmax over the visible cached states and the online one together (Eq. 10)."""
-    largest = jnp.maximum(jnp.max(cached, axis=-1, initial=-jnp.inf), online)
-    cached, online = jnp.exp(cached - largest[..., None]), jnp.exp(online - largest)
-    total = cached.sum(axis=-1) + online
-    return cached / total[..., None], online / total
-
-
-@softmax_gates.defjvp
-def _softmax_gates_jvp(scores: tuple[Array, Array], d_scores: tuple[Array, Array]) -> Any:
-    # By hand: JAX's own joins and parts arrays of few states, and sums them slowly on CPUs.
-    cached, online = gates = softmax_gates(*scores)
-    d_cached, d_online = d_scores
-    mean = jnp.vecdot(cached, d_cached, precision="highest") + online * d_online
-    along = jnp.einsum("...r,...->...r", cached, mean, precision="highest")
-    return gates, (cached * d_cached - along, online * (d_online - mean))
-
-
 def _slot_keys(
     key: Float[Array, "n c k"], slots: DocumentBuckets, pooling: str, document: Int[Array, "n c"]
 ) -> Float[Array, "n r k"]:
@@ -218,32 +197,3 @@ def _running_document_keys(
     _, sums, counts = jax.lax.associative_scan(combine, (begins, key.reshape(-1, k), ones))
     sums = sums / counts[:, None] if pooling == "mean" else sums
     return sums.reshape(n, c, k)
-
-
-def _running_sum(x: Float[Array, "n c k"], width: int = 16) -> Float[Array, "n c k"]:
-    """Cumulative sum over c in two levels: ``jnp.cumsum`` of the whole axis is slow on CPU."""
-    n, c, k = x.shape
-    rows = jnp.pad(x, ((0, 0), (0, -c % width), (0, 0))).reshape(n, -1, width, k)
-    ones = jnp.broadcast_to(jnp.tri(width, dtype=x.dtype), (*rows.shape[:2], width, width))
-    inner = _sums_of_rows(ones, rows)
-    before = jnp.cumsum(inner[:, :, -1], axis=1) - inner[:, :, -1]
-    return (inner + before[:, :, None]).reshape(n, -1, k)[:, :c]
-
-
-def _products(constants: Float[Array, "n w i j"], x: Float[Array, "n w j k"]) -> Array:
-    return jnp.einsum("nwij,nwjk->nwik", constants, x, precision="highest")
-
-
-@jax.custom_vjp
-def _sums_of_rows(constants: Float[Array, "n w i j"], x: Float[Array, "n w j k"]) -> Array:
-    """Products with constants, which come first backward too.
-
-    With x first, or one constant for all, XLA's CPU backend transposes x, which takes longer.
-    """
-    return _products(constants, x)
-
-
-_sums_of_rows.defvjp(
-    lambda constants, x: (_products(constants, x), constants),
-    lambda constants, d_y: (None, _products(jnp.matrix_transpose(constants), d_y)),
-)
