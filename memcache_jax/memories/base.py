@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from memcache_jax._typing import Apply, Array, Bool, Controls, Float, Int, Matrices, State
 from memcache_jax.kernels.affine_update import AffineChunk
+from memcache_jax.kernels.pieces import gated as gated
 from memcache_jax.memories._pieces import Fits, Piece
 
 
@@ -298,14 +299,3 @@ class Memory(abc.ABC):
 def first_of_documents(begun: Int[Array, "m"]) -> Bool[Array, "m"]:
     """Whether a token begins a document, from how many have begun in its chunk."""
     return begun > jnp.pad(begun[:-1], (1, 0))
-
-
-def gated(gate: Float[Array, "rows"] | None, x: Float[Array, "*rows in"]) -> Array:
-    """Returns the rows of x, each times its gate if there is one.
-
-    A gate's gradient is a sum over the row, in float32 at least.
-    """
-    if gate is None:
-        return x
-    wide = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
-    return jnp.broadcast_to(wide[:, None], x.shape).astype(gate.dtype) * x
