@@ -16,8 +16,8 @@ def power_of_two(size: int, least: int = 16) -> int:
     return 1 << (max(size, least) - 1).bit_length()
 
 
-def filled_up(x: Array, shape: Sequence[int]) -> Array:
-    """Returns ``x`` with its last axes padded with zeros, at their ends, to this shape."""
+def pad_to(x: Array, shape: Sequence[int]) -> Array:
+    """Returns ``x`` with its last axes padded to this shape, by zeros at their ends."""
     lead = x.ndim - len(shape)
     ends = [(0, 0)] * lead + [
         (0, to - size) for to, size in zip(shape, x.shape[lead:], strict=True)
@@ -43,7 +43,7 @@ def fits_triton(shapes: Sequence[tuple[int, ...]]) -> bool:
 
 
 def padded_size(shapes: Sequence[tuple[int, ...]]) -> int:
-    """Numbers in arrays of these shapes, each axis filled up to a power of two."""
+    """Numbers in arrays of these shapes, each axis padded to a power of two."""
     return sum(math.prod(map(power_of_two, shape)) for shape in shapes)
 
 

@@ -89,12 +89,12 @@ def for_each(count: int, body: Callable[[Any, Any], Any], first: Any) -> Any:
 def triton_state_reasons(bank: Matrices) -> list[tuple[bool, str]]:
     """Refuses states (..., in, out) that Triton kernels cannot hold, for ``check_served``."""
     shapes = [m.shape[-2:] for m in bank]
+    size = padded_size(shapes)
     return [
         (any(1 in shape for shape in shapes), f"matrices of one row or column, {shapes}"),
         (
-            padded_size(shapes) > _LARGEST_STATE,
-            f"a state of {padded_size(shapes)} numbers, filled up, where {_LARGEST_STATE} fit into "
-            "registers",
+            size > _LARGEST_STATE,
+            f"a state of {size} numbers, padded, where registers hold {_LARGEST_STATE}",
         ),
     ]
 

@@ -1,6 +1,6 @@
 """What the kernels of the affine update share: the differentiable call around them.
 
-The backward pass makes the maps again, so that none of them is kept.
+The backward pass computes the maps again, so that none is kept.
 """
 
 import math
