@@ -18,7 +18,6 @@ import jax
 from jax.experimental import topologies
 
 from experiments._schedules import Figures, bundles, launches, registers
-from memcache_jax.kernels._pallas import lowered_for_gpu
 
 TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 """Kinds of TPU, and a topology of each."""
@@ -133,6 +132,8 @@ def gpu_figures(function: Callable[..., Any], *arguments: Any) -> dict[str, Figu
     Raises:
       NoCompilerError: if the packages that compile are not installed.
     """
+    from memcache_jax.kernels._triton import lowered_for_gpu
+
     device, ptxas = _gpu()
     lowered = lowered_for_gpu(jax.jit(function), *_placed(arguments, device))
     with tempfile.TemporaryDirectory() as name:

@@ -180,7 +180,7 @@ def compiled(name: str) -> list[dict[str, Any]]:
     import jax.numpy as jnp
 
     from experiments._compilers import KERNEL, NoCompilerError, gpu_figures
-    from memcache_jax.kernels._pallas import lowered_for_gpu
+    from memcache_jax.kernels._triton import lowered_for_gpu
 
     (case,) = cases("small", jnp.bfloat16, [name], abstract=True)
     both = functools.partial(passes(case)["backward"], "pallas_gpu")

@@ -1,4 +1,4 @@
-"""Gates."""
+"""Softmax over cached and online scores, with a derivative by hand for a CPU's sake."""
 
 from typing import Any
 
@@ -12,7 +12,15 @@ from memcache_jax._typing import Array, Float
 def softmax_gates(
     cached: Float[Array, "... r"], online: Float[Array, "..."]
 ) -> tuple[Float[Array, "... r"], Float[Array, "..."]]:
-    """Softmax over the visible cached states and the online one together (Eq. 10)."""
+    """Softmax over the visible cached states and the online one together (Eq. 10).
+
+    Args:
+      cached: scores of the cached states, -inf for those that are not visible.
+      online: score of the online state.
+
+    Returns:
+      The gates of both.
+    """
     largest = jnp.maximum(jnp.max(cached, axis=-1, initial=-jnp.inf), online)
     cached, online = jnp.exp(cached - largest[..., None]), jnp.exp(online - largest)
     total = cached.sum(axis=-1) + online
@@ -21,7 +29,8 @@ def softmax_gates(
 
 @softmax_gates.defjvp
 def _softmax_gates_jvp(scores: tuple[Array, Array], d_scores: tuple[Array, Array]) -> Any:
-    # By hand: JAX's own joins and parts arrays of few states, and sums them slowly on CPUs.
+    # JAX's own derivative concatenates and splits arrays of few states, and sums them slowly on
+    # CPUs.
     cached, online = gates = softmax_gates(*scores)
     d_cached, d_online = d_scores
     mean = jnp.vecdot(cached, d_cached, precision="highest") + online * d_online

@@ -1,4 +1,7 @@
-"""Reads of large states as sums of reads of smaller ones, which kernels have room for."""
+"""Reads of large states as sums of reads of smaller ones, for kernels that cannot hold the whole.
+
+A read takes ``(matrices, rows (c, k), gate (c) or None)`` and returns rows (c, v), times the gate.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -8,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from memcache_jax._typing import Array, Float, Matrices
-from memcache_jax.kernels._pallas import fits_triton
+from memcache_jax.kernels._shapes import fits_triton
 
 Fits: TypeAlias = Callable[[Sequence[tuple[int, ...]]], bool]
 """Whether matrices of these shapes, (in, out) each, are small enough together."""
@@ -18,9 +21,9 @@ class Piece(NamedTuple):
     """One of the reads that add up to the read of a state.
 
     Attributes:
-      read: of the piece.
+      read: reads the piece.
       matrices: the piece of each state.
-      query: what reads it.
+      query: the query of the piece.
     """
 
     read: Callable[..., Array]
@@ -35,14 +38,14 @@ def sum_of_pieces(
     implementation: str | None,
     read_piece: Callable[[Callable[..., Array], Matrices, Array], Array],
 ) -> Array:
-    """What a bank's states are read as, in pieces where an implementation has no room for them.
+    """Reads a bank of states, piece by piece if the implementation cannot hold a whole state.
 
     Args:
-      divide: a memory's ``pieces``, or another function like it.
+      divide: a memory's ``pieces``, or a function like it.
       bank: the states' matrices.
-      query: what reads them.
-      implementation: of the reads.
-      read_piece: reads a bank, given how one state is read, the bank and the queries.
+      query: the queries.
+      implementation: the implementation of the reads.
+      read_piece: reads a bank, given how to read one state, the bank and the queries.
     """
     fits = fits_triton if implementation == "pallas_gpu" else lambda shapes: True
     return functools.reduce(jnp.add, (read_piece(*piece) for piece in divide(bank, query, fits)))
@@ -54,7 +57,7 @@ def pieces_of_matrix(
     query: Float[Array, "... in"],
     fits: Fits,
 ) -> list[Piece]:
-    """A product with a matrix as the sum of those with as few bands of its rows as fit."""
+    """Divides M(x) = x W into as few bands of rows of W as fit."""
     (matrix,) = matrices
     rows, columns = matrix.shape[-2:]
     count = fewest_pieces(rows, lambda size: fits([(size, columns)]))
@@ -62,8 +65,26 @@ def pieces_of_matrix(
     return [Piece(read, (band,), x) for band, x in bands]
 
 
+def pieces_of_network(
+    read: Callable[..., Array],
+    matrices: Matrices,
+    query: Float[Array, "... k"],
+    fits: Fits,
+) -> list[Piece]:
+    """Divides M(x) = x + gelu(x W_0) W_1 into as few groups of hidden units as fit.
+
+    The first piece uses ``read``, and so adds the query; the others read their hidden units alone.
+    """
+    inner, outer = matrices
+    (rows, hidden), columns = inner.shape[-2:], outer.shape[-1]
+    count = fewest_pieces(hidden, lambda size: fits([(rows, size), (size, columns)]))
+    parts = zip(jnp.split(inner, count, -1), jnp.split(outer, count, -2), strict=True)
+    reads = [read, *[_read_hidden] * (count - 1)]
+    return [Piece(read, part, query) for read, part in zip(reads, parts, strict=True)]
+
+
 def fewest_pieces(size: int, fits: Callable[[int], bool]) -> int:
-    """The fewest equal pieces, of two or more, of which each fits; one piece where none does."""
+    """The fewest equal pieces, each of size two or more, that all fit; one if none do."""
     counts = (count for count in range(1, size) if size % count == 0 and fits(size // count))
     return next(counts, 1)
 
@@ -71,7 +92,7 @@ def fewest_pieces(size: int, fits: Callable[[int], bool]) -> int:
 def gated(gate: Float[Array, "rows"] | None, x: Float[Array, "*rows in"]) -> Array:
     """Returns the rows of x, each times its gate if there is one.
 
-    A gate's gradient is a sum over the row, in float32 at least.
+    The gate's gradient, a sum over the row, is accumulated in float32 or wider.
     """
     if gate is None:
         return x
@@ -84,15 +105,9 @@ def gelu(x: Array) -> Array:
     return jax.nn.gelu(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
 
 
-def pieces_of_network(read, matrices, query, fits):
-    inner, outer = matrices
-    (rows, hidden), columns = inner.shape[-2:], outer.shape[-1]
-    count = fewest_pieces(hidden, lambda size: fits([(rows, size), (size, columns)]))
-    parts = zip(jnp.split(inner, count, -1), jnp.split(outer, count, -2), strict=True)
-    reads = [read, *[_read_hidden] * (count - 1)]
-    return [Piece(read, part, query) for read, part in zip(reads, parts, strict=True)]
-
-
-def _read_hidden(matrices, query, gate=None):
+def _read_hidden(
+    matrices: Matrices, query: Float[Array, "rows k"], gate: Float[Array, "rows"] | None = None
+) -> Array:
+    """What some hidden units add to the read of a two-layer network."""
     inner, outer = matrices
     return jnp.matmul(gated(gate, gelu(jnp.matmul(query, inner))), outer)

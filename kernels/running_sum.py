@@ -1,4 +1,4 @@
-"""Cumulative sums."""
+"""Running sums in two levels, with a derivative by hand for a CPU's sake."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,12 @@ from memcache_jax._typing import Array, Float
 
 
 def running_sum(x: Float[Array, "n c k"], width: int = 16) -> Float[Array, "n c k"]:
-    """Cumulative sum over c in two levels: ``jnp.cumsum`` of the whole axis is slow on CPU."""
+    """Cumulative sum over c, ``width`` rows at a time: ``jnp.cumsum`` of all of c is slow on CPUs.
+
+    Args:
+      x: the rows.
+      width: rows that one matrix product sums.
+    """
     n, c, k = x.shape
     rows = jnp.pad(x, ((0, 0), (0, -c % width), (0, 0))).reshape(n, -1, width, k)
     ones = jnp.broadcast_to(jnp.tri(width, dtype=x.dtype), (*rows.shape[:2], width, width))

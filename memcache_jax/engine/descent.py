@@ -9,9 +9,8 @@ import numpy as np
 
 from memcache_jax._typing import Array, Bool, State
 from memcache_jax.engine.types import Kept, Rows, Writing
-from memcache_jax.kernels._dispatch import check_served
-from memcache_jax.kernels._pallas import power_of_two
-from memcache_jax.kernels._units import written
+from memcache_jax.kernels._dispatch import check_served, written
+from memcache_jax.kernels._shapes import power_of_two
 from memcache_jax.kernels.deep_update import deep_update
 from memcache_jax.memories import DeepMemory
 from memcache_jax.memories.deep import DeepState

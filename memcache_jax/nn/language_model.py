@@ -8,7 +8,7 @@ from flax import nnx
 from jax import lax
 
 from memcache_jax._typing import Array, Float, Int
-from memcache_jax.kernels._units import WRITTEN
+from memcache_jax.kernels._dispatch import WRITTEN
 from memcache_jax.nn.block import Period
 from memcache_jax.nn.config import LanguageModelConfig
 from memcache_jax.nn.layers import Linear

@@ -15,7 +15,8 @@ from memcache_jax.engine.run import full_controls
 from memcache_jax.engine.types import Rows, Writing
 from memcache_jax.engine.write import initial_states, write_blocks
 from memcache_jax.kernels import _sweep
-from memcache_jax.kernels._pallas import interpret_kernels, lowered_for_gpu
+from memcache_jax.kernels._dispatch import interpret_kernels
+from memcache_jax.kernels._triton import lowered_for_gpu
 from memcache_jax.kernels.affine_update import AffineChunk, affine_update, gpu
 from tests.cases import MEMORIES, assert_close, make_inputs, normals, value_and_vjp
 

@@ -10,7 +10,7 @@ import pytest
 import memcache_jax as mc
 from memcache_jax.engine import read
 from memcache_jax.kernels import _table
-from memcache_jax.kernels._pallas import interpret_kernels
+from memcache_jax.kernels._dispatch import interpret_kernels
 from memcache_jax.kernels.chunk_update import chunk_update
 from tests.cases import (
     FAMILIES,

@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import memcache_jax as mc
-from memcache_jax.kernels._pallas import interpret_kernels, lowered_for_gpu
+from memcache_jax.kernels._dispatch import interpret_kernels
+from memcache_jax.kernels._triton import lowered_for_gpu
 from memcache_jax.kernels.deep_update import _carry, deep_update, gpu
 from tests.cases import MEMORIES, assert_close, make_inputs, normals, value_and_vjp
 

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 import memcache_jax as mc
-from memcache_jax.kernels import _pallas
-from memcache_jax.kernels._pallas import fits_triton, interpret_kernels, lowered_for_gpu
-from tests.cases import assert_close, make_inputs, value_and_vjp
+from memcache_jax.kernels import _shapes
+from memcache_jax.kernels._dispatch import interpret_kernels
+from memcache_jax.kernels._shapes import fits_triton
+from memcache_jax.kernels._triton import lowered_for_gpu
+from memcache_jax.kernels.pieces import pieces_of_matrix, pieces_of_network
+from tests.cases import assert_close, make_inputs, normals, value_and_vjp
 
 TITANS, LINEAR = mc.memories.Titans(chunk_size=4, expansion=2), mc.memories.LinearAttention()
 IDS = np.array([[0] * 4 + [1] * 10])
@@ -46,7 +49,7 @@ def test_memory_caching(monkeypatch, case):
         calls.append(fits_triton(shapes))
         return calls[-1]
 
-    monkeypatch.setattr(_pallas, "_COMFORTABLE_STATE", limit)
+    monkeypatch.setattr(_shapes, "_COMFORTABLE_STATE", limit)
     monkeypatch.setattr("memcache_jax.memories._pieces.fits_triton", fits)
     with interpret_kernels():
         got = outputs(memory, aggregation, inputs, "pallas_gpu", *ids)
@@ -78,3 +81,48 @@ def test_usual_heads_of_deep_memories_lower_to_triton(key_dim, dtype):
     text = lowered_for_gpu(jax.jit(jax.grad(loss)), inputs).as_text()
     kernels = ("deep_update_backward", "bank_read_backward_bank", "bank_read_backward_rows")
     assert all(kernel in text for kernel in kernels)
+
+
+DIVISIONS = {  # how a memory's states are divided, and the pieces that hold half of a state
+    "matrix": (LINEAR, pieces_of_matrix, [(8, 8)], 2),
+    "network": (TITANS, pieces_of_network, [(8, 12), (12, 8)], 2),
+    "uneven network": (TITANS, pieces_of_network, [(6, 9), (9, 6)], 3),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("case", DIVISIONS.values(), ids=DIVISIONS)
+def test_pieces_add_up_to_the_read(case):
+    memory, divide, shapes, count = case
+    normal = normals(0)
+    matrices = tuple(jnp.asarray(normal(*shape)) for shape in shapes)
+    query, gate = jnp.asarray(normal(5, shapes[0][0])), jnp.linspace(-1, 2, 5)
+    half = sum(m.size for m in matrices) // 2
+
+    def fits(shapes):
+        return sum(rows * columns for rows, columns in shapes) <= half
+
+    def summed(matrices, query, gate):
+        pieces = divide(memory.read, matrices, query, fits)
+        assert len(pieces) == count
+        assert all(fits([m.shape for m in piece.matrices]) for piece in pieces)
+        return sum(piece.read(piece.matrices, piece.query, gate) for piece in pieces)
+
+    got, wanted = (
+        value_and_vjp(function, matrices, query, gate) for function in (summed, memory.read)
+    )
+    assert_close(got, wanted, 1e-12)
+    (whole,) = divide(memory.read, matrices, query, lambda shapes: True)
+    np.testing.assert_array_equal(
+        whole.read(whole.matrices, whole.query, gate), memory.read(matrices, query, gate)
+    )
+
+
+def test_bfloat16_networks_have_gelu_in_float32():
+    matrices = (jnp.ones((16, 32), jnp.bfloat16), jnp.ones((32, 16), jnp.bfloat16))
+    query = jnp.linspace(-1, 1, 32, dtype=jnp.bfloat16).reshape(2, 16)
+    pieces = pieces_of_network(TITANS.read, matrices, query, lambda shapes: shapes[0][1] <= 16)
+    for piece in pieces:
+        program = str(jax.make_jaxpr(piece.read)(piece.matrices, piece.query))
+        (line,) = (line for line in program.splitlines() if " tanh " in line)
+        assert "f32[" in line

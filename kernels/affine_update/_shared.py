@@ -1,40 +1,53 @@
-"""The affine update by a backend's kernels, differentiable.
+"""What the kernels of the affine update share: the differentiable call around them.
 
-The maps are made anew in the backward pass, so that of them nothing is kept.
+The backward pass computes the maps again, so that none is kept.
 """
 
 import math
 from collections.abc import Callable
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from memcache_jax._typing import Array
 from memcache_jax.kernels._block_sizes import block_sizes
-from memcache_jax.kernels._dispatch import check_served
-from memcache_jax.kernels._pallas import dtype_reasons
-from memcache_jax.kernels._units import written
+from memcache_jax.kernels._dispatch import check_served, written
+from memcache_jax.kernels._shapes import dtype_reasons
 from memcache_jax.kernels.affine_update.form import AffineChunk, empty_matrices
 
 
-def affine_update(
-    backend: ModuleType,
+class Backend(NamedTuple):
+    """The kernels of a platform.
+
+    Attributes:
+      implementation: its name.
+      blocks: the dataclass of its block sizes.
+      plan: (form, first states, keep, block sizes) -> how the kernels run; raises CannotServeError
+        for what they cannot take.
+      forward: (form, states, keep, plan) -> (ends, outputs, residuals).
+      backward: (form, residuals, cotangents of ends and outputs, plan) -> cotangents of the form
+        and the states.
+    """
+
+    implementation: str
+    blocks: type
+    plan: Callable[..., Any]
+    forward: Callable[..., tuple[Array, Array, Any]]
+    backward: Callable[..., tuple[AffineChunk, Array]]
+
+
+def by_kernels(
+    backend: Backend,
     chunk: Callable[[Any], AffineChunk],
     state: Array | None,
     rows: Any,
     batch_dims: int,
     keep: int,
 ) -> tuple[Array, Array]:
-    """See ``api.affine_update``.
-
-    A backend has ``Blocks``, the block sizes that are tuned, ``plan``, which makes of them how the
-    kernels run or refuses, and ``forward`` and ``backward``.
-    """
+    """The affine update of arguments as in ``api.affine_update``, through a backend's kernels."""
     state = empty_matrices(chunk, rows, batch_dims) if state is None else state
-    implementation = f"pallas_{backend.__name__.rsplit('.', 1)[-1]}"
     dtypes = dtype_reasons(*jax.tree.leaves((state, rows)))
-    check_served("affine_update", implementation, dtypes)
+    check_served("affine_update", backend.implementation, dtypes)
     batch = state.shape[:batch_dims]
 
     def flat(x: Array) -> Array:
@@ -43,8 +56,8 @@ def affine_update(
     state, rows = flat(state), jax.tree.map(flat, rows)
     chunks = jax.vmap(jax.vmap(chunk))
     form, first = jax.eval_shape(lambda state, rows: (chunks(rows), state), state, rows)
-    name = f"affine_update/{implementation}"
-    blocks = block_sizes(backend.Blocks, name, _shape_key(form), form.value.dtype)
+    name = f"affine_update/{backend.implementation}"
+    blocks = block_sizes(backend.blocks, name, _shape_key(form), form.value.dtype)
     plan = backend.plan(form, first, keep, blocks)
 
     @jax.custom_vjp
@@ -67,7 +80,7 @@ def affine_update(
 
 
 def _shape_key(form: AffineChunk) -> str:
-    """What block sizes are measured for."""
+    """Key for measured block sizes."""
     (chunks, writes, values), (rows, keys) = form.value.shape[1:], form.query.shape[2:]
     erasing = 0 if form.erase is None else form.erase.shape[2]
     return f"n{chunks} m{rows} w{writes} e{erasing} {keys}x{values}"
