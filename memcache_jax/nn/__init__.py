@@ -12,6 +12,7 @@ from memcache_jax.nn.config import (
 from memcache_jax.nn.language_model import LanguageModel
 from memcache_jax.nn.memory_caching import MemoryCaching
 from memcache_jax.nn.post_training import with_memory_caching
+from memcache_jax.streaming.protocol import MixerCache
 
 __all__ = [
     "Attention",
@@ -21,6 +22,7 @@ __all__ = [
     "MemoryCaching",
     "MemoryCachingMixer",
     "Mixer",
+    "MixerCache",
     "cache_bytes",
     "cache_table",
     "linen",

@@ -1,6 +1,7 @@
 """Causal self-attention with rotary positions, the Transformer++ baseline's mixer."""
 
-from typing import Any, Literal, NamedTuple
+import dataclasses
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,68 +14,33 @@ from memcache_jax._documents import count_documents
 from memcache_jax._typing import Array, Bool, Float, Int
 from memcache_jax.nn.layers import Linear
 from memcache_jax.streaming import check_options
+from memcache_jax.streaming.protocol import MixerCache
 
 
-class AttentionCache(NamedTuple):
-    """Keys and values of the tokens that later ones see, and how many tokens there have been.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionCache(MixerCache):
+    """Keys and values that later tokens see: all from the first on, or with a window the last ones.
 
-    With a window they are the last ones before a row's next token, else all from the first on.
+    Attributes:
+      key: (b, h, past, k): a head's lie side by side, as a token's read takes them.
+      value: as the keys.
+      position: tokens that each row has taken, (b,).
+      first: in a stack of layers, which share keys and values, the first row of this one.
     """
 
-    key: Any  # (b, h, past, k): a head's lie side by side, as a token's read takes them
+    key: Any
     value: Any
-    position: Any  # (b,)
-    first: Any = None  # or for layers that share keys and values the first row of this one
+    position: Any
+    first: Any = None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(x.nbytes for x in jax.tree.leaves(self))
+    shared = ("key", "value")
+    small = zeroed = ("position",)
 
     @property
     def head_shape(self) -> tuple[int, ...]:
         """Heads, and their dimension."""
         return self.key.shape[1::2]
-
-    def reset(self, rows: jax.typing.ArrayLike) -> "AttentionCache":
-        """The cache with the marked rows (b,) before their first token."""
-        rows = jnp.asarray(rows)
-        cache = self._replace(position=jnp.where(rows, 0, self.position))
-        return cache if self.key is None else cache.with_states(self.reset_states(rows))
-
-    def take(self, rows: jax.typing.ArrayLike) -> "AttentionCache":
-        """The cache of these rows, in this order; one may come more than once."""
-        rows = _checks.check_rows(rows, len(self.position))
-        return self.take_small(rows).with_states(self.take_states(rows))
-
-    # For a stack of layers, as in ``Cache``.
-
-    @property
-    def states(self) -> tuple:
-        """What is large."""
-        return self.key, self.value
-
-    def with_states(self, states: tuple, first: Any = None) -> "AttentionCache":
-        """The cache with these, in which its own begin with a row."""
-        key, value = states
-        return self._replace(key=key, value=value, first=first)
-
-    def empty_states(self, rows: int) -> tuple:
-        """So many rows of empty ones."""
-        key, value = (jnp.zeros((rows, *x.shape[1:]), x.dtype) for x in self.states)
-        return key, value
-
-    def reset_states(self, rows: Array) -> tuple:
-        """All of them, zero in the marked rows: no weight makes a NaN vanish."""
-        return tuple(jnp.where(rows[:, None, None, None], 0, x) for x in self.states)
-
-    def take_states(self, rows: Array) -> tuple:
-        """These rows of them, of all."""
-        return tuple(jnp.take(x, rows, axis=0) for x in self.states)
-
-    def take_small(self, rows: Array) -> "AttentionCache":
-        """These rows of all else."""
-        return self._replace(position=jnp.take(self.position, rows, axis=0))
 
 
 class Attention(nnx.Module):
@@ -230,21 +196,18 @@ class Attention(nnx.Module):
                 old.at[rows, :, there].set(new.astype(old.dtype), mode="drop")
                 for old, new in zip(cache.states, new, strict=True)
             )
-            key, value = (_own(row, cache.first, len(x)) for row in kept)
+            key, value = (cache.own_rows(row) for row in kept)
             seen = jnp.arange(past)[None, None] <= place[..., None]
         else:
-            old = (_own(row, cache.first, len(x)) for row in cache.states)
+            old = (cache.own_rows(row) for row in cache.states)
             new = (jnp.moveaxis(rows, 2, 1) for rows in new)
             key, value = (jnp.concatenate(pair, axis=2) for pair in zip(old, new, strict=True))
             of_key = (cache.position - past)[:, None] + jnp.arange(past + length)[None]
             ago = place[..., None] - of_key[:, None]
             seen = (ago >= 0) & (ago < self.window) & (of_key >= 0)[:, None]
             last = jax.vmap(lambda row, begin: lax.dynamic_slice_in_dim(row, begin, past, axis=1))
-            first = 0 if cache.first is None else cache.first
             kept = tuple(
-                lax.dynamic_update_slice_in_dim(
-                    old, last(row, lengths).astype(old.dtype), first, axis=0
-                )
+                cache.put_rows(old, last(row, lengths))
                 for old, row in zip(cache.states, (key, value), strict=True)
             )
         y = _attend(query, key, value, seen[:, None])
@@ -252,7 +215,7 @@ class Attention(nnx.Module):
             beyond = (place >= past) & (jnp.arange(length)[None] < lengths[:, None])
             y = jnp.where(beyond[..., None, None], jnp.nan, y)
         y = self.out(y.reshape(*x.shape[:2], -1))
-        return y, cache._replace(key=kept[0], value=kept[1], position=cache.position + lengths)
+        return y, cache.replace(key=kept[0], value=kept[1], position=cache.position + lengths)
 
     def _rows(
         self, x: Float[Array, "b t d"], position: Int[Array, "_ t"] | None
@@ -263,11 +226,6 @@ class Attention(nnx.Module):
             for linear in (self.query, self.key, self.value)
         )
         return *(rotate(rows, self.rope_base, position) for rows in (query, key)), value
-
-
-def _own(shared: Array, first: Any, rows: int) -> Array:
-    """A layer's rows of what several share."""
-    return shared if first is None else lax.dynamic_slice_in_dim(shared, first, rows)
 
 
 def _attend(

@@ -22,10 +22,10 @@ class Mixer(Protocol):
     def build(self, in_features: int, num_heads: int, **options: Any) -> nnx.Module:
         """Returns a module (b, t, d) -> (b, t, d); options: head_dim, dtype, param_dtype, rngs.
 
-        Where documents are packed, it is called with their ids (b, t) as a second argument. For
-        streams it has ``init_cache(batch_size, max_length, **options)``, whose options are those
-        of ``MemoryCaching``, and ``extend(x, cache, lengths)``, which returns the outputs and the
-        next cache; a cache has the methods of ``AttentionCache``.
+        With packed documents, the module is called with their ids (b, t) as a second argument. For
+        streams it has ``init_cache(batch_size, max_length, **options)``, with the options of
+        ``MemoryCaching``, and ``extend(x, cache, lengths)``, which returns the outputs and the
+        next cache. A cache derives from ``MixerCache``, or has its methods.
         """
         ...
 

@@ -13,8 +13,9 @@ from memcache_jax.nn.block import Period
 from memcache_jax.nn.config import LanguageModelConfig
 from memcache_jax.nn.layers import Linear
 from memcache_jax.nn.memory_caching import MemoryCaching
-from memcache_jax.nn.model_cache import LanguageModelCache, without_states
+from memcache_jax.nn.model_cache import LanguageModelCache
 from memcache_jax.sharding.mesh import constrain, partitioned
+from memcache_jax.streaming.protocol import without_states
 
 _OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],

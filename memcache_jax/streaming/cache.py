@@ -17,20 +17,14 @@ from memcache_jax.caching import Start
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Segmentation
 from memcache_jax.streaming.config import CacheConfig, make_config
+from memcache_jax.streaming.protocol import MixerCache, take_rows, zero_rows
 from memcache_jax.streaming.slots import Policy
 from memcache_jax.streaming.storage import Placement
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=(
-        *("initial", "position", "state", "anchor", "key_sum", "record"),
-        *("bank", "pooled", "first"),
-    ),
-    meta_fields=("config",),
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Cache:
+class Cache(MixerCache):
     """A stream's past, row by row, as a pytree whose arrays never change their shapes.
 
     A track is a run of tokens over which a state is written: that of track 0 is the live one, and
@@ -42,15 +36,15 @@ class Cache:
       state: the state of each track, (b, h, tracks, ...).
       anchor: the states with which the current chunk began; None for rules exact for any chunk.
       key_sum: the sum of each track's keys since it began, (b, h, tracks, k).
-      record: what lies in which slot.
+      record: what each slot holds.
       bank: matrices of the cached states, (b, h, slots, in, out), in ``cache_dtype``; on the host
         in one axis, see ``storage``.
       pooled: pooled keys of the cached states, (b, h, slots, k).
-      first: None, or for layers that share ``bank`` and ``pooled`` the first row of this one.
+      first: in a stack of layers, which share ``bank`` and ``pooled``, the first row of this one.
       config: what the cache was made for.
     """
 
-    # Trees of the same form hold other things than arrays, or more axes, so these are not checked.
+    # Not checked: trees of the same form hold other things than arrays, or more axes.
     initial: Any
     position: Any
     state: Any
@@ -60,12 +54,12 @@ class Cache:
     bank: Any
     pooled: Any
     first: Any
-    config: CacheConfig
+    config: CacheConfig = dataclasses.field(metadata=dict(static=True))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(x.nbytes for x in jax.tree.leaves(self))
+    common = ("initial",)
+    small = ("position", "state", "anchor", "key_sum", "record")
+    shared = ("bank", "pooled")
+    zeroed = ("position", "record")  # live states and sums begin anew with the first token
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -79,66 +73,23 @@ class Cache:
         initial = _initial(self.config.memory, weights, *self.sizes, dtype)
         return dataclasses.replace(self, initial=initial)
 
-    def reset(self, rows: jax.typing.ArrayLike) -> "Cache":
-        """The cache with the marked rows (b,) before their first token.
-
-        What it does not change it shares with this one: donate one of them, and the other is gone.
-        """
-        rows = jnp.asarray(rows)
-        # Live states and sums begin anew with the first token.
-        position, record = _zero(rows, (self.position, self.record))
-        cache = dataclasses.replace(self, position=position, record=record)
-        return cache if self.bank is None else cache.with_states(self.reset_states(rows))
-
-    def take(self, rows: jax.typing.ArrayLike) -> "Cache":
-        """The cache of these rows, in this order; one may come more than once."""
-        rows = _checks.check_rows(rows, len(self.position))
-        return self.take_small(rows).with_states(self.take_states(rows))
-
-    # For a stack of layers, which shares what is large, so that a pass copies none of it.
-
-    @property
-    def states(self) -> tuple:
-        """What is large: cached states and pooled keys."""
-        return self.bank, self.pooled
-
-    def with_states(self, states: tuple, first: Any = None) -> "Cache":
-        """The cache with these, in which its own begin with a row."""
-        bank, pooled = states
-        return dataclasses.replace(self, bank=bank, pooled=pooled, first=first)
+    # The bank's storage knows how its arrays lie.
 
     def empty_states(self, rows: int) -> tuple:
-        """So many rows of empty ones."""
+        """Allocates ``rows`` rows of empty cached states and pooled keys."""
         bank, keys = self.config.states(self.initial), self.config.keys(self.key_sum)
         return bank.empty(rows), keys.empty(rows)[0]
 
     def reset_states(self, rows: Array) -> tuple:
-        """All of them, zero in the marked rows: a NaN in a slot would be read with a gate of zero.
-
-        On the host they stay, since what SSC does not select it does not read.
-        """
-        bank = self.bank if self.config.placement == "host" else _zero(rows, self.bank)
-        return bank, _zero(rows, self.pooled)
+        """Both with the marked rows zeroed, but for a bank on the host."""
+        # On the host a NaN does no harm: states that SSC does not select are not read.
+        bank = self.bank if self.config.placement == "host" else zero_rows(self.bank, rows)
+        return bank, zero_rows(self.pooled, rows)
 
     def take_states(self, rows: Array) -> tuple:
-        """These rows of them, of all."""
+        """These rows of both, counted over all layers."""
         bank = self.config.states(self.initial).take_rows(self.bank, rows)
-        return bank, jnp.take(self.pooled, rows, axis=0)
-
-    def take_small(self, rows: Array) -> "Cache":
-        """These rows of all else."""
-        names = ("position", "state", "anchor", "key_sum", "record")
-        parts = {name: getattr(self, name) for name in names}
-        taken = jax.tree.map(lambda x: jnp.take(x, rows, axis=0), parts)
-        # Not shared: either cache may be donated.
-        return dataclasses.replace(self, initial=jax.tree.map(jnp.copy, self.initial), **taken)
-
-
-def _zero(rows: Array, tree: Any) -> Any:
-    """Arrays (b, ...) with zeros in the marked rows."""
-    return jax.tree.map(
-        lambda x: jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), jnp.zeros((), x.dtype), x), tree
-    )
+        return bank, take_rows(self.pooled, rows)
 
 
 def init_cache(
@@ -229,7 +180,7 @@ def init_cache(
 
     tracks = slots.num_tracks if start == "independent" else 1
     state = jax.tree.map(lambda x: repeat(x, tracks), initial)
-    # Arrays of the cache's own: one that is shared, or the model's, cannot be donated.
+    # Copies: an array that occurs twice, or is the model's too, cannot be donated.
     own = functools.partial(jax.tree.map, jnp.copy)
     cache = Cache(
         initial=own(initial),
