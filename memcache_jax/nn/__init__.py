@@ -12,6 +12,7 @@ from memcache_jax.nn.config import (
 from memcache_jax.nn.language_model import LanguageModel
 from memcache_jax.nn.memory_caching import MemoryCaching
 from memcache_jax.nn.post_training import with_memory_caching
+from memcache_jax.nn.upgrade import upgrade_params
 from memcache_jax.streaming.protocol import MixerCache
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "cache_bytes",
     "cache_table",
     "linen",
+    "upgrade_params",
     "with_memory_caching",
 ]

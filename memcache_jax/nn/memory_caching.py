@@ -149,7 +149,7 @@ class MemoryCaching(nnx.Module):
             self.weights[name] = nnx.Param(init(rngs.params(), (num_heads, *shape), param_dtype))
 
         self.norm = nnx.RMSNorm(self.head_dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.gate = linear(inner)
+        self.output_gate = linear(inner)
         self.out = Linear(
             inner,
             in_features,
@@ -384,7 +384,7 @@ class MemoryCaching(nnx.Module):
 
     def _output(self, x: Float[Array, "b t d"], y: Float[Array, "b t h k"]) -> Array:
         y = self.norm(y).reshape(*x.shape[:2], -1)
-        return self.out(y * jax.nn.silu(self.gate(x)))
+        return self.out(y * jax.nn.silu(self.output_gate(x)))
 
     def _heads(self, x: Float[Array, "b t hk"]) -> Float[Array, "b t h k"]:
         return x.reshape(*x.shape[:2], self.num_heads, -1)
