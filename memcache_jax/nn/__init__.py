@@ -1,4 +1,4 @@
-"""Flax modules: the layer, attention, and a language model of either."""
+"""Flax modules: the layer, attention, and a language model of both."""
 
 from memcache_jax.nn import linen
 from memcache_jax.nn.attention import Attention

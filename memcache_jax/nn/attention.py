@@ -1,4 +1,4 @@
-"""Causal self-attention with rotary positions, the Transformer++ baseline's mixer."""
+"""Causal self-attention with rotary positions: the mixer of the Transformer++ baseline."""
 
 import dataclasses
 from typing import Any, Literal
@@ -20,13 +20,13 @@ from memcache_jax.streaming.protocol import MixerCache
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionCache(MixerCache):
-    """Keys and values that later tokens see: all from the first on, or with a window the last ones.
+    """Keys and values that later tokens see: all so far, or the last ones for a window.
 
     Attributes:
-      key: (b, h, past, k): a head's lie side by side, as a token's read takes them.
-      value: as the keys.
-      position: tokens that each row has taken, (b,).
-      first: in a stack of layers, which share keys and values, the first row of this one.
+      key: (b, h, past, k), contiguous per head, as reads go through them.
+      value: likewise.
+      position: tokens taken so far by each row, (b,).
+      first: this layer's first row in a stack of layers, which share keys and values.
     """
 
     key: Any
@@ -39,12 +39,12 @@ class AttentionCache(MixerCache):
 
     @property
     def head_shape(self) -> tuple[int, ...]:
-        """Heads, and their dimension."""
+        """Number of heads, and their dimension."""
         return self.key.shape[1::2]
 
 
 class Attention(nnx.Module):
-    """Causal softmax attention with RoPE, over all past tokens or a sliding window of them.
+    """Causal softmax attention with RoPE, over all past tokens or a sliding window.
 
     y_t = sum over j <= t of softmax_j(<R_t q_t, R_j k_j> / sqrt(k)) v_j in each head, with the
     rotations R of arXiv:2104.09864.
@@ -53,7 +53,7 @@ class Attention(nnx.Module):
       in_features: model dimension d.
       num_heads: heads h.
       head_dim: dimension of a head, even; ``in_features // num_heads`` by default.
-      window: tokens that a token sees, itself included; None for all.
+      window: how many tokens a token sees, itself included; None for all.
       rope_base: wavelength base of the rotary embedding.
       implementation: of whole sequences, ``"xla"`` or ``"cudnn"``, which is for bfloat16 on NVIDIA
         GPUs and needs no memory that is quadratic in their length; JAX's default where it is None.
@@ -108,8 +108,8 @@ class Attention(nnx.Module):
 
         Args:
           x: the input.
-          document_ids: for documents packed into one sequence, an id per token: where it
-            changes, a document begins, and tokens see their own document only.
+          document_ids: for documents packed into one sequence, an id per token: a document
+            begins where it changes, and tokens see only their own document.
 
         Raises:
           ValueError: for an input that is not (b, t, in_features), or document_ids that are not
@@ -136,20 +136,20 @@ class Attention(nnx.Module):
     def init_cache(
         self, batch_size: int, max_length: int | None = None, **options: Any
     ) -> AttentionCache:
-        """An empty cache for ``extend``.
+        """Returns an empty cache for ``extend``.
 
         Args:
-          batch_size: rows.
-          max_length: tokens that a row may take; not needed with a window.
-          options: those of ``MemoryCaching``, which change nothing here.
+          batch_size: number of rows.
+          max_length: most tokens per row; not needed with a window.
+          options: those of ``MemoryCaching``, which have no effect here.
 
         Raises:
-          ValueError: for sizes below 1, or no length where all tokens are seen.
+          ValueError: for sizes below 1, or without both a window and ``max_length``.
         """
         _checks.check_sizes(batch_size=batch_size, max_length=max_length)
         check_options(options)
         if self.window is None and max_length is None:
-            raise ValueError("attention over all tokens keeps them all: give max_length")
+            raise ValueError("attention without a window keeps all tokens: give max_length")
         past: Any = max_length if self.window is None else self.window - 1
         dtype = self.query.param_dtype if self.dtype is None else self.dtype
         shape = (batch_size, self.num_heads, past, self.head_dim)
@@ -162,15 +162,15 @@ class Attention(nnx.Module):
         cache: AttentionCache,
         lengths: Int[Array, "b"] | None = None,
     ) -> tuple[Float[Array, "b t d"], AttentionCache]:
-        """The next tokens of a stream: the outputs that a call on the whole has for them.
+        """Continues a stream: its outputs are those of one call on the whole sequence.
 
         Args:
-          x: the tokens.
-          cache: from ``init_cache`` or the call before.
-          lengths: tokens of each row that count, the first ones; all by default.
+          x: the next tokens.
+          cache: from ``init_cache`` or the previous call.
+          lengths: how many of each row's tokens count, from the first on; all by default.
 
         Returns:
-          The outputs, and the cache after the last token. Tokens beyond a row's room give NaN.
+          The outputs, and the cache after these tokens. Tokens beyond a row's room give NaN.
 
         Raises:
           ValueError: for an input that is not (b, t, in_features), or does not fit the cache.
@@ -180,8 +180,8 @@ class Attention(nnx.Module):
         length, past = x.shape[1], cache.key.shape[2]
         if self.window is not None and past != self.window - 1:
             raise ValueError(
-                f"the cache was made for another window than {self.window}: it has the last "
-                f"{past} tokens"
+                f"the cache must hold the last {self.window - 1} tokens for window={self.window}, "
+                f"it holds {past}"
             )
         limit = past if self.window is None else None
         _checks.check_room(cache.position, x.shape[:2], lengths, limit)
@@ -189,7 +189,7 @@ class Attention(nnx.Module):
         place = cache.position[:, None] + jnp.arange(length)[None]
         query, *new = self._rows(x, place)
         if self.window is None:
-            # Beyond a row's last token nothing is put.
+            # Tokens that do not count are put out of range, and dropped.
             there = jnp.where(jnp.arange(length)[None] < lengths[:, None], place, past)
             rows = (0 if cache.first is None else cache.first) + jnp.arange(len(x))[:, None]
             kept = tuple(
@@ -220,7 +220,7 @@ class Attention(nnx.Module):
     def _rows(
         self, x: Float[Array, "b t d"], position: Int[Array, "_ t"] | None
     ) -> tuple[Array, ...]:
-        """Queries, keys and values of tokens at these positions, by default the first ones."""
+        """Queries, keys and values of tokens at these positions, 0, 1, ... by default."""
         query, key, value = (
             linear(x).reshape(*x.shape[:2], self.num_heads, self.head_dim)
             for linear in (self.query, self.key, self.value)
@@ -234,7 +234,7 @@ def _attend(
     value: Float[Array, "b h s k"],
     seen: Bool[Array, "b 1 t s"],
 ) -> Float[Array, "b t h k"]:
-    """Attention over what lies head by head, which ``jax.nn.dot_product_attention`` would copy."""
+    """Attention over heads-first keys, which ``jax.nn.dot_product_attention`` would transpose."""
     key, value = key.astype(query.dtype), value.astype(query.dtype)
     wide = jnp.promote_types(query.dtype, jnp.float32)
     scores = jnp.einsum("bthk,bhsk->bhts", query, key, preferred_element_type=wide)
@@ -245,7 +245,7 @@ def _attend(
 def rotate(
     x: Float[Array, "b t h k"], base: float, position: Int[Array, "_ t"] | None = None
 ) -> Float[Array, "b t h k"]:
-    """Rotary position embedding (arXiv:2104.09864): pairs (i, i + k/2) turn by t base^(-2i/k)."""
+    """Rotary embedding (arXiv:2104.09864): the pair (i, i + k/2) turns by t base^(-2i/k)."""
     position = jnp.arange(x.shape[1])[None] if position is None else position
     half = x.shape[-1] // 2
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)

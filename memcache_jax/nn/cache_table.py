@@ -25,8 +25,8 @@ def cache_bytes(cache: LanguageModelCache) -> dict[str, int]:
     parts: dict[str, int] = {}
     for stack in cache.stacks:
         layers = stack.small.with_states(stack.states)
-        arrays = layers.arrays() if isinstance(layers, MixerCache) else {"other": layers}
-        for name, tree in arrays.items():
+        arrays = layers.arrays() if isinstance(layers, MixerCache) else [("other", layers)]
+        for name, tree in arrays:
             size = count_bytes(tree)
             if size and name != "position":
                 name = _NAMES.get(name, name)

@@ -27,10 +27,10 @@ class LayerCache(MixerCache):
 
     @property
     def head_shape(self) -> tuple[int, ...]:
-        """Heads, and their dimension."""
+        """Number of heads, and their dimension."""
         return self.memory.key_sum.shape[1::2]
 
     @property
     def max_length(self) -> int | None:
-        """Tokens that a row may take; None for any number."""
+        """Most tokens per row; None for any number."""
         return self.memory.config.max_length

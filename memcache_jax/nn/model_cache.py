@@ -1,4 +1,4 @@
-"""The cache of a language model: those of its layers, and what they share."""
+"""The cache of a language model: the stacked caches of its layers."""
 
 import dataclasses
 from typing import Any
@@ -19,8 +19,8 @@ class LanguageModelCache:
     Attributes:
       layers: for each mixer, the small arrays of its layers' caches, stacked.
       states: for each mixer, the large arrays that its layers share, (layers * b, ...).
-      position: tokens that each row has taken, (b,).
-      max_length: tokens that a row may take; None for any number.
+      position: tokens taken so far by each row, (b,).
+      max_length: most tokens per row; None for any number.
     """
 
     layers: list
@@ -42,24 +42,24 @@ class LanguageModelCache:
 
     @property
     def depth(self) -> tuple[int, int]:
-        """Layers, and the mixers that they repeat."""
+        """Number of layers, and of mixers."""
         return sum(stack.layers for stack in self.stacks), len(self.layers)
 
     def check_room(self, shape: tuple[int, ...], lengths: Any = None) -> None:
         """Raises ValueError unless the rows have room for tokens (b, t).
 
-        ``lengths`` of them count in each row. Under ``jit`` positions are not known, and pass.
+        ``lengths`` of them count in each row. Positions traced under ``jit`` are not checked.
         """
         _checks.check_room(self.position, shape, lengths, self.max_length)
 
     def reset(self, rows: jax.typing.ArrayLike) -> "LanguageModelCache":
-        """The cache with the marked rows (b,) before their first token."""
+        """Returns the cache with the marked rows (b,) empty again."""
         rows = jnp.asarray(rows)
         stacks = [stack.reset(rows) for stack in self.stacks]
         return self._replace(stacks, zero_rows(self.position, rows))
 
     def take(self, rows: jax.typing.ArrayLike) -> "LanguageModelCache":
-        """The cache of these rows, in this order; a row may be taken more than once."""
+        """Returns the cache of these rows, in this order; a row may be taken more than once."""
         batch = len(self.position)
         rows = _checks.check_rows(rows, batch)
         stacks = [stack.take(rows, batch) for stack in self.stacks]

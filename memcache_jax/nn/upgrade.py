@@ -1,4 +1,4 @@
-"""Parameters that were saved under earlier names."""
+"""Parameters saved under earlier names."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,13 +10,13 @@ _EARLIER, _NOW = "gate", "output_gate"
 
 
 def upgrade_params(tree: Any) -> Any:
-    """Renames the parameters of an earlier version: the output ``gate`` is now ``output_gate``.
+    """Renames parameters saved by an earlier version: ``gate`` of a layer to ``output_gate``.
 
-    Trees with today's names come back as they are.
+    A tree that has the current names is returned with the same names.
 
     Args:
-      tree: parameters of any module with ``MemoryCaching`` layers, an ``nnx.State`` or nested
-        dictionaries, or a tree of such, like the state of an optimizer.
+      tree: parameters of any model with ``MemoryCaching`` layers, as an ``nnx.State`` or nested
+        dictionaries, or a tree that contains such, like an optimizer's state.
 
     Example:
       >>> import memcache_jax as mc
@@ -28,11 +28,11 @@ def upgrade_params(tree: Any) -> Any:
 
 
 def with_saved_names(target: Any, saved: Any) -> Any:
-    """Renames what is to be loaded as the parameters were when they were saved.
+    """Renames the target of a load to match the names under which parameters were saved.
 
     Args:
-      target: shapes of parameters, and of what else has their names, under today's names.
-      saved: a tree of the saved parameters' form.
+      target: shapes of parameters, or a tree that contains such, under the current names.
+      saved: a tree with the structure of the saved parameters.
     """
     same = jax.tree.structure(saved) == jax.tree.structure(upgrade_params(saved))
     return target if same else _rename(target, _NOW, _EARLIER)
@@ -44,7 +44,7 @@ def _rename(tree: Any, old: str, new: str) -> Any:
             return nnx.State(of_mapping(tree.raw_mapping))
         if not isinstance(tree, Mapping):
             return tree
-        # SwiGLU has a gate too, which keeps its name.
+        # Not the gate of SwiGLU, which has no convolutions.
         names = {old: new} if "query_conv" in tree else {}
         items = {names.get(name, name): _rename(x, old, new) for name, x in tree.items()}
         return type(tree)(items)  # pyright: ignore[reportCallIssue]

@@ -149,6 +149,11 @@ def test_rows_of_a_cache_alone():
     assert reset.total[:, 0].tolist() == reset.inputs[:, 0, 0].tolist() == [0, 2, 0]
     with pytest.raises(ValueError, match="the cache has the rows 0 to 2, got"):
         cache.take(np.array([3]))
+    with pytest.raises(TypeError, match=r"Forgetful.count must be in one of \['common', 'nested'"):
+
+        class Forgetful(DeclaredCache):
+            count: Any
+
     second = cache.with_states((jnp.zeros((6, 5, features)),), first=3)
     written = second.put_rows(second.inputs, jnp.ones((3, 5, features)))
     assert written[:, 0, 0].tolist() == [0, 0, 0, 1, 1, 1]
