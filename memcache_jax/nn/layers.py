@@ -1,4 +1,4 @@
-"""Small layers that several modules share."""
+"""Small layers used by several modules."""
 
 from typing import Any
 
@@ -16,16 +16,16 @@ _LECUN_NORMAL = jax.nn.initializers.lecun_normal()  # Flax's default
 
 
 class Linear(nnx.Linear):
-    """``nnx.Linear`` on all rows as one matrix, with no bias unless asked for.
+    """``nnx.Linear`` over all tokens as one matrix, without a bias by default.
 
-    With batch and time as separate axes XLA's CPU backend transposes every cotangent: 1.7 times
-    slower, forward and backward. On a mesh they stay apart, as they are divided apart.
+    With separate batch and time axes XLA's CPU backend transposes every cotangent, which makes
+    forward and backward 1.7 times slower. On a mesh they stay separate, since it may split both.
 
     Args:
       in_features: size of an input.
       out_features: size of an output.
-      axes: names of the kernel's two axes in ``sharding.RULES``.
-      use_bias: whether there is a bias.
+      axes: logical names of the kernel's two axes, as in ``sharding.RULES``.
+      use_bias: whether to add a bias.
       kernel_init: initialiser of the kernel.
       bias_init: initialiser of the bias.
       options: as for ``nnx.Linear``.
@@ -83,22 +83,22 @@ class CausalConv(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), (width, features), param_dtype))
 
     def init_tail(self, batch_size: int, dtype: DTypeLike) -> Float[Array, "b past d"]:
-        """The inputs before the first token, for ``extend``."""
+        """Returns the inputs before the first token, all zero, for ``extend``."""
         width, features = self.kernel.shape
         return jnp.zeros((batch_size, width - 1, features), dtype)
 
     def extend(
         self, x: Float[Array, "b t d"], tail: Float[Array, "b past d"], lengths: Int[Array, "b"]
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b past d"]]:
-        """As ``__call__`` on the next tokens of a stream.
+        """Continues a stream.
 
         Args:
-          x: the tokens.
-          tail: the last inputs before them.
-          lengths: tokens of each row that count.
+          x: the next tokens.
+          tail: the ``width - 1`` inputs before them.
+          lengths: how many of each row's tokens count, from the first on.
 
         Returns:
-          The outputs, and the last inputs of each row.
+          The outputs, and each row's last ``width - 1`` inputs.
         """
         past = tail.shape[1]
         inputs = jnp.concatenate([tail.astype(x.dtype), x], axis=1)

@@ -1,4 +1,4 @@
-"""What a cache is made for."""
+"""The configuration of a cache."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from memcache_jax.streaming.storage import Placement
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raises ValueError unless these are options of ``init_cache`` on how states are kept."""
+    """Raises ValueError unless these are options of ``init_cache`` for keeping states."""
     known = ("max_segments", "policy", "cache_dtype", "placement")
     unknown = sorted(set(options) - set(known))
     if unknown:
@@ -30,18 +30,18 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
-    """What a cache was made for; ``extend`` takes it from there.
+    """What a cache was made for, which ``extend`` reads from the cache.
 
     Attributes:
       memory: the write rule.
       aggregation: how reads become one output.
       segmentation: where states are cached.
       start: what a segment's memory begins with.
-      max_length: tokens that a row may take; None for any number.
-      max_segments: states that are kept, of segments of one size; else None.
-      policy: what makes room for more.
-      cache_dtype: of cached states.
-      placement: where these are.
+      max_length: most tokens per row; None for any number.
+      max_segments: most cached states, for ``Constant`` segments; None for others.
+      policy: how room is made when ``max_segments`` are cached.
+      cache_dtype: dtype of cached states.
+      placement: where they are kept.
     """
 
     memory: Memory
@@ -55,7 +55,7 @@ class CacheConfig:
     placement: Placement
 
     def check_same(self, **given: Any) -> None:
-        """Raises ValueError unless what is given, not None, is what the cache was made for."""
+        """Raises ValueError if an argument is neither None nor what the cache was made for."""
         for name, got in given.items():
             made = getattr(self, name)
             if got is not None and got != made:
@@ -63,14 +63,14 @@ class CacheConfig:
 
     @property
     def slots(self) -> Slots:
-        """Where states are kept, and for how long."""
+        """Which slot each state is kept in, and for how long."""
         if self.max_segments is not None:
             by_age = self.policy.startswith("drop") and isinstance(self.aggregation, SSC)
             return Recent(self.max_segments, self.segmentation.size, self.policy, by_age)
         return Planned(make_schedule(self.segmentation, self.max_length))
 
     def states(self, initial: State, first: Any = 0) -> storage.Bank:
-        """What holds cached states like this one, (h, ...), from a first row on."""
+        """The storage of cached states like this one, (h, ...), with rows from ``first`` on."""
         state = jax.eval_shape(
             lambda state: storage.pack(self.memory.matrices(state), self.cache_dtype), initial
         )
@@ -78,7 +78,7 @@ class CacheConfig:
         return bank(self.slots.num_slots, state, first)
 
     def keys(self, key_sum: Array, first: Any = 0) -> storage.DeviceBank:
-        """What holds pooled keys."""
+        """The storage of pooled keys, with rows from ``first`` on."""
         heads, key_dim = key_sum.shape[1], key_sum.shape[-1]
         state = (jax.ShapeDtypeStruct((heads, key_dim), key_sum.dtype),)
         return storage.DeviceBank(self.slots.num_slots, state, first)
@@ -97,7 +97,7 @@ def make_config(
     placement: Placement,
     dtype: DTypeLike,
 ) -> CacheConfig:
-    """What ``init_cache`` makes a cache for, of its arguments, which are checked.
+    """Checks the arguments of ``init_cache`` and returns what the cache is made for.
 
     Raises:
       ValueError: as ``init_cache``.
@@ -106,14 +106,14 @@ def make_config(
     _checks.check_choice("start", start, ("independent", "checkpoint"))
     _checks.check_choice("placement", placement, storage.PLACEMENTS)
     bounds = _bounds(memory, aggregation, segmentation, max_length, max_segments, policy)
-    # A narrow running mean would stop to move.
+    # In a narrow dtype a running mean would stop moving.
     cache_dtype = jnp.dtype(cache_dtype if bounds[-1] == policy else dtype).name
     _checks.check_choice("cache_dtype", cache_dtype, storage.CACHE_DTYPES)
     config = CacheConfig(memory, aggregation, segmentation, start, *bounds, cache_dtype, placement)
     if placement == "host" and not (isinstance(aggregation, SSC) and config.policy != "merge"):
         raise ValueError(
-            "placement='host' is for SSC, which reads a few states, where none are merged, got "
-            f"{aggregation} and policy={config.policy!r}"
+            "placement='host' is for SSC, which reads few states, and policies other than "
+            f"'merge', got {aggregation} and policy={config.policy!r}"
         )
     return config if config.slots.num_slots else dataclasses.replace(config, placement="device")
 
@@ -126,10 +126,9 @@ def _bounds(
     max_segments: int | None,
     policy: Policy,
 ) -> tuple[int | None, int | None, Policy]:
-    """Tokens of a row and states to keep, None for any number and for as many as a plan says.
+    """Returns max_length, max_segments and policy as a ``CacheConfig`` has them.
 
-    Returns:
-      Both, and the policy: where it changes no output, ``"merge"``.
+    Where merging changes no output, they are those of a single running mean.
     """
     _checks.check_choice("policy", policy, POLICIES)
     same_size = isinstance(segmentation, Constant)

@@ -14,7 +14,8 @@ from flax import nnx
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
-from memcache_jax.nn import LanguageModel
+from memcache_jax.nn import LanguageModel, upgrade_params
+from memcache_jax.nn.upgrade import with_saved_names
 from memcache_jax.training.config import Config
 from memcache_jax.training.distributed import all_agree, is_main_process, wait_for_all
 from memcache_jax.training.models import model_config
@@ -154,7 +155,9 @@ class Checkpoints:
             found, notes = None, {}
             try:
                 notes = _read_notes(self.folder / str(step))
-                found = self._checkpointer.load_checkpointables(step, items)
+                form = ocp.metadata(str(self.folder / str(step)), "params").metadata
+                saved = with_saved_names(items, form)
+                found = upgrade_params(self._checkpointer.load_checkpointables(step, saved))
                 data.set_state(notes.pop("stream"))
             except Exception as e:  # Orbax raises many kinds on damaged files
                 reasons[step] = _one_line(e)
@@ -269,8 +272,11 @@ def _load_params(workdir: Path, target: Params) -> Params:
     for place in places:
         try:
             if place.parent == workdir:
-                return ocp.load(str(place), target)
-            return ocp.load_checkpointables(str(place), {"params": target})["params"]
+                saved = with_saved_names(target, ocp.metadata(str(place)).metadata)
+                return upgrade_params(ocp.load(str(place), saved))
+            saved = with_saved_names(target, ocp.metadata(str(place), "params").metadata)
+            found = ocp.load_checkpointables(str(place), {"params": saved})
+            return upgrade_params(found["params"])
         except Exception as e:  # Orbax raises many kinds on damaged files
             _log.warning("%s cannot be read and is passed over: %s", place, _one_line(e))
     raise ValueError(

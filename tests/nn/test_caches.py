@@ -234,7 +234,7 @@ def test_errors():
     with pytest.raises(ValueError, match=r"made for aggregation=GRM\(.*, got SSC"):
         other.extend(inputs(), one.init_cache(3, 10))
     window = LAYERS["window"](nnx.Rngs(0))
-    with pytest.raises(ValueError, match="for another window than 5: it has the last 0 tokens"):
+    with pytest.raises(ValueError, match="must hold the last 4 tokens for window=5, it holds 0"):
         window.extend(inputs(), LAYERS["window of one"](nnx.Rngs(0)).init_cache(3))
     with pytest.raises(ValueError, match="for another layer: AttentionCache"):
         one.extend(inputs(), window.init_cache(3))

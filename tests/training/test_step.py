@@ -92,7 +92,10 @@ def test_only_matrices_decay():
     zero = jax.tree.map(np.zeros_like, params)
     updates, _ = jax.jit(optimizer.update)(zero, jax.jit(optimizer.init)(params), params)
     decayed = {name for name, update in names(updates).items() if np.any(update)}
-    block, projections = "layers/blocks/0", ("query", "key", "value", "connector", "gate", "out")
+    block, projections = (
+        "layers/blocks/0",
+        ("query", "key", "value", "connector", "output_gate", "out"),
+    )
     expected = {"embedding/embedding", "head/kernel"}
     expected |= {f"{block}/mixer/{name}/kernel" for name in projections}
     expected |= {f"{block}/mlp/{name}/kernel" for name in ("gate", "up", "down")}
