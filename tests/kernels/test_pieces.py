@@ -50,7 +50,7 @@ def test_memory_caching(monkeypatch, case):
         return calls[-1]
 
     monkeypatch.setattr(_shapes, "_COMFORTABLE_STATE", limit)
-    monkeypatch.setattr("memcache_jax.memories._pieces.fits_triton", fits)
+    monkeypatch.setattr("memcache_jax.kernels.pieces.fits_triton", fits)
     with interpret_kernels():
         got = outputs(memory, aggregation, inputs, "pallas_gpu", *ids)
     assert False in calls
