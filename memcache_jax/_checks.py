@@ -165,7 +165,7 @@ def check_arguments(
     check_shape("key", key, (b, t, h, k), "b, t, h, k")
     check_shape("query", query, (b, t, h, k), "b, t, h, k")
     check_shape("value", value, (b, t, h, v), "b, t, h, v")
-    if connector is not None and aggregation.gate == "position":
+    if connector is not None and aggregation.relevance.connector == "distances":
         wanted = (b, t, h, max(jnp.shape(connector)[-1:], default=0))
         check_shape("connector", connector, wanted, "b, t, h, distances")
     elif connector is not None:

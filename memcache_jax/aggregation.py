@@ -2,7 +2,6 @@
 
 import abc
 import dataclasses
-from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,24 +11,11 @@ from jax import lax
 from memcache_jax._checks import check_choice
 from memcache_jax._typing import Array, Float, Matrices
 from memcache_jax.engine.read import Bank, Live
-from memcache_jax.gating import (
-    Candidates,
-    Keys,
-    OfBlocks,
-    OfTokens,
-    Selection,
-    finite_rows,
-    scores,
-    softmax_gates,
-)
+from memcache_jax.engine.types import Candidates, LivePart, OfBlocks, OfTokens, Selection
+from memcache_jax.gating import GATES, ContentGate, Gate, finite_rows, scores
+from memcache_jax.kernels.gate_softmax import softmax_gates
 from memcache_jax.kernels.ssc_route import ssc_route
 from memcache_jax.memories import Memory
-
-GATES = ("content", "position", "uniform")
-
-LivePart: TypeAlias = Literal["reads", "later_layers", "layers"]
-"""A part of the live memory: what each token reads with its query; the first layer's output for the
-query and all later layers, to apply to anything; or all layers."""
 
 
 class Aggregation(abc.ABC):
@@ -43,14 +29,20 @@ class Aggregation(abc.ABC):
     parts on a mesh, and streams.
 
     Attributes:
-      gate: what the gates are made from: ``"content"``, the connector against the states' pooled
-        keys; ``"position"``, logits of each distance in segments, which then are what is passed as
-        the connector, (b, t, h, distances), the live memory's first; or ``"uniform"``.
+      gate: what the gates are made from, a ``gating.Gate`` or its name: ``"content"``, the
+        connector against the states' pooled keys; ``"position"``, logits of each distance in
+        segments, which are passed as the connector, (b, t, h, distances), the live memory's first;
+        or ``"uniform"``.
       pooling: whether pooled keys are the ``"mean"`` or the ``"sum"`` of a bucket's keys.
     """
 
-    gate: str = "uniform"
+    gate: str | Gate = "uniform"
     pooling: str = "mean"
+
+    @property
+    def relevance(self) -> Gate:
+        """The gate itself where ``gate`` is its name."""
+        return GATES[self.gate] if isinstance(self.gate, str) else self.gate
 
     @property
     def mixes(self) -> bool:
@@ -60,11 +52,11 @@ class Aggregation(abc.ABC):
     @property
     def needs_connector(self) -> bool:
         """Whether gates are made from a connector."""
-        return self.gate != "uniform"
+        return self.relevance.connector is not None
 
     def merges_exactly(self, memory: Memory) -> bool:
         """Whether the mean of n states, counted n times, is as good as the n states."""
-        return self.gate == "uniform" and (self.mixes or memory.depth == 1)
+        return self.relevance == GATES["uniform"] and (self.mixes or memory.depth == 1)
 
     @abc.abstractmethod
     def gates(
@@ -92,7 +84,7 @@ class Aggregation(abc.ABC):
           implementation: of the selection.
         """
         del implementation
-        gates, live = self.gates(*scores(connector, candidates, self.gate, self.pooling))
+        gates, live = self.gates(*scores(connector, candidates, self.relevance, self.pooling))
         return OfBlocks(candidates.states, gates, live, unread=candidates.same_document is not None)
 
     def needs(self, memory: Memory) -> tuple[LivePart, ...]:
@@ -184,11 +176,12 @@ class GRM(Aggregation):
       GRM(gate='content', pooling='mean')
     """
 
-    gate: str = "content"
+    gate: str | Gate = "content"
     pooling: str = "mean"
 
     def __post_init__(self) -> None:
-        check_choice("gate", self.gate, GATES)
+        if not isinstance(self.gate, Gate):
+            check_choice("gate", self.gate, tuple(GATES))
         check_choice("pooling", self.pooling, ("mean", "sum"))
 
     def gates(
@@ -203,11 +196,8 @@ class Soup(GRM):
     """Memory soup (Eq. 14-15 of arXiv:2602.24281): one read of a mixture of the memories.
 
     Every matrix of M* is the sum of the visible states' matrices, weighed by GRM's gates. For
-    memories of one layer that is GRM; for deeper ones it is not. The mixture is never formed.
-
-    Attributes:
-      gate: as GRM's.
-      pooling: as GRM's.
+    memories of one layer that is GRM; for deeper ones it is not. The mixture is never formed. Its
+    attributes are GRM's.
 
     Example:
       >>> import memcache_jax as mc
@@ -228,9 +218,7 @@ class SSC(GRM):
     GRM over the live memory and the ``top_k`` cached states of highest relevance, per token and
     head; of equally relevant ones the older. Reads cost the same however long the sequence is.
 
-    Attributes:
-      gate: as GRM's.
-      pooling: as GRM's.
+    Attributes, beside GRM's:
       top_k: cached states that a token reads.
       inner: ``"grm"`` for the gated sum of reads, ``"soup"`` for the mixture of parameters.
 
@@ -286,32 +274,23 @@ class SSC(GRM):
             assert isinstance(selection, OfBlocks)
             return selection._replace(unread=selection.unread or self.top_k < states.shape[-1])
         by_block = candidates.same_document is None and candidates.counts is None
-        if isinstance(states, np.ndarray) and by_block and self.gate == "content":
-            return self._route(connector, candidates.keys(self.pooling), states[0], implementation)
-        cached, live = scores(connector, candidates, self.gate, self.pooling)
+        if isinstance(states, np.ndarray) and by_block and self.relevance == ContentGate():
+            keys = candidates.keys(self.pooling)
+            assert keys.states is not None
+            pooled, broken = finite_rows(keys.states)
+            live = jnp.vecdot(connector, keys.live, precision="highest")
+            gates, live, chosen = ssc_route(
+                connector, pooled, live, states[0], self.top_k, implementation=implementation
+            )
+            # Which states to select is unknown where a relevance is.
+            broken = broken[:, :, np.maximum(states[0], 0)] & (states >= 0)[None]
+            gates = jnp.where(broken.any(axis=-1)[..., None, None], jnp.nan, gates)
+            return OfTokens(chosen, gates, live)
+        cached, live = scores(connector, candidates, self.relevance, self.pooling)
         _, slots = lax.top_k(lax.stop_gradient(cached), self.top_k)
         cached = jnp.take_along_axis(cached, slots, axis=-1)
-        of_slots = jnp.asarray(states)[:, None, :, None]
-        states = jnp.where(cached > -jnp.inf, jnp.take_along_axis(of_slots, slots, axis=-1), -1)
-        return OfTokens(states, *self.gates(cached, live))
-
-    def _route(
-        self,
-        connector: Float[Array, "b h n c u"],
-        keys: Keys,
-        reads: np.ndarray,
-        implementation: str | None,
-    ) -> OfTokens:
-        """``select`` by content where a token may read whatever its block may."""
-        assert keys.states is not None, "only documents shift the states of a slot"
-        pooled, broken = finite_rows(keys.states)
-        live = jnp.vecdot(connector, keys.live, precision="highest")
-        gates, live, states = ssc_route(
-            connector, pooled, live, reads, self.top_k, implementation=implementation
-        )
-        # Which states to select is unknown where a relevance is.
-        broken = (broken[:, :, np.maximum(reads, 0)] & (reads >= 0)[None, None]).any(axis=-1)
-        return OfTokens(states, jnp.where(broken[..., None, None], jnp.nan, gates), live)
+        chosen = jnp.take_along_axis(jnp.asarray(states)[:, None, :, None], slots, axis=-1)
+        return OfTokens(jnp.where(cached > -jnp.inf, chosen, -1), *self.gates(cached, live))
 
     def _all_are_few(self, states: np.ndarray | Array) -> bool:
         """Whether all that blocks may read is no more than what their tokens would select."""

@@ -1,97 +1,17 @@
 """Which cached states tokens may read, and their relevance: connectors against pooled keys."""
 
-from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+import abc
+import dataclasses
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from memcache_jax._typing import Array, Bool, Float, Int
-from memcache_jax.kernels.gate_softmax import softmax_gates
+from memcache_jax.engine.types import Candidates, Keys, OfTokens, Selection
 from memcache_jax.kernels.running_sum import running_sum
 from memcache_jax.segmentation import ReadPlan
-
-__all__ = [
-    "Candidates",
-    "Keys",
-    "OfBlocks",
-    "OfTokens",
-    "Selection",
-    "finite_rows",
-    "gates_by_state",
-    "in_order",
-    "pooled_keys",
-    "running_keys",
-    "scores",
-    "softmax_gates",
-]
-
-
-class Keys(NamedTuple):
-    """The pooled keys that content gates compare with connectors.
-
-    Attributes:
-      live: of the live memory at each token.
-      states: of cached states, by their numbers in the bank; None where they depend on the block,
-      slots: and stand by slot.
-    """
-
-    live: Float[Array, "b h n c k"]
-    states: Float[Array, "b h states k"] | None = None
-    slots: Float[Array, "b h n r k"] | None = None
-
-
-class Candidates(NamedTuple):
-    """The cached states that the tokens of each block may read, and what gates are made from.
-
-    Attributes:
-      states: numbers of states in the bank, oldest first, -1 for an empty slot. One row stands for
-        all, and a NumPy array is static: slots that are empty in it cost nothing.
-      distances: segments back to each state's end, 1 for the last segment.
-      keys: makes the pooled keys, of ``"mean"`` or ``"sum"`` pooling.
-      same_document: whether a token and a state are of one document; None for yes.
-      counts: segments that a state stands for, 0 for an empty slot; None for one each.
-    """
-
-    states: np.ndarray | Int[Array, "b n r"]
-    distances: np.ndarray | Int[Array, "b n r"]
-    keys: Callable[[str], Keys]
-    same_document: Bool[Array, "b n c r"] | None = None
-    counts: Int[Array, "b n r"] | None = None
-
-
-class OfBlocks(NamedTuple):
-    """A selection in which all tokens of a block read the same states.
-
-    Attributes:
-      states: as of ``Candidates``.
-      gates: of the cached states.
-      live: of the live memory.
-      unread: whether a gate of zero says that the token does not read the state, whatever it holds.
-    """
-
-    states: np.ndarray | Int[Array, "b n r"]
-    gates: Float[Array, "b h n c r"]
-    live: Float[Array, "b h n c"]
-    unread: bool = False
-
-
-class OfTokens(NamedTuple):
-    """A selection in which each token has its own states.
-
-    Attributes:
-      states: numbers of states in the bank, -1 for none.
-      gates: of the cached states.
-      live: of the live memory.
-    """
-
-    states: Int[Array, "b h n c s"]
-    gates: Float[Array, "b h n c s"]
-    live: Float[Array, "b h n c"]
-
-
-Selection: TypeAlias = OfBlocks | OfTokens
 
 
 def gates_by_state(selection: Selection, count: int) -> Float[Array, "b h n c states"]:
@@ -140,17 +60,9 @@ def pooled_keys(
 
 
 def running_keys(
-    key: Float[Array, "n c k"],
-    plan: ReadPlan,
-    pooling: str = "mean",
-    document: Int[Array, "n c"] | None = None,
+    key: Float[Array, "n c k"], plan: ReadPlan, pooling: str = "mean"
 ) -> Float[Array, "n c k"]:
-    """Returns, for each token, the mean or sum of its segment's keys up to and with its own.
-
-    With documents, of those of its own document.
-    """
-    if document is not None:
-        return _running_document_keys(key, plan, pooling, document)
+    """Returns, for each token, the mean or sum of its segment's keys up to and with its own."""
     sums = running_sum(key)
     block = np.arange(plan.num_blocks)
     before = block - plan.first
@@ -166,54 +78,127 @@ def running_keys(
     return sums / jnp.asarray(counts, key.dtype)[..., None]
 
 
-def _running_document_keys(
-    key: Float[Array, "n c k"], plan: ReadPlan, pooling: str, document: Int[Array, "n c"]
-) -> Float[Array, "n c k"]:
-    """``running_keys`` where sums also begin anew with each document."""
-    n, c, k = key.shape
-    flat = document.reshape(-1)
-    begins = flat != jnp.pad(flat[:-1], (1, 0))
-    begins = begins.reshape(n, c).at[:, 0].max(plan.begins).reshape(-1)
+class Gate(abc.ABC):
+    """The relevance of states to a token, from which an aggregation makes their gates.
 
-    def combine(left: tuple, right: tuple) -> tuple:
-        begins, sums, counts = right
-        before = (jnp.where(begins.reshape(-1, *[1] * (x.ndim - 1)), 0, x) for x in left[1:])
-        return left[0] | begins, *(x + y for x, y in zip(before, (sums, counts), strict=True))
+    A new one is a frozen dataclass that implements ``score``, and a name in ``GATES`` if it is to
+    have one.
 
-    ones = jnp.ones(n * c, key.dtype)
-    _, sums, counts = jax.lax.associative_scan(combine, (begins, key.reshape(-1, k), ones))
-    sums = sums / counts[:, None] if pooling == "mean" else sums
-    return sums.reshape(n, c, k)
+    Attributes:
+      connector: what ``memory_caching`` takes as the connector: ``"key"``, a vector to compare with
+        keys (b, t, h, k); ``"distances"``, logits (b, t, h, distances); or None, nothing. A layer
+        makes it from its input.
+      reads_keys: whether ``score`` depends on pooled keys.
+    """
+
+    connector: ClassVar[Literal["key", "distances"] | None] = None
+    reads_keys: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def score(
+        self, connector: Float[Array, "u"], key: Float[Array, "k"], distance: Int[Array, ""]
+    ) -> Float[Array, ""]:
+        """The relevance of one state to one token, which is the equation.
+
+        Args:
+          connector: the token's.
+          key: the pooled key of the state, zero if the gate reads no keys.
+          distance: segments back to the state's end; 0 for the live memory.
+        """
+
+    def scores(
+        self, connector: Float[Array, "b h n c u"], candidates: Candidates, pooling: str
+    ) -> tuple[Float[Array, "b h n c r"], Float[Array, "b h n c"]]:
+        """``score`` of the states in all slots, and of the live memory; any value in empty slots.
+
+        Override it where all scores together are a product.
+        """
+        slots, distances = (jnp.asarray(x)[:, None] for x in candidates[:2])
+        shape = (*connector.shape[:3], slots.shape[-1])
+        live_keys, keys = jnp.zeros((*connector.shape[:4], 1)), jnp.zeros((*shape, 1))
+        if self.reads_keys:
+            live_keys, keys = candidates.keys(pooling).by_slot(slots)
+        of_states = jax.vmap(self.score, in_axes=(None, 0, 0))
+        cached, live = of_states, self.score
+        for in_axes in ((0, None, None), (0, 0, 0), (0, 0, 0), (0, 0, 0)):  # c, n, h, b
+            cached = jax.vmap(cached, in_axes=in_axes)
+        for _ in range(4):
+            live = jax.vmap(live)
+        here = jnp.zeros(connector.shape[:4], jnp.int32)
+        distances = jnp.broadcast_to(distances, shape)
+        return cached(connector, keys, distances), live(connector, live_keys, here)
+
+
+@dataclasses.dataclass(frozen=True)
+class ContentGate(Gate):
+    """r_t^(i) = <u_t, p_i>, the connector against the state's pooled key (Eq. 10)."""
+
+    connector = "key"
+    reads_keys: ClassVar[bool] = True
+
+    def score(self, connector: Array, key: Array, distance: Array) -> Array:
+        """<u, p>."""
+        del distance
+        return jnp.vdot(connector, key)
+
+    def scores(
+        self, connector: Float[Array, "b h n c u"], candidates: Candidates, pooling: str
+    ) -> tuple[Float[Array, "b h n c r"], Float[Array, "b h n c"]]:
+        """Products of all connectors with all keys, NaN where a key is not finite."""
+        keys = candidates.keys(pooling)
+        cached = _products(connector, keys, candidates.states)
+        return cached, jnp.vecdot(connector, keys.live, precision="highest")
+
+
+@dataclasses.dataclass(frozen=True)
+class PositionGate(Gate):
+    """The logit of the state's distance, or of the farthest that has one; blind to content."""
+
+    connector = "distances"
+
+    def score(self, connector: Array, key: Array, distance: Array) -> Array:
+        """The logit."""
+        del key
+        return connector[jnp.clip(distance, 0, connector.shape[-1] - 1)]
+
+    def scores(
+        self, connector: Float[Array, "b h n c u"], candidates: Candidates, pooling: str
+    ) -> tuple[Float[Array, "b h n c r"], Float[Array, "b h n c"]]:
+        """Logits taken by distance, those of a block's tokens at once."""
+        del pooling
+        distances = jnp.asarray(candidates.distances)[:, None, :, None]
+        distances = jnp.clip(distances, 0, connector.shape[-1] - 1)
+        return jnp.take_along_axis(connector, distances, axis=-1), connector[..., 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class UniformGate(Gate):
+    """All states are as relevant."""
+
+    def score(self, connector: Array, key: Array, distance: Array) -> Array:
+        """Zero."""
+        del key, distance
+        return jnp.zeros((), connector.dtype)
+
+
+GATES: dict[str, Gate] = {
+    "content": ContentGate(),
+    "position": PositionGate(),
+    "uniform": UniformGate(),
+}
+"""Gates by name, as in ``GRM(gate="content")``."""
 
 
 def scores(
-    connector: Float[Array, "b h n c u"], candidates: Candidates, gate: str, pooling: str = "mean"
+    connector: Float[Array, "b h n c u"], candidates: Candidates, gate: Gate, pooling: str = "mean"
 ) -> tuple[Float[Array, "b h n c r"], Float[Array, "b h n c"]]:
     """Returns the relevance of the states that each token may read, and of the live memory.
 
-    Content gates have r_t^(i) = <u_t, p_i> (Eq. 10 of arXiv:2602.24281); position gates the logit
-    of the state's distance, or of the farthest that has one; uniform gates zero. A state that
-    stands for n segments counts n times. Empty slots and states of other documents score -inf.
-
-    Args:
-      connector: what gates are made from.
-      candidates: the states.
-      gate: ``"content"``, ``"position"`` or ``"uniform"``.
-      pooling: of the keys, for content gates.
+    A state that stands for n segments counts n times. Empty slots and states of other documents
+    score -inf.
     """
-    slots, distances = (jnp.asarray(x)[:, None, :, None] for x in candidates[:2])  # (b, 1, n, 1, r)
-    visible = slots >= 0
-    if gate == "content":
-        keys = candidates.keys(pooling)
-        cached = _products(connector, keys, candidates.states)
-        live = jnp.vecdot(connector, keys.live, precision="highest")
-    elif gate == "position":
-        distances = jnp.clip(distances, 0, connector.shape[-1] - 1)
-        cached = jnp.take_along_axis(connector, distances, axis=-1)
-        live = connector[..., 0]
-    else:
-        live = jnp.zeros(connector.shape[:4], connector.dtype)
-        cached = jnp.zeros((*live.shape, slots.shape[-1]), connector.dtype)
+    cached, live = gate.scores(connector, candidates, pooling)
+    visible = jnp.asarray(candidates.states)[:, None, :, None] >= 0
     if candidates.counts is not None:
         counts = candidates.counts[:, None, :, None]
         cached += jnp.log(jnp.maximum(counts, 1).astype(cached.dtype))

@@ -9,7 +9,8 @@ import pytest
 
 import memcache_jax as mc
 from memcache_jax.engine.run import candidates_of
-from memcache_jax.gating import pooled_keys, running_keys, scores, softmax_gates
+from memcache_jax.gating import GATES, pooled_keys, running_keys, scores
+from memcache_jax.kernels.gate_softmax import softmax_gates
 from memcache_jax.segmentation import ReadPlan
 from tests.cases import (
     MEMORIES,
@@ -31,7 +32,7 @@ def keys(blocks, size=5):
 def relevance(connector, key, plan, gate="content"):
     """The scores of one head's blocks (n, c, ...)."""
     candidates = candidates_of(plan, key[None, None])
-    cached, live = scores(connector[None, None], candidates, gate)
+    cached, live = scores(connector[None, None], candidates, GATES[gate])
     return cached[0, 0], live[0, 0]
 
 

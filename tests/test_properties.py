@@ -14,8 +14,8 @@ from hypothesis import Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
 import memcache_jax as mc
-from memcache_jax.aggregation import GATES
 from memcache_jax.engine.run import gates_of_tokens
+from memcache_jax.gating import GATES
 from tests.cases import (
     MEMORIES,
     SEGMENTATIONS,
@@ -118,7 +118,7 @@ def cases(draw, names=tuple(MEMORIES), starts=STARTS):
     )
 
 
-GATED = dict(gate=st.sampled_from(GATES), pooling=st.sampled_from(("mean", "sum")))
+GATED = dict(gate=st.sampled_from(tuple(GATES)), pooling=st.sampled_from(("mean", "sum")))
 ROUTED = GATED | dict(top_k=st.integers(1, 3), inner=st.sampled_from(("grm", "soup")))
 AGGREGATIONS = st.one_of(
     st.builds(mc.SSC, **ROUTED),

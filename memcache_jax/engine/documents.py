@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from memcache_jax._typing import Array, Float, Int
-from memcache_jax.gating import Candidates, Keys, finite_rows, pooled_keys, running_keys
+from memcache_jax.engine.types import Candidates, Keys
+from memcache_jax.gating import finite_rows, pooled_keys
 from memcache_jax.segmentation import ReadPlan
 
 
@@ -95,7 +96,7 @@ def document_candidates(
 
     def keys(pooling: str) -> Keys:
         def of_head(key: Any, slots: Any, document: Any) -> Keys:
-            live = running_keys(key, plan, pooling, document)
+            live = running_document_keys(key, plan, pooling, document)
             if slots is None:
                 return Keys(live, states=pooled_keys(key, plan, pooling, document))
             return Keys(live, slots=_slot_keys(key, slots, pooling, document))
@@ -104,6 +105,26 @@ def document_candidates(
         return jax.vmap(of_row)(key, slots, document)
 
     return Candidates(states, distances, keys, same_document=same)
+
+
+def running_document_keys(
+    key: Float[Array, "n c k"], plan: ReadPlan, pooling: str, document: Int[Array, "n c"]
+) -> Float[Array, "n c k"]:
+    """``running_keys`` where sums also begin anew with each document."""
+    n, c, k = key.shape
+    flat = document.reshape(-1)
+    begins = flat != jnp.pad(flat[:-1], (1, 0))
+    begins = begins.reshape(n, c).at[:, 0].max(plan.begins).reshape(-1)
+
+    def combine(left: tuple, right: tuple) -> tuple:
+        begins, sums, counts = right
+        before = (jnp.where(begins.reshape(-1, *[1] * (x.ndim - 1)), 0, x) for x in left[1:])
+        return left[0] | begins, *(x + y for x, y in zip(before, (sums, counts), strict=True))
+
+    ones = jnp.ones(n * c, key.dtype)
+    _, sums, counts = jax.lax.associative_scan(combine, (begins, key.reshape(-1, k), ones))
+    sums = sums / counts[:, None] if pooling == "mean" else sums
+    return sums.reshape(n, c, k)
 
 
 def _slot_keys(

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from memcache_jax._typing import Array, Float, Matrices
-from memcache_jax.gating import OfBlocks, OfTokens, Selection, finite_rows, in_order
+from memcache_jax.engine.types import OfBlocks, OfTokens, Selection
+from memcache_jax.gating import finite_rows, in_order
 from memcache_jax.kernels.bank_read import bank_read
 from memcache_jax.kernels.chunk_update import chunk_update
 from memcache_jax.kernels.grouped_read import grouped_read

@@ -97,23 +97,19 @@ def _one_head(
             rows = visible.reshape(-1, *[1] * (cached.ndim - 2))
             return jnp.where(rows, cached[begun, slots], 0)  # 0 * NaN is NaN
 
-        online = memory.matrices(jax.tree.map(lambda x: x[t], live))
-        if aggregation.gate == "content":
-            begins = jnp.asarray(plan.first)[t // segment] * segment
-            keys = pool(begins, t + 1, document[t])
-            scores = _joined(seen(pooled), keys) @ connector[t]
-        elif aggregation.gate == "position":
-            distances = jnp.append(jnp.asarray(plan.distances)[t // segment - begun], 0)
-            scores = connector[t, jnp.clip(distances, 0, connector.shape[-1] - 1)]
-        else:
-            scores = jnp.zeros(len(slots) + 1, key.dtype)
+        own = memory.matrices(jax.tree.map(lambda x: x[t], live))
+        begins = jnp.asarray(plan.first)[t // segment] * segment
+        keys = _joined(seen(pooled), pool(begins, t + 1, document[t]))
+        distances = jnp.append(jnp.asarray(plan.distances)[t // segment - begun], 0)
+        score = jax.vmap(aggregation.relevance.score, in_axes=(None, 0, 0))
+        scores = score(connector[t], keys, distances)
         cached = jnp.where(visible, scores[:-1], -jnp.inf)
-        cached_gates, online_gate = aggregation.gates(cached, scores[-1])
+        gates = aggregation.gates(cached, scores[-1])
         return aggregation.read_token(
             memory,
-            jax.tree.map(lambda cached, own: _joined(seen(cached), own), bank, online),
+            jax.tree.map(lambda cached, own: _joined(seen(cached), own), bank, own),
             query[t],
-            jnp.append(cached_gates, online_gate),
+            jnp.append(*gates),
         )
 
     return lax.map(read, every)

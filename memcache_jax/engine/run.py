@@ -14,9 +14,9 @@ from memcache_jax.aggregation import Aggregation
 from memcache_jax.engine.bank import bucket_states, document_states
 from memcache_jax.engine.documents import begun_in_chunk, document_candidates
 from memcache_jax.engine.read import ArrayBank, Bank, Live
-from memcache_jax.engine.types import Blocks, Kept, Rows, Tokens, Writing
+from memcache_jax.engine.types import Blocks, Candidates, Kept, Keys, Rows, Tokens, Writing
 from memcache_jax.engine.write import initial_states, write_blocks
-from memcache_jax.gating import Candidates, Keys, gates_by_state, pooled_keys, running_keys
+from memcache_jax.gating import gates_by_state, pooled_keys, running_keys
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import ReadPlan, Segmentation
 

@@ -1,9 +1,12 @@
 """What travels through the engine, by name; axes as in the legend of ``_typing``."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
-from memcache_jax._typing import Array, Controls, Float, Int, State
+import jax.numpy as jnp
+import numpy as np
+
+from memcache_jax._typing import Array, Bool, Controls, Float, Int, State
 from memcache_jax.memories import Memory
 
 
@@ -68,3 +71,83 @@ class Writing(NamedTuple):
 
 Kept = dict[str, Any]
 """The parts of the live memory that were kept, arrays (b, h, n, chunks, ...); see ``read.keep``."""
+
+
+class Keys(NamedTuple):
+    """The pooled keys that content gates compare with connectors.
+
+    Attributes:
+      live: of the live memory at each token.
+      states: of cached states, by their numbers in the bank; None where they depend on the block,
+      slots: and stand by slot.
+    """
+
+    live: Float[Array, "b h n c k"]
+    states: Float[Array, "b h states k"] | None = None
+    slots: Float[Array, "b h n r k"] | None = None
+
+    def by_slot(self, states: Int[Array, "_ 1 n r"]) -> tuple[Array, Array]:
+        """The keys of the live memory, and those of the states in each slot, zero in empty ones."""
+        if self.slots is not None:
+            return self.live, jnp.where(states[..., None] >= 0, self.slots, 0)
+        assert self.states is not None
+        shape = (*self.live.shape[:3], states.shape[-1])
+        flat = jnp.broadcast_to(states, shape).reshape(*shape[:2], -1)
+        slots = jnp.take_along_axis(self.states, jnp.maximum(flat, 0)[..., None], axis=2)
+        return self.live, jnp.where(flat[..., None] >= 0, slots, 0).reshape(*shape, -1)
+
+
+class Candidates(NamedTuple):
+    """The cached states that the tokens of each block may read, and what gates are made from.
+
+    Attributes:
+      states: numbers of states in the bank, oldest first, -1 for an empty slot. One row stands for
+        all, and a NumPy array is static: slots that are empty in it cost nothing.
+      distances: segments back to each state's end, 1 for the last segment.
+      keys: makes the pooled keys, of ``"mean"`` or ``"sum"`` pooling.
+      same_document: whether a token and a state are of one document; None for yes.
+      counts: segments that a state stands for, 0 for an empty slot; None for one each.
+    """
+
+    states: np.ndarray | Int[Array, "b n r"]
+    distances: np.ndarray | Int[Array, "b n r"]
+    keys: Callable[[str], Keys]
+    same_document: Bool[Array, "b n c r"] | None = None
+    counts: Int[Array, "b n r"] | None = None
+
+
+class OfBlocks(NamedTuple):
+    """A selection in which all tokens of a block read the same states.
+
+    Attributes:
+      states: as of ``Candidates``.
+      gates: of the cached states.
+      live: of the live memory.
+      unread: whether a gate of zero says that the token does not read the state, whatever it holds.
+    """
+
+    states: np.ndarray | Int[Array, "b n r"]
+    gates: Float[Array, "b h n c r"]
+    live: Float[Array, "b h n c"]
+    unread: bool = False
+
+
+class OfTokens(NamedTuple):
+    """A selection in which each token has its own states.
+
+    Attributes:
+      states: numbers of states in the bank, -1 for none.
+      gates: of the cached states.
+      live: of the live memory.
+    """
+
+    states: Int[Array, "b h n c s"]
+    gates: Float[Array, "b h n c s"]
+    live: Float[Array, "b h n c"]
+
+
+Selection: TypeAlias = OfBlocks | OfTokens
+
+LivePart: TypeAlias = Literal["reads", "later_layers", "layers"]
+"""A part of the live memory: what each token reads with its query; the first layer's output for the
+query and all later layers, to apply to anything; or all layers."""

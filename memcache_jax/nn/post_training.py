@@ -57,10 +57,10 @@ def with_memory_caching(
         raise ValueError(f"{type(model).__name__} has no MemoryCaching layer")
     for layer in layers:
         check_configuration(layer.memory, aggregation, segmentation)
-        gates = layer.aggregation.gate
-        if aggregation.needs_connector and aggregation.gate != gates:
+        trained = layer.aggregation
+        if aggregation.relevance.connector not in (None, trained.relevance.connector):
             raise ValueError(
-                f"the model was trained with gate={gates!r} and lacks the parameters for "
+                f"the model was trained with gate={trained.gate!r} and lacks the parameters for "
                 f'{aggregation}; gate="uniform" needs none'
             )
         layer.aggregation, layer.segmentation = aggregation, segmentation

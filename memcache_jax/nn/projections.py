@@ -59,9 +59,10 @@ class Projections(nnx.Module):
         # on; with unrelated maps recall stays on a plateau.
         self.key = linear(inner, kernel_init=_copy(self.query.kernel))
         self.key_conv = conv(_copy(self.query_conv.kernel))
-        if aggregation.gate == "position":
+        wanted = aggregation.relevance.connector
+        if wanted == "distances":
             self.connector = linear(num_heads * distances)
-        elif aggregation.gate == "content":
+        elif wanted == "key":
             if connector == "learned":
                 self.connector = linear(inner, kernel_init=_copy(self.query.kernel))
             init = partitioned(jax.nn.initializers.constant(10.0), "heads")
@@ -104,9 +105,10 @@ class Projections(nnx.Module):
         """The per-token arguments of ``mc.memory_caching``, from convolved projections."""
         query, key = l2_normalize(self._heads(query)), l2_normalize(self._heads(key))
         connector = None
-        if self.aggregation.gate == "position":
+        wanted = self.aggregation.relevance.connector
+        if wanted == "distances":
             connector = self._heads(self.connector(x))
-        elif self.aggregation.gate == "content":
+        elif wanted == "key":
             learned = hasattr(self, "connector")
             connector = l2_normalize(self._heads(self.connector(x))) if learned else query
             connector *= self.temperature[...].astype(x.dtype)[None, None, :, None]

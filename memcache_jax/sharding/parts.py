@@ -15,11 +15,21 @@ from jax import lax
 
 from memcache_jax._typing import Array, Float, Matrices, State
 from memcache_jax.engine.bank import bucket_states
+from memcache_jax.engine.documents import running_document_keys
 from memcache_jax.engine.read import ArrayBank, Bank, blind_where_gates_are_zero
 from memcache_jax.engine.run import Layout
-from memcache_jax.engine.types import Blocks, Kept, Rows, Writing
+from memcache_jax.engine.types import (
+    Blocks,
+    Candidates,
+    Kept,
+    Keys,
+    OfTokens,
+    Rows,
+    Selection,
+    Writing,
+)
 from memcache_jax.engine.write import write_blocks
-from memcache_jax.gating import Candidates, Keys, OfTokens, Selection, pooled_keys, running_keys
+from memcache_jax.gating import pooled_keys, running_keys
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import ReadPlan
 from memcache_jax.sharding.ring import read_blocks, read_tokens
@@ -90,7 +100,9 @@ class Part(Layout):
                 pooled = pooled_keys(key, each, pooling, document)
                 pooled = lax.all_gather(pooled, "seq", axis=0, tiled=True)
                 pooled = pooled_keys(pooled[:, None], plan, pooling)
-                return Keys(running_keys(key, own, pooling, document), pooled)
+                if document is None:
+                    return Keys(running_keys(key, own, pooling), pooled)
+                return Keys(running_document_keys(key, own, pooling, document), pooled)
 
             of_row = jax.vmap(of_head, in_axes=(0, None))
             return jax.vmap(of_row)(blocks.tokens.key, blocks.document)

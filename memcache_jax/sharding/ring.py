@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from memcache_jax._typing import Array, Float, Matrices
-from memcache_jax.gating import OfBlocks, OfTokens
+from memcache_jax.engine.types import OfBlocks, OfTokens
 from memcache_jax.kernels.bank_read import bank_read
 from memcache_jax.kernels.grouped_read import grouped_read
 

@@ -12,9 +12,19 @@ from jax import lax
 from memcache_jax._typing import Array, Bool, Float, Int, Matrices, State
 from memcache_jax.engine.read import ArrayBank, Bank
 from memcache_jax.engine.run import Layout, run
-from memcache_jax.engine.types import Blocks, Kept, Rows, Tokens, Writing
+from memcache_jax.engine.types import (
+    Blocks,
+    Candidates,
+    Kept,
+    Keys,
+    OfBlocks,
+    OfTokens,
+    Rows,
+    Selection,
+    Tokens,
+    Writing,
+)
 from memcache_jax.engine.write import write_chunk
-from memcache_jax.gating import Candidates, Keys, OfBlocks, OfTokens, Selection
 from memcache_jax.memories import Memory
 from memcache_jax.streaming import storage
 from memcache_jax.streaming.cache import Cache

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from memcache_jax._typing import Array, Bool, Float, Int
-from memcache_jax.gating import Selection, gates_by_state
+from memcache_jax.engine.types import Selection
+from memcache_jax.gating import gates_by_state
 from memcache_jax.streaming.schedule import Schedule
 
 Policy = Literal["error", "drop_oldest", "drop_least_read", "merge"]
