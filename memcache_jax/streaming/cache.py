@@ -17,8 +17,8 @@ from memcache_jax.caching import Start
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Segmentation
 from memcache_jax.streaming.config import CacheConfig, make_config
+from memcache_jax.streaming.eviction import Eviction
 from memcache_jax.streaming.protocol import MixerCache, take_rows, zero_rows
-from memcache_jax.streaming.slots import Policy
 from memcache_jax.streaming.storage import Placement
 
 
@@ -105,7 +105,7 @@ def init_cache(
     start: Start = "independent",
     max_segments: int | None = None,
     max_length: int | None = None,
-    policy: Policy = "error",
+    policy: str | Eviction = "error",
     dtype: DTypeLike = jnp.float32,
     cache_dtype: DTypeLike | None = None,
     placement: Placement = "device",

@@ -15,8 +15,9 @@ from memcache_jax.caching import Start, check_configuration
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Constant, Segmentation
 from memcache_jax.streaming import storage
+from memcache_jax.streaming.eviction import POLICIES, Eviction
 from memcache_jax.streaming.schedule import make_schedule
-from memcache_jax.streaming.slots import POLICIES, Planned, Policy, Recent, Slots
+from memcache_jax.streaming.slots import Planned, Recent, Slots
 from memcache_jax.streaming.storage import Placement
 
 
@@ -50,7 +51,7 @@ class CacheConfig:
     start: Start
     max_length: int | None
     max_segments: int | None
-    policy: Policy
+    policy: str | Eviction
     cache_dtype: str
     placement: Placement
 
@@ -62,11 +63,17 @@ class CacheConfig:
                 raise ValueError(f"the cache was made for {name}={made!r}, got {got!r}")
 
     @property
+    def eviction(self) -> Eviction | None:
+        """The policy itself where ``policy`` is its name."""
+        return POLICIES[self.policy] if isinstance(self.policy, str) else self.policy
+
+    @property
     def slots(self) -> Slots:
         """Which slot each state is kept in, and for how long."""
         if self.max_segments is not None:
-            by_age = self.policy.startswith("drop") and isinstance(self.aggregation, SSC)
-            return Recent(self.max_segments, self.segmentation.size, self.policy, by_age)
+            eviction = self.eviction
+            by_age = isinstance(self.aggregation, SSC) and eviction is not None and eviction.drops
+            return Recent(self.max_segments, self.segmentation.size, eviction, by_age)
         return Planned(make_schedule(self.segmentation, self.max_length))
 
     def states(self, initial: State, first: Any = 0) -> storage.Bank:
@@ -92,7 +99,7 @@ def make_config(
     *,
     max_length: int | None,
     max_segments: int | None,
-    policy: Policy,
+    policy: str | Eviction,
     cache_dtype: DTypeLike,
     placement: Placement,
     dtype: DTypeLike,
@@ -110,7 +117,8 @@ def make_config(
     cache_dtype = jnp.dtype(cache_dtype if bounds[-1] == policy else dtype).name
     _checks.check_choice("cache_dtype", cache_dtype, storage.CACHE_DTYPES)
     config = CacheConfig(memory, aggregation, segmentation, start, *bounds, cache_dtype, placement)
-    if placement == "host" and not (isinstance(aggregation, SSC) and config.policy != "merge"):
+    merges = config.eviction is not None and not config.eviction.drops
+    if placement == "host" and (merges or not isinstance(aggregation, SSC)):
         raise ValueError(
             "placement='host' is for SSC, which reads few states, and policies other than "
             f"'merge', got {aggregation} and policy={config.policy!r}"
@@ -124,13 +132,14 @@ def _bounds(
     segmentation: Segmentation,
     max_length: int | None,
     max_segments: int | None,
-    policy: Policy,
-) -> tuple[int | None, int | None, Policy]:
+    policy: str | Eviction,
+) -> tuple[int | None, int | None, str | Eviction]:
     """Returns max_length, max_segments and policy as a ``CacheConfig`` has them.
 
     Where merging changes no output, they are those of a single running mean.
     """
-    _checks.check_choice("policy", policy, POLICIES)
+    if not isinstance(policy, Eviction):
+        _checks.check_choice("policy", policy, tuple(POLICIES))
     same_size = isinstance(segmentation, Constant)
     if max_segments is not None and max_segments < (0 if policy == "error" else 1):
         raise ValueError(f"max_segments is too small for policy={policy!r}, got {max_segments}")

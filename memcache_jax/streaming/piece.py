@@ -28,7 +28,7 @@ from memcache_jax.engine.write import write_chunk
 from memcache_jax.memories import Memory
 from memcache_jax.streaming import storage
 from memcache_jax.streaming.cache import Cache
-from memcache_jax.streaming.slots import Merge
+from memcache_jax.streaming.eviction import Merge
 
 
 def take_piece(

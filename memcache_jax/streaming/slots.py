@@ -7,19 +7,16 @@ policy makes room.
 
 import abc
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memcache_jax._typing import Array, Bool, Float, Int
+from memcache_jax._typing import Array, Bool, Int
 from memcache_jax.engine.types import Selection
 from memcache_jax.gating import gates_by_state
+from memcache_jax.streaming.eviction import Kept, Merge, put
 from memcache_jax.streaming.schedule import Schedule
-
-Policy = Literal["error", "drop_oldest", "drop_least_read", "merge"]
-POLICIES = ("error", "drop_oldest", "drop_least_read", "merge")
 
 
 class Reads(NamedTuple):
@@ -34,24 +31,6 @@ class Reads(NamedTuple):
     slots: Array
     distances: Array
     segments: Array | None = None
-
-
-class Merge(NamedTuple):
-    """Two states that become one, weighted by the segments they stand for.
-
-    Attributes:
-      into: (b,) the slot of one, which gets the mean; the number of slots where nothing merges.
-      other: (b,) the slot of the other; the number of slots for the new state.
-      of_into: (b,) segments that the first one stands for.
-      segments: (b,) what both stand for.
-      newest: (b,) the last of these.
-    """
-
-    into: Array
-    other: Array
-    of_into: Array
-    segments: Array
-    newest: Array
 
 
 class Slots(abc.ABC):
@@ -144,20 +123,6 @@ class Planned(Slots):
         return jnp.asarray(table)[jnp.minimum(block, len(table) - 1)]
 
 
-class Kept(NamedTuple):
-    """What lies in the slots of ``Recent``, (b, slots) each.
-
-    Attributes:
-      segments: how many segments a state stands for, 0 for an empty slot.
-      newest: the last of them.
-      gates: the sum of the gates with which tokens of all heads have read it.
-    """
-
-    segments: Array
-    newest: Array
-    gates: Array
-
-
 @dataclasses.dataclass(frozen=True)
 class Recent(Slots):
     """Slots for segments of one size, each of which is a block.
@@ -165,14 +130,14 @@ class Recent(Slots):
     Attributes:
       num_slots: how many there are.
       size: tokens in a segment.
-      policy: what makes room where all are full.
+      eviction: what makes room where all are full; None where nothing does.
       by_age: whether reads are in the order of time, so that of equally relevant states SSC takes
         the older.
     """
 
     num_slots: int
     size: int
-    policy: Policy
+    eviction: Eviction | None
     by_age: bool = False
 
     @property
@@ -209,7 +174,7 @@ class Recent(Slots):
 
     def count_reads(self, record: Kept, selection: Selection, active: Bool[Array, "b"]) -> Kept:
         """Adds the gates up where the policy asks."""
-        if self.policy != "drop_least_read":
+        if self.eviction is None or not self.eviction.counts_reads:
             return record
         gates = gates_by_state(selection, self.num_slots).sum(axis=(1, 2, 3))
         gates = jnp.where(active[:, None], gates, 0)
@@ -222,65 +187,17 @@ class Recent(Slots):
     def store(
         self, record: Kept, block: Int[Array, "b"], ends: Bool[Array, "b"]
     ) -> tuple[Kept, Int[Array, "b 1"], Merge | None]:
-        """An empty slot, or that of a state that goes."""
-        segments, newest = record.segments, record.newest
-        empty = segments == 0
+        """An empty slot, or the one that the policy frees."""
+        empty = record.segments == 0
         full = ~empty.any(axis=1)
         place, merge = jnp.argmax(empty, axis=1), None
-        if self.policy == "merge":
-            merge = _choose_merge(segments, newest, block, full & ends)
-            segments = _put(segments, merge.into, merge.segments)
-            newest = _put(newest, merge.into, merge.newest)
-            # Its other slot is free now. Where that is the new state, it needs none.
-            place = jnp.where(full, merge.other, place)
-        elif self.policy != "error":
-            worth = newest.astype(jnp.float32)
-            if self.policy == "drop_least_read":
-                worth = record.gates / (block[:, None] - newest)
-            place = jnp.where(full, _least(worth, newest), place)
+        if self.eviction is not None:
+            record, room, merge = self.eviction.make_room(record, block, full & ends)
+            place = jnp.where(full, room, place)
         place = jnp.where(ends, place, self.num_slots)
         kept = Kept(
-            _put(segments, place, jnp.ones_like(block)),
-            _put(newest, place, block),
-            _put(record.gates, place, jnp.zeros(len(block), jnp.float32)),
+            put(record.segments, place, jnp.ones_like(block)),
+            put(record.newest, place, block),
+            put(record.gates, place, jnp.zeros(len(block), jnp.float32)),
         )
         return kept, place[:, None], merge
-
-
-def _put(old: Array, place: Int[Array, "b"], new: Array) -> Array:
-    """A value in each row, none where there is no such place."""
-    return jax.vmap(lambda old, place, new: old.at[place].set(new, mode="drop"))(old, place, new)
-
-
-def _least(worth: Float[Array, "b slots"], newest: Int[Array, "b slots"]) -> Int[Array, "b"]:
-    """The slot of least worth; of equal ones the oldest."""
-    least = worth == worth.min(axis=1, keepdims=True)
-    return jnp.argmin(jnp.where(least, newest, jnp.iinfo(jnp.int32).max), axis=1)
-
-
-def _choose_merge(
-    segments: Int[Array, "b slots"],
-    newest: Int[Array, "b slots"],
-    block: Int[Array, "b"],
-    rows: Bool[Array, "b"],
-) -> Merge:
-    """In these rows, the two neighbours in time, the new state among them, of fewest segments.
-
-    Of equal ones the oldest.
-    """
-    slots = segments.shape[1]
-    order = jnp.pad(jnp.argsort(newest, axis=1), ((0, 0), (0, 1)), constant_values=slots)
-
-    def in_order(values: Array, new: Array) -> Array:
-        return jnp.take_along_axis(jnp.concatenate([values, new[:, None]], axis=1), order, axis=1)
-
-    count, age = in_order(segments, jnp.ones_like(block)), in_order(newest, block)
-    first = jnp.argmin(count[:, :-1] + count[:, 1:], axis=1)[:, None]
-
-    def pair(values: Array) -> tuple[Array, Array]:
-        one, other = (jnp.take_along_axis(values, first + i, axis=1)[:, 0] for i in (0, 1))
-        return one, other
-
-    into, other = pair(order)
-    of_into, of_other = pair(count)
-    return Merge(jnp.where(rows, into, slots), other, of_into, of_into + of_other, pair(age)[1])
