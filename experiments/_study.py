@@ -19,7 +19,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from memcache_jax.training.config import to_json
-from memcache_jax.training.report import lock_workdir, replace_file
+from memcache_jax.training.workdir import lock_workdir, replace_file
 
 Case = dict[str, Any]
 Row = dict[str, Any]

@@ -5,7 +5,7 @@ from typing import Any
 
 import datasets
 
-from memcache_jax.training.checkpoint import load_tokenizer
+from memcache_jax.training.export import load_tokenizer
 from memcache_jax.training.tokenizers import Tokenizer
 
 ANSWER_LENGTH = 50  # tokens of the context's length that are left for question and answer

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_dict
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _STEERING = (
 )
 
 # Keys that the runs of earlier versions lack, and what they did.
-_ADDED = {"data.streams": 1}
+_ADDED = {"data.streams": 1, "optimizer.name": "adamw"}
 
 
 def default_config() -> Config:
@@ -100,11 +101,13 @@ def default_config() -> Config:
     config.data.eos_token = config_dict.placeholder(str)  # ends a document; found by default
 
     config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"  # or another of optax: "lion", "adafactor", "sgd", ...
+    config.optimizer.arguments = ConfigDict()  # its own further arguments
     config.optimizer.learning_rate = 1e-3  # at the end of the warm-up
     config.optimizer.warmup_steps = 50
     config.optimizer.final_fraction = 0.1  # of the peak rate, reached at the last step
-    config.optimizer.weight_decay = 0.1  # of matrices and embeddings only
-    config.optimizer.b1 = 0.9
+    config.optimizer.weight_decay = 0.1  # of matrices and embeddings, if the optimizer has it
+    config.optimizer.b1 = 0.9  # if the optimizer has it, and so the next
     config.optimizer.b2 = 0.95
     config.optimizer.clip_norm = 1.0  # of the whole gradient
     config.optimizer.z_loss = 0.0  # weight of the mean squared log-partition; 1e-4 is usual
@@ -172,7 +175,7 @@ def config_differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> l
       stored: a configuration as ``to_json`` returns it.
       given: another.
     """
-    flat_stored, flat_given = _ADDED | _flatten(stored), _ADDED | _flatten(given)
+    flat_stored, flat_given = (_ADDED | flatten_dict(tree, sep=".") for tree in (stored, given))
 
     def show(flat: dict[str, Any], key: str) -> str:
         return repr(flat[key]) if key in flat else "nothing"
@@ -182,11 +185,3 @@ def config_differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> l
         for key in sorted(flat_stored.keys() | flat_given.keys())
         if not key.startswith(_STEERING) and show(flat_stored, key) != show(flat_given, key)
     ]
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        is_tree = isinstance(value, Mapping)
-        flat |= _flatten(value, f"{prefix}{key}.") if is_tree else {f"{prefix}{key}": value}
-    return flat
