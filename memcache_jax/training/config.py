@@ -1,4 +1,4 @@
-"""A run's configuration: its keys and defaults, its checks, how two of them differ."""
+"""The configuration of a run: defaults, checks, and the differences between two of them."""
 
 import json
 from collections.abc import Mapping
@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 else:
     Config = ConfigDict
 
-# Keys that steer a run without changing what a given step computes; `steps` changes the schedule.
-_STEERING = (
+# Keys that may change when a run resumes: no step's result depends on them, except through the
+# schedule, whose length is `steps`.
+_MAY_CHANGE = (
     "steps",
     "resume",
     "log_every",
@@ -29,15 +30,15 @@ _STEERING = (
     "accumulate",
 )
 
-# Keys that the runs of earlier versions lack, and what they did.
+# Keys that runs of earlier versions lack, with the values they used.
 _ADDED = {"data.streams": 1, "optimizer.name": "adamw"}
 
 
 def default_config() -> Config:
-    """Returns a complete configuration, which files under ``configs/`` change.
+    """Returns a complete configuration, the starting point of the files in ``configs/``.
 
-    Every key can be set on the command line, as in ``--config.optimizer.learning_rate=1e-3``;
-    ``memory``, ``aggregation`` and ``segmentation`` also as a whole, as in
+    Every key can be set on the command line, as in ``--config.optimizer.learning_rate=1e-3``.
+    ``memory``, ``aggregation`` and ``segmentation`` can be replaced as a whole, as in
     ``--config.model.memory="{'name': 'LinearAttention'}"``.
 
     Example:
@@ -47,25 +48,25 @@ def default_config() -> Config:
     """
     config: Config = ConfigDict()
     config.seed = 0  # of the initial parameters, the order of the data and the sample
-    config.steps = 1000  # updates in all; the learning rate's schedule ends there
+    config.steps = 1000  # updates; also the length of the learning rate schedule
     config.batch_size = 8  # rows per update
     config.sequence_length = 512  # tokens predicted per row
-    config.accumulate = 1  # parts of a batch whose gradients are computed one after the other
-    config.mesh = ConfigDict()  # devices along each axis, one may be -1: all that are left
+    config.accumulate = 1  # gradient accumulation: parts of a batch, computed in sequence
+    config.mesh = ConfigDict()  # devices along each axis; one may be -1, for the rest
     config.mesh.data = 1  # copies of the model
-    config.mesh.fsdp = 1  # shards of parameters and optimizer, gathered for use
-    config.mesh.seq = 1  # parts of a sequence; parameters are divided over them too
+    config.mesh.fsdp = 1  # shards of parameters and optimizer state, gathered for use
+    config.mesh.seq = 1  # parts of a sequence; also divides the parameters
     config.mesh.tensor = 1  # shards of heads and hidden widths
-    config.mesh.slices = 1  # TPU slices that a slower network joins
-    config.resume = False  # go on from the newest checkpoint in the workdir, if there is one
+    config.mesh.slices = 1  # TPU slices connected by a slower network
+    config.resume = False  # from the newest checkpoint in the workdir, if there is one
     config.log_every = 10  # steps between lines of metrics
-    config.eval_every = 250  # steps between measurements on held-out text
+    config.eval_every = 250  # steps between evaluations on held-out text
     config.checkpoint_every = 250  # steps between checkpoints
-    config.keep_checkpoints = 2  # the newest so many are kept
+    config.keep_checkpoints = 2  # how many of the newest to keep
     config.tensorboard = False  # also write metrics for TensorBoard (extra `tensorboard`)
 
     config.model = ConfigDict()
-    config.model.vocab_size = 257  # at least the tokenizer's; bytes have 257
+    config.model.vocab_size = 257  # at least the tokenizer's; 257 for bytes
     config.model.num_layers = 4  # a multiple of the number of mixers
     config.model.features = 256
     config.model.num_heads = 4
@@ -73,47 +74,47 @@ def default_config() -> Config:
     config.model.mlp_features = config_dict.placeholder(int)  # 8/3 features by default; 0: no MLP
     config.model.tie_embeddings = False
     config.model.remat = False  # recompute activations in the backward pass, to save memory
-    config.model.offload_states = False  # with remat: what memories write waits on the host
-    config.model.dtype = "float32"  # of the arithmetic, or "bfloat16"; parameters are float32
+    config.model.offload_states = False  # with remat: keep memories' states on the host
+    config.model.dtype = "float32"  # of activations, or "bfloat16"; parameters are float32
     config.model.mixers = ("memory_caching",)  # of consecutive blocks, repeated; see models.py
     config.model.memory = ConfigDict(
         {"name": "Titans", "chunk_size": 32, "expansion": 2, "depth": 2}
     )  # a class of mc.memories and its arguments
     config.model.aggregation = ConfigDict({"name": "GRM"})  # mc.GRM and the others
     config.model.segmentation = ConfigDict({"name": "Constant", "size": 128})  # mc.Constant, ...
-    config.model.start = "independent"  # what a segment's memory begins with, or "checkpoint"
-    config.model.connector = "learned"  # what gates by content compare with keys, or "query"
-    config.model.distances = 64  # that gates by position tell apart
+    config.model.start = "independent"  # initial state of a segment, or "checkpoint"
+    config.model.connector = "learned"  # compared with keys by content gates, or "query"
+    config.model.distances = 64  # number of distances that position gates distinguish
     config.model.implementation = config_dict.placeholder(str)  # "pallas_tpu", "pallas_gpu", "xla"
     config.model.exchange = "gather"  # of states between parts of a sequence, or "ring"
-    config.model.window = 256  # tokens that sliding-window attention sees
-    config.model.rope_base = 10_000.0  # of attention's rotary positions
+    config.model.window = 256  # tokens seen by sliding-window attention
+    config.model.rope_base = 10_000.0  # of attention's rotary embeddings
 
     config.data = ConfigDict()
     config.data.files = ()  # folders, files or globs: text, .jsonl, .parquet (extra `data`)
-    config.data.exclude = ()  # fnmatch patterns against full paths
-    config.data.heldout_files = ()  # held out, named like files; else a fraction by file
+    config.data.exclude = ()  # fnmatch patterns of full paths to skip
+    config.data.heldout_files = ()  # as files; if empty, a fraction of the files
     config.data.heldout_fraction = 0.05
-    config.data.heldout_tokens = 65_536  # the most that are measured
+    config.data.heldout_tokens = 65_536  # at most, per evaluation
     config.data.text_field = "text"  # of .jsonl and .parquet files
     config.data.tokenizer = "bytes"  # or the path of a Hugging Face `tokenizers` JSON file
-    config.data.streams = 1  # that give rows to each batch; a process reads those of its devices
-    config.data.eos_token = config_dict.placeholder(str)  # ends a document; found by default
+    config.data.streams = 1  # feeding each batch; a process reads those of its devices
+    config.data.eos_token = config_dict.placeholder(str)  # ends a document; detected by default
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # or another of optax: "lion", "adafactor", "sgd", ...
     config.optimizer.arguments = ConfigDict()  # its own further arguments
     config.optimizer.learning_rate = 1e-3  # at the end of the warm-up
     config.optimizer.warmup_steps = 50
-    config.optimizer.final_fraction = 0.1  # of the peak rate, reached at the last step
+    config.optimizer.final_fraction = 0.1  # of the peak rate, at the last step
     config.optimizer.weight_decay = 0.1  # of matrices and embeddings, if the optimizer has it
     config.optimizer.b1 = 0.9  # if the optimizer has it, and so the next
     config.optimizer.b2 = 0.95
-    config.optimizer.clip_norm = 1.0  # of the whole gradient
+    config.optimizer.clip_norm = 1.0  # of the gradient's global norm
     config.optimizer.z_loss = 0.0  # weight of the mean squared log-partition; 1e-4 is usual
 
-    config.sample = ConfigDict()  # the text written at the end
-    config.sample.prompt = ""  # the end token where empty
+    config.sample = ConfigDict()  # text generated at the end of the run
+    config.sample.prompt = ""  # if empty, the end-of-document token
     config.sample.max_new_tokens = 256  # 0 for no sample
     config.sample.temperature = 0.8
     config.sample.top_p = 0.95
@@ -121,10 +122,10 @@ def default_config() -> Config:
 
 
 def check_config(config: Config) -> None:
-    """Checks the numbers that nothing else checks.
+    """Checks the values that no later code checks.
 
     Raises:
-      ValueError: for a number that is out of range.
+      ValueError: if a value is out of range.
     """
     positive = ("steps", "batch_size", "sequence_length", "log_every", "eval_every")
     for name in (*positive, "checkpoint_every", "keep_checkpoints", "accumulate"):
@@ -162,18 +163,18 @@ def check_config(config: Config) -> None:
 
 
 def to_json(config: Config) -> dict[str, Any]:
-    """Returns the configuration as JSON holds it, which ``ConfigDict`` takes back."""
+    """Returns the configuration as plain JSON types, from which ``ConfigDict`` restores it."""
     return json.loads(config.to_json())
 
 
 def config_differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     """Returns a line for each key whose value differs, as ``key: stored, now given``.
 
-    Keys that only steer a run, such as ``log_every``, may differ, and ``steps``.
+    Ignores keys that may change when a run resumes, such as ``log_every`` and ``steps``.
 
     Args:
       stored: a configuration as ``to_json`` returns it.
-      given: another.
+      given: the other configuration.
     """
     flat_stored, flat_given = (_ADDED | flatten_dict(tree, sep=".") for tree in (stored, given))
 
@@ -183,5 +184,5 @@ def config_differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> l
     return [
         f"{key}: {show(flat_stored, key)}, now {show(flat_given, key)}"
         for key in sorted(flat_stored.keys() | flat_given.keys())
-        if not key.startswith(_STEERING) and show(flat_stored, key) != show(flat_given, key)
+        if not key.startswith(_MAY_CHANGE) and show(flat_stored, key) != show(flat_given, key)
     ]

@@ -29,11 +29,11 @@ def make_schedule(options: Config, steps: int) -> Callable[[Any], Any]:
             f"optimizer.warmup_steps must be in [0, steps), got {warmup} for steps={steps}"
         )
     length = max(steps - 1 - warmup, 1)
-    # Over fractions of its length: counts would round differently from runs of earlier versions.
+    # In fractions of its length: with counts it rounds differently from earlier versions.
     cosine = optax.cosine_decay_schedule(peak, decay_steps=1, alpha=options["final_fraction"])
 
     def rise(count: Any) -> Array:
-        # Part of the peak from the first step on: at a rate of zero it would be wasted.
+        # Starts above zero, which would waste the first step.
         return peak * jnp.minimum((count + 1) / (warmup + 1), 1.0)
 
     return optax.join_schedules([rise, lambda count: cosine(count / length)], [warmup])

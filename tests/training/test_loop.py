@@ -281,7 +281,7 @@ def test_text_that_is_not_utf8_is_counted(config, corpus_folder, tmp_path, word_
     config.data.tokenizer, config.model.vocab_size = str(word_tokenizer), 5
     train(config, tmp_path / "run")
     assert (
-        "documents that this process has read were not UTF-8; their invalid bytes were replaced"
+        "documents read by this process were not UTF-8; their invalid bytes were replaced"
         in caplog.text
     )
     assert (tmp_path / "run" / "tokenizer.json").read_bytes() == word_tokenizer.read_bytes()
