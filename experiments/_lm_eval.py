@@ -182,11 +182,12 @@ class TrainedLM(TemplateLM):
         if unknown := sorted(set(normal) - _SAMPLING):
             raise ValueError(
                 f"generation takes {', '.join(sorted(_SAMPLING))}, until and max_gen_toks; "
-                f"the task also sets {', '.join(unknown)}"
+                f"the task also has {', '.join(unknown)}"
             )
         if not 0 < count < self.max_length:
             raise ValueError(
-                f"max_gen_toks must be in [1, max_length={self.max_length}), got {count}"
+                f"max_gen_toks must be positive and must be below max_length={self.max_length}, "
+                f"got {count}"
             )
         prompts = [self._cut(prompt, self.max_length - count) for prompt in prompts]
         # Prompt and continuation together fill a buffer of generate.

@@ -34,11 +34,11 @@ def inspect(model: LanguageModel, tokenizer: Tokenizer, tokens: np.ndarray) -> d
     mixers = [config.mixers[i % len(config.mixers)] for i in range(config.num_layers)]
     caching = [mixer for mixer in mixers if isinstance(mixer, MemoryCachingMixer)]
     if not caching:
-        raise ValueError(f"the model must have memory caching, got the mixers {mixers}")
+        raise ValueError(f"the model has no memory caching: its mixers are {mixers}")
     if all(isinstance(mixer.aggregation, Residual) for mixer in caching):
-        raise ValueError("the model has no gates: Residual reads all states with equal weight")
+        raise ValueError("the model has no gates: Residual reads all states alike")
     if not len(tokens):
-        raise ValueError("the text must not be empty")
+        raise ValueError("the text has no tokens")
     graph, state = nnx.split(model)
 
     def gates_of(state: nnx.State, tokens: Array) -> list[Array | None]:

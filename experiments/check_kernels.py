@@ -238,7 +238,7 @@ def main(argv: list[str]) -> None:
             break
     if not with_gpu:
         what = " or ".join(sorted({row["came"] for row in rows if "came" in row})) or "not compiled"
-        print(f"\nNo GPU found: the kernels were {what}, and none ran.")
+        print(f"\nThere is no GPU here: kernels were {what} for one, and nothing ran.")
     if not all(row.get("good", True) for row in rows):
         sys.exit(1)
 

@@ -175,9 +175,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
         for entry in entries:
             _ = entry["task"], entry["settings"], entry["results"]
     except (json.JSONDecodeError, KeyError, TypeError) as e:
-        raise ValueError(
-            f"{path} does not hold results of this program: give another --output"
-        ) from e
+        raise ValueError(f"{path} holds no results of this program: give another --output") from e
     return entries
 
 

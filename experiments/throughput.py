@@ -50,7 +50,7 @@ def groups(config: Any) -> list[list[Case]]:
     least = (config.rounds + 1) * config.decode_tokens
     if bad := [history for history in config.histories if history < least]:
         raise ValueError(
-            f"histories must be at least {least}, the number of timed tokens, got {bad[0]}"
+            f"histories must have room for the {least} tokens that are timed, got {bad[0]}"
         )
     device = jax.devices()[0]
     cudnn = device.platform == "gpu" and config.dtype == "bfloat16"

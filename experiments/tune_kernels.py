@@ -132,7 +132,7 @@ def main(argv: list[str]) -> None:
     device = jax.devices()[0]
     implementation = IMPLEMENTATIONS.get(device.platform)
     if implementation is None:
-        print("No GPU or TPU found: nothing was timed or written.")
+        print("There is no GPU or TPU here: nothing was timed or written.")
         sys.exit(1)
     print(f"{device.device_kind}, jax {jax.__version__}\n")
     end = time.monotonic() + 60 * FLAGS.minutes
