@@ -1,7 +1,7 @@
 """The configuration of a run: defaults, checks, and the differences between two of them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from flax.traverse_util import flatten_dict
@@ -29,6 +29,26 @@ _MAY_CHANGE = (
     "mesh.",
     "accumulate",
 )
+
+_LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
+    "be at least 1": (
+        lambda x: x >= 1,
+        (
+            *("steps", "batch_size", "sequence_length", "log_every", "eval_every"),
+            *("checkpoint_every", "keep_checkpoints", "accumulate", "data.streams"),
+        ),
+    ),
+    "be above 0": (lambda x: x > 0, ("optimizer.learning_rate", "optimizer.clip_norm")),
+    "not be negative": (
+        lambda x: x >= 0,
+        (
+            *("optimizer.weight_decay", "optimizer.z_loss", "optimizer.final_fraction"),
+            *("sample.temperature", "sample.max_new_tokens"),
+        ),
+    ),
+    "be in [0, 1)": (lambda x: 0 <= x < 1, ("optimizer.b1", "optimizer.b2")),
+    "be in (0, 1]": (lambda x: 0 < x <= 1, ("sample.top_p",)),
+}
 
 # Keys that runs of earlier versions lack, with the values they used.
 _ADDED = {"data.streams": 1, "optimizer.name": "adamw"}
@@ -127,39 +147,17 @@ def check_config(config: Config) -> None:
     Raises:
       ValueError: if a value is out of range.
     """
-    positive = ("steps", "batch_size", "sequence_length", "log_every", "eval_every")
-    for name in (*positive, "checkpoint_every", "keep_checkpoints", "accumulate"):
-        if config[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {config[name]}")
-    if config.batch_size % config.accumulate:
-        raise ValueError(
-            f"batch_size must be a multiple of accumulate, got {config.batch_size} and "
-            f"{config.accumulate}"
-        )
-    streams = config.data.streams
-    if streams < 1 or config.batch_size % streams:
-        raise ValueError(
-            f"batch_size must be a multiple of data.streams, got {config.batch_size} and {streams}"
-        )
-    for name in ("learning_rate", "clip_norm"):
-        if not config.optimizer[name] > 0:
-            raise ValueError(f"optimizer.{name} must be above 0, got {config.optimizer[name]}")
-    for name in ("weight_decay", "z_loss", "final_fraction"):
-        if not config.optimizer[name] >= 0:
-            raise ValueError(f"optimizer.{name} must not be negative, got {config.optimizer[name]}")
-    for name in ("b1", "b2"):
-        if not 0 <= config.optimizer[name] < 1:
-            raise ValueError(f"optimizer.{name} must be in [0, 1), got {config.optimizer[name]}")
-    if not config.sample.temperature >= 0:
-        raise ValueError(
-            f"sample.temperature must not be negative, got {config.sample.temperature}"
-        )
-    if not 0 < config.sample.top_p <= 1:
-        raise ValueError(f"sample.top_p must be in (0, 1], got {config.sample.top_p}")
-    if config.sample.max_new_tokens < 0:
-        raise ValueError(
-            f"sample.max_new_tokens must not be negative, got {config.sample.max_new_tokens}"
-        )
+    values = flatten_dict(to_json(config), sep=".")
+    for wanted, (good, names) in _LIMITS.items():
+        for name in names:
+            if not good(values[name]):
+                raise ValueError(f"{name} must {wanted}, got {values[name]}")
+    for name in ("accumulate", "data.streams"):
+        if config.batch_size % values[name]:
+            raise ValueError(
+                f"batch_size must be a multiple of {name}, got {config.batch_size} and "
+                f"{values[name]}"
+            )
 
 
 def to_json(config: Config) -> dict[str, Any]:

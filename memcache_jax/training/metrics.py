@@ -101,6 +101,7 @@ class Progress:
             total=steps,
             disable=not show,
             file=sys.stdout if self._terminal else io.StringIO(),  # tqdm only rewrites lines
+            nrows=20,  # pseudo-terminals can report 0, where tqdm shows nothing
             smoothing=0,  # time left by the mean of the whole run, so that evaluations count
             bar_format="step {n}/{total}{desc}  {remaining} left",
         )

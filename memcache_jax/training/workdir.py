@@ -40,12 +40,8 @@ def lock_workdir(workdir: Path, who: str = "run") -> TextIO:
 
     The lock ends when the returned file is closed, or when the process ends.
 
-    Args:
-      workdir: the folder.
-      who: what the error message calls the other process.
-
     Raises:
-      ValueError: if another process holds the lock.
+      ValueError: if another process holds the lock; ``who`` is its name in the message.
     """
     file = (workdir / ".lock").open("w")
     try:
@@ -99,16 +95,9 @@ def check_workdir(workdir: Path, *, resume: bool) -> list[int]:
 def check_same_run(
     workdir: Path, notes: dict[str, Any], config: Config, identity: dict[str, Any]
 ) -> None:
-    """Checks that a run can resume from the checkpoint with these notes.
+    """Raises ValueError if the configuration or the data (``Corpus.identity``) has changed.
 
-    Args:
-      workdir: the run's folder.
-      notes: the configuration and the data of the run that wrote the checkpoint.
-      config: the present configuration.
-      identity: the present data, as in ``Corpus``.
-
-    Raises:
-      ValueError: if the configuration or the data has changed.
+    ``notes`` are those of the checkpoint from which the run resumes.
     """
     if different := config_differences(notes["config"], to_json(config)):
         raise ValueError(
