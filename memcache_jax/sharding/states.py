@@ -1,13 +1,15 @@
 """Where the parameters, the optimizer's state and the batches of a training run live."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from memcache_jax.sharding.mesh import RULES, fit, spec
+
+if TYPE_CHECKING:
+    import optax
 
 
 def param_shardings(state: nnx.State, mesh: Mesh) -> Any:
@@ -33,7 +35,7 @@ def param_shardings(state: nnx.State, mesh: Mesh) -> Any:
 
 
 def state_shardings(
-    optimizer: optax.GradientTransformation, params: Any, shardings: Any, mesh: Mesh
+    optimizer: "optax.GradientTransformation", params: Any, shardings: Any, mesh: Mesh
 ) -> Any:
     """Returns the shardings of an optimizer's state: what follows a parameter lies where it does.
 
@@ -43,6 +45,8 @@ def state_shardings(
       shardings: those of the parameters.
       mesh: as from ``make_mesh``.
     """
+    import optax  # of the extra `train`
+
     return optax.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,

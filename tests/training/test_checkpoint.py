@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from orbax.checkpoint import v1 as ocp
 
 from memcache_jax.training import CheckpointError, load_model, train
-from memcache_jax.training.checkpoint import Checkpoints, export_params
+from memcache_jax.training.checkpoint import Checkpoints
+from memcache_jax.training.export import export_params
 from memcache_jax.training.files import Records, find_files
 from memcache_jax.training.step import TrainState
 from memcache_jax.training.streams import Streams
@@ -70,6 +72,18 @@ def test_state_data_and_notes_come_back(saved, batches):
     assert restored.notes == {"losses": [1.0]}
     assert_is(restored.state, 3)
     np.testing.assert_array_equal(next(data), upcoming)
+
+
+def test_the_flat_optimizer_of_earlier_versions_comes_back(tmp_path, batches):
+    checkpoints, data = Checkpoints(tmp_path), batches()
+    state: Any = state_of(3)
+    flat = state._replace(opt_state=(optax.EmptyState(), *state.opt_state))
+    checkpoints.save(3, flat, data, {"config": {"optimizer": {"clip_norm": 1.0}}})
+    checkpoints.wait()
+    target = state._replace(opt_state=(optax.EmptyState(), state.opt_state))
+    restored: Any = checkpoints.restore(jax.eval_shape(lambda: target), data)
+    checkpoints.close()
+    jax.tree.map(np.testing.assert_array_equal, restored.state, target)
 
 
 def test_nothing_to_restore(tmp_path, batches):

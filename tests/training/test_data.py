@@ -300,7 +300,7 @@ def test_one_record_repeats(tmp_path):
 
 def test_stream_errors_come_at_once(tmp_path):
     records = letters(tmp_path, [3, 4])
-    with pytest.raises(ValueError, match="3 streams need as many records at least, got 2"):
+    with pytest.raises(ValueError, match="3 streams need at least 3 records, got 2"):
         batches(records, num_streams=3)
     with pytest.raises(ValueError, match=r"stream_index must be in \[0, 2\), got 2"):
         batches(records, stream_index=2, num_streams=2)

@@ -14,6 +14,7 @@ from orbax.checkpoint import v1 as ocp
 from memcache_jax.training import StoppedError, loop, train
 from memcache_jax.training.checkpoint import Checkpoints
 from memcache_jax.training.metrics import read_metrics
+from memcache_jax.training.workdir import lock_workdir
 
 # Orbax reads shardings from a file where the reader gives none.
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
@@ -199,7 +200,7 @@ def test_what_a_finished_run_left_is_not_replaced(config, tmp_path, left):
 
 def test_a_workdir_that_another_run_writes_to(config, tmp_path):
     config.resume = True
-    with loop.lock_workdir(tmp_path), pytest.raises(ValueError, match="another run is writing to"):
+    with lock_workdir(tmp_path), pytest.raises(ValueError, match="another run is writing to"):
         train(config, tmp_path)
     train(config, tmp_path)
 
@@ -280,7 +281,7 @@ def test_text_that_is_not_utf8_is_counted(config, corpus_folder, tmp_path, word_
     config.data.tokenizer, config.model.vocab_size = str(word_tokenizer), 5
     train(config, tmp_path / "run")
     assert (
-        "documents that this process has read were not UTF-8; their invalid bytes were replaced"
+        "documents read by this process were not UTF-8; their invalid bytes were replaced"
         in caplog.text
     )
     assert (tmp_path / "run" / "tokenizer.json").read_bytes() == word_tokenizer.read_bytes()

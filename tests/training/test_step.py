@@ -85,8 +85,32 @@ def test_warmup_must_end_before_the_last_step():
         make_optimizer(options(warmup_steps=5), 5)
 
 
-def test_only_matrices_decay():
-    optimizer = make_optimizer(OPTIONS, 10)
+def test_optimizers_go_by_their_names():
+    lion = make_optimizer(options(name="lion", arguments=dict(mu_dtype="bfloat16")), 10)
+    state: Any = lion.init({"kernel": jnp.ones(3)})
+    assert state[1][0].mu["kernel"].dtype == jnp.bfloat16
+    sgd = make_optimizer(options(name="sgd", warmup_steps=0), 10)
+    params = {"kernel": jnp.ones(3)}
+    updates: Any = sgd.update({"kernel": jnp.full(3, 0.1)}, sgd.init(params), params)[0]
+    np.testing.assert_allclose(updates["kernel"], -0.01, rtol=1e-6)  # no decay
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "adamq"}, "must be an optimizer of optax, such as adamw or lion, got 'adamq'"),
+        ({"name": "EmptyState"}, "must be an optimizer of optax"),
+        ({"arguments": {"momentum": 0.9}}, r"must be of optax.adamw: .*; got \['momentum'\]"),
+    ],
+)
+def test_unknown_optimizers_and_arguments_are_told(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_optimizer(options(**changes), 10)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+def test_only_matrices_decay(name):
+    optimizer = make_optimizer(options(name=name), 10)
     _, target = abstract_state(titans(), optimizer)
     params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), target.params)
     zero = jax.tree.map(np.zeros_like, params)
