@@ -75,6 +75,18 @@ class LastTwo(mc.GRM):
 
 
 @dataclasses.dataclass(frozen=True)
+class Recency(mc.GRM):
+    """Uniform gates that fade with distance: no mean of states stands for the states."""
+
+    gate = "uniform"
+
+    def select(self, connector, candidates, *, implementation=None):
+        selection = super().select(connector, candidates)
+        fade = 0.5 ** jnp.asarray(candidates.distances)[:, None, :, None]
+        return selection._replace(gates=selection.gates * fade)
+
+
+@dataclasses.dataclass(frozen=True)
 class Apart(mc.GRM):
     """Reads of its own: cached states by the query, the live memory by the query's negative."""
 
@@ -110,6 +122,7 @@ PARTS: dict[str, tuple[Any, Any]] = {
     "memory from a finished one": (Sharpened(), mc.SSC(top_k=2)),
     "gates": (MEMORIES["gated_deltanet"], Halved()),
     "selection": (MEMORIES["linear"], LastTwo()),
+    "selection by distance": (MEMORIES["linear"], Recency(gate="uniform")),
     "reads": (MEMORIES["titans"], Apart()),
     "gate": (MEMORIES["titans"], mc.GRM(gate=Fading())),
     "gate of a soup": (MEMORIES["titans"], mc.Soup(gate=Fading())),
@@ -135,7 +148,7 @@ def test_one_effect_on_every_path(memory, aggregation):
         other = mc.memory_caching(**jax.tree.map(jnp.asarray, inputs), **plain)
         assert abs(one_pass - other).max() > 1e-3
 
-    if not isinstance(aggregation, LastTwo):  # its equation is GRM's over fewer states
+    if not isinstance(aggregation, (LastTwo, Recency)):  # whose equation is not `gates` alone
         assert_close(one_pass, outputs(mc.memory_caching, implementation="reference"), 1e-12)
     with jax.set_mesh(make_mesh(dict(seq=4, tensor=2))):
         over_mesh = outputs(memory_caching_over_mesh)
