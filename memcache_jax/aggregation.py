@@ -56,7 +56,7 @@ class Aggregation(abc.ABC):
 
     @property
     def sums_all(self) -> bool:
-        """Whether it is a gated sum over all states in any order, as this file's classes but SSC."""
+        """Whether it is a gated sum over all states, as those of this file are but SSC."""
         return type(self) in (Residual, GRM, Soup)
 
     def merges_exactly(self, memory: Memory) -> bool:

@@ -209,7 +209,7 @@ def scores(
 
 
 def _products(
-    connector: Float[Array, "b h n c u"], keys: Keys, states: np.ndarray | Int[Array, "b n r"]
+    connector: Float[Array, "b h n c u"], keys: Keys, states: np.ndarray | Int[Array, "_ n r"]
 ) -> Float[Array, "b h n c r"]:
     """The products of connectors and pooled keys by slot, NaN where a key is not finite."""
     # 0 * NaN is NaN: in a gradient, the keys of states that are not read.

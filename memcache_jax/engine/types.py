@@ -109,8 +109,8 @@ class Candidates(NamedTuple):
       counts: segments that a state stands for, 0 for an empty slot; None for one each.
     """
 
-    states: np.ndarray | Int[Array, "b n r"]
-    distances: np.ndarray | Int[Array, "b n r"]
+    states: np.ndarray | Int[Array, "_ n r"]
+    distances: np.ndarray | Int[Array, "_ n r"]
     keys: Callable[[str], Keys]
     same_document: Bool[Array, "b n c r"] | None = None
     counts: Int[Array, "b n r"] | None = None
@@ -126,7 +126,7 @@ class OfBlocks(NamedTuple):
       unread: whether a gate of zero says that the token does not read the state, whatever it holds.
     """
 
-    states: np.ndarray | Int[Array, "b n r"]
+    states: np.ndarray | Int[Array, "_ n r"]
     gates: Float[Array, "b h n c r"]
     live: Float[Array, "b h n c"]
     unread: bool = False
