@@ -267,3 +267,15 @@ def assert_slopes(loss, inputs, gradients, normal, tolerance):
         difference = (4 * near - far) / 3
         error = abs(np.vdot(gradient, direction) - difference)
         assert error <= tolerance * max(1, abs(difference)), (i, error)
+
+
+def one_head(memory, length, **options):
+    """Unbatched tokens and the initial state of one head."""
+    inputs = make_inputs(memory, length, batch=1, heads=1, **options)
+    tokens = inputs["key"], inputs["value"], inputs["controls"], inputs["query"]
+    # Constants of a head have one axis; all else is (b, t, h, ...).
+    tokens = jax.tree.map(lambda x: x[0, :, 0] if x.ndim > 1 else x.repeat(length), tokens)
+    weights = {name: weight[0] for name, weight in inputs["weights"].items()}
+    (key, value, controls, query), weights = jax.tree.map(jnp.asarray, (tokens, weights))
+    state = memory.init(weights, key.shape[-1], value.shape[-1], key.dtype)
+    return state, key, value, controls, query

@@ -105,34 +105,6 @@ def test_tpu_equals_reference(monkeypatch, name, kind, group):
     assert_close(got[1], wanted[1], 2e-6)
 
 
-def test_the_later_layers_of_soups_are_read_by_the_implementation(monkeypatch):
-    asked = []
-
-    def update(*args, implementation=None, **options):
-        asked.append(implementation)
-        return chunk_update(*args, implementation=implementation, **options)
-
-    monkeypatch.setattr(read, "chunk_update", update)
-    inputs = make_inputs(MEMORIES["titans"], 12, batch=1, heads=1, dtype=np.float32)
-    inputs = jax.tree.map(jnp.asarray, inputs)
-    tokens = [inputs[name] for name in ("query", "key", "value", "query")]
-    how = dict(memory=MEMORIES["titans"], aggregation=mc.Soup(), segmentation=mc.Constant(4))
-    how |= {name: inputs[name] for name in ("controls", "weights")}
-
-    def outputs(implementation):
-        def run(*tokens):
-            return mc.memory_caching(*tokens, **how, implementation=implementation)
-
-        return value_and_vjp(run, *tokens)
-
-    with interpret_kernels():
-        got = outputs("pallas_tpu")
-    assert asked == ["pallas_tpu"]
-    wanted = outputs("reference")
-    assert_close(got[0], wanted[0], 1e-6)
-    assert_close(got[1], wanted[1], 2e-6)
-
-
 @pytest.mark.usefixtures("x64")
 def test_float32_where_integers_have_64_bits():
     state, rows = jnp.ones((2, 4, 4), jnp.float32), jnp.ones((2, 6, 3, 4), jnp.float32)

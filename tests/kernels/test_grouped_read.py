@@ -10,12 +10,7 @@ from memcache_jax.kernels import _table, _tpu
 from memcache_jax.kernels._triton import lowered_for_gpu
 from memcache_jax.kernels.grouped_read import _blocks, grouped_read, tpu
 from tests.cases import SCHEDULES, assert_close, normals, scheduled, value_and_vjp
-from tests.kernels.interpreters import (
-    KERNELS,
-    all_parallel,
-    compare_to_reference,
-    finds_races,
-)
+from tests.kernels.interpreters import KERNELS, all_parallel, compare_to_reference, finds_races
 
 MEMORIES = {
     "matrix": (mc.memories.LinearAttention(), [(4, 4)]),

@@ -1,5 +1,7 @@
 """States too large for a Triton program are read piece by piece."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,3 +128,17 @@ def test_bfloat16_networks_have_gelu_in_float32():
         program = str(jax.make_jaxpr(piece.read)(piece.matrices, piece.query))
         (line,) = (line for line in program.splitlines() if " tanh " in line)
         assert "f32[" in line
+
+
+@pytest.mark.parametrize("memory", [mc.memories.LinearAttention(), mc.memories.Titans()])
+def test_gradients_of_gates_are_summed_in_float32(memory):
+    shapes = {1: [(4, 4)], 2: [(4, 16), (16, 4)]}[memory.depth]
+    matrices = tuple(jnp.ones(shape, jnp.bfloat16) for shape in shapes)
+    query, gate = jnp.ones((3, 4), jnp.bfloat16), jnp.ones(3, jnp.bfloat16)
+
+    def gradient(gate, cotangent):
+        return jax.vjp(lambda gate: memory.read(matrices, query, gate), gate)[1](cotangent)[0]
+
+    sums = re.findall(r"(\w+)\[[0-9,]*\] = reduce_sum", str(jax.make_jaxpr(gradient)(gate, query)))
+    assert sums
+    assert {*sums} == {"f32"}

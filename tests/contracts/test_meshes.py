@@ -2,12 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
-import json
-import os
-import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -120,57 +114,3 @@ def test_states_in_a_ring_in_float64(name):
 def test_parts_of_a_batch_give_the_same_gradient():
     got = on_mesh("transformer", jnp.float32, (4, 1, 1, 2), accumulate=2)
     assert_same(got, on_one_device("transformer", jnp.float32), 1e-5)
-
-
-@pytest.mark.parametrize("exchange", ["gather", "ring"])
-def test_no_token_crosses_the_mesh_within_the_memory(exchange):
-    from memcache_jax.sharding.memory_caching import memory_caching_over_mesh
-
-    (b, t, h, k), size, parts = (2, 512, 2, 8), 64, 8
-
-    def loss(q, k, v, u):
-        y = memory_caching_over_mesh(
-            *(q, k, v, u),
-            memory=mc.memories.LinearAttention(),
-            aggregation=mc.GRM(),
-            segmentation=mc.Constant(size),
-            exchange=exchange,
-        )
-        return jnp.sum(y**2)
-
-    with jax.set_mesh(make_mesh(dict(seq=parts))):
-        sharding = jax.NamedSharding(jax.sharding.get_mesh(), jax.P(None, "seq"))
-        rows = jax.ShapeDtypeStruct((b, t, h, k), jnp.float32, sharding=sharding)
-        gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
-        text = gradient.lower(*[rows] * 4).compile().as_text() or ""
-    largest = {"all-gather": 0, "reduce-scatter": 0, "all-reduce": 0, "collective-permute": 0}
-    for dims, kind in re.findall(r"= f32\[([\d,]+)\]\S* ([a-z-]+)\(", text):
-        if kind in largest:
-            largest[kind] = max(largest[kind], int(np.prod([int(n) for n in dims.split(",")])))
-    pooled = b * h * t // size * k
-    states = pooled * k
-    assert states < b * t * h * k
-    if exchange == "gather":
-        assert largest["all-gather"] == states
-        assert largest["collective-permute"] == 0
-    else:
-        # What is gathered is the pooled keys alone.
-        assert largest["all-gather"] == pooled
-        assert largest["collective-permute"] == states // parts
-    assert max(largest["all-reduce"], largest["reduce-scatter"]) <= states
-
-
-@pytest.mark.slow
-@pytest.mark.tpu
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
-def test_a_tpu_reads_while_states_travel_and_keeps_them_on_the_host():
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "tests.sharding.compile_pod"]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert not done.returncode, done.stderr[-3000:]
-    found = json.loads(done.stdout)
-    # Of each of two layers, the states after four segments of four rows of one head.
-    assert found["host"] >= 2 * 4 * 4 * 64 * 64 * 4
-    assert found["hops_during_reads"]

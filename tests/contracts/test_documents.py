@@ -1,6 +1,5 @@
 """Documents packed into one sequence: each has the outputs that it has alone."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -8,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import memcache_jax as mc
 from tests.cases import (
@@ -180,63 +178,3 @@ def test_a_document_on_a_segment_border_in_bfloat16(name):
     assert y.dtype == jnp.bfloat16
     wanted = packed(alone, None, memory, mc.GRM())
     assert_close(y[:, BORDER:], wanted, 1e-2)
-
-
-CACHING = mc.nn.MemoryCachingMixer(MEMORIES["titans"], mc.GRM(), mc.Constant(SEGMENT))
-WINDOW = mc.nn.AttentionMixer(window=5)
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(
-    ("mixers", "options", "tolerance"),
-    [
-        ((mc.nn.AttentionMixer(),), {}, 1e-6),
-        ((CACHING, WINDOW), {"remat": True}, 1e-6),
-        ((CACHING, WINDOW), {"dtype": jnp.bfloat16}, 1e-2),
-    ],
-    ids=["attention", "hybrid with remat and gradients", "hybrid in bfloat16"],
-)
-def test_a_model_sees_one_document(mixers, options, tolerance):
-    sizes: dict[str, Any] = dict(vocab_size=19, num_layers=2, features=8, num_heads=2)
-    dtypes: dict[str, Any] = dict(dtype=jnp.float64, param_dtype=jnp.float64)
-    config = mc.nn.LanguageModelConfig(mixers=mixers, **sizes, **(dtypes | options))
-    graph, params = nnx.split(mc.nn.LanguageModel(config, rngs=nnx.Rngs(0)))
-
-    def last(params, tokens, ids):
-        """The last document's logits."""
-        return nnx.merge(graph, params)(tokens, ids)[:, BORDER - LENGTH :]
-
-    @jax.jit
-    def outputs(params, tokens, ids):
-        with scheduled("in_turn"):
-            if not config.remat:
-                return last(params, tokens, ids)
-            y, pull = jax.vjp(lambda params: last(params, tokens, ids), params)
-            return y, pull(jnp.cos(y))
-
-    tokens = np.random.default_rng(0).integers(0, 19, (1, LENGTH))
-    ids = IDS[:1].copy()
-    ids[:, BORDER:] = 0  # as the first document's
-    together = outputs(params, tokens, ids)
-    assert_close(together, outputs(params, tokens[:, BORDER:], None), tolerance)
-
-
-class Overlapping(mc.Constant):
-    """Buckets of the last three blocks, which no document's start can shift."""
-
-    def plan(self, length):
-        plan = super().plan(length)
-        buckets = np.maximum(plan.buckets - [[2, 0]], 0)
-        return dataclasses.replace(plan, buckets=buckets)
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_errors():
-    memory = MEMORIES["linear"]
-    inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 8))
-    with pytest.raises(ValueError, match=r"document_ids must be integers .*\(2, 8\), got .*7"):
-        packed(inputs, jnp.zeros((2, 7), int), memory, mc.GRM())
-    with pytest.raises(ValueError, match=r"document_ids must be integers .*float32"):
-        packed(inputs, jnp.zeros((2, 8)), memory, mc.GRM())
-    with pytest.raises(ValueError, match=r"begin at a multiple of 2\^p, got Overlapping"):
-        packed(inputs, jnp.zeros((2, 8), int), memory, mc.GRM(), Overlapping(2))

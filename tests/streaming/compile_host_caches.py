@@ -1,6 +1,6 @@
 """Compiles a stream's step for a TPU that need not exist, cached states on the host: JSON.
 
-Run by ``test_host_caches.py``, since the flags of other tests' CPU programs end this one.
+Run by ``test_storage.py``, since the flags of other tests' CPU programs end this one.
 """
 
 import dataclasses

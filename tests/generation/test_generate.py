@@ -1,6 +1,5 @@
 """Generation: greedy and sampled continuations, the stop token, and what is refused."""
 
-import functools
 from typing import Any
 
 import jax
@@ -10,44 +9,7 @@ import pytest
 from flax import nnx
 
 import memcache_jax as mc
-
-VOCAB = 23
-MIXERS = {
-    "linear attention": mc.nn.MemoryCachingMixer(
-        memory=mc.memories.LinearAttention(), segmentation=mc.Constant(16)
-    ),
-    "titans": mc.nn.MemoryCachingMixer(
-        memory=mc.memories.Titans(chunk_size=8), segmentation=mc.Constant(16)
-    ),
-    "attention": mc.nn.AttentionMixer(),
-}
-
-
-@functools.cache
-def language_model(mixer="linear attention"):
-    config = mc.nn.LanguageModelConfig(
-        vocab_size=VOCAB, num_layers=2, features=16, num_heads=2, mixers=(MIXERS[mixer],)
-    )
-    model = mc.nn.LanguageModel(config, rngs=nnx.Rngs(0))
-    # An untrained model's logits are nearly equal: make its choices clear.
-    model.head.kernel[...] = 20 * model.head.kernel[...]
-    return model
-
-
-def prompts(batch=3, length=5):
-    return jax.random.randint(jax.random.key(1), (batch, length), 0, VOCAB)
-
-
-@functools.cache
-def always(*probabilities):
-    """A model whose next token has the same distribution everywhere."""
-    logits = jnp.log(jnp.asarray(probabilities))
-    return lambda tokens: jnp.broadcast_to(logits, (*tokens.shape, logits.shape[0]))
-
-
-def count_up(tokens):
-    """A model that is sure of the token before, plus one, modulo 10."""
-    return 50.0 * jax.nn.one_hot((tokens + 1) % 10, 10)
+from tests.generation.models import VOCAB, count_up, language_model, prompts
 
 
 def test_greedy_is_the_argmax_of_the_prefix_again_and_again():
@@ -158,49 +120,6 @@ def test_bounded_memory():
         mc.generate(count_up, prompts(), 2, **options)
 
 
-def test_decoder():
-    model, tokens = language_model(), prompts(length=9)
-    wanted = np.asarray(mc.generate(model, tokens, 6, temperature=0))
-    decoder = mc.Decoder(model, 3, max_length=40, temperature=0)
-    with pytest.raises(ValueError, match="feed at least one token"):
-        decoder.next()
-    decoder.feed(tokens[:, :4])
-    decoder.feed(tokens[:, 4:])
-    np.testing.assert_array_equal(
-        np.stack([decoder.next() for _ in range(6)], axis=1), wanted[:, 9:]
-    )
-
-    # The conversation goes on, rows at a place of their own.
-    lengths = np.array([2, 9, 5])
-    decoder.feed(tokens, lengths=lengths)
-    after = np.stack([decoder.next() for _ in range(4)], axis=1)
-    told, lengths = np.concatenate([wanted, tokens], axis=1), wanted.shape[1] + lengths
-    again = np.asarray(mc.generate(model, told, 4, lengths=lengths, temperature=0))
-    for row, length in enumerate(lengths):
-        np.testing.assert_array_equal(again[row, length : length + 4], after[row])
-    kept = decoder.cache.take(np.arange(3))
-    decoder.feed(tokens[:, :1], lengths=np.array([1, 0, 0]))
-    decoder.cache = kept
-    with pytest.raises(ValueError, match="feed at least one token"):
-        decoder.next()
-    decoder.feed(tokens[:, :1])
-    with pytest.raises(ValueError, match="holds 40 tokens in a row and would have 4"):
-        decoder.feed(np.ones((3, 20), int))
-    decoder.next()
-
-
-def test_prompts_of_attention_alone_may_be_shorter_than_a_buffer():
-    mixers = (mc.nn.AttentionMixer(), mc.nn.AttentionMixer(window=4))
-    config = mc.nn.LanguageModelConfig(
-        vocab_size=VOCAB, num_layers=2, features=16, num_heads=2, mixers=mixers
-    )
-    decoder = mc.Decoder(
-        mc.nn.LanguageModel(config, rngs=nnx.Rngs(0)), 3, max_length=30, temperature=0
-    )
-    decoder.feed(prompts(length=9))
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(decoder.cache.states))
-
-
 def test_generation_ends_when_all_rows_have_stopped():
     steps = []
 
@@ -230,66 +149,6 @@ def test_rows_do_not_depend_on_later_rows():
     together = mc.generate(model, tokens, 10, key=key)
     first = mc.generate(model, tokens[:2], 10, key=key)
     np.testing.assert_array_equal(together[:2], first)
-
-
-def test_equal_rows_are_sampled_apart():
-    rows = mc.generate(
-        always(0.25, 0.25, 0.25, 0.25), jnp.zeros((2, 1), int), 30, key=jax.random.key(0)
-    )
-    assert (rows[0] != rows[1]).any()
-
-
-@pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p", "expected"),
-    [
-        (1.0, None, 1.0, [0.1, 0.4, 0.2, 0.3]),
-        (0.5, None, 1.0, [1 / 30, 16 / 30, 4 / 30, 9 / 30]),  # squares of the probabilities
-        (1.0, None, 0.65, [0, 4 / 7, 0, 3 / 7]),
-        (1.0, None, 0.75, [0, 4 / 9, 2 / 9, 3 / 9]),
-        (1.0, None, 0.3, [0, 1, 0, 0]),  # the first token alone is more than that
-        (1.0, None, 1e-9, [0, 1, 0, 0]),
-        (1e-30, None, 1.0, [0, 1, 0, 0]),
-        (1e-45, None, 0.5, [0, 1, 0, 0]),  # below the smallest normal float32
-        (1.0, 9, 1.0, [0.1, 0.4, 0.2, 0.3]),
-        (1.0, 3, 1.0, [0, 4 / 9, 2 / 9, 3 / 9]),
-        (1.0, 3, 0.7, [0, 4 / 7, 0, 3 / 7]),  # 7/9 of what the three have
-        (1.0, 1, 1.0, [0, 1, 0, 0]),
-    ],
-)
-def test_sampled_frequencies(temperature, top_k, top_p, expected):
-    model = always(0.1, 0.4, 0.2, 0.3)
-    prompt = jnp.zeros((200, 1), jnp.int32)
-    tokens = mc.generate(
-        model,
-        prompt,
-        60,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        key=jax.random.key(0),
-    )
-    frequencies = np.bincount(np.asarray(tokens[:, 1:]).ravel(), minlength=4) / (200 * 60)
-    # Five standard deviations of 12,000 draws; a probability of 0 or 1 leaves none.
-    deviation = np.sqrt(np.multiply(expected, np.subtract(1, expected)) / (200 * 60))
-    assert (np.abs(frequencies - expected) <= 5 * deviation).all(), frequencies
-
-
-def test_top_p_keeps_the_same_number_of_equal_tokens():
-    tokens = mc.generate(
-        always(0.25, 0.25, 0.25, 0.25),
-        jnp.zeros((50, 1), int),
-        20,
-        top_p=0.5,
-        key=jax.random.key(0),
-    )
-    assert set(np.unique(tokens[:, 1:])) == {0, 1}
-
-
-def test_minus_infinity_is_never_sampled():
-    model = always(0.0, 0.5, 0.5)
-    for top_p in (0.999, 1.0):
-        tokens = mc.generate(model, jnp.ones((50, 1), int), 20, top_p=top_p, key=jax.random.key(0))
-        assert tokens.min() == 1
 
 
 def test_bfloat16_logits():
@@ -348,8 +207,3 @@ def test_what_is_refused(prompt, options, message):
 def test_a_model_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"return logits \(b, t, vocab\) .* got shape \(1, 9\)"):
         mc.generate(lambda tokens: jnp.zeros((1, 9)), np.ones((1, 1), int), 2, temperature=0)
-
-
-def test_ids_without_a_vocabulary_must_be_int32():
-    with pytest.raises(ValueError, match=r"prompt must hold .* got 4294967296"):
-        mc.generate(count_up, np.array([[2**32]]), 2, temperature=0)

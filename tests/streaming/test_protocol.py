@@ -1,4 +1,4 @@
-"""A mixer of the user's own in a language model's streams, with a cache of its own."""
+"""A cache of the user's own: in a language model's streams, and by itself."""
 
 import dataclasses
 from typing import Any, NamedTuple
