@@ -38,7 +38,7 @@ class Part(Layout):
     Attributes:
       own: the plan of this part alone.
       plan: the plan of the whole sequence.
-      carries: whether a segment begins with the state at the end of the one before.
+      carries: whether each segment continues from the one before.
       ring: whether states pass from part to part, rather than being gathered.
       document: (b, n, c) the document of each token, counted over the whole sequence; None where
         no documents are packed.
