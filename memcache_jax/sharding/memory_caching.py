@@ -89,7 +89,8 @@ def memory_caching_over_mesh(
         def pad(x: Array) -> Array:
             return jnp.pad(x, [(0, padding if axis == 1 else 0) for axis in range(x.ndim)])
 
-        tokens, controls = jax.tree.map(pad, (tokens, controls))
+        tokens = jax.tree.map(pad, tokens)
+        controls = {name: pad(control) for name, control in controls.items()}
         if document_ids is not None:
             # Counted over the whole sequence: an id may come again in another part.
             document = count_documents(document_ids)
