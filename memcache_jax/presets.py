@@ -19,15 +19,7 @@ from memcache_jax.segmentation import Constant, Logarithmic, Segmentation
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """The shape of a model, and its training.
-
-    Attributes:
-      num_layers: blocks.
-      features: model dimension d.
-      num_heads: heads.
-      learning_rate: peak learning rate.
-      tokens: number of training tokens.
-    """
+    """The shape of a model, its peak learning rate, and the number of its training tokens."""
 
     num_layers: int
     features: int

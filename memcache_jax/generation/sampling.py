@@ -66,15 +66,9 @@ def sample(
     top_k: int | None,
     nucleus: bool,
 ) -> Int[Array, "b"]:
-    """Draws one token per row.
+    """Draws one token per row, from logits in float32 or wider.
 
-    Args:
-      key: a random key.
-      logits: in float32 or wider.
-      numbers: temperature and top_p.
-      greedy: whether the temperature is zero.
-      top_k: as in ``Sampling``.
-      nucleus: whether top_p is below 1.
+    The arguments after them are ``Sampling.numbers`` and ``Sampling.static``.
     """
     if greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -43,11 +43,6 @@ class Block(nnx.Module):
         y, cache = mixer.extend(self.mixer_norm(x), cache, lengths)
         return self._mix_features(x + y), cache
 
-    def init_cache(self, batch_size: int, max_length: int | None, **options: Any) -> Any:
-        """Returns an empty cache of the mixer."""
-        mixer: Any = self.mixer
-        return mixer.init_cache(batch_size, max_length, **options)
-
     def _mix_features(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         return x + self.mlp(self.mlp_norm(x)) if self.has_mlp else x
 
@@ -68,7 +63,8 @@ class Period(nnx.Module):
 
     def init_cache(self, batch_size: int, max_length: int | None, options: dict) -> list:
         """Returns an empty cache per block."""
-        return [block.init_cache(batch_size, max_length, **options) for block in self.blocks]
+        mixers: list[Any] = [block.mixer for block in self.blocks]
+        return [mixer.init_cache(batch_size, max_length, **options) for mixer in mixers]
 
     def extend(self, x: Array, caches: list, lengths: Array | None) -> tuple[Array, list]:
         """Applies the blocks to the next tokens of a stream; returns their next caches too."""

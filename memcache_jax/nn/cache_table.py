@@ -1,6 +1,8 @@
 """The bytes of a language model's cache, part by part."""
 
+import jax
 import jax.numpy as jnp
+from jax.tree_util import GetAttrKey
 
 from memcache_jax.nn.language_model import LanguageModel
 from memcache_jax.nn.model_cache import LanguageModelCache
@@ -23,14 +25,14 @@ _NAMES = dict(
 def cache_bytes(cache: LanguageModelCache) -> dict[str, int]:
     """Bytes of each part of a cache, of all layers and rows together, without the positions."""
     parts: dict[str, int] = {}
-    for stack in cache.stacks:
-        layers = stack.small.with_states(stack.states)
-        arrays = layers.arrays() if isinstance(layers, MixerCache) else [("other", layers)]
-        for name, tree in arrays:
-            size = count_bytes(tree)
-            if size and name != "position":
-                name = _NAMES.get(name, name)
-                parts[name] = parts.get(name, 0) + size
+    for layers in cache.with_states(cache.layers):
+        for path, x in jax.tree.leaves_with_path(layers):
+            fields = [key.name for key in path if isinstance(key, GetAttrKey)]
+            if not isinstance(layers, MixerCache):
+                fields = ["other"]
+            if x.size and "position" not in fields:
+                name = next((_NAMES[field] for field in fields if field in _NAMES), fields[0])
+                parts[name] = parts.get(name, 0) + count_bytes(x)
     return parts
 
 

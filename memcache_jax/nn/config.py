@@ -45,8 +45,7 @@ class MemoryCachingMixer:
 
     def build(self, in_features: int, num_heads: int, **options: Any) -> MemoryCaching:
         """Returns the layer."""
-        arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return MemoryCaching(in_features, num_heads, **arguments, **options)
+        return MemoryCaching(in_features, num_heads, **vars(self), **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +58,7 @@ class AttentionMixer:
 
     def build(self, in_features: int, num_heads: int, **options: Any) -> Attention:
         """Returns the layer."""
-        arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Attention(in_features, num_heads, **arguments, **options)
+        return Attention(in_features, num_heads, **vars(self), **options)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,6 @@ from memcache_jax.nn.layers import Linear
 from memcache_jax.nn.memory_caching import MemoryCaching
 from memcache_jax.nn.model_cache import LanguageModelCache
 from memcache_jax.sharding.mesh import constrain, partitioned
-from memcache_jax.streaming.protocol import without_states
 
 _OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],
@@ -158,7 +157,7 @@ class LanguageModel(nnx.Module):
         bounds = [max_length, *(getattr(cache, "max_length", None) for cache in one)]
         bounds = [bound for bound in bounds if bound is not None]
         return LanguageModelCache(
-            jax.vmap(lambda state: list(map(without_states, init(state))))(stacked),
+            jax.vmap(lambda state: _without_states(init(state)))(stacked),
             [cache.empty_states(self.config.repeats * batch_size) for cache in one],
             jnp.zeros(batch_size, jnp.int32),
             min(bounds, default=None),
@@ -194,7 +193,7 @@ class LanguageModel(nnx.Module):
                 for cache, shared in zip(small, states, strict=True)
             ]
             x, caches = nnx.merge(graph, state).extend(x, caches, lengths)
-            return (x, [cache.states for cache in caches]), list(map(without_states, caches))
+            return (x, [cache.states for cache in caches]), _without_states(caches)
 
         rows = jnp.arange(self.config.repeats) * len(tokens)
         carry = self._embed(tokens), cache.states
@@ -206,17 +205,22 @@ class LanguageModel(nnx.Module):
     def _check_cache(self, cache: Any) -> None:
         if not isinstance(cache, LanguageModelCache):
             raise ValueError(f"the cache must be a LanguageModel's, got {type(cache).__name__}")
+        made = cache.repeats * len(cache.layers), len(cache.layers)
         here = self.config.num_layers, len(self.config.mixers)
-        if cache.depth != here:
+        if made != here:
             raise ValueError(
-                f"the cache was made for (num_layers, mixers) = {cache.depth}, this model has "
-                f"{here}"
+                f"the cache was made for (num_layers, mixers) = {made}, this model has {here}"
             )
 
     def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
         """Returns the output layer's logits, in float32 or wider."""
         logits = self.embedding.attend(hidden) if self.config.tie_embeddings else self.head(hidden)
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
+def _without_states(caches: list) -> list:
+    """The layers' caches without their shared arrays, which a scan would copy."""
+    return [cache.with_states(jax.tree.map(lambda _: None, cache.states)) for cache in caches]
 
 
 def _check_tokens(tokens: Array) -> None:

@@ -1,7 +1,9 @@
 """The Memory Caching layer: a drop-in for causal self-attention."""
 
+import dataclasses
 from typing import Any, Literal, get_args, overload
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -12,11 +14,33 @@ from memcache_jax.aggregation import Aggregation
 from memcache_jax.caching import Implementation, Start, check_configuration
 from memcache_jax.engine.run import gates_of_tokens
 from memcache_jax.memories import Memory
-from memcache_jax.nn.layer_cache import LayerCache
 from memcache_jax.nn.projections import Projections
 from memcache_jax.segmentation import Segmentation
 from memcache_jax.sharding.memory_caching import Exchange, memory_caching_over_mesh
-from memcache_jax.streaming import check_options, extend, init_cache
+from memcache_jax.streaming import Cache, check_options, extend, init_cache
+from memcache_jax.streaming.protocol import MixerCache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache(MixerCache):
+    """A stream's past in one layer."""
+
+    memory: Cache
+    tails: tuple[Any, ...]  # the last inputs of each convolution, (b, width - 1, h k)
+
+    nested = ("memory",)
+    small = zeroed = ("tails",)
+
+    @property
+    def head_shape(self) -> tuple[int, ...]:
+        """Number of heads, and their dimension."""
+        return self.memory.key_sum.shape[1::2]
+
+    @property
+    def max_length(self) -> int | None:
+        """Most tokens per row; None for any number."""
+        return self.memory.config.max_length
 
 
 class MemoryCaching(Projections):

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from memcache_jax import _checks
-from memcache_jax._typing import Array
-from memcache_jax.streaming.protocol import Stack, count_bytes, take_rows, zero_rows
+from memcache_jax.streaming.protocol import count_bytes, take_rows, zero_rows
 
 
 @jax.tree_util.register_dataclass
@@ -34,16 +33,9 @@ class LanguageModelCache:
         return count_bytes(self)
 
     @property
-    def stacks(self) -> list[Stack]:
-        """For each mixer, the caches of its layers."""
-        repeats = len(jax.tree.leaves(self.layers)[0])
-        pairs = zip(self.layers, self.states, strict=True)
-        return [Stack(small, states, repeats) for small, states in pairs]
-
-    @property
-    def depth(self) -> tuple[int, int]:
-        """Number of layers, and of mixers."""
-        return sum(stack.layers for stack in self.stacks), len(self.layers)
+    def repeats(self) -> int:
+        """Number of layers of each mixer."""
+        return len(jax.tree.leaves(self.layers)[0])
 
     def check_room(self, shape: tuple[int, ...], lengths: Any = None) -> None:
         """Raises ValueError unless the rows have room for tokens (b, t).
@@ -52,19 +44,26 @@ class LanguageModelCache:
         """
         _checks.check_room(self.position, shape, lengths, self.max_length)
 
+    def with_states(self, layers: list) -> list:
+        """Returns one cache per mixer, of these layers, with the arrays that all layers share."""
+        return [c.with_states(states) for c, states in zip(layers, self.states, strict=True)]
+
     def reset(self, rows: jax.typing.ArrayLike) -> "LanguageModelCache":
         """Returns the cache with the marked rows (b,) empty again."""
         rows = jnp.asarray(rows)
-        stacks = [stack.reset(rows) for stack in self.stacks]
-        return self._replace(stacks, zero_rows(self.position, rows))
+        layers = jax.vmap(lambda caches: [cache.reset(rows) for cache in caches])(self.layers)
+        every = jnp.tile(rows, self.repeats)
+        states = [cache.reset_states(every) for cache in self._first_layers()]
+        return LanguageModelCache(layers, states, zero_rows(self.position, rows), self.max_length)
 
     def take(self, rows: jax.typing.ArrayLike) -> "LanguageModelCache":
         """Returns the cache of these rows, in this order; a row may be taken more than once."""
         batch = len(self.position)
         rows = _checks.check_rows(rows, batch)
-        stacks = [stack.take(rows, batch) for stack in self.stacks]
-        return self._replace(stacks, take_rows(self.position, rows))
+        layers = jax.vmap(lambda caches: [cache.take_small(rows) for cache in caches])(self.layers)
+        every = (jnp.arange(self.repeats)[:, None] * batch + rows[None]).reshape(-1)
+        states = [cache.take_states(every) for cache in self._first_layers()]
+        return LanguageModelCache(layers, states, take_rows(self.position, rows), self.max_length)
 
-    def _replace(self, stacks: list[Stack], position: Array) -> "LanguageModelCache":
-        small, states = ([getattr(x, name) for x in stacks] for name in ("small", "states"))
-        return LanguageModelCache(small, states, position, self.max_length)
+    def _first_layers(self) -> list:
+        return self.with_states(jax.tree.map(lambda x: x[0], self.layers))

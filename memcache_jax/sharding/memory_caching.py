@@ -1,8 +1,8 @@
-"""Memory caching over a mesh: rows, heads and the parts of a sequence side by side.
+"""Memory caching over a mesh: rows, heads and parts of a sequence side by side.
 
-Rows of a batch and heads have nothing to do with each other. Parts of a sequence have little: with
-independent starts every part writes its own segments, and what crosses the mesh is the states at
-their ends and the pooled keys, not a token's activations.
+Rows of a batch and heads are independent. Parts of a sequence nearly are: with independent starts
+each part writes its own segments, and only the states at their ends and the pooled keys cross the
+mesh, not the activations of tokens.
 """
 
 from collections.abc import Mapping
@@ -43,21 +43,21 @@ def memory_caching_over_mesh(
     implementation: Implementation | None = None,
     exchange: Exchange = "gather",
 ) -> Float[Array, "b t h v"]:
-    """``memory_caching`` under the mesh of ``jax.set_mesh``; without one, that itself.
+    """``memory_caching`` under the mesh of ``jax.set_mesh``, or on one device without a mesh.
 
     Rows are divided over ``data`` and ``fsdp``, heads over ``tensor``, and time over ``seq``: each
-    part writes its own segments. Pooled keys are gathered, and so are the states at segments' ends
-    with ``exchange="gather"``; with ``"ring"`` these go round the parts, and no device holds more
-    than two parts of them beside its own. Where segments begin with the state before them, the
-    parts' states are carried from one to the next, for rules whose states can be merged, which then
-    write twice.
+    part writes its own segments. Pooled keys are gathered, and with ``exchange="gather"`` so are
+    the states at the ends of segments. With ``"ring"`` the states pass from part to part, and no
+    device holds those of more than two other parts. With checkpoint starts each part first writes
+    its segments to know its last state, and then again from the state before it; this takes rules
+    whose states can be merged.
 
     Raises:
       ValueError: as ``memory_caching``; for an unknown exchange; for rows or heads that the mesh
-        does not divide evenly; and over ``seq``, for fewer segments than devices, segments of
-        several lengths, the reference, with checkpoint starts or ``Logarithmic`` packed documents
-        and rules whose states cannot be merged, and a ring where blocks read other states than
-        those of all segments before them.
+        does not divide evenly; and, with time divided, for fewer segments than devices, segments of
+        several lengths, the reference, packed documents or rules whose states cannot be merged with
+        checkpoint starts or ``Logarithmic``, and a ring unless blocks read the states of all
+        segments before them.
     """
     where: dict[str, Any] = dict(
         memory=memory, segmentation=segmentation, start=start, implementation=implementation
@@ -82,10 +82,6 @@ def memory_caching_over_mesh(
             )
     parts, length = num_devices(mesh, "time"), key.shape[1]
     tokens, document = (query, key, value, connector), document_ids
-    layouts = {
-        name: spec("heads") if control.axes == "h" else spec("batch", "time", "heads")
-        for name, control in memory.controls.items()
-    }
     if parts > 1:
         check_parts(parts, length, exchange=exchange, documents=document_ids is not None, **where)
         padding = -length % (parts * segmentation.size)
@@ -94,30 +90,38 @@ def memory_caching_over_mesh(
             return jnp.pad(x, [(0, padding if axis == 1 else 0) for axis in range(x.ndim)])
 
         tokens = jax.tree.map(pad, tokens)
-        controls = {
-            name: control if layouts[name] == spec("heads") else pad(control)
-            for name, control in controls.items()
-        }
+        controls = {name: pad(control) for name, control in controls.items()}
         if document_ids is not None:
             # Counted over the whole sequence: an id may come again in another part.
             document = count_documents(document_ids)
             document = jnp.pad(document, ((0, 0), (0, padding)), mode="edge")
 
     def local(tokens: tuple, controls: dict, weights: dict, document: Array | None) -> Array:
-        if parts > 1:
-            return _part(tokens, controls, weights, document, parts=parts, exchange=exchange, **how)
-        options = dict(controls=controls, weights=weights, document_ids=document)
-        return memory_caching(*tokens, **options, **how)
+        if parts == 1:
+            options = dict(controls=controls, weights=weights, document_ids=document)
+            return memory_caching(*tokens, **options, **how)
+        query, key, value, connector = tokens
+        here = key.shape[1]
+        own, plan = segmentation.plan(here), segmentation.plan(parts * here)
+        own_document = None
+        if document is not None:
+            # A document that continues from the part before is this part's document 0.
+            own_document = document - document[:, :1]
+            document = document.reshape(len(document), own.num_blocks, -1)
+        controls = full_controls(memory, controls, key)
+        widened = widen(query, key, value, connector, controls)
+        weights = {name: weight.astype(widened.key.dtype) for name, weight in weights.items()}
+        blocks = cut_for(memory, widened, own_document, own, parts * here)
+        layout = Part(own, plan, start == "checkpoint", exchange == "ring", document)
+        writes = writing(memory, aggregation, widened, weights, implementation)
+        y, _, _ = run(layout, writes, aggregation, blocks)
+        return jnp.moveaxis(y.reshape(*y.shape[:2], -1, y.shape[-1]), 1, 2).astype(value.dtype)
 
-    row = spec("batch", "time", "heads")
+    row, heads = spec("batch", "time", "heads"), spec("heads")
+    of_controls = {name: heads if memory.controls[name].axes == "h" else row for name in controls}
     y = jax.shard_map(
         local,
-        in_specs=(
-            row,
-            {name: layouts[name] for name in controls},
-            spec("heads"),
-            PartitionSpec(*row[:2]),
-        ),
+        in_specs=(row, of_controls, heads, PartitionSpec(*row[:2])),
         out_specs=row,
         check_vma=False,
     )(tokens, controls, weights, document)
@@ -135,39 +139,43 @@ def check_parts(
     exchange: Exchange,
     documents: bool = False,
 ) -> None:
-    """Raises ValueError for what cannot be divided over time, in so many parts."""
+    """Raises ValueError unless a sequence can be divided into so many parts."""
     plan = segmentation.plan(length)
-    reasons = []
-    if isinstance(segmentation, Lengths):
-        reasons.append(f"segments of one size, got {segmentation}")
-    if plan.num_blocks < parts:
-        reasons.append(
-            f"a segment for each of the {parts} devices, got {length} tokens in {segmentation}"
-        )
-    if documents and start == "checkpoint":
-        reasons.append("independent starts for document_ids")
-    if documents and plan.spans_segments.any():
-        reasons.append(
+    merges, rule = memory.merges, type(memory).__name__
+    spans, checkpoint = plan.spans_segments.any(), start == "checkpoint"
+    wanted = (
+        (not isinstance(segmentation, Lengths), f"segments of one size, got {segmentation}"),
+        (
+            plan.num_blocks >= parts,
+            f"a segment for each of the {parts} devices, got {length} tokens in {segmentation}",
+        ),
+        (not (documents and checkpoint), "independent starts for document_ids"),
+        (
+            not (documents and spans),
             "a Constant segmentation for document_ids: other buckets count from where a document "
-            "begins"
-        )
-    if implementation == "reference":
-        reasons.append("the fast path, not the reference")
-    if start == "checkpoint" and implementation not in (None, "xla"):
-        reasons.append("independent starts for kernels")
-    if not memory.merges and start == "checkpoint":
-        reasons.append(
-            f"independent starts for {type(memory).__name__}, whose states cannot be merged: each "
-            "segment would wait for the one before"
-        )
-    if not memory.merges and plan.spans_segments.any() and start == "independent":
-        reasons.append(
-            f"a Constant segmentation for {type(memory).__name__}, whose states cannot be merged"
-        )
-    if exchange == "ring" and not fits_ring(segmentation, length):
-        reasons.append(f"a Constant segmentation for a ring, got {segmentation}")
-    if reasons:
-        raise ValueError(f"a sequence over several devices (seq > 1) needs {'; '.join(reasons)}")
+            "begins",
+        ),
+        (implementation != "reference", "the fast path, not the reference"),
+        (
+            not checkpoint or implementation in (None, "xla"),
+            "independent starts for kernels",
+        ),
+        (
+            merges or not checkpoint,
+            f"independent starts for {rule}, whose states cannot be merged: each segment would "
+            "wait for the one before",
+        ),
+        (
+            merges or checkpoint or not spans,
+            f"a Constant segmentation for {rule}, whose states cannot be merged",
+        ),
+        (
+            exchange != "ring" or fits_ring(segmentation, length),
+            f"a Constant segmentation for a ring, got {segmentation}",
+        ),
+    )
+    if missing := [reason for holds, reason in wanted if not holds]:
+        raise ValueError(f"a sequence over several devices (seq > 1) needs {'; '.join(missing)}")
 
 
 def fits_ring(segmentation: Segmentation, length: int) -> bool:
@@ -176,36 +184,3 @@ def fits_ring(segmentation: Segmentation, length: int) -> bool:
     blocks = np.arange(len(plan.buckets))
     own = np.array_equal(plan.buckets, np.stack([blocks, blocks + 1], axis=1))
     return own and not np.any(plan.visible & (plan.reads != blocks))
-
-
-def _part(
-    tokens: tuple,
-    controls: Mapping[str, Array],
-    weights: Mapping[str, Array],
-    document: Int[Array, "b t"] | None,
-    *,
-    parts: int,
-    memory: Memory,
-    aggregation: Aggregation,
-    segmentation: Segmentation,
-    start: Start,
-    implementation: Implementation | None,
-    exchange: Exchange,
-) -> Float[Array, "b t h v"]:
-    """The outputs of one part of the sequence, within a ``shard_map``."""
-    query, key, value, connector = tokens
-    here = key.shape[1]
-    own, plan = segmentation.plan(here), segmentation.plan(parts * here)
-    own_document = None
-    if document is not None:
-        # A document that goes on into this part is the first of it.
-        own_document = document - document[:, :1]
-        document = document.reshape(len(document), own.num_blocks, -1)
-    controls = full_controls(memory, controls, key)
-    widened = widen(query, key, value, connector, controls)
-    weights = {name: weight.astype(widened.key.dtype) for name, weight in weights.items()}
-    blocks = cut_for(memory, widened, own_document, own, parts * here)
-    layout = Part(own, plan, start == "checkpoint", exchange == "ring", document)
-    how = writing(memory, aggregation, widened, weights, implementation)
-    y, _, _ = run(layout, how, aggregation, blocks)
-    return jnp.moveaxis(y.reshape(*y.shape[:2], -1, y.shape[-1]), 1, 2).astype(value.dtype)

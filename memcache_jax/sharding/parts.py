@@ -1,8 +1,4 @@
-"""One part of a sequence on a mesh: it writes its own segments, and reads those of all parts.
-
-What crosses the mesh is the states at the ends of segments and their pooled keys, no token's
-activations.
-"""
+"""One part of a sequence on a mesh: it writes its own segments and reads those of all parts."""
 
 import dataclasses
 from collections.abc import Callable
@@ -37,13 +33,13 @@ from memcache_jax.sharding.ring import read_blocks, read_tokens
 
 @dataclasses.dataclass(frozen=True)
 class Part(Layout):
-    """The part of a sequence that lies on this device along ``seq``, within a ``shard_map``.
+    """This device's part of a sequence along ``seq``, within a ``shard_map``.
 
     Attributes:
       own: the plan of this part alone.
-      plan: that of the whole sequence.
+      plan: the plan of the whole sequence.
       carries: whether each segment continues from the one before.
-      ring: whether states go round the parts, rather than being gathered.
+      ring: whether states pass from part to part, rather than being gathered.
       document: (b, n, c) the document of each token, counted over the whole sequence; None where
         no documents are packed.
     """
@@ -55,7 +51,7 @@ class Part(Layout):
     document: Any
 
     def write(self, how: Writing, rows: Rows) -> tuple[State, Kept]:
-        """This part's segments, twice if they continue from the part before."""
+        """Writes this part's segments, and a second time if they continue the part before."""
         restarts = self.own.begins & (not self.carries)
         if self.carries:
             first = how.initial(rows.key.shape[:2])
@@ -69,13 +65,13 @@ class Part(Layout):
         return write_blocks(how, rows, restarts)
 
     def cached(self, how: Writing, ends: State, blocks: Blocks) -> tuple[Bank, Candidates]:
-        """The states of all parts: gathered, merged where buckets are longer, or on a ring."""
+        """The states of all parts: gathered and merged into buckets, or on a ring."""
         candidates = self._candidates(blocks)
         if self.ring:
             return RingBank(how.memory, how.memory.matrices(ends), how.implementation), candidates
         plan = self.plan
         if plan.spans_segments.any() and not self.carries:
-            # Merging needs whole states, and of the tokens no more than their controls.
+            # Merging needs whole states, but of the tokens only their controls.
             ends, controls = _gathered((ends, blocks.rows.controls))
             rows = blocks.rows._replace(controls=controls)
             matrices = how.memory.matrices(bucket_states(how, ends, rows, plan))
@@ -116,7 +112,7 @@ class Part(Layout):
 
 
 class RingBank(ArrayBank):
-    """The states of this part, which go round the parts to be read."""
+    """The states of this part, which pass from part to part to be read."""
 
     def gather(
         self,
@@ -125,7 +121,7 @@ class RingBank(ArrayBank):
         x: Float[Array, "b h n c in"],
         selection: Selection,
     ) -> Float[Array, "b h n c out"]:
-        """As ``ArrayBank.gather``, of the states of all parts, numbered along the sequence."""
+        """As ``ArrayBank.gather``, over all parts, with states numbered along the sequence."""
         if isinstance(selection, OfTokens):
             return read_tokens(read, matrices, x, selection, self.implementation)
         read = blind_where_gates_are_zero(read) if selection.unread else read
@@ -138,14 +134,14 @@ def _gathered(tree: Any) -> Any:
 
 
 def _state_before(memory: Memory, first: State, end: State, controls: Any) -> State:
-    """The state before each part, from those after every part alone: one hop for each part."""
+    """The state before each part, from the states that each part ends with when written alone."""
     merge = jax.vmap(jax.vmap(memory.merge))
     index, parts = lax.axis_index("seq"), lax.axis_size("seq")
     hops = [(part, part + 1) for part in range(parts - 1)]
 
     def hop(before: State, _: None) -> tuple[State, None]:
         passed = lax.ppermute(merge(before, end, controls), "seq", hops)
-        # The first part has none before it.
+        # Nothing comes before the first part.
         return jax.tree.map(lambda new, old: jnp.where(index > 0, new, old), passed, first), None
 
     return lax.scan(hop, first, None, length=parts - 1)[0]

@@ -1,6 +1,6 @@
-"""Cached states that go round the parts of a sequence: each part reads those that pass by.
+"""Cached states that pass around the parts of a sequence, each of which reads them as they come.
 
-No device holds more of them than its own part, the part that it reads and the one on the way.
+A device holds its own states, the part that it reads, and the one in transit.
 """
 
 import functools
@@ -28,12 +28,8 @@ def read_blocks(
 ) -> Float[Array, "b h n c v"]:
     """The gated sum of reads of the states of all parts, within a ``shard_map``.
 
-    Args:
-      read: as for ``bank_read``.
-      bank: the states at the ends of this part's blocks.
-      query: the queries of this part.
-      selection: of the states of all parts, where slot i holds state i or none.
-      implementation: of the reads.
+    ``bank`` and ``query`` are this part's. In the selection, slot i holds state i of all parts, or
+    none.
     """
     count = bank[0].shape[2]
     slots = lax.axis_size(AXIS) * count
@@ -70,9 +66,9 @@ def read_tokens(
 ) -> Float[Array, "b h n c v"]:
     """``read_blocks`` where each token has states of its own.
 
-    A part that passes by is read by the tokens that selected any of it. Those (token, choice) pairs
-    are as many as the tokens make them. They are read a few at a time, so that all parts together
-    cost about what one read of all pairs would.
+    Tokens read the part that passes by only if they selected a state of it. How many (token,
+    choice) pairs that are depends on the data, so they are read a fixed number at a time: all parts
+    together cost about as much as one read of all pairs.
     """
     states, gates = selection.states, selection.gates
     (batch, heads), tokens, choices = gates.shape[:2], query.shape[2:4], gates.shape[-1]
@@ -80,7 +76,7 @@ def read_tokens(
     flat = gates.reshape(units, -1), states.reshape(units, -1)
     pairs = flat[0].shape[1]
     size = -(-pairs // parts)
-    # A gate of zero is of no state, or of one that changes nothing.
+    # With a gate of zero there is no state, or its read changes nothing.
     owner = jnp.where(flat[0] > 0, flat[1] // count, parts)
     order = jnp.argsort(owner, axis=1, stable=True)
     find = jax.vmap(jnp.searchsorted, in_axes=(0, None))
@@ -91,7 +87,7 @@ def read_tokens(
         return jnp.max(-(-(begin[:, part + 1] - begin[:, part]) // size))
 
     def piece(part: Array, number: Array, bank: Matrices, rows: tuple, index: tuple) -> Array:
-        """What the pairs of one piece add to all outputs."""
+        """The contribution of one piece's pairs to all outputs."""
         (query, gates), (states, order, begin) = rows, index
 
         def taken(query, gates, states, order, first, after):
@@ -137,15 +133,15 @@ def _over_ring(
 ) -> Array:
     """Returns the sum of all pieces of this part and those before it, as their states pass by.
 
-    While a part's states are read those of the part before are on the way. The backward pass sends
-    them round once more, each with its gradient, which so comes back to where its state is.
+    While one part's states are read, the next are in transit. The backward pass sends them around
+    once more, each with its gradient, which ends on the device of its state.
 
     Args:
-      piece: (part, number, bank of that part, rows, index) to what is to be summed.
-      pieces: (part, index) to how many there are.
+      piece: (part, number, bank of that part, rows, index) -> a term of the sum.
+      pieces: (part, index) -> how many pieces that part has.
       bank: the states of this part.
-      rows: what is differentiated beside it.
-      index: what is not.
+      rows: the other inputs with gradients.
+      index: inputs without gradients.
     """
     parts = lax.axis_size(AXIS)
     onward = functools.partial(
@@ -153,7 +149,7 @@ def _over_ring(
     )
 
     def visit(hop: Array | int, index: Any, add: Callable, total: Any) -> Any:
-        """The total with the pieces of the part that is here after so many hops."""
+        """Adds to the total the pieces of the part that arrives after so many hops."""
         here = lax.axis_index(AXIS)
         part = (here - hop) % parts
         number = jnp.where(hop <= here, pieces(part, index), 0)

@@ -16,10 +16,10 @@ from memcache_jax.aggregation import Aggregation
 from memcache_jax.caching import Start
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Segmentation
-from memcache_jax.streaming.config import CacheConfig, make_config
+from memcache_jax.streaming import storage
+from memcache_jax.streaming.config import CacheConfig
 from memcache_jax.streaming.eviction import Eviction
 from memcache_jax.streaming.protocol import MixerCache, take_rows, zero_rows
-from memcache_jax.streaming.storage import Placement
 
 
 @jax.tree_util.register_dataclass
@@ -38,7 +38,7 @@ class Cache(MixerCache):
       key_sum: the sum of each track's keys so far, (b, h, tracks, k).
       record: what each slot holds.
       bank: matrices of the cached states, (b, h, slots, in, out), in ``cache_dtype``; for their
-        layout on the host see ``storage``.
+        layout on the host see ``storage.HostBank``.
       pooled: pooled keys of the cached states, (b, h, slots, k).
       first: this layer's first row in a stack of layers, which share ``bank`` and ``pooled``.
       config: what the cache was made for.
@@ -73,23 +73,32 @@ class Cache(MixerCache):
         initial = _initial(self.config.memory, weights, *self.sizes, dtype)
         return dataclasses.replace(self, initial=initial)
 
-    # The layout of the bank is up to its storage.
+    @property
+    def storages(self) -> tuple[storage.Bank, storage.Bank]:
+        """How ``bank`` and ``pooled`` store the cached states and their pooled keys."""
+        config, first = self.config, 0 if self.first is None else self.first
+        matrices = jax.eval_shape(
+            lambda state: storage.pack(config.memory.matrices(state), config.cache_dtype),
+            self.initial,
+        )
+        key = jax.ShapeDtypeStruct(self.key_sum.shape[1::2], self.key_sum.dtype)
+        bank = storage.HostBank if config.placement == "host" else storage.Bank
+        slots = config.slots.num_slots
+        return bank(slots, matrices, first), storage.Bank(slots, key, first)
 
     def empty_states(self, rows: int) -> tuple:
         """Allocates ``rows`` rows of empty cached states and pooled keys."""
-        bank, keys = self.config.states(self.initial), self.config.keys(self.key_sum)
-        return bank.empty(rows), keys.empty(rows)[0]
+        return tuple(bank.empty(rows) for bank in self.storages)
 
     def reset_states(self, rows: Array) -> tuple:
         """Returns both with the marked rows zeroed, except a bank on the host."""
-        # A NaN on the host does no harm: SSC does not read the states that it does not select.
+        # A NaN on the host does no harm: SSC does not read states that it does not select.
         bank = self.bank if self.config.placement == "host" else zero_rows(self.bank, rows)
         return bank, zero_rows(self.pooled, rows)
 
     def take_states(self, rows: Array) -> tuple:
         """Returns these rows of both, counted over all layers."""
-        bank = self.config.states(self.initial).take_rows(self.bank, rows)
-        return bank, take_rows(self.pooled, rows)
+        return self.storages[0].take_rows(self.bank, rows), take_rows(self.pooled, rows)
 
 
 def init_cache(
@@ -108,7 +117,7 @@ def init_cache(
     policy: str | Eviction = "error",
     dtype: DTypeLike = jnp.float32,
     cache_dtype: DTypeLike | None = None,
-    placement: Placement = "device",
+    placement: storage.Placement = "device",
 ) -> Cache:
     """Returns an empty cache for ``extend``.
 
@@ -129,16 +138,16 @@ def init_cache(
       max_segments: most cached segments. With ``policy="error"`` a row takes the tokens of one
         segment more, or ``max_length`` if that is less.
       max_length: most tokens per row.
-      policy: for ``Constant`` segments, what happens when another segment ends and
-        ``max_segments`` are cached. ``"error"`` raises. ``"drop_oldest"`` drops the oldest state,
+      policy: for ``Constant`` segments, what happens when a segment ends while ``max_segments``
+        are cached. ``"error"`` raises. ``"drop_oldest"`` drops the oldest state,
         ``"drop_least_read"`` the one with the smallest mean gate. ``"merge"`` replaces the two
         neighbours in time with the fewest tokens by the mean of their states and of their pooled
         keys, weighted by tokens; a state of n segments counts n times in its gate.
       dtype: dtype of live states, sums and pooled keys: float32 or float64.
       cache_dtype: dtype of cached states: ``dtype`` by default, bfloat16, or int8 with a scale per
         matrix row.
-      placement: where cached states are kept: on the ``"device"``, or for ``SSC`` in the memory of
-        the ``"host"``, from which only the states that a token selects are copied.
+      placement: where cached states are kept: on the ``"device"``, or, for ``SSC``, in ``"host"``
+        memory, from which only the states that a token selects are copied.
 
     Returns:
       The cache, with no tokens in any row.
@@ -159,18 +168,11 @@ def init_cache(
         batch=batch, heads=heads, key_dim=key_dim, value_dim=value_dim, max_length=max_length
     )
     _checks.check_choice("dtype", jnp.dtype(dtype).name, ("float32", "float64"))
-    config = make_config(
-        memory,
-        aggregation,
-        segmentation,
-        start,
-        max_length=max_length,
-        max_segments=max_segments,
-        policy=policy,
-        cache_dtype=dtype if cache_dtype is None else cache_dtype,
-        placement=placement,
-        dtype=dtype,
-    )
+    cache_dtype = jnp.dtype(dtype if cache_dtype is None else cache_dtype).name
+    config = CacheConfig(
+        *(memory, aggregation, segmentation, start),
+        *(max_length, max_segments, policy, cache_dtype, placement),
+    ).checked(dtype)
     initial = _initial(memory, weights or {}, heads, key_dim, value_dim, dtype)
     slots = config.slots
 
@@ -180,7 +182,7 @@ def init_cache(
 
     tracks = slots.num_tracks if start == "independent" else 1
     state = jax.tree.map(lambda x: repeat(x, tracks), initial)
-    # Copies: an array that occurs twice, or is the model's too, cannot be donated.
+    # Copies: an array that occurs twice, or belongs to the model, cannot be donated.
     own = functools.partial(jax.tree.map, jnp.copy)
     cache = Cache(
         initial=own(initial),

@@ -1,4 +1,4 @@
-"""Policies that make room for another state where all slots of a cache are full."""
+"""Policies that make room for another state in a full cache."""
 
 import abc
 import dataclasses
@@ -16,8 +16,7 @@ class Kept(NamedTuple):
     Attributes:
       segments: how many segments a state stands for, 0 for an empty slot.
       newest: the last of them.
-      gates: the sum of the gates with which tokens of all heads have read it, if the policy
-        ``counts_reads``.
+      gates: the sum of its gates over all tokens and heads, if the policy ``counts_reads``.
     """
 
     segments: Int[Array, "b slots"]
@@ -26,32 +25,30 @@ class Kept(NamedTuple):
 
 
 class Merge(NamedTuple):
-    """Two states that become one, weighted by the segments they stand for.
+    """Two states of each row that become one, their mean weighted by segments.
 
     Attributes:
-      into: the slot of one, which gets the mean; the number of slots where nothing merges.
-      other: the slot of the other; the number of slots for the new state.
-      of_into: segments that the first one stands for.
-      segments: segments that both stand for.
-      newest: the last of these.
+      into: the slot of one, which gets the mean; ``num_slots`` where nothing merges.
+      other: the slot of the other; ``num_slots`` for the new state.
+      of_into: segments of the state in ``into``.
+      segments: segments of both.
     """
 
     into: Int[Array, "b"]
     other: Int[Array, "b"]
     of_into: Int[Array, "b"]
     segments: Int[Array, "b"]
-    newest: Int[Array, "b"]
 
 
 class Eviction(abc.ABC):
-    """Which state goes where all slots are full and a new one ends.
+    """Chooses which state a full cache gives up when a segment ends.
 
-    A new policy is a frozen dataclass that implements ``worth``, and a name in ``POLICIES`` if it
-    is to have one.
+    A new policy is a frozen dataclass that implements ``worth``; to give it a name, add it to
+    ``POLICIES``.
 
     Attributes:
-      counts_reads: whether ``Kept.gates`` is summed up.
-      drops: whether a state is dropped, rather than merged with another.
+      counts_reads: whether the policy needs ``Kept.gates``.
+      drops: whether it drops states, rather than merging them.
     """
 
     counts_reads: ClassVar[bool] = False
@@ -59,10 +56,10 @@ class Eviction(abc.ABC):
 
     @abc.abstractmethod
     def worth(self, kept: Kept, block: Int[Array, "b"]) -> Float[Array, "b slots"]:
-        """What each state is worth; that of least worth goes, of equal ones the oldest.
+        """What each state is worth: the one worth least is dropped, of equal ones the oldest.
 
         Args:
-          kept: the states, of which all slots are full.
+          kept: the states of full slots.
           block: the segment that ends here.
         """
 
@@ -72,7 +69,7 @@ class Eviction(abc.ABC):
         """Makes room in the marked rows.
 
         Returns:
-          The states that stay, the slot for the new one, and which two are to be merged before.
+          The states that stay, the slot for the new one, and which two to merge first.
         """
         del rows
         worth = self.worth(kept, block)
@@ -83,7 +80,7 @@ class Eviction(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class DropOldest(Eviction):
-    """The oldest state goes."""
+    """Drops the oldest state."""
 
     def worth(self, kept: Kept, block: Int[Array, "b"]) -> Float[Array, "b slots"]:
         """Its last segment."""
@@ -93,18 +90,18 @@ class DropOldest(Eviction):
 
 @dataclasses.dataclass(frozen=True)
 class DropLeastRead(Eviction):
-    """The state goes whose mean gate since it was cached is smallest."""
+    """Drops the state with the smallest mean gate since it was cached."""
 
     counts_reads = True
 
     def worth(self, kept: Kept, block: Int[Array, "b"]) -> Float[Array, "b slots"]:
-        """Its gates, per segment since it was cached."""
+        """Its gates per segment since it was cached."""
         return kept.gates / (block[:, None] - kept.newest)
 
 
 @dataclasses.dataclass(frozen=True)
 class MergeNeighbours(Eviction):
-    """Two neighbours in time become one, those of the fewest segments; of equal ones the oldest."""
+    """Merges the two neighbours in time with the fewest segments; of equal ones the oldest."""
 
     drops = False
 
@@ -135,11 +132,11 @@ class MergeNeighbours(Eviction):
         into, other = pair(order)
         of_into, of_other = pair(count)
         into = jnp.where(rows, into, slots)
-        merge = Merge(into, other, of_into, of_into + of_other, pair(age)[1])
+        merge, last = Merge(into, other, of_into, of_into + of_other), pair(age)[1]
         kept = kept._replace(
-            segments=put(segments, into, merge.segments), newest=put(newest, into, merge.newest)
+            segments=put(segments, into, merge.segments), newest=put(newest, into, last)
         )
-        # The other slot is free now. Where it is the new state's, that needs none.
+        # The other slot is free now; if the other state is the new one, it needs no slot.
         return kept, other, merge
 
 
@@ -153,5 +150,5 @@ POLICIES: dict[str, Eviction | None] = {
 
 
 def put(old: Array, place: Int[Array, "b"], new: Array) -> Array:
-    """Puts a value into each row, none where there is no such place."""
+    """Puts a value into each row; a place out of range drops it."""
     return jax.vmap(lambda old, place, new: old.at[place].set(new, mode="drop"))(old, place, new)

@@ -1,4 +1,4 @@
-"""A piece of a stream, tokens that lie in one chunk: the engine's layout over a cache."""
+"""A piece of a stream, tokens of one chunk: the engine's layout over a cache."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from memcache_jax._typing import Array, Bool, Float, Int, Matrices, State
+from memcache_jax._typing import Array, Bool, Float, Int, State
 from memcache_jax.engine.read import ArrayBank, Bank
 from memcache_jax.engine.run import Layout, run
 from memcache_jax.engine.types import (
@@ -34,7 +34,7 @@ from memcache_jax.streaming.eviction import Merge
 def take_piece(
     cache: Cache, piece: Tokens, active: Bool[Array, "b"]
 ) -> tuple[Cache, Float[Array, "b h m v"]]:
-    """Tokens (b, h, m, ...) that lie in one chunk: the outputs, and the cache after them."""
+    """Takes tokens (b, h, m, ...) of one chunk: returns the cache after them, and their outputs."""
     config, slots = cache.config, cache.config.slots
     memory, aggregation, segment = config.memory, config.aggregation, config.segmentation.size
     size = piece.key.shape[2]
@@ -51,7 +51,7 @@ def take_piece(
 
     complete = active & (into_block + size == segment)
     if config.max_length is not None:
-        # Tokens beyond a row's room have NaN for outputs, and what they write is not kept.
+        # Tokens beyond a row's room give NaN, and what they write is dropped.
         left = (config.max_length - cache.position)[:, None]
         inside = jnp.arange(size)[None] < left
         y, complete = jnp.where(inside[:, None, :, None], y, jnp.nan), complete & inside[:, -1]
@@ -67,7 +67,7 @@ def take_piece(
 
 
 def _begun(cache: Cache, block: Int[Array, "b"], into_block: Int[Array, "b"]) -> Cache:
-    """The cache with the runs begun that begin with a row's next token."""
+    """The cache after resetting the runs that begin with a row's next token."""
     config = cache.config
     begins = (into_block == 0)[:, None] & config.slots.begins(block)
     restart = begins if config.start == "independent" else (cache.position == 0)[:, None]
@@ -86,18 +86,18 @@ def _begun(cache: Cache, block: Int[Array, "b"], into_block: Int[Array, "b"]) ->
 
 @dataclasses.dataclass(frozen=True)
 class Piece(Layout):
-    """Tokens that go on from a cache, one block (b, h, 1, m, ...) of one chunk.
+    """Tokens that continue a cache: one block (b, h, 1, m, ...) of one chunk.
 
     Attributes:
-      cache: what came before, with the runs begun that begin here.
-      block: the block of its sequence in which each row's tokens lie.
+      cache: from ``_begun``.
+      block: each row's block of the sequence.
     """
 
     cache: Cache
     block: Int[Array, "b"]
 
     def write(self, how: Writing, rows: Rows) -> tuple[State, Kept]:
-        """The tokens, into each track; the live one, which is read, is track 0."""
+        """Writes the tokens into each track. Only track 0, the live one, is read."""
         chunk = jax.tree.map(lambda x: x[:, :, 0, 0], rows)
         states = self.cache.state, self.cache.anchor
 
@@ -119,11 +119,6 @@ class Piece(Layout):
         """The states in the slots of each row."""
         cache, key = self.cache, blocks.tokens.key
         config, slots = cache.config, cache.config.slots
-        reads = slots.reads(cache.record, self.block)
-        states = reads.slots[:, None]
-        if slots.reads_all:
-            states = np.arange(states.shape[-1])[None, None]
-        counts = None if reads.segments is None else reads.segments[:, None]
 
         def keys(pooling: str) -> Keys:
             if pooling != config.aggregation.pooling:
@@ -135,21 +130,15 @@ class Piece(Layout):
                 before = cache.position - slots.first(self.block) * config.segmentation.size
                 tokens = before[:, None] + jnp.arange(1, key.shape[3] + 1)[None]
                 live /= tokens.astype(live.dtype)[:, None, None, :, None]
-            return Keys(live, _keys(cache).all(cache.pooled, len(key)))
+            return Keys(live, cache.storages[1].all(cache.pooled, len(key)))
 
-        candidates = Candidates(states, reads.distances[:, None], keys, counts=counts)
+        candidates = slots.candidates(cache.record, self.block, keys)
         return SlotBank(how.memory, cache, key.dtype), candidates
 
 
 @dataclasses.dataclass(frozen=True)
 class SlotBank(Bank):
-    """The states in a cache's slots, of which only those that are read are brought near.
-
-    Attributes:
-      memory: the rule.
-      cache: whose slots.
-      dtype: of the arithmetic.
-    """
+    """The states in a cache's slots; reads in ``dtype`` unpack only those that they need."""
 
     memory: Memory
     cache: Cache
@@ -158,7 +147,7 @@ class SlotBank(Bank):
     def read(
         self, query: Float[Array, "b h n c k"], selection: Selection
     ) -> Float[Array, "b h n c v"]:
-        """From all slots, or from copies of the states that each token selects."""
+        """Reads all slots, or copies of the states that each token selects."""
         bank, near, rows = self._near(query, selection)
         y = bank.read(rows, near)
         return y.reshape(*query.shape[:-1], y.shape[-1])
@@ -166,27 +155,29 @@ class SlotBank(Bank):
     def read_layer(
         self, layer: int, x: Float[Array, "b h n c in"], selection: Selection
     ) -> Float[Array, "b h n c out"]:
-        """The same for one layer."""
+        """As ``read``, for one layer."""
         bank, near, rows = self._near(x, selection)
         y = bank.read_layer(layer, rows, near)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def _near(self, x: Array, selection: Selection) -> tuple[ArrayBank, Selection, Array]:
-        """A bank of states at hand, and selection and rows in its terms."""
+        """An unpacked bank, and the selection and rows that read it."""
         cache, (batch, heads, _, size) = self.cache, x.shape[:4]
-        placement, slots = cache.config.placement, cache.config.slots.num_slots
-        few = isinstance(selection, OfTokens) and size * selection.states.shape[-1] < slots
-        if placement == "device" and not few:
-            matrices = storage.unpack(_states(cache).all(cache.bank, batch), self.dtype)
+        stored, _ = cache.storages
+        few = (
+            isinstance(selection, OfTokens) and size * selection.states.shape[-1] < stored.num_slots
+        )
+        if cache.config.placement == "device" and not few:
+            matrices = storage.unpack(stored.all(cache.bank, batch), self.dtype)
             return ArrayBank(self.memory, matrices, None), selection, x
         states = jnp.asarray(selection.states)
         if isinstance(selection, OfBlocks):
             states = jnp.where(selection.gates != 0, states[:, None, :, None], -1)
-        # The states of each token side by side; a token is a block of its own.
+        # Each token becomes a block of its own, with its states side by side.
         states = states.reshape(batch, heads, -1)
-        near = _states(cache).take(cache.bank, jnp.maximum(states, 0))
+        near = stored.take(cache.bank, jnp.maximum(states, 0))
         matrices = storage.unpack(near, self.dtype)
-        # What lies in a slot that is not read may be anything, NaN too, and its gate is zero.
+        # A slot that is not read may hold NaN, and its gate of zero would not hide it.
         matrices = jax.tree.map(lambda m: jnp.where(states[..., None, None] >= 0, m, 0), matrices)
         each = np.arange(states.shape[-1]).reshape(1, size, -1)
         gates, live = selection.gates[:, :, 0, :, None], selection.live[:, :, 0, :, None]
@@ -195,23 +186,22 @@ class SlotBank(Bank):
 
 
 def _store(cache: Cache, block: Int[Array, "b"], ends: Bool[Array, "b"], after: Array) -> Cache:
-    """Puts the states of the runs that end here into their slots, where reads are done with."""
+    """Stores the states of the runs that end here, once ``after`` has been read."""
     config, slots = cache.config, cache.config.slots
     if not slots.num_slots:
         return cache
-    # An array that is read and then written is copied, unless the second needs the first.
+    # XLA copies an array that is read and written, unless the write depends on the read.
     most = lax.stop_gradient(after).max()
     ends &= ~(most > jnp.maximum(most, 0))
     record, place, merge = slots.store(cache.record, block, ends)
     states, pooled = cache.state, cache.key_sum
-    if config.start == "checkpoint":  # every run's state is the running one
+    if config.start == "checkpoint":  # all tracks have the same state
         shape = pooled.shape[:3]
         states = jax.tree.map(lambda x: jnp.broadcast_to(x, (*shape, *x.shape[3:])), states)
     if config.aggregation.pooling == "mean":
         pooled /= slots.tokens(block).astype(pooled.dtype)[:, None, :, None]
-    states, pooled = config.memory.matrices(states), (pooled,)
-    bank, keys = cache.bank, (cache.pooled,)
-    of_states, of_keys = _states(cache), _keys(cache)
+    states, bank, keys = config.memory.matrices(states), cache.bank, cache.pooled
+    of_states, of_keys = cache.storages
     if merge is not None:
         bank, keys = lax.cond(
             (merge.into < slots.num_slots).any(),
@@ -222,19 +212,18 @@ def _store(cache: Cache, block: Int[Array, "b"], ends: Bool[Array, "b"], after: 
             lambda *kept: kept,
             *(bank, keys),
         )
-    (keys,) = of_keys.put(keys, pooled, place)
+    keys = of_keys.put(keys, pooled, place)
     bank = of_states.put(bank, storage.pack(states, config.cache_dtype), place)
     return dataclasses.replace(cache, bank=bank, pooled=keys, record=record)
 
 
-def _merge(merge: Merge, bank: storage.Bank, kept: Any, new: Matrices) -> Any:
-    """What is kept, with two states of each row, or one and the new one, made one."""
-    dtype = jax.tree.leaves(kept)[0].dtype
-    heads = new[0].shape[1]
+def _merge(merge: Merge, bank: storage.Bank, kept: Any, new: Any) -> Any:
+    """Merges two kept states of each row, or a kept one and the new one."""
+    dtype, like = jax.tree.leaves(kept)[0].dtype, jax.tree.leaves(new)[0]
 
-    def at(place: Array) -> Matrices:
-        slots = jnp.broadcast_to(place[:, None, None], (len(place), heads, 1))
-        return storage.unpack(bank.take(kept, slots), new[0].dtype)
+    def at(place: Array) -> Any:
+        slots = jnp.broadcast_to(place[:, None, None], (len(place), like.shape[1], 1))
+        return storage.unpack(bank.take(kept, slots), like.dtype)
 
     def mean(one: Array, other: Array, new: Array) -> Array:
         shape = (-1, *[1] * (new.ndim - 1))
@@ -244,14 +233,6 @@ def _merge(merge: Merge, bank: storage.Bank, kept: Any, new: Matrices) -> Any:
 
     means = jax.tree.map(mean, at(merge.into), at(merge.other), new)
     return bank.put(kept, storage.pack(means, dtype), merge.into[:, None])
-
-
-def _states(cache: Cache) -> Any:
-    return cache.config.states(cache.initial, 0 if cache.first is None else cache.first)
-
-
-def _keys(cache: Cache) -> storage.DeviceBank:
-    return cache.config.keys(cache.key_sum, 0 if cache.first is None else cache.first)
 
 
 def _where(rows: Bool[Array, "b ..."], new: Array, old: Array) -> Array:

@@ -2,9 +2,8 @@
 
 import dataclasses
 import inspect
-import itertools
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,8 @@ class MixerCache:
     them through ``put_rows``.
 
     Attributes:
-      small: fields of arrays (b, ...), or trees of them, of which each layer has its own.
+      small: fields of arrays (b, ...), or trees of them, of which each layer has its own; at least
+        one.
       shared: fields of large arrays (b, ...), in a stack (layers * b, ...).
       common: fields of arrays without a row axis.
       nested: fields that are caches themselves.
@@ -55,12 +55,12 @@ class MixerCache:
     zeroed: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
-        kinds = {"small", "shared", "common", "nested"}
+        kinds = ["common", "nested", "shared", "small"]
         declared = {"zeroed", "first", *kinds}.union(*(getattr(cls, kind) for kind in kinds))
         for name in inspect.get_annotations(cls):
             metadata = getattr(cls.__dict__.get(name), "metadata", {})
             if name not in declared and not metadata.get("static"):
-                raise TypeError(f"{cls.__name__}.{name} must be in one of {sorted(kinds)}")
+                raise TypeError(f"{cls.__name__}.{name} must be in one of {kinds}")
 
     @property
     def nbytes(self) -> int:
@@ -70,8 +70,6 @@ class MixerCache:
     @property
     def batch_size(self) -> int:
         """Number of rows."""
-        if self.nested:
-            return getattr(self, self.nested[0]).batch_size
         return len(jax.tree.leaves(self._fields(self.small))[0])
 
     def reset(self: C, rows: jax.typing.ArrayLike) -> C:
@@ -80,9 +78,9 @@ class MixerCache:
         It shares unchanged arrays with this cache: donating one invalidates the other.
         """
         rows = jnp.asarray(rows)
-        cache = self.reset_small(rows)
-        without = all(x is None for x in self.states)
-        return cache if without else cache.with_states(self.reset_states(rows))
+        cache = self._reset_small(rows)
+        shared = jax.tree.leaves(self.states)  # none in a layer of a stack
+        return cache.with_states(self.reset_states(rows)) if shared else cache
 
     def take(self: C, rows: jax.typing.ArrayLike) -> C:
         """Returns the cache of these rows, in this order; a row may be taken more than once.
@@ -91,13 +89,6 @@ class MixerCache:
         """
         rows = _checks.check_rows(rows, self.batch_size)
         return self.take_small(rows).with_states(self.take_states(rows))
-
-    def arrays(self) -> list[tuple[str, Any]]:
-        """Returns the name and the arrays of every declared field, nested caches included."""
-        arrays = list(self._fields(self.common + self.small + self.shared).items())
-        for cache in self._fields(self.nested).values():
-            arrays += cache.arrays()
-        return arrays
 
     def replace(self: C, **changes: Any) -> C:
         """Returns the cache with these fields replaced."""
@@ -108,19 +99,15 @@ class MixerCache:
 
     @property
     def states(self) -> tuple:
-        """The shared arrays: this cache's, then those of nested caches."""
-        return self._own + self._of_nested(lambda cache: cache.states)
+        """The shared arrays, then the ``states`` of each nested cache."""
+        return self._states(lambda x: x, lambda cache: cache.states)
 
     def with_states(self: C, states: tuple, first: Any = None) -> C:
         """Returns the cache with these shared arrays, in which its own rows begin at ``first``."""
-        rest = iter(states)
-        changes: dict[str, Any] = {name: next(rest) for name in self.shared}
-        if self.shared:
-            changes["first"] = first
-        for name, cache in self._fields(self.nested).items():
-            part = tuple(itertools.islice(rest, len(cache.states)))
-            changes[name] = cache.with_states(part, first)
-        return self.replace(**changes)
+        changes = dict(zip(self.shared + self.nested, states, strict=True))
+        for name in self.nested:
+            changes[name] = getattr(self, name).with_states(changes[name], first)
+        return self.replace(**changes, **({"first": first} if self.shared else {}))
 
     def own_rows(self, shared: Array) -> Array:
         """Returns this layer's rows of a shared array."""
@@ -141,81 +128,38 @@ class MixerCache:
         def empty(x: Array) -> Array:
             return jnp.zeros((rows, *x.shape[1:]), x.dtype)
 
-        own = jax.tree.map(empty, self._own)
-        return own + self._of_nested(lambda cache: cache.empty_states(rows))
+        return self._states(
+            lambda own: jax.tree.map(empty, own), lambda cache: cache.empty_states(rows)
+        )
 
     def reset_states(self, rows: Array) -> tuple:
         """Returns the shared arrays with the marked rows zeroed: 0 * NaN is NaN in a read."""
-        own = zero_rows(self._own, rows)
-        return own + self._of_nested(lambda cache: cache.reset_states(rows))
+        return self._states(
+            lambda own: zero_rows(own, rows), lambda cache: cache.reset_states(rows)
+        )
 
     def take_states(self, rows: Array) -> tuple:
         """Returns these rows of the shared arrays, counted over all layers."""
-        own = take_rows(self._own, rows)
-        return own + self._of_nested(lambda cache: cache.take_states(rows))
-
-    def reset_small(self: C, rows: Array) -> C:
-        """Returns the cache with the marked rows of its ``zeroed`` fields zeroed."""
-        changes = zero_rows(self._fields(self.zeroed), rows)
-        for name, cache in self._fields(self.nested).items():
-            changes[name] = cache.reset_small(rows)
-        return self.replace(**changes)
+        return self._states(lambda own: take_rows(own, rows), lambda cache: cache.take_states(rows))
 
     def take_small(self: C, rows: Array) -> C:
         """Returns the cache with these rows of small arrays, and copies of common ones."""
         changes = take_rows(self._fields(self.small), rows)
         changes |= jax.tree.map(jnp.copy, self._fields(self.common))
-        for name, cache in self._fields(self.nested).items():
-            changes[name] = cache.take_small(rows)
-        return self.replace(**changes)
+        nested = {name: cache.take_small(rows) for name, cache in self._fields(self.nested).items()}
+        return self.replace(**changes, **nested)
+
+    def _reset_small(self: C, rows: Array) -> C:
+        changes = zero_rows(self._fields(self.zeroed), rows)
+        nested = {n: cache._reset_small(rows) for n, cache in self._fields(self.nested).items()}
+        return self.replace(**changes, **nested)
 
     def _fields(self, names: tuple[str, ...]) -> dict[str, Any]:
         return {name: getattr(self, name) for name in names}
 
-    @property
-    def _own(self) -> tuple:
-        return tuple(getattr(self, name) for name in self.shared)
-
-    def _of_nested(self, states_of: Callable[[Any], tuple]) -> tuple:
-        caches = self._fields(self.nested).values()
-        return tuple(itertools.chain.from_iterable(map(states_of, caches)))
-
-
-class Stack(NamedTuple):
-    """The caches of equal layers, of any class with the methods of ``MixerCache``.
-
-    Attributes:
-      small: a layer's cache without its shared arrays; each array has a first axis of layers.
-      states: the arrays that the layers share, (layers * b, ...).
-      layers: number of layers.
-    """
-
-    small: Any
-    states: tuple
-    layers: int
-
-    @property
-    def layer(self) -> Any:
-        """The first layer's cache, with the shared arrays of all layers."""
-        return jax.tree.map(lambda x: x[0], self.small).with_states(self.states)
-
-    def reset(self, rows: Array) -> "Stack":
-        """Returns the stack with the marked rows (b,) of each layer empty again."""
-        small = jax.vmap(lambda cache: cache.reset(rows))(self.small)
-        return self._replace(
-            small=small, states=self.layer.reset_states(jnp.tile(rows, self.layers))
-        )
-
-    def take(self, rows: Array, batch_size: int) -> "Stack":
-        """Returns the stack of these rows of each layer, which has ``batch_size`` rows."""
-        small = jax.vmap(lambda cache: cache.take_small(rows))(self.small)
-        every = jnp.arange(self.layers)[:, None] * batch_size + rows[None]
-        return self._replace(small=small, states=self.layer.take_states(every.reshape(-1)))
-
-
-def without_states(cache: Any) -> Any:
-    """Returns a layer's cache without its shared arrays, ready to be stacked."""
-    return cache.with_states((None,) * len(cache.states))
+    def _states(self, own: Callable[[tuple], tuple], nested: Callable[[Any], tuple]) -> tuple:
+        shared = tuple(self._fields(self.shared).values())
+        return *own(shared), *map(nested, self._fields(self.nested).values())
 
 
 def zero_rows(tree: Any, rows: Array) -> Any:

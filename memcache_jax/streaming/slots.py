@@ -2,137 +2,96 @@
 
 ``Planned`` follows the tables of a read plan. ``Recent`` is for segments of one size, all of which
 later tokens read: it needs no plan, so a stream may go on for ever, and where its slots are full a
-policy makes room.
+policy makes room. Both have the same methods, which ``extend`` calls at each block (b,) of the
+rows.
 """
 
-import abc
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
 
 from memcache_jax._typing import Array, Bool, Int
-from memcache_jax.engine.types import Selection
+from memcache_jax.engine.types import Candidates, Keys, Selection
 from memcache_jax.gating import gates_by_state
 from memcache_jax.streaming.eviction import Eviction, Kept, Merge, put
 from memcache_jax.streaming.schedule import Schedule
 
 
-class Reads(NamedTuple):
-    """What the rows may read.
-
-    Attributes:
-      slots: (b, r), -1 for none.
-      distances: (b, r) segments back to each state's end, 1 for the last one.
-      segments: (b, r) how many segments each state stands for, 0 for none; None for one each.
-    """
-
-    slots: Array
-    distances: Array
-    segments: Array | None = None
-
-
-class Slots(abc.ABC):
-    """A stream's slots: what ``extend`` asks at each block (b,) of the rows.
-
-    Attributes:
-      num_slots: how many there are.
-      num_tracks: runs that are written side by side, the live one first.
-    """
-
-    num_slots: int
-    num_tracks: int = 1
-
-    @property
-    def reads_all(self) -> bool:
-        """Whether ``reads`` has all slots, each at its own place, or -1 there."""
-        return False
-
-    def init(self, batch: int) -> Any:
-        """The record of what lies where, a pytree of arrays (b, ...)."""
-        del batch
-        return ()
-
-    @abc.abstractmethod
-    def begins(self, block: Int[Array, "b"]) -> Bool[Array, "b tracks"]:
-        """The runs that begin with the block."""
-
-    @abc.abstractmethod
-    def first(self, block: Int[Array, "b"]) -> Int[Array, "b"]:
-        """The first block of the segment that the block lies in."""
-
-    @abc.abstractmethod
-    def reads(self, record: Any, block: Int[Array, "b"]) -> Reads:
-        """What the block reads."""
-
-    def count_reads(self, record: Any, selection: Selection, active: Bool[Array, "b"]) -> Any:
-        """The record after the tokens of active rows have read."""
-        del selection, active
-        return record
-
-    @abc.abstractmethod
-    def store(
-        self, record: Any, block: Int[Array, "b"], ends: Bool[Array, "b"]
-    ) -> tuple[Any, Int[Array, "b tracks"], Merge | None]:
-        """Room for the states that are complete where the block ends.
-
-        Returns:
-          The record after it, the slot of each track's state, or ``num_slots`` for none, and what
-          is to be merged before.
-        """
-
-    @abc.abstractmethod
-    def tokens(self, block: Int[Array, "b"]) -> Int[Array, "b tracks"]:
-        """Tokens of the states that are complete where the block ends."""
-
-
-class Planned(Slots):
+@dataclasses.dataclass(frozen=True)
+class Planned:
     """Slots by the tables of a schedule."""
 
-    def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
-        self.num_slots, self.num_tracks = schedule.num_slots, schedule.begins.shape[1]
+    schedule: Schedule
+
+    @property
+    def num_slots(self) -> int:
+        """Number of slots."""
+        return self.schedule.num_slots
+
+    @property
+    def num_tracks(self) -> int:
+        """Number of runs that are written side by side, the live one first."""
+        return self.schedule.begins.shape[1]
+
+    def init(self, batch: int) -> Any:
+        """The record of what each slot holds, a pytree of arrays (b, ...): here none."""
+        del batch
+        return ()
 
     def begins(self, block: Int[Array, "b"]) -> Bool[Array, "b tracks"]:
         """The runs that begin with the block."""
         return self._row(self.schedule.begins, block)
 
     def first(self, block: Int[Array, "b"]) -> Int[Array, "b"]:
-        """The first block of the segment that the block lies in."""
+        """The first block of the block's segment."""
         return self._row(self.schedule.first, block)
 
-    def reads(self, record: Any, block: Int[Array, "b"]) -> Reads:
-        """What the block reads."""
-        slots = self._row(self.schedule.reads, block)
-        return Reads(slots, self._row(self.schedule.distances, block))
+    def candidates(
+        self, record: Any, block: Int[Array, "b"], keys: Callable[[str], Keys]
+    ) -> Candidates:
+        """The slots that the block reads."""
+        tables = self.schedule.reads, self.schedule.distances
+        states, distances = (self._row(table, block)[:, None] for table in tables)
+        return Candidates(states, distances, keys)
+
+    def count_reads(self, record: Any, selection: Selection, active: Bool[Array, "b"]) -> Any:
+        """The record after the tokens of active rows have read."""
+        del selection, active
+        return record
 
     def store(
         self, record: Any, block: Int[Array, "b"], ends: Bool[Array, "b"]
-    ) -> tuple[Any, Int[Array, "b tracks"], None]:
-        """Slots that are read no more, or never were."""
+    ) -> tuple[Any, Int[Array, "b tracks"], Merge | None]:
+        """Makes room for the states that end with the block, in rows where ``ends``.
+
+        Returns:
+          The record afterwards, the slot of each track's state, or ``num_slots`` for none, and
+          which states to merge first.
+        """
         stores = self._row(self.schedule.stores, block)
         return record, jnp.where(ends[:, None] & (stores >= 0), stores, self.num_slots), None
 
     def tokens(self, block: Int[Array, "b"]) -> Int[Array, "b tracks"]:
-        """Tokens of the states that are complete where the block ends."""
+        """Number of tokens of each state that ends with the block."""
         return self._row(self.schedule.tokens, block)
 
     def _row(self, table: np.ndarray, block: Int[Array, "b"]) -> Array:
-        # A row that is full goes on in the last block.
+        # A full row stays in the last block.
         return jnp.asarray(table)[jnp.minimum(block, len(table) - 1)]
 
 
 @dataclasses.dataclass(frozen=True)
-class Recent(Slots):
-    """Slots for segments of one size, each of which is a block.
+class Recent:
+    """Slots for segments of one size, each of which is a block; methods as of ``Planned``.
 
     Attributes:
-      num_slots: how many there are.
+      num_slots: number of slots.
       size: tokens in a segment.
-      eviction: what makes room where all are full; None where nothing does.
-      by_age: whether reads are in the order of time, so that of equally relevant states SSC takes
-        the older.
+      eviction: what makes room where all slots are full; None where nothing does.
+      by_age: whether to list states by age, so that of equally relevant ones SSC takes the older.
     """
 
     num_slots: int
@@ -140,10 +99,7 @@ class Recent(Slots):
     eviction: Eviction | None
     by_age: bool = False
 
-    @property
-    def reads_all(self) -> bool:
-        """Whether ``reads`` has all slots, each at its own place."""
-        return not self.by_age
+    num_tracks = 1
 
     def init(self, batch: int) -> Kept:
         """Empty slots."""
@@ -151,29 +107,30 @@ class Recent(Slots):
         return Kept(empty, empty, empty.astype(jnp.float32))
 
     def begins(self, block: Int[Array, "b"]) -> Bool[Array, "b 1"]:
-        """Every block is a segment."""
+        """All: each block is a segment."""
         return jnp.ones((len(block), 1), bool)
 
     def first(self, block: Int[Array, "b"]) -> Int[Array, "b"]:
-        """Every block is a segment."""
+        """The block itself."""
         return block
 
-    def reads(self, record: Kept, block: Int[Array, "b"]) -> Reads:
-        """All slots that are not empty."""
-        full, distances = record.segments > 0, block[:, None] - record.newest
-        slots = jnp.where(full, jnp.arange(self.num_slots)[None], -1)
-        reads = Reads(slots, distances, record.segments)
-        if not self.by_age:
-            return reads
-        last = jnp.iinfo(jnp.int32).max
-        order = jnp.argsort(jnp.where(full, record.newest, last), axis=1)  # empty slots last
-        slots, distances, segments = (
-            jnp.take_along_axis(x, order, axis=1) for x in (slots, distances, record.segments)
-        )
-        return Reads(slots, distances, segments)
+    def candidates(
+        self, record: Kept, block: Int[Array, "b"], keys: Callable[[str], Keys]
+    ) -> Candidates:
+        """All slots; empty ones count no segment."""
+        slots, segments = np.arange(self.num_slots)[None], record.segments
+        distances = block[:, None] - record.newest
+        if self.by_age:
+            full, last = segments > 0, jnp.iinfo(jnp.int32).max
+            slots = jnp.where(full, jnp.arange(self.num_slots)[None], -1)
+            order = jnp.argsort(jnp.where(full, record.newest, last), axis=1)
+            slots, distances, segments = (
+                jnp.take_along_axis(x, order, axis=1) for x in (slots, distances, segments)
+            )
+        return Candidates(slots[:, None], distances[:, None], keys, counts=segments[:, None])
 
     def count_reads(self, record: Kept, selection: Selection, active: Bool[Array, "b"]) -> Kept:
-        """Adds the gates up where the policy asks."""
+        """Adds up gates if the policy asks for them."""
         if self.eviction is None or not self.eviction.counts_reads:
             return record
         gates = gates_by_state(selection, self.num_slots).sum(axis=(1, 2, 3))
@@ -201,3 +158,6 @@ class Recent(Slots):
             put(record.gates, place, jnp.zeros(len(block), jnp.float32)),
         )
         return kept, place[:, None], merge
+
+
+Slots: TypeAlias = Planned | Recent

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from memcache_jax.training.config import Config
 from memcache_jax.training.data import HeldOut, heldout_rows
 from memcache_jax.training.files import Records, find_files, split_files
-from memcache_jax.training.tokenizers import FileTokenizer, Tokenizer, make_tokenizer
+from memcache_jax.training.tokenizers import Tokenizer, make_tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -18,13 +18,9 @@ _log = logging.getLogger(__name__)
 class Corpus(NamedTuple):
     """The text of a run.
 
-    Attributes:
-      tokenizer: turns text into ids.
-      train: the documents to train on.
-      heldout: the rows to evaluate on.
-      identity: numbers of files and bytes, and a digest of every file's name, size, and first and
-        last 4 KiB. It detects other or changed files, except an edit in the middle of a file that
-        keeps its size.
+    ``identity`` has the numbers of files and bytes, and a digest of every file's name, size, and
+    first and last 4 KiB. It detects other or changed files, except an edit in the middle of a file
+    that keeps its size.
     """
 
     tokenizer: Tokenizer
@@ -105,10 +101,9 @@ class ReplacedDocuments:
 
     def tell(self) -> None:
         """Logs the count if it has grown."""
-        if not isinstance(self._tokenizer, FileTokenizer):
-            return
-        if self._tokenizer.num_replaced_documents > self.count:
-            self.count = self._tokenizer.num_replaced_documents
+        count = getattr(self._tokenizer, "num_replaced_documents", 0)
+        if count > self.count:
+            self.count = count
             _log.warning(
                 "%d documents read by this process were not UTF-8; "
                 "their invalid bytes were replaced.",

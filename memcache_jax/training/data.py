@@ -140,12 +140,6 @@ def heldout_rows(
     ``max_tokens``, records are taken in a hashed order instead, which covers all files. An
     incomplete last row is dropped.
 
-    Args:
-      records: the held-out documents.
-      tokenizer: turns them into ids.
-      sequence_length: tokens predicted per row.
-      max_tokens: maximum number of targets in all rows.
-
     Raises:
       ValueError: if there are too few tokens for one row, or ``max_tokens`` is below one row.
     """

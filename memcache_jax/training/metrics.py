@@ -13,6 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from memcache_jax.training.workdir import replace_file
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -35,9 +37,7 @@ class MetricsWriter:
         self._board = _tensorboard(Path(workdir) / "tensorboard", step) if tensorboard else None
         path = Path(workdir) / METRICS_FILE
         kept = [row for row in read_metrics(workdir) if row["step"] <= step] if step else []
-        new = path.with_suffix(".new")
-        new.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        new.replace(path)
+        replace_file(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a")
 
     def write(self, step: int, row: Mapping[str, Any]) -> None:
@@ -149,16 +149,9 @@ def plot_curve(
 ) -> Path:
     """Plots the training loss and the held-out losses of a run to ``workdir/loss.png``.
 
-    Args:
-      workdir: the run's folder.
-      title: the plot's title.
-      bytes_per_token: if given, losses are in bits per byte, otherwise in nats per token.
-
-    Returns:
-      The path of the plot.
+    With ``bytes_per_token`` losses are in bits per byte, otherwise in nats per token.
     """
     # Takes a second to import, and most callers never plot.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     scale = 1.0 if bytes_per_token is None else 1 / (math.log(2) * bytes_per_token)
@@ -174,7 +167,6 @@ def plot_curve(
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend()
-    FigureCanvasAgg(figure)
     path = Path(workdir) / "loss.png"
     figure.savefig(path, dpi=120)
     return path

@@ -13,6 +13,11 @@ from memcache_jax.memories import Memory
 from memcache_jax.nn import AttentionMixer, LanguageModelConfig, MemoryCachingMixer, Mixer
 from memcache_jax.training.config import Config, default_config
 
+# Keys that are fields of ``LanguageModelConfig``; runs of earlier versions lack the last one.
+_MODEL = (
+    *("vocab_size", "num_layers", "features", "num_heads", "head_dim", "mlp_features"),
+    *("tie_embeddings", "remat", "offload_states"),
+)
 MIXERS = ("memory_caching", "attention", "sliding_window")
 # Keys that are fields of ``MemoryCachingMixer``.
 _LAYER = ("start", "connector", "distances", "implementation", "exchange")
@@ -34,19 +39,9 @@ def model_config(options: Config) -> LanguageModelConfig:
     unknown = sorted(set(options["mixers"]) - set(MIXERS))
     if unknown or not options["mixers"]:
         raise ValueError(f"model.mixers must be of {_list(MIXERS)}; got {_list(unknown)}")
-    return LanguageModelConfig(
-        vocab_size=options["vocab_size"],
-        num_layers=options["num_layers"],
-        features=options["features"],
-        num_heads=options["num_heads"],
-        mixers=tuple(_mixer(name, options) for name in options["mixers"]),
-        head_dim=options["head_dim"],
-        mlp_features=options["mlp_features"],
-        tie_embeddings=options["tie_embeddings"],
-        remat=options["remat"],
-        offload_states=options.get("offload_states", False),
-        dtype=jnp.dtype(options["dtype"]),
-    )
+    fields = {name: options[name] for name in _MODEL if name in options}
+    mixers = tuple(_mixer(name, options) for name in options["mixers"])
+    return LanguageModelConfig(**fields, mixers=mixers, dtype=jnp.dtype(options["dtype"]))
 
 
 def model_options(model: LanguageModelConfig) -> Config:
@@ -56,9 +51,8 @@ def model_options(model: LanguageModelConfig) -> Config:
       ValueError: if the mixers have different memories or attention windows.
     """
     options = default_config().model
-    for field in dataclasses.fields(model):
-        if field.name in options and field.name not in ("mixers", "dtype"):
-            options[field.name] = getattr(model, field.name)
+    for name in _MODEL:
+        options[name] = getattr(model, name)
     options.dtype = jnp.dtype(model.dtype).name
     names = []
     for mixer in model.mixers:

@@ -32,19 +32,8 @@ def write_report(
 ) -> dict[str, Any]:
     """Writes ``params/``, ``loss.png``, ``sample.txt`` and, last, ``results.json``.
 
-    A run of several processes writes no sample.
-
-    Args:
-      workdir: the run's folder.
-      config: its configuration.
-      graph: the model without its arrays.
-      params: the model's arrays.
-      tokenizer: the run's tokenizer.
-      bytes_per_token: of the held-out text.
-      results: the measurements.
-
-    Returns:
-      The results, with the numbers of parameters and tokens, the last loss and the sample added.
+    A run of several processes writes no sample. Returns the results with the numbers of parameters
+    and tokens, the last loss and the sample added.
     """
     export_params(workdir, params)
     results |= {

@@ -63,11 +63,7 @@ def create_state(
 ) -> TrainState:
     """Returns the initial state, created on its devices.
 
-    Args:
-      config: the model's shape.
-      optimizer: as from ``make_optimizer``.
-      seed: of the initial parameters.
-      target: from ``abstract_state`` with a mesh; None for the default device.
+    ``target`` is from ``abstract_state`` with a mesh; None for the default device.
     """
 
     def create(key: Array) -> TrainState:
@@ -103,7 +99,7 @@ def make_train_step(
     before the update.
 
     Args:
-      graph: the model, as from ``abstract_state``.
+      graph: as from ``abstract_state``.
       optimizer: as from ``make_optimizer``.
       z_loss: weight of the z-loss, which keeps logits from drifting.
       accumulate: number of parts of a batch whose gradients are computed in sequence and averaged.
@@ -159,7 +155,6 @@ def make_eval_step(
 def _cross_entropy(graph: nnx.GraphDef, params: Params, tokens: Array) -> tuple[Array, Array]:
     """Returns the loss of each target in float32 or wider, and its log-partition."""
     logits = nnx.merge(graph, params)(tokens[:, :-1])
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     log_partition = jax.nn.logsumexp(logits, axis=-1)
     target = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
     return log_partition - target, log_partition
@@ -172,25 +167,16 @@ def evaluate(
     batch_size: int,
     mesh: Mesh | None = None,
 ) -> dict[str, float]:
-    """Evaluates a model on held-out rows.
-
-    Args:
-      eval_step: as from ``make_eval_step``.
-      params: the model's parameters.
-      heldout: the rows.
-      batch_size: rows at a time.
-      mesh: the mesh of the rows; None for the default device.
+    """Evaluates a model on held-out rows, ``batch_size`` at a time.
 
     Returns:
       ``heldout_loss`` in nats per token, ``heldout_bits_per_byte``, and ``heldout_perplexity`` per
       token.
     """
-    tokens = heldout.tokens
-    mask = np.ones(len(tokens), np.float32)
     # Padded to one shape, so that the last batch needs no compilation of its own.
-    missing = -len(tokens) % batch_size
-    tokens = np.concatenate([tokens, np.zeros((missing, tokens.shape[1]), tokens.dtype)])
-    mask = np.concatenate([mask, np.zeros(missing, np.float32)])
+    rows = len(heldout.tokens)
+    tokens = np.pad(heldout.tokens, ((0, -rows % batch_size), (0, 0)))
+    mask = (np.arange(len(tokens)) < rows).astype(np.float32)
     sums = [
         eval_step(params, *(place_rows(x[i : i + batch_size], mesh) for x in (tokens, mask)))
         for i in range(0, len(tokens), batch_size)

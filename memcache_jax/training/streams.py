@@ -21,12 +21,8 @@ class Streams:
     positions of all streams, so that any number of processes can resume from it.
 
     Args:
-      records: the documents to train on, which the streams share.
-      tokenizer: turns them into ids.
-      sequence_length: tokens predicted per row; a row has one more.
+      records: as for ``training_iterator``, and so are the others that are not listed.
       batch_size: rows per batch, a multiple of ``num_streams``.
-      seed: of the shuffles.
-      num_streams: number of streams.
       read: the streams to read, as from ``streams_here``; all by default.
       shuffle_window: number of rows shuffled together, over all streams.
 
@@ -117,13 +113,7 @@ class Streams:
 
 
 def streams_here(mesh: Mesh | None, batch_size: int, num_streams: int) -> list[int]:
-    """Returns the streams whose rows this process's devices hold.
-
-    Args:
-      mesh: divides the rows of a batch; None for a single device.
-      batch_size: rows per batch.
-      num_streams: number of streams.
-    """
+    """Returns the streams whose rows this process's devices hold; ``mesh`` divides the rows."""
     if mesh is None:
         return list(range(num_streams))
     here = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
