@@ -163,10 +163,8 @@ class SlotBank(Bank):
     def _near(self, x: Array, selection: Selection) -> tuple[ArrayBank, Selection, Array]:
         """An unpacked bank, and the selection and rows that read it."""
         cache, (batch, heads, _, size) = self.cache, x.shape[:4]
-        stored, _ = cache.storages
-        few = (
-            isinstance(selection, OfTokens) and size * selection.states.shape[-1] < stored.num_slots
-        )
+        stored, slots = cache.storages[0], cache.config.slots.num_slots
+        few = isinstance(selection, OfTokens) and size * selection.states.shape[-1] < slots
         if cache.config.placement == "device" and not few:
             matrices = storage.unpack(stored.all(cache.bank, batch), self.dtype)
             return ArrayBank(self.memory, matrices, None), selection, x
