@@ -54,9 +54,15 @@ class Aggregation(abc.ABC):
         """Whether gates are made from a connector."""
         return self.relevance.connector is not None
 
+    @property
+    def sums_all(self) -> bool:
+        """Whether it is a gated sum over all states in any order, as this file's classes but SSC."""
+        return type(self) in (Residual, GRM, Soup)
+
     def merges_exactly(self, memory: Memory) -> bool:
         """Whether the mean of n states, counted n times, is as good as the n states."""
-        return self.relevance == GATES["uniform"] and (self.mixes or memory.depth == 1)
+        linear = self.mixes or memory.depth == 1
+        return self.sums_all and linear and self.relevance == GATES["uniform"]
 
     @abc.abstractmethod
     def gates(
@@ -148,9 +154,7 @@ class Residual(Aggregation):
       False
     """
 
-    def gates(
-        self, cached: Float[Array, "... r"], live: Float[Array, "..."]
-    ) -> tuple[Float[Array, "... r"], Float[Array, "..."]]:
+    def gates(self, cached: Array, live: Array) -> tuple[Array, Array]:
         """One for every visible state: the exponential of a relevance that is 0 everywhere."""
         return jnp.exp(cached), jnp.exp(live)
 
@@ -184,9 +188,7 @@ class GRM(Aggregation):
             check_choice("gate", self.gate, tuple(GATES))
         check_choice("pooling", self.pooling, ("mean", "sum"))
 
-    def gates(
-        self, cached: Float[Array, "... r"], live: Float[Array, "..."]
-    ) -> tuple[Float[Array, "... r"], Float[Array, "..."]]:
+    def gates(self, cached: Array, live: Array) -> tuple[Array, Array]:
         """Softmax of the relevance."""
         return softmax_gates(cached, live)
 
@@ -245,13 +247,7 @@ class SSC(GRM):
         """Whether parameters are mixed rather than reads."""
         return self.inner == "soup"
 
-    def merges_exactly(self, memory: Memory) -> bool:
-        """False: which states are selected depends on how many there are."""
-        return False
-
-    def gates(
-        self, cached: Float[Array, "... r"], live: Float[Array, "..."]
-    ) -> tuple[Float[Array, "... r"], Float[Array, "..."]]:
+    def gates(self, cached: Array, live: Array) -> tuple[Array, Array]:
         """Softmax over the selected states and the live one; zero for the others."""
         if self.top_k < cached.shape[-1]:
             _, chosen = lax.top_k(lax.stop_gradient(cached), self.top_k)

@@ -14,10 +14,10 @@ from memcache_jax.memories.base import first_of_documents
 
 
 def write_affine(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> tuple[State, Kept]:
-    """``write_blocks`` for a memory of the form ``"affine"``, of which only reads are kept.
+    """``write_blocks`` for a memory of the form ``"affine"``, keeping its reads alone.
 
-    Where all blocks begin anew they run side by side; where some do, their maps leave nothing of
-    the matrix before. A block that begins anew has a zero matrix.
+    If all blocks begin anew they run side by side. If some do, their maps ignore the matrix before
+    them. A block that begins anew starts from a zero matrix.
     """
     memory, key = how.memory, rows.key
     assert isinstance(memory, AffineMemory)

@@ -18,13 +18,13 @@ from memcache_jax.segmentation import ReadPlan
 def bucket_states(how: Writing, ends: State, rows: Rows, plan: ReadPlan) -> State:
     """The states at the ends of buckets that all begin anew, (b, h, buckets, ...).
 
-    A bucket of several segments is one run over it from the initial state: merged from smaller runs
-    where the memory can, else written once more.
+    The state of a bucket of several segments is that of one run over them from the initial state.
+    Memories that can merge get it from shorter runs; others write the bucket again.
 
     Args:
       how: as for ``write_blocks``.
       ends: states at the end of each block, as from ``write_blocks``.
-      rows: as for ``write_blocks``; of a memory that merges, only controls are read.
+      rows: as for ``write_blocks``; merging reads only their controls.
       plan: the buckets.
     """
     memory = how.memory
@@ -60,7 +60,7 @@ def document_states(
 ) -> tuple[State, Int[Array, "b n r"]]:
     """The states at the ends of buckets that follow the documents of each row.
 
-    How many runs of a size there are differs between rows, but at most as many as fit in one.
+    Rows differ in their numbers of runs of a size; each has at most as many as fit into it.
 
     Args:
       how: as for ``write_blocks``.
@@ -68,7 +68,7 @@ def document_states(
       rows: as for ``write_blocks``.
       plan: the buckets of a document that begins with the first block.
       document: the document of each token.
-      carries: whether segments go on from the one before, so that every end serves as it is.
+      carries: whether each segment continues from the one before; then ``ends`` serve as they are.
 
     Returns:
       The states (b, h, states, ...), and which of them each block reads, -1 for none.

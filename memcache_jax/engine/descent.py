@@ -23,17 +23,17 @@ def write_descent(
     rows: Rows,
     restarts: Bool[np.ndarray, "n"],
 ) -> tuple[State, Kept]:
-    """``write_blocks`` where the recurrence makes the states that chunks start from, no more.
+    """``write_blocks`` whose recurrence makes only the states that chunks start from.
 
-    From these all chunks are written and read side by side. The backward pass makes all that anew.
-    The states of all chunks are held at once, forward too.
+    From these states all chunks are written and read side by side, and the backward pass repeats
+    it. All chunks' states are held at once, in the forward pass too.
 
     Args:
       how: the rule, of the form ``"descent"``.
       write: as from ``chunk_writer``.
       start: as from ``chunk_writer``.
       rows: the blocks.
-      restarts: as for ``write_blocks``. Where all begin anew, they run side by side.
+      restarts: as for ``write_blocks``. If all blocks begin anew, they run side by side.
     """
     memory, implementation = how.memory, how.implementation
     assert isinstance(memory, DeepMemory)

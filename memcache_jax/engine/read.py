@@ -60,7 +60,7 @@ class Live:
 
     def apply(self, layer: int, x: Float[Array, "b h n c in"]) -> Float[Array, "b h n c out"]:
         """A layer, as it is after each token, of rows x."""
-        views = self.kept["views"][layer]
+        views = self.kept["views"][layer] if "views" in self.kept else None
         if views is None:
             raise ValueError(
                 f"layer {layer} of the live memory was not kept: an aggregation's needs(memory) "

@@ -55,18 +55,18 @@ class OnePass(Layout):
 
     Attributes:
       plan: its buckets and who reads them.
-      carries: whether segments go on from the one before, rather than anew.
+      carries: whether each segment continues from the one before.
     """
 
     plan: ReadPlan
     carries: bool
 
     def write(self, how: Writing, rows: Rows) -> tuple[State, Kept]:
-        """Segment by segment, side by side where they begin anew."""
+        """Segment by segment, or side by side if all begin anew."""
         return write_blocks(how, rows, self.plan.begins & (not self.carries))
 
     def cached(self, how: Writing, ends: State, blocks: Blocks) -> tuple[Bank, Candidates]:
-        """The states at the ends of blocks where they serve, else those of longer runs."""
+        """The states at the ends of buckets, and the buckets that each block may read."""
         plan, document, key = self.plan, blocks.document, blocks.tokens.key
         if document is None:
             candidates = candidates_of(plan, key)

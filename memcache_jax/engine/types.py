@@ -21,11 +21,11 @@ class Tokens(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The tokens of chunks (b, h, n, chunks, m, ...), as far as writing and live reads take them.
+    """The tokens of chunks (b, h, n, chunks, m, ...): what is written, and reads the live memory.
 
     Attributes:
-      begun: how many documents have begun in the chunk, up to and with each token, as a float, so
-        that a program has a cotangent for it; None where no documents are packed.
+      begun: number of documents that have begun in the chunk up to and with each token; a float, so
+        that it has a cotangent. None without packed documents.
     """
 
     query: Float[Array, "b h n chunks m k"]
@@ -36,11 +36,11 @@ class Rows(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Tokens cut into a plan's blocks, filled up at the end with zeros that no real token sees.
+    """Tokens cut into a plan's blocks, padded with zeros that no real token sees.
 
     Attributes:
       tokens: (b, h, n, c, ...).
-      document: the number of each token's document; None where no documents are packed.
+      document: the number of each token's document; None without packed documents.
       rows: the same tokens chunk by chunk.
     """
 

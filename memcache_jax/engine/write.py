@@ -112,7 +112,7 @@ def write_chunk(
     Args:
       how: the rule, and what to keep.
       state: the state before the chunk's first token.
-      anchor: the state with which the chunk began, of which these tokens may be the rest.
+      anchor: the state with which the chunk began; the tokens may be only its later part.
       rows: the tokens.
       initial: what documents begin with, of a memory with learned weights.
     """

@@ -23,10 +23,10 @@ class Control:
       activation: from logits to the coefficient; decays travel as logs (<= 0).
       bias: what the logits are before training.
       scale: a constant factor.
-      optional: whether a caller may leave it out, which is to say zero. Layers do.
-      per_head: for the axes ``"h"``, the constants that a layer takes, from the number of heads.
-      forget: its value at a token that begins a document, where that makes the memory forget what
-        it holds; -inf for the log of a decay.
+      optional: whether a caller may leave it out, which means zero. Layers leave it out.
+      per_head: for the axes ``"h"``, makes a layer's constants from the number of heads.
+      forget: the value with which a token makes the memory forget everything before it, as at the
+        beginning of a document: -inf for the log of a decay. None if no value does.
     """
 
     axes: str = "b t h"
@@ -54,11 +54,11 @@ is a step of gradient descent on a small network; ``DeepMemory``.
 class Memory(abc.ABC):
     """A recurrent memory: how it is written and how it is read, for one head of one sequence.
 
-    A rule implements a few small methods on unbatched arrays; the callers map them over batch,
-    heads and segments. ``step`` is the equation, ``write`` the same for a chunk of tokens.
+    A rule implements a few small methods on unbatched arrays; callers map them over batch, heads
+    and segments. ``step`` is the equation, ``write`` computes it for a chunk of tokens.
 
-    A memory's parameters are a tuple of matrices, and its forward pass is code over an abstract
-    ``apply(layer, x)``. So one ``forward`` serves a frozen state (``x W``), the live state at
+    A memory's parameters are a tuple of matrices, and its forward pass calls an abstract
+    ``apply(layer, x)``. So one ``forward`` serves a frozen state (``x W``), the live state after
     every token of a chunk (``apply``), and a mixture of many states.
 
     A rule states what it is in class attributes, ``form`` to ``zeros_add_nothing``. A class that
@@ -112,7 +112,7 @@ class Memory(abc.ABC):
         return {}
 
     def coupled(self, controls: Controls) -> Controls:
-        """The controls that a layer uses, where one is to be scaled by another."""
+        """The controls as a layer uses them, for rules that scale one by another."""
         return controls
 
     def weight_shapes(self, key_dim: int, value_dim: int) -> dict[str, tuple[int, int]]:
@@ -174,11 +174,11 @@ class Memory(abc.ABC):
     ) -> tuple[State, Any]:
         """Writes a chunk in which documents begin, each from the initial state.
 
-        For memories that start at zero and whose controls say how to ``forget``, or that override
-        ``forgetting``; others override this.
+        This default serves memories that start at zero and have a control with ``forget``, or that
+        override ``forgetting``.
 
         Args:
-          state: the state before the chunk, of the document that goes on.
+          state: the state before the chunk, of the document that continues into it.
           initial: the state before a document's first token.
           key: as for ``write``.
           value: as for ``write``.
@@ -201,10 +201,10 @@ class Memory(abc.ABC):
         return self.write(state, state, key, value, controls)
 
     def forgetting(self, controls: Controls, begins: Bool[Array, "m"]) -> Controls:
-        """The controls with which the marked tokens forget all that was written before them.
+        """The controls with which the marked tokens forget everything written before them.
 
         Raises:
-          ValueError: for a memory whose controls cannot make it forget.
+          ValueError: for a memory without a control that makes it forget.
         """
         values = {n: c.forget for n, c in self.controls.items() if c.forget is not None}
         if not values:
@@ -224,13 +224,13 @@ class Memory(abc.ABC):
         """Passes row t of ``x`` through a layer of the live memory as it is after token t."""
 
     def keep_layer(self, chunk: Any, layer: int) -> Any:
-        """What ``apply`` needs of a chunk for one layer, with nothing that only others need."""
+        """The part of a chunk that ``apply`` needs for one layer."""
         del layer
         return chunk
 
     @abc.abstractmethod
     def matrices(self, state: State) -> Matrices:
-        """The parameters that a read needs, which is what a cache keeps, batched as the state."""
+        """The parameters that a read needs and a cache keeps, with the state's batch axes."""
 
     @abc.abstractmethod
     def forward(
@@ -238,9 +238,9 @@ class Memory(abc.ABC):
     ) -> Float[Array, "*rows v"]:
         """The memory as a function of the query, over an abstract ``apply``, times a gate.
 
-        The first layer is applied to the query itself. A gate goes on the input of the last layer,
-        and on whatever else is added to its output:
-        the gate's gradient is then a product of rows, and needs no output read anew.
+        Apply the first layer to the query itself. Apply the gate to the input of the last layer and
+        to anything that is added to its output: the gate's gradient is then a product of rows, and
+        needs no second read.
         """
 
     def read(
@@ -253,11 +253,11 @@ class Memory(abc.ABC):
         return self.forward(lambda layer, x: jnp.matmul(x, matrices[layer]), query, gate)
 
     def merge(self, left: State, right: State, controls: Controls) -> State:
-        """The state of two runs of tokens, each written from the initial state, as one run.
+        """The state after two consecutive runs of tokens, from the state after each alone.
 
         Args:
-          left: the state after the earlier run.
-          right: the state after the later one.
+          left: the state after the earlier run, written from the initial state.
+          right: the state after the later run, written from the initial state.
           controls: the later run's controls.
         """
         raise NotImplementedError(f"states of {type(self).__name__} cannot be merged")
@@ -268,5 +268,5 @@ class Memory(abc.ABC):
 
 
 def first_of_documents(begun: Int[Array, "m"]) -> Bool[Array, "m"]:
-    """Whether a token begins a document, from how many have begun in its chunk."""
+    """Whether each token begins a document, from the number that have begun in its chunk."""
     return begun > jnp.pad(begun[:-1], (1, 0))

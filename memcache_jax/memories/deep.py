@@ -258,17 +258,14 @@ class DeepMemory(Memory):
         if "log_beta" not in self.controls:
             return (_Coefficients(weight_decay, None, decay * eta[None]),)
         # S_t = B_t S_0 - sum_j momentum[t, j] eta_j G_j, and W_t sums what alpha leaves of S_t.
-        momentum, momentum_decay = (
-            f(controls["log_beta"], same) for f in (decay_matrix, start_decay)
-        )
+        log_beta = controls["log_beta"]
+        momentum, momentum_decay = decay_matrix(log_beta, same), start_decay(log_beta, same)
         mixing = jnp.matmul(decay, momentum, precision="highest") * eta[None]
         kept = jnp.sum(decay * momentum_decay[None], axis=1)
         of_momentum = _Coefficients(jnp.zeros_like(eta), momentum_decay, momentum * eta[None])
         return _Coefficients(weight_decay, kept, mixing), of_momentum
 
-    def apply(
-        self, chunk: DeepChunk | DocumentsChunk, layer: int, x: Float[Array, "m in"]
-    ) -> Array:
+    def apply(self, chunk: Any, layer: int, x: Float[Array, "m in"]) -> Array:
         """A layer as it is after each token."""
         return chunk.apply(layer, x)
 

@@ -42,7 +42,7 @@ class Part(Layout):
     Attributes:
       own: the plan of this part alone.
       plan: that of the whole sequence.
-      carries: whether segments go on from the one before, rather than anew.
+      carries: whether each segment continues from the one before.
       ring: whether states go round the parts, rather than being gathered.
       document: (b, n, c) the document of each token, counted over the whole sequence; None where
         no documents are packed.
@@ -55,7 +55,7 @@ class Part(Layout):
     document: Any
 
     def write(self, how: Writing, rows: Rows) -> tuple[State, Kept]:
-        """This part's segments; those that go on from the part before are written twice."""
+        """This part's segments, twice if they continue from the part before."""
         restarts = self.own.begins & (not self.carries)
         if self.carries:
             first = how.initial(rows.key.shape[:2])

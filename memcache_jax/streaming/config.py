@@ -72,7 +72,8 @@ class CacheConfig:
         """Which slot each state is kept in, and for how long."""
         if self.max_segments is not None:
             eviction = self.eviction
-            by_age = isinstance(self.aggregation, SSC) and eviction is not None and eviction.drops
+            drops = eviction is not None and eviction.drops
+            by_age = drops and not self.aggregation.sums_all
             return Recent(self.max_segments, self.segmentation.size, eviction, by_age)
         return Planned(make_schedule(self.segmentation, self.max_length))
 

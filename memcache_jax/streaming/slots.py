@@ -15,7 +15,7 @@ import numpy as np
 from memcache_jax._typing import Array, Bool, Int
 from memcache_jax.engine.types import Selection
 from memcache_jax.gating import gates_by_state
-from memcache_jax.streaming.eviction import Kept, Merge, put
+from memcache_jax.streaming.eviction import Eviction, Kept, Merge, put
 from memcache_jax.streaming.schedule import Schedule
 
 
