@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,51 +15,63 @@ from memcache_jax.sharding.memory_caching import memory_caching_over_mesh
 from memcache_jax.streaming.eviction import POLICIES
 from tests.cases import MEMORIES, assert_close, make_inputs
 
+pytestmark = pytest.mark.slow
+
 FOLDER = pathlib.Path(__file__).parents[1] / "docs"
 
 
 @pytest.fixture(scope="module")
-def parts():
+def parts() -> dict[str, Any]:
     """What the page defines, after all its code has run."""
     page = (FOLDER / "write_your_own_parts.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
     assert len(blocks) == page.count("```python")
-    names: dict = {}
+    names: dict[str, Any] = {}
     exec(compile("\n".join(blocks), "write_your_own_parts.md", "exec"), names)
     return names
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("exchange", ["gather", "ring"])
-def test_gates_and_aggregations_over_a_mesh(parts, exchange):
-    memory, inputs = MEMORIES["titans"], make_inputs(MEMORIES["titans"], 30)
-    for aggregation in (
-        parts["Sigmoid"](gate=parts["Recency"]()),
-        parts["TwoHops"](),
-        mc.SSC(gate=parts["Recency"](), top_k=2),
-    ):
-        how = dict(memory=memory, aggregation=aggregation, segmentation=mc.Constant(4))
-        wanted = jax.jit(lambda x, how=how: mc.memory_caching(**x, **how))(inputs)
-        with jax.set_mesh(mc.sharding.make_mesh(dict(seq=2), devices=jax.devices()[:2])):
-            got = jax.jit(lambda x, how=how: memory_caching_over_mesh(**x, **how, exchange=exchange))
-            assert_close(got(inputs), wanted, 1e-5)
+def test_aggregations_over_a_mesh(parts, exchange):
+    aggregation = parts["TwoHops"](gate=parts["Recency"]())
+    how: dict[str, Any] = dict(
+        memory=MEMORIES["titans"], aggregation=aggregation, segmentation=mc.Constant(4)
+    )
+    assert_same_over_a_mesh(how, exchange=exchange)
 
 
-@pytest.mark.slow
-def test_a_segmentation_over_a_mesh_and_with_documents(parts):
-    memory, inputs = MEMORIES["linear"], make_inputs(MEMORIES["linear"], 30)
-    how = dict(memory=memory, aggregation=mc.GRM(), segmentation=parts["Window"](4, count=3))
-    wanted = mc.memory_caching(**inputs, **how)
+def test_a_segmentation_over_a_mesh(parts):
+    window = parts["Window"](4, count=3)
+    assert_same_over_a_mesh(
+        dict(memory=MEMORIES["linear"], aggregation=mc.GRM(), segmentation=window)
+    )
+
+
+def assert_same_over_a_mesh(how, **options):
+    inputs = jax.tree.map(jnp.asarray, make_inputs(how["memory"], 30, batch=1, dtype=np.float32))
+    wanted = jax.jit(lambda inputs: mc.memory_caching(**inputs, **how))(inputs)
     with jax.set_mesh(mc.sharding.make_mesh(dict(seq=2), devices=jax.devices()[:2])):
-        assert_close(jax.jit(lambda x: memory_caching_over_mesh(**x, **how))(inputs), wanted, 1e-5)
-    documents = jnp.asarray(np.repeat([[0, 1]], 2, axis=0).repeat(15, axis=1))
-    for segmentation in (how["segmentation"], parts["Growing"](4)):
-        how["segmentation"] = segmentation
-        got, wanted = (
-            mc.memory_caching(**inputs, **how, document_ids=documents, implementation=name)
-            for name in ("xla", "reference")
+        run = jax.jit(lambda inputs: memory_caching_over_mesh(**inputs, **how, **options))
+        assert_close(run(inputs), wanted, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["Window", "Growing"])
+def test_segmentations_of_packed_documents(parts, name):
+    inputs = jax.tree.map(jnp.asarray, make_inputs(MEMORIES["linear"], 30, dtype=np.float32))
+    segmentation = parts["Window"](4, count=3) if name == "Window" else parts["Growing"](4)
+
+    @jax.jit
+    def both(inputs, documents):
+        how: dict[str, Any] = dict(
+            memory=MEMORIES["linear"], aggregation=mc.GRM(), segmentation=segmentation
         )
-        assert_close(got, wanted, 1e-5)
+        return [
+            mc.memory_caching(**inputs, **how, document_ids=documents, implementation=path)
+            for path in (None, "reference")
+        ]
+
+    got, wanted = both(inputs, jnp.asarray([[0] * 15 + [1] * 15] * 2))
+    assert_close(got, wanted, 1e-5)
 
 
 def test_parts_by_name(parts, monkeypatch):
@@ -72,7 +85,7 @@ def test_parts_by_name(parts, monkeypatch):
     options = default_config().model
     options.aggregation = {"name": "TwoHops", "gate": "recency"}
     options.segmentation = {"name": "Window", "size": 64, "count": 3}
-    mixer = model_config(options).mixers[0]
+    mixer: Any = model_config(options).mixers[0]
     assert mixer.aggregation == parts["TwoHops"](gate="recency")
     assert mixer.segmentation == parts["Window"](64, count=3)
 
