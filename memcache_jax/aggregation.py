@@ -82,7 +82,7 @@ class Aggregation(abc.ABC):
         *,
         implementation: str | None = None,
     ) -> Selection:
-        """The states that tokens read, and their gates.
+        """The states that tokens read, and their gates; the reference makes them by ``gates``.
 
         Args:
           connector: what gates are made from.
@@ -104,7 +104,7 @@ class Aggregation(abc.ABC):
     def read(
         self, bank: Bank, live: Live, query: Float[Array, "b h n c k"], selection: Selection
     ) -> Float[Array, "b h n c v"]:
-        """The outputs of all tokens.
+        """The outputs of all tokens, which the reference makes by ``read_token``.
 
         A state that a token does not read reaches neither its output nor a gradient, NaN or not.
 
@@ -184,8 +184,10 @@ class GRM(Aggregation):
     pooling: str = "mean"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.gate, Gate):
-            check_choice("gate", self.gate, tuple(GATES))
+        if not isinstance(self.gate, Gate) and self.gate not in GATES:
+            raise ValueError(
+                f"gate must be one of {list(GATES)} or an instance of mc.Gate, got {self.gate!r}"
+            )
         check_choice("pooling", self.pooling, ("mean", "sum"))
 
     def gates(self, cached: Array, live: Array) -> tuple[Array, Array]:

@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -88,11 +88,19 @@ class Gate(abc.ABC):
       connector: what ``memory_caching`` takes as the connector: ``"key"``, a vector to compare with
         keys (b, t, h, k); ``"distances"``, logits (b, t, h, distances); or None, nothing. A layer
         makes it from its input.
-      reads_keys: whether ``score`` depends on pooled keys.
+      reads_keys: whether ``score`` depends on pooled keys; if not, they are not made.
     """
 
     connector: ClassVar[Literal["key", "distances"] | None] = None
-    reads_keys: ClassVar[bool] = False
+    reads_keys: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.connector not in (None, "key", "distances"):
+            raise TypeError(
+                f"the connector of {cls.__name__} must be None, 'key' or 'distances', got "
+                f"{cls.connector!r}"
+            )
 
     @abc.abstractmethod
     def score(
@@ -134,7 +142,6 @@ class ContentGate(Gate):
     """r_t^(i) = <u_t, p_i>, the connector against the state's pooled key (Eq. 10)."""
 
     connector = "key"
-    reads_keys: ClassVar[bool] = True
 
     def score(self, connector: Array, key: Array, distance: Array) -> Array:
         """<u, p>."""
@@ -155,6 +162,7 @@ class PositionGate(Gate):
     """The logit of the state's distance, or of the farthest that has one; blind to content."""
 
     connector = "distances"
+    reads_keys: ClassVar[bool] = False
 
     def score(self, connector: Array, key: Array, distance: Array) -> Array:
         """The logit."""
@@ -173,7 +181,9 @@ class PositionGate(Gate):
 
 @dataclasses.dataclass(frozen=True)
 class UniformGate(Gate):
-    """All states are as relevant."""
+    """All states are equally relevant."""
+
+    reads_keys: ClassVar[bool] = False
 
     def score(self, connector: Array, key: Array, distance: Array) -> Array:
         """Zero."""

@@ -1,5 +1,6 @@
 """Write rules: how a memory is written, and how it is read."""
 
+from memcache_jax.kernels.affine_update import AffineChunk
 from memcache_jax.memories.affine import AffineMemory
 from memcache_jax.memories.base import Control, Memory
 from memcache_jax.memories.channel import GLA
@@ -16,6 +17,7 @@ __all__ = [
     "RWKV7",
     "SSD",
     "SWLA",
+    "AffineChunk",
     "AffineMemory",
     "Control",
     "DeepMemory",

@@ -210,7 +210,7 @@ class Memory(abc.ABC):
         if not values:
             raise ValueError(
                 f"{type(self).__name__} takes no document_ids: give one of its controls a value "
-                "at which it forgets, Control(forget=...), or override write_documents"
+                "at which it forgets, Control(forget=...), or override forgetting"
             )
 
         def at_begins(x: Array, value: float) -> Array:

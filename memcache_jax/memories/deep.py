@@ -105,7 +105,7 @@ class DeepMemory(Memory):
 
     ``depth=2`` is M(x) = x + W1 gelu(W2 x), with weights ``W2`` (f, k), ``W1`` (v, f),
     f = ``expansion`` * k and k = v; ``depth=1`` is M(x) = W x, with weight ``W`` (v, k). A rule
-    with a control ``log_beta`` has momentum.
+    gives ``loss`` and the controls ``eta`` and ``log_alpha``, and ``log_beta`` for momentum.
 
     Attributes:
       chunk_size: tokens that share the point at which gradients are taken.

@@ -19,6 +19,7 @@ from memcache_jax.aggregation import Aggregation
 from memcache_jax.caching import Implementation, Start, check_configuration, memory_caching
 from memcache_jax.engine.documents import count_documents
 from memcache_jax.engine.run import cut_for, full_controls, run, widen, writing
+from memcache_jax.gating import in_order
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Lengths, Segmentation
 from memcache_jax.sharding.mesh import active_mesh, num_devices, spec
@@ -144,7 +145,10 @@ def check_parts(
     merges, rule = memory.merges, type(memory).__name__
     spans, checkpoint = plan.spans_segments.any(), start == "checkpoint"
     wanted = (
-        (not isinstance(segmentation, Lengths), f"segments of one size, got {segmentation}"),
+        (
+            plan.begins.all() and not isinstance(segmentation, Lengths),
+            f"segments of one size, got {segmentation}",
+        ),
         (
             plan.num_blocks >= parts,
             f"a segment for each of the {parts} devices, got {length} tokens in {segmentation}",
@@ -183,4 +187,4 @@ def fits_ring(segmentation: Segmentation, length: int) -> bool:
     plan = segmentation.plan(length)
     blocks = np.arange(len(plan.buckets))
     own = np.array_equal(plan.buckets, np.stack([blocks, blocks + 1], axis=1))
-    return own and not np.any(plan.visible & (plan.reads != blocks))
+    return own and in_order(plan.reads, len(blocks))

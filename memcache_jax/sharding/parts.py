@@ -90,7 +90,8 @@ class Part(Layout):
 
         def keys(pooling: str) -> Keys:
             block = np.arange(count)
-            each = dataclasses.replace(own, buckets=np.stack([block, block + 1], axis=1))
+            buckets, none = np.stack([block, block + 1], axis=1), np.full((count, 1), -1)
+            each = ReadPlan(own.block_size, buckets, none, block)
 
             def of_head(key: Float[Array, "n c k"], document: Any) -> Keys:
                 pooled = pooled_keys(key, each, pooling, document)

@@ -98,8 +98,11 @@ class CacheConfig:
 
     def _bounded(self) -> "CacheConfig":
         segmentation, max_segments, policy = self.segmentation, self.max_segments, self.policy
-        if not isinstance(policy, Eviction):
-            _checks.check_choice("policy", policy, tuple(POLICIES))
+        if not isinstance(policy, Eviction) and policy not in POLICIES:
+            raise ValueError(
+                f"policy must be one of {list(POLICIES)} or an instance of mc.Eviction, got "
+                f"{policy!r}"
+            )
         same_size = isinstance(segmentation, Constant)
         if max_segments is not None and max_segments < (0 if policy == "error" else 1):
             raise ValueError(f"max_segments is too small for policy={policy!r}, got {max_segments}")

@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,12 @@ class Kept(NamedTuple):
     Attributes:
       segments: how many segments a state stands for, 0 for an empty slot.
       newest: the last of them.
-      gates: the sum of its gates over all tokens and heads, if the policy ``counts_reads``.
+      gates: the sum of its gates over all tokens and heads; None if no policy ``counts_reads``.
     """
 
     segments: Int[Array, "b slots"]
     newest: Int[Array, "b slots"]
-    gates: Float[Array, "b slots"]
+    gates: Any
 
 
 class Merge(NamedTuple):
@@ -72,7 +72,7 @@ class Eviction(abc.ABC):
           The states that stay, the slot for the new one, and which two to merge first.
         """
         del rows
-        worth = self.worth(kept, block)
+        worth = self.worth(kept if self.counts_reads else kept._replace(gates=None), block)
         least = worth == worth.min(axis=1, keepdims=True)
         place = jnp.argmin(jnp.where(least, kept.newest, jnp.iinfo(jnp.int32).max), axis=1)
         return kept, place, None
