@@ -96,7 +96,7 @@ def check_rows(rows: Any, batch: int) -> jax.Array:
 def check_lengths(lengths: Any, shape: tuple[int, ...], least: int = 0) -> Any:
     """Returns how many tokens of each row (b, t) count, an array, or raises ValueError.
 
-    Each is ``least`` to t; None is t. What is traced is not known.
+    Each is ``least`` to t; None is t. Traced values are not checked.
     """
     batch, count = shape
     if lengths is None:
@@ -118,7 +118,7 @@ def check_room(
 ) -> None:
     """Raises ValueError unless tokens (b, t) continue the rows at ``position``, and have room.
 
-    ``lengths`` of them count in each row; None for all. What is traced is not known.
+    ``lengths`` of them count in each row; None for all. Traced values are not checked.
     """
     batch, count = shape
     if position.shape != (batch,):

@@ -29,10 +29,9 @@ class Aggregation(abc.ABC):
     parts on a mesh, and streams.
 
     Attributes:
-      gate: what the gates are made from, a ``gating.Gate`` or its name: ``"content"``, the
-        connector against the states' pooled keys; ``"position"``, logits of each distance in
-        segments, which are passed as the connector, (b, t, h, distances), the live memory's first;
-        or ``"uniform"``.
+      gate: a ``Gate`` or its name: ``"content"``, the connector against the states' pooled keys;
+        ``"position"``, logits of each distance in segments, passed as the connector (b, t, h,
+        distances), the live memory's first; or ``"uniform"``.
       pooling: whether pooled keys are the ``"mean"`` or the ``"sum"`` of a bucket's keys.
     """
 
@@ -56,11 +55,11 @@ class Aggregation(abc.ABC):
 
     @property
     def sums_all(self) -> bool:
-        """Whether it is a gated sum over all states, as those of this file are but SSC."""
+        """Whether it is a gated sum over all states, in any order: Residual, GRM and Soup."""
         return type(self) in (Residual, GRM, Soup)
 
     def merges_exactly(self, memory: Memory) -> bool:
-        """Whether the mean of n states, counted n times, is as good as the n states."""
+        """Whether the mean of n states, counted n times, gives the same output as the n states."""
         linear = self.mixes or memory.depth == 1
         return self.sums_all and linear and self.relevance == GATES["uniform"]
 
@@ -272,7 +271,8 @@ class SSC(GRM):
             assert isinstance(selection, OfBlocks)
             return selection._replace(unread=selection.unread or self.top_k < states.shape[-1])
         by_block = candidates.same_document is None and candidates.counts is None
-        if isinstance(states, np.ndarray) and by_block and self.relevance == ContentGate():
+        routed = type(self) is SSC and self.relevance == ContentGate()
+        if routed and by_block and isinstance(states, np.ndarray):
             keys = candidates.keys(self.pooling)
             assert keys.states is not None
             pooled, broken = finite_rows(keys.states)
@@ -288,7 +288,8 @@ class SSC(GRM):
         _, slots = lax.top_k(lax.stop_gradient(cached), self.top_k)
         cached = jnp.take_along_axis(cached, slots, axis=-1)
         chosen = jnp.take_along_axis(jnp.asarray(states)[:, None, :, None], slots, axis=-1)
-        return OfTokens(jnp.where(cached > -jnp.inf, chosen, -1), *self.gates(cached, live))
+        gates, live = self.gates(cached, live)
+        return OfTokens(jnp.where(gates != 0, chosen, -1), gates, live)
 
     def _all_are_few(self, states: np.ndarray | Array) -> bool:
         """Whether all that blocks may read is no more than what their tokens would select."""

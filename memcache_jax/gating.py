@@ -96,6 +96,8 @@ class Gate(abc.ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        if "score" in vars(cls) and "scores" not in vars(cls):  # products of another equation
+            cls.scores = Gate.scores
         if cls.connector not in (None, "key", "distances"):
             raise TypeError(
                 f"the connector of {cls.__name__} must be None, 'key' or 'distances', got "
@@ -117,15 +119,18 @@ class Gate(abc.ABC):
     def scores(
         self, connector: Float[Array, "b h n c u"], candidates: Candidates, pooling: str
     ) -> tuple[Float[Array, "b h n c r"], Float[Array, "b h n c"]]:
-        """``score`` of the states in all slots, and of the live memory; any value in empty slots.
+        """``score`` of the states in all slots, and of the live memory; empty slots are ignored.
 
         Override it where all scores together are a product.
         """
-        slots, distances = (jnp.asarray(x)[:, None] for x in candidates[:2])
+        slots, distances = (
+            jnp.asarray(x)[:, None] for x in (candidates.states, candidates.distances)
+        )
         shape = (*connector.shape[:3], slots.shape[-1])
         live_keys, keys = jnp.zeros((*connector.shape[:4], 1)), jnp.zeros((*shape, 1))
         if self.reads_keys:
             live_keys, keys = candidates.keys(pooling).by_slot(slots)
+        keys, broken = finite_rows(keys)  # 0 * NaN is NaN: in a gradient, of states not read
         of_states = jax.vmap(self.score, in_axes=(None, 0, 0))
         cached, live = of_states, self.score
         for in_axes in ((0, None, None), (0, 0, 0), (0, 0, 0), (0, 0, 0)):  # c, n, h, b
@@ -134,7 +139,8 @@ class Gate(abc.ABC):
             live = jax.vmap(live)
         here = jnp.zeros(connector.shape[:4], jnp.int32)
         distances = jnp.broadcast_to(distances, shape)
-        return cached(connector, keys, distances), live(connector, live_keys, here)
+        cached = jnp.where(broken[..., None, :], jnp.nan, cached(connector, keys, distances))
+        return cached, live(connector, live_keys, here)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,14 +214,10 @@ def scores(
     score -inf.
     """
     cached, live = gate.scores(connector, candidates, pooling)
-    visible = jnp.asarray(candidates.states)[:, None, :, None] >= 0
     if candidates.counts is not None:
         counts = candidates.counts[:, None, :, None]
         cached += jnp.log(jnp.maximum(counts, 1).astype(cached.dtype))
-        visible &= counts > 0
-    if candidates.same_document is not None:
-        visible &= candidates.same_document[:, None]
-    return jnp.where(visible, cached, -jnp.inf), live
+    return jnp.where(candidates.visible[:, None], cached, -jnp.inf), live
 
 
 def _products(

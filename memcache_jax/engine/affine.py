@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from memcache_jax._typing import Array, Bool, Float, State
-from memcache_jax.engine.types import Kept, Rows, Writing
+from memcache_jax.engine.types import Parts, Rows, Writing
 from memcache_jax.kernels.affine_update import AffineChunk, affine_update
 from memcache_jax.memories import AffineMemory
 from memcache_jax.memories.base import first_of_documents
 
 
-def write_affine(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> tuple[State, Kept]:
+def write_affine(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> tuple[State, Parts]:
     """``write_blocks`` for a memory of the form ``"affine"``, keeping its reads alone.
 
     If all blocks begin anew they run side by side. If some do, their maps ignore the matrix before
@@ -27,7 +27,7 @@ def write_affine(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> t
     begins = np.outer(restarts, np.arange(chunks) == 0)
     begins[0, 0] = True
 
-    # All of a state but its matrix is known at once, and zero where runs begin.
+    # Everything in the state except the matrix is known up front, and zero where runs begin.
     carried = _for_each(memory.carried, 4)(key, rows.value)._replace(matrix=None)
     before = jax.tree.map(lambda x: _of_chunk_before(x, ~begins), carried)
     goes_on = None
@@ -74,6 +74,6 @@ def _of_chunk_before(
 
 
 def _detached(form: AffineChunk, goes_on: Float[Array, ""]) -> AffineChunk:
-    """The map, which keeps nothing of the matrix where a run begins."""
+    """The map without its dependence on the matrix before, where a run begins."""
     erase = None if form.erase is None else goes_on * form.erase
     return form._replace(decay=goes_on * form.decay, query=goes_on * form.query, erase=erase)

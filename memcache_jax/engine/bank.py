@@ -60,7 +60,7 @@ def document_states(
 ) -> tuple[State, Int[Array, "b n r"]]:
     """The states at the ends of buckets that follow the documents of each row.
 
-    Rows differ in their numbers of runs of a size; each has at most as many as fit into it.
+    The number of runs of each size varies by row; arrays are padded to the largest possible one.
 
     Args:
       how: as for ``write_blocks``.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memcache_jax._typing import Array, Bool, State
-from memcache_jax.engine.types import Kept, Rows, Writing
+from memcache_jax.engine.types import Parts, Rows, Writing
 from memcache_jax.kernels._dispatch import check_served, written
 from memcache_jax.kernels._shapes import power_of_two
 from memcache_jax.kernels.deep_update import deep_update
@@ -18,11 +18,11 @@ from memcache_jax.memories.deep import DeepState
 
 def write_descent(
     how: Writing,
-    write: Callable[[tuple, Rows], tuple[tuple, Kept]],
+    write: Callable[[tuple, Rows], tuple[tuple, Parts]],
     start: Callable[[tuple[int, ...]], tuple],
     rows: Rows,
     restarts: Bool[np.ndarray, "n"],
-) -> tuple[State, Kept]:
+) -> tuple[State, Parts]:
     """``write_blocks`` whose recurrence makes only the states that chunks start from.
 
     From these states all chunks are written and read side by side, and the backward pass repeats
@@ -45,7 +45,7 @@ def write_descent(
     begins = np.outer(restarts, np.arange(chunks) == 0).reshape(-1)[:count]
     begins[0] = True
 
-    def run(first: tuple, rows: Rows) -> tuple[State, Kept]:
+    def run(first: tuple, rows: Rows) -> tuple[State, Parts]:
         states, goes_on = first[0], jnp.broadcast_to(~begins, (units, count))
         given = jax.tree.map(
             lambda x: jnp.broadcast_to(x[:, None], (units, count, *x.shape[1:])), states
@@ -71,13 +71,13 @@ def write_descent(
         return ends, kept
 
     @jax.custom_vjp
-    def update(first: tuple, rows: Rows) -> tuple[State, Kept]:
+    def update(first: tuple, rows: Rows) -> tuple[State, Parts]:
         return run(first, rows)
 
-    def forward(first: tuple, rows: Rows) -> tuple[tuple[State, Kept], tuple]:
+    def forward(first: tuple, rows: Rows) -> tuple[tuple[State, Parts], tuple]:
         return written(run(first, rows)), (first, rows)
 
-    def backward(residuals: tuple, cotangents: tuple[State, Kept]) -> tuple:
+    def backward(residuals: tuple, cotangents: tuple[State, Parts]) -> tuple:
         return jax.vjp(run, *residuals)[1](cotangents)
 
     update.defvjp(forward, backward)

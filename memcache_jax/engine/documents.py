@@ -13,7 +13,7 @@ from memcache_jax.segmentation import ReadPlan
 
 
 def count_documents(document_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
-    """Documents that have begun after the first: an id may come again, this does not."""
+    """Documents that have begun after the first; unlike ids, these numbers never repeat."""
     changes = document_ids[:, 1:] != document_ids[:, :-1]
     return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 
@@ -57,8 +57,8 @@ def buckets_of_documents(plan: ReadPlan, document: Int[Array, "n c"]) -> Documen
 def runs_of_documents(document: Int[Array, "n c"], size: int) -> Int[Array, "runs"]:
     """First blocks of the runs of ``size`` blocks into which each document divides.
 
-    A block is of the document of its last token. There are n // size in any case, the last ones
-    perhaps of no use.
+    A block belongs to the document of its last token. There are always n // size entries; the last
+    ones may be padding.
     """
     last = document[:, -1]
     begins = _blocks_of_last_document(document)[: len(last) - size + 1] % size == 0
@@ -78,8 +78,8 @@ def document_candidates(
 ) -> Candidates:
     """The buckets that a plan's blocks may read where documents are packed.
 
-    If a bucket has several segments, buckets follow each row's documents, and whoever makes their
-    states numbers them: ``states`` then only says which slots are empty.
+    If a bucket has several segments, buckets follow each row's documents and ``document_states``
+    numbers them: here ``states`` then only says which slots are empty.
     """
     slots = None
     states, distances, after = plan.reads[None], plan.distances[None], None

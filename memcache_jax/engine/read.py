@@ -183,7 +183,7 @@ class ArrayBank(Bank):
     def _sum(
         self, divide: Divide, matrices: Matrices, x: Array, selection: Selection
     ) -> Float[Array, "b h n c out"]:
-        """``gather``, in pieces that add up where a kernel has no room for a whole state."""
+        """``gather``, in pieces that add up if a whole state exceeds a kernel's memory."""
 
         def gather(read: Callable[..., Array], matrices: Matrices, x: Array) -> Array:
             return self.gather(read, matrices, x, selection)
@@ -200,9 +200,9 @@ def pieces_of(memory: Memory) -> Divide:
 
 
 def blind_where_gates_are_zero(read: Callable[..., Array]) -> Callable[..., Array]:
-    """The read, where rows with a gate of zero see nothing of the state, nor do their gradients.
+    """The read, in which rows with a gate of 0 neither read the state nor send it gradients.
 
-    What goes in is masked as well as what comes out: 0 * NaN is NaN, forward and backward.
+    Inputs are masked as well as outputs: 0 * NaN is NaN, forward and backward.
     """
 
     def seen(x: Array, gate: Array) -> Array:

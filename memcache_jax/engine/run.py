@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,16 @@ from memcache_jax.aggregation import Aggregation
 from memcache_jax.engine.bank import bucket_states, document_states
 from memcache_jax.engine.documents import begun_in_chunk, document_candidates
 from memcache_jax.engine.read import ArrayBank, Bank, Live
-from memcache_jax.engine.types import Blocks, Candidates, Kept, Keys, Rows, Tokens, Writing
+from memcache_jax.engine.types import (
+    Blocks,
+    Candidates,
+    Keys,
+    LivePart,
+    Parts,
+    Rows,
+    Tokens,
+    Writing,
+)
 from memcache_jax.engine.write import initial_states, write_blocks
 from memcache_jax.gating import gates_by_state, pooled_keys, running_keys
 from memcache_jax.memories import Memory
@@ -25,7 +34,7 @@ class Layout(abc.ABC):
     """Where the segments of a call are written, and where the states lie that its tokens read."""
 
     @abc.abstractmethod
-    def write(self, how: Writing, rows: Rows) -> tuple[State, Kept]:
+    def write(self, how: Writing, rows: Rows) -> tuple[State, Parts]:
         """Writes the blocks: the states at their ends, and what was kept of the live memory."""
 
     @abc.abstractmethod
@@ -61,8 +70,8 @@ class OnePass(Layout):
     plan: ReadPlan
     carries: bool
 
-    def write(self, how: Writing, rows: Rows) -> tuple[State, Kept]:
-        """Segment by segment, or side by side if all begin anew."""
+    def write(self, how: Writing, rows: Rows) -> tuple[State, Parts]:
+        """In sequence, or in parallel if every segment begins anew."""
         return write_blocks(how, rows, self.plan.begins & (not self.carries))
 
     def cached(self, how: Writing, ends: State, blocks: Blocks) -> tuple[Bank, Candidates]:
@@ -98,7 +107,17 @@ def writing(
         sizes = tokens.key.shape[-1], tokens.value.shape[-1]
         return initial_states(memory, weights, shape, *sizes, tokens.key.dtype)
 
-    return Writing(memory, tuple(aggregation.needs(memory)), initial, implementation)
+    return Writing(memory, needs_of(aggregation, memory), initial, implementation)
+
+
+def needs_of(aggregation: Aggregation, memory: Memory) -> tuple[LivePart, ...]:
+    """The parts of the live memory that an aggregation reads, checked."""
+    needs = aggregation.needs(memory)
+    if isinstance(needs, str) or not set(needs) <= set(get_args(LivePart)):
+        raise ValueError(
+            f"{aggregation}.needs must return a tuple of {get_args(LivePart)}, got {needs!r}"
+        )
+    return tuple(needs)
 
 
 def candidates_of(plan: ReadPlan, key: Float[Array, "b h n c k"]) -> Candidates:

@@ -69,8 +69,8 @@ class Writing(NamedTuple):
         return self._replace(needs=())
 
 
-Kept = dict[str, Any]
-"""The parts of the live memory that were kept, arrays (b, h, n, chunks, ...); see ``read.keep``."""
+Parts = dict[str, Any]
+"""What reads need of the live memory, by name, arrays (b, h, n, chunks, ...); see ``read.keep``."""
 
 
 class Keys(NamedTuple):
@@ -78,8 +78,8 @@ class Keys(NamedTuple):
 
     Attributes:
       live: of the live memory at each token.
-      states: of cached states, by their numbers in the bank; None where they depend on the block,
-      slots: and stand by slot.
+      states: of cached states, by their numbers in the bank.
+      slots: of cached states by slot, in place of ``states``, where they depend on the block.
     """
 
     live: Float[Array, "b h n c k"]
@@ -106,7 +106,8 @@ class Candidates(NamedTuple):
       distances: segments back to each state's end, 1 for the last segment.
       keys: makes the pooled keys, of ``"mean"`` or ``"sum"`` pooling.
       same_document: whether a token and a state are of one document; None for yes.
-      counts: segments that a state stands for, 0 for an empty slot; None for one each.
+      counts: segments that a state stands for, 0 for an empty slot; None for one each. A stream
+        knows its empty slots by counts alone: ask ``visible``.
     """
 
     states: np.ndarray | Int[Array, "_ n r"]
@@ -114,6 +115,14 @@ class Candidates(NamedTuple):
     keys: Callable[[str], Keys]
     same_document: Bool[Array, "b n c r"] | None = None
     counts: Int[Array, "b n r"] | None = None
+
+    @property
+    def visible(self) -> Bool[Array, "_ n _ r"]:
+        """Whether a slot holds a state that a token may read; of one token, or one row, for all."""
+        visible = jnp.asarray(self.states)[:, :, None] >= 0
+        if self.counts is not None:
+            visible &= self.counts[:, :, None] > 0
+        return visible if self.same_document is None else visible & self.same_document
 
 
 class OfBlocks(NamedTuple):
@@ -123,7 +132,7 @@ class OfBlocks(NamedTuple):
       states: as of ``Candidates``.
       gates: of the cached states.
       live: of the live memory.
-      unread: whether a gate of zero says that the token does not read the state, whatever it holds.
+      unread: if true, a token with a gate of 0 skips the state, even if that contains NaN.
     """
 
     states: np.ndarray | Int[Array, "_ n r"]

@@ -13,7 +13,7 @@ from memcache_jax._typing import Array, Bool, State
 from memcache_jax.engine.affine import write_affine
 from memcache_jax.engine.descent import write_descent
 from memcache_jax.engine.read import keep
-from memcache_jax.engine.types import Kept, Rows, Writing
+from memcache_jax.engine.types import Parts, Rows, Writing
 from memcache_jax.kernels.chunk_update import chunk_update
 from memcache_jax.memories import Memory
 
@@ -37,7 +37,7 @@ def initial_states(
     return jax.tree.map(repeat, states)
 
 
-def write_blocks(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> tuple[State, Kept]:
+def write_blocks(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> tuple[State, Parts]:
     """Writes blocks (b, h, n, chunks, m, ...) into the live memory.
 
     Args:
@@ -65,7 +65,7 @@ def write_blocks(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> t
         return ends, kept
     first = start((batch, heads))
 
-    def block(states: tuple, xs: tuple) -> tuple[tuple, tuple[State, Kept]]:
+    def block(states: tuple, xs: tuple) -> tuple[tuple, tuple[State, Parts]]:
         restart, rows = xs
         states = jax.tree.map(lambda new, old: jnp.where(restart, new, old), first, states)
         states, kept = update(states, rows, batch_dims=2)
@@ -92,7 +92,7 @@ def chunk_writer(how: Writing, rows: Rows) -> tuple[Callable, Callable]:
     # Documents begin with the weights that each head has learned, or else with constants.
     learned = rows.begun is not None and bool(how.memory.weight_shapes(*sizes))
 
-    def write(states: tuple, rows: Rows) -> tuple[tuple, Kept]:
+    def write(states: tuple, rows: Rows) -> tuple[tuple, Parts]:
         state, initial = states
         end, kept = write_chunk(how, state, state, rows, initial)
         return (end, initial), kept
@@ -106,7 +106,7 @@ def chunk_writer(how: Writing, rows: Rows) -> tuple[Callable, Callable]:
 
 def write_chunk(
     how: Writing, state: State, anchor: State, rows: Rows, initial: State = None
-) -> tuple[State, Kept]:
+) -> tuple[State, Parts]:
     """Writes a chunk (m, ...) of one memory: its state after it, and what is kept of it.
 
     Args:

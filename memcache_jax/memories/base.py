@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ class Memory(abc.ABC):
     """Whether a read depends on the query; if not, it is the state's one matrix, a row."""
 
     zeros_add_nothing: ClassVar[bool] = False
-    """Whether rows and columns of zeros leave the gradient of a deep memory's loss as it is."""
+    """Whether padding with zeros does not change the gradient of a deep memory's loss."""
 
     depth: int = 1
     """Layers that a read passes through one after the other."""
@@ -85,7 +85,7 @@ class Memory(abc.ABC):
     """Tokens that a rule which is exact for any chunk is best written in at once."""
 
     fixed: ClassVar[tuple[str, ...]] = ()
-    """Methods that the fast paths of a form replace, so that a rule of that form keeps them."""
+    """Methods that a rule must not override unless it states ``form = "scan"``."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -94,7 +94,14 @@ class Memory(abc.ABC):
             for name in ("form", "merges", "reads_query", "zeros_add_nothing"):
                 if name not in vars(cls):
                     setattr(cls, name, getattr(Memory, name))
-        own = [] if "fixed" in vars(cls) else [name for name in cls.fixed if name in vars(cls)]
+        if cls.form not in get_args(Form):
+            raise TypeError(
+                f"{cls.__name__}: form must be one of {get_args(Form)}, got {cls.form!r}"
+            )
+        if cls.form != "scan" and not cls.fixed:
+            raise TypeError(f"form={cls.form!r} needs AffineMemory or DeepMemory as base of {cls}")
+        kept = _owner(cls, "fixed").__mro__
+        own = [name for name in cls.fixed if _owner(cls, name) not in kept]
         if own and cls.form != "scan":
             raise TypeError(
                 f"{cls.__name__} overrides {', '.join(own)}, which the fast paths of form="
@@ -265,6 +272,11 @@ class Memory(abc.ABC):
     def read_online(self, chunk: Any, query: Float[Array, "m k"]) -> Float[Array, "m v"]:
         """Reads the live memory with each token's query, right after that token's write."""
         return self.forward(lambda layer, x: self.apply(chunk, layer, x), query)
+
+
+def _owner(cls: type, name: str) -> type:
+    """The class that an attribute comes from."""
+    return next(base for base in cls.__mro__ if name in vars(base))
 
 
 def first_of_documents(begun: Int[Array, "m"]) -> Bool[Array, "m"]:

@@ -79,27 +79,13 @@ class GLA(MatrixMemory):
             )
         }
 
-    def step(
-        self,
-        state: MatrixState,
-        anchor: MatrixState,
-        key: Float[Array, "k"],
-        value: Float[Array, "v"],
-        controls: Controls,
-    ) -> MatrixState:
+    def step(self, state, anchor, key, value, controls) -> MatrixState:
         """Decays each channel, and adds the outer product of one token."""
         del anchor
         kept = jnp.exp(controls["log_alpha"])[:, None] * state.matrix
         return MatrixState(kept + jnp.outer(key, value))
 
-    def write(
-        self,
-        state: MatrixState,
-        anchor: MatrixState,
-        key: Float[Array, "m k"],
-        value: Float[Array, "m v"],
-        controls: Controls,
-    ) -> tuple[MatrixState, ChannelChunk]:
+    def write(self, state, anchor, key, value, controls) -> tuple[MatrixState, ChannelChunk]:
         """Adds a chunk in one matrix product."""
         del anchor
         chunk = ChannelChunk(state.matrix, controls["log_alpha"], key[None], value[None])

@@ -30,28 +30,14 @@ class _DeltaMemory(MatrixMemory):
     def controls(self) -> Mapping[str, Control]:
         """beta, and perhaps log_alpha."""
 
-    def step(
-        self,
-        state: MatrixState,
-        anchor: MatrixState,
-        key: Float[Array, "k"],
-        value: Float[Array, "v"],
-        controls: Controls,
-    ) -> MatrixState:
+    def step(self, state, anchor, key, value, controls) -> MatrixState:
         """Decays, erases what the key recalls, and adds the token."""
         del anchor
         kept = jnp.exp(_log_alpha(controls)) * state.matrix
         error = value - jnp.matmul(key, kept)
         return MatrixState(kept + controls["beta"] * jnp.outer(key, error))
 
-    def write(
-        self,
-        state: MatrixState,
-        anchor: MatrixState,
-        key: Float[Array, "m k"],
-        value: Float[Array, "m v"],
-        controls: Controls,
-    ) -> tuple[MatrixState, DecayChunk]:
+    def write(self, state, anchor, key, value, controls) -> tuple[MatrixState, DecayChunk]:
         """Solves for what a chunk's tokens really add, and adds it in one matrix product."""
         del anchor
         decay, mixing, system = self._system(key, controls)
@@ -60,14 +46,7 @@ class _DeltaMemory(MatrixMemory):
         chunk = DecayChunk(state.matrix, decay, mixing, key, added)
         return MatrixState(chunk.end()), chunk
 
-    def affine(
-        self,
-        before: MatrixState,
-        key: Float[Array, "m k"],
-        value: Float[Array, "m v"],
-        query: Float[Array, "m k"],
-        controls: Controls,
-    ) -> AffineChunk:
+    def affine(self, before, key, value, query, controls) -> AffineChunk:
         """Solves for what a chunk's tokens add to nothing, and for what they recall."""
         decay, mixing, system = self._system(key, controls)
         sides = jnp.concatenate([value, decay[:, None] * key], axis=1)
@@ -168,14 +147,7 @@ class RWKV7(MatrixMemory):
             "kappa": Control("b t h k", activation=_unit, forget=0.0),
         }
 
-    def step(
-        self,
-        state: MatrixState,
-        anchor: MatrixState,
-        key: Float[Array, "k"],
-        value: Float[Array, "v"],
-        controls: Controls,
-    ) -> MatrixState:
+    def step(self, state, anchor, key, value, controls) -> MatrixState:
         """Decays each channel, erases at kappa, and adds the token."""
         del anchor
         kappa = controls["kappa"]
@@ -183,14 +155,7 @@ class RWKV7(MatrixMemory):
         matrix -= jnp.outer(controls["a"] * kappa, jnp.matmul(kappa, state.matrix))
         return MatrixState(matrix + jnp.outer(key, value))
 
-    def write(
-        self,
-        state: MatrixState,
-        anchor: MatrixState,
-        key: Float[Array, "m k"],
-        value: Float[Array, "m v"],
-        controls: Controls,
-    ) -> tuple[MatrixState, ChannelChunk]:
+    def write(self, state, anchor, key, value, controls) -> tuple[MatrixState, ChannelChunk]:
         """Solves for what a chunk's tokens erase, a second write beside the tokens' own."""
         del anchor
         recall, to_written, system = self._system(key, controls)
@@ -198,14 +163,7 @@ class RWKV7(MatrixMemory):
         chunk = _erasing(state, key, value, solve_unit_lower(system, -recalled), controls)
         return MatrixState(chunk.end()), chunk
 
-    def affine(
-        self,
-        before: MatrixState,
-        key: Float[Array, "m k"],
-        value: Float[Array, "m v"],
-        query: Float[Array, "m k"],
-        controls: Controls,
-    ) -> AffineChunk:
+    def affine(self, before, key, value, query, controls) -> AffineChunk:
         """Solves for what a chunk's tokens erase of each other, and for what they recall."""
         recall, to_written, system = self._system(key, controls)
         solved = solve_unit_lower(

@@ -46,5 +46,5 @@ class DLA(DeepMemory):
         }
 
     def loss(self, prediction: Float[Array, "rows v"], value: Float[Array, "rows v"]) -> Array:
-        """How little what is recalled points to the value."""
+        """The negative inner product of prediction and value."""
         return -jnp.sum(prediction * value)

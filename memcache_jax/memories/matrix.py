@@ -23,14 +23,7 @@ class MatrixMemory(AffineMemory):
         del layer
         return chunk.apply(x)
 
-    def affine(
-        self,
-        before: Any,
-        key: Float[Array, "m k"],
-        value: Float[Array, "m v"],
-        query: Float[Array, "m k"],
-        controls: Controls,
-    ) -> AffineChunk:
+    def affine(self, before, key, value, query, controls) -> AffineChunk:
         """What the chunk writes to a zero matrix."""
         return self.write(before, before, key, value, controls)[1].affine(query)
 
@@ -81,27 +74,13 @@ class ScalarDecayMemory(MatrixMemory):
     def coefficients(self, controls: Controls, ones: Float[Array, "*m"]) -> tuple[Array, Array]:
         """Returns (log alpha, lam) of tokens, from their controls; ``ones`` has their shape."""
 
-    def step(
-        self,
-        state: MatrixState,
-        anchor: MatrixState,
-        key: Float[Array, "k"],
-        value: Float[Array, "v"],
-        controls: Controls,
-    ) -> MatrixState:
+    def step(self, state, anchor, key, value, controls) -> MatrixState:
         """Decays, and adds the outer product of one token."""
         del anchor
         log_alpha, lam = self.coefficients(controls, jnp.ones((), key.dtype))
         return MatrixState(jnp.exp(log_alpha) * state.matrix + lam * jnp.outer(key, value))
 
-    def write(
-        self,
-        state: MatrixState,
-        anchor: MatrixState,
-        key: Float[Array, "m k"],
-        value: Float[Array, "m v"],
-        controls: Controls,
-    ) -> tuple[MatrixState, DecayChunk]:
+    def write(self, state, anchor, key, value, controls) -> tuple[MatrixState, DecayChunk]:
         """Adds a chunk in one matrix product."""
         del anchor
         log_alpha, lam = self.coefficients(controls, jnp.ones(key.shape[:1], key.dtype))
@@ -137,14 +116,7 @@ class LinearAttention(ScalarDecayMemory):
         """A decay to nothing where documents begin."""
         return {**controls, "log_alpha": jnp.where(begins, -jnp.inf, 0.0)}
 
-    def write(
-        self,
-        state: MatrixState,
-        anchor: MatrixState,
-        key: Float[Array, "m k"],
-        value: Float[Array, "m v"],
-        controls: Controls,
-    ) -> tuple[MatrixState, DecayChunk]:
+    def write(self, state, anchor, key, value, controls) -> tuple[MatrixState, DecayChunk]:
         """Adds a chunk in one matrix product."""
         if controls:
             return super().write(state, anchor, key, value, controls)
@@ -248,28 +220,14 @@ class SWLA(MatrixMemory):
         matrix = super().init(weights, key_dim, value_dim, dtype).matrix
         return WindowState(matrix, jnp.zeros(key_dim, dtype), jnp.zeros(value_dim, dtype))
 
-    def step(
-        self,
-        state: WindowState,
-        anchor: WindowState,
-        key: Float[Array, "k"],
-        value: Float[Array, "v"],
-        controls: Controls,
-    ) -> WindowState:
+    def step(self, state, anchor, key, value, controls) -> WindowState:
         """Decays, and adds the outer products of the token before and of this one."""
         del anchor
         matrix = jnp.exp(controls["log_alpha"]) * state.matrix
         matrix += controls["beta"] * jnp.outer(state.key, state.value)
         return WindowState(matrix + controls["lam"] * jnp.outer(key, value), key, value)
 
-    def write(
-        self,
-        state: WindowState,
-        anchor: WindowState,
-        key: Float[Array, "m k"],
-        value: Float[Array, "m v"],
-        controls: Controls,
-    ) -> tuple[WindowState, DecayChunk]:
+    def write(self, state, anchor, key, value, controls) -> tuple[WindowState, DecayChunk]:
         """Adds a chunk in one matrix product, the token before it as a write of its own."""
         del anchor
         decay = decay_matrix(controls["log_alpha"])

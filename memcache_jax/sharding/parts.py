@@ -17,15 +17,16 @@ from memcache_jax.engine.run import Layout
 from memcache_jax.engine.types import (
     Blocks,
     Candidates,
-    Kept,
     Keys,
+    OfBlocks,
     OfTokens,
+    Parts,
     Rows,
     Selection,
     Writing,
 )
 from memcache_jax.engine.write import write_blocks
-from memcache_jax.gating import pooled_keys, running_keys
+from memcache_jax.gating import gates_by_state, pooled_keys, running_keys
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import ReadPlan
 from memcache_jax.sharding.ring import read_blocks, read_tokens
@@ -50,7 +51,7 @@ class Part(Layout):
     ring: bool
     document: Any
 
-    def write(self, how: Writing, rows: Rows) -> tuple[State, Kept]:
+    def write(self, how: Writing, rows: Rows) -> tuple[State, Parts]:
         """Writes this part's segments, and a second time if they continue the part before."""
         restarts = self.own.begins & (not self.carries)
         if self.carries:
@@ -68,7 +69,9 @@ class Part(Layout):
         """The states of all parts: gathered and merged into buckets, or on a ring."""
         candidates = self._candidates(blocks)
         if self.ring:
-            return RingBank(how.memory, how.memory.matrices(ends), how.implementation), candidates
+            matrices = how.memory.matrices(ends)
+            bank = RingBank(how.memory, matrices, how.implementation, candidates.states)
+            return bank, candidates
         plan = self.plan
         if plan.spans_segments.any() and not self.carries:
             # Merging needs whole states, but of the tokens only their controls.
@@ -112,8 +115,14 @@ class Part(Layout):
         return Candidates(states, mine(plan.distances), keys, same_document=same)
 
 
+@dataclasses.dataclass(frozen=True)
 class RingBank(ArrayBank):
-    """The states of this part, which pass from part to part to be read."""
+    """The states of this part, which pass from part to part to be read.
+
+    In ``table``, the candidates' states, slot i holds state i or none.
+    """
+
+    table: Any
 
     def gather(
         self,
@@ -125,6 +134,11 @@ class RingBank(ArrayBank):
         """As ``ArrayBank.gather``, over all parts, with states numbered along the sequence."""
         if isinstance(selection, OfTokens):
             return read_tokens(read, matrices, x, selection, self.implementation)
+        if selection.states is not self.table:  # a table of the aggregation's own
+            slots = lax.axis_size("seq") * matrices[0].shape[2]
+            gates, every = gates_by_state(selection, slots), jnp.arange(slots)
+            states = jnp.broadcast_to(every, (*self.table.shape[:2], slots))
+            selection = OfBlocks(states, gates, selection.live, unread=True)
         read = blind_where_gates_are_zero(read) if selection.unread else read
         return read_blocks(read, matrices, x, selection, self.implementation)
 

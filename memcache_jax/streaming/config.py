@@ -103,7 +103,7 @@ class CacheConfig:
                 f"policy must be one of {list(POLICIES)} or an instance of mc.Eviction, got "
                 f"{policy!r}"
             )
-        same_size = isinstance(segmentation, Constant)
+        same_size = type(segmentation) is Constant  # which reads all segments
         if max_segments is not None and max_segments < (0 if policy == "error" else 1):
             raise ValueError(f"max_segments is too small for policy={policy!r}, got {max_segments}")
         if policy != "error":

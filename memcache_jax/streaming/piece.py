@@ -11,14 +11,14 @@ from jax import lax
 
 from memcache_jax._typing import Array, Bool, Float, Int, State
 from memcache_jax.engine.read import ArrayBank, Bank
-from memcache_jax.engine.run import Layout, run
+from memcache_jax.engine.run import Layout, needs_of, run
 from memcache_jax.engine.types import (
     Blocks,
     Candidates,
-    Kept,
     Keys,
     OfBlocks,
     OfTokens,
+    Parts,
     Rows,
     Selection,
     Tokens,
@@ -44,7 +44,7 @@ def take_piece(
     tokens = jax.tree.map(lambda x: x[:, :, None], piece)
     rows = Rows(tokens.query, tokens.key, tokens.value, tokens.controls)
     rows = jax.tree.map(lambda x: x[:, :, None], rows)
-    how = Writing(memory, tuple(aggregation.needs(memory)), lambda shape: None, None)
+    how = Writing(memory, needs_of(aggregation, memory), lambda shape: None, None)
     layout = Piece(cache, block)
     y, ends, selection = run(layout, how, aggregation, Blocks(tokens, None, rows))
     y = y[:, :, 0]
@@ -96,12 +96,12 @@ class Piece(Layout):
     cache: Cache
     block: Int[Array, "b"]
 
-    def write(self, how: Writing, rows: Rows) -> tuple[State, Kept]:
+    def write(self, how: Writing, rows: Rows) -> tuple[State, Parts]:
         """Writes the tokens into each track. Only track 0, the live one, is read."""
         chunk = jax.tree.map(lambda x: x[:, :, 0, 0], rows)
         states = self.cache.state, self.cache.anchor
 
-        def write(how: Writing, state: State, anchor: State, rows: Rows) -> tuple[State, Kept]:
+        def write(how: Writing, state: State, anchor: State, rows: Rows) -> tuple[State, Parts]:
             return write_chunk(how, state, state if anchor is None else anchor, rows)
 
         live = jax.vmap(jax.vmap(functools.partial(write, how)))

@@ -52,7 +52,7 @@ def make_schedule(segmentation: Segmentation, length: int) -> Schedule:
     begins[:, 0] = plan.begins
     begins[plan.buckets[spans, 0], track[spans]] = True
     if len({*zip(after.tolist(), track.tolist(), strict=True)}) < len(after):
-        raise ValueError(f"two states of {segmentation} end at one token: no stream keeps both")
+        raise ValueError(f"in a stream states must end at distinct tokens, got {segmentation}")
     stores[after - 1, track] = slot
     tokens[after - 1, track] = (after - plan.buckets[:, 0]) * plan.block_size
     reads = np.where(plan.visible, np.append(slot, -1)[plan.reads], -1)

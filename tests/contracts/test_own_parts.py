@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import memcache_jax as mc
-from memcache_jax.gating import Gate
+from memcache_jax.gating import ContentGate, Gate
 from memcache_jax.kernels.affine_update import AffineChunk
 from memcache_jax.kernels.decay import decay_matrix, start_decay
 from memcache_jax.sharding import make_mesh
@@ -87,6 +87,38 @@ class Recency(mc.GRM):
 
 
 @dataclasses.dataclass(frozen=True)
+class HalvedRouter(mc.SSC):
+    """Gates of its own over the states that a router picks."""
+
+    top_k: int = 2
+
+    def gates(self, cached, live):
+        cached, live = super().gates(cached, live)
+        return cached / 2, live
+
+
+@dataclasses.dataclass(frozen=True)
+class Nearest(mc.GRM):
+    """A table of its own: the two states nearest to each block, the nearest first."""
+
+    def select(self, connector, candidates, *, implementation=None):
+        distances = jnp.where(candidates.visible[:, :, 0], jnp.asarray(candidates.distances), 99)
+        near = jnp.argsort(distances, axis=-1)[..., :2]
+
+        def taken(x):
+            return jnp.take_along_axis(jnp.broadcast_to(jnp.asarray(x), distances.shape), near, -1)
+
+        visible = taken(distances) < 99
+        counts = None if candidates.counts is None else taken(candidates.counts)
+        table = candidates._replace(
+            states=jnp.where(visible, taken(candidates.states), -1),
+            distances=taken(candidates.distances),
+            counts=counts,
+        )
+        return super().select(connector, table)
+
+
+@dataclasses.dataclass(frozen=True)
 class Apart(mc.GRM):
     """Reads of its own: cached states by the query, the live memory by the query's negative."""
 
@@ -117,6 +149,14 @@ class Fading(Gate):
         return jnp.vdot(connector, key) - self.rate * distance
 
 
+@dataclasses.dataclass(frozen=True)
+class Weaker(ContentGate):
+    """A gate that derives from a finished one, and has another equation."""
+
+    def score(self, connector, key, distance):
+        return super().score(connector, key, distance) / 4
+
+
 PARTS: dict[str, tuple[Any, Any]] = {
     "affine memory": (Doubled(), mc.GRM()),
     "memory from a finished one": (Sharpened(), mc.SSC(top_k=2)),
@@ -125,6 +165,9 @@ PARTS: dict[str, tuple[Any, Any]] = {
     "selection by distance": (MEMORIES["linear"], Recency(gate="uniform")),
     "reads": (MEMORIES["titans"], Apart()),
     "gate": (MEMORIES["titans"], mc.GRM(gate=Fading())),
+    "gates of a router": (MEMORIES["linear"], HalvedRouter()),
+    "table": (MEMORIES["linear"], Nearest()),
+    "gate from a finished one": (MEMORIES["linear"], mc.GRM(gate=Weaker())),
     "gate of a soup": (MEMORIES["titans"], mc.Soup(gate=Fading())),
     "gate of a router": (MEMORIES["ssd"], mc.SSC(gate=Fading(), top_k=2)),
 }
@@ -148,12 +191,14 @@ def test_one_effect_on_every_path(memory, aggregation):
         other = mc.memory_caching(**jax.tree.map(jnp.asarray, inputs), **plain)
         assert abs(one_pass - other).max() > 1e-3
 
-    if not isinstance(aggregation, (LastTwo, Recency)):  # whose equation is not `gates` alone
+    if not isinstance(
+        aggregation, (LastTwo, Nearest, Recency)
+    ):  # whose equation is not `gates` alone
         assert_close(one_pass, outputs(mc.memory_caching, implementation="reference"), 1e-12)
     with jax.set_mesh(make_mesh(dict(seq=4, tensor=2))):
         over_mesh = outputs(memory_caching_over_mesh)
     assert_close(over_mesh, one_pass, 1e-12)
-    if not isinstance(aggregation, (LastTwo, Apart, mc.Soup)):
+    if not isinstance(aggregation, (Apart, mc.Soup)):
         with jax.set_mesh(make_mesh(dict(seq=4, tensor=2))):
             assert_close(outputs(memory_caching_over_mesh, exchange="ring"), one_pass, 1e-12)
     in_stream = streamed(inputs, memory, aggregation, SEGMENTATION, split=(3, 17, 1, 11))
@@ -201,6 +246,115 @@ def test_a_finished_rule_states_its_form_and_a_class_from_it_states_its_own():
 
             def forward(self, apply, query, gate=None):
                 return super().forward(apply, 2 * query, gate)
+
+    class Other:
+        def forward(self, apply, query, gate=None):
+            return query
+
+    with pytest.raises(TypeError, match=r"Mixed overrides forward, .* state form = 'scan'"):
+
+        class Mixed(Other, mc.memories.AffineMemory):
+            pass
+
+    with pytest.raises(TypeError, match=r"form must be one of .*, got 'affin'"):
+
+        class Misspelt(mc.memories.SSD):
+            form: Any = "affin"
+
+    with pytest.raises(TypeError, match="needs AffineMemory or DeepMemory"):
+
+        class Rootless(mc.memories.Vector):
+            form = "affine"
+
+
+@dataclasses.dataclass(frozen=True)
+class Window(mc.Constant):
+    """A segmentation that derives from a finished one: the last two segments."""
+
+    def plan(self, length):
+        plan = super().plan(length)
+        near = plan.reads >= np.arange(plan.num_blocks)[:, None] - 2
+        return dataclasses.replace(plan, reads=np.where(near, plan.reads, -1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Doubling(mc.Segmentation):
+    """Segments of 1, 1, 2, 4, ... blocks."""
+
+    size: int
+
+    def plan(self, length):
+        blocks = -(-length // self.size)
+        borders = np.array([0, *(2**i for i in range(blocks.bit_length() + 1))])
+        segment = np.searchsorted(borders, np.arange(blocks), side="right") - 1
+        spans = list(zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True))
+        return mc.ReadPlan.of(self.size, [spans[:s] for s in segment], borders[segment])
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("segmentation", [Window(4), Doubling(4)], ids=["window", "doubling"])
+def test_a_segmentation_of_ones_own(segmentation):
+    memory = MEMORIES["gated_deltanet"]
+    inputs = make_inputs(memory, LENGTH, batch=1, heads=2)
+    how: dict[str, Any] = dict(memory=memory, aggregation=mc.GRM(), segmentation=segmentation)
+
+    def outputs(function, **options):
+        with scheduled("in_turn"):
+            return jax.jit(lambda inputs: function(**inputs, **how, **options))(inputs)
+
+    one_pass = outputs(mc.memory_caching)
+    assert_close(one_pass, outputs(mc.memory_caching, implementation="reference"), 1e-12)
+    cache = mc.init_cache(*(1, 2, 4, 4), **how, max_length=LENGTH, dtype=jnp.float64)
+    in_stream, _ = jax.jit(mc.extend)(cache, **over_time(inputs, memory, jnp.asarray))
+    assert_close(in_stream, one_pass, 1e-11)
+    with jax.set_mesh(make_mesh(dict(seq=4, tensor=2))):
+        if isinstance(segmentation, Doubling):
+            with pytest.raises(ValueError, match="segments of one size, got Doubling"):
+                outputs(memory_caching_over_mesh)
+        else:
+            assert_close(outputs(memory_caching_over_mesh), one_pass, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (dict(buckets=[[0, 1]]), "buckets must be a NumPy array of integers"),
+        (dict(buckets=np.array([[1, 2]]), first=np.array([0, 0, 2])), "begin where segments do"),
+        (dict(buckets=np.array([[0, 2]])), "only buckets that end before its segment begins"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_a_plan_that_is_none(plan, message):
+    reads, first = np.array([[-1], [0], [0]]), np.arange(3)
+    with pytest.raises(ValueError, match=message):
+        mc.ReadPlan(**dict(block_size=4, reads=reads, first=first) | plan)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ["constant", "logarithmic"])
+def test_a_gate_of_ones_own_keeps_documents_apart_in_gradients(name):
+    memory = MEMORIES["linear"]
+    inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 24, batch=1, heads=1))
+    ids = (jnp.arange(24) >= 12).astype(jnp.int32)[None]
+    segmentation = dict(constant=mc.Constant, logarithmic=mc.Logarithmic)[name](4)
+
+    @jax.jit
+    def gradient(inputs):
+        def loss(connector):
+            arrays = inputs | dict(connector=connector)
+            y = mc.memory_caching(
+                **arrays,
+                memory=memory,
+                aggregation=mc.GRM(gate=Fading()),
+                segmentation=segmentation,
+                document_ids=ids,
+            )
+            return (y[:, 12:] ** 2).sum()
+
+        return jax.grad(loss)(inputs["connector"])
+
+    broken = inputs | dict(key=inputs["key"].at[0, 3].set(jnp.nan))
+    assert_close(gradient(broken)[:, 12:], gradient(inputs)[:, 12:], 1e-12)
 
 
 def test_a_layer_that_was_not_kept_is_named():

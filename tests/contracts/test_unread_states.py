@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import memcache_jax as mc
 from memcache_jax.engine.run import gates_of_tokens
 from tests.cases import (
     KINDS,
@@ -126,3 +127,28 @@ def test_another_document(name, options):
     masks = dict.fromkeys(cases, np.broadcast_to(IDS[..., None] == 1, (1, LENGTH, 2)))
     changes = BORDER - 1, dict(key=np.inf, value=np.nan)
     compare_where(masks, inputs, changes, name, options, IDS)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("ids", [None, IDS], ids=["one document", "documents"])
+def test_a_state_that_a_router_selects_with_a_gate_of_zero(ids):
+    inputs = make_inputs(MEMORIES["linear"], LENGTH, batch=1, heads=1)
+    far = np.array([0.0, 0.0, -1e5, -1e5, -1e5])
+    inputs["connector"] = np.broadcast_to(far, (1, LENGTH, 1, 5)).copy()
+
+    @jax.jit
+    def outputs(inputs):
+        return mc.memory_caching(
+            **inputs,
+            memory=MEMORIES["linear"],
+            aggregation=mc.SSC(gate="position", top_k=3),
+            segmentation=mc.Constant(SIZE),
+            document_ids=ids,
+        )
+
+    wanted = np.asarray(outputs(inputs))
+    inputs["value"][0, 1] = np.nan
+    reads = np.arange(LENGTH) < 2 * SIZE  # the first segment, and the one after it
+    got = np.asarray(outputs(inputs))
+    assert np.isnan(got[:, reads][:, 1:]).all()
+    assert_close(got[:, ~reads], wanted[:, ~reads], 1e-12)
