@@ -143,7 +143,7 @@ def test_a_state_that_a_router_selects_with_a_gate_of_zero(ids):
             memory=MEMORIES["linear"],
             aggregation=mc.SSC(gate="position", top_k=3),
             segmentation=mc.Constant(SIZE),
-            document_ids=ids,
+            document_ids=None if ids is None else jnp.asarray(ids),
         )
 
     wanted = np.asarray(outputs(inputs))
