@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import memcache_jax as mc
-from memcache_jax.engine.read import pieces_of
+from memcache_jax.engine.read import bands_of
+from memcache_jax.kernels.bands import sum_of_bands
 from memcache_jax.kernels.bank_read import bank_read
 from memcache_jax.kernels.grouped_read import grouped_read
-from memcache_jax.kernels.pieces import sum_of_pieces
 from memcache_jax.kernels.ssc_route import ssc_route
 from memcache_jax.segmentation import ReadPlan
 
@@ -161,12 +161,12 @@ def cases(
 def _read_deep(
     memory: mc.memories.Memory, plan: ReadPlan, how: str, bank: Any, query: Any, gates: Any
 ) -> Any:
-    """Reads the bank of a deep memory, in pieces if a program has no room for all of it."""
+    """Reads the bank of a deep memory, in bands if a program has no room for all of it."""
 
-    def read_piece(read: Callable[..., Any], bank: Any, query: Any) -> Any:
+    def read_band(read: Callable[..., Any], bank: Any, query: Any) -> Any:
         return bank_read(read, bank, query, gates, plan.reads, implementation=how)
 
-    return sum_of_pieces(pieces_of(memory), bank, query, how, read_piece)
+    return sum_of_bands(bands_of(memory), bank, query, how, read_band)
 
 
 def _as_a_layer(control: mc.memories.Control, x: Any) -> Any:

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from memcache_jax._typing import Array, Bool, Float, State
-from memcache_jax.engine.types import Parts, Rows, Writing
+from memcache_jax.engine.types import Rows, Views, Writing
 from memcache_jax.kernels.affine_update import AffineChunk, affine_update
 from memcache_jax.memories import AffineMemory
 from memcache_jax.memories.base import first_of_documents
 
 
-def write_affine(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> tuple[State, Parts]:
+def write_affine(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> tuple[State, Views]:
     """``write_blocks`` for a memory of the form ``"affine"``, keeping its reads alone.
 
     If all blocks begin anew they run side by side. If some do, their maps ignore the matrix before

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memcache_jax._typing import Array, Bool, State
-from memcache_jax.engine.types import Parts, Rows, Writing
+from memcache_jax.engine.types import Carry, Rows, Views, Writing
 from memcache_jax.kernels._dispatch import check_served, written
 from memcache_jax.kernels._shapes import power_of_two
 from memcache_jax.kernels.deep_update import deep_update
@@ -18,11 +18,11 @@ from memcache_jax.memories.deep import DeepState
 
 def write_descent(
     how: Writing,
-    write: Callable[[tuple, Rows], tuple[tuple, Parts]],
-    start: Callable[[tuple[int, ...]], tuple],
+    write: Callable[[Carry, Rows], tuple[Carry, Views]],
+    start: Callable[[tuple[int, ...]], Carry],
     rows: Rows,
     restarts: Bool[np.ndarray, "n"],
-) -> tuple[State, Parts]:
+) -> tuple[State, Views]:
     """``write_blocks`` whose recurrence makes only the states that chunks start from.
 
     From these states all chunks are written and read side by side, and the backward pass repeats
@@ -45,15 +45,15 @@ def write_descent(
     begins = np.outer(restarts, np.arange(chunks) == 0).reshape(-1)[:count]
     begins[0] = True
 
-    def run(first: tuple, rows: Rows) -> tuple[State, Parts]:
-        states, goes_on = first[0], jnp.broadcast_to(~begins, (units, count))
+    def run(first: Carry, rows: Rows) -> tuple[State, Views]:
+        states, goes_on = first.state, jnp.broadcast_to(~begins, (units, count))
         given = jax.tree.map(
             lambda x: jnp.broadcast_to(x[:, None], (units, count, *x.shape[1:])), states
         )
-        write_each = jax.vmap(jax.vmap(write, in_axes=((0, None), 0)))
+        write_each = jax.vmap(jax.vmap(write, in_axes=(Carry(0, None), 0)))
         if rows.begun is not None:
             # The end of a chunk in which a document begins depends on no earlier state.
-            (ends, _), _ = write_each((given, first[1]), rows)
+            (ends, _), _ = write_each(Carry(given, first.initial), rows)
             given = jax.tree.map(lambda x, end: _where(begins, x, _after(end)), given, ends)
             goes_on &= ~_after(rows.begun[..., -1] > 0)
         starts = DeepState(
@@ -65,19 +65,19 @@ def write_descent(
                 implementation=implementation,
             )
         )
-        _, kept = write_each((starts, first[1]), rows)
+        _, kept = write_each(Carry(starts, first.initial), rows)
         starts, rows = jax.tree.map(lambda x: x[:, chunks - 1 :: chunks], (starts, rows))
-        (ends, _), _ = write_each((starts, first[1]), rows)
+        (ends, _), _ = write_each(Carry(starts, first.initial), rows)
         return ends, kept
 
     @jax.custom_vjp
-    def update(first: tuple, rows: Rows) -> tuple[State, Parts]:
+    def update(first: Carry, rows: Rows) -> tuple[State, Views]:
         return run(first, rows)
 
-    def forward(first: tuple, rows: Rows) -> tuple[tuple[State, Parts], tuple]:
+    def forward(first: Carry, rows: Rows) -> tuple[tuple[State, Views], tuple]:
         return written(run(first, rows)), (first, rows)
 
-    def backward(residuals: tuple, cotangents: tuple[State, Parts]) -> tuple:
+    def backward(residuals: tuple, cotangents: tuple[State, Views]) -> tuple:
         return jax.vjp(run, *residuals)[1](cotangents)
 
     update.defvjp(forward, backward)

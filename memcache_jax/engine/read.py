@@ -13,21 +13,21 @@ import numpy as np
 from memcache_jax._typing import Array, Float, Matrices
 from memcache_jax.engine.types import OfBlocks, OfTokens, Selection
 from memcache_jax.gating import finite_rows, in_order
+from memcache_jax.kernels.bands import (
+    Band,
+    Fits,
+    bands_of_matrix,
+    bands_of_network,
+    gated,
+    sum_of_bands,
+)
 from memcache_jax.kernels.bank_read import bank_read
 from memcache_jax.kernels.chunk_update import chunk_update
 from memcache_jax.kernels.grouped_read import grouped_read
-from memcache_jax.kernels.pieces import (
-    Fits,
-    Piece,
-    gated,
-    pieces_of_matrix,
-    pieces_of_network,
-    sum_of_pieces,
-)
 from memcache_jax.memories import Memory
 
-Divide: TypeAlias = Callable[[Matrices, Array, Fits], list[Piece]]
-"""From the matrices of states, the rows that read them and what fits, to the pieces."""
+Divide: TypeAlias = Callable[[Matrices, Array, Fits], list[Band]]
+"""From the matrices of states, the rows that read them and what fits, to the bands."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,13 +141,13 @@ class ArrayBank(Bank):
             rows = self.matrices[0]
             if isinstance(selection, OfBlocks) and in_order(selection.states, rows.shape[2]):
                 return _weighted_rows(selection.gates, rows[:, :, :, 0])
-        return self._sum(pieces_of(memory), self.matrices, query, selection)
+        return self._sum(bands_of(memory), self.matrices, query, selection)
 
     def read_layer(
         self, layer: int, x: Float[Array, "b h n c in"], selection: Selection
     ) -> Float[Array, "b h n c out"]:
         """By one matrix of each state."""
-        divide = functools.partial(pieces_of_matrix, _read_matrix)
+        divide = functools.partial(bands_of_matrix, _read_matrix)
         return self._sum(divide, (self.matrices[layer],), x, selection)
 
     def gather(
@@ -183,19 +183,19 @@ class ArrayBank(Bank):
     def _sum(
         self, divide: Divide, matrices: Matrices, x: Array, selection: Selection
     ) -> Float[Array, "b h n c out"]:
-        """``gather``, in pieces that add up if a whole state exceeds a kernel's memory."""
+        """``gather``, in bands that add up if a whole state exceeds a kernel's memory."""
 
         def gather(read: Callable[..., Array], matrices: Matrices, x: Array) -> Array:
             return self.gather(read, matrices, x, selection)
 
-        return sum_of_pieces(divide, matrices, x, self.implementation, gather)
+        return sum_of_bands(divide, matrices, x, self.implementation, gather)
 
 
-def pieces_of(memory: Memory) -> Divide:
+def bands_of(memory: Memory) -> Divide:
     """How the read of a memory's states divides into smaller reads that add up."""
     if memory.form == "scan":
-        return lambda matrices, query, fits: [Piece(memory.read, matrices, query)]
-    divide = pieces_of_matrix if memory.depth == 1 else pieces_of_network
+        return lambda matrices, query, fits: [Band(memory.read, matrices, query)]
+    divide = bands_of_matrix if memory.depth == 1 else bands_of_network
     return functools.partial(divide, memory.read)
 
 

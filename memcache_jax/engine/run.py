@@ -19,9 +19,9 @@ from memcache_jax.engine.types import (
     Candidates,
     Keys,
     LivePart,
-    Parts,
     Rows,
     Tokens,
+    Views,
     Writing,
 )
 from memcache_jax.engine.write import initial_states, write_blocks
@@ -34,7 +34,7 @@ class Layout(abc.ABC):
     """Where the segments of a call are written, and where the states lie that its tokens read."""
 
     @abc.abstractmethod
-    def write(self, how: Writing, rows: Rows) -> tuple[State, Parts]:
+    def write(self, how: Writing, rows: Rows) -> tuple[State, Views]:
         """Writes the blocks: the states at their ends, and what was kept of the live memory."""
 
     @abc.abstractmethod
@@ -70,7 +70,7 @@ class OnePass(Layout):
     plan: ReadPlan
     carries: bool
 
-    def write(self, how: Writing, rows: Rows) -> tuple[State, Parts]:
+    def write(self, how: Writing, rows: Rows) -> tuple[State, Views]:
         """In sequence, or in parallel if every segment begins anew."""
         return write_blocks(how, rows, self.plan.begins & (not self.carries))
 

@@ -49,6 +49,18 @@ class Blocks(NamedTuple):
     rows: Rows
 
 
+class Carry(NamedTuple):
+    """What one chunk hands to the next.
+
+    Attributes:
+      state: the memory's.
+      initial: the state that documents begin with, of a memory with learned weights; else None.
+    """
+
+    state: State
+    initial: State
+
+
 class Writing(NamedTuple):
     """How memories are written.
 
@@ -69,7 +81,7 @@ class Writing(NamedTuple):
         return self._replace(needs=())
 
 
-Parts = dict[str, Any]
+Views = dict[str, Any]
 """What reads need of the live memory, by name, arrays (b, h, n, chunks, ...); see ``read.keep``."""
 
 

@@ -13,7 +13,7 @@ from memcache_jax._typing import Array, Bool, State
 from memcache_jax.engine.affine import write_affine
 from memcache_jax.engine.descent import write_descent
 from memcache_jax.engine.read import keep
-from memcache_jax.engine.types import Parts, Rows, Writing
+from memcache_jax.engine.types import Carry, Rows, Views, Writing
 from memcache_jax.kernels.chunk_update import chunk_update
 from memcache_jax.memories import Memory
 
@@ -37,7 +37,7 @@ def initial_states(
     return jax.tree.map(repeat, states)
 
 
-def write_blocks(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> tuple[State, Parts]:
+def write_blocks(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> tuple[State, Views]:
     """Writes blocks (b, h, n, chunks, m, ...) into the live memory.
 
     Args:
@@ -61,15 +61,15 @@ def write_blocks(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> t
     update = functools.partial(chunk_update, write, implementation=implementation)
     batch, heads, blocks = rows.key.shape[:3]
     if restarts.all():
-        (ends, _), kept = update(start((batch, heads, blocks)), rows, batch_dims=3)
-        return ends, kept
+        carry, kept = update(start((batch, heads, blocks)), rows, batch_dims=3)
+        return carry.state, kept
     first = start((batch, heads))
 
-    def block(states: tuple, xs: tuple) -> tuple[tuple, tuple[State, Parts]]:
+    def block(carry: Carry, xs: tuple) -> tuple[Carry, tuple[State, Views]]:
         restart, rows = xs
-        states = jax.tree.map(lambda new, old: jnp.where(restart, new, old), first, states)
-        states, kept = update(states, rows, batch_dims=2)
-        return states, (states[0], kept)
+        carry = jax.tree.map(lambda new, old: jnp.where(restart, new, old), first, carry)
+        carry, kept = update(carry, rows, batch_dims=2)
+        return carry, (carry.state, kept)
 
     rows = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), rows)
     _, out = lax.scan(block, first, (jnp.asarray(restarts), rows))
@@ -85,28 +85,27 @@ def chunk_writer(how: Writing, rows: Rows) -> tuple[Callable, Callable]:
     """How chunks are written one after the other, and what they start from.
 
     Returns:
-      A function of ((state, state that documents begin with or None), rows of a chunk) to the next
-      of both and what is kept; and a function that makes the first of both, of a shape (b, h, ...).
+      ``write(carry, rows)``, which returns the next carry and what is kept of the chunk; and
+      ``start(shape)``, which makes the first carry, of a shape (b, h, ...).
     """
     sizes = rows.key.shape[-1], rows.value.shape[-1]
     # Documents begin with the weights that each head has learned, or else with constants.
     learned = rows.begun is not None and bool(how.memory.weight_shapes(*sizes))
 
-    def write(states: tuple, rows: Rows) -> tuple[tuple, Parts]:
-        state, initial = states
-        end, kept = write_chunk(how, state, state, rows, initial)
-        return (end, initial), kept
+    def write(carry: Carry, rows: Rows) -> tuple[Carry, Views]:
+        end, kept = write_chunk(how, carry.state, carry.state, rows, carry.initial)
+        return Carry(end, carry.initial), kept
 
-    def start(shape: tuple[int, ...]) -> tuple:
+    def start(shape: tuple[int, ...]) -> Carry:
         states = how.initial(shape)
-        return states, states if learned else None
+        return Carry(states, states if learned else None)
 
     return write, start
 
 
 def write_chunk(
     how: Writing, state: State, anchor: State, rows: Rows, initial: State = None
-) -> tuple[State, Parts]:
+) -> tuple[State, Views]:
     """Writes a chunk (m, ...) of one memory: its state after it, and what is kept of it.
 
     Args:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from memcache_jax._typing import Apply, Array, Controls, Float, Matrices, State
 from memcache_jax.kernels.affine_update import AffineChunk
-from memcache_jax.kernels.pieces import gated
+from memcache_jax.kernels.bands import gated
 from memcache_jax.memories.base import Form, Memory
 
 

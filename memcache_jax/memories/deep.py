@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from memcache_jax._typing import Apply, Array, Bool, Controls, Float, Int, Matrices
+from memcache_jax.kernels.bands import gated, gelu
 from memcache_jax.kernels.decay import decay_matrix, start_decay
 from memcache_jax.kernels.deep_update import DescentChunk
-from memcache_jax.kernels.pieces import gated, gelu
 from memcache_jax.memories.base import Form, Memory
 
 

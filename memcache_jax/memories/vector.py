@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax.numpy as jnp
 
 from memcache_jax._typing import Apply, Array, Bool, Controls, Float, Matrices
-from memcache_jax.kernels.pieces import gated
+from memcache_jax.kernels.bands import gated
 from memcache_jax.memories.base import Memory
 
 

@@ -19,6 +19,7 @@ from memcache_jax.aggregation import Aggregation
 from memcache_jax.caching import Implementation, Start, check_configuration, memory_caching
 from memcache_jax.engine.documents import count_documents
 from memcache_jax.engine.run import cut_for, full_controls, run, widen, writing
+from memcache_jax.engine.types import Tokens
 from memcache_jax.gating import in_order
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Lengths, Segmentation
@@ -82,7 +83,7 @@ def memory_caching_over_mesh(
                 f"got {key.shape[axis]}"
             )
     parts, length = num_devices(mesh, "time"), key.shape[1]
-    tokens, document = (query, key, value, connector), document_ids
+    tokens, document = Tokens(query, key, value, connector, controls), document_ids
     if parts > 1:
         check_parts(parts, length, exchange=exchange, documents=document_ids is not None, **where)
         padding = -length % (parts * segmentation.size)
@@ -91,26 +92,24 @@ def memory_caching_over_mesh(
             return jnp.pad(x, [(0, padding if axis == 1 else 0) for axis in range(x.ndim)])
 
         tokens = jax.tree.map(pad, tokens)
-        controls = {name: pad(control) for name, control in controls.items()}
         if document_ids is not None:
             # Counted over the whole sequence: an id may come again in another part.
             document = count_documents(document_ids)
             document = jnp.pad(document, ((0, 0), (0, padding)), mode="edge")
 
-    def local(tokens: tuple, controls: dict, weights: dict, document: Array | None) -> Array:
+    def local(tokens: Tokens, weights: dict, document: Array | None) -> Array:
         if parts == 1:
-            options = dict(controls=controls, weights=weights, document_ids=document)
-            return memory_caching(*tokens, **options, **how)
-        query, key, value, connector = tokens
-        here = key.shape[1]
+            options = tokens._asdict() | dict(weights=weights, document_ids=document)
+            return memory_caching(**options, **how)
+        here = tokens.key.shape[1]
         own, plan = segmentation.plan(here), segmentation.plan(parts * here)
         own_document = None
         if document is not None:
             # A document that continues from the part before is this part's document 0.
             own_document = document - document[:, :1]
             document = document.reshape(len(document), own.num_blocks, -1)
-        controls = full_controls(memory, controls, key)
-        widened = widen(query, key, value, connector, controls)
+        full = full_controls(memory, tokens.controls, tokens.key)
+        widened = widen(**tokens._replace(controls=full)._asdict())
         weights = {name: weight.astype(widened.key.dtype) for name, weight in weights.items()}
         blocks = cut_for(memory, widened, own_document, own, parts * here)
         layout = Part(own, plan, start == "checkpoint", exchange == "ring", document)
@@ -118,14 +117,17 @@ def memory_caching_over_mesh(
         y, _, _ = run(layout, writes, aggregation, blocks)
         return jnp.moveaxis(y.reshape(*y.shape[:2], -1, y.shape[-1]), 1, 2).astype(value.dtype)
 
-    row, heads = spec("batch", "time", "heads"), spec("heads")
-    of_controls = {name: heads if memory.controls[name].axes == "h" else row for name in controls}
+    row: Any = spec("batch", "time", "heads")
+    heads = spec("heads")
+    of_controls: Any = {
+        name: heads if memory.controls[name].axes == "h" else row for name in controls
+    }
     y = jax.shard_map(
         local,
-        in_specs=(row, of_controls, heads, PartitionSpec(*row[:2])),
+        in_specs=(Tokens(row, row, row, row, of_controls), heads, PartitionSpec(*row[:2])),
         out_specs=row,
         check_vma=False,
-    )(tokens, controls, weights, document)
+    )(tokens, weights, document)
     return y[:, :length]
 
 

@@ -20,9 +20,9 @@ from memcache_jax.engine.types import (
     Keys,
     OfBlocks,
     OfTokens,
-    Parts,
     Rows,
     Selection,
+    Views,
     Writing,
 )
 from memcache_jax.engine.write import write_blocks
@@ -51,7 +51,7 @@ class Part(Layout):
     ring: bool
     document: Any
 
-    def write(self, how: Writing, rows: Rows) -> tuple[State, Parts]:
+    def write(self, how: Writing, rows: Rows) -> tuple[State, Views]:
         """Writes this part's segments, and a second time if they continue the part before."""
         restarts = self.own.begins & (not self.carries)
         if self.carries:

@@ -36,10 +36,10 @@ def read_blocks(
     states = jnp.broadcast_to(selection.states, (len(query), *selection.states.shape[1:]))
     gates, states = _filled(selection.gates, slots, 0), _filled(states, slots, -1)
 
-    def pieces(part: Array, states: Array) -> Array:
+    def shares(part: Array, states: Array) -> Array:
         return jnp.ones((), jnp.int32)
 
-    def piece(part: Array, _: Array, bank: Matrices, rows: tuple, states: Array) -> Array:
+    def share(part: Array, _: Array, bank: Matrices, rows: tuple, states: Array) -> Array:
         query, gates = rows
         begin = part * count
         gates, states = (
@@ -48,7 +48,7 @@ def read_blocks(
         states = jnp.where(states >= 0, states - begin, -1)
         return bank_read(read, bank, query, gates, states, implementation=implementation)
 
-    return _over_ring(piece, pieces, bank, (query, gates), states)
+    return _over_ring(share, shares, bank, (query, gates), states)
 
 
 def _filled(x: Array, size: int, value: int) -> Array:
@@ -82,12 +82,12 @@ def read_tokens(
     find = jax.vmap(jnp.searchsorted, in_axes=(0, None))
     begin = find(jnp.take_along_axis(owner, order, axis=1), jnp.arange(parts + 1))
 
-    def pieces(part: Array, index: tuple) -> Array:
+    def shares(part: Array, index: tuple) -> Array:
         _, _, begin = index
         return jnp.max(-(-(begin[:, part + 1] - begin[:, part]) // size))
 
-    def piece(part: Array, number: Array, bank: Matrices, rows: tuple, index: tuple) -> Array:
-        """The contribution of one piece's pairs to all outputs."""
+    def share(part: Array, number: Array, bank: Matrices, rows: tuple, index: tuple) -> Array:
+        """The contribution of one share's pairs to all outputs."""
         (query, gates), (states, order, begin) = rows, index
 
         def taken(query, gates, states, order, first, after):
@@ -120,25 +120,25 @@ def read_tokens(
         )
 
     rows = query.reshape(units, -1, query.shape[-1]), flat[0]
-    y = _over_ring(piece, pieces, bank, rows, (flat[1], order, begin))
+    y = _over_ring(share, shares, bank, rows, (flat[1], order, begin))
     return y.reshape(batch, heads, *tokens, -1)
 
 
 def _over_ring(
-    piece: Callable[..., Array],
-    pieces: Callable[[Array, Any], Array],
+    share: Callable[..., Array],
+    shares: Callable[[Array, Any], Array],
     bank: Matrices,
     rows: Any,
     index: Any,
 ) -> Array:
-    """Returns the sum of all pieces of this part and those before it, as their states pass by.
+    """Returns the sum of all shares of this part and those before it, as their states pass by.
 
     While one part's states are read, the next are in transit. The backward pass sends them around
     once more, each with its gradient, which ends on the device of its state.
 
     Args:
-      piece: (part, number, bank of that part, rows, index) -> a term of the sum.
-      pieces: (part, index) -> how many pieces that part has.
+      share: (part, number, bank of that part, rows, index) -> a term of the sum.
+      shares: (part, index) -> how many shares that part has.
       bank: the states of this part.
       rows: the other inputs with gradients.
       index: inputs without gradients.
@@ -149,17 +149,17 @@ def _over_ring(
     )
 
     def visit(hop: Array | int, index: Any, add: Callable, total: Any) -> Any:
-        """Adds to the total the pieces of the part that arrives after so many hops."""
+        """Adds to the total the shares of the part that arrives after so many hops."""
         here = lax.axis_index(AXIS)
         part = (here - hop) % parts
-        number = jnp.where(hop <= here, pieces(part, index), 0)
+        number = jnp.where(hop <= here, shares(part, index), 0)
         return lax.fori_loop(0, number, functools.partial(add, part), total)
 
     @jax.custom_vjp
     def read_all(bank: Matrices, rows: Any, index: Any) -> Array:
         def read(hop: Array | int, bank: Matrices, y: Array) -> Array:
             def add(part: Array, number: Array, y: Array) -> Array:
-                return y + piece(part, number, bank, rows, index)
+                return y + share(part, number, bank, rows, index)
 
             return visit(hop, index, add, y)
 
@@ -167,7 +167,7 @@ def _over_ring(
             bank, y = carry
             return (onward(bank), read(hop, bank, y)), None
 
-        y = jax.eval_shape(piece, 0, 0, bank, rows, index)
+        y = jax.eval_shape(share, 0, 0, bank, rows, index)
         carry, _ = lax.scan(turn, (bank, jnp.zeros(y.shape, y.dtype)), jnp.arange(parts - 1))
         return read(parts - 1, *carry)
 
@@ -180,7 +180,7 @@ def _over_ring(
         def read(hop: Array | int, bank: Matrices, totals: tuple) -> tuple:
             def add(part: Array, number: Array, totals: tuple) -> tuple:
                 _, pull = jax.vjp(
-                    lambda bank, rows: piece(part, number, bank, rows, index), bank, rows
+                    lambda bank, rows: share(part, number, bank, rows, index), bank, rows
                 )
                 return jax.tree.map(jnp.add, totals, pull(d_y))
 

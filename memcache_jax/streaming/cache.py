@@ -38,7 +38,7 @@ class Cache(MixerCache):
       key_sum: the sum of each track's keys so far, (b, h, tracks, k).
       record: what each slot holds.
       bank: matrices of the cached states, (b, h, slots, in, out), in ``cache_dtype``; for their
-        layout on the host see ``storage.HostBank``.
+        layout on the host see ``storage.HostStorage``.
       pooled: pooled keys of the cached states, (b, h, slots, k).
       first: this layer's first row in a stack of layers, which share ``bank`` and ``pooled``.
       config: what the cache was made for.
@@ -74,7 +74,7 @@ class Cache(MixerCache):
         return dataclasses.replace(self, initial=initial)
 
     @property
-    def storages(self) -> tuple[storage.Bank, storage.Bank]:
+    def storages(self) -> tuple[storage.Storage, storage.Storage]:
         """How ``bank`` and ``pooled`` store the cached states and their pooled keys."""
         config, first = self.config, 0 if self.first is None else self.first
         matrices = jax.eval_shape(
@@ -82,9 +82,9 @@ class Cache(MixerCache):
             self.initial,
         )
         key = jax.ShapeDtypeStruct(self.key_sum.shape[1::2], self.key_sum.dtype)
-        bank = storage.HostBank if config.placement == "host" else storage.Bank
+        bank = storage.HostStorage if config.placement == "host" else storage.Storage
         slots = config.slots.num_slots
-        return bank(slots, matrices, first), storage.Bank(slots, key, first)
+        return bank(slots, matrices, first), storage.Storage(slots, key, first)
 
     def empty_states(self, rows: int) -> tuple:
         """Allocates ``rows`` rows of empty cached states and pooled keys."""

@@ -18,10 +18,10 @@ from memcache_jax.engine.types import (
     Keys,
     OfBlocks,
     OfTokens,
-    Parts,
     Rows,
     Selection,
     Tokens,
+    Views,
     Writing,
 )
 from memcache_jax.engine.write import write_chunk
@@ -96,12 +96,12 @@ class Piece(Layout):
     cache: Cache
     block: Int[Array, "b"]
 
-    def write(self, how: Writing, rows: Rows) -> tuple[State, Parts]:
+    def write(self, how: Writing, rows: Rows) -> tuple[State, Views]:
         """Writes the tokens into each track. Only track 0, the live one, is read."""
         chunk = jax.tree.map(lambda x: x[:, :, 0, 0], rows)
         states = self.cache.state, self.cache.anchor
 
-        def write(how: Writing, state: State, anchor: State, rows: Rows) -> tuple[State, Parts]:
+        def write(how: Writing, state: State, anchor: State, rows: Rows) -> tuple[State, Views]:
             return write_chunk(how, state, state if anchor is None else anchor, rows)
 
         live = jax.vmap(jax.vmap(functools.partial(write, how)))
@@ -215,7 +215,7 @@ def _store(cache: Cache, block: Int[Array, "b"], ends: Bool[Array, "b"], after: 
     return dataclasses.replace(cache, bank=bank, pooled=keys, record=record)
 
 
-def _merge(merge: Merge, bank: storage.Bank, kept: Any, new: Any) -> Any:
+def _merge(merge: Merge, bank: storage.Storage, kept: Any, new: Any) -> Any:
     """Merges two kept states of each row, or a kept one and the new one."""
     dtype, like = jax.tree.leaves(kept)[0].dtype, jax.tree.leaves(new)[0]
 

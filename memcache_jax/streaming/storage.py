@@ -47,7 +47,7 @@ def unpack(stored: Any, dtype: DTypeLike) -> Any:
     return jax.tree.map(widen, stored, is_leaf=lambda x: isinstance(x, Quantized))
 
 
-class Bank:
+class Storage:
     """Packed matrices of cached states, in arrays (rows, h, slots, in, out) on the device.
 
     Several layers may share arrays, each with rows of its own.
@@ -95,7 +95,7 @@ class Bank:
         return self.first + jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, :, None]
 
 
-class HostBank(Bank):
+class HostStorage(Storage):
     """Arrays (rows * (slots + 1) * h, lines, 128) on the host, of flattened and padded matrices.
 
     In this layout TPUs keep a state in one piece and can copy it alone. Each row has one slot more,
@@ -113,7 +113,7 @@ class HostBank(Bank):
         return jax.tree.map(zeros, self.state)
 
     def take(self, arrays: Any, slots: Int[Array, "b h n"]) -> Any:
-        """As ``Bank.take``."""
+        """As ``Storage.take``."""
         batch, heads, _ = slots.shape
         rows = (self.first + jnp.arange(batch)[:, None, None]) * (self.num_slots + 1)
         places = (rows + slots) * heads + jnp.arange(heads)[None, :, None]
@@ -131,7 +131,7 @@ class HostBank(Bank):
         return jax.tree.map(shaped, lines, self.state)
 
     def put(self, arrays: Any, states: Any, place: Int[Array, "b n"]) -> Any:
-        """As ``Bank.put``."""
+        """As ``Storage.put``."""
 
         def put(kept: Array, new: Array) -> Array:
             rows, heads, tracks = new.shape[:3]
@@ -148,7 +148,7 @@ class HostBank(Bank):
         return jax.tree.map(put, arrays, states)
 
     def take_rows(self, arrays: Any, rows: Int[Array, "n"]) -> Any:
-        """As ``Bank.take_rows``."""
+        """As ``Storage.take_rows``."""
         size = (self.num_slots + 1) * len(jax.tree.leaves(self.state)[0])
 
         def take(kept: Array) -> Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from memcache_jax.engine.read import pieces_of
+from memcache_jax.engine.read import bands_of
 from tests.cases import MEMORIES, assert_close, one_head
 
 every_memory = pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
@@ -78,12 +78,12 @@ def test_pieces_add_up_to_the_read(memory):
     state, _ = memory.write(state, state, key, value, controls)
     matrices, gate = memory.matrices(state), jnp.linspace(-1, 2, len(query))
     largest = max(m.size for m in matrices) // 2
-    divide = pieces_of(memory)
-    pieces = divide(
+    divide = bands_of(memory)
+    bands = divide(
         matrices, query, lambda shapes: sum(rows * columns for rows, columns in shapes) <= largest
     )
-    assert (len(pieces) > 1) == (memory.form != "scan")
-    parts = [piece.read(piece.matrices, piece.query, gate) for piece in pieces]
+    assert (len(bands) > 1) == (memory.form != "scan")
+    parts = [band.read(band.matrices, band.query, gate) for band in bands]
     assert_close(sum(parts), memory.read(matrices, query, gate), 1e-12)
     (whole,) = divide(matrices, query, lambda shapes: True)
     assert_close(whole.read(whole.matrices, query), memory.read(matrices, query), 0)

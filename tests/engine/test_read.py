@@ -6,7 +6,7 @@ import numpy as np
 
 import memcache_jax as mc
 from memcache_jax.engine import read
-from memcache_jax.engine.read import pieces_of
+from memcache_jax.engine.read import bands_of
 from memcache_jax.kernels._dispatch import interpret_kernels
 from memcache_jax.kernels.chunk_update import chunk_update
 from tests.cases import MEMORIES, assert_close, make_inputs, value_and_vjp
@@ -18,9 +18,9 @@ def test_a_read_of_ones_own_is_not_divided():
             y = super().read(matrices, query, gate)
             return y / jnp.linalg.norm(y, axis=-1, keepdims=True)
 
-    divide = pieces_of(Normalized())
-    pieces = divide((jnp.ones((4, 4)),), jnp.ones((2, 4)), lambda shapes: False)
-    assert len(pieces) == 1
+    divide = bands_of(Normalized())
+    bands = divide((jnp.ones((4, 4)),), jnp.ones((2, 4)), lambda shapes: False)
+    assert len(bands) == 1
 
 
 def test_the_later_layers_of_soups_are_read_by_the_implementation(monkeypatch):

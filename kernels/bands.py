@@ -17,13 +17,13 @@ Fits: TypeAlias = Callable[[Sequence[tuple[int, ...]]], bool]
 """Whether matrices of these shapes, (in, out) each, are small enough together."""
 
 
-class Piece(NamedTuple):
+class Band(NamedTuple):
     """One of the reads that add up to the read of a state.
 
     Attributes:
-      read: reads the piece.
-      matrices: the piece of each state.
-      query: the query of the piece.
+      read: reads the band.
+      matrices: the band of each state.
+      query: the query of the band.
     """
 
     read: Callable[..., Array]
@@ -31,60 +31,60 @@ class Piece(NamedTuple):
     query: Float[Array, "... k"]
 
 
-def sum_of_pieces(
-    divide: Callable[[Matrices, Array, Fits], list[Piece]],
+def sum_of_bands(
+    divide: Callable[[Matrices, Array, Fits], list[Band]],
     bank: Matrices,
     query: Float[Array, "... k"],
     implementation: str | None,
-    read_piece: Callable[[Callable[..., Array], Matrices, Array], Array],
+    read_band: Callable[[Callable[..., Array], Matrices, Array], Array],
 ) -> Array:
-    """Reads a bank of states, piece by piece if the implementation cannot hold a whole state.
+    """Reads a bank of states, band by band if the implementation cannot hold a whole state.
 
     Args:
-      divide: a memory's ``pieces``, or a function like it.
+      divide: a memory's ``bands``, or a function like it.
       bank: the states' matrices.
       query: the queries.
       implementation: the implementation of the reads.
-      read_piece: reads a bank, given how to read one state, the bank and the queries.
+      read_band: reads a bank, given how to read one state, the bank and the queries.
     """
     fits = fits_triton if implementation == "pallas_gpu" else lambda shapes: True
-    return functools.reduce(jnp.add, (read_piece(*piece) for piece in divide(bank, query, fits)))
+    return functools.reduce(jnp.add, (read_band(*band) for band in divide(bank, query, fits)))
 
 
-def pieces_of_matrix(
+def bands_of_matrix(
     read: Callable[..., Array],
     matrices: Matrices,
     query: Float[Array, "... in"],
     fits: Fits,
-) -> list[Piece]:
+) -> list[Band]:
     """Divides M(x) = x W into as few bands of rows of W as fit."""
     (matrix,) = matrices
     rows, columns = matrix.shape[-2:]
-    count = fewest_pieces(rows, lambda size: fits([(size, columns)]))
+    count = fewest_bands(rows, lambda size: fits([(size, columns)]))
     bands = zip(jnp.split(matrix, count, -2), jnp.split(query, count, -1), strict=True)
-    return [Piece(read, (band,), x) for band, x in bands]
+    return [Band(read, (band,), x) for band, x in bands]
 
 
-def pieces_of_network(
+def bands_of_network(
     read: Callable[..., Array],
     matrices: Matrices,
     query: Float[Array, "... k"],
     fits: Fits,
-) -> list[Piece]:
+) -> list[Band]:
     """Divides M(x) = x + gelu(x W_0) W_1 into as few groups of hidden units as fit.
 
-    The first piece uses ``read``, and so adds the query; the others read their hidden units alone.
+    The first band uses ``read``, and so adds the query; the others read their hidden units alone.
     """
     inner, outer = matrices
     (rows, hidden), columns = inner.shape[-2:], outer.shape[-1]
-    count = fewest_pieces(hidden, lambda size: fits([(rows, size), (size, columns)]))
+    count = fewest_bands(hidden, lambda size: fits([(rows, size), (size, columns)]))
     parts = zip(jnp.split(inner, count, -1), jnp.split(outer, count, -2), strict=True)
     reads = [read, *[_read_hidden] * (count - 1)]
-    return [Piece(read, part, query) for read, part in zip(reads, parts, strict=True)]
+    return [Band(read, part, query) for read, part in zip(reads, parts, strict=True)]
 
 
-def fewest_pieces(size: int, fits: Callable[[int], bool]) -> int:
-    """The fewest equal pieces, each of size two or more, that all fit; one if none do."""
+def fewest_bands(size: int, fits: Callable[[int], bool]) -> int:
+    """The fewest equal bands, each of size two or more, that all fit; one if none do."""
     counts = (count for count in range(1, size) if size % count == 0 and fits(size // count))
     return next(counts, 1)
 

@@ -1,4 +1,4 @@
-"""States too large for a Triton program are read piece by piece."""
+"""States too large for a Triton program are read band by band."""
 
 import re
 
@@ -12,7 +12,7 @@ from memcache_jax.kernels import _shapes
 from memcache_jax.kernels._dispatch import interpret_kernels
 from memcache_jax.kernels._shapes import fits_triton
 from memcache_jax.kernels._triton import lowered_for_gpu
-from memcache_jax.kernels.pieces import pieces_of_matrix, pieces_of_network
+from memcache_jax.kernels.bands import bands_of_matrix, bands_of_network
 from tests.cases import assert_close, make_inputs, normals, value_and_vjp
 
 TITANS, LINEAR = mc.memories.Titans(chunk_size=4, expansion=2), mc.memories.LinearAttention()
@@ -52,7 +52,7 @@ def test_memory_caching(monkeypatch, case):
         return calls[-1]
 
     monkeypatch.setattr(_shapes, "_COMFORTABLE_STATE", limit)
-    monkeypatch.setattr("memcache_jax.kernels.pieces.fits_triton", fits)
+    monkeypatch.setattr("memcache_jax.kernels.bands.fits_triton", fits)
     with interpret_kernels():
         got = outputs(memory, aggregation, inputs, "pallas_gpu", *ids)
     assert False in calls
@@ -85,10 +85,10 @@ def test_usual_heads_of_deep_memories_lower_to_triton(key_dim, dtype):
     assert all(kernel in text for kernel in kernels)
 
 
-DIVISIONS = {  # how a memory's states are divided, and the pieces that hold half of a state
-    "matrix": (LINEAR, pieces_of_matrix, [(8, 8)], 2),
-    "network": (TITANS, pieces_of_network, [(8, 12), (12, 8)], 2),
-    "uneven network": (TITANS, pieces_of_network, [(6, 9), (9, 6)], 3),
+DIVISIONS = {  # how a memory's states are divided, and the bands that hold half of a state
+    "matrix": (LINEAR, bands_of_matrix, [(8, 8)], 2),
+    "network": (TITANS, bands_of_network, [(8, 12), (12, 8)], 2),
+    "uneven network": (TITANS, bands_of_network, [(6, 9), (9, 6)], 3),
 }
 
 
@@ -105,10 +105,10 @@ def test_pieces_add_up_to_the_read(case):
         return sum(rows * columns for rows, columns in shapes) <= half
 
     def summed(matrices, query, gate):
-        pieces = divide(memory.read, matrices, query, fits)
-        assert len(pieces) == count
-        assert all(fits([m.shape for m in piece.matrices]) for piece in pieces)
-        return sum(piece.read(piece.matrices, piece.query, gate) for piece in pieces)
+        bands = divide(memory.read, matrices, query, fits)
+        assert len(bands) == count
+        assert all(fits([m.shape for m in band.matrices]) for band in bands)
+        return sum(band.read(band.matrices, band.query, gate) for band in bands)
 
     got, wanted = (
         value_and_vjp(function, matrices, query, gate) for function in (summed, memory.read)
@@ -123,9 +123,9 @@ def test_pieces_add_up_to_the_read(case):
 def test_bfloat16_networks_have_gelu_in_float32():
     matrices = (jnp.ones((16, 32), jnp.bfloat16), jnp.ones((32, 16), jnp.bfloat16))
     query = jnp.linspace(-1, 1, 32, dtype=jnp.bfloat16).reshape(2, 16)
-    pieces = pieces_of_network(TITANS.read, matrices, query, lambda shapes: shapes[0][1] <= 16)
-    for piece in pieces:
-        program = str(jax.make_jaxpr(piece.read)(piece.matrices, piece.query))
+    bands = bands_of_network(TITANS.read, matrices, query, lambda shapes: shapes[0][1] <= 16)
+    for band in bands:
+        program = str(jax.make_jaxpr(band.read)(band.matrices, band.query))
         (line,) = (line for line in program.splitlines() if " tanh " in line)
         assert "f32[" in line
 
