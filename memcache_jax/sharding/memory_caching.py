@@ -83,7 +83,8 @@ def memory_caching_over_mesh(
                 f"got {key.shape[axis]}"
             )
     parts, length = num_devices(mesh, "time"), key.shape[1]
-    tokens, document = Tokens(query, key, value, connector, controls), document_ids
+    given: Any = (query, key, value, connector)
+    tokens, document = Tokens(*given, controls), document_ids
     if parts > 1:
         check_parts(parts, length, exchange=exchange, documents=document_ids is not None, **where)
         padding = -length % (parts * segmentation.size)
