@@ -83,8 +83,8 @@ def memory_caching_over_mesh(
                 f"got {key.shape[axis]}"
             )
     parts, length = num_devices(mesh, "time"), key.shape[1]
-    given: Any = (query, key, value, connector)
-    tokens, document = Tokens(*given, controls), document_ids
+    some: Any = connector  # or None, which has no arrays to divide
+    tokens, document = Tokens(query, key, value, some, controls), document_ids
     if parts > 1:
         check_parts(parts, length, exchange=exchange, documents=document_ids is not None, **where)
         padding = -length % (parts * segmentation.size)
