@@ -217,7 +217,15 @@ def scores(
     if candidates.counts is not None:
         counts = candidates.counts[:, None, :, None]
         cached += jnp.log(jnp.maximum(counts, 1).astype(cached.dtype))
-    return jnp.where(candidates.visible[:, None], cached, -jnp.inf), live
+    return jnp.where(visible(candidates)[:, None], cached, -jnp.inf), live
+
+
+def visible(candidates: Candidates) -> Bool[Array, "_ n _ r"]:
+    """Whether slots hold a state that a token may read; one token, or one row, stands for all."""
+    seen = jnp.asarray(candidates.states)[:, :, None] >= 0
+    if candidates.counts is not None:
+        seen &= candidates.counts[:, :, None] > 0
+    return seen if candidates.same_document is None else seen & candidates.same_document
 
 
 def _products(

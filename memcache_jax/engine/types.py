@@ -119,7 +119,7 @@ class Candidates(NamedTuple):
       keys: makes the pooled keys, of ``"mean"`` or ``"sum"`` pooling.
       same_document: whether a token and a state are of one document; None for yes.
       counts: segments that a state stands for, 0 for an empty slot; None for one each. A stream
-        knows its empty slots by counts alone: ask ``visible``.
+        knows its empty slots by counts alone: ask ``gating.visible``.
     """
 
     states: np.ndarray | Int[Array, "_ n r"]
@@ -127,14 +127,6 @@ class Candidates(NamedTuple):
     keys: Callable[[str], Keys]
     same_document: Bool[Array, "b n c r"] | None = None
     counts: Int[Array, "b n r"] | None = None
-
-    @property
-    def visible(self) -> Bool[Array, "_ n _ r"]:
-        """Whether a slot holds a state that a token may read; of one token, or one row, for all."""
-        visible = jnp.asarray(self.states)[:, :, None] >= 0
-        if self.counts is not None:
-            visible &= self.counts[:, :, None] > 0
-        return visible if self.same_document is None else visible & self.same_document
 
 
 class OfBlocks(NamedTuple):

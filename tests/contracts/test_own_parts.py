@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import memcache_jax as mc
-from memcache_jax.gating import ContentGate, Gate
+from memcache_jax.gating import ContentGate, Gate, visible
 from memcache_jax.kernels.affine_update import AffineChunk
 from memcache_jax.kernels.decay import decay_matrix, start_decay
 from memcache_jax.sharding import make_mesh
@@ -102,16 +102,16 @@ class Nearest(mc.GRM):
     """A table of its own: the two states nearest to each block, the nearest first."""
 
     def select(self, connector, candidates, *, implementation=None):
-        distances = jnp.where(candidates.visible[:, :, 0], jnp.asarray(candidates.distances), 99)
+        distances = jnp.where(visible(candidates)[:, :, 0], jnp.asarray(candidates.distances), 99)
         near = jnp.argsort(distances, axis=-1)[..., :2]
 
         def taken(x):
             return jnp.take_along_axis(jnp.broadcast_to(jnp.asarray(x), distances.shape), near, -1)
 
-        visible = taken(distances) < 99
+        near_ones = taken(distances) < 99
         counts = None if candidates.counts is None else taken(candidates.counts)
         table = candidates._replace(
-            states=jnp.where(visible, taken(candidates.states), -1),
+            states=jnp.where(near_ones, taken(candidates.states), -1),
             distances=taken(candidates.distances),
             counts=counts,
         )
