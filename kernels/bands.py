@@ -41,7 +41,7 @@ def sum_of_bands(
     """Reads a bank of states, band by band if the implementation cannot hold a whole state.
 
     Args:
-      divide: a memory's ``bands``, or a function like it.
+      divide: makes the bands, such as ``bands_of_matrix`` of a read.
       bank: the states' matrices.
       query: the queries.
       implementation: the implementation of the reads.
