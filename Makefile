@@ -74,7 +74,7 @@ $(VENV)/.demo: $(SPEC) | $(RUN)
 	        *) extra=cpu; if [ -e /dev/accel0 ] || [ -e /dev/vfio/0 ]; then extra=tpu; fi ;; \
 	    esac; \
 	fi; \
-	if [ "$$extra" = cpu ]; then target=.; else target=".[$$extra]"; fi; \
+	if [ "$$extra" = cpu ]; then target=".[train]"; else target=".[train,$$extra]"; fi; \
 	echo "Installing $$target into $(VENV) ..."; \
 	$(PIP) -e "$$target"
 	@touch $@

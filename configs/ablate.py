@@ -3,7 +3,7 @@
 Command:   python -m experiments.ablate --config=configs/ablate.py --workdir=runs/ablate, or
            --config=configs/ablate.py:titans for another rule
 Hardware:  two CPU cores
-Time:      65 minutes beside other work
+Time:      65 minutes on a busy machine
 Expected:  at L = 256 and K = 64, means of two seeds on 2026-11-22: SWLA with GRM 0.28, with
            segments of 8 tokens 0.74, of 32 0.13, without caches 0.14. Other rules: not run yet.
 """
@@ -22,7 +22,7 @@ def get_config(rule: str = "swla") -> Any:
     config.steps = 1000
     config.seeds = (0, 1)
     config.at_once = config.workers = 2
-    # Keys of config.model and what takes their place.
+    # For each variant, the keys of config.model that it replaces.
     config.changes = ConfigDict(
         {
             "gates by position": {"aggregation": {"name": "GRM", "gate": "position"}},

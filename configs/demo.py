@@ -13,7 +13,7 @@ from typing import Any
 
 from memcache_jax.training import default_config
 
-# Tests and vendored tools are not the library; encodings and topics are tables, not code.
+# Leaves out tests, vendored tools, and tables such as encodings and topics.
 EXCLUDED = (
     "__pycache__",
     "dist-packages",
@@ -32,7 +32,7 @@ EXCLUDED = (
 def get_config() -> Any:
     """Returns the configuration."""
     config = default_config()
-    config.resume = True  # an interrupted run goes on
+    config.resume = True  # an interrupted run resumes
     config.steps, config.batch_size, config.sequence_length = 240, 4, 512
     config.log_every, config.eval_every, config.checkpoint_every = 10, 100, 100
 

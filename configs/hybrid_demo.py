@@ -1,4 +1,4 @@
-"""demo.py with memory caching in one block of three, sliding-window attention in the others.
+"""demo.py with memory caching in one of three blocks, sliding-window attention in the others.
 
 Command:   python -m experiments.train --config=configs/hybrid_demo.py --workdir=runs/hybrid_demo
 Hardware:  two CPU cores

@@ -1,4 +1,4 @@
-"""Every preset of size 1.3b: the part after the colon is one of ``mc.presets.NAMES``.
+"""All presets of size 1.3b; the part after the colon is one of ``mc.presets.NAMES``.
 
 Command:   python -m experiments.train --config=configs/lm_1p3b.py:titans_grm \
                --config.data.files=FOLDER --config.data.tokenizer=FILE \

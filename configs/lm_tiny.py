@@ -1,4 +1,4 @@
-"""Every preset of size tiny: the part after the colon is one of ``mc.presets.NAMES``.
+"""All presets of size tiny; the part after the colon is one of ``mc.presets.NAMES``.
 
 Command:   python -m experiments.train --config=configs/lm_tiny.py:titans_grm \
                --config.data.files=FOLDER --workdir=runs/titans_grm_tiny

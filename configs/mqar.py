@@ -25,7 +25,7 @@ def get_config() -> Any:
     config.at_once = 6
     config.head_dim, config.segment, config.top_k = 32, 16, 4
     config.vocab_size = 8192
-    # A source for every 20,000 examples, so that each batch is drawn from all in proportion.
+    # A source per 20,000 examples, so that updates use all examples in proportion.
     config.train = ((64, 4, 20_000),) * 5 + tuple(
         (length, pairs, 20_000) for length, pairs in ((128, 8), (256, 16), (256, 32), (256, 64))
     )

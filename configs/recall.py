@@ -24,7 +24,7 @@ def get_config(rule: str = "linear") -> Any:
         config.models = ("ssd", "ssd_grm", "ssd_ssc", "attention")
         config.steps = 1000
     elif rule == "deep":
-        # Shorter rows: a deep memory takes longer to find what is asked for, and longer a step.
+        # Shorter rows: a deep memory needs more steps to learn the task, and slower ones.
         config.models = ("dla", "dla_grm", "dla_ssc")
         config.train = ((16, 4, 0), (32, 8, 0), (64, 16, 0))
         config.test = ((64, 16), (128, 32), (256, 64))

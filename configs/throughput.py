@@ -1,4 +1,4 @@
-"""Figure 4 of the paper, training tokens/s against the length, and decoding beside it.
+"""Figure 4 of the paper: training speed by length; also decoding speed.
 
 Command:   python -m experiments.throughput --config=configs/throughput.py --workdir=runs/throughput
            on two CPU cores, --config=configs/throughput.py:cpu
@@ -6,8 +6,8 @@ Hardware:  one GPU with 80 GB; or two CPU cores
 Time:      8 minutes on two cores
 Expected:  on two cores on 2026-11-22, training at T = 4,096: SSD 8.2k tokens/s, its variants 6.4k
            to 7.4k, a Transformer 1.4k; decoding after 4,096 tokens 0.3 to 0.6 and 1.0 ms. Not run
-           on a GPU. The paper: training between the base rule and the Transformer, SSC near the
-           base rule however long the context is.
+           on a GPU. In the paper, training is between the base rule and the Transformer, with SSC
+           near the base rule at every context length.
 """
 
 from typing import Any
@@ -28,13 +28,13 @@ def get_config(machine: str = "gpu") -> Any:
     config.tokens_per_batch = 2**16
     config.histories = tuple(2**i for i in range(11, 17))  # of decoding; () for none
     config.num_layers, config.features, config.num_heads = 4, 1536, 16  # 760m's, but for its depth
-    config.vocab_size = 5376  # 32,000 in the proportion of the layers, so that its share is kept
+    config.vocab_size = 5376  # 32,000 scaled like the layers, so that the head keeps its share
     config.segment, config.top_k = 256, 4
     config.dtype, config.remat = "bfloat16", True
     config.rounds = 10  # timed; the median counts
     config.decode_tokens = 16  # of a round
-    # The models of a length take turns: fair on a machine that is disturbed, but all of them must
-    # fit in its memory at once.
+    # Whether the models of a length take turns: fairer on a noisy machine, but all of them must fit
+    # in memory at once.
     config.interleave = False
     if machine == "cpu":
         config.lengths = config.histories = (512, 1024, 2048, 4096)

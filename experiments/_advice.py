@@ -1,14 +1,14 @@
-"""What to change where a run does not fit its chips."""
+"""Suggestions for runs that do not fit their chips."""
 
 from typing import Any
 
 
 def changes(config: Any, report: dict[str, Any]) -> list[str]:
-    """Up to three changes of the configuration that would need less memory, the best first.
+    """Returns up to three changes of the configuration that save memory, the best first.
 
-    What a change saves is estimated from the state's bytes on a chip and the memory there is: state
-    that is not divided over all chips comes first where it is most of it, else activations do. A
-    mesh that is named fills the chips, and divides the model's heads and segments.
+    If the state takes more than half of a chip's memory, changes that divide it over more chips
+    come first, otherwise those that shrink activations. Suggested meshes use all chips and divide
+    the model's heads and segments evenly.
     """
     from memcache_jax.sharding.memory_caching import fits_ring
 
@@ -28,7 +28,7 @@ def changes(config: Any, report: dict[str, Any]) -> list[str]:
         for mixer in mixers
     ):
         of_activations.append("--config.model.exchange=ring: states of one part at a time")
-    # Fewer parts of a batch have more rows each, of which half are then taken at a time.
+    # These halve the devices along the batch, so that each has twice the rows: accumulate twice.
     if _divides_time(config, mixers, 2 * mesh["seq"]) and (flags := _doubled(config, mesh, "seq")):
         of_activations.append(f"{flags} {twice}: half of each sequence on a chip")
     if not model.num_heads % (2 * mesh["tensor"]) and (flags := _doubled(config, mesh, "tensor")):
@@ -71,7 +71,7 @@ def _divides_time(config: Any, mixers: list[Any], parts: int) -> bool:
 
 
 def _doubled(config: Any, mesh: dict[str, int], axis: str) -> str:
-    """The flags of a mesh with twice the devices along an axis; none if there is no such mesh."""
+    """Returns the flags of a mesh with twice the devices along an axis, or "" if there is none."""
     for other in ("data", "fsdp"):
         sizes = mesh | {axis: 2 * mesh[axis], other: mesh[other] // 2}
         slices = config.mesh.slices

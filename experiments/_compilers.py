@@ -1,4 +1,4 @@
-"""Compiles kernels for chips that need not be here: a program's kernels, and their figures."""
+"""Compiles kernels for chips that this machine lacks, and reads the compilers' figures."""
 
 import concurrent.futures
 import functools
@@ -18,7 +18,6 @@ import jax
 from jax.experimental import topologies
 
 from experiments._schedules import Figures, bundles, launches, registers
-from memcache_jax.kernels._pallas import lowered_for_gpu
 
 TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 """Kinds of TPU, and a topology of each."""
@@ -30,11 +29,12 @@ _CUDA = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 KERNEL = re.compile(
     "(?:affine_update|bank_read|chunk_update|deep_update|grouped_read|ssc_route)_(?:back|for)ward(?:_[a-z]+)*"
 )
-"""Name of a kernel, in the names that compilers give it."""
+"""The name of a kernel inside the names that compilers give it."""
 
 _ENTRY = re.compile(rf"\.entry {KERNEL.pattern}(?:__\d+)?\(")  # a number if there are several
 
-# Limits that XLA would ask the driver for: NVIDIA's tables of the H200 and of capability 9.0.
+# Limits that XLA normally asks the driver for, from NVIDIA's tables of the H200 and of compute
+# capability 9.0.
 _H200 = """
 gpu_device_info {
   name: "NVIDIA H200"
@@ -66,14 +66,14 @@ device_description_str: "NVIDIA H200"
 
 
 class NoCompilerError(ImportError):
-    """What compiles for a chip is not installed; says how to."""
+    """A chip's compiler is not installed; the message says how to install it."""
 
 
 def apart(function: Callable[..., Any], *every: Iterable[Any]) -> Iterator[Any]:
-    """``map`` in a process of its own, where JAX looks for no device.
+    """``map`` in a process of its own, in which JAX uses the CPU only.
 
-    libtpu compiles for one kind of TPU in a process, and reads its flags once. JAX forgets the CUDA
-    compiler of a process that looked for a GPU in vain.
+    A process can compile for a single kind of TPU, since libtpu reads its flags once, and cannot
+    compile for CUDA after JAX has failed to find a GPU.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -81,16 +81,16 @@ def apart(function: Callable[..., Any], *every: Iterable[Any]) -> Iterator[Any]:
 
 
 def tpu_figures(chip: str, function: Callable[..., Any], *arguments: Any) -> dict[str, Figures]:
-    """Compiles a function for a TPU; ``bundles`` of its kernels.
+    """Compiles a function for a TPU, and returns the ``bundles`` of its kernels.
 
     Args:
       chip: one of ``TPUS``; the same one in all calls of a process.
-      function: what has kernels.
-      *arguments: their shapes.
+      function: a function that runs kernels.
+      *arguments: the shapes of its arguments.
 
     Raises:
       NoCompilerError: if libtpu is not installed.
-      RuntimeError: if a kernel's schedule was not written.
+      RuntimeError: if libtpu did not write a kernel's schedule.
     """
     device, dumped = _tpu(chip)
     folder = Path(dumped.name)
@@ -104,17 +104,17 @@ def tpu_figures(chip: str, function: Callable[..., Any], *arguments: Any) -> dic
             assert name[0] not in found, "each kernel once"
             found[name[0]] = bundles(path.read_text())
     if missing := set(KERNEL.findall("\n".join(calls))) - set(found):
-        raise RuntimeError(f"libtpu wrote no schedule of {', '.join(sorted(missing))}")
+        raise RuntimeError(f"libtpu wrote no schedule for {', '.join(sorted(missing))}")
     return dict(sorted(found.items()))
 
 
 @functools.cache
 def _tpu(chip: str) -> tuple[Any, tempfile.TemporaryDirectory]:
-    """A device that need not be here, and the folder that its compiler writes to."""
+    """Returns a described TPU, and the folder that its compiler writes to."""
     if not importlib.util.find_spec("libtpu"):
         raise NoCompilerError("pip install libtpu")
     folder = tempfile.TemporaryDirectory()
-    os.environ.pop("XLA_FLAGS", None)  # libtpu ends a process that has flags unknown to it
+    os.environ.pop("XLA_FLAGS", None)  # libtpu ends the process on flags it does not know
     os.environ.update(
         TPU_SKIP_MDS_QUERY="1",
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
@@ -126,13 +126,15 @@ def _tpu(chip: str) -> tuple[Any, tempfile.TemporaryDirectory]:
 
 
 def gpu_figures(function: Callable[..., Any], *arguments: Any) -> dict[str, Figures]:
-    """Compiles a function for an H200; ``registers`` and ``launches`` of its kernels.
+    """Compiles a function for an H200, and returns ``registers`` and ``launches`` of its kernels.
 
-    Of several kernels of one name the largest figures.
+    For several kernels of one name, it returns the largest figures.
 
     Raises:
-      NoCompilerError: if the packages that compile are not installed.
+      NoCompilerError: if the compiler's packages are not installed.
     """
+    from memcache_jax.kernels._triton import lowered_for_gpu
+
     device, ptxas = _gpu()
     lowered = lowered_for_gpu(jax.jit(function), *_placed(arguments, device))
     with tempfile.TemporaryDirectory() as name:
@@ -159,7 +161,7 @@ def gpu_figures(function: Callable[..., Any], *arguments: Any) -> dict[str, Figu
 
 @functools.cache
 def _gpu() -> tuple[Any, str]:
-    """A device that need not be here, and the assembler."""
+    """Returns a described GPU, and the path of the assembler."""
     ptxas = _ptxas()
     if not ptxas or not any(map(importlib.util.find_spec, _CUDA)):
         raise NoCompilerError("pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12")
@@ -185,7 +187,7 @@ def _placed(arguments: Any, device: Any) -> Any:
 
 
 def compiler(chip: str) -> str:
-    """Name and version of what compiles for one of ``TPUS``, or for ``GPU``.
+    """Returns the name and version of the compiler for one of ``TPUS``, or for ``GPU``.
 
     Raises:
       NoCompilerError: if it is not installed.

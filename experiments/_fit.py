@@ -1,6 +1,6 @@
-"""Trains small models to answer at marked places of generated sequences, several at once.
+"""Trains small models to answer at given positions of generated sequences, several at once.
 
-Replicas that differ in their seed and learning rate are one program: ``vmap`` over models.
+Replicas with different seeds and learning rates run as one program, by ``vmap`` over models.
 """
 
 import functools
@@ -20,7 +20,7 @@ from memcache_jax.training.optimizer import decays
 
 
 class Questions(NamedTuple):
-    """Sequences, and the places where the next token is asked for: integers of JAX or NumPy."""
+    """Sequences, and the positions whose next token is the answer: integer arrays."""
 
     tokens: Any  # (*b, l)
     places: Any  # (*b, n)
@@ -28,27 +28,27 @@ class Questions(NamedTuple):
 
 
 Source = Callable[[Array], Questions]
-"""Makes one example of a random key: tokens (l,), places and answers (n,)."""
+"""Draws an example from a random key: tokens (l,), places and answers (n,)."""
 
 
 class Replica(NamedTuple):
-    """What models that are trained at once differ in."""
+    """The seed and peak learning rate of one of several models trained at once."""
 
     seed: int
     learning_rate: float
 
 
 class Recipe(NamedTuple):
-    """How models are trained: AdamW, a linear warm-up, half a cosine to zero.
+    """How to train: AdamW, a linear warm-up, and cosine decay to zero.
 
     Attributes:
-      steps: updates; update i takes its examples from source i modulo their number.
-      batch_size: examples of an update.
+      steps: number of updates; they take their examples from the sources in turn.
+      batch_size: examples per update.
       weight_decay: of matrices and embeddings.
-      warmup_steps: updates over which the learning rate rises.
+      warmup_steps: updates of the linear warm-up.
       clip_norm: of each replica's gradient.
-      examples: how many different ones each source has, used again in a new order; 0 for new ones
-        in every update.
+      examples: number of distinct examples of each source, reused in a new order each time; 0 for
+        new ones in every update.
     """
 
     steps: int
@@ -65,7 +65,7 @@ class Fitted(NamedTuple):
     Attributes:
       graph: their model without its arrays.
       params: their parameters, with a leading axis of replicas.
-      losses: their last mean losses, (replicas,); NaN where one diverged.
+      losses: their last mean losses, (replicas,); NaN if one diverged.
     """
 
     graph: nnx.GraphDef
@@ -73,10 +73,10 @@ class Fitted(NamedTuple):
     losses: Float[np.ndarray, "replicas"]
 
     def answers(self, questions: Questions, batch_size: int) -> Bool[np.ndarray, "replicas b n"]:
-        """Whether each answer is the most likely token, for every replica."""
+        """Returns whether each answer is the most likely token, for every replica."""
         parts = []
         for begin in range(0, len(questions.tokens), batch_size):
-            # The last batch is filled up with the first rows: one shape for all.
+            # The first rows fill up the last batch, so that all have one shape.
             rows = np.arange(begin, begin + batch_size) % len(questions.tokens)
             batch = jax.tree.map(lambda x, rows=rows: x[rows], questions)
             parts.append(np.asarray(_right(self.graph, self.params, batch)))
@@ -94,14 +94,14 @@ def fit(
     """Trains replicas of a model side by side.
 
     Args:
-      model: its shape.
-      sources: where examples come from, each of one shape, taken in turn.
-      replicas: seed and peak learning rate of each.
-      recipe: how.
-      name: begins the progress lines.
+      model: the model.
+      sources: draw the examples, each source of one shape.
+      replicas: the seed and peak learning rate of each replica.
+      recipe: how to train them.
+      name: starts the progress lines.
 
     Returns:
-      The replicas, at the end or where all of them have diverged.
+      The replicas, after the last step or once all of them have diverged.
     """
     optimizer = optax.chain(
         optax.clip_by_global_norm(recipe.clip_norm),
@@ -133,7 +133,7 @@ def fit(
     seeds = jnp.array([replica.seed for replica in replicas])
     keys = jax.vmap(jax.random.key)(seeds)
     peaks = np.array([replica.learning_rate for replica in replicas], np.float32)
-    # In turn: side by side, the random numbers alone take twice as long to compile.
+    # lax.map, because vmap over the random initialization takes twice as long to compile.
     state = jax.jit(lambda keys: jax.lax.map(create, keys))(keys)
     updates = [make_update(index) for index in range(len(sources))]
     examples = recipe.examples or (0,) * len(sources)
@@ -156,14 +156,14 @@ def fit(
 
 
 def _logits(model: LanguageModel, questions: Questions) -> Float[Array, "b n vocab"]:
-    """Only where they are asked for: elsewhere a large vocabulary's would be most of the work."""
+    """Returns the logits at the asked positions only: a large vocabulary's are most of the work."""
     hidden = model.hidden(questions.tokens)
     return model.logits(jnp.take_along_axis(hidden, questions.places[..., None], axis=1))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _right(graph: nnx.GraphDef, params: Any, questions: Questions) -> Bool[Array, "replicas b n"]:
-    """``Fitted.answers`` of a batch; compiled once for each shape."""
+    """``Fitted.answers`` for a batch, compiled once per shape."""
 
     def of_replica(params: Any) -> Array:
         logits = _logits(nnx.merge(graph, params), questions)
@@ -173,7 +173,7 @@ def _right(graph: nnx.GraphDef, params: Any, questions: Questions) -> Bool[Array
 
 
 def _rate(step: int, recipe: Recipe) -> np.float32:
-    """The part of the peak learning rate that a step has."""
+    """Returns the learning rate of a step, as a fraction of the peak."""
     rise = min((step + 1) / (recipe.warmup_steps + 1), 1.0)
     left = max(recipe.steps - recipe.warmup_steps, 1)
     progress = max(step - recipe.warmup_steps, 0) / left
@@ -181,14 +181,16 @@ def _rate(step: int, recipe: Recipe) -> np.float32:
 
 
 def _rows(examples: int, batch_size: int, seed: int) -> Iterator[Int[np.ndarray, "b"]]:
-    """Numbers of the examples of each batch: all new, or a finite set in ever new orders."""
+    """Yields the examples of each batch, as indices: all new, or a finite set reshuffled."""
     if not examples:
         begin = 0
         while True:
             yield np.arange(begin, begin + batch_size, dtype=np.uint32)
             begin += batch_size
     if examples < batch_size:
-        raise ValueError(f"a batch of {batch_size} needs as many examples, got {examples}")
+        raise ValueError(
+            f"a batch of {batch_size} needs at least {batch_size} examples, got {examples}"
+        )
     random = np.random.RandomState(seed)
     while True:
         order = random.permutation(examples).astype(np.uint32)

@@ -1,4 +1,4 @@
-"""FLOPs of a JAX program's matrix products, from its traced form."""
+"""Counts the FLOPs of the matrix products in a traced JAX program."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -11,8 +11,8 @@ from jax.extend import core
 def count_flops(function: Callable, *arguments: Any) -> int:
     """Returns 2 x the multiply-adds of all matrix products that ``function`` runs.
 
-    A loop's body counts once per trip. Of branches the dearest counts. Elementwise work, reductions
-    and gathers are left out.
+    A loop's body counts once per trip, and of several branches the most expensive one counts.
+    Elementwise work, reductions and gathers do not count.
     """
     return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
 

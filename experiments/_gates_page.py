@@ -1,4 +1,4 @@
-"""The page of ``experiments.inspect``: a text, and the gates of each of its tokens."""
+"""The page of ``experiments.inspect``: a text, and the gates of each token."""
 
 import base64
 import html
@@ -92,9 +92,9 @@ show(spans.length - 1);
 
 
 def as_json(found: dict[str, Any]) -> str:
-    """What ``inspect`` returns as JSON, gates with four decimals."""
+    """Returns the result of ``inspect`` as JSON, with gates to four decimals."""
     layers = [
-        # Through float64: a rounded float32 has more digits.
+        # Through float64: a rounded float32 prints more digits.
         layer | dict(gates=layer["gates"].astype(np.float64).round(4).tolist())
         for layer in found["layers"]
     ]
@@ -102,7 +102,7 @@ def as_json(found: dict[str, Any]) -> str:
 
 
 def page(found: dict[str, Any], title: str) -> str:
-    """The page of what ``inspect`` returns, in one file."""
+    """Returns a page with the result of ``inspect``, in a single file."""
     data = [
         dict(
             states=layer["states"],
@@ -124,16 +124,16 @@ def page(found: dict[str, Any], title: str) -> str:
         )
         for place, layer in enumerate(found["layers"])
     )
-    # No text can end the element that holds the numbers.
+    # Escaped, so that no text can close the script element.
     numbers = json.dumps(data).replace("<", "\\u003c")
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
 <style>{_STYLE}</style></head><body>
 <header><h1>{html.escape(title)}</h1>
-<p>Point at a token to see what it read; click to keep it. The text takes the colour of the gates of
-the states that its tokens were written to, the mean over layers and heads, or of one head: click
-its bar. Blue bars are cached states, the oldest first, the orange one the live state. Orange lines
-in the text begin segments.</p></header>
+<p>Point at a token to see what it read; click to keep it selected. The colour of the text shows the
+gates of the states that hold it, as a mean over layers and heads; click the bar of a head to see
+that head alone. Blue bars are cached states, oldest first; the orange bar is the live state. Orange
+lines in the text mark the beginnings of segments.</p></header>
 <main><div id="text">{text}</div><aside><p id="where"></p>{layers}</aside></main>
 <script type="application/json" id="data">{numbers}</script><script>{_SCRIPT}</script>
 </body></html>
@@ -141,6 +141,6 @@ in the text begin segments.</p></header>
 
 
 def _bytes(gates: np.ndarray) -> bytes:
-    """Gates in 1/255, none that is above zero as zero."""
+    """Returns gates in units of 1/255; positive ones stay positive."""
     steps = np.round(255 * gates).astype(np.uint8)
     return np.where((gates > 0) & (steps == 0), 1, steps).astype(np.uint8).tobytes()

@@ -1,4 +1,4 @@
-"""Collectives of a compiled program: how many run in one call, and how many bytes they move."""
+"""Counts the collectives that a compiled program runs, and the bytes that they move."""
 
 import re
 from collections import defaultdict
@@ -15,9 +15,9 @@ _TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
 
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:
-    """Returns for each kind of collective how often one call runs it, and the bytes it gives.
+    """Returns, for each kind of collective, how often one call runs it and its total bytes.
 
-    Bytes are those of a device's results, of all runs together. A loop's body counts once per trip.
+    Bytes are those of the results on one device. A loop's body counts once per trip.
 
     Args:
       text: the compiled program, as ``compiled.as_text()``.
@@ -41,7 +41,7 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation, and the name of the first to run."""
+    """Returns the lines of each computation, and the name of the entry computation."""
     lines: dict[str, list[str]] = {}
     entry = name = ""
     for line in text.splitlines():
@@ -55,7 +55,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _result_bytes(shape: str, starts: bool) -> int:
-    """Bytes of a result; what is only begun names its operands first."""
+    """Returns the bytes of a result; the shape of a ``-start`` also lists its operands."""
     sizes = []
     for kind, dims in _ARRAY.findall(shape):
         bits = _BITS.get(kind) or int(re.sub(r"\D", "", kind) or 8)

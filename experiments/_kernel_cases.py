@@ -1,4 +1,4 @@
-"""The operations that kernels serve, at the sizes that programs check, time and compile."""
+"""The operations with kernels, at the sizes at which programs check, time and compile them."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import memcache_jax as mc
+from memcache_jax.engine.read import bands_of
+from memcache_jax.kernels.bands import sum_of_bands
 from memcache_jax.kernels.bank_read import bank_read
 from memcache_jax.kernels.grouped_read import grouped_read
 from memcache_jax.kernels.ssc_route import ssc_route
-from memcache_jax.memories._pieces import sum_of_pieces
 from memcache_jax.segmentation import ReadPlan
 
 
@@ -21,10 +22,10 @@ class Case(NamedTuple):
 
     Attributes:
       name: of the operation and its size.
-      call: (implementation, *arrays) to the outputs that are differentiable.
-      arrays: what it is differentiated for.
+      call: a function of (implementation, *arrays) that returns the differentiable outputs.
+      arrays: the differentiated arguments.
       flops: of the forward pass; the backward pass has twice as many.
-      bytes: that the forward pass must read and write at least.
+      bytes: minimum that the forward pass reads and writes.
     """
 
     name: str
@@ -35,20 +36,20 @@ class Case(NamedTuple):
 
 
 def is_chosen(name: str, only: Sequence[str] | None) -> bool:
-    """Whether a case is to run: all are, or those whose names have a part of ``only``."""
+    """Whether a case runs: all do, or those whose names contain one of ``only``."""
     return only is None or any(part in name for part in only)
 
 
 def cases(
     size: str, dtype: Any, only: Sequence[str] | None = None, *, abstract: bool = False
 ) -> list[Case]:
-    """The operations at the sizes for correctness (``"small"``) or for times (``"large"``).
+    """Returns the operations at the sizes for correctness (``"small"``) or timing (``"large"``).
 
     Args:
-      size: which sizes.
+      size: ``"small"`` or ``"large"``.
       dtype: of all arrays.
-      only: parts of names, to have those cases alone.
-      abstract: shapes and dtypes in place of arrays, to compile for.
+      only: parts of names that select cases; None for all.
+      abstract: return shapes and dtypes instead of arrays, for compilation.
     """
     small = size == "small"
     rng = np.random.default_rng(0)
@@ -97,7 +98,7 @@ def cases(
         found.append(
             Case(
                 f"grouped_read k={k} s={s}",
-                # The compiler must not sort constants beforehand.
+                # A barrier, so that the compiler does not sort constants ahead of time.
                 lambda how, bank, query, gates, read=read, states=states: grouped_read(
                     *(read, bank, query, gates, jax.lax.optimization_barrier(states)),
                     implementation=how,
@@ -131,8 +132,8 @@ def cases(
             }
             m = memory.gradient_chunk or memory.largest_chunk
             segment = c if small else n * c
-            # A deep memory's products: three forward and back, four that write weights and
-            # momentum, four reads of both, each of 4 k^2; and two layers' scores and their sums.
+            # A deep memory's products, each of 4 k^2: three forward and back, four that write
+            # weights and momentum, four that read both; and two layers' scores and their sums.
             flops = (88 * k + 20 * m) * k if weights else (4 * m + 4 * k) * k
             found.append(
                 Case(
@@ -160,21 +161,21 @@ def cases(
 def _read_deep(
     memory: mc.memories.Memory, plan: ReadPlan, how: str, bank: Any, query: Any, gates: Any
 ) -> Any:
-    """The bank read of a deep memory, in pieces where a program has no room for the whole."""
+    """Reads the bank of a deep memory, in bands if a program has no room for all of it."""
 
-    def read_piece(read: Callable[..., Any], bank: Any, query: Any) -> Any:
+    def read_band(read: Callable[..., Any], bank: Any, query: Any) -> Any:
         return bank_read(read, bank, query, gates, plan.reads, implementation=how)
 
-    return sum_of_pieces(memory.pieces, bank, query, how, read_piece)
+    return sum_of_bands(bands_of(memory), bank, query, how, read_band)
 
 
 def _as_a_layer(control: mc.memories.Control, x: Any) -> Any:
-    """The coefficient that a layer makes of such logits."""
+    """Returns the coefficient that a layer computes from such logits."""
     return (control.scale * control.activation(x + control.bias)).astype(x.dtype)
 
 
 def passes(case: Case) -> dict[str, Callable]:
-    """The forward pass, and forward and backward, as functions of an implementation."""
+    """Returns the forward pass, and forward and backward, as functions of an implementation."""
 
     def forward(how: str, *arrays: Any) -> Any:
         return case.call(how, *arrays)

@@ -1,4 +1,4 @@
-"""A trained language model as lm-evaluation-harness takes one."""
+"""A trained language model with the interface of lm-evaluation-harness."""
 
 import functools
 import math
@@ -21,13 +21,13 @@ from memcache_jax._typing import Array, Bool, Float, Int
 from memcache_jax.generation.prompts import buffer_size
 from memcache_jax.training.tokenizers import Tokenizer
 
-_SHORT = 32  # continuations up to this long have a program of their own
-_LOGITS = 1 << 25  # logits held at once
+_SHORT = 32  # continuations up to this length have a program of their own
+_LOGITS = 1 << 25  # maximum number of logits in memory
 _SAMPLING = {"do_sample", "temperature", "top_k", "top_p"}
 
 
 class _Row(NamedTuple):
-    """What the model reads, and the last tokens that it is to predict."""
+    """The tokens that the model reads, and the last ones that it must predict."""
 
     tokens: list[int]
     targets: list[int]
@@ -36,17 +36,18 @@ class _Row(NamedTuple):
 class TrainedLM(TemplateLM):
     """A language model that answers the requests of ``lm_eval.simple_evaluate``.
 
-    Requests are sorted by length and padded to powers of two of 64 or more, in batches of one size,
-    so that a program is compiled per length, and not per request. Logits are computed where a
-    continuation is, and so many at a time as fit.
+    Requests are sorted by length, padded to powers of two from 64, and run in batches of one size,
+    so that each length is compiled once. Logits are computed for continuations only, in parts that
+    fit in memory.
 
     Args:
       model: the model.
       tokenizer: its tokenizer.
-      max_length: tokens that the model reads at most; earlier ones of a context are left out.
-      batch_size: rows of a batch.
-      truncate: what is left out of a prompt to generate from that is too long: its "left" end, or
-        its "middle".
+      max_length: maximum number of tokens that the model reads; a longer context loses its first
+        ones.
+      batch_size: rows per batch.
+      truncate: which part of a too long prompt is dropped for generation: the "left" end or the
+        "middle".
 
     Raises:
       ValueError: for sizes below 1.
@@ -71,13 +72,13 @@ class TrainedLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a document, which an empty context stands for."""
+        """The end-of-document token, which replaces an empty context."""
         return self._tokenizer.eos_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Returns the ids of a text; no special tokens are added."""
+        """Returns the ids of a text, without special tokens."""
         return self._tokenizer.encode(string.encode(errors="replace")).tolist()
 
     def tok_decode(self, tokens: Sequence[int]) -> str:
@@ -110,7 +111,7 @@ class TrainedLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Returns the log-likelihood of each continuation, and whether it is the greedy one."""
         rows = [self._row(context, continuation) for _, context, continuation in requests]
-        # Equal lengths of both kinds lie together, so that few batches have mixed ones.
+        # Sorted by both lengths, so that few batches mix them.
         order = Collator(rows, sort_fn=lambda row: (-len(row.tokens), -len(row.targets)))
         answers = []
         with tqdm(total=len(rows), desc="log-likelihoods", disable=disable_tqdm) as bar:
@@ -131,7 +132,7 @@ class TrainedLM(TemplateLM):
     def _score(self, batch: Sequence[_Row]) -> list[tuple[float, bool]]:
         size = min(buffer_size(max(len(row.tokens) for row in batch)), self.max_length)
         most = max(len(row.targets) for row in batch)
-        # The largest power of two of places whose logits fit.
+        # The largest power of two of positions whose logits fit.
         vocab = self._model.config.vocab_size
         piece = 1 << int(math.log2(max(1, _LOGITS // (self.batch_size * vocab))))
         places = _SHORT if most <= _SHORT else size
@@ -154,7 +155,7 @@ class TrainedLM(TemplateLM):
         ]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Returns the continuation of each context up to a stop string, greedy unless asked."""
+        """Returns each continuation up to a stop string; greedy unless the request samples."""
         prompts: list[tuple[list[int], dict]] = []
         for request in requests:
             arguments: Any = request.args
@@ -185,12 +186,13 @@ class TrainedLM(TemplateLM):
             )
         if not 0 < count < self.max_length:
             raise ValueError(
-                f"a task generates {count} tokens, which must be below max_length={self.max_length}"
+                f"max_gen_toks must be positive and must be below max_length={self.max_length}, "
+                f"got {count}"
             )
         prompts = [self._cut(prompt, self.max_length - count) for prompt in prompts]
-        # Prompt and continuation together fill one of generate's buffers.
+        # Prompt and continuation together fill a buffer of generate.
         size = buffer_size(max(map(len, prompts)) + count) - count
-        # Repeated rows end when the row itself does.
+        # Copies of the last row fill up the batch, and end when it does.
         rows = prompts + prompts[-1:] * (self.batch_size - len(prompts))
         tokens = np.zeros((self.batch_size, size), np.int32)
         for i, row in enumerate(rows):
@@ -220,7 +222,7 @@ class TrainedLM(TemplateLM):
         return tokens[:kept] + tokens[len(tokens) - (most - kept) :]
 
     def _stop_tokens(self, until: tuple[str, ...]) -> list[int]:
-        """The tokens after which a row may end: a stop string is in the text of each."""
+        """Returns the tokens that end a row: those whose text contains a stop string."""
         stops = [i for i, text in enumerate(self._texts) if any(stop in text for stop in until)]
         return [self.eot_token_id, *stops]
 
@@ -247,15 +249,15 @@ def _score(
     graph: Any,
     piece: int,
 ) -> tuple[Float[Array, "b n"], Bool[Array, "b n"]]:
-    """Log-probabilities of targets, and whether each is the most likely token.
+    """Returns log-probabilities of targets, and whether each is the most likely token.
 
     Args:
       state: the model's arrays.
-      tokens: what the model reads.
-      first: of each row, the position whose next token is the first target.
-      targets: the tokens that follow that position and those after it.
+      tokens: the tokens that the model reads.
+      first: for each row, the position whose next token is the first target.
+      targets: the tokens after that position.
       graph: the model without its arrays.
-      piece: targets whose logits are computed at once; divides n.
+      piece: number of targets whose logits are computed at once; divides n.
     """
     model = nnx.merge(graph, state)
     count = targets.shape[1]
@@ -269,6 +271,6 @@ def _score(
         return chosen - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == target
 
     values, greedy = lax.map(score, jnp.arange(0, count, piece))
-    # They come as (pieces, b, piece).
+    # Shapes are (pieces, b, piece) here.
     values, greedy = values.swapaxes(0, 1), greedy.swapaxes(0, 1)
     return values.reshape(targets.shape), greedy.reshape(targets.shape)

@@ -1,4 +1,4 @@
-"""Multi-query associative recall (arXiv:2312.04927): keys and values, then keys again."""
+"""Multi-query associative recall (arXiv:2312.04927): pairs of keys and values, then queries."""
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,10 @@ def zoology(
     power: float = 0.01,
     random_tokens: bool = True,
 ) -> Questions:
-    """Examples as Zoology's generator draws them, number by number.
+    """Returns the same examples as Zoology's generator, number by number.
 
-    A row is k_1 v_1 ... k_K v_K and then each key once more, at 2 K + 2 gap of a distance from a
-    power law, where its value is the answer. Keys are from [1, V / 2), values from [V / 2, V).
+    A row is k_1 v_1 ... k_K v_K, then each key once more at position 2 K + 2 gap, whose answer is
+    the key's value. Gaps follow a power law. Keys are from [1, V / 2), values from [V / 2, V).
 
     Args:
       length: tokens of a row.
@@ -31,11 +31,11 @@ def zoology(
       examples: rows.
       seed: of ``RandomState``.
       power: a of the law p(gap) ~ gap^(a - 1); 1 is uniform.
-      random_tokens: whether the places between queries hold random tokens (Zoology takes them from
-        torch, we from NumPy), or zeros.
+      random_tokens: fill the positions between queries with random tokens (Zoology draws them with
+        torch, we with NumPy) instead of zeros.
 
     Raises:
-      ValueError: for sizes that do not fit.
+      ValueError: if the sizes do not fit together.
     """
     _check(length, pairs, vocab_size)
     random = np.random.RandomState(seed)
@@ -65,19 +65,19 @@ def on_device(
     power: float = 0.01,
     random_tokens: bool = True,
 ) -> Source:
-    """Returns a source of examples with the law of ``zoology``, drawn where the model runs.
+    """Returns a source of examples distributed as in ``zoology``, drawn on the model's device.
 
-    Draws without replacement are the largest of log p + Gumbel noise.
+    It draws without replacement by taking the largest values of log p + Gumbel noise.
 
     Args:
       length: tokens of a row.
       pairs: keys and values.
       vocab_size: number of token ids.
       power: of the law of gaps.
-      random_tokens: whether the places between queries hold random tokens, or zeros.
+      random_tokens: fill the positions between queries with random tokens instead of zeros.
 
     Raises:
-      ValueError: for sizes that do not fit.
+      ValueError: if the sizes do not fit together.
     """
     _check(length, pairs, vocab_size)
     half = vocab_size // 2
@@ -103,7 +103,7 @@ def on_device(
 
 
 def _law(length: int, pairs: int, power: float) -> Float[np.ndarray, "gaps"]:
-    """The probability of each gap between the pairs and a query, in steps of two tokens."""
+    """Returns the probability of each gap between the pairs and a query, in units of 2 tokens."""
     gaps = np.arange(1, (length - 2 * pairs) // 2 + 1)
     law = power * gaps ** (power - 1)
     return law / law.sum()
@@ -116,4 +116,6 @@ def _check(length: int, pairs: int, vocab_size: int) -> None:
             f"larger than its length; got length={length}, pairs={pairs}, vocab_size={vocab_size}"
         )
     if pairs > vocab_size // 2 - 1:
-        raise ValueError(f"{pairs} different keys need a vocabulary above {2 * pairs + 2}")
+        raise ValueError(
+            f"{pairs} different keys need vocab_size above {2 * pairs + 1}, got {vocab_size}"
+        )

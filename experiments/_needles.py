@@ -1,4 +1,4 @@
-"""Needles in haystacks: RULER's single needles (arXiv:2404.06654) as text, and a light form."""
+"""Needles in haystacks: RULER's single needles (arXiv:2404.06654) as text, and a light version."""
 
 import itertools
 import pydoc_data.topics
@@ -26,14 +26,14 @@ _THINGS = "anchor basket candle desert engine forest garden harbor island jacket
 
 
 class Needle(NamedTuple):
-    """A prompt and the value that is to follow it."""
+    """A prompt and the value that must follow it."""
 
     prompt: str
     value: str
 
 
 def essay() -> list[str]:
-    """Words of prose that every Python brings: the help texts of the language."""
+    """Returns the words of Python's own help texts, prose that every installation has."""
     return " ".join(pydoc_data.topics.topics.values()).split()
 
 
@@ -46,18 +46,18 @@ def needle(
     random: np.random.RandomState,
     prose: Sequence[str],
 ) -> Needle:
-    """One sample of S-NIAH: the longest haystack of whole words with which it fits.
+    """Returns a sample of S-NIAH with the longest haystack of whole words that fits.
 
     Args:
-      task: 1, sentences of noise and 7 digits; 2, prose and 7 digits; 3, prose and a UUID.
-      length: tokens of the prompt, a space and the value, at most.
-      depth: where the needle is, from 0, the beginning, to 1.
-      count: tokens of a text.
-      random: draws the key, the value, and where the prose begins.
+      task: 1 for sentences of noise and 7 digits; 2 for prose and 7 digits; 3 for prose and a UUID.
+      length: maximum tokens of the prompt, a space and the value.
+      depth: position of the needle, from 0 (the beginning) to 1.
+      count: returns the number of tokens of a text.
+      random: draws the key, the value, and the start of the prose.
       prose: the words of a long text.
 
     Raises:
-      ValueError: for another task or depth, or a length that leaves no room for a haystack.
+      ValueError: for an unknown task, a depth out of range, or a length too short for a haystack.
     """
     if task not in (1, 2, 3):
         raise ValueError(f"task must be 1, 2 or 3, got {task}")
@@ -67,7 +67,7 @@ def needle(
     value = str(random.randint(10**6, 10**7))
     if task == 3:
         value = str(uuid.UUID(bytes=random.bytes(16), version=4))
-    # Noise in lines, as RULER has it; words of prose are joined by spaces.
+    # Noise comes in lines, as in RULER; words of prose are joined by spaces.
     words: Sequence[str] = NOISE.split()
     ends = {len(words) - 1: "\n"}
     if task > 1:
@@ -77,7 +77,7 @@ def needle(
     def prompt(size: int) -> str:
         hay = [words[(begin + i) % len(words)] for i in range(size)]
         glue = [ends.get((begin + i) % len(words), " ") for i in range(size)]
-        # At the end of a sentence, the first one from the depth on.
+        # After the first sentence that ends at the depth or later.
         place = int(depth * size)
         while 0 < place < size and not hay[place - 1].endswith("."):
             place += 1
@@ -104,7 +104,7 @@ def needle(
 
 
 def found(needles: Sequence[Needle], continuations: Sequence[str]) -> float:
-    """The share of continuations that have their needle's value in them, in any case."""
+    """Returns the share of continuations that contain their needle's value, ignoring case."""
     hits = [
         needle.value.lower() in text.lower()
         for needle, text in zip(needles, continuations, strict=True)
@@ -117,17 +117,17 @@ _DIGITS = 4
 
 
 def lite(length: int, depth: float | None = None) -> Source:
-    """Returns a source of light needles: four digits after a mark, somewhere in noise.
+    """Returns a source of light needles: a letter and four digits, hidden in noise.
 
-    A row of ASCII is ``NOISE`` from a random place on, in which ``#k dddd`` stands with a random
-    letter and digits, and ends with ``#k`` and the digits, which are asked for.
+    A row of ASCII is ``NOISE`` from a random position on, with ``#kdddd`` somewhere in it (a random
+    letter k and digits d), and once more at its end, where the digits are the answers.
 
     Args:
       length: tokens of a row.
-      depth: where the needle is, from 0 to 1; anywhere where it is None.
+      depth: position of the needle, from 0 to 1; None for random ones.
 
     Raises:
-      ValueError: for a length that is too short, or a depth out of range.
+      ValueError: if the length is too short, or the depth out of range.
     """
     noise = np.frombuffer(NOISE.encode() + b" ", np.uint8).astype(np.int32)
     mark, size = ord("#"), 2 + _DIGITS

@@ -1,4 +1,4 @@
-"""How a program is run from the command line."""
+"""Runs programs from the command line."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from absl import app
 
 
 def run(program: Callable[[], None]) -> None:
-    """Runs a program whose arguments are flags; what a user can mend is told in one line."""
+    """Runs a program whose arguments are flags; shows errors that a user can fix in one line."""
 
     def main(argv: Sequence[str]) -> None:
         if len(argv) > 1:

@@ -1,4 +1,4 @@
-"""What the tokens of a text read: a trained model's gates over its states."""
+"""The gates of a trained model: how much each token of a text reads from each state."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,28 +14,29 @@ from memcache_jax.training.tokenizers import Tokenizer
 
 
 def inspect(model: LanguageModel, tokenizer: Tokenizer, tokens: np.ndarray) -> dict[str, Any]:
-    """Returns what the tokens of a text read.
+    """Returns the gates of every token of a text.
 
     Args:
       model: a language model whose memory caching has gates.
-      tokenizer: of its text.
+      tokenizer: its tokenizer.
       tokens: ids, (t,).
 
     Returns:
-      ``tokens``, the text of each; and ``layers``, of each block with memory caching its ``block``
-      and ``name``, the tokens [begin, end) of each of its cached ``states``, where its segments
-      ``begin``, and ``gates`` (t, heads, states + 1), the live state's last.
+      ``tokens``, the text of each token; and ``layers``, with an entry for each block with memory
+      caching: its ``block`` and ``name``, the tokens [begin, end) of each cached state in
+      ``states``, the positions where segments ``begin``, and ``gates`` (t, heads, states + 1), the
+      live state last.
 
     Raises:
-      ValueError: for no tokens, or a model that has no gates.
+      ValueError: if there are no tokens, or the model has no gates.
     """
     config = model.config
     mixers = [config.mixers[i % len(config.mixers)] for i in range(config.num_layers)]
     caching = [mixer for mixer in mixers if isinstance(mixer, MemoryCachingMixer)]
     if not caching:
-        raise ValueError(f"the model has no memory caching to look into: its mixers are {mixers}")
+        raise ValueError(f"the model has no memory caching: its mixers are {mixers}")
     if all(isinstance(mixer.aggregation, Residual) for mixer in caching):
-        raise ValueError("the model has no gates to look at: Residual reads all states alike")
+        raise ValueError("the model has no gates: Residual reads all states alike")
     if not len(tokens):
         raise ValueError("the text has no tokens")
     graph, state = nnx.split(model)
@@ -63,7 +64,7 @@ def inspect(model: LanguageModel, tokenizer: Tokenizer, tokens: np.ndarray) -> d
 
 
 def pieces(tokenizer: Tokenizer, tokens: Sequence[int] | np.ndarray) -> list[str]:
-    """The text of each token; that of a character goes to its last one."""
+    """Returns the text of each token; a character of several tokens belongs to the last one."""
     found, shown = [], 0
     for end in range(1, len(tokens) + 1):
         text = tokenizer.decode(tokens[:end])

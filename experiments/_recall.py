@@ -1,4 +1,4 @@
-"""One case of associative recall: a model is trained on MQAR and asked at lengths of its own."""
+"""Associative recall: trains a model on MQAR and tests it, also at other lengths."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,21 +19,21 @@ from memcache_jax.training.config import to_json
 
 
 def recall_config() -> Any:
-    """Returns the settings of a study of recall, which files under ``configs/`` change."""
+    """Returns the default configuration of a recall study, for the files in ``configs/``."""
     config = ConfigDict()
     config.models = ("ssd", "ssd_grm", "ssd_ssc", "attention")  # mc.presets.NAMES and attention
     config.widths = (64,)  # model dimensions
-    config.learning_rates = (1e-2,)  # the best counts
+    config.learning_rates = (1e-2,)  # the best one is reported
     config.seeds = (0,)
-    config.at_once = 1  # models that are one program, side by side
-    config.workers = 1  # processes that train models side by side, on CPUs
+    config.at_once = 1  # models trained side by side in one program
+    config.workers = 1  # processes that train side by side, on CPUs
     config.num_layers = 2
     config.num_heads = 2
     config.head_dim = 16  # of keys and values
     config.segment = 16
     config.top_k = 2  # cached states that SSC reads
     config.vocab_size = 272
-    config.random_tokens = True  # between the queries, or zeros
+    config.random_tokens = True  # between queries, instead of zeros
     config.train = ((32, 8, 0), (64, 16, 0), (128, 32, 0))  # length, pairs, examples; 0: all new
     config.test = ((128, 32), (256, 32), (256, 64))  # length, pairs
     config.test_examples = 256
@@ -58,10 +58,10 @@ _TASK = (
 
 
 def recall_model(config: Any, name: str, width: int, vocab_size: int) -> dict[str, Any]:
-    """Returns the ``config.model`` of a preset in a study: no MLP, tied embeddings.
+    """Returns the ``config.model`` of a preset in a study, without MLP and with tied embeddings.
 
-    ``"attention"`` is softmax attention with the projections and convolutions of the others: memory
-    caching whose segments are single tokens, without positions.
+    ``"attention"`` is softmax attention with the same projections and convolutions, without
+    positions: memory caching with segments of a single token.
     """
     if name == "attention":
         mixers = (MemoryCachingMixer(Vector(), GRM(), Constant(1)),)
@@ -81,14 +81,14 @@ def recall_model(config: Any, name: str, width: int, vocab_size: int) -> dict[st
 
 
 def recall_groups(config: Any, models: Mapping[str, Mapping[str, Any]]) -> list[list[Case]]:
-    """Returns the cases of a study: every model with every learning rate and seed.
+    """Returns the cases of a study: each model with each learning rate and seed.
 
     Args:
       config: as ``recall_config``.
       models: ``config.model`` of each model.
 
     Raises:
-      ValueError: for settings that are of no use.
+      ValueError: for invalid settings.
     """
     return groups(config, models, _TASK)
 
@@ -96,7 +96,7 @@ def recall_groups(config: Any, models: Mapping[str, Mapping[str, Any]]) -> list[
 def groups(
     config: Any, models: Mapping[str, Mapping[str, Any]], task_keys: Sequence[str]
 ) -> list[list[Case]]:
-    """``recall_groups`` for a task of other settings."""
+    """``recall_groups`` for a task with other settings."""
     for name in ("models", "learning_rates", "seeds", "at_once", *task_keys):
         value = config[name]
         if isinstance(value, tuple) and not value:
@@ -116,11 +116,11 @@ def groups(
 
 
 def measure_recall(cases: list[Case]) -> list[Row]:
-    """Trains the models of a group, and asks each of them.
+    """Trains and tests the models of a group.
 
     Returns:
-      For each case ``accuracy`` by length and pairs, the last mean ``loss`` or None where the
-      model diverged, ``parameters``, and ``state_bytes``: what a stream of each length keeps.
+      For each case ``accuracy`` by length and pairs, the last mean ``loss`` (None if the model
+      diverged), ``parameters``, and ``state_bytes``: the size of a stream's cache by length.
     """
     task = cases[0]["task"]
     model = model_config(ConfigDict(cases[0]["model"]))
@@ -165,13 +165,13 @@ def measure_recall(cases: list[Case]) -> list[Row]:
 
 
 def state_bytes(model: LanguageModelConfig, length: int) -> int:
-    """Bytes of a stream's cache that has room for so many tokens."""
+    """Returns the bytes of a stream's cache with room for ``length`` tokens."""
     cache = jax.eval_shape(lambda: LanguageModel(model, rngs=nnx.Rngs(0)).init_cache(1, length))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
 
 
 def best(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Of each model, the rows of all seeds at the learning rate that is best on average."""
+    """Returns, for each model, the rows at the learning rate with the best mean over seeds."""
 
     def score(rows: Sequence[Row]) -> float:
         return sum(sum(row["accuracy"].values()) for row in rows) / len(rows)

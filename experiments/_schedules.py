@@ -1,4 +1,4 @@
-"""Figures that compilers print of a program: bundles of a TPU's, registers of a GPU's."""
+"""Parses compilers' output: bundles of TPU programs, registers of GPU programs."""
 
 import collections
 import re
@@ -15,25 +15,25 @@ _LAUNCH = re.compile(r"(\w+) grid: .*? threads: \[(\d+), .*?shared_memory: (\d+)
 
 
 def bundles(text: str) -> Figures:
-    """Bundles of a TPU program: all, and those of each loop's body, without the loops inside it.
+    """Counts the bundles of a TPU program: all, and those of each loop's body without inner loops.
 
-    The grid is the loop around all others. ``loop 1.2`` is the second loop in the first one.
+    The outermost loop is the grid. ``loop 1.2`` is the second loop inside the first one.
 
     Args:
-      text: what libtpu writes as final bundles.
+      text: the final bundles as written by libtpu.
 
     Raises:
-      ValueError: if there are none, or some are in a loop that did not begin.
+      ValueError: if there are none, or a loop has no beginning.
     """
     counts: collections.Counter[str] = collections.Counter()
     begun: collections.Counter[tuple[int, ...]] = collections.Counter()
-    loops: tuple[int, ...] = ()  # that began last, from the outermost on: some go on after others
+    loops: tuple[int, ...] = ()  # latest loops, outermost first; they go on after inner ones
     depth = 0
     for line in text.splitlines():
         bundle = _BUNDLE.match(line)
         if not bundle:
             continue
-        if not bundle["empty"]:  # an empty one is written without a depth, and waits for the last
+        if not bundle["empty"]:  # empty bundles have no depth: they keep the previous one
             depth = bundle["depth"].count(">")
         if bundle["mark"] == "LB":
             outer = loops[: depth - 1]
@@ -50,10 +50,10 @@ def bundles(text: str) -> Figures:
 
 
 def registers(text: str) -> dict[str, Figures]:
-    """Of each function the registers of a thread, and the bytes that it stores for want of more.
+    """Returns each function's registers per thread, and the bytes that it spills.
 
     Args:
-      text: what ``ptxas -v`` prints.
+      text: the output of ``ptxas -v``.
     """
     return {
         name: dict(registers=int(used), spilled=int(spilled))
@@ -62,10 +62,10 @@ def registers(text: str) -> dict[str, Figures]:
 
 
 def launches(text: str) -> dict[str, Figures]:
-    """Of each GPU program its threads and the bytes of its shared memory.
+    """Returns each GPU program's threads and bytes of shared memory.
 
     Args:
-      text: what XLA writes as a thunk sequence.
+      text: the thunk sequence as written by XLA.
     """
     return {
         name: dict(threads=int(threads), shared_memory=int(shared))
@@ -76,12 +76,12 @@ def launches(text: str) -> dict[str, Figures]:
 def changes(
     found: dict[str, Figures], kept: dict[str, Figures], tolerance: float = 0.0
 ) -> list[str]:
-    """What differs between two compilations' figures, in words.
+    """Describes the differences between the figures of two compilations.
 
     Args:
-      found: figures of kernels.
-      kept: those to compare to.
-      tolerance: of a figure, in parts of the one that was kept.
+      found: the new figures of kernels.
+      kept: the stored figures.
+      tolerance: largest relative difference that counts as equal.
     """
     words = []
     for kernel in sorted({*found, *kept}):

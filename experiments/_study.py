@@ -1,8 +1,8 @@
-"""What all studies share: cases that are measured one after the other into a workdir.
+"""The common part of studies: measures cases one after the other, into a workdir.
 
-A case is a dictionary of everything that its result depends on. ``results.json`` keeps the result
-of every case that was ever measured in a workdir; a study that is interrupted, or run again with
-more seeds or models, measures only what is missing.
+A case is a dictionary of everything that its result depends on. ``results.json`` keeps all results
+ever measured in a workdir, so that a study that was interrupted, or has more seeds or models than
+before, measures only the missing cases.
 """
 
 import concurrent.futures
@@ -19,21 +19,21 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from memcache_jax.training.config import to_json
-from memcache_jax.training.report import lock_workdir, replace_file
+from memcache_jax.training.workdir import lock_workdir, replace_file
 
 Case = dict[str, Any]
 Row = dict[str, Any]
 
 
 class Study:
-    """A workdir with ``config.json``, ``results.json``, and what a program makes of them.
+    """A workdir with ``config.json``, ``results.json``, tables and pictures.
 
     Args:
-      workdir: the study's folder; made if it does not exist.
-      config: the configuration, which is written beside the results.
+      workdir: the study's folder; created if it does not exist.
+      config: the configuration, written beside the results.
 
     Raises:
-      ValueError: if another process writes there, or if it holds something else's results.
+      ValueError: if another process is writing there, or if it holds other results.
     """
 
     def __init__(self, workdir: str | Path, config: ConfigDict) -> None:
@@ -54,15 +54,16 @@ class Study:
         *,
         workers: int = 1,
     ) -> list[Row]:
-        """Measures the cases that have no result yet, and returns the results of all.
+        """Measures the cases without a result, and returns the results of all.
 
         Args:
-          groups: cases, in groups that are measured at once.
+          groups: cases, in groups that are measured together.
           measure: takes cases of one group and returns a result for each.
-          workers: processes that measure groups side by side; of a module's function only.
+          workers: processes that measure groups side by side; above 1, ``measure`` must be a
+            module-level function.
 
         Returns:
-          For each case in turn, its keys and those of its result.
+          For each case, its keys and those of its result.
         """
         groups = [[json.loads(json.dumps(case)) for case in group] for group in groups]
         missing = [[case for case in group if self._result(case) is None] for group in groups]
@@ -70,7 +71,7 @@ class Study:
         total = sum(map(len, groups))
         done = total - sum(map(len, missing))
         if done:
-            print(f"{done} of {total} cases are in {self.workdir / 'results.json'} already.")
+            print(f"{done} of {total} cases are already in {self.workdir / 'results.json'}.")
         began, first = time.monotonic(), done
         for group, results, seconds in _in_turn(measure, missing, workers):
             for case, result in zip(group, results, strict=True):
@@ -87,32 +88,32 @@ class Study:
         return next((row["result"] for row in self._measured if row["case"] == case), None)
 
     def write_table(self, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Prints a table, and writes it to ``table.md``."""
+        """Prints a table and writes it to ``table.md``."""
         text = markdown(header, rows)
         replace_file(self.workdir / "table.md", text + "\n")
         print(f"\n{text}\n")
 
     def write_picture(self, figure: Any, name: str) -> None:
-        """Writes a matplotlib figure, and tells where."""
+        """Writes a matplotlib figure, and prints its path."""
         path = self.workdir / f"{name}.png"
         figure.savefig(path, dpi=120)
         print(f"written: {path}")
 
     def close(self) -> None:
-        """Lets another process use the workdir."""
+        """Releases the lock of the workdir."""
         self._lock.close()
 
 
 def _in_turn(
     measure: Callable[[list[Case]], Sequence[Row]], groups: list[list[Case]], workers: int
 ) -> Iterator[tuple[list[Case], Sequence[Row], float]]:
-    """Groups with their results, as they are ready, and the seconds of a group."""
+    """Yields groups with their results and seconds, as they finish."""
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     if workers == 1 or len(groups) < 2:
         yield from (_timed(measure, group) for group in groups)
         return
-    # New interpreters: a fork would take JAX's threads along.
+    # New interpreters, because JAX's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
         futures = [pool.submit(_timed, measure, group) for group in groups]
@@ -120,7 +121,7 @@ def _in_turn(
             for future in concurrent.futures.as_completed(futures):
                 yield future.result()
         except BaseException:
-            # A signal to this process alone does not reach them.
+            # They do not receive a signal sent to this process alone.
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
@@ -140,12 +141,12 @@ def _read(path: Path) -> list[dict[str, Any]]:
         return []
     rows = json.loads(path.read_text())
     if not isinstance(rows, list) or not all("case" in row for row in rows):
-        raise ValueError(f"{path} holds the results of something else: give another --workdir")
+        raise ValueError(f"{path} holds results of something else: give another --workdir")
     return rows
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Returns a Markdown table with columns of one width; numbers get three decimals."""
+    """Returns an aligned Markdown table; floats get three decimals."""
 
     def text(x: Any) -> str:
         return f"{x:.3f}" if isinstance(x, float) else str(x)
@@ -160,7 +161,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
-    """The mean, and half the range where there are several, as ``0.912 ± 0.004``."""
+    """Returns the mean, and for several values half their range, as ``0.912 ± 0.004``."""
     mean = sum(values) / len(values)
     spread = (max(values) - min(values)) / 2
     return f"{mean:.3f}" if len(values) == 1 else f"{mean:.3f} ± {spread:.3f}"
@@ -169,7 +170,7 @@ def mean_and_spread(values: Sequence[float]) -> str:
 def new_figure(
     columns: int, rows: int = 1, *, size: tuple[float, float] = (4.8, 3.6), **options: Any
 ) -> tuple[Any, Any]:
-    """Returns a matplotlib figure that needs no display, and its axes, each of a size in inches."""
+    """Returns a matplotlib figure that needs no display, and its axes of ``size`` inches each."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -204,6 +205,6 @@ def run(program: Callable[[Any, Study], None]) -> None:
                 raise
             sys.exit(f"\nerror: {e}")
         except KeyboardInterrupt:
-            sys.exit("\nstopped; the same command goes on with the cases that are left")
+            sys.exit("\nstopped; the same command continues with the remaining cases")
 
     app.run(main)

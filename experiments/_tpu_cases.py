@@ -1,4 +1,4 @@
-"""Every kernel for TPUs, forward and backward, with little else around it, to compile."""
+"""Programs to compile for TPUs: every kernel, forward and backward, with little around it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 import memcache_jax as mc
-from memcache_jax._reads import blind_where_gates_are_zero
+from memcache_jax.engine.read import blind_where_gates_are_zero
 from memcache_jax.kernels.affine_update import AffineChunk, affine_update
 from memcache_jax.kernels.bank_read import bank_read
 from memcache_jax.kernels.chunk_update import chunk_update
@@ -21,7 +21,7 @@ _CHUNKS, _M = 4, 64  # a segment of 256 tokens
 
 
 def tpu_cases() -> dict[str, tuple[Callable[..., Any], tuple]]:
-    """Functions that run kernels forward and backward, and the shapes of their arguments."""
+    """Returns functions that run kernels forward and backward, and their arguments' shapes."""
     rows = _shapes((_BLOCKS, _ROWS, _K), (_BLOCKS, _ROWS, _BLOCKS - 1))
     largest = _shapes((_BLOCKS, _ROWS, 256), (_BLOCKS, _ROWS, _BLOCKS - 1), dtype=jnp.bfloat16)
     groups = (_bank((_K, _K)), *_shapes((4 * _BLOCKS, _ROWS, _K), (4 * _BLOCKS, _ROWS)))
@@ -48,7 +48,7 @@ def tpu_cases() -> dict[str, tuple[Callable[..., Any], tuple]]:
 
 
 def _shapes(*every: tuple[int, ...], dtype: Any = jnp.float32) -> tuple:
-    """Arrays of one batch row and two heads."""
+    """Returns shapes with one batch row and two heads."""
     return tuple(jax.ShapeDtypeStruct((1, 2, *shape), dtype) for shape in every)
 
 
@@ -73,9 +73,9 @@ def _read_bank(read: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _read_groups(bank: Any, rows: Any, weights: Any) -> Any:
-    """The kernels alone: sorts and gathers around them take minutes to compile.
+    """Runs the kernels alone: the sorts and gathers around them take minutes to compile.
 
-    Some TPUs run those gathers on cores of their own, in programs that cannot be printed.
+    Some TPUs run these gathers on separate cores, in programs that cannot be printed.
     """
     kernels = grouped_read._Kernels(_LINEAR.read, _ROWS, _K, 0)
     state = jax.lax.broadcasted_iota(jnp.int32, rows.shape[:2], 1) // 4
@@ -88,12 +88,12 @@ def _route(connector: Any, pooled: Any, online: Any) -> Any:
 
 
 def _units(*shape: int) -> Any:
-    """An array of eight memories."""
+    """Returns a shape with eight memories."""
     return jax.ShapeDtypeStruct((8, *shape), jnp.float32)
 
 
 def _affine(keys: int, *, erases: bool) -> tuple[Callable[..., Any], tuple]:
-    """Matrices (keys, keys), their chunks' maps given."""
+    """Updates matrices (keys, keys) with given chunk maps."""
     form = AffineChunk(
         decay=_units(_CHUNKS, keys),
         value=_units(_CHUNKS, _M, keys),

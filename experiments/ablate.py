@@ -1,9 +1,9 @@
-"""What the parts are good for: ``python -m experiments.ablate --config=FILE --workdir=FOLDER``.
+"""Ablations: ``python -m experiments.ablate --config=FILE --workdir=FOLDER``.
 
-One model with memory caching, and the same with one thing changed: the rows of Table 5 of
-arXiv:2602.24281 (gates by position, no gates, a linear memory, the query as connector), and what
-the paper leaves open (the start of segments, pooling, segment size, k, chunk size, segmentation).
-Each is trained and asked as in ``experiments.mqar``.
+Compares a model with memory caching to variants with one change each: the rows of Table 5 of
+arXiv:2602.24281 (position gates, no gates, a linear memory, the query as connector), and choices
+that the paper leaves open (segment starts, pooling, segment size, k, chunk size, segmentation).
+Trains and tests each as ``experiments.mqar`` does.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from experiments._study import Row, Study, mean_and_spread, new_figure, run
 
 
 def program(config: Any, study: Study) -> None:
-    """Measures, then writes the table and the picture."""
+    """Measures the models, then writes the table and the picture."""
     whole = recall_model(config, config.models[0], config.widths[0], config.vocab_size)
     models = {"whole": whole}
     models |= {name: changed(whole, parts) for name, parts in config.changes.items()}
@@ -32,19 +32,21 @@ def program(config: Any, study: Study) -> None:
 
 
 def changed(model: Mapping[str, Any], parts: Any) -> dict[str, Any]:
-    """Returns a ``config.model`` with some of its keys replaced by those of a dictionary.
+    """Returns a ``config.model`` with the keys in ``parts`` replaced.
 
     Raises:
-      ValueError: for keys that it does not have.
+      ValueError: for unknown keys.
     """
     parts = parts.to_dict() if hasattr(parts, "to_dict") else dict(parts)
     if unknown := sorted(parts.keys() - model.keys()):
-        raise ValueError(f"changes are of {', '.join(sorted(model))}; got {', '.join(unknown)}")
+        raise ValueError(
+            f"changes must have keys of {', '.join(sorted(model))}; got {', '.join(unknown)}"
+        )
     return {**model, **parts}
 
 
 def _picture(rows: dict[str, list[Row]], test: str) -> Any:
-    """A bar for each model, with the range of the seeds."""
+    """Draws a bar for each model, with the range over seeds."""
     figure, ((axis,),) = new_figure(1, size=(7.0, 1.0 + 0.3 * len(rows)))
     values = [[row["accuracy"][test] for row in mine] for mine in rows.values()]
     means = [sum(v) / len(v) for v in values]

@@ -1,18 +1,17 @@
-"""Times the layer, forward and backward, beside its FLOPs and the machine's matmul rate.
+"""Times the layer, forward and backward, and compares it to the machine's matmul rate.
 
     python -m experiments.bench_layer [--only=Titans+GRM,LinearAttention --length=1024]
 
-Every rule with every aggregation takes a while to compile; ``--only`` picks some.
+Compiling every rule with every aggregation takes a while; ``--only`` selects some of them. The rows
+"operation" time ``mc.memory_caching`` alone, forward and backward on the layer's own arrays,
+without projections, convolutions and norms.
 
-Beside each layer stands its operation alone, ``mc.memory_caching`` of the layer's own arrays:
-forward and backward without projections, convolutions and norms.
-
-On a CPU the program keeps to one core (``--cores``), and has the C library keep the memory that a
-pass has freed (``--keep_memory``): else the kernel fills every page of it with zeros for the next
-pass, which takes a layer as small as linear attention here half as long again. Times are medians
-of interleaved rounds, so that a noisy machine disturbs all rows alike. FLOPs are those of the
-matrix products in the traced program, each loop's body times its trips; "x matmul" is the time over
-the time that the same FLOPs take at the rate of a large float32 matmul measured in the same rounds.
+On a CPU, the program runs on one core (``--cores``) and lets the C library keep freed memory
+(``--keep_memory``). Otherwise the kernel clears every page again for the next pass, and a layer as
+small as linear attention takes 1.5 times as long. Times are medians of interleaved rounds, so
+that noise affects all rows alike. FLOPs are those of the matrix products in the traced program,
+with loop bodies counted once per trip; "x matmul" is the time divided by the time of the same FLOPs
+at the rate of a large float32 matmul, measured in the same rounds.
 """
 
 import ctypes
@@ -26,7 +25,7 @@ from collections.abc import Callable
 from absl import app, flags
 
 FLAGS = flags.FLAGS
-flags.DEFINE_list("only", None, "Parts of layers' names, such as Titans+GRM, to time those alone.")
+flags.DEFINE_list("only", None, "Parts of the names of layers to time, such as Titans+GRM.")
 flags.DEFINE_integer("length", 1024, "Tokens T.")
 flags.DEFINE_integer("features", 256, "Model dimension d.")
 flags.DEFINE_integer("heads", 4, "Heads h.")
@@ -34,15 +33,15 @@ flags.DEFINE_integer("segment", 128, "Segment size C.")
 flags.DEFINE_integer("chunk", 32, "Chunk size m of deep memories.")
 flags.DEFINE_integer("batch", 1, "Sequences.")
 flags.DEFINE_integer("rounds", 15, "Timed rounds.")
-flags.DEFINE_integer("cores", 1, "CPU cores to keep to; 0 for all.")
-flags.DEFINE_bool("keep_memory", True, "Freed memory stays with the process (glibc alone).")
+flags.DEFINE_integer("cores", 1, "CPU cores to run on; 0 for all.")
+flags.DEFINE_bool("keep_memory", True, "Keep freed memory in the process (glibc only).")
 flags.DEFINE_string("start", "independent", "Start of a segment: independent or checkpoint.")
 flags.DEFINE_enum("segmentation", "constant", ["constant", "logarithmic"], "Segmentation.")
 flags.DEFINE_string("json", None, "File to write the table to.")
 
 
 def layers() -> dict[str, Callable]:
-    """The layers to time, by name: functions of nothing that build them."""
+    """Returns functions that build the layers to time, by name."""
     from flax import nnx
 
     import memcache_jax as mc
@@ -82,13 +81,13 @@ def layers() -> dict[str, Callable]:
 
 
 def is_chosen(name: str) -> bool:
-    """Whether a layer is to be timed: all are, or those that have a part of ``--only``."""
+    """Whether to time a layer: all, or those whose names contain one of ``--only``."""
     short = name.replace(" ", "")
     return FLAGS.only is None or any(part.replace(" ", "") in short for part in FLAGS.only)
 
 
 def programs(build: Callable) -> dict[str, tuple[Callable, tuple]]:
-    """Forward and gradient of a layer and of its operation alone, and their arguments."""
+    """Returns the functions to time for a layer and its operation, with their arguments."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -118,7 +117,7 @@ def programs(build: Callable) -> dict[str, tuple[Callable, tuple]]:
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc to hold on to freed memory, however large; returns whether it does."""
+    """Makes glibc keep all freed memory; returns whether that worked."""
     if sys.platform != "linux":
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -127,7 +126,7 @@ def keep_freed_memory() -> bool:
 
 
 def main(argv: list[str]) -> None:
-    """Compiles everything, then times it in interleaved rounds and prints the table."""
+    """Compiles all programs, times them in interleaved rounds, and prints the table."""
     del argv
     kept = FLAGS.keep_memory and keep_freed_memory()
     if FLAGS.cores and hasattr(os, "sched_setaffinity"):
@@ -144,7 +143,7 @@ def main(argv: list[str]) -> None:
     compile_seconds = {}
     chosen = {n: build for n, build in layers().items() if is_chosen(n)}
     if not chosen:
-        raise app.UsageError(f"--only={FLAGS.only} names none of {list(layers())}")
+        raise app.UsageError(f"--only={FLAGS.only} matches none of {list(layers())}")
     for name, build in chosen.items():
         for kind, (function, arguments) in programs(build).items():
             begin = time.perf_counter()
@@ -187,8 +186,8 @@ def main(argv: list[str]) -> None:
             f"{row['times_matmul']:9.2f} {row['compile_seconds']:10.1f}"
         )
     print(
-        "\ngradient: forward and backward, with respect to all parameters and the input; operation:"
-        "\nof mc.memory_caching alone, with respect to all its arrays."
+        "\ngradient: forward and backward, with respect to all parameters and the input;"
+        "\noperation: the same for mc.memory_caching alone, with respect to all its arrays."
     )
     if FLAGS.json:
         with open(FLAGS.json, "w") as file:

@@ -1,13 +1,13 @@
-"""Runs every GPU kernel: correctness against float64, then times beside what it must beat.
+"""Checks every GPU kernel against float64, then compares its time to XLA and attention.
 
     make gpu-check        (python -m experiments.check_kernels [--only=bank_read] [--json=FILE])
 
-Prints, for each kernel forward and backward: milliseconds, TFLOP/s, the share of a large bfloat16
-matmul's rate and of a large copy's bandwidth measured in the same run, and the XLA path. Beside the
-whole operation there is causal flash attention (cuDNN) at equal sizes, and flash-linear-attention's
-kernels where torch and it are installed. Without a GPU the kernels are compiled for one, where the
-packages for that are installed (``experiments.schedules`` names them), else lowered to Triton's IR,
-and the program says that nothing ran.
+Prints milliseconds and TFLOP/s of each kernel, forward and backward, the fraction of a large
+bfloat16 matmul's rate and of a large copy's bandwidth, measured in the same run, and the time of
+the XLA path. For comparison it times causal flash attention (cuDNN) at equal sizes, and the kernels
+of flash-linear-attention if it and torch are installed. Without a GPU it only compiles the kernels,
+if the packages for that are installed (see ``experiments.schedules``), or else lowers them to
+Triton's IR.
 """
 
 import contextlib
@@ -28,17 +28,17 @@ from experiments._compilers import apart
 from experiments._kernel_cases import Case, cases, passes
 
 FLAGS = flags.FLAGS
-flags.DEFINE_list("only", None, "Parts of names, such as bank_read, to run those alone.")
+flags.DEFINE_list("only", None, "Parts of the names of cases to run, such as bank_read.")
 flags.DEFINE_integer("rounds", 15, "Timed rounds.")
-flags.DEFINE_float("minutes", 7.5, "Stop after so many minutes.")
+flags.DEFINE_float("minutes", 7.5, "Stop after this many minutes.")
 flags.DEFINE_string("json", None, "File to write the table to.")
 
-# Relative to the largest output; gradients have twice that.
+# Relative to the largest output; twice as much for gradients.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
 def errors() -> Iterator[dict[str, Any]]:
-    """Of each kernel the largest error against float64 on the CPU, and whether it is too large."""
+    """Yields each kernel's largest error against float64 on the CPU, and whether that is good."""
     import jax.numpy as jnp
 
     for dtype in reversed(TOLERANCE):
@@ -71,7 +71,7 @@ def _error(case: Case) -> float:
 
 @contextlib.contextmanager
 def reported(row: dict[str, Any]) -> Iterator[None]:
-    """Notes an error in the row and goes on: one kernel must not cost the others their run."""
+    """Records an exception in the row and continues with the other kernels."""
     try:
         yield
     except Exception as e:  # compilers raise many kinds
@@ -79,7 +79,7 @@ def reported(row: dict[str, Any]) -> Iterator[None]:
 
 
 def seconds(function: Callable, *arguments: Any) -> float:
-    """Median time of a compiled function."""
+    """Returns the median time of a compiled function."""
     import jax
 
     times = []
@@ -91,7 +91,7 @@ def seconds(function: Callable, *arguments: Any) -> float:
 
 
 def table() -> Iterator[dict[str, Any]]:
-    """Times of every kernel, of XLA, of a matmul, a copy and attention."""
+    """Yields the times of a matmul, a copy, every kernel and its XLA path, and attention."""
     import jax
     import jax.numpy as jnp
 
@@ -124,7 +124,7 @@ def table() -> Iterator[dict[str, Any]]:
 
 
 def _attention() -> Iterator[dict[str, Any]]:
-    """Causal flash attention at the sizes of the operations."""
+    """Times causal flash attention at the sizes of the operations."""
     import jax
     import jax.numpy as jnp
 
@@ -141,7 +141,7 @@ def _attention() -> Iterator[dict[str, Any]]:
 
 
 def _flash_linear_attention() -> Iterator[dict[str, Any]]:
-    """The Triton kernels of flash-linear-attention at the same sizes, where it is installed."""
+    """Times the Triton kernels of flash-linear-attention at the same sizes, if installed."""
     try:
         torch, delta, gla = map(
             importlib.import_module, ("torch", "fla.ops.gated_delta_rule", "fla.ops.simple_gla")
@@ -175,12 +175,12 @@ def _flash_linear_attention() -> Iterator[dict[str, Any]]:
 
 
 def compiled(name: str) -> list[dict[str, Any]]:
-    """A case's kernels, compiled for a GPU that is not there; with no compiler, lowered for it."""
+    """Compiles a case's kernels without a GPU, or lowers them if there is no compiler."""
     import jax
     import jax.numpy as jnp
 
     from experiments._compilers import KERNEL, NoCompilerError, gpu_figures
-    from memcache_jax.kernels._pallas import lowered_for_gpu
+    from memcache_jax.kernels._triton import lowered_for_gpu
 
     (case,) = cases("small", jnp.bfloat16, [name], abstract=True)
     both = functools.partial(passes(case)["backward"], "pallas_gpu")
@@ -198,7 +198,7 @@ def compiled(name: str) -> list[dict[str, Any]]:
 
 
 def show(row: dict[str, Any]) -> str:
-    """A row as a line of text."""
+    """Formats a row as a line of text."""
     marks = dict(error="{:.1e}", seconds="{:.3f} ms", xla="XLA {:.3f} ms", tflops="{:.1f} TFLOP/s")
     marks |= dict(of_matmul="{:.0%} of matmul", of_copy="{:.0%} of copy", gbytes="{:.0f} GB/s")
     marks |= dict(came="{}", registers="{} registers", spilled="{} bytes spilled")
@@ -213,7 +213,7 @@ def show(row: dict[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Prints errors and times as they come; exits with 1 if a kernel is wrong."""
+    """Prints errors and times as they are measured; exits with 1 if a kernel is wrong."""
     del argv
     import jax
     import jax.numpy as jnp
@@ -234,7 +234,7 @@ def main(argv: list[str]) -> None:
             with open(FLAGS.json, "w") as file:
                 json.dump(rows, file, indent=2)
         if time.monotonic() > end:
-            print(f"Stopped after {FLAGS.minutes} minutes; the rest was not run.")
+            print(f"Stopped after {FLAGS.minutes} minutes, before the remaining cases.")
             break
     if not with_gpu:
         what = " or ".join(sorted({row["came"] for row in rows if "came" in row})) or "not compiled"

@@ -1,27 +1,27 @@
-"""Measures a trained model on tasks of lm-evaluation-harness.
+"""Evaluates a trained model on tasks of lm-evaluation-harness.
 
     python -m experiments.evaluate --workdir=FOLDER --tasks=paper_commonsense,wikitext
 
-``FOLDER`` is the workdir of ``experiments.train``; the newest checkpoint in it is used. Needs
-``pip install 'memcache_jax[eval]'``, and the internet for the tasks' data.
+``FOLDER`` is the workdir of ``experiments.train``; the program loads its newest checkpoint. Needs
+``pip install 'memcache_jax[eval]'``, and internet access for the tasks' data.
 
-Tasks are those of lm-evaluation-harness, those of ``experiments/tasks``, those of task files in
-``--include_path``, and the paper's sets, which stand for these tasks:
+Tasks come from lm-evaluation-harness, from ``experiments/tasks`` and from ``--include_path``. The
+paper's sets expand to these tasks:
 
 - ``paper_commonsense``: wikitext, lambada_openai, piqa, hellaswag, winogrande, arc_easy,
   arc_challenge, social_iqa, boolq.
 - ``paper_retrieval``: swde, fda, squad_completion, cloze_triviaqa, cloze_drop, cloze_nq. Contexts
   of the last three are cut to ``--context_length`` around the answer.
 - ``paper_needle``: niah_single_1 to 3; needs ``pip install 'lm-eval[ruler]'`` and
-  ``--metadata='{"max_seq_lengths": [4096, 8192, 16384], "tokenizer": "DIR"}'``, a folder with a
-  tokenizer of Transformers.
+  ``--metadata='{"max_seq_lengths": [4096, 8192, 16384], "tokenizer": "DIR"}'``, where DIR is a
+  folder with a Transformers tokenizer.
 - ``paper_longbench``: fourteen tasks, longbench_narrativeqa to longbench_repobench-p; needs
-  ``pip install 'lm-eval[longbench]'``. LongBench leaves out the middle of what is too long:
+  ``pip install 'lm-eval[longbench]'``. LongBench drops the middle of long prompts:
   ``--truncate=middle --max_length=16384``.
 
-Results go to ``FOLDER/eval/results.json``, one entry per task, written as soon as it is measured. A
-task that was measured with the same parameters and settings is not measured again; with others it
-gets an entry of its own.
+Results go to ``FOLDER/eval/results.json``, one entry per task, written as soon as it is measured.
+The program skips tasks already measured with the same parameters and settings; different ones get
+separate entries.
 """
 
 import hashlib
@@ -39,19 +39,21 @@ from absl import logging as absl_logging
 from experiments._program import run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a training run.", required=True)
-_TASKS = flags.DEFINE_list("tasks", None, "Tasks, groups or sets, by name.", required=True)
-_INCLUDE_PATH = flags.DEFINE_list("include_path", [], "Folders with more task files.")
-_LIMIT = flags.DEFINE_integer("limit", None, "Examples of each task; all by default.", 1)
-_NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "Examples shown; the task's by default.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows that the model takes at once.")
+_TASKS = flags.DEFINE_list("tasks", None, "Names of tasks, groups or sets.", required=True)
+_INCLUDE_PATH = flags.DEFINE_list("include_path", [], "Folders with additional task files.")
+_LIMIT = flags.DEFINE_integer("limit", None, "Examples per task; all by default.", 1)
+_NUM_FEWSHOT = flags.DEFINE_integer(
+    "num_fewshot", None, "Few-shot examples; the task's by default."
+)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows per batch.")
 _MAX_LENGTH = flags.DEFINE_integer(
-    "max_length", None, "Tokens that the model reads at most; those of its training by default."
+    "max_length", None, "Maximum tokens that the model reads; its training length by default."
 )
 _TRUNCATE = flags.DEFINE_enum(
-    "truncate", "left", ["left", "middle"], "What is left out of prompts that are too long."
+    "truncate", "left", ["left", "middle"], "Which part of a too long prompt to drop."
 )
 _CONTEXT_LENGTH = flags.DEFINE_integer(
-    "context_length", None, "Tokens to which the cloze tasks cut a context; theirs by default."
+    "context_length", None, "Tokens of a context in the cloze tasks; the tasks' default if unset."
 )
 _METADATA = flags.DEFINE_string("metadata", "{}", "Options of tasks that generate data, as JSON.")
 _OUTPUT = flags.DEFINE_string("output", None, "Results; WORKDIR/eval/results.json by default.")
@@ -60,7 +62,7 @@ _LONGBENCH = (
     "narrativeqa qasper multifieldqa_en hotpotqa 2wikimqa musique gov_report qmsum multi_news "
     "trec triviaqa samsum lcc repobench-p"
 )
-# The paper's sets, and the metric that it gives of each task; the needle has one per length.
+# The paper's sets, with the metric it reports for each task; the needle has one per length.
 SETS: dict[str, dict[str, str | None]] = {
     "paper_commonsense": {
         "wikitext": "word_perplexity",
@@ -83,8 +85,8 @@ OWN_TASKS = Path(__file__).parent / "tasks"
 
 
 def program() -> None:
-    """Measures the tasks and prints a table."""
-    # lm-evaluation-harness would fork, which JAX's threads do not survive.
+    """Evaluates the tasks and prints a table."""
+    # Stops lm-evaluation-harness from forking, which JAX's threads do not survive.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     try:
         from lm_eval import __version__ as version
@@ -92,10 +94,10 @@ def program() -> None:
         raise ImportError(f"{e}: pip install 'memcache_jax[eval]'") from e
     from experiments._lm_eval import TrainedLM
     from memcache_jax.training import load_model
-    from memcache_jax.training.report import replace_file
+    from memcache_jax.training.workdir import replace_file
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax logs its every step
+    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax logs every step it takes
     output = Path(_OUTPUT.value or Path(_WORKDIR.value, "eval", "results.json"))
     entries = _read(output)
     metadata = _metadata()
@@ -131,7 +133,7 @@ def program() -> None:
 
 
 def _measure(lm: Any, name: str, manager: Any) -> dict[str, Any]:
-    """What is written of one task."""
+    """Evaluates one task, and returns its entry."""
     from lm_eval.evaluator import simple_evaluate
 
     began = time.monotonic()
@@ -165,7 +167,7 @@ def _metadata() -> dict[str, Any]:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The entries of earlier runs."""
+    """Returns the entries of earlier runs."""
     if not path.exists():
         return []
     try:
@@ -173,7 +175,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
         for entry in entries:
             _ = entry["task"], entry["settings"], entry["results"]
     except (json.JSONDecodeError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} holds no results of this program: name another --output") from e
+        raise ValueError(f"{path} holds no results of this program: give another --output") from e
     return entries
 
 
@@ -183,18 +185,18 @@ def _task_manager(names: Sequence[str], metadata: dict[str, Any]) -> Any:
     folders: list[Any] = [OWN_TASKS, *_INCLUDE_PATH.value]
     if missing := [folder for folder in folders if not Path(folder).is_dir()]:
         raise ValueError(f"include_path must name folders, got {', '.join(missing)}")
-    for defaults in (False, True):  # the index of all tasks takes many seconds to make
+    for defaults in (False, True):  # the index of all tasks takes many seconds to build
         manager = TaskManager(
             include_path=folders, include_defaults=defaults, metadata=dict(metadata)
         )
         unknown = [name for name in names if name not in manager.task_index]
         if not unknown:
             return manager
-    raise ValueError(f"there are no tasks {', '.join(unknown)}")
+    raise ValueError(f"unknown tasks: {', '.join(unknown)}")
 
 
 def _task_file(entry: Any) -> str:
-    """The same for the same task file, wherever it lies."""
+    """Returns a digest of a task file, independent of its folder."""
     text = json.dumps(entry.cfg, sort_keys=True, default=str)
     if entry.yaml_path is not None:
         text = text.replace(str(entry.yaml_path.parent), "")
@@ -202,7 +204,7 @@ def _task_file(entry: Any) -> str:
 
 
 def _fingerprint(model: Any, config: Any) -> str:
-    """The same for the same model with the same parameters."""
+    """Returns a digest of a model and its parameters."""
     import jax
     import numpy as np
     from flax import nnx
@@ -214,7 +216,7 @@ def _fingerprint(model: Any, config: Any) -> str:
 
 
 def table(entries: Sequence[dict[str, Any]]) -> str:
-    """Every metric of the entries, and the mean over each of the paper's sets that is complete."""
+    """Formats all metrics, with the mean over each of the paper's sets that is complete."""
     lines = [f"{'task':<26} {'metric':<18} {'value':>10} {'stderr':>8} {'examples':>8}"]
     values: dict[tuple[str, str], float] = {}
     for entry in entries:
@@ -232,7 +234,7 @@ def table(entries: Sequence[dict[str, Any]]) -> str:
 
 
 def _metrics(results: dict[str, Any]) -> Iterator[tuple[str, float, str]]:
-    """Name, value and standard error of each metric, whose key is ``metric,filter``."""
+    """Yields the name, value and standard error of each metric; keys are ``metric,filter``."""
     for key, value in results.items():
         metric, comma, kind = key.partition(",")
         if comma and not metric.endswith("_stderr"):

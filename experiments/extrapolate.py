@@ -1,13 +1,13 @@
-"""Loss at every position far past the length that models were trained at.
+"""Measures the loss at every position, far past the training length.
 
     python -m experiments.extrapolate --config=configs/extrapolate.py --workdir=FOLDER
 
-Models of one shape, a rule alone, with memory caching, and attention, are trained on short rows of
-text into ``WORKDIR/models/NAME``, as ``experiments.train`` trains. The rule also gets caches after
-its training, without new parameters (Sec. 4.3 of arXiv:2602.24281): a state is kept at the end of
-every training length, and all are read with one weight. Held-out rows of several times that length
-are then measured, in bits per byte, by the distance of a token from its row's first one; rows are
-of documents one after the other, as in training. The same command goes on where it stopped.
+Trains models of one shape (a rule alone, with memory caching, and attention) on short rows of text,
+each in ``WORKDIR/models/NAME`` as ``experiments.train`` does. The trained rule is also measured
+with caches added after training, without new parameters (Sec. 4.3 of arXiv:2602.24281): it caches a
+state every training length, and reads all states with equal weight. The result is the loss on
+held-out rows several times as long, in bits per byte by position in the row. Rows are packed
+documents, as in training. The same command resumes an interrupted study.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ POST: Mapping[str, mc.Aggregation] = {
 
 
 def training_of(config: Any, name: str) -> dict[str, Any]:
-    """Returns the configuration with which a preset is trained in a study."""
+    """Returns the training configuration of a preset in a study."""
 
     def changed(mixer: Any) -> Mixer:
         if not isinstance(mixer, MemoryCachingMixer):
@@ -56,16 +56,16 @@ def training_of(config: Any, name: str) -> dict[str, Any]:
     model = model_config(config.training.model)
     model = dataclasses.replace(model, mixers=tuple(map(changed, mixers)))
     training = ConfigDict(to_json(config.training))
-    training.resume = True  # an interrupted study goes on
+    training.resume = True  # an interrupted study resumes
     training.model = model_options(model)
     return to_json(training)
 
 
 def groups(config: Any) -> list[list[Case]]:
-    """The cases of a study: each trained model, with what it becomes after its training.
+    """Returns the cases of a study: each trained model, alone and with caches added after.
 
     Raises:
-      ValueError: for settings that are no use.
+      ValueError: for invalid settings.
     """
     for name in ("first_bin", "eval_batch_size"):
         if config[name] < 1:
@@ -88,15 +88,15 @@ def groups(config: Any) -> list[list[Case]]:
 
 
 def measure(cases: list[Case], folder: Path, batch_size: int) -> list[Row]:
-    """Trains the model of a group, where it is not yet, and measures what it becomes.
+    """Trains the model of a group, unless that is done, and measures all its cases.
 
     Args:
-      cases: of one trained model.
-      folder: where it is trained.
-      batch_size: rows that are measured at a time.
+      cases: the cases of one trained model.
+      folder: the workdir of its training.
+      batch_size: rows measured at a time.
 
     Returns:
-      For each case ``bins``, its (begin, end, bits per byte) each, ``parameters``, and ``rows``.
+      For each case ``bins`` of (begin, end, bits per byte), ``parameters``, and ``rows``.
     """
     training: Any = ConfigDict(cases[0]["training"])
     print(f"{cases[0]['trained']}: {folder}", flush=True)
@@ -131,7 +131,7 @@ def measure(cases: list[Case], folder: Path, batch_size: int) -> list[Row]:
 def loss_by_position(
     model: LanguageModel, tokens: Int[np.ndarray, "rows l"], batch_size: int
 ) -> Float[np.ndarray, "rows t"]:
-    """The loss of every next token in nats, t = l - 1 of them in a row."""
+    """Returns the loss of every next token in nats, t = l - 1 of them per row."""
     graph, state = nnx.split(model)
 
     @jax.jit
@@ -141,20 +141,20 @@ def loss_by_position(
 
     parts = []
     for begin in range(0, len(tokens), batch_size):
-        # The last batch is filled up with the first rows: one shape for all.
+        # The first rows fill up the last batch, so that all have one shape.
         batch = tokens[np.arange(begin, begin + batch_size) % len(tokens)]
         parts.append(np.asarray(losses(state, batch)))
     return np.concatenate(parts)[: len(tokens)]
 
 
 def bin_edges(length: int, first: int) -> list[tuple[int, int]]:
-    """Bins of positions that end at first, 2 first, 4 first, ..., and at the length."""
+    """Returns bins of positions that end at first, 2 first, 4 first, ..., and at length."""
     ends = [first << i for i in range(64) if first << i < length]
     return list(zip([0, *ends], [*ends, length], strict=True))
 
 
 def picture(rows: list[Row]) -> Any:
-    """Bits per byte against the position, with a line where the training ended."""
+    """Plots bits per byte by position, with a line at the training length."""
     figure, ((axis,),) = new_figure(1, size=(7.5, 4.8))
     for row in rows:
         middle = [(begin + end) / 2 for begin, end, _ in row["bins"]]
@@ -171,7 +171,7 @@ def picture(rows: list[Row]) -> Any:
 
 
 def program(config: Any, study: Study) -> None:
-    """Trains and measures what is missing; writes the table and the picture."""
+    """Trains and measures the missing cases; writes the table and the picture."""
 
     def measure_group(cases: list[Case]) -> list[Row]:
         folder = study.workdir / "models" / cases[0]["trained"]

@@ -1,9 +1,11 @@
-"""Which past segments each token read: ``python -m experiments.inspect --workdir=RUN --text=FILE``.
+"""Shows which past segments each token reads.
 
-``RUN`` is the workdir of ``experiments.train``. The model passes over the text, and the gates with
-which it weighs its cached states and the live one become a page, ``inspect.html``, that needs no
-network: a token that is pointed at shows what it read, in each layer and head, and the text takes
-the colour of those gates. ``inspect.json`` has the numbers.
+    python -m experiments.inspect --workdir=RUN --text=FILE
+
+``RUN`` is the workdir of ``experiments.train``. The model reads the text, and its gates over cached
+and live states become a page, ``inspect.html``, which needs no network. Pointing at a token shows
+what it read, in each layer and head, and colours the text by those gates. ``inspect.json`` has the
+numbers.
 """
 
 from pathlib import Path
@@ -14,12 +16,12 @@ from experiments._gates_page import as_json, page
 from experiments._program import run
 from experiments._reads import inspect
 from memcache_jax.training import load_model
-from memcache_jax.training.report import replace_file
+from memcache_jax.training.workdir import replace_file
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a training run.", required=True)
 _TEXT = flags.DEFINE_string("text", None, "The file to read.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder of the results; the workdir by default.")
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 1024, "Tokens of the text that are read.")
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 1024, "Maximum tokens to read from the text.")
 
 
 def program() -> None:
@@ -39,7 +41,7 @@ def program() -> None:
     for layer in found["layers"]:
         cached = 1 - layer["gates"][..., -1].mean(axis=0)
         shown = " ".join(f"{x:.3f}" for x in cached)
-        print(f"{layer['name']}\n  weight of cached states by head, the mean over tokens: {shown}")
+        print(f"{layer['name']}\n  weight of cached states by head, mean over tokens: {shown}")
     print(f"written: {folder / 'inspect.html'}, {folder / 'inspect.json'}")
 
 

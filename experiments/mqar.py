@@ -1,10 +1,10 @@
 """Multi-query associative recall: ``python -m experiments.mqar --config=FILE --workdir=FOLDER``.
 
-Models are trained to recall the values of keys (MQAR, arXiv:2312.04927), and asked at lengths and
-numbers of pairs of their own, also beyond those of the training. Each model has the learning rate
-that is best on average over the seeds. The workdir gets ``results.json``, ``table.md`` and
-``mqar.png``; the same command goes on where it stopped, and with more models, widths, learning
-rates or seeds it measures only those.
+Trains models to recall the values of keys (MQAR, arXiv:2312.04927), and tests them at other lengths
+and numbers of pairs, including larger ones. For each model it reports the learning rate with the
+best mean over seeds. The workdir gets ``results.json``, ``table.md`` and ``mqar.png``. The same
+command resumes an interrupted study, and measures only what is new when models, widths, learning
+rates or seeds are added.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from experiments._study import Row, Study, mean_and_spread, new_figure, run
 
 
 def program(config: Any, study: Study) -> None:
-    """Measures, then writes the table and the picture."""
+    """Measures the models, then writes the table and the picture."""
     models = {
         f"{name} d={width}": recall_model(config, name, width, config.vocab_size)
         for width in config.widths
@@ -41,7 +41,7 @@ def program(config: Any, study: Study) -> None:
 
 
 def _picture(config: Any, rows: dict[str, list[Row]], tests: list[str], longest: str) -> Any:
-    """Accuracy against the test at the largest width, against the bytes, and against widths."""
+    """Plots accuracy by test at the largest width, by bytes of state, and by width."""
     figure, (axes,) = new_figure(3 if len(config.widths) > 1 else 2)
     by_test, by_bytes, *by_width = axes
     hardest = tests[-1]
@@ -70,7 +70,7 @@ def _picture(config: Any, rows: dict[str, list[Row]], tests: list[str], longest:
 
 
 def _line(axis: Any, x: Any, values: list[list[float]], look: dict[str, Any]) -> None:
-    """Means, with the range of the seeds."""
+    """Plots means, with the range over seeds."""
     means = [sum(v) / len(v) for v in values]
     axis.plot(x, means, **look)
     axis.fill_between(

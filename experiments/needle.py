@@ -1,10 +1,11 @@
 """Needles in haystacks: ``python -m experiments.needle --config=FILE --workdir=FOLDER``.
 
-With ``config.trained``, workdirs of ``experiments.train``: RULER's S-NIAH-1 to 3 (arXiv:2404.06654)
-by greedy generation at exact lengths and depths, over the run's own tokens, bytes or a
-tokenizer's. Else the light form: small models are trained on short rows and asked in long ones, an
-answer counting if all its digits are the most likely tokens. The workdir gets ``results.json``,
-``table.md`` and ``needle.png``, length against depth; the same command goes on where it stopped.
+With ``config.trained``, workdirs of ``experiments.train``, runs RULER's S-NIAH-1 to 3
+(arXiv:2404.06654) by greedy generation at exact lengths and depths, in tokens of the run's own
+tokenizer. Otherwise runs a light version: trains small models on short rows and tests them on long
+ones; an answer is right if all its digits are the most likely tokens. The workdir gets
+``results.json``, ``table.md`` and ``needle.png`` (length by depth). The same command resumes an
+interrupted study.
 """
 
 from pathlib import Path
@@ -33,18 +34,18 @@ _TASK = (
 )
 
 
-_AT_ONCE = 8  # rows that are continued together
+_AT_ONCE = 8  # rows per batch of generation
 
 
 def needle_config() -> Any:
-    """Returns the settings of the study, which files under ``configs/`` change."""
+    """Returns the default configuration of the study, for the files in ``configs/``."""
     config = ConfigDict()
     config.lengths = (128, 256, 512, 1024)  # tokens of a row
-    config.depths = 5  # places of the needle, from the beginning to the end
-    # Models that are there already; the rest but `tasks` and `samples` is for the light form.
+    config.depths = 5  # number of positions of the needle, from the beginning to the end
+    # For trained models; everything below `samples` is for the light version.
     config.trained = ()  # workdirs of experiments.train
     config.tasks = (1, 2, 3)  # of S-NIAH
-    config.samples = 500  # of each task and length, over all depths
+    config.samples = 500  # per task and length, over all depths
     config.models = ("ssd", "ssd_grm", "ssd_ssc", "attention")  # mc.presets.NAMES and attention
     config.width = 64
     config.num_layers = 2
@@ -54,10 +55,10 @@ def needle_config() -> Any:
     config.top_k = 2
     config.learning_rates = (1e-2,)
     config.seeds = (0,)
-    config.at_once = 1  # models that are one program, side by side
-    config.workers = 1  # processes that train models side by side, on CPUs
+    config.at_once = 1  # models trained side by side in one program
+    config.workers = 1  # processes that train side by side, on CPUs
     config.train = (64, 128)  # lengths
-    config.test_examples = 64  # of each length and depth
+    config.test_examples = 64  # per length and depth
     config.batch_size = 32
     config.steps = 1000
     config.warmup_steps = 100
@@ -66,7 +67,7 @@ def needle_config() -> Any:
 
 
 def program(config: Any, study: Study) -> None:
-    """Measures, then writes the table and the picture."""
+    """Measures the models, then writes the table and the picture."""
     rows = _ruler(config, study) if config.trained else _light(config, study)
     names = list(dict.fromkeys(row["name"] for row in rows))
     grids = {
@@ -90,7 +91,7 @@ def _light(config: Any, study: Study) -> list[Row]:
 
 
 def measure_light(cases: list[Case]) -> list[Row]:
-    """Trains the models of a group on light needles.
+    """Trains and tests the models of a group on light needles.
 
     Returns:
       For each case ``accuracy`` by length and depth, and ``state_bytes`` by length.
@@ -136,7 +137,7 @@ def _ruler(config: Any, study: Study) -> list[Row]:
 
 
 def measure_ruler(cases: list[Case]) -> list[Row]:
-    """Asks a trained model for the needles of one task: ``accuracy`` by length and depth."""
+    """Tests a trained model on one task, and returns its ``accuracy`` by length and depth."""
     (case,) = cases
     model, tokenizer, _ = load_model(case["workdir"])
     random, prose = np.random.RandomState(case["task"]), essay()
@@ -147,7 +148,7 @@ def measure_ruler(cases: list[Case]) -> list[Row]:
         return len(tokenizer.encode(text.encode()))
 
     def accuracies(length: int) -> list[float]:
-        """At each depth; one shape for all prompts of a length."""
+        """Returns the accuracy at each depth; all prompts have one shape."""
         needles = [
             needle(case["task"], length, depth, count=count, random=random, prose=prose)
             for depth in depths
@@ -182,7 +183,7 @@ def _depths(count: int) -> list[float]:
 
 
 def _picture(config: Any, grids: dict[str, np.ndarray]) -> Any:
-    """Length against depth for each model, the mean of the seeds."""
+    """Plots length by depth for each model, as means over seeds."""
     columns = min(4, len(grids))
     figure, axes = new_figure(columns, -(-len(grids) // columns), size=(3.2, 2.6))
     image = None

@@ -1,11 +1,11 @@
-"""Compiles the train step for a TPU pod that is not there, and tells what it needs of each chip.
+"""Compiles the train step for a TPU pod, without one, and reports what each chip needs.
 
     python -m experiments.plan --config=configs/lm_760m.py --topology=v5e:16x16 \
         --config.mesh.fsdp=-1 --config.mesh.tensor=2
 
-Needs libtpu (``pip install libtpu``) and no TPU. Memory is the compiler's own account of one chip.
-Collectives are counted in the compiled program, loops by their trips; their bytes are those that a
-chip receives or sums.
+Needs libtpu (``pip install libtpu``) but no TPU. Memory is the compiler's own analysis for one
+chip. Collectives are counted in the compiled program, once per trip inside loops; their bytes are
+those that a chip receives or sums.
 """
 
 import json
@@ -15,7 +15,7 @@ import sys
 import time
 from typing import Any
 
-# The topology's devices come from libtpu alone; arrays, if any, live on the CPU.
+# libtpu only describes the topology's devices; JAX itself runs on the CPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -30,7 +30,7 @@ _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Kind of TPU and shape of the slice, such as v5e:16x16.", required=True
 )
 _JSON = flags.DEFINE_string("json", None, "File to write the numbers to.")
-_QUICK = flags.DEFINE_bool("quick", False, "Compile with less effort: faster, memory much alike.")
+_QUICK = flags.DEFINE_bool("quick", False, "Compile with less effort: faster, with similar memory.")
 flags.mark_flag_as_required("config")
 
 GIB = 2**30
@@ -42,15 +42,16 @@ def plan(config: Any, topology: str, *, quick: bool = False) -> dict[str, Any]:
 
     Args:
       config: as from ``memcache_jax.training.default_config``, with the mesh's sizes.
-      topology: as libtpu names it.
+      topology: libtpu's name of the topology.
       quick: compile with less effort.
 
     Returns:
-      The numbers of the report, by name; ``overflow`` has the compiler's words if it does not fit,
-      and ``unlisted`` in place of ``collectives`` those of a program that cannot be read back.
+      The figures of the report, by name. If the program does not fit, ``overflow`` has the
+      compiler's message; if its text cannot be read back, ``unlisted`` has the error in place of
+      ``collectives``.
 
     Raises:
-      ValueError: for a topology that libtpu does not know, or a configuration that cannot work.
+      ValueError: for an unknown topology, or an invalid configuration.
     """
     import jax
     import jax.numpy as jnp
@@ -113,13 +114,13 @@ def plan(config: Any, topology: str, *, quick: bool = False) -> dict[str, Any]:
     memory: Any = compiled.memory_analysis()
     report["argument_bytes"] = memory.argument_size_in_bytes
     report["temporary_bytes"] = memory.temp_size_in_bytes
-    # The new state takes the place of the old one.
+    # The new state replaces the old one in place.
     own = memory.output_size_in_bytes - memory.alias_size_in_bytes
     report["peak_bytes"] = memory.argument_size_in_bytes + memory.temp_size_in_bytes + own
     try:
         report["collectives"] = collectives(compiled.as_text())
     except jax.errors.JaxRuntimeError as e:
-        # jaxlib 0.10 cannot read a program back that gives gathers to sparse cores (v5p, v6e).
+        # jaxlib 0.10 cannot read back programs that run gathers on sparse cores (v5p, v6e).
         report["unlisted"] = _first_lines(str(e))
     return report
 
@@ -129,7 +130,7 @@ def _first_lines(message: str) -> str:
 
 
 def describe(config: Any, report: dict[str, Any]) -> str:
-    """The report as lines of text."""
+    """Formats the report as lines of text."""
 
     def gib(size: float) -> str:
         return f"{size / GIB:8.2f} GiB"
@@ -146,8 +147,8 @@ def describe(config: Any, report: dict[str, Any]) -> str:
     if "overflow" in report:
         lines += [
             "",
-            f"This does not fit into the memory of a chip: {report['overflow']}",
-            "What would help most:",
+            f"This does not fit into a chip's memory: {report['overflow']}",
+            "What helps most:",
             *(f"  {change}" for change in changes(config, report)),
         ]
         return "\n".join(lines)

@@ -1,12 +1,12 @@
-"""Compiles every kernel with no device, and prints what it came to beside what it came to before.
+"""Compiles every kernel without a device, and compares the figures to stored ones.
 
     python -m experiments.schedules [--chips=v5e,v5p,v6e,h200] [--only=bank_read] [--json=FILE]
 
-TPUs, with libtpu installed: the bundles of each kernel, and of each loop's body. GPU, with the
-packages installed that compile for CUDA (jax-cuda12-plugin, jax-cuda12-pjrt and
-nvidia-cuda-nvcc-cu12): registers of a thread, bytes that it spills, threads and shared memory.
-Nothing runs: the figures tell that a kernel has changed, not how fast it is. Those of an earlier
-time are kept in ``experiments/schedules.json``; ``--json`` with that file keeps these instead.
+For TPUs, which need libtpu, it prints the bundles of each kernel and of each loop's body. For GPUs,
+which need jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12, it prints registers and
+spilled bytes per thread, threads and shared memory. Nothing runs: the figures show that a kernel
+has changed, not how fast it is. ``experiments/schedules.json`` stores the figures; pass that file
+as ``--json`` to update it.
 """
 
 import functools
@@ -33,21 +33,23 @@ from experiments._schedules import changes
 from experiments._tpu_cases import tpu_cases
 
 _CHIPS = flags.DEFINE_list("chips", [*TPUS, GPU], "Chips to compile for.")
-_ONLY = flags.DEFINE_list("only", None, "Parts of names, such as bank_read, to compile alone.")
-_JSON = flags.DEFINE_string("json", None, "File to write the figures to; other chips' stay in it.")
+_ONLY = flags.DEFINE_list(
+    "only", None, "Parts of the names of cases to compile, such as bank_read."
+)
+_JSON = flags.DEFINE_string("json", None, "File to update with the figures.")
 
 KEPT = Path(__file__).with_suffix(".json")
 
 
 def measure(chip: str, only: Sequence[str] | None) -> dict[str, Any]:
-    """Compiles all kernels for a chip; its ``compiler``, and the figures of ``kernels``.
+    """Compiles all kernels for a chip; returns its ``compiler`` and the figures of ``kernels``.
 
     Args:
       chip: one of ``TPUS``, or ``GPU``.
-      only: parts of cases' names, to compile those alone.
+      only: parts of names that select cases; None for all.
 
     Raises:
-      NoCompilerError: if what compiles for this chip is not installed.
+      NoCompilerError: if the compiler for this chip is not installed.
     """
     version = compiler(chip)
     kernels = {}
@@ -64,12 +66,12 @@ def measure(chip: str, only: Sequence[str] | None) -> dict[str, Any]:
 
 
 def show(chip: str, found: dict[str, Any], kept: dict[str, Any]) -> Iterator[str]:
-    """Lines of one chip: each kernel's figures, and what differs from those that were kept."""
+    """Yields the lines of one chip: each kernel's figures, and changes from the stored ones."""
     yield f"{chip}, {found['compiler']}"
     for kernel, figures in found["kernels"].items():
         yield f"  {kernel:60} " + "  ".join(f"{name} {n}" for name, n in figures.items())
     if not kept:
-        yield "  None were kept to compare to."
+        yield "  No stored figures to compare to."
         return
     before = {
         name: figures
@@ -77,7 +79,7 @@ def show(chip: str, found: dict[str, Any], kept: dict[str, Any]) -> Iterator[str
         if is_chosen(name.split(":")[0], _ONLY.value)
     }
     different = changes(found["kernels"], before)
-    yield f"  {len(different) or 'None'} different from those kept ({kept['compiler']})."
+    yield f"  {len(different) or 'None'} different from the stored ones ({kept['compiler']})."
     yield from (f"    {words}" for words in different)
 
 
@@ -85,13 +87,15 @@ def main() -> None:
     """Compiles for one chip after another."""
     kept = json.loads(KEPT.read_text())
     if unknown := set(_CHIPS.value) - {*TPUS, GPU}:
-        raise ValueError(f"chips are {', '.join([*TPUS, GPU])}, got {', '.join(sorted(unknown))}")
+        raise ValueError(
+            f"chips must be of {', '.join([*TPUS, GPU])}, got {', '.join(sorted(unknown))}"
+        )
     figures = {}
     for chip in _CHIPS.value:
         try:
             (figures[chip],) = apart(measure, [chip], [_ONLY.value])
         except NoCompilerError as e:
-            print(f"{chip}: not compiled, its compiler is not installed ({e})")
+            print(f"{chip}: skipped, its compiler is not installed ({e})")
             continue
         print(*show(chip, figures[chip], kept.get(chip, {})), "", sep="\n", flush=True)
     if _JSON.value:

@@ -1,17 +1,16 @@
-"""A million tokens through one cache: time per token and bytes against the position.
+"""Streams a million tokens through one cache: time per token and bytes by position.
 
     python -m experiments.stream --workdir=FOLDER [--length=1048576 --attention=32768]
 
-Two small models with memory caching, one by a router's top-k over segments of one size and one with
-logarithmic buckets, and a Transformer with a KV cache up to ``--attention`` tokens. The history is
-random bytes taken in long pieces; at powers of two the next tokens are taken one by one and timed,
-the median of ``--rounds``. A cache's arrays have their size from the start, so that a step costs
-the same everywhere; "made for" beside each position is the step of a cache that is made for that
-length and no more, empty still. Both are timed in turn with the step of the cache that is made for
-the first position, and their ratios to it are of one moment: a machine's speed changes by the
-minute. Memory is the most that the process had resident while it took the tokens since the position
-before, its programs and all caches included (Linux only). Nothing is trained: neither time nor
-bytes depend on the parameters.
+Runs two small models with memory caching, one with a router's top-k over equal segments (SSC) and
+one with logarithmic buckets, and a Transformer with a KV cache up to ``--attention`` tokens. The
+history is random bytes, taken in long pieces. At powers of two, it times the next tokens one by one
+and takes the median of ``--rounds``. A cache's arrays have their full size from the start, so that
+a step costs the same everywhere; "made for" is the step of an empty cache sized for that position
+only. Both alternate with the step of the cache sized for the first position, and the ratios to it
+are robust to changes in the machine's speed. Memory is the process's peak resident set since the
+previous position, with programs and all caches (Linux only). Nothing is trained: time and bytes do
+not depend on the parameters.
 """
 
 import json
@@ -28,7 +27,7 @@ from flax import nnx
 import memcache_jax as mc
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", None, "Where the figures and the picture go.", required=True)
+flags.DEFINE_string("workdir", None, "Folder of the results.", required=True)
 flags.DEFINE_integer("length", 1 << 20, "Tokens of history.")
 flags.DEFINE_integer("attention", 1 << 15, "Tokens of history for the Transformer.")
 flags.DEFINE_integer("first", 1 << 12, "Tokens of history at the first measurement.")
@@ -41,7 +40,7 @@ flags.DEFINE_integer("rounds", 100, "Timed tokens at each position.")
 
 
 def mixers() -> dict[str, Any]:
-    """The mixers to compare, by name."""
+    """Returns the mixers to compare, by name."""
     memory = mc.memories.GatedDeltaNet()
     return {
         "SSC": mc.nn.MemoryCachingMixer(memory, mc.SSC(top_k=4), mc.Constant(FLAGS.segment)),
@@ -51,7 +50,7 @@ def mixers() -> dict[str, Any]:
 
 
 def build(mixer: Any) -> mc.nn.LanguageModel:
-    """A language model over bytes."""
+    """Returns a language model over bytes."""
     return mc.nn.LanguageModel(
         mc.nn.LanguageModelConfig(
             vocab_size=257,
@@ -65,7 +64,7 @@ def build(mixer: Any) -> mc.nn.LanguageModel:
 
 
 def positions(length: int) -> list[int]:
-    """Powers of two, and the length itself."""
+    """Returns the measured positions: powers of two, and the length itself."""
     every = [FLAGS.first << i for i in range(64) if FLAGS.first << i < length]
     return [*every, length]
 
@@ -75,7 +74,7 @@ class Stream:
 
     def __init__(self, model: mc.nn.LanguageModel, length: int) -> None:
         graph, self.state = nnx.split(model)
-        # Room for the tokens that are timed at each position.
+        # With room for the tokens timed at each position.
         self.cache = model.init_cache(1, length + FLAGS.rounds * (len(positions(length)) + 1))
 
         def extend(
@@ -89,8 +88,8 @@ class Stream:
         self.position = 0
 
     def take(self, count: int) -> float:
-        """Takes so many random tokens, a piece's at most, and returns the seconds."""
-        # One program for all pieces, however long.
+        """Takes ``count`` random tokens, at most a piece, and returns the seconds."""
+        # One program for pieces of any length.
         size, lengths = (1, None) if count == 1 else (FLAGS.piece, jnp.array([count]))
         tokens = jax.random.randint(jax.random.key(count), (1, size), 0, 256)
         begin = time.perf_counter()
@@ -101,13 +100,13 @@ class Stream:
 
 
 def token_times(*streams: Stream) -> list[float]:
-    """Milliseconds of the next token of each, which are taken in turn: the medians."""
+    """Returns the median milliseconds of each stream's next token; streams take turns."""
     rounds = [[stream.take(1) for stream in streams] for _ in range(FLAGS.rounds)]
     return [1e3 * statistics.median(times) for times in zip(*rounds, strict=True)]
 
 
 def forget_peak() -> bool:
-    """Lets the largest resident set begin anew with the present one; whether the system can."""
+    """Resets the peak resident set; returns whether the system can."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -116,7 +115,7 @@ def forget_peak() -> bool:
 
 
 def peak_bytes() -> int | None:
-    """The largest resident set since ``forget_peak``; None where the system does not tell."""
+    """Returns the peak resident set since ``forget_peak``, or None if unknown."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return 1024 * int(line.removeprefix("VmHWM:").removesuffix("kB"))
@@ -124,7 +123,7 @@ def peak_bytes() -> int | None:
 
 
 def measure(name: str, mixer: Any, length: int) -> list[dict[str, Any]]:
-    """Rows of position, milliseconds per token and bytes."""
+    """Measures time per token and bytes at each position."""
     model, rows = build(mixer), []
     stream, *fitted = (Stream(model, room) for room in (length, *positions(length)))
     for one in (stream, *fitted):
@@ -161,7 +160,7 @@ def measure(name: str, mixer: Any, length: int) -> list[dict[str, Any]]:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws time and bytes against the position."""
+    """Plots time and bytes by position."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -195,7 +194,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(_: list[str]) -> None:
-    """Measures, prints, and writes stream.json and stream.png."""
+    """Measures the models, then writes stream.json and stream.png."""
     for name in ("length", "attention", "first", "piece", "rounds"):
         if getattr(FLAGS, name) < 1:
             raise app.UsageError(f"--{name} must be at least 1, got {getattr(FLAGS, name)}")
@@ -213,8 +212,9 @@ def main(_: list[str]) -> None:
             last[key] / last["ms_made_for_first"] for key in ("ms_per_token", "ms_made_for")
         )
         print(
-            f"{name}: after {last['position']:,} tokens the next one takes {one:.2f} times, with a "
-            f"cache made for so many {other:.2f} times, that of a cache made for {FLAGS.first:,}"
+            f"{name}: compared with a cache made for {FLAGS.first:,} tokens, the next token takes "
+            f"{one:.2f} times as long after {last['position']:,} tokens, and {other:.2f} times as "
+            "long in an empty cache made for that many"
         )
     print(f"written: {workdir / 'stream.json'}, {workdir / 'stream.png'}")
 

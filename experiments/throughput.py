@@ -1,16 +1,16 @@
-"""Training and decoding speed against the length (Fig. 4 of arXiv:2602.24281).
+"""Measures training and decoding speed by length (Fig. 4 of arXiv:2602.24281).
 
     python -m experiments.throughput --config=configs/throughput.py --workdir=FOLDER
 
-Training: the time of one update of a language model, gradient and AdamW, at a fixed number of
-tokens per batch, so that a rule without a cache takes the same time at every length. Decoding: the
-time of the next token of one stream, from a cache that was made for a history, and that cache's
-bytes; its arrays have their size from the start, so that a step costs the same wherever it is, and
-the cache is left empty. Both are medians of ``config.rounds`` after one that is not counted;
-compilation is timed apart. A case that does not fit in memory is a row that says so.
+Training is one update of a language model (gradient and AdamW) at a fixed number of tokens per
+batch, so that a rule without a cache takes the same time at every length. Decoding is the next
+token of one stream, from a cache sized for a history; the table also has that cache's bytes. The
+cache stays empty: its arrays have their full size from the start, so that a step costs the same at
+every position. Times are medians of ``config.rounds`` after one warm-up round; compilation is timed
+separately. Cases that run out of memory say so in the table.
 
-Nothing is learned: tokens are random, and times do not depend on parameters. On a GPU, attention in
-bfloat16 is cuDNN's; elsewhere, and for decoding, it is XLA's.
+Tokens are random and nothing is learned, since times do not depend on parameters. On a GPU,
+attention in bfloat16 is cuDNN's in training; elsewhere, and for decoding, it is XLA's.
 """
 
 import contextlib
@@ -35,10 +35,10 @@ _MODEL = ("vocab_size", "num_layers", "features", "num_heads", "segment", "top_k
 
 
 def groups(config: Any) -> list[list[Case]]:
-    """The cases of a study, training first; those of one length together if they take turns.
+    """Returns the cases of a study, training first; interleaved cases of a length are one group.
 
     Raises:
-      ValueError: for settings that are no use.
+      ValueError: for invalid settings.
     """
     positive = ("tokens_per_batch", "rounds", "decode_tokens")
     if bad := [name for name in positive if config[name] < 1]:
@@ -76,7 +76,7 @@ def groups(config: Any) -> list[list[Case]]:
 
 
 def model_of(case: Case) -> LanguageModelConfig:
-    """The model of a case."""
+    """Returns the model of a case."""
     fields = dict(case["model"])
     mixers = presets.mixers(case["name"], segment=fields.pop("segment"), top_k=fields.pop("top_k"))
     if case.get("attention") == "cudnn":
@@ -90,7 +90,7 @@ def model_of(case: Case) -> LanguageModelConfig:
 
 
 class Training:
-    """An update, compiled, and the state that it changes."""
+    """A compiled update, and its state."""
 
     def __init__(self, case: Case) -> None:
         model = model_of(case)
@@ -106,13 +106,13 @@ class Training:
         self.count = case["batch"] * case["tokens"]
 
     def __call__(self) -> None:
-        """One update."""
+        """Runs one update."""
         self.state, metrics = self.update(self.state, self.tokens)
         jax.block_until_ready((self.state, metrics))
 
 
 class Decoding:
-    """The next token of a stream, compiled, and a cache that has room for its history."""
+    """A compiled decoding step, and a cache with room for its history."""
 
     def __init__(self, case: Case) -> None:
         model = LanguageModel(model_of(case), rngs=nnx.Rngs(0))
@@ -133,18 +133,18 @@ class Decoding:
         self.count = case["timed"]
 
     def __call__(self) -> None:
-        """So many tokens, each after the one before it."""
+        """Decodes the tokens of a round, one after the other."""
         for _ in range(self.count):
             self.token, self.cache = self.step(self.state, self.token, self.cache)
         self.token.block_until_ready()
 
 
 def measure(cases: list[Case]) -> list[Row]:
-    """Times cases in turn.
+    """Times cases in interleaved rounds.
 
     Returns:
-      For each case ``compile_seconds``, ``ms`` of an update or of a token, ``tokens_per_second``,
-      and for decoding ``cache_bytes``; or ``error``.
+      For each case ``compile_seconds``, ``ms`` per update or token, ``tokens_per_second``, and for
+      decoding ``cache_bytes``; or ``error``.
     """
     rows: list[Row] = [{} for _ in cases]
     jobs: dict[int, Any] = {}
@@ -180,7 +180,7 @@ def _memory_may_end(row: Row) -> Iterator[None]:
 
 
 def table(rows: list[Row]) -> list[list[Any]]:
-    """Rows of a table: what was timed, with a dash for what a case has not."""
+    """Returns the rows of the table, with dashes for missing values."""
     return [
         [
             row["what"],
@@ -199,7 +199,7 @@ HEADER = ("pass", "T or history", "model", "tokens/s", "ms", "cache MB", "compil
 
 
 def picture(rows: list[Row]) -> Any:
-    """Tokens/s against T, and a token's milliseconds and the cache's megabytes against history."""
+    """Plots tokens/s by T, and time per token and megabytes of cache by history."""
     figure, ((speed, token, size),) = new_figure(3)
     panels = (
         (speed, "train", "tokens_per_second", 1, "T", "tokens per second, training"),
@@ -219,7 +219,7 @@ def picture(rows: list[Row]) -> Any:
 
 
 def program(config: Any, study: Study) -> None:
-    """Measures what is missing; writes the table and the picture."""
+    """Measures the missing cases; writes the table and the picture."""
     device = jax.devices()[0]
     print(f"{device.platform} ({device.device_kind}), JAX {jax.__version__}", flush=True)
     rows = study.measure(groups(config), measure)

@@ -1,7 +1,7 @@
 """Trains a language model: ``python -m experiments.train --config=FILE --workdir=FOLDER``.
 
 Any key of the configuration can be set, as in ``--config.data.files=PATH --config.steps=2000``;
-``memcache_jax.training.default_config`` explains them all.
+``memcache_jax.training.default_config`` documents all keys.
 """
 
 import logging
@@ -19,17 +19,17 @@ from memcache_jax.training.distributed import is_main_process
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The run's folder; made if it does not exist.", required=True
+    "workdir", None, "The run's folder; created if it does not exist.", required=True
 )
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 flags.mark_flag_as_required("config")
 
-# What a person can mend; anything else is a bug, whose traceback is needed.
+# Errors that a user can fix; any other is a bug, and shows its traceback.
 _EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, CheckpointError)
 
 
 def main(argv: Sequence[str]) -> None:
-    """Trains, then prints the results and what to try next."""
+    """Trains, then prints the results and suggestions for what to try next."""
     if len(argv) > 1:
         raise app.UsageError(f"expected only flags, got {' '.join(argv[1:])}")
     _log_to_stdout()
@@ -50,27 +50,27 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _log_to_stdout() -> None:
-    """Shows this library's messages as plain lines, and none of Orbax's."""
+    """Shows this library's messages as plain lines, and hides Orbax's."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("memcache_jax")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    # Orbax logs its every step, and pages for an error that it also raises.
+    # Orbax logs every step it takes, and pages about errors that it also raises.
     absl_logging.set_verbosity(absl_logging.FATAL)
 
 
 def _summary(results: dict, workdir: str, argv: Sequence[str]) -> str:
-    """The results, and commands to try next."""
+    """Returns the results, and commands to try next."""
 
     def again(flags: Mapping[str, object]) -> str:
-        """The run's own command, with other values of some flags."""
+        """Returns the run's own command with changed flags."""
         kept, dropped = [], False
         for argument in argv:
             name, equals, _ = argument.lstrip("-").partition("=")
             is_flag = argument.startswith("-")
-            # The value of a flag without "=" is the next argument, if that is no flag itself.
+            # The value of a flag without "=" is the next argument, unless that is a flag.
             if not (name in flags if is_flag else dropped):
                 kept.append(argument)
             dropped = is_flag and name in flags and not equals

@@ -1,10 +1,10 @@
-"""Times the kernels with every candidate of block sizes on this machine, and keeps the best.
+"""Times the kernels with all candidate block sizes on this machine, and stores the best.
 
     python -m experiments.tune_kernels [--only=bank_read] [--rounds=15] [--minutes=60]
 
-For each operation, at the sizes of ``check_kernels``, forward and backward together: prints the
-milliseconds of each candidate, and writes the best into the table that kernels choose from, as a
-row of this kind of device. Without a GPU or a TPU it says so, and touches nothing.
+Prints the milliseconds of each candidate, forward and backward together, for each operation at the
+sizes of ``check_kernels``. Writes the best to the table from which kernels choose, as a row for
+this kind of device. Without a GPU or TPU it changes nothing.
 """
 
 import copy
@@ -41,11 +41,11 @@ CANDIDATES = {
     "ssc_route/pallas_gpu": _TRITON,
     "ssc_route/pallas_tpu": dict(rows=(128, 256, 512)),
 }
-"""By operation and implementation, the sizes to try of each kind; others stay at the default."""
+"""Sizes to try, by operation and implementation; other sizes keep their defaults."""
 
 
 def candidates(name: str) -> list[dict[str, int]]:
-    """All block sizes to try of one operation and implementation."""
+    """Returns all block sizes to try for an operation and implementation."""
     from memcache_jax.kernels._table import TABLE
 
     kinds, default = CANDIDATES[name], TABLE[name]["default"]
@@ -54,16 +54,16 @@ def candidates(name: str) -> list[dict[str, int]]:
 
 
 def tune(case: Case, implementation: str, timer: Callable[..., float]) -> Iterator[dict[str, Any]]:
-    """Times of one case with every candidate of each operation in it that has any.
+    """Times a case with every candidate of each of its operations.
 
     Args:
       case: the operation and its arrays.
-      implementation: of its kernels.
-      timer: the seconds that a function of the arrays takes.
+      implementation: the implementation of its kernels.
+      timer: returns the seconds that a function of the arrays takes.
 
     Yields:
-      Rows with the case's name, the operation's name and row of the table, the sizes, and
-      ``seconds`` or why they ``failed``.
+      Rows with the case's name, the operation and its row of the table, the sizes, and ``seconds``
+      or the error, ``failed``.
     """
     import jax
 
@@ -80,21 +80,21 @@ def tune(case: Case, implementation: str, timer: Callable[..., float]) -> Iterat
         for sizes in candidates(operation):
             row: dict[str, Any] = dict(name=case.name, operation=operation, key=key, sizes=sizes)
             with reported(row), tried(operation, sizes):
-                # A function of its own, that JAX has not traced with other sizes.
+                # A new function, which JAX has not traced with other sizes.
                 jitted = jax.jit(lambda *arrays: both(implementation, *arrays))
                 row["seconds"] = timer(jitted, *case.arrays)
             yield row
 
 
 def best(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[str, int]]:
-    """The fastest sizes of each operation and row of the table."""
+    """Returns the fastest sizes for each operation and row of the table."""
     timed = [row for row in rows if "seconds" in row]
     timed.sort(key=lambda row: row["seconds"], reverse=True)
     return {(row["operation"], row["key"]): row["sizes"] for row in timed}
 
 
 def render(table: dict[str, Any]) -> str:
-    """The file of a table."""
+    """Formats a table as a Python file."""
     text = json.dumps(table, indent=4, sort_keys=True)
     text = re.sub(r"([^{\[,])$", r"\1,", text, flags=re.MULTILINE).removesuffix(",")
     about = (
@@ -104,7 +104,7 @@ def render(table: dict[str, Any]) -> str:
 
 
 def write(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Writes the table with the best of these rows."""
+    """Writes the table, updated with the best of these rows."""
     from memcache_jax.kernels._table import TABLE
 
     table = copy.deepcopy(TABLE)
@@ -114,14 +114,14 @@ def write(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def show(row: dict[str, Any]) -> str:
-    """A row as a line of text."""
+    """Formats a row as a line of text."""
     sizes = " ".join(f"{kind}={size}" for kind, size in row.get("sizes", {}).items())
     came = f"{1e3 * row['seconds']:.3f} ms" if "seconds" in row else row["failed"]
     return f"{row['name']:34} {row.get('operation', ''):25} {sizes:44} {came}"
 
 
 def main(argv: list[str]) -> None:
-    """Prints times as they come, and keeps the best after each case."""
+    """Prints times as they are measured, and writes the best after each case."""
     del argv
     import jax
     import jax.numpy as jnp
@@ -132,7 +132,7 @@ def main(argv: list[str]) -> None:
     device = jax.devices()[0]
     implementation = IMPLEMENTATIONS.get(device.platform)
     if implementation is None:
-        print("There is no GPU or TPU here: nothing was timed, and nothing was written.")
+        print("There is no GPU or TPU here: nothing was timed or written.")
         sys.exit(1)
     print(f"{device.device_kind}, jax {jax.__version__}\n")
     end = time.monotonic() + 60 * FLAGS.minutes
@@ -143,7 +143,7 @@ def main(argv: list[str]) -> None:
                 rows.append(row)
                 print(show(row), flush=True)
                 if time.monotonic() > end:
-                    print(f"Stopped after {FLAGS.minutes} minutes, with {case.name} cut short.")
+                    print(f"Stopped after {FLAGS.minutes} minutes, in the middle of {case.name}.")
                     return
         write(rows, Path(_table.__file__))
     print("\nThe best:")

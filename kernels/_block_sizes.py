@@ -1,4 +1,4 @@
-"""Block sizes of the kernels, from the table of what was measured."""
+"""Block sizes of the kernels: measured ones from the table, or its defaults."""
 
 import contextlib
 import contextvars
@@ -19,9 +19,9 @@ def tuned_for(device_kind: str) -> Iterator[None]:
     """Traces kernels with the block sizes measured on a kind of device.
 
     Args:
-      device_kind: as ``jax.Device.device_kind`` has it, such as ``"TPU v5 lite"``. Without this it
-        is that of ``jax_default_device`` where one is set; devices that are merely there are not
-        asked, since a program may be compiled for others.
+      device_kind: the kind, as in ``jax.Device.device_kind``, such as ``"TPU v5 lite"``. Outside
+        this context it is the kind of ``jax_default_device``, if that is set. Devices that are
+        merely present do not count, since a program may be compiled for others.
     """
     token = _DEVICE_KIND.set(device_kind)
     try:
@@ -35,7 +35,7 @@ def tried(name: str, sizes: Mapping[str, int]) -> Iterator[set[tuple[str, str]]]
     """Traces the kernels of one operation and implementation with these block sizes.
 
     Yields:
-      A set that gets the name and the row of the table of each choice made meanwhile.
+      A set that collects the name and the table row of every choice made meanwhile.
     """
     asked: set[tuple[str, str]] = set()
     token = _TRIAL.set((name, sizes, asked))
@@ -46,12 +46,12 @@ def tried(name: str, sizes: Mapping[str, int]) -> Iterator[set[tuple[str, str]]]
 
 
 def block_sizes(sizes: type[_Sizes], name: str, shape: str, dtype: Any) -> _Sizes:
-    """Returns the measured block sizes, or the default ones.
+    """Returns the measured block sizes, or the defaults.
 
     Args:
       sizes: the dataclass to fill.
       name: the operation and the implementation, ``"bank_read/pallas_tpu"``.
-      shape: what they were measured for.
+      shape: the shape to look up, as in the table's keys.
       dtype: the dtype of the rows.
     """
     rows = TABLE[name]

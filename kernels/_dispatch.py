@@ -1,28 +1,64 @@
-"""Choice among the implementations of an operation."""
+"""How operations run: by which implementation, over which units, compiled or interpreted."""
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import importlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 AUTOMATIC: Mapping[str, Mapping[str, str]] = {}
 """By operation and platform, the implementation that was measured to beat XLA there."""
 
+WRITTEN = "memcache_written"
+"""Names what a write returns and what its backward pass needs, for ``jax.checkpoint_policies``.
+
+A policy that saves this name saves everything that memories have written, so that the backward pass
+writes nothing a second time.
+"""
+
+_INTERPRETED = contextvars.ContextVar("kernels_interpreted", default=False)
+
 
 class CannotServeError(NotImplementedError):
-    """An implementation cannot take these arguments."""
+    """An implementation cannot take these arguments, or is missing."""
+
+
+def implementations(operation: str, *names: str) -> dict[str, Callable[..., Any]]:
+    """Returns the implementations of an operation by name; each is imported when first called.
+
+    ``"pallas_tpu"`` of ``"bank_read"`` is the function ``bank_read`` of
+    ``memcache_jax/kernels/bank_read/tpu.py``. Calling one whose import fails, for example because
+    JAX no longer ships its backend, raises CannotServeError with the reason.
+    """
+
+    def deferred(name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            file = name.removeprefix("pallas_")
+            try:
+                module = importlib.import_module(f"memcache_jax.kernels.{operation}.{file}")
+            except ImportError as error:
+                raise CannotServeError(f"{operation} by {name!r} is missing: {error}") from error
+            return getattr(module, operation)(*args)
+
+        return call
+
+    return {name: deferred(name) for name in names}
 
 
 def choose(
     name: str, implementations: Mapping[str, Callable[..., Any]], choice: str | None
 ) -> Callable[..., Any]:
-    """Returns the implementation of that name; for None, the best one of each platform.
+    """Returns the implementation of that name; for None, the fastest one for each platform.
 
-    That is ``"xla"``, unless ``AUTOMATIC`` names another. A program takes its platform's when it is
-    lowered: compiled ahead of time, it is the same as compiled where it runs.
+    The fastest is ``"xla"``, unless ``AUTOMATIC`` names another. The platform is the one that the
+    program is lowered for, so that compiling ahead of time makes the same choice.
 
     Raises:
       ValueError: for an unknown name.
@@ -35,20 +71,71 @@ def choose(
     if choice is not None or not by_platform:
         return implementations[choice or "xla"]
     platforms = {
-        platform: _served_first(implementations[best], implementations["xla"])
+        platform: _with_fallback(implementations[best], implementations["xla"])
         for platform, best in by_platform.items()
     }
     return functools.partial(_by_platform, platforms, implementations["xla"])
 
 
 def check_served(name: str, implementation: str, reasons: Sequence[tuple[bool, str]]) -> None:
-    """Raises CannotServeError with every reason that holds, if any does."""
+    """Raises CannotServeError with every reason whose condition holds, if any does."""
     found = [reason for holds, reason in reasons if holds]
     if found:
         raise CannotServeError(f"{name} by {implementation!r} cannot serve: {'; '.join(found)}")
 
 
-def _served_first(fast: Callable[..., Any], fallback: Callable[..., Any]) -> Callable[..., Any]:
+def for_each_unit(unit: Callable, batch_dims: int) -> Callable:
+    """Returns ``unit`` mapped over the first ``batch_dims`` axes of all its arguments.
+
+    Units are rows of a batch, heads or segments. Accelerators run them side by side. A CPU runs
+    them in turn, so that what a unit works on stays in its cache: about twice as fast for a deep
+    memory's chunks. The platform is the one that the program is lowered for. Do not differentiate
+    the result, which would keep the residuals of both forms.
+    """
+
+    def flattened(mapped: Callable) -> Callable:
+        # One batch axis: the simplifier of jaxlib 0.10 fails on products with three permuted ones.
+        def call(*args):
+            batch = jax.tree.leaves(args)[0].shape[:batch_dims]
+            flat = jax.tree.map(lambda x: x.reshape(math.prod(batch), *x.shape[batch_dims:]), args)
+            return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), mapped(*flat))
+
+        return call
+
+    side_by_side = flattened(jax.vmap(unit))
+    in_turn = flattened(lambda *args: lax.map(lambda xs: unit(*xs), args))
+    return lambda *args: lax.platform_dependent(*args, cpu=in_turn, default=side_by_side)
+
+
+def written(tree: Any) -> Any:
+    """Returns the tree with its arrays named ``WRITTEN``."""
+
+    # As one row: libtpu crashes on copies to the host of what it has laid out in another order.
+    def named(x: jax.Array) -> jax.Array:
+        return checkpoint_name(x.reshape(-1), WRITTEN).reshape(x.shape)
+
+    return jax.tree.map(named, tree)
+
+
+@contextlib.contextmanager
+def interpret_kernels() -> Iterator[None]:
+    """Traces Triton and TPU kernels so that they run on a CPU, for tests of their numbers.
+
+    ``pltpu.force_tpu_interpret_mode`` simulates a TPU's memories too, and takes much longer.
+    """
+    token = _INTERPRETED.set(True)
+    try:
+        yield
+    finally:
+        _INTERPRETED.reset(token)
+
+
+def interpreted() -> bool:
+    """Whether kernels are traced by ``interpret_kernels``."""
+    return _INTERPRETED.get()
+
+
+def _with_fallback(fast: Callable[..., Any], fallback: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args):
         try:
             return fast(*args)
@@ -59,10 +146,10 @@ def _served_first(fast: Callable[..., Any], fallback: Callable[..., Any]) -> Cal
 
 
 def _by_platform(platforms: Mapping[str, Callable], default: Callable, *args: Any) -> Any:
-    """Calls what is lowered for a platform with its function.
+    """Calls the function of the platform that the program is lowered for.
 
-    Backward passes choose anew and keep only the arguments: differentiating the choice itself would
-    keep what each of the functions keeps.
+    The backward pass makes the choice again and keeps only the arguments: differentiating the
+    choice itself would keep the residuals of every function.
     """
     leaves, tree = jax.tree.flatten(args)
     traced = [isinstance(leaf, jax.Array) for leaf in leaves]

@@ -1,16 +1,14 @@
-"""TPU kernels that keep states in VMEM while they go through their chunks.
+"""TPU kernels that keep states in VMEM from chunk to chunk.
 
-The grid runs over memories and, in order, over their chunks. The forward pass leaves in HBM the
-state after each group of chunks; the backward pass takes the groups from the last to the first, and
-each twice: once forward, to have the states that its chunks began with, in VMEM, and once in
-reverse.
+The grid runs over memories and, in order, over their chunks. The forward pass writes the state
+after each group of chunks to HBM. The backward pass walks the groups from last to first and visits
+each one twice: once forward, to recompute in VMEM the states that its chunks start from, and once
+in reverse.
 """
 
-import dataclasses
 import functools
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from memcache_jax._typing import Array
-from memcache_jax.kernels._dispatch import check_served
-from memcache_jax.kernels._pallas import LANES, tpu_call, vmem_left, vmem_reason
+from memcache_jax.kernels._sweep_plan import Sweep, wide_shape
+from memcache_jax.kernels._tpu import tpu_call
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 """Some memories through one chunk, side by side: (states, rows) -> (next states, outputs)."""
@@ -30,75 +28,12 @@ Pull = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 """(states, rows, d_next, d_outputs) -> (d_states, d_rows)."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """How much a sweep takes at once.
-
-    Attributes:
-      units: memories that one program carries side by side.
-      group: chunks between two states that the forward pass keeps for the backward one.
-      start_bytes: memory for the states that the chunks of a group began with.
-      state_work: memory that a step needs for its own, at most, in sizes of the states.
-      row_work: the same, in sizes of a chunk's rows.
-    """
-
-    units: int
-    group: int
-    start_bytes: int
-    state_work: int
-    row_work: int
-
-
-class Sweep(NamedTuple):
-    """How a sweep divides its work.
-
-    Attributes:
-      name: of the kernels.
-      together: memories that one program carries.
-      group: chunks between two states that are kept.
-      every: groups between two states that are returned.
-      forward_bytes: an estimate of the forward pass's VMEM.
-      backward_bytes: and of the backward pass's.
-    """
-
-    name: str
-    together: int
-    group: int
-    every: int
-    forward_bytes: int
-    backward_bytes: int
-
-
-def plan(name: str, state: Any, rows: Any, y: Any, keep: int, blocks: Blocks) -> Sweep:
-    """Divides a sweep over states (units, ...), of which each ``keep``-th is returned.
-
-    Raises:
-      CannotServeError: if one of the two passes does not fit into VMEM.
-    """
-    units = len(jax.tree.leaves(rows)[0])
-    size = max(_bytes(state) // max(units, 1), 1)
-    fits = max(blocks.start_bytes // size, 1)
-    together = _divisor(units, min(blocks.units, fits))
-    of_state, of_rows, of_y = _tiles(state, 1), _tiles(rows, 2), _tiles(y, 2)
-    work = min(blocks.state_work * of_state, blocks.row_work * of_rows)
-    # Blocks are held twice, to bring the next one in, and cotangents once more while they are made.
-    fixed = together * (10 * of_state + 6 * of_rows + 2 * of_y + work)
-    room = vmem_left(fixed) // max(together * of_state, 1)
-    group = _divisor(keep, min(blocks.group, fits // together, room))
-    needs = (
-        ("forward", fixed - together * 4 * of_rows),
-        ("backward", fixed + together * group * of_state),
-    )
-    check_served(name, "pallas_tpu", [vmem_reason(*needs)])
-    return Sweep(name, together, group, keep // group, *dict(needs).values())
-
-
 def forward(sweep: Sweep, step: Step, state: Any, rows: Any, y: Any) -> tuple[Any, Any, Any]:
-    """Returns the states at the end of each run, the outputs, and the states groups begin with.
+    """Returns the states at the ends of runs, the outputs, and the states that groups start from.
 
     Args:
       sweep: how the work is divided.
-      step: one chunk of some memories.
+      step: runs one chunk of some memories.
       state: the first states, (units, ...).
       rows: (units, chunks, ...).
       y: shapes of the outputs, (units, chunks, ...).
@@ -154,11 +89,12 @@ def backward(
       sweep: as for ``forward``.
       step: as for ``forward``.
       pull: its pullback.
-      starts: the states that groups begin with.
+      starts: the states that groups start from.
       rows: as for ``forward``.
       d_ends: cotangents of the states at the ends of runs.
       d_y: cotangents of the outputs.
-      late: which rows the next state does not depend on, a tree of booleans.
+      late: a tree of booleans, true for rows that the next state does not depend on: these are
+        loaded in reverse only.
     """
     units, chunks = jax.tree.leaves(rows)[0].shape[:2]
     groups, length = chunks // sweep.group, sweep.group
@@ -250,15 +186,9 @@ def _shaped(x: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, x.dtype)
 
 
-def _wide_shape(x: Any, lead: int) -> tuple[int, ...]:
-    """A shape with two axes at least after its ``lead`` first ones: blocks need them."""
-    rest = x.shape[lead:]
-    return (*x.shape[:lead], *[1] * (2 - len(rest)), *rest)
-
-
 def _wide(tree: Any, lead: int) -> Any:
     def wide(x: Any) -> Any:
-        shape = _wide_shape(x, lead)
+        shape = wide_shape(x, lead)
         return x.reshape(shape) if isinstance(x, Array) else _shaped(x, shape)
 
     return jax.tree.map(wide, tree)
@@ -268,7 +198,7 @@ def _specs(sweep: Sweep, lead: int, index: Callable[..., tuple], tree: Any) -> A
     """Blocks of some memories, and of one chunk or group if ``lead`` is 2."""
 
     def spec(x: Any) -> pl.BlockSpec:
-        rest = _wide_shape(x, lead)[lead:]
+        rest = wide_shape(x, lead)[lead:]
         block = (sweep.together, *[1] * (lead - 1), *rest)
         return pl.BlockSpec(block, lambda *place: (*index(*place), *[0] * len(rest)))
 
@@ -276,7 +206,7 @@ def _specs(sweep: Sweep, lead: int, index: Callable[..., tuple], tree: Any) -> A
 
 
 def _scratch_shapes(sweep: Sweep, state: Any) -> Any:
-    return jax.tree.map(lambda x: _shaped(x, (sweep.together, *_wide_shape(x, 1)[1:])), state)
+    return jax.tree.map(lambda x: _shaped(x, (sweep.together, *wide_shape(x, 1)[1:])), state)
 
 
 def _scratch(sweep: Sweep, state: Any) -> Any:
@@ -293,7 +223,7 @@ def _load(refs: Any, like: Any, lead: int) -> Any:
 
 
 def _fill(refs: Any, arrays: Any) -> None:
-    """Fills blocks with arrays of as many numbers."""
+    """Fills blocks with arrays of the same size."""
 
     def fill(ref: Any, x: Array) -> None:
         ref[...] = x.reshape(ref.shape).astype(ref.dtype)
@@ -303,22 +233,3 @@ def _fill(refs: Any, arrays: Any) -> None:
 
 def _put(ref: Any, place: Any, x: Array) -> None:
     ref[place] = x.reshape(ref.shape[1:])
-
-
-def _tiles(tree: Any, lead: int) -> int:
-    """Bytes that the blocks of one memory take in VMEM, in float32."""
-
-    def tiles(x: Any) -> int:
-        *rest, last = _wide_shape(x, lead)[lead:]
-        return 4 * math.prod([-(-rest[-1] // 8) * 8, -(-last // LANES) * LANES, *rest[:-1]])
-
-    return sum(map(tiles, jax.tree.leaves(tree)))
-
-
-def _bytes(tree: Any) -> int:
-    return sum(x.size * 4 for x in jax.tree.leaves(tree))
-
-
-def _divisor(size: int, most: int) -> int:
-    """The largest divisor of a size up to ``most``, at least 1."""
-    return max(part for part in range(1, max(most, 1) + 1) if size % part == 0)

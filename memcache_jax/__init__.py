@@ -3,9 +3,11 @@
 from memcache_jax import memories, nn, presets, sharding
 from memcache_jax.aggregation import GRM, SSC, Aggregation, Residual, Soup
 from memcache_jax.caching import memory_caching
+from memcache_jax.gating import Gate
 from memcache_jax.generation import Decoder, generate
 from memcache_jax.segmentation import Constant, Lengths, Logarithmic, ReadPlan, Segmentation
 from memcache_jax.streaming import Cache, extend, init_cache
+from memcache_jax.streaming.eviction import Eviction
 
 __version__ = "0.1.0"
 
@@ -16,6 +18,8 @@ __all__ = [
     "Cache",
     "Constant",
     "Decoder",
+    "Eviction",
+    "Gate",
     "Lengths",
     "Logarithmic",
     "ReadPlan",

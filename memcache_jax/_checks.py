@@ -1,4 +1,4 @@
-"""Checks of what users give, made before anything is traced."""
+"""Checks of arguments, made before anything is traced."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -96,7 +96,7 @@ def check_rows(rows: Any, batch: int) -> jax.Array:
 def check_lengths(lengths: Any, shape: tuple[int, ...], least: int = 0) -> Any:
     """Returns how many tokens of each row (b, t) count, an array, or raises ValueError.
 
-    Each is ``least`` to t; None is t. What is traced is not known.
+    Each is ``least`` to t; None is t. Traced values are not checked.
     """
     batch, count = shape
     if lengths is None:
@@ -118,7 +118,7 @@ def check_room(
 ) -> None:
     """Raises ValueError unless tokens (b, t) continue the rows at ``position``, and have room.
 
-    ``lengths`` of them count in each row; None for all. What is traced is not known.
+    ``lengths`` of them count in each row; None for all. Traced values are not checked.
     """
     batch, count = shape
     if position.shape != (batch,):
@@ -134,3 +134,72 @@ def check_room(
             f"the cache holds {max_length} tokens in a row and would have {most}: init_cache makes "
             "more room with a larger max_length or max_segments, or a policy"
         )
+
+
+def check_arguments(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    connector: jax.Array | None,
+    memory: Any,
+    controls: Mapping,
+    weights: Mapping | None,
+    aggregation: Any,
+    segmentation: Any,
+    document_ids: jax.Array | None,
+) -> None:
+    """Raises ValueError unless the arrays of ``memory_caching`` fit each other and the rule.
+
+    Weights that are None have been checked before.
+    """
+    name = type(memory).__name__
+    if jnp.ndim(key) != 4 or jnp.ndim(value) != 4:
+        raise ValueError(
+            "key must be (b, t, h, k) and value (b, t, h, v), got "
+            f"key {jnp.shape(key)}, value {jnp.shape(value)}"
+        )
+    b, t, h, k = jnp.shape(key)
+    v = jnp.shape(value)[-1]
+    if 0 in jnp.shape(key):
+        raise ValueError(f"key must not be empty, got shape (b, t, h, k) = {jnp.shape(key)}")
+    check_shape("key", key, (b, t, h, k), "b, t, h, k")
+    check_shape("query", query, (b, t, h, k), "b, t, h, k")
+    check_shape("value", value, (b, t, h, v), "b, t, h, v")
+    if connector is not None and aggregation.relevance.connector == "distances":
+        wanted = (b, t, h, max(jnp.shape(connector)[-1:], default=0))
+        check_shape("connector", connector, wanted, "b, t, h, distances")
+    elif connector is not None:
+        check_shape("connector", connector, (b, t, h, k), "b, t, h, k")
+    elif aggregation.needs_connector:
+        raise ValueError(
+            f"{aggregation} makes its gates from a connector: pass connector, shape "
+            f"(b, t, h, k) = {(b, t, h, k)} (the query may serve as one), or, for position gates, "
+            "(b, t, h, distances)"
+        )
+
+    if document_ids is not None:
+        check_documents(document_ids, (b, t))
+        plan = segmentation.plan(t)
+        if plan.spans_segments.any() and not plan.dyadic:
+            raise ValueError(
+                "document_ids need buckets of one segment each, or of 2^p blocks that "
+                f"begin at a multiple of 2^p, got {segmentation}"
+            )
+
+    sizes = dict(b=b, t=t, h=h, k=k, v=v)
+    optional = tuple(n for n, control in memory.controls.items() if control.optional)
+    check_names(f"controls of {name}", controls, memory.controls, optional)
+    for control, array in controls.items():
+        axes = memory.controls[control].axes.split()
+        check_shape(f"control {control}", array, tuple(sizes[a] for a in axes), ", ".join(axes))
+
+    if weights is not None:
+        check_weights(memory, weights, h, k, v)
+
+
+def check_weights(memory: Any, weights: Mapping, heads: int, k: int, v: int) -> None:
+    """Raises ValueError unless these are the initial weights of a memory, of every head."""
+    shapes = memory.weight_shapes(k, v)
+    check_names(f"weights of {type(memory).__name__}", weights, shapes)
+    for weight, shape in shapes.items():
+        check_shape(f"weight {weight}", weights[weight], (heads, *shape), "h, out, in")

@@ -1,21 +1,18 @@
 """The functional core: a recurrent memory whose segment-end states stay readable."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
-import jax
 import jax.numpy as jnp
 
-from memcache_jax import _checks, _reference
-from memcache_jax._arguments import check_arguments
-from memcache_jax._bank import bucket_states
-from memcache_jax._documents import begun_in_chunk, count_documents
-from memcache_jax._typing import Array, Float, Int, State
-from memcache_jax._writing import initial_states, write_blocks
+from memcache_jax._checks import check_arguments, check_choice
+from memcache_jax._typing import Array, Float, Int
 from memcache_jax.aggregation import Aggregation
+from memcache_jax.engine import reference
+from memcache_jax.engine.documents import count_documents
+from memcache_jax.engine.run import OnePass, cut_for, full_controls, run, widen, writing
 from memcache_jax.memories import Memory
-from memcache_jax.segmentation import ReadPlan, Segmentation
+from memcache_jax.segmentation import Segmentation
 
 Start: TypeAlias = Literal["independent", "checkpoint"]
 Implementation: TypeAlias = Literal["xla", "pallas_tpu", "pallas_gpu", "reference"]
@@ -88,164 +85,58 @@ def memory_caching(
       >>> y.shape
       (2, 100, 4, 16)
     """
-    controls = dict(controls or {})
-    weights = dict(weights or {})
+    controls, weights = dict(controls or {}), dict(weights or {})
+    check_configuration(memory, aggregation, segmentation, start, implementation)
     check_arguments(
-        query,
-        key,
-        value,
-        connector,
-        memory,
-        controls,
-        weights,
-        aggregation,
-        segmentation,
-        document_ids,
+        *(query, key, value, connector, memory, controls, weights),
+        *(aggregation, segmentation, document_ids),
     )
-    _checks.check_choice("start", start, ("independent", "checkpoint"))
-    check_implementation(implementation)
-
-    tokens, initial = widened(memory, query, key, value, connector, controls, weights)
+    length = query.shape[1]
+    plan = segmentation.plan(length)
+    tokens = widen(query, key, value, connector, full_controls(memory, controls, key))
+    weights = {name: weight.astype(tokens.key.dtype) for name, weight in weights.items()}
     document = None if document_ids is None else count_documents(document_ids)
     if implementation == "reference":
-        run = _reference.memory_caching
+        y = reference.memory_caching(
+            tokens,
+            weights,
+            document,
+            memory=memory,
+            aggregation=aggregation,
+            plan=plan,
+            start=start,
+        )
     else:
-        run = functools.partial(_chunked, implementation=implementation)
-    y = run(
-        tokens,
-        initial,
-        document,
-        memory=memory,
-        aggregation=aggregation,
-        plan=segmentation.plan(query.shape[1]),
-        start=start,
-    )
+        blocks = cut_for(memory, tokens, document, plan, length)
+        how = writing(memory, aggregation, tokens, weights, implementation)
+        y, _, _ = run(OnePass(plan, start == "checkpoint"), how, aggregation, blocks)
+        y = y.reshape(*y.shape[:2], -1, y.shape[-1])[:, :, :length]
     return jnp.moveaxis(y, 1, 2).astype(value.dtype)
 
 
-def check_implementation(implementation: Any) -> None:
-    """Raises ValueError unless it is None or one of ``Implementation``."""
-    _checks.check_choice("implementation", implementation, (None, *get_args(Implementation)))
+def check_configuration(
+    memory: Any,
+    aggregation: Any,
+    segmentation: Any,
+    start: Any = "independent",
+    implementation: Any = None,
+) -> None:
+    """Raises ValueError for what cannot be configured, whatever the arrays.
 
-
-def widened(
-    memory: Memory,
-    query: Array,
-    key: Array,
-    value: Array,
-    connector: Array | None,
-    controls: Mapping[str, Array],
-    weights: Mapping[str, Array],
-) -> tuple[tuple, dict[str, Array]]:
-    """Tokens (b, h, t, ...) with all their controls, and weights, in float32 or wider."""
-    dtype = jnp.promote_types(jnp.result_type(query, key, value), jnp.float32)
-    if connector is None:
-        connector = jnp.zeros_like(query)
-    tokens = (query, key, value, connector, full_controls(memory, controls, key))
-    tokens = jax.tree.map(lambda x: jnp.moveaxis(x.astype(dtype), 2, 1), tokens)
-    return tokens, {name: weight.astype(dtype) for name, weight in weights.items()}
-
-
-def full_controls(memory: Memory, controls: Mapping[str, Array], key: Array) -> dict[str, Array]:
-    """The controls of every token: constants of a head repeated, those left out zero."""
-    rows, channels = key.shape[:3], key.shape[3:]
-    full = {}
-    for name, control in memory.controls.items():
-        shape = rows + channels * control.axes.endswith("k")
-        if name not in controls:
-            full[name] = jnp.zeros(shape, key.dtype)
-        elif control.axes == "h":
-            full[name] = jnp.broadcast_to(controls[name][None, None], shape)
-        else:
-            full[name] = controls[name]
-    return full
-
-
-def _chunked(
-    tokens: tuple,
-    weights: Mapping[str, Array],
-    document: Int[Array, "b t"] | None,
-    *,
-    memory: Memory,
-    aggregation: Aggregation,
-    plan: ReadPlan,
-    start: Start,
-    implementation: Implementation | None,
-) -> Float[Array, "b h t v"]:
-    """The fast path: write all segments chunk by chunk, then read live and cached states."""
-    length = tokens[0].shape[2]
-    (query, key, value, connector, _), document, rows = split_blocks(
-        memory, tokens, document, plan, length
-    )
-
-    def initial(shape: tuple[int, ...]) -> State:
-        return initial_states(memory, weights, shape, key.shape[-1], value.shape[-1], key.dtype)
-
-    how: dict[str, Any] = dict(carries=start == "checkpoint", implementation=implementation)
-    live = functools.partial(aggregation.live, memory)
-    ends, kept = write_blocks(memory, live, initial, rows, plan, **how)
-    bank, reads = bucket_states(memory, ends, initial, rows, plan, document, **how)
-
-    gates, reads = aggregation.weigh(
-        connector, key, plan, document, reads, implementation=implementation
-    )
-    y = aggregation.combine(
-        memory,
-        memory.matrices(bank),
-        query,
-        kept,
-        gates,
-        reads,
-        zero_gates=document is not None,
-        implementation=implementation,
-    )
-    return y.reshape(*y.shape[:2], -1, y.shape[-1])[:, :, :length]
-
-
-def split_blocks(
-    memory: Memory,
-    tokens: tuple,
-    document: Int[Array, "b t"] | None,
-    plan: ReadPlan,
-    length: int,
-) -> tuple[tuple, Int[Array, "b n c"] | None, tuple]:
-    """Cuts tokens (b, h, t, ...), or a part of a sequence of ``length``, into a plan's blocks.
-
-    Returns:
-      The tokens (b, h, n, c, ...), zeros at the end that no real token sees, their documents, and
-      the rows (b, h, n, chunks, m, ...) that ``write_blocks`` takes.
+    The first three must be instances of their classes, the chunk size must divide the segment's,
+    and start and implementation must be known.
     """
-    block = plan.block_size
-    chunk = memory.gradient_chunk or exact_chunk(block, length, memory.largest_chunk)
-    if length <= block:  # nothing reads the state at its end
-        block = -(-length // chunk) * chunk
-    padding = plan.num_blocks * block - tokens[0].shape[2]
-
-    def split(x: Array) -> Array:
-        x = jnp.pad(x, [(0, padding if axis == 2 else 0) for axis in range(x.ndim)])
-        return x.reshape(*x.shape[:2], plan.num_blocks, block, *x.shape[3:])
-
-    tokens = jax.tree.map(split, tokens)
-    query, key, value, _, controls = tokens
-    begun = None
-    if document is not None:
-        document = jnp.pad(document, ((0, 0), (0, padding)), mode="edge")
-        document = document.reshape(-1, plan.num_blocks, block)
-        begun = begun_in_chunk(document, chunk).astype(key.dtype)
-        begun = jnp.broadcast_to(begun[:, None], key.shape[:4])
-    rows = jax.tree.map(
-        lambda x: x.reshape(*x.shape[:3], -1, chunk, *x.shape[4:]),
-        (query, key, value, controls, begun),
-    )
-    return tokens, document, rows
-
-
-def exact_chunk(block: int, length: int, most: int) -> int:
-    """A chunk length for rules that are exact for any: up to ``most``, and a divisor of the block.
-
-    A block with no divisor of a useful size is one chunk. A sequence of one block is filled up.
-    """
-    if length <= block:
-        return min(length, most)
-    best = max(size for size in range(1, min(block, most) + 1) if block % size == 0)
-    return best if best * 4 >= min(block, most) else block
+    for what, got, wanted, example in (
+        ("memory", memory, Memory, "mc.memories.Titans(chunk_size=64)"),
+        ("aggregation", aggregation, Aggregation, "mc.GRM()"),
+        ("segmentation", segmentation, Segmentation, "mc.Constant(256)"),
+    ):
+        if not isinstance(got, wanted):
+            raise ValueError(f"{what} must be an object such as {example}, got {got!r}")
+    if memory.gradient_chunk and segmentation.size % memory.gradient_chunk:
+        raise ValueError(
+            f"the chunk size of {type(memory).__name__}, {memory.gradient_chunk}, must divide the "
+            f"segment size, got {segmentation}"
+        )
+    check_choice("start", start, get_args(Start))
+    check_choice("implementation", implementation, (None, *get_args(Implementation)))

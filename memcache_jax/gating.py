@@ -1,14 +1,35 @@
-"""Relevance of memory states to a token: its connector against the states' pooled keys."""
+"""Which cached states tokens may read, and their relevance: connectors against pooled keys."""
 
-from typing import Any
+import abc
+import dataclasses
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memcache_jax._documents import DocumentBuckets, buckets_of_documents
 from memcache_jax._typing import Array, Bool, Float, Int
+from memcache_jax.engine.types import Candidates, Keys, OfTokens, Selection
+from memcache_jax.kernels.running_sum import running_sum
 from memcache_jax.segmentation import ReadPlan
+
+
+def gates_by_state(selection: Selection, count: int) -> Float[Array, "b h n c states"]:
+    """The gates of all ``count`` states of the bank, zero for those that a token does not read."""
+    if isinstance(selection, OfTokens):
+        states = selection.states
+    elif in_order(selection.states, count):
+        return selection.gates
+    else:
+        states = jnp.asarray(selection.states)[:, None, :, None]
+
+    def spread(gates: Float[Array, "s"], states: Int[Array, "s"]) -> Float[Array, "states"]:
+        return jnp.zeros(count, gates.dtype).at[states].add(gates, mode="drop")
+
+    gates = selection.gates
+    states = jnp.broadcast_to(jnp.where(states < 0, count, states), gates.shape)
+    flat = (x.reshape(-1, x.shape[-1]) for x in (gates, states))
+    return jax.vmap(spread)(*flat).reshape(*gates.shape[:-1], count)
 
 
 def pooled_keys(
@@ -39,18 +60,10 @@ def pooled_keys(
 
 
 def running_keys(
-    key: Float[Array, "n c k"],
-    plan: ReadPlan,
-    pooling: str = "mean",
-    document: Int[Array, "n c"] | None = None,
+    key: Float[Array, "n c k"], plan: ReadPlan, pooling: str = "mean"
 ) -> Float[Array, "n c k"]:
-    """Returns, for each token, the mean or sum of its segment's keys, up to and with its own.
-
-    With documents, of those of its own document.
-    """
-    if document is not None:
-        return _running_document_keys(key, plan, pooling, document)
-    sums = _running_sum(key)
+    """Returns, for each token, the mean or sum of its segment's keys up to and with its own."""
+    sums = running_sum(key)
     block = np.arange(plan.num_blocks)
     before = block - plan.first
     if np.any(before):
@@ -65,185 +78,183 @@ def running_keys(
     return sums / jnp.asarray(counts, key.dtype)[..., None]
 
 
-def relevance(
-    connector: Float[Array, "n c u"],
-    key: Float[Array, "n c k"],
-    plan: ReadPlan,
-    *,
-    gate: str = "content",
-    pooling: str = "mean",
-    document: Int[Array, "n c"] | None = None,
-) -> tuple[Float[Array, "n c r"], Float[Array, "n c"]]:
-    """Returns the scores of the states that each token may read, and of the online one.
+class Gate(abc.ABC):
+    """The relevance of states to a token, from which an aggregation makes their gates.
 
-    Content gates have r_t^(i) = <u_t, p_i>; position gates the logit of the state's distance, that
-    of the last one for any farther; uniform gates zero. Slots of ``plan.reads`` that hold no
-    bucket score -inf, and so do states of other documents.
+    A new one is a frozen dataclass that implements ``score``, and a name in ``GATES`` if it is to
+    have one.
+
+    Attributes:
+      connector: what ``memory_caching`` takes as the connector: ``"key"``, a vector to compare with
+        keys (b, t, h, k); ``"distances"``, logits (b, t, h, distances); or None, nothing. A layer
+        makes it from its input.
+      reads_keys: whether ``score`` depends on pooled keys; if not, they are not made.
     """
-    slots = None
-    if document is not None and plan.spans_segments.any():
-        slots = buckets_of_documents(plan, document)
-    pooled = running = None
-    if gate == "content":
-        running = running_keys(key, plan, pooling, document)
-        if document is not None and slots is not None:
-            pooled = _slot_keys(key, slots, pooling, document)
-        else:
-            pooled = pooled_keys(key, plan, pooling, document)
-    if slots is None:
-        reads, distances = plan.reads, plan.distances
-    else:
-        reads, distances = jnp.where(slots.after > 0, 0, -1), slots.distances
-    cached, online = scores(connector, pooled, running, reads, distances, gate)
-    if document is None or not len(plan.buckets):
-        return cached, online
-    after = plan.buckets[:, 1][np.maximum(plan.reads, 0)] if slots is None else slots.after
-    same = document[:, :, None] == document[:, -1][after - 1][:, None]
-    return jnp.where(same, cached, -jnp.inf), online
+
+    connector: ClassVar[Literal["key", "distances"] | None] = None
+    reads_keys: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "score" in vars(cls) and "scores" not in vars(cls):  # products of another equation
+            cls.scores = Gate.scores
+        if cls.connector not in (None, "key", "distances"):
+            raise TypeError(
+                f"the connector of {cls.__name__} must be None, 'key' or 'distances', got "
+                f"{cls.connector!r}"
+            )
+
+    @abc.abstractmethod
+    def score(
+        self, connector: Float[Array, "u"], key: Float[Array, "k"], distance: Int[Array, ""]
+    ) -> Float[Array, ""]:
+        """The relevance of one state to one token, which is the equation.
+
+        Args:
+          connector: the token's.
+          key: the pooled key of the state, zero if the gate reads no keys.
+          distance: segments back to the state's end; 0 for the live memory.
+        """
+
+    def scores(
+        self, connector: Float[Array, "b h n c u"], candidates: Candidates, pooling: str
+    ) -> tuple[Float[Array, "b h n c r"], Float[Array, "b h n c"]]:
+        """``score`` of the states in all slots, and of the live memory; empty slots are ignored.
+
+        Override it where all scores together are a product.
+        """
+        slots, distances = (
+            jnp.asarray(x)[:, None] for x in (candidates.states, candidates.distances)
+        )
+        shape = (*connector.shape[:3], slots.shape[-1])
+        live_keys, keys = jnp.zeros((*connector.shape[:4], 1)), jnp.zeros((*shape, 1))
+        if self.reads_keys:
+            live_keys, keys = candidates.keys(pooling).by_slot(slots)
+        keys, broken = finite_rows(keys)  # 0 * NaN is NaN: in a gradient, of states not read
+        of_states = jax.vmap(self.score, in_axes=(None, 0, 0))
+        cached, live = of_states, self.score
+        for in_axes in ((0, None, None), (0, 0, 0), (0, 0, 0), (0, 0, 0)):  # c, n, h, b
+            cached = jax.vmap(cached, in_axes=in_axes)
+        for _ in range(4):
+            live = jax.vmap(live)
+        here = jnp.zeros(connector.shape[:4], jnp.int32)
+        distances = jnp.broadcast_to(distances, shape)
+        cached = jnp.where(broken[..., None, :], jnp.nan, cached(connector, keys, distances))
+        return cached, live(connector, live_keys, here)
+
+
+@dataclasses.dataclass(frozen=True)
+class ContentGate(Gate):
+    """r_t^(i) = <u_t, p_i>, the connector against the state's pooled key (Eq. 10)."""
+
+    connector = "key"
+
+    def score(self, connector: Array, key: Array, distance: Array) -> Array:
+        """<u, p>."""
+        del distance
+        return jnp.vdot(connector, key)
+
+    def scores(
+        self, connector: Float[Array, "b h n c u"], candidates: Candidates, pooling: str
+    ) -> tuple[Float[Array, "b h n c r"], Float[Array, "b h n c"]]:
+        """Products of all connectors with all keys, NaN where a key is not finite."""
+        keys = candidates.keys(pooling)
+        cached = _products(connector, keys, candidates.states)
+        return cached, jnp.vecdot(connector, keys.live, precision="highest")
+
+
+@dataclasses.dataclass(frozen=True)
+class PositionGate(Gate):
+    """The logit of the state's distance, or of the farthest that has one; blind to content."""
+
+    connector = "distances"
+    reads_keys: ClassVar[bool] = False
+
+    def score(self, connector: Array, key: Array, distance: Array) -> Array:
+        """The logit."""
+        del key
+        return connector[jnp.clip(distance, 0, connector.shape[-1] - 1)]
+
+    def scores(
+        self, connector: Float[Array, "b h n c u"], candidates: Candidates, pooling: str
+    ) -> tuple[Float[Array, "b h n c r"], Float[Array, "b h n c"]]:
+        """Logits taken by distance, those of a block's tokens at once."""
+        del pooling
+        distances = jnp.asarray(candidates.distances)[:, None, :, None]
+        distances = jnp.clip(distances, 0, connector.shape[-1] - 1)
+        return jnp.take_along_axis(connector, distances, axis=-1), connector[..., 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class UniformGate(Gate):
+    """All states are equally relevant."""
+
+    reads_keys: ClassVar[bool] = False
+
+    def score(self, connector: Array, key: Array, distance: Array) -> Array:
+        """Zero."""
+        del key, distance
+        return jnp.zeros((), connector.dtype)
+
+
+GATES: dict[str, Gate] = {
+    "content": ContentGate(),
+    "position": PositionGate(),
+    "uniform": UniformGate(),
+}
+"""Gates by name, as in ``GRM(gate="content")``."""
 
 
 def scores(
-    connector: Float[Array, "n c u"],
-    pooled: Float[Array, "..."] | None,
-    running: Float[Array, "n c k"] | None,
-    reads: np.ndarray | Int[Array, "n r"],
-    distances: np.ndarray | Int[Array, "n r"],
-    gate: str,
-) -> tuple[Float[Array, "n c r"], Float[Array, "n c"]]:
-    """``relevance`` of blocks, from pooled and running keys and a plan's rows for the blocks.
+    connector: Float[Array, "b h n c u"], candidates: Candidates, gate: Gate, pooling: str = "mean"
+) -> tuple[Float[Array, "b h n c r"], Float[Array, "b h n c"]]:
+    """Returns the relevance of the states that each token may read, and of the live memory.
 
-    Args:
-      connector: as for ``relevance``.
-      pooled: of content gates, the buckets' pooled keys (buckets, k), or those in the slots of each
-        block, (n, r, k).
-      running: of content gates, the online state's keys.
-      reads: the bucket in each slot, -1 for none.
-      distances: of position gates, the distance of each slot's bucket.
-      gate: what gates are made from.
+    A state that stands for n segments counts n times. Empty slots and states of other documents
+    score -inf.
     """
-    if pooled is not None and running is not None:
-        # 0 * NaN is NaN: in a gradient, the keys of states that are not read.
-        pooled, broken = finite_rows(pooled)
-        if pooled.ndim == 3:
-            cached = jnp.einsum("nck,nrk->ncr", connector, pooled, precision="highest")
-            cached = jnp.where(broken[:, None], jnp.nan, cached)
-        else:
-            cached = jnp.einsum("nck,rk->ncr", connector, pooled, precision="highest")
-            cached = _in_slots(jnp.where(broken[None, None], jnp.nan, cached), reads)
-        online = jnp.vecdot(connector, running, precision="highest")
-    elif gate == "position":
-        distances = jnp.clip(jnp.asarray(distances), 0, connector.shape[-1] - 1)
-        cached = jnp.take_along_axis(connector, distances[:, None], axis=-1)
-        online = connector[..., 0]
-    else:
-        online = jnp.zeros(connector.shape[:2], connector.dtype)
-        cached = jnp.zeros((*connector.shape[:2], reads.shape[1]), connector.dtype)
-    return jnp.where(jnp.asarray(reads >= 0)[:, None], cached, -jnp.inf), online
+    cached, live = gate.scores(connector, candidates, pooling)
+    if candidates.counts is not None:
+        counts = candidates.counts[:, None, :, None]
+        cached += jnp.log(jnp.maximum(counts, 1).astype(cached.dtype))
+    return jnp.where(visible(candidates)[:, None], cached, -jnp.inf), live
+
+
+def visible(candidates: Candidates) -> Bool[Array, "_ n _ r"]:
+    """Whether slots hold a state that a token may read; one token, or one row, stands for all."""
+    seen = jnp.asarray(candidates.states)[:, :, None] >= 0
+    if candidates.counts is not None:
+        seen &= candidates.counts[:, :, None] > 0
+    return seen if candidates.same_document is None else seen & candidates.same_document
+
+
+def _products(
+    connector: Float[Array, "b h n c u"], keys: Keys, states: np.ndarray | Int[Array, "_ n r"]
+) -> Float[Array, "b h n c r"]:
+    """The products of connectors and pooled keys by slot, NaN where a key is not finite."""
+    # 0 * NaN is NaN: in a gradient, the keys of states that are not read.
+    if keys.slots is not None:
+        pooled, broken = finite_rows(keys.slots)
+        cached = jnp.einsum("bhnck,bhnrk->bhncr", connector, pooled, precision="highest")
+        return jnp.where(broken[..., None, :], jnp.nan, cached)
+    assert keys.states is not None
+    pooled, broken = finite_rows(keys.states)
+    cached = jnp.einsum("bhnck,bhrk->bhncr", connector, pooled, precision="highest")
+    cached = jnp.where(broken[:, :, None, None], jnp.nan, cached)
+    if in_order(states, pooled.shape[2]):
+        return cached
+    slots = jnp.maximum(jnp.asarray(states), 0)
+    return jnp.take_along_axis(cached, slots[:, None, :, None], axis=-1)
+
+
+def in_order(states: np.ndarray | Array, count: int) -> bool:
+    """Whether there are ``count`` slots, and it is known that slot i is empty or has state i."""
+    if not isinstance(states, np.ndarray) or states.shape[-1] != count:
+        return False
+    return not np.any((states >= 0) & (states != np.arange(count)))
 
 
 def finite_rows(rows: Float[Array, "*r k"]) -> tuple[Float[Array, "*r k"], Bool[Array, "*r"]]:
     """The rows, zero where not all of one is finite, and where that is."""
     finite = jnp.isfinite(rows).all(axis=-1)
     return jnp.where(finite[..., None], rows, 0), ~finite
-
-
-def _in_slots(
-    cached: Float[Array, "n c buckets"], reads: np.ndarray | Int[Array, "n r"]
-) -> Float[Array, "n c r"]:
-    """The scores of the buckets in each block's slots."""
-    if isinstance(reads, np.ndarray) and reads.shape[1] == cached.shape[-1]:
-        bucket_of_slot = np.arange(cached.shape[-1])[None]
-        if not np.any((reads >= 0) & (reads != bucket_of_slot)):
-            return cached
-    return jnp.take_along_axis(cached, jnp.maximum(jnp.asarray(reads), 0)[:, None], axis=-1)
-
-
-@jax.custom_jvp
-def softmax_gates(
-    cached: Float[Array, "... r"], online: Float[Array, "..."]
-) -> tuple[Float[Array, "... r"], Float[Array, "..."]]:
-    """Softmax over the visible cached states and the online one together (Eq. 10)."""
-    largest = jnp.maximum(jnp.max(cached, axis=-1, initial=-jnp.inf), online)
-    cached, online = jnp.exp(cached - largest[..., None]), jnp.exp(online - largest)
-    total = cached.sum(axis=-1) + online
-    return cached / total[..., None], online / total
-
-
-@softmax_gates.defjvp
-def _softmax_gates_jvp(scores: tuple[Array, Array], d_scores: tuple[Array, Array]) -> Any:
-    # By hand: JAX's own joins and parts arrays of few states, and sums them slowly on CPUs.
-    cached, online = gates = softmax_gates(*scores)
-    d_cached, d_online = d_scores
-    mean = jnp.vecdot(cached, d_cached, precision="highest") + online * d_online
-    along = jnp.einsum("...r,...->...r", cached, mean, precision="highest")
-    return gates, (cached * d_cached - along, online * (d_online - mean))
-
-
-def _slot_keys(
-    key: Float[Array, "n c k"], slots: DocumentBuckets, pooling: str, document: Int[Array, "n c"]
-) -> Float[Array, "n r k"]:
-    """``pooled_keys`` of the bucket in each slot, zero where there is none."""
-    same = document == document[:, -1:]
-    sums, broken = finite_rows(jnp.sum(key, axis=1, where=same[..., None]))
-    block = np.arange(len(key))[None, None]
-    inside = (slots.first[..., None] <= block) & (block < slots.after[..., None])
-
-    def of_buckets(x: Array) -> Array:
-        return jnp.tensordot(inside.astype(key.dtype), x, axes=1, precision="highest")
-
-    pooled = jnp.where(
-        (inside & broken[None, None]).any(axis=-1)[..., None], jnp.nan, of_buckets(sums)
-    )
-    if pooling == "sum":
-        return pooled
-    counts = of_buckets(same.sum(axis=1).astype(key.dtype))
-    return pooled / jnp.maximum(counts, 1)[..., None]
-
-
-def _running_document_keys(
-    key: Float[Array, "n c k"], plan: ReadPlan, pooling: str, document: Int[Array, "n c"]
-) -> Float[Array, "n c k"]:
-    """``running_keys`` where sums also begin anew with each document."""
-    n, c, k = key.shape
-    flat = document.reshape(-1)
-    begins = flat != jnp.pad(flat[:-1], (1, 0))
-    begins = begins.reshape(n, c).at[:, 0].max(plan.begins).reshape(-1)
-
-    def combine(left: tuple, right: tuple) -> tuple:
-        begins, sums, counts = right
-        before = (jnp.where(begins.reshape(-1, *[1] * (x.ndim - 1)), 0, x) for x in left[1:])
-        return left[0] | begins, *(x + y for x, y in zip(before, (sums, counts), strict=True))
-
-    ones = jnp.ones(n * c, key.dtype)
-    _, sums, counts = jax.lax.associative_scan(combine, (begins, key.reshape(-1, k), ones))
-    sums = sums / counts[:, None] if pooling == "mean" else sums
-    return sums.reshape(n, c, k)
-
-
-def _running_sum(x: Float[Array, "n c k"], width: int = 16) -> Float[Array, "n c k"]:
-    """Cumulative sum over c in two levels: ``jnp.cumsum`` of the whole axis is slow on CPU."""
-    n, c, k = x.shape
-    rows = jnp.pad(x, ((0, 0), (0, -c % width), (0, 0))).reshape(n, -1, width, k)
-    ones = jnp.broadcast_to(jnp.tri(width, dtype=x.dtype), (*rows.shape[:2], width, width))
-    inner = _sums_of_rows(ones, rows)
-    before = jnp.cumsum(inner[:, :, -1], axis=1) - inner[:, :, -1]
-    return (inner + before[:, :, None]).reshape(n, -1, k)[:, :c]
-
-
-def _products(constants: Float[Array, "n w i j"], x: Float[Array, "n w j k"]) -> Array:
-    return jnp.einsum("nwij,nwjk->nwik", constants, x, precision="highest")
-
-
-@jax.custom_vjp
-def _sums_of_rows(constants: Float[Array, "n w i j"], x: Float[Array, "n w j k"]) -> Array:
-    """Products with constants, which come first backward too.
-
-    With x first, or one constant for all, XLA's CPU backend transposes x, which takes longer.
-    """
-    return _products(constants, x)
-
-
-_sums_of_rows.defvjp(
-    lambda constants, x: (_products(constants, x), constants),
-    lambda constants, d_y: (None, _products(jnp.matrix_transpose(constants), d_y)),
-)

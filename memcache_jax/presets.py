@@ -1,7 +1,7 @@
-"""Models of the paper's tables and their relatives, by name and size.
+"""Models of the paper's tables and related ones, by name and size.
 
-A name is a write rule or a hybrid, alone or with a variant: ``"titans"``, ``"titans_grm"``,
-``"samba_ssc"``; and ``"transformer"``. ``NAMES`` and ``SIZES`` hold them all.
+A name is ``"transformer"``, or a write rule or hybrid with an optional variant: ``"titans"``,
+``"titans_grm"``, ``"samba_ssc"``. ``NAMES`` and ``SIZES`` list them all.
 """
 
 import dataclasses
@@ -19,15 +19,7 @@ from memcache_jax.segmentation import Constant, Logarithmic, Segmentation
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A model's shape and its training.
-
-    Attributes:
-      num_layers: blocks.
-      features: model dimension d.
-      num_heads: heads.
-      learning_rate: peak of the schedule.
-      tokens: tokens trained on.
-    """
+    """The shape of a model, its peak learning rate, and the number of its training tokens."""
 
     num_layers: int
     features: int
@@ -43,8 +35,8 @@ SIZES: Mapping[str, Size] = {
     "760m": Size(24, 1536, 16, 1.25e-3, 30 * 10**9),
     "1.3b": Size(18, 2048, 8, 7e-4, 100 * 10**9),
 }
-"""760m and 1.3b are those of Table 6 of arXiv:2602.24281, 170m and 340m those of arXiv:2501.00663;
-tiny is ours, for one machine.
+"""760m and 1.3b are from Table 6 of arXiv:2602.24281, 170m and 340m from arXiv:2501.00663; tiny is
+ours, for a single machine.
 """
 
 _RULES: dict[str, Memory] = {
@@ -59,8 +51,8 @@ _RULES: dict[str, Memory] = {
     "gated_deltanet": memories.GatedDeltaNet(),
     "rwkv7": memories.RWKV7(),
 }
-# Every other block is sliding-window attention: Samba (arXiv:2406.07522) has Mamba in the rest,
-# Titans (MAL), memory as a layer, its memory.
+# Memory blocks alternate with sliding-window attention: Samba (arXiv:2406.07522) with Mamba, Titans
+# (MAL, memory as a layer) with its own memory.
 _HYBRIDS: dict[str, Memory] = {"samba": memories.SSD(), "titans_mal": memories.Titans()}
 _WINDOW = 2048
 
@@ -71,10 +63,10 @@ _VARIANTS: Mapping[str, tuple[Aggregation, Callable[[int], Segmentation]]] = {
     "ssc": (SSC(top_k=4), Constant),  # the paper does not state its k
     "log_linear": (GRM(), Logarithmic),  # Log-Linear++ (Sec. 4.3)
 }
-_ONE_SEGMENT = 2**30  # longer than any sequence: no state is cached, which is the rule alone
+_ONE_SEGMENT = 2**30  # longer than any sequence: the rule alone, with no cached state
 
 
-# The rule or hybrid of each name, and the variant or none.
+# The rule or hybrid of each name, and its variant or None.
 _PARTS: Mapping[str, tuple[str, str | None]] = {
     base if variant is None else f"{base}_{variant}": (base, variant)
     for base in (*_RULES, *_HYBRIDS)
@@ -82,19 +74,19 @@ _PARTS: Mapping[str, tuple[str, str | None]] = {
 }
 
 NAMES: tuple[str, ...] = ("transformer", *_PARTS)
-"""Transformer++, and each rule and hybrid alone and with every variant."""
+"""Transformer++, and every rule and hybrid alone and with each variant."""
 
 
 def mixers(name: str, *, segment: int = 256, top_k: int = 4) -> tuple[Mixer, ...]:
     """Returns the mixers of a preset's consecutive blocks.
 
-    A deep memory whose chunk does not divide the segment takes gradients over the largest part of
-    its chunk that does, also alone, so that a rule and its variants differ in nothing else.
+    The chunk size of a deep memory becomes its greatest common divisor with the segment size, even
+    for the rule alone, so that a rule and its variants share one chunk size.
 
     Args:
       name: one of ``NAMES``.
       segment: segment size C.
-      top_k: cached states that SSC reads.
+      top_k: number of cached states that SSC reads.
 
     Raises:
       ValueError: for an unknown name, or a segment below 1.
@@ -131,13 +123,13 @@ def language_model(
     Args:
       name: one of ``NAMES``.
       size: one of ``SIZES``.
-      segment: segment size C; the paper's Table 1 has 256 at a context of 4096.
+      segment: segment size C; 256 in the paper's Table 1, at a context of 4096.
       vocab_size: number of token ids.
-      **changes: other fields of ``LanguageModelConfig``. Arithmetic is bfloat16 and blocks are
-        rematerialised unless said otherwise, except in the tiny size.
+      **changes: other fields of ``LanguageModelConfig``. By default, all sizes but tiny use
+        bfloat16 and rematerialise blocks.
 
     Raises:
-      ValueError: for an unknown name or size, or sizes that do not fit.
+      ValueError: for an unknown name or size, or fields that ``LanguageModelConfig`` rejects.
 
     Example:
       >>> import memcache_jax as mc

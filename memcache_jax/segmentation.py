@@ -28,6 +28,36 @@ class ReadPlan:
     reads: np.ndarray
     first: np.ndarray
 
+    def __post_init__(self) -> None:
+        for name in ("buckets", "reads", "first"):
+            array = getattr(self, name)
+            if not (isinstance(array, np.ndarray) and np.issubdtype(array.dtype, np.integer)):
+                raise ValueError(f"{name} must be a NumPy array of integers, got {array!r}")
+        begin, end = self.buckets.T
+        if np.any(self.first[begin] != begin):
+            raise ValueError(f"buckets must begin where segments do, got {self.buckets.tolist()}")
+        if np.any(np.append(end, 0)[self.reads] > self.first[:, None]):
+            raise ValueError(
+                "a block may read only buckets that end before its segment begins, got buckets "
+                f"{self.buckets.tolist()} and reads {self.reads.tolist()}"
+            )
+
+    @classmethod
+    def of(
+        cls, size: int, reads: Sequence[Sequence[tuple[int, int]]], first: np.ndarray
+    ) -> "ReadPlan":
+        """The plan in which each block reads these buckets, (first block, block after the last)."""
+        buckets = sorted({bucket for row in reads for bucket in row})
+        place = {bucket: i for i, bucket in enumerate(buckets)}
+        width = max(map(len, reads))
+        table = [[place[bucket] for bucket in row] + [-1] * (width - len(row)) for row in reads]
+        return cls(
+            size,
+            np.array(buckets, int).reshape(-1, 2),
+            np.array(table, int).reshape(len(reads), width),
+            first,
+        )
+
     @property
     def num_blocks(self) -> int:
         """Blocks in the sequence, the last one perhaps not full."""
@@ -65,6 +95,9 @@ class ReadPlan:
 class Segmentation(abc.ABC):
     """A way to split sequences of any length.
 
+    A new one is a frozen dataclass with a field or property ``size``. The plan of a prefix must be
+    a prefix of the plan, or outputs would depend on the sequence's length.
+
     Attributes:
       size: tokens in a block, which a memory's chunk size must divide.
     """
@@ -78,20 +111,6 @@ class Segmentation(abc.ABC):
     def span(self, segments: int) -> int:
         """Tokens in the first ``segments`` segments."""
         return segments * self.size
-
-
-def _plan(size: int, reads: Sequence[Sequence[tuple[int, int]]], first: np.ndarray) -> ReadPlan:
-    """The plan in which each block reads these buckets."""
-    buckets = sorted({bucket for row in reads for bucket in row})
-    place = {bucket: i for i, bucket in enumerate(buckets)}
-    width = max(map(len, reads))
-    table = [[place[bucket] for bucket in row] + [-1] * (width - len(row)) for row in reads]
-    return ReadPlan(
-        size,
-        np.array(buckets, int).reshape(-1, 2),
-        np.array(table, int).reshape(len(reads), width),
-        first,
-    )
 
 
 def _check_size(segmentation: Segmentation, size: int) -> None:
@@ -166,7 +185,7 @@ class Logarithmic(Segmentation):
                     row.append((begin, begin + (1 << power)))
                     begin += 1 << power
             reads.append(row)
-        return _plan(self.size, reads, np.arange(blocks))
+        return ReadPlan.of(self.size, reads, np.arange(blocks))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,4 +230,4 @@ class Lengths(Segmentation):
         blocks = np.arange(-(-length // self.size))
         segment = np.searchsorted(borders, blocks, side="right") - 1
         buckets = list(zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True))
-        return _plan(self.size, [buckets[:s] for s in segment], borders[segment])
+        return ReadPlan.of(self.size, [buckets[:s] for s in segment], borders[segment])

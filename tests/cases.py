@@ -198,30 +198,28 @@ class Together(Aggregation):
     kinds: tuple[Any, ...]
     gate = "content"
 
-    def gates(self, cached, online):
+    def gates(self, cached, live):
         """The relevance itself: each aggregation makes its own of it."""
-        return cached, online
+        return cached, live
 
-    def weigh(self, *args, **options) -> Any:
-        return tuple(kind.weigh(*args, **options) for kind in self.kinds), None
+    def needs(self, memory):
+        return tuple({part for kind in self.kinds for part in kind.needs(memory)})
 
-    def live(self, memory, chunk, query):
-        return tuple(kind.live(memory, chunk, query) for kind in self.kinds)
+    def select(self, *args, **options) -> Any:
+        return tuple(kind.select(*args, **options) for kind in self.kinds)
 
-    def combine(self, memory, bank, query, live, gates, reads, **options) -> Any:
+    def read(self, bank, live, query, selection) -> Any:
         return self.scaled(
-            kind.combine(memory, bank, query, own, *weighed, **options)
-            for kind, own, weighed in zip(self.kinds, live, gates, strict=True)
+            kind.read(bank, live, query, own)
+            for kind, own in zip(self.kinds, selection, strict=True)
         )
 
-    def combine_token(self, memory, states, query, gates) -> Any:
+    def read_token(self, memory, states, query, gates) -> Any:
         def own(kind):
             scores = gates if kind.gate == "content" else jnp.where(gates > -jnp.inf, 0, gates)
             return jnp.append(*kind.gates(scores[:-1], scores[-1]))
 
-        return self.scaled(
-            kind.combine_token(memory, states, query, own(kind)) for kind in self.kinds
-        )
+        return self.scaled(kind.read_token(memory, states, query, own(kind)) for kind in self.kinds)
 
     def scaled(self, outputs) -> Any:
         """The sum of the aggregations' outputs, each scaled."""
@@ -269,3 +267,15 @@ def assert_slopes(loss, inputs, gradients, normal, tolerance):
         difference = (4 * near - far) / 3
         error = abs(np.vdot(gradient, direction) - difference)
         assert error <= tolerance * max(1, abs(difference)), (i, error)
+
+
+def one_head(memory, length, **options):
+    """Unbatched tokens and the initial state of one head."""
+    inputs = make_inputs(memory, length, batch=1, heads=1, **options)
+    tokens = inputs["key"], inputs["value"], inputs["controls"], inputs["query"]
+    # Constants of a head have one axis; all else is (b, t, h, ...).
+    tokens = jax.tree.map(lambda x: x[0, :, 0] if x.ndim > 1 else x.repeat(length), tokens)
+    weights = {name: weight[0] for name, weight in inputs["weights"].items()}
+    (key, value, controls, query), weights = jax.tree.map(jnp.asarray, (tokens, weights))
+    state = memory.init(weights, key.shape[-1], value.shape[-1], key.dtype)
+    return state, key, value, controls, query

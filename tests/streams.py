@@ -62,3 +62,11 @@ def streamed(
             outputs.append(y)
             begin += count
     return jnp.concatenate(outputs, axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def whole(inputs, memory, aggregation, segmentation, start: Any = "independent"):
+    with scheduled("in_turn"):
+        return mc.memory_caching(
+            **inputs, memory=memory, aggregation=aggregation, segmentation=segmentation, start=start
+        )

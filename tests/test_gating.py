@@ -1,6 +1,4 @@
-"""Pooled keys, relevance and gates against their definitions."""
-
-import functools
+"""Pooled keys and relevance against their definitions."""
 
 import jax
 import jax.numpy as jnp
@@ -8,23 +6,23 @@ import numpy as np
 import pytest
 
 import memcache_jax as mc
-from memcache_jax.gating import pooled_keys, relevance, running_keys, softmax_gates
+from memcache_jax.engine.run import candidates_of
+from memcache_jax.gating import GATES, pooled_keys, running_keys, scores
 from memcache_jax.segmentation import ReadPlan
-from tests.cases import (
-    MEMORIES,
-    SEGMENTATIONS,
-    STARTS,
-    Together,
-    assert_close,
-    make_inputs,
-    scheduled,
-)
+from tests.cases import assert_close
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 
 def keys(blocks, size=5):
     return jax.random.normal(jax.random.key(0), (blocks, size, 3))
+
+
+def relevance(connector, key, plan, gate="content"):
+    """The scores of one head's blocks (n, c, ...)."""
+    candidates = candidates_of(plan, key[None, None])
+    cached, live = scores(connector[None, None], candidates, GATES[gate])
+    return cached[0, 0], live[0, 0]
 
 
 @pytest.mark.parametrize("size", [1, 5, 16, 37])
@@ -80,38 +78,6 @@ def test_relevance_of_any_plan():
     np.testing.assert_allclose(online, wanted, rtol=1e-12)
 
 
-def test_gates_are_a_softmax_over_what_is_visible():
-    cached = jnp.array([[1.0, -jnp.inf], [2.0, 0.5]])
-    online = jnp.array([0.0, -1.0])
-    gates = softmax_gates(cached, online)
-    np.testing.assert_allclose(gates[0][0], [np.e / (1 + np.e), 0.0])
-    np.testing.assert_allclose(gates[0].sum(axis=-1) + gates[1], 1.0)
-
-
-@pytest.mark.parametrize("states", [0, 3])
-def test_gates_have_the_slopes_of_a_softmax(states):
-    scores, tangents = jax.random.normal(jax.random.key(0), (2, 4, states + 1))
-    scores = scores.at[1:, : states - 1].set(-jnp.inf)
-
-    def gates(scores):
-        cached, online = softmax_gates(scores[:, :-1], scores[:, -1])
-        return jnp.concatenate([cached, online[:, None]], axis=-1)
-
-    def softmax(scores):
-        return jax.nn.softmax(scores, axis=-1)
-
-    def slopes(function):
-        return jax.jvp(function, (scores,), (tangents,)), jax.vjp(function, scores)[1](tangents)
-
-    assert_close(slopes(gates), slopes(softmax), 1e-14)
-
-
-def test_residual_weighs_every_visible_state_by_one():
-    gates = mc.Residual().gates(jnp.array([[0.0, -jnp.inf]]), jnp.array([0.0]))
-    np.testing.assert_array_equal(gates[0], [[1.0, 0.0]])
-    np.testing.assert_array_equal(gates[1], [1.0])
-
-
 def test_position_gates_know_the_distance_alone():
     plan = mc.Logarithmic(5).plan(4 * 5)
     logits = jax.random.normal(jax.random.key(3), (4, 5, 3))
@@ -130,53 +96,3 @@ def test_uniform_gates_are_one_over_the_number_visible():
     gates = mc.GRM(gate="uniform").gates(*relevance(keys(3), keys(3), plan, gate="uniform"))
     np.testing.assert_allclose(gates[0][2], 1 / 3)
     np.testing.assert_allclose(gates[1], [[1.0] * 5, [1 / 2] * 5, [1 / 3] * 5])
-
-
-def test_router_takes_the_most_relevant_and_of_equals_the_older():
-    cached = jnp.array([[1.0, 3.0, 3.0, 3.0, -jnp.inf]])
-    gates, online = mc.SSC(top_k=2).gates(cached, jnp.array([3.0]))
-    np.testing.assert_allclose(gates, [[0, 1 / 3, 1 / 3, 0, 0]])
-    np.testing.assert_allclose(online, [1 / 3])
-    gates, online = mc.SSC(top_k=2).gates(jnp.full((1, 3), -jnp.inf), jnp.array([3.0]))
-    np.testing.assert_array_equal(gates, 0.0)
-    np.testing.assert_array_equal(online, 1.0)
-
-
-GATED = (("content", "mean"), ("content", "sum"), ("position", "mean"), ("uniform", "mean"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MEMORIES)
-def test_every_rule_with_every_gate(name):
-    """By the fast path as by the recurrence, the connector a vector of its own or the query."""
-    memory, shift = MEMORIES[name], list(MEMORIES).index(name)
-    inputs = make_inputs(memory, 14, batch=1, heads=1)
-    ssc = functools.partial(mc.SSC, top_k=2)
-    kinds = mc.GRM, mc.Soup, ssc, functools.partial(ssc, inner="soup")
-
-    @jax.jit
-    def outputs(inputs):
-        got, wanted = [], []
-        for i, (start, segmentation) in enumerate(zip(STARTS, SEGMENTATIONS.values(), strict=True)):
-            together = Together(
-                tuple(
-                    kinds[(shift + i + j) % 4](gate=gate, pooling=pooling)
-                    for j, (gate, pooling) in enumerate(GATED)
-                )
-            )
-            run = functools.partial(
-                mc.memory_caching,
-                **inputs,
-                memory=memory,
-                segmentation=segmentation(4),
-                start=start,
-            )
-            got.append(run(aggregation=together))
-            each = (run(aggregation=kind, implementation="reference") for kind in together.kinds)
-            wanted.append(together.scaled(each))
-        return got, wanted
-
-    with scheduled("in_turn"):
-        for connector in ("connector", "query"):
-            got, wanted = outputs({**inputs, "connector": inputs[connector]})
-            assert_close(got, wanted, 1e-12)

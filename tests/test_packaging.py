@@ -1,6 +1,7 @@
 """What is built for users: the wheel and the source distribution hold the whole library."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,35 @@ x = jnp.ones((1, 5, 1, 4))
 y = mc.memory_caching(x, x, x, x, memory=mc.memories.LinearAttention(), aggregation=mc.GRM(),
                       segmentation=mc.Constant(2))
 print(y.shape)
+"""
+
+LAYER_ALONE = """
+import builtins, importlib, pkgutil
+
+real = builtins.__import__
+needed = {"absl", "grain", "matplotlib", "ml_collections", "optax", "orbax", "tqdm"}
+
+def without_extra(name, names=None, *rest):
+    ours = (names or {}).get("__name__", "").startswith("memcache_jax")
+    if ours and name.split(".")[0] in needed:  # Flax has some of them
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name.split(".")[0])
+    return real(name, names, *rest)
+
+builtins.__import__ = without_extra
+import jax, jax.numpy as jnp
+import memcache_jax as mc
+from flax import nnx
+
+for module in pkgutil.walk_packages(mc.__path__, "memcache_jax.", onerror=lambda name: None):
+    if not module.name.startswith("memcache_jax.training"):
+        importlib.import_module(module.name)
+config = mc.nn.LanguageModelConfig(vocab_size=9, num_layers=1, features=8, num_heads=2)
+model = mc.nn.LanguageModel(config, rngs=nnx.Rngs(0))
+print(mc.generate(model, jnp.array([[1, 2]]), max_new_tokens=5, temperature=0).shape)
+try:
+    import memcache_jax.training
+except ModuleNotFoundError as e:
+    print(e)
 """
 
 
@@ -90,9 +120,25 @@ def test_metadata(built):
     assert fields["Name"] == "memcache_jax"
     assert fields["Requires-Python"] == ">=3.11"
     assert fields["License-Expression"] == "Apache-2.0"
-    extras = {"tpu", "cuda12", "cuda13", "data", "eval", "tensorboard", "test", "dev"}
+    extras = {"tpu", "cuda12", "cuda13", "train", "data", "eval", "tensorboard", "test", "dev"}
     assert set(fields.get_all("Provides-Extra") or ()) == extras
     assert any(k.endswith("licenses/LICENSE") for k in files)
+
+
+def test_the_layer_alone_needs_four_packages(built):
+    (metadata,) = (v for k, v in wheel_files(built / "direct").items() if k.endswith("/METADATA"))
+    required = Parser().parsestr(metadata.decode()).get_all("Requires-Dist") or ()
+    always = {name for name in required if "extra ==" not in name}
+    assert always == {"jax>=0.10", "flax>=0.12.7", "jaxtyping", "numpy"}
+
+
+def test_only_training_imports_what_training_needs():
+    out = run(sys.executable, "-c", LAYER_ALONE, cwd=ROOT, PYTHONPATH="").splitlines()
+    shape, message = out
+    assert shape == "(1, 7)"
+    assert re.fullmatch(
+        r"memcache_jax.training needs \w+: pip install 'memcache_jax\[train\]'", message
+    )
 
 
 def test_the_wheel_works_without_the_repository(built, tmp_path):

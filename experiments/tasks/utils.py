@@ -1,30 +1,30 @@
-"""What the task files of this folder call."""
+"""Functions that the task files of this folder call."""
 
 import re
 from typing import Any
 
 import datasets
 
-from memcache_jax.training.checkpoint import load_tokenizer
+from memcache_jax.training.export import load_tokenizer
 from memcache_jax.training.tokenizers import Tokenizer
 
-ANSWER_LENGTH = 50  # tokens of the context's length that are left for question and answer
+ANSWER_LENGTH = 50  # tokens of context_length reserved for question and answer
 
 
 def load(
     path: str, *, workdir: str, context_length: int, split: str = "validation", **options: Any
 ) -> dict[str, datasets.Dataset]:
-    """Returns a data set whose contexts are cut to a length, as its split "validation".
+    """Returns a data set with truncated contexts, as its split "validation".
 
-    Documents without an answer of two characters or more are left out.
+    Drops documents whose first answer has fewer than two characters.
 
     Args:
       path: as for ``datasets.load_dataset``.
-      workdir: the run whose tokenizer counts.
-      context_length: tokens of a context, of which ``ANSWER_LENGTH`` are left free.
+      workdir: the run whose tokenizer counts the tokens.
+      context_length: tokens of a context, of which ``ANSWER_LENGTH`` are reserved.
       split: the split to read.
-      options: ``name``, ``data_files`` and ``data_dir`` are those of ``datasets.load_dataset``; the
-        rest is for other tasks.
+      options: ``name``, ``data_files`` and ``data_dir`` go to ``datasets.load_dataset``; others are
+        ignored.
     """
     tokenizer = load_tokenizer(workdir)
     known = {key: options[key] for key in ("name", "data_files", "data_dir") if key in options}
@@ -38,16 +38,18 @@ def load(
 
 
 def truncate(context: str, answer: str | None, length: int, tokenizer: Tokenizer) -> str:
-    """Returns at most ``length`` tokens of a context, with where the answer begins in the middle.
+    """Returns at most ``length`` tokens of a context, centred on the beginning of the answer.
 
-    Where there is no answer, or it is not in the context, those are the first ones. An answer near
-    the end has fewer tokens after it.
+    Without an answer in the context, these are the first tokens. An answer near the end has fewer
+    tokens after it.
 
     Raises:
       ValueError: for a length below 1.
     """
     if length < 1:
-        raise ValueError(f"no context is left: context_length must be above {ANSWER_LENGTH}")
+        raise ValueError(
+            f"context_length must be above {ANSWER_LENGTH}, got {length + ANSWER_LENGTH}"
+        )
     context = context.strip()
     tokens = tokenizer.encode(context.encode(errors="replace"))
     if len(tokens) <= length:
@@ -60,16 +62,16 @@ def truncate(context: str, answer: str | None, length: int, tokenizer: Tokenizer
 
 
 def prompt(doc: dict[str, Any]) -> str:
-    """Returns ``{context}. {cloze question}``, without marks of paragraphs."""
+    """Returns ``{context}. {cloze question}``, without paragraph marks."""
     context = re.sub(r"\[(?:PAR|DOC|TLE)\]", "", doc["context"]).strip()
     question = doc["question"].strip()
-    # Some contexts end in the question itself.
+    # Some contexts end with the question itself.
     while question and context.lower().endswith(question.lower()):
         context = context[: -len(question)].strip()
     return f"{context.strip('.')}. {question}"
 
 
 def contains(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Scores 1 where any of the answers is in the continuation, whatever its case."""
+    """Scores 1 if the continuation contains any of the answers, ignoring case."""
     text = results[0].lower()
     return {"contains": float(any(answer.lower() in text for answer in doc["answers"]))}

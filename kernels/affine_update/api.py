@@ -1,22 +1,15 @@
 """Entry point of the affine update."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from memcache_jax._typing import Array
-from memcache_jax.kernels._dispatch import choose
-from memcache_jax.kernels.affine_update import gpu, kernel, reference, tpu, xla
+from memcache_jax.kernels._dispatch import choose, implementations
 from memcache_jax.kernels.affine_update.form import AffineChunk
 
-_IMPLEMENTATIONS = {
-    "reference": reference.affine_update,
-    "xla": xla.affine_update,
-    "pallas_tpu": functools.partial(kernel.affine_update, tpu),
-    "pallas_gpu": functools.partial(kernel.affine_update, gpu),
-}
+_IMPLEMENTATIONS = implementations("affine_update", "reference", "xla", "pallas_tpu", "pallas_gpu")
 
 
 def affine_update(
@@ -28,17 +21,17 @@ def affine_update(
     keep: int,
     implementation: str | None,
 ) -> tuple[Array, Array]:
-    """Carries matrices through chunks that are affine maps of them.
+    """Carries matrices through chunks, each an affine map of the matrix.
 
-    All but the matrices themselves is known without the recurrence, and is made for all chunks side
-    by side.
+    Only the matrices themselves need the recurrence; all else is computed for all chunks side by
+    side.
 
     Args:
-      chunk: the map of one chunk, from its rows.
+      chunk: makes the map of one chunk from its rows.
       state: the first matrices, (*batch, k, v); None for zeros.
-      rows: what ``chunk`` needs, arrays (*batch, chunks, ...).
+      rows: the rows of all chunks, arrays (*batch, chunks, ...).
       batch_dims: how many leading axes are independent matrices.
-      keep: how many chunks lie between two matrices that are returned; a divisor of their number.
+      keep: chunks from one returned matrix to the next, a divisor of the number of chunks.
       implementation: ``"xla"`` (the default), ``"pallas_tpu"``, ``"pallas_gpu"`` or
         ``"reference"``.
 
@@ -48,7 +41,8 @@ def affine_update(
 
     Raises:
       ValueError: for an unknown implementation, or a ``keep`` that does not divide the chunks.
-      NotImplementedError: for what a kernel cannot take.
+      NotImplementedError: if the implementation is missing or cannot take these arguments, with the
+        reasons.
     """
     update = choose("affine_update", _IMPLEMENTATIONS, implementation)
     chunks = jax.tree.leaves(rows)[0].shape[batch_dims]

@@ -10,7 +10,7 @@ from memcache_jax._typing import Array, Float
 
 
 class AffineChunk(NamedTuple):
-    """A chunk as a map of the matrix M (k, v) that it starts from, to the matrix after and reads.
+    """A chunk as a map from the matrix M (k, v) before it to the matrix M' after it and reads y.
 
     ::
 
@@ -18,7 +18,7 @@ class AffineChunk(NamedTuple):
         M' = diag(decay) M + key^T e
         y = query M + scores e
 
-    where ``erase`` may have fewer rows than ``value``, or be None for no row at all.
+    ``erase`` may have fewer rows than ``value``, or be None.
     """
 
     decay: Float[Array, "k"]
@@ -28,9 +28,17 @@ class AffineChunk(NamedTuple):
     scores: Float[Array, "m writes"]
     erase: Float[Array, "erasing k"] | None = None
 
+    def __call__(self, matrix: Float[Array, "k v"]) -> tuple[Array, Array]:
+        """The matrix after the chunk, and what its rows read."""
+        written = self.value
+        if self.erase is not None:
+            written = written.at[: len(self.erase)].add(-jnp.matmul(self.erase, matrix))
+        after = self.decay[:, None] * matrix + jnp.matmul(self.key.T, written)
+        return after, jnp.matmul(self.query, matrix) + jnp.matmul(self.scores, written)
+
 
 def empty_matrices(chunk: Callable[[Any], AffineChunk], rows: Any, batch_dims: int) -> Array:
-    """Zeros (*batch, k, v) for what ``chunk`` maps, from its rows (*batch, chunks, ...)."""
+    """Zero matrices (*batch, k, v) for ``chunk`` to map, given its rows (*batch, chunks, ...)."""
     batch = jax.tree.leaves(rows)[0].shape[:batch_dims]
     row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[batch_dims + 1 :], x.dtype), rows)
     form = jax.eval_shape(chunk, row)

@@ -1,8 +1,8 @@
 """The affine update on GPUs: Triton programs that carry a tile of a matrix in registers.
 
-Only what depends on the matrix runs chunk by chunk: forward the matrices that chunks start from and
-what chunks write, backward their cotangents. All else is products of those for all chunks at once.
-The columns of a matrix are independent, so that a program has a few of them.
+Only what depends on the matrix runs chunk by chunk: forward, the matrices that chunks start from
+and what chunks write; backward, their cotangents. Products over all chunks at once do the rest. The
+columns of a matrix are independent, so each program carries a few of them.
 """
 
 import dataclasses
@@ -17,14 +17,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from memcache_jax._typing import Array
-from memcache_jax.kernels._pallas import (
-    cut,
-    filled_up,
-    for_each,
-    power_of_two,
-    triton_call,
-    with_most_stages,
-)
+from memcache_jax.kernels._shapes import cut, pad_to, power_of_two
+from memcache_jax.kernels._triton import for_each, triton_call, with_most_stages
+from memcache_jax.kernels.affine_update._shared import Backend, by_kernels
 from memcache_jax.kernels.affine_update.form import AffineChunk
 
 
@@ -47,17 +42,29 @@ _product = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
+def affine_update(
+    chunk: Callable[[Any], AffineChunk],
+    state: Array | None,
+    rows: Any,
+    batch_dims: int,
+    keep: int,
+) -> tuple[Array, Array]:
+    """See ``api.affine_update``."""
+    backend = Backend("pallas_gpu", Blocks, plan, forward, backward)
+    return by_kernels(backend, chunk, state, rows, batch_dims, keep)
+
+
 def plan(form: AffineChunk, state: jax.ShapeDtypeStruct, keep: int, blocks: Blocks) -> Blocks:
-    """The blocks with as many loads in flight as shared memory has room for, or refuses."""
+    """Returns the block sizes with as many loads in flight as fit, or refuses."""
     del state, keep
     return with_most_stages("affine_update", blocks, functools.partial(_shared_bytes, form))
 
 
 def _shared_bytes(form: AffineChunk, blocks: Blocks) -> int:
-    """Shared memory of the backward pass, which needs more than the forward one.
+    """Estimates the shared memory of the backward pass, which needs more than the forward one.
 
-    It is what Triton asks for on an H100, or up to a tenth more: each load but the last one in
-    flight, and one operand of a product, which passes through it on its way to the matrix units.
+    The estimate is what Triton asks for on an H100, or up to a tenth more: every load in flight but
+    the last, and one operand of a product, on its way to the matrix units.
     """
     rows, keys, writes, values = _sizes(form)
     tile = min(blocks.columns, values)
@@ -72,7 +79,7 @@ def _shared_bytes(form: AffineChunk, blocks: Blocks) -> int:
 
 
 def forward(form: AffineChunk, state: Array, keep: int, blocks: Blocks) -> tuple[Array, Array, Any]:
-    """Returns the matrices after each ``keep`` chunks, the outputs, and what ``backward`` needs."""
+    """Returns matrices after every ``keep`` chunks, the outputs, and what ``backward`` needs."""
     full = _filled(form)
     starts, written, end = _starts(full, _matrices(state), blocks)
     y = _dot("ucmk,uckv->ucmv", full.query, starts) + _dot("ucmw,ucwv->ucmv", full.scores, written)
@@ -86,7 +93,7 @@ def backward(
 ) -> tuple[AffineChunk, Array]:
     """Returns the cotangents of the form and of the first matrix."""
     full = _filled(form)
-    d_y = filled_up(d_y.astype(jnp.float32), (full.query.shape[2], full.value.shape[3]))
+    d_y = pad_to(d_y.astype(jnp.float32), (full.query.shape[2], full.value.shape[3]))
     starts, written, _ = _starts(full, _matrices(state), blocks)
     d_afters, d_written, d_state = _d_afters(full, _matrices(d_ends), d_y, blocks)
     d_form = AffineChunk(
@@ -101,7 +108,7 @@ def backward(
 
 
 def _filled(form: AffineChunk) -> AffineChunk:
-    """The maps in float32 with sizes that are powers of two, and erasures as many as writes."""
+    """The maps in float32, padded to powers of two and to as many erasures as writes."""
     rows, keys, writes, values = _sizes(form)
     shapes = dict(
         decay=(keys,),
@@ -113,18 +120,18 @@ def _filled(form: AffineChunk) -> AffineChunk:
     )
     arrays = {name: x for name, x in form._asdict().items() if x is not None}
     return AffineChunk(
-        **{name: filled_up(x.astype(jnp.float32), shapes[name]) for name, x in arrays.items()}
+        **{name: pad_to(x.astype(jnp.float32), shapes[name]) for name, x in arrays.items()}
     )
 
 
 def _sizes(form: AffineChunk) -> tuple[int, ...]:
-    """Rows, keys, writes and values of a chunk, filled up."""
+    """Rows, keys, writes and values of a chunk, padded."""
     rows, keys, writes, values = *form.query.shape[2:], *form.value.shape[2:]
     return tuple(map(power_of_two, (rows, keys, writes, values)))
 
 
 def _matrices(x: Array) -> Array:
-    return filled_up(x.astype(jnp.float32), [power_of_two(size) for size in x.shape[-2:]])
+    return pad_to(x.astype(jnp.float32), [power_of_two(size) for size in x.shape[-2:]])
 
 
 def _starts(form: AffineChunk, state: Array, blocks: Blocks) -> tuple[Array, Array, Array]:
@@ -206,7 +213,7 @@ def _call(
 
     Args:
       name: the kernel's name.
-      kernel: of a tile of the arrays.
+      kernel: works on one tile of the arrays.
       blocks: how many columns a tile has.
       tiled: arrays (units, ..., columns).
       whole: arrays (units, ...).

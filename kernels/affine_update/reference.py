@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from memcache_jax._typing import Array
@@ -22,12 +21,7 @@ def affine_update(
     state = empty_matrices(chunk, rows, batch_dims) if state is None else state
 
     def step(matrix: Array, rows: Any) -> tuple[Array, tuple[Array, Array]]:
-        form = chunk(rows)
-        written = form.value
-        if form.erase is not None:
-            written = written.at[: len(form.erase)].add(-jnp.matmul(form.erase, matrix))
-        after = form.decay[:, None] * matrix + jnp.matmul(form.key.T, written)
-        y = jnp.matmul(form.query, matrix) + jnp.matmul(form.scores, written)
+        after, y = chunk(rows)(matrix)
         return after, (after, y)
 
     def unit(state: Array, rows: Any) -> tuple[Array, Array]:

@@ -1,8 +1,9 @@
 """The affine update on TPUs, by kernels that keep the matrix in VMEM from chunk to chunk.
 
-Matrices are kept as (v, k), so that a decay of key channels is a row.
+Matrices are transposed, (v, k), so that the decay of key channels is a row.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,30 +11,41 @@ import jax.numpy as jnp
 from jax import lax
 
 from memcache_jax._typing import Array
-from memcache_jax.kernels import _sweep
+from memcache_jax.kernels import _sweep, _sweep_plan
+from memcache_jax.kernels._sweep_plan import Blocks, Sweep
+from memcache_jax.kernels.affine_update._shared import Backend, by_kernels
 from memcache_jax.kernels.affine_update.form import AffineChunk
 
-Blocks = _sweep.Blocks
 _ROWS, _TRANSPOSED, _COLUMNS = ((2,), (1,)), ((2,), (2,)), ((1,), (1,))
 
 
-def plan(form: AffineChunk, state: jax.ShapeDtypeStruct, keep: int, blocks: Blocks) -> _sweep.Sweep:
+def affine_update(
+    chunk: Callable[[Any], AffineChunk],
+    state: Array | None,
+    rows: Any,
+    batch_dims: int,
+    keep: int,
+) -> tuple[Array, Array]:
+    """See ``api.affine_update``."""
+    backend = Backend("pallas_tpu", Blocks, plan, forward, backward)
+    return by_kernels(backend, chunk, state, rows, batch_dims, keep)
+
+
+def plan(form: AffineChunk, state: jax.ShapeDtypeStruct, keep: int, blocks: Blocks) -> Sweep:
     """Divides the work, or refuses."""
     turned = jax.eval_shape(_turned, state)
-    return _sweep.plan("affine_update", turned, form, _y(form), keep, blocks)
+    return _sweep_plan.plan("affine_update", turned, form, _y(form), keep, blocks)
 
 
-def forward(
-    form: AffineChunk, state: Array, keep: int, plan: _sweep.Sweep
-) -> tuple[Array, Array, Array]:
-    """Returns the matrices after each ``keep`` chunks, the outputs, and what ``backward`` needs."""
+def forward(form: AffineChunk, state: Array, keep: int, plan: Sweep) -> tuple[Array, Array, Array]:
+    """Returns matrices after every ``keep`` chunks, the outputs, and what ``backward`` needs."""
     del keep
     ends, y, starts = _sweep.forward(plan, _step, _turned(state), form, _y(form))
     return jnp.swapaxes(ends, -1, -2), y, starts
 
 
 def backward(
-    form: AffineChunk, starts: Array, d_ends: Array, d_y: Array, plan: _sweep.Sweep
+    form: AffineChunk, starts: Array, d_ends: Array, d_y: Array, plan: Sweep
 ) -> tuple[AffineChunk, Array]:
     """Returns the cotangents of the form and of the first matrix."""
     late = jax.tree.map(lambda x: False, form)._replace(query=True, scores=True)
@@ -48,7 +60,7 @@ def _turned(state: Array) -> Array:
 
 
 def _y(form: AffineChunk) -> jax.ShapeDtypeStruct:
-    """What the chunks read."""
+    """Shape of what the chunks read."""
     return jax.ShapeDtypeStruct((*form.query.shape[:3], form.value.shape[-1]), form.value.dtype)
 
 
@@ -59,7 +71,7 @@ def _product(x: Array, y: Array, axes: tuple = _ROWS) -> Array:
 
 
 def _written(form: AffineChunk, matrix: Array) -> Array:
-    """What chunks that start from the matrices write: e = value - [erase M; 0]."""
+    """What chunks write if they start from these matrices: e = value - [erase M; 0]."""
     if form.erase is None:
         return form.value
     erasing = form.erase.shape[1]
@@ -76,7 +88,7 @@ def _step(matrix: Array, form: AffineChunk) -> tuple[Array, Array]:
 
 
 def _pull(matrix: Array, form: AffineChunk, d_after: Array, d_y: Array) -> tuple[Array, Any]:
-    """The pullback of ``_step``, with no product of a transposed copy."""
+    """The pullback of ``_step``, without transposed copies."""
     written = _written(form, matrix)
     d_written = _product(form.key, d_after, _TRANSPOSED) + _product(form.scores, d_y, _COLUMNS)
     d_matrix = form.decay[:, None] * d_after + _product(d_y, form.query, _COLUMNS)

@@ -1,7 +1,7 @@
-"""The affine update in plain XLA: only the matrices wait for each other.
+"""The affine update in plain XLA: a scan over the matrices alone.
 
-What chunks add to a matrix and read of their own writes is one batched product for all chunks. The
-backward pass makes the maps and the matrices anew.
+Batched products over all chunks give what chunks add to the matrix and read of their own writes.
+The backward pass computes the maps and the matrices again.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from memcache_jax._typing import Array
-from memcache_jax.kernels._units import for_each_unit, written
+from memcache_jax.kernels._dispatch import for_each_unit, written
 from memcache_jax.kernels.affine_update.form import AffineChunk
 
 
@@ -46,11 +46,11 @@ def affine_update(
 
 
 def _carried(form: AffineChunk, state: Array | None) -> tuple[Array, Array]:
-    """The matrices after each chunk, and the reads, from the maps of all chunks of one run."""
+    """Returns the matrices after each chunk, and the reads, from the maps of a run's chunks."""
     y = jnp.einsum("cmw,cwv->cmv", form.scores, form.value)
     added = jnp.einsum("cwk,cwv->ckv", form.key, form.value)
     done = 0
-    if state is None:  # the first chunk finds nothing to decay, to erase or to read
+    if state is None:  # the first chunk has nothing to decay, erase or read
         state, done = added[0], 1
     decay, added, query, scores, key, erase = jax.tree.map(
         lambda x: x[done:], (form.decay, added, form.query, form.scores, form.key, form.erase)

@@ -10,9 +10,9 @@ from jax import lax
 
 from memcache_jax._typing import Array, Int
 
-_BITS = 15  # of a packed pair, for the slot
+_BITS = 15  # of a packed pair that hold its slot
 MAX_SLOTS = 2**_BITS
-_MAX_STATES = 2 ** (31 - _BITS)  # of a chunk, so that a packed pair is not negative
+_MAX_STATES = 2 ** (31 - _BITS)  # of a chunk: a packed pair must not be negative
 
 
 class Runs(NamedTuple):
@@ -21,8 +21,8 @@ class Runs(NamedTuple):
     Attributes:
       block: (rows * runs) the block of each run.
       chunk: (rows * runs) its chunk of states.
-      begin: (rows * (runs + 1)) its first pair, and last the number of pairs.
-      pairs: (rows * pairs) packed (state within its chunk, slot); negative where there is no state.
+      begin: (rows * (runs + 1)) its first pair; the last entry is the number of pairs.
+      pairs: (rows * pairs) packed (state within its chunk, slot), negative for no state.
     """
 
     block: Array | np.ndarray
@@ -36,8 +36,8 @@ def make_runs(
 ) -> Runs:
     """Lists the pairs of a plan (n, r), or (b, n, r) row by row, for chunks of ``chunk_size``.
 
-    Every block has a run, or with ``by_chunk`` every chunk, so that all of an output is written;
-    runs of one block (chunk) follow each other. A static plan has no other pairs than real ones.
+    Every block (with ``by_chunk``, every chunk) has a run, so that all of an output is written, and
+    its runs are consecutive. A static plan's empty slots are left out.
     """
     chunks = -(-num_states // chunk_size)
     blocks, slots = reads.shape[-2:]
@@ -50,7 +50,7 @@ def make_runs(
         packed = xp.where(state >= 0, state % chunk_size << _BITS | slot, -1)
         packed = xp.concatenate([packed, xp.full(majors, -1)])
         key = chunk * blocks + block if by_chunk else block * chunks + chunk
-        if runs is None:  # a place that others fill needs no filler
+        if runs is None:  # a block or chunk with a real pair needs no filler
             major = chunk if by_chunk else block
             needed = np.append(state >= 0, ~np.isin(major[len(state) :], major[: len(state)]))
             key, block, chunk, packed = (x[needed] for x in (key, block, chunk, packed))
@@ -59,7 +59,7 @@ def make_runs(
         run = xp.cumsum(xp.append(xp.zeros(1, int), (key[1:] != key[:-1]).astype(int)))
         size = run[-1] + 1 if runs is None else runs
         begin = xp.searchsorted(run, xp.arange(size + 1))
-        # Beyond the last run there are empty ones of the same block and chunk.
+        # Runs beyond the last one are empty, and repeat its block and chunk.
         some = order[xp.minimum(begin[:-1], len(order) - 1)]
         return block[some], chunk[some], begin, packed[order]
 
@@ -80,7 +80,7 @@ def make_runs(
 def plan_reasons(
     reads: np.ndarray | Array, num_states: int, chunk_size: int
 ) -> list[tuple[bool, str]]:
-    """Why kernels cannot serve a plan, for ``check_served``: its lists have 32 bits a number."""
+    """Refuses plans whose numbers do not fit into 32 bits, for ``check_served``."""
     blocks, slots = reads.shape[-2:]
     chunk_size = min(chunk_size, num_states)
     return [
@@ -102,8 +102,8 @@ def differentiable(kernels: Any) -> Callable[..., Array]:
     """Returns the gated read of ((runs by block, runs by chunk), bank, query, weights).
 
     Args:
-      kernels: its ``forward``, ``backward_rows`` and ``backward_bank``; arrays are (units, ...),
-        weights the gates by slot.
+      kernels: has ``forward``, ``backward_rows`` and ``backward_bank`` on arrays (units, ...);
+        weights are the gates by slot.
     """
 
     @jax.custom_vjp

@@ -5,15 +5,9 @@ from collections.abc import Callable
 import numpy as np
 
 from memcache_jax._typing import Array, Float, Matrices
-from memcache_jax.kernels._dispatch import choose
-from memcache_jax.kernels.bank_read import gpu, reference, tpu, xla
+from memcache_jax.kernels._dispatch import choose, implementations
 
-_IMPLEMENTATIONS = {
-    "reference": reference.bank_read,
-    "xla": xla.bank_read,
-    "pallas_tpu": tpu.bank_read,
-    "pallas_gpu": gpu.bank_read,
-}
+_IMPLEMENTATIONS = implementations("bank_read", "reference", "xla", "pallas_tpu", "pallas_gpu")
 
 
 def bank_read(
@@ -38,10 +32,11 @@ def bank_read(
       reads: which states each block reads, -1 for an empty slot: (n, r) and static, so that empty
         slots cost nothing, or (b, n, r).
       implementation: ``"xla"``, ``"pallas_tpu"``, ``"pallas_gpu"`` or ``"reference"``; None for
-        what is fastest on the platform that the program is compiled for.
+        the fastest on the platform that the program is compiled for.
 
     Raises:
       ValueError: for an unknown implementation.
-      NotImplementedError: for one that cannot serve these arguments, with the reasons.
+      NotImplementedError: if the implementation is missing or cannot take these arguments, with the
+        reasons.
     """
     return choose("bank_read", _IMPLEMENTATIONS, implementation)(read, bank, query, gates, reads)

@@ -1,9 +1,8 @@
 """The gated bank read on a GPU, by Triton: one program per tile of rows, or per state.
 
-A program of the forward pass loops over the states that its block reads; so does one of the rows'
-and gates' gradients. A program of a state's gradient loops over the blocks that read it. Arrays are
-filled up with zeros to powers of two, and ``read`` must return as much for rows and matrices so
-filled up.
+For the forward pass, and for the gradients of rows and gates, a program loops over the states that
+its block reads. For the gradient of a state it loops over the blocks that read the state. Arrays
+are padded with zeros to powers of two, which must not change the values that ``read`` returns.
 """
 
 import dataclasses
@@ -19,15 +18,14 @@ from jax.experimental import pallas as pl
 from memcache_jax._typing import Array, Float, Matrices
 from memcache_jax.kernels._block_sizes import block_sizes
 from memcache_jax.kernels._dispatch import check_served
-from memcache_jax.kernels._pallas import (
-    TritonSizes,
+from memcache_jax.kernels._shapes import (
     dtype_reasons,
-    filled_up,
+    pad_to,
     power_of_two,
     read_shape,
     shape_key,
-    triton_state_reasons,
 )
+from memcache_jax.kernels._triton import TritonSizes, triton_state_reasons
 from memcache_jax.kernels.bank_read._shared import (
     Runs,
     differentiable,
@@ -63,7 +61,7 @@ def bank_read(
     full = -(-rows // tile) * tile
 
     def by_unit(x: Array, *last: int) -> Array:
-        return filled_up(x.reshape(batch * heads, *x.shape[2:]), last)
+        return pad_to(x.reshape(batch * heads, *x.shape[2:]), last)
 
     visible = jnp.asarray(reads >= 0).reshape(-1, 1, reads.shape[-2], 1, reads.shape[-1])
     weights = jnp.swapaxes(jnp.where(visible, gates, 0), 3, 4)
@@ -90,7 +88,7 @@ class _Kernels:
       read: as in ``api.bank_read``.
       tile: rows that are read at once.
       units_per_list: consecutive units that share one list of runs.
-      states: states of a bank.
+      states: number of states in a bank.
       sizes: how programs run.
     """
 
@@ -188,7 +186,7 @@ class _Kernels:
         )(first.astype(jnp.int32), *lists, *bank, query, weights, cotangent)
 
     def _lists(self, query: Array, *lists: Any) -> list[Array]:
-        """The lists, one row for the units that share it."""
+        """The lists, one row for all units that share it."""
         return [jnp.asarray(x).reshape(len(query) // self.units_per_list, -1) for x in lists]
 
     def _row_grid(self, query: Array) -> tuple[int, ...]:

@@ -2,9 +2,9 @@
 
 A run is what one block reads of one chunk of states. The chunk is brought into memory once, and the
 run's pairs are read from it one after the other; a bank that fits into memory is one chunk. The
-backward pass visits the same runs for the rows and gates, and sorted by chunk for the states. It
-recomputes the reads. All arithmetic is float32; how exact products are, is the caller's
-``jax.default_matmul_precision``.
+backward pass recomputes the reads. It visits the same runs for the gradients of rows and gates, and
+the runs sorted by chunk for those of states. All arithmetic is float32, with products as exact as
+the caller's ``jax.default_matmul_precision``.
 """
 
 import dataclasses
@@ -21,17 +21,8 @@ from jax.experimental.pallas import tpu as pltpu
 from memcache_jax._typing import Array, Float, Matrices
 from memcache_jax.kernels._block_sizes import block_sizes
 from memcache_jax.kernels._dispatch import check_served
-from memcache_jax.kernels._pallas import (
-    LANES,
-    dtype_reasons,
-    filled_up,
-    read_shape,
-    shape_key,
-    smem_reason,
-    tile_bytes,
-    tpu_call,
-    vmem_reason,
-)
+from memcache_jax.kernels._shapes import dtype_reasons, pad_to, read_shape, shape_key
+from memcache_jax.kernels._tpu import LANES, smem_reason, tile_bytes, tpu_call, vmem_reason
 from memcache_jax.kernels.bank_read._shared import (
     Runs,
     differentiable,
@@ -47,7 +38,7 @@ class BlockSizes:
 
     Attributes:
       rows: rows of a block that are read at once.
-      bank_bytes: bytes of the states that are in memory at once, if there is more than one.
+      bank_bytes: the most bytes of states in memory at once, unless a single state has more.
     """
 
     rows: int
@@ -71,7 +62,7 @@ def bank_read(
     tile = rows if tiles == 1 else -(-rows // (tiles * LANES)) * LANES
     state_bytes = sum(map(tile_bytes, shapes))
     chunk = max(1, min(states, sizes.bank_bytes // state_bytes))
-    # Blocks are held twice, to bring the next one in; so are the gradients of a chunk.
+    # Blocks are double-buffered; so are the gradients of a chunk.
     widest = max(features, *(max(shape) for shape in shapes))
     vmem = 4 * chunk * state_bytes + 4 * tile_bytes((slots, tile)) + 12 * tile_bytes((tile, widest))
     check_served(
@@ -98,13 +89,13 @@ def bank_read(
     kernels = _Kernels(
         read, tile, chunk, heads if reads.ndim == 3 else batch * heads, row.shape[-1], vmem
     )
-    # In float32, of which single rows can be taken.
+    # In float32, whose rows can be loaded one at a time.
     weights = jnp.swapaxes(gates, 3, 4).astype(jnp.float32)
     y = differentiable(kernels)(
         (by_block, by_chunk),
         tuple(map(by_unit, bank)),
-        by_unit(filled_up(query, (tiles * tile, features))),
-        by_unit(filled_up(weights, (slots, tiles * tile))),
+        by_unit(pad_to(query, (tiles * tile, features))),
+        by_unit(pad_to(weights, (slots, tiles * tile))),
     )
     return y.reshape(batch, heads, *y.shape[1:])[:, :, :, :rows].astype(row.dtype)
 
@@ -171,13 +162,13 @@ class _Kernels:
         outputs: Sequence[tuple[int, ...]],
         kinds: str,
     ) -> Sequence[Array]:
-        """Calls ``add`` for every pair of every unit, which adds to zeros in the outputs.
+        """Calls ``add`` for every pair of every unit, on outputs that start at zero.
 
         Args:
           name: of the kernel.
-          add: (what the pair reads, outputs, state in the chunk, slot) -> None. A pair reads its
-            matrices, rows, gates, and with a fourth array the rows of that.
-          runs: by chunk where the outputs are states' (then row tiles vary fastest), else by block.
+          add: (operands, outputs, state in the chunk, slot) -> None. A pair's operands are its
+            matrices, rows and gates, and its rows of the cotangent if there is one.
+          runs: by chunk for gradients of states (row tiles then vary fastest), else by block.
           arrays: bank, query, gates and maybe a cotangent, all (units, ...).
           outputs: shapes of the outputs.
           kinds: what each one is: "r" rows, "g" gates, "b" a matrix of the bank.

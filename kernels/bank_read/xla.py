@@ -1,9 +1,9 @@
-"""The gated bank read in plain XLA: work in proportion to the pairs that are really read.
+"""The gated bank read in plain XLA, with work in proportion to the pairs that are read.
 
 The (block, slot) pairs of the plan are visited in groups of up to one pair per block: a group
 gathers its blocks and states, reads them in one batched product, and adds into the output. The
-backward pass visits the same groups and recomputes the reads, so that no read of a pair is
-kept. What fills up a group has a block and a state beyond the last, so that its sums are dropped.
+backward pass visits the same groups and recomputes the reads, so that none of them is kept. Pairs
+that pad a group have a block and a state beyond the last, so that their sums are dropped.
 """
 
 import functools
@@ -15,9 +15,9 @@ import numpy as np
 from jax import lax
 
 from memcache_jax._typing import Array, Float, Int, Matrices
-from memcache_jax.kernels._units import for_each_unit
+from memcache_jax.kernels._dispatch import for_each_unit
 
-_FEW_ROWS = 256  # to be read at once, at least
+_FEW_ROWS = 256  # fewer are not read at once
 
 
 def bank_read(
@@ -45,7 +45,7 @@ def bank_read(
         groups = _slot_groups(reads, num_states, rows=query.shape[3])
 
     def take(bank, query, gates, group):
-        """The states, rows and gates of a group's pairs; any for those that fill it up."""
+        """The states, rows and gates of a group's pairs, arbitrary ones for padding."""
         block, slot, state = group
         states = jax.tree.map(lambda matrix: matrix.at[state].get(mode="clip"), bank)
         rows = query.at[block].get(mode="clip")
@@ -76,7 +76,7 @@ def bank_read(
         return lax.scan(visit, zeros, groups)[0]
 
     def for_each(unit, groups, *args):
-        if static:  # the same for all
+        if static:  # all units have the same groups
             return for_each_unit(functools.partial(unit, groups), 2)(*args)
         heads = (len(reads), query.shape[1])
         groups = jax.tree.map(
@@ -105,7 +105,7 @@ def _read_by_token(
     gates: Float[Array, "b h 1 1 r"],
     reads: np.ndarray,
 ) -> Float[Array, "b h 1 1 v"]:
-    """All states at once, where one token reads them: what is kept of that is small."""
+    """Reads all states at once: for one token the backward pass keeps little."""
     (real,) = np.nonzero(reads[0] >= 0)
     states = reads[0, real]
     if not np.array_equal(states, np.arange(jax.tree.leaves(bank)[0].shape[2])):
@@ -121,7 +121,8 @@ def _read_by_token(
 def _pair_groups(reads: np.ndarray, num_states: int) -> tuple[np.ndarray, ...]:
     """Lists (block, slot, state) of the pairs, (groups, pairs in a group) each.
 
-    As few groups of up to a pair per block as there can be, all of one size: the last is filled up.
+    They are as few groups as possible, all of one size, with at most as many pairs as there are
+    blocks; the last one is padded.
     """
     block, slot = np.nonzero(reads >= 0)
     blocks = len(reads)
@@ -136,9 +137,9 @@ def _pair_groups(reads: np.ndarray, num_states: int) -> tuple[np.ndarray, ...]:
 
 
 def _slot_groups(reads: Int[Array, "b n r"], num_states: int, rows: int) -> tuple[Array, ...]:
-    """Lists as of ``_pair_groups``, (b, groups, pairs in a group), of all slots, empty ones too.
+    """As ``_pair_groups``, (b, groups, pairs in a group), but with a pair for every slot.
 
-    A group has a pair of every block, or more where these have but few rows.
+    A group has one pair of every block, or several if blocks have few rows.
     """
     batch, blocks, slots = reads.shape
     together = min(slots, max(1, _FEW_ROWS // (blocks * rows)))

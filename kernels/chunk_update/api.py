@@ -3,15 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from memcache_jax.kernels._dispatch import choose
-from memcache_jax.kernels.chunk_update import gpu, reference, tpu, xla
+from memcache_jax.kernels._dispatch import choose, implementations
 
-_IMPLEMENTATIONS = {
-    "reference": reference.chunk_update,
-    "xla": xla.chunk_update,
-    "pallas_tpu": tpu.chunk_update,
-    "pallas_gpu": gpu.chunk_update,
-}
+_IMPLEMENTATIONS = implementations("chunk_update", "reference", "xla", "pallas_tpu", "pallas_gpu")
 
 
 def chunk_update(
@@ -30,13 +24,14 @@ def chunk_update(
       rows: what is written and read, arrays (*batch, chunks, ...).
       batch_dims: how many leading axes are independent memories.
       implementation: ``"xla"`` (the default), ``"pallas_tpu"``, which traces ``chunk`` in its
-        kernels, ``"pallas_gpu"``, which serves chunks that carry no state, or ``"reference"``.
+        kernels, ``"pallas_gpu"``, for chunks that carry no state, or ``"reference"``.
 
     Returns:
       The last states (*batch, ...) and the outputs (*batch, chunks, ...).
 
     Raises:
       ValueError: for an unknown implementation.
-      NotImplementedError: for what a kernel cannot take.
+      NotImplementedError: if the implementation is missing or cannot take these arguments, with the
+        reasons.
     """
     return choose("chunk_update", _IMPLEMENTATIONS, implementation)(chunk, state, rows, batch_dims)

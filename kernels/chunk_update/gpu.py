@@ -1,6 +1,6 @@
-"""The chunked update on GPUs, of chunks that carry no state: all of them side by side.
+"""The chunked update on GPUs, for chunks that carry no state: all run side by side.
 
-Matrix memories are carried by the affine update, and deep ones by the deep update.
+The affine update carries matrix memories, and the deep update deep ones.
 """
 
 from collections.abc import Callable

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from memcache_jax._typing import Array
-from memcache_jax.kernels import _sweep
+from memcache_jax.kernels import _sweep, _sweep_plan
 from memcache_jax.kernels._block_sizes import block_sizes
-from memcache_jax.kernels._dispatch import check_served
-from memcache_jax.kernels._pallas import dtype_reasons
-from memcache_jax.kernels._units import written
+from memcache_jax.kernels._dispatch import check_served, written
+from memcache_jax.kernels._shapes import dtype_reasons
 
 
 def chunk_update(
@@ -44,8 +43,8 @@ def chunk_update(
     key = "+".join("x".join(map(str, x.shape[1:])) for x in jax.tree.leaves(wide))
     dtype = jax.tree.leaves(rows)[0].dtype
     name = "chunk_update/pallas_tpu"
-    blocks = block_sizes(_sweep.Blocks, name, f"n{chunks} {key}", dtype)
-    plan = _sweep.plan("chunk_update", wide, rows, y_shapes, chunks, blocks)
+    blocks = block_sizes(_sweep_plan.Blocks, name, f"n{chunks} {key}", dtype)
+    plan = _sweep_plan.plan("chunk_update", wide, rows, y_shapes, chunks, blocks)
     step = jax.vmap(chunk)
 
     def pull(state: Any, rows: Any, d_after: Any, d_y: Any) -> tuple[Any, Any]:

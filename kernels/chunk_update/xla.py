@@ -1,7 +1,7 @@
 """The chunked update in plain XLA, with a backward pass that recomputes.
 
-The forward pass keeps the state that each chunk began with and nothing else; the backward pass
-walks the chunks in reverse and differentiates each one anew from its start.
+The forward pass keeps the state that each chunk starts from and nothing else; the backward pass
+walks the chunks in reverse and differentiates each one again from its start.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from memcache_jax.kernels._units import for_each_unit, written
+from memcache_jax.kernels._dispatch import for_each_unit, written
 
 
 def chunk_update(

@@ -1,11 +1,11 @@
 """Triton programs that each carry one memory through its chunks.
 
 A state does not fit into registers. It stays in global memory, where all states are returned, and a
-program passes over it in tiles of hidden units, or of keys at depth 1. Tiles need of each other the
-prediction alone, and backward the cotangent of its error, both of them sums over tiles.
+program passes over it in tiles of hidden units, or of keys at depth 1. Tiles share the prediction
+and, backward, the cotangent of its error, both of them sums over tiles.
 
-What is kept from one pass to the next is in global memory too, as scratch: a loop holds few numbers
-in registers, and loads the rest where it needs them.
+What a pass keeps for the next one is in global memory too, as scratch: a loop holds few numbers in
+registers, and loads the rest where it needs them.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from memcache_jax._typing import Array, Matrices
-from memcache_jax.kernels._pallas import for_each, triton_barrier, triton_call
+from memcache_jax.kernels._triton import for_each, triton_barrier, triton_call
 from memcache_jax.kernels.deep_update.form import DescentChunk, Loss, Parts
 
 _product = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
@@ -42,9 +42,9 @@ class Blocks:
 def starts_of(
     form: DescentChunk, goes_on: Array, given: Parts, loss: Loss, blocks: Blocks
 ) -> Parts:
-    """The states that chunks start from, written over those given.
+    """Returns the states that chunks start from, which overwrite the given ones.
 
-    All arrays are float32, and of sizes that are powers of two.
+    All arrays are float32, with sizes that are powers of two.
     """
     deep, parts, chunks = len(given[0]) > 1, range(len(given)), goes_on.shape[1]
     tiles = _tiles(given, blocks)
@@ -102,7 +102,7 @@ def d_starts_of(
     loss: Loss,
     blocks: Blocks,
 ) -> Parts:
-    """The cotangents of the states that chunks start from, written over those of the reads."""
+    """Returns the cotangents of the states that chunks start from, which overwrite the reads'."""
     deep, parts, chunks = len(weights) > 1, range(len(d_starts)), goes_on.shape[1]
     tiles = _tiles(d_starts, blocks)
 
@@ -191,14 +191,14 @@ class _Tiles(NamedTuple):
     size: int
 
     def place(self, layer: int, j: Array) -> tuple:
-        """Of tile j in the last layer, -1, and in what gives it its inputs, 0."""
+        """Index of tile j in the last layer (-1), or in what feeds that layer (0)."""
         units = pl.ds(j * self.size, self.size)
         return (units, slice(None)) if layer else (slice(None), units)
 
 
 def _slope(loss: Loss, c: Array, prediction: Array, value: Array) -> Array:
     """The loss's gradient with respect to the prediction, in chunk c."""
-    # Not a constant 1, as ``jax.grad`` has: Triton's lowering knows no constant's negative.
+    # Not the constant 1 of ``jax.grad``: Triton's lowering cannot negate a constant.
     one = (c >= 0).astype(jnp.float32)
     return jax.vjp(lambda x: loss(x, value), prediction)[1](one)[0]
 
@@ -206,7 +206,7 @@ def _slope(loss: Loss, c: Array, prediction: Array, value: Array) -> Array:
 def _hidden(
     tiles: _Tiles, deep: bool, form: Any, c: Array, entered: Any, j: Array, order: int = 0
 ) -> tuple[Array, ...]:
-    """What a tile gives the last layer, and at depth 2 its derivatives up to an order."""
+    """What a tile feeds the last layer, and at depth 2 its derivatives up to an order."""
     if deep:
         return _gelu_and_slopes(entered[0, j], order)
     return (form.key[0, c, *tiles.place(0, j)],)
@@ -236,17 +236,17 @@ def _call(
     scratch: Sequence[tuple[int, ...]],
     blocks: Blocks,
 ) -> Parts:
-    """Runs one program for each memory, which changes its states in place.
+    """Runs one program per memory, which changes the memory's states in place.
 
     Args:
       name: the kernel's name.
-      chunk: what it does for a chunk c after which the memory goes on, with references to the
-        operands, the states and the scratch.
-      every: the chunks, one after the other: all but the last one.
+      chunk: the program's work for a chunk c after which the memory goes on, given references to
+        the operands, the states and the scratch.
+      every: the chunks in the order of visits, all but the last one.
       goes_on: as for ``deep_update``.
       operands: arrays (units, chunks, ...).
       states: arrays (units, chunks, ...).
-      scratch: shapes of what a program keeps for itself.
+      scratch: shapes of a program's scratch.
       blocks: how a program runs.
     """
     if not every:
@@ -263,11 +263,11 @@ def _call(
             def _():
                 chunk(c, operands_refs, states_refs, *scratch)
 
-            # Triton orders no thread's loads after another's stores. So a barrier, which orders
-            # accesses to global memory too, is wherever a pass reads what an earlier one stored:
-            # in a chunk for the scratch, and here for the states. Within a pass no tile is read
-            # that another has stored, so that loads of the next tiles may be in flight; and no
-            # other program has the same memory.
+            # Triton does not order one thread's loads after another's stores. A barrier, which
+            # orders accesses to global memory too, stands wherever a pass reads what an earlier
+            # one stored: within a chunk for the scratch, and here for the states. Within a pass
+            # no tile reads what another stored, so that loads of the next tiles may be in flight.
+            # Programs share no memory.
             triton_barrier()
 
         for_each(len(every), step, None)

@@ -1,14 +1,10 @@
 """Entry point of the deep update."""
 
 from memcache_jax._typing import Array, Float
-from memcache_jax.kernels._dispatch import choose
-from memcache_jax.kernels.deep_update import gpu, reference
+from memcache_jax.kernels._dispatch import choose, implementations
 from memcache_jax.kernels.deep_update.form import DescentChunk, Loss, Parts
 
-_IMPLEMENTATIONS = {
-    "reference": reference.deep_update,
-    "pallas_gpu": gpu.deep_update,
-}
+_IMPLEMENTATIONS = implementations("deep_update", "reference", "pallas_gpu")
 
 
 def deep_update(
@@ -19,15 +15,15 @@ def deep_update(
     loss: Loss,
     implementation: str,
 ) -> Parts:
-    """The states that the chunks of deep memories start from.
+    """Returns the states that the chunks of deep memories start from.
 
-    From these, all chunks are written and read side by side.
+    With these, all chunks can be written and read side by side.
 
     Args:
       form: the chunks, arrays (units, chunks, ...).
-      given: the states that chunks start from where runs begin, arrays (units, chunks, ...).
+      given: the states that runs of chunks start from, arrays (units, chunks, ...).
       goes_on: 1 where a chunk starts from the end of the one before, 0 where it starts from the
-        state given; 0 for the first.
+        given state; 0 for the first chunk.
       loss: the inner loss.
       implementation: ``"reference"`` or ``"pallas_gpu"``.
 
@@ -36,7 +32,8 @@ def deep_update(
 
     Raises:
       ValueError: for an unknown implementation.
-      NotImplementedError: for what a kernel cannot take.
+      NotImplementedError: if the implementation is missing or cannot take these arguments, with the
+        reasons.
     """
     update = choose("deep_update", _IMPLEMENTATIONS, implementation)
     return update(form, given, goes_on, loss)

@@ -16,14 +16,14 @@ Parts: TypeAlias = tuple[Matrices, ...]
 
 
 class DescentChunk(NamedTuple):
-    """A chunk as a map of the weights W and the momentum S that it starts from.
+    """A chunk as a map from the weights W and momentum S before it to those after it, W' and S'.
 
     With G_j the gradient of token j's loss at W, of M(x) = x + gelu(x W_0) W_1 or M(x) = x W_0::
 
         W' = decay[0, 0] W + decay[0, 1] S - sum_j mixing[0, j] G_j
         S' =                 decay[1, 1] S - sum_j mixing[1, j] G_j
 
-    Without momentum there is the first line alone, and no S.
+    Without momentum the second line and S are left out.
     """
 
     key: Float[Array, "m k"]

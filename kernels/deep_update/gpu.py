@@ -1,6 +1,7 @@
-"""The deep update on GPUs: Triton programs carry memories, and products of all chunks do the rest.
+"""The deep update on GPUs: Triton programs carry memories from chunk to chunk.
 
-Only the states that chunks start from are made chunk by chunk, and backward their cotangents.
+They compute the states that chunks start from and, backward, the cotangents of these. Products over
+all chunks at once do the rest.
 """
 
 import functools
@@ -12,13 +13,8 @@ import jax.numpy as jnp
 from memcache_jax._typing import Array, Bool, Float
 from memcache_jax.kernels._block_sizes import block_sizes
 from memcache_jax.kernels._dispatch import check_served
-from memcache_jax.kernels._pallas import (
-    cut,
-    dtype_reasons,
-    filled_up,
-    power_of_two,
-    with_most_stages,
-)
+from memcache_jax.kernels._shapes import cut, dtype_reasons, pad_to, power_of_two
+from memcache_jax.kernels._triton import with_most_stages
 from memcache_jax.kernels.deep_update._carry import Blocks, d_starts_of, starts_of
 from memcache_jax.kernels.deep_update.form import DescentChunk, Loss, Parts
 
@@ -62,16 +58,16 @@ def deep_update(
 
 
 def plan(form: DescentChunk, given: tuple, blocks: Blocks) -> Blocks:
-    """The blocks with as many loads in flight as shared memory has room for, or refuses."""
+    """Returns the block sizes with as many loads in flight as fit, or refuses."""
     return with_most_stages("deep_update", blocks, functools.partial(_shared_bytes, form, given))
 
 
 def _shared_bytes(form: DescentChunk, given: tuple, blocks: Blocks) -> int:
-    """Shared memory of a pass, at most.
+    """Estimates the most shared memory that a pass needs.
 
-    It is what Triton asks for on an H200 for the backward pass of chunks of 64 at depth 2, or up to
-    a half more: one operand of a product, which passes through it on its way to the matrix units,
-    or all loads of the longest loop that are in flight.
+    For the backward pass of chunks of 64 at depth 2 the estimate is what Triton asks for on an
+    H200, or up to a half more: one operand of a product, on its way to the matrix units, or all
+    loads in flight of the longest loop.
     """
     rows, keys, values, units = map(
         power_of_two, (*form.key.shape[2:], form.value.shape[3], given[0][-1].shape[2])
@@ -85,21 +81,21 @@ def _shared_bytes(form: DescentChunk, given: tuple, blocks: Blocks) -> int:
 
 
 def _form(form: DescentChunk) -> DescentChunk:
-    """In float32, of sizes that are powers of two."""
+    """The chunks in float32, padded to powers of two."""
     key, value = _filled((form.key, form.value))
-    mixing = filled_up(form.mixing.astype(jnp.float32), (form.mixing.shape[2], key.shape[2]))
+    mixing = pad_to(form.mixing.astype(jnp.float32), (form.mixing.shape[2], key.shape[2]))
     return DescentChunk(key, value, form.decay.astype(jnp.float32), mixing)
 
 
 def _filled(tree: Any) -> Any:
-    """Arrays (units, chunks, rows, columns) in float32, of sizes that are powers of two."""
+    """Arrays (units, chunks, rows, columns) in float32, padded to powers of two."""
 
     def filled(x: Array) -> Array:
-        return filled_up(x.astype(jnp.float32), tuple(map(power_of_two, x.shape[2:])))
+        return pad_to(x.astype(jnp.float32), tuple(map(power_of_two, x.shape[2:])))
 
     return jax.tree.map(filled, tree)
 
 
 def _where(condition: Bool[Array, "units chunks"], x: Array) -> Array:
-    """Zero elsewhere."""
+    """Returns x where the condition holds, and zero elsewhere."""
     return jnp.where(condition.reshape(*condition.shape, *[1] * (x.ndim - 2)), x, 0)

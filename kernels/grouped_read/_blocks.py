@@ -1,8 +1,8 @@
 """What the implementations of the grouped read share: pairs arranged into blocks of one state.
 
 As in a mixture of experts, the (row, choice) pairs are sorted by state and each state's group is
-filled up to whole blocks, so that every block reads one state. Every state has a block. A choice of
--1 has no place.
+padded to whole blocks, so that every block reads one state. Every state has at least one block. A
+choice of -1 has no place.
 """
 
 import functools
@@ -19,8 +19,8 @@ class Blocks(NamedTuple):
     """Where pairs lie in the blocks of each unit.
 
     Attributes:
-      place: (units, pairs) the place of each pair; one too high for those that choose no state.
-      pair: (units, places) the pair at each place; one too high where there is none.
+      place: (units, pairs) the place of each pair, beyond the last if it chose no state.
+      pair: (units, places) the pair at each place, beyond the last if there is none.
       state: (units, blocks) the state that each block reads, ascending.
       chosen: (units, states) whether any pair chose the state.
     """
@@ -32,7 +32,7 @@ class Blocks(NamedTuple):
 
 
 def most_blocks(pairs: int, num_states: int, rows: int) -> int:
-    """Blocks of ``rows`` rows, if every group has one to fill up."""
+    """The most blocks of ``rows`` rows that are needed, if every state's group has a padded one."""
     return -(-pairs // rows) + num_states
 
 
@@ -59,9 +59,9 @@ def arrange(
 
 
 def of_chosen(chosen: Bool[Array, "*units states"], d_bank: Sequence[Array]) -> Matrices:
-    """The gradients (*units, states, in, out) of the states that were chosen, zero of the others.
+    """The gradients (*units, states, in, out), zero for states that were not chosen.
 
-    Those have a block too, whose gradient is NaN where the state is, though nothing reads it.
+    Those have a block too, whose gradient is NaN if the state is, though nothing reads it.
     """
     return tuple(jnp.where(chosen[..., None, None], d, 0) for d in d_bank)
 
@@ -75,7 +75,7 @@ def take(rows: Array, index: Int[Array, "i"]) -> Array:
 def differentiable(kernels: Any, choices: int) -> Callable[..., Array]:
     """Returns the read of (blocks, bank, query, gates), all (units, ...), query and gates by token.
 
-    What is gathered forward is gathered backward too, never scattered.
+    The backward pass gathers too, and never scatters.
 
     Args:
       kernels: ``forward`` and ``backward`` on arrays by block: (state, bank, rows, weights) to
@@ -133,9 +133,9 @@ def by_kernels(
     """The grouped read of arguments as in ``api.grouped_read``, through the kernels of a platform.
 
     Args:
-      make_kernels: from the rows of a block to the kernels.
-      rows: of a block, at most.
-      bank: as in ``api.grouped_read``, filled up as the kernels need it; so is the query.
+      make_kernels: makes the kernels for blocks of so many rows.
+      rows: rows of a block.
+      bank: as in ``api.grouped_read``, padded as the kernels need it; so is the query.
       query: see bank.
       gates: as in ``api.grouped_read``.
       states: as in ``api.grouped_read``.

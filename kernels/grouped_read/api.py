@@ -3,15 +3,9 @@
 from collections.abc import Callable
 
 from memcache_jax._typing import Array, Float, Int, Matrices
-from memcache_jax.kernels._dispatch import choose
-from memcache_jax.kernels.grouped_read import gpu, reference, tpu, xla
+from memcache_jax.kernels._dispatch import choose, implementations
 
-_IMPLEMENTATIONS = {
-    "reference": reference.grouped_read,
-    "xla": xla.grouped_read,
-    "pallas_tpu": tpu.grouped_read,
-    "pallas_gpu": gpu.grouped_read,
-}
+_IMPLEMENTATIONS = implementations("grouped_read", "reference", "xla", "pallas_tpu", "pallas_gpu")
 
 
 def grouped_read(
@@ -35,11 +29,12 @@ def grouped_read(
       gates: weight of each row's choices.
       states: the states that each row has chosen, -1 for none.
       implementation: ``"xla"``, ``"pallas_tpu"``, ``"pallas_gpu"`` or ``"reference"``; None for
-        what is fastest on the platform that the program is compiled for.
+        the fastest on the platform that the program is compiled for.
 
     Raises:
       ValueError: for an unknown implementation.
-      NotImplementedError: for one that cannot serve these arguments, with the reasons.
+      NotImplementedError: if the implementation is missing or cannot take these arguments, with the
+        reasons.
     """
     return choose("grouped_read", _IMPLEMENTATIONS, implementation)(
         read, bank, query, gates, states

@@ -1,7 +1,7 @@
 """The grouped read on a GPU, by Triton: one program per block of rows, or per state.
 
-A program of a state's gradient loops over its consecutive blocks. Arrays are filled up with zeros
-to powers of two, and ``read`` must return as much for rows and matrices so filled up.
+For the gradient of a state, a program loops over its consecutive blocks. Arrays are padded with
+zeros to powers of two, which must not change the values that ``read`` returns.
 """
 
 import dataclasses
@@ -15,15 +15,14 @@ from jax.experimental import pallas as pl
 from memcache_jax._typing import Array, Float, Int, Matrices
 from memcache_jax.kernels._block_sizes import block_sizes
 from memcache_jax.kernels._dispatch import check_served
-from memcache_jax.kernels._pallas import (
-    TritonSizes,
+from memcache_jax.kernels._shapes import (
     dtype_reasons,
-    filled_up,
+    pad_to,
     power_of_two,
     read_shape,
     shape_key,
-    triton_state_reasons,
 )
+from memcache_jax.kernels._triton import TritonSizes, triton_state_reasons
 from memcache_jax.kernels.grouped_read._blocks import by_kernels
 
 
@@ -48,8 +47,8 @@ def grouped_read(
     y = by_kernels(
         lambda _: _Kernels(read, sizes),
         min(sizes.rows, power_of_two(-(-pairs // bank[0].shape[2]))),
-        tuple(filled_up(m, tuple(map(power_of_two, m.shape[3:]))) for m in bank),
-        filled_up(query, (power_of_two(query.shape[-1]),)),
+        tuple(pad_to(m, tuple(map(power_of_two, m.shape[3:]))) for m in bank),
+        pad_to(query, (power_of_two(query.shape[-1]),)),
         gates,
         states,
     )

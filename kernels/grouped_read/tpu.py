@@ -1,8 +1,7 @@
 """The grouped read on a TPU: a grid over blocks of rows, each of which names its state.
 
 The backward pass recomputes the reads, and adds up a state's gradient over its consecutive blocks.
-All arithmetic is float32; how exact products are, is the caller's
-``jax.default_matmul_precision``.
+All arithmetic is float32, with products as exact as the caller's ``jax.default_matmul_precision``.
 """
 
 import dataclasses
@@ -18,16 +17,8 @@ from jax.experimental.pallas import tpu as pltpu
 from memcache_jax._typing import Array, Float, Int, Matrices
 from memcache_jax.kernels._block_sizes import block_sizes
 from memcache_jax.kernels._dispatch import check_served
-from memcache_jax.kernels._pallas import (
-    dtype_reasons,
-    power_of_two,
-    read_shape,
-    shape_key,
-    smem_reason,
-    tile_bytes,
-    tpu_call,
-    vmem_reason,
-)
+from memcache_jax.kernels._shapes import dtype_reasons, power_of_two, read_shape, shape_key
+from memcache_jax.kernels._tpu import smem_reason, tile_bytes, tpu_call, vmem_reason
 from memcache_jax.kernels.grouped_read._blocks import by_kernels, most_blocks
 
 
@@ -36,7 +27,7 @@ class BlockSizes:
     """What one step of the kernels holds.
 
     Attributes:
-      rows: rows of a block at most, a power of two from 16 on.
+      rows: the most rows of a block, a power of two from 16 on.
     """
 
     rows: int
@@ -59,7 +50,7 @@ def grouped_read(
     rows = min(sizes.rows, power_of_two(-(-pairs // bank[0].shape[2])))
     num_blocks = most_blocks(pairs, bank[0].shape[2], rows)
     widest = max(query.shape[-1], *(max(shape) for shape in shapes))
-    # Blocks are held twice, to bring the next one in; so is a state's gradient.
+    # Blocks are double-buffered; so is a state's gradient.
     vmem = 4 * sum(map(tile_bytes, shapes)) + 16 * tile_bytes((rows, widest))
     check_served(
         "grouped_read",
@@ -156,7 +147,7 @@ class _Kernels:
         """
         units, num_blocks = state.shape
         parts = _parts(units, num_blocks)
-        if parts > 1:  # all the states' numbers are in scalar memory at once
+        if parts > 1:  # the state of every block is in scalar memory at once
             shapes = [(units // parts, *shape[1:]) for shape in outputs]
             split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (state, arrays))
             every = lax.map(lambda xs: self._call(name, kernel, xs[0], xs[1], shapes, kinds), split)
@@ -188,13 +179,13 @@ class _Kernels:
 
 
 def _parts(units: int, num_blocks: int) -> int:
-    """In how many parts, all as large, units are read."""
+    """The number of equal parts in which units are read, so that each fits scalar memory."""
     every = (parts for parts in range(1, units + 1) if units % parts == 0)
     return next(parts for parts in every if not smem_reason(units // parts * num_blocks)[0])
 
 
 def _loaded(bank: Sequence[Any], rows: Any, weights: Any) -> tuple:
-    """What a block reads from: matrices, rows and weights."""
+    """A block's matrices, rows and weights, in float32."""
     matrices = tuple(m[0, 0].astype(jnp.float32) for m in bank)
     return (
         matrices,

@@ -1,8 +1,7 @@
-"""The grouped read in plain XLA: cost in proportion to the choices, not to the states there are.
+"""The grouped read in plain XLA: cost grows with the choices, not with the number of states.
 
-As in a mixture of experts, the (row, choice) pairs are sorted by state and each state's group is
-filled up to whole blocks of rows, so that every block reads one state. Blocks are visited a few at
-a time, and the backward pass recomputes the reads.
+Blocks of rows that read one state are visited a few at a time, and the backward pass recomputes the
+reads.
 """
 
 from collections.abc import Callable
@@ -12,10 +11,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from memcache_jax._typing import Array, Bool, Float, Int, Matrices
-from memcache_jax.kernels._units import for_each_unit
+from memcache_jax.kernels._dispatch import for_each_unit
 from memcache_jax.kernels.grouped_read._blocks import arrange, most_blocks, of_chosen, take
 
-_ROWS = 64  # of a block
+_ROWS = 64  # in a block
 _BLOCKS = 16  # visited at once
 
 
@@ -52,7 +51,7 @@ def _read_blocks(
     rows: Float[Array, "b h w g rows k"],
     gates: Float[Array, "b h w g rows"],
 ) -> Float[Array, "b h w g rows v"]:
-    """Reads every block of rows from its state; w visits of g blocks each."""
+    """Reads every block of rows from its state, in w visits of g blocks each."""
     every = jax.vmap(read)
 
     def forward_unit(state, chosen, bank, rows, gates):

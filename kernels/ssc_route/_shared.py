@@ -8,28 +8,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from memcache_jax._typing import Array
-from memcache_jax.kernels._pallas import filled_up
+from memcache_jax.kernels._shapes import pad_to
 
 
 def slots_are_states(reads: np.ndarray, num_states: int) -> bool:
-    """Whether every state that is read stands in the slot of its number."""
+    """Whether every state that is read is in the slot of its own number."""
     blocks, slots = reads.shape
     same = (reads < 0) | (reads == np.arange(slots))
     return slots == num_states and bool(same.all()) and blocks > 0
 
 
 def select(logits: Array, reads: Array, online: Array, top_k: int, axis: int) -> tuple:
-    """The gates of the largest logits and of the online one, and the states, in a kernel.
+    """Selects the largest logits, and gates them and the online one; called in kernels.
 
     Args:
       logits: relevance, slots along ``axis`` and tokens along the other.
-      reads: the states in the slots, in float32 as the logits, with one token; -1 for none.
-      online: relevance of the online state, with one slot.
+      reads: the states in the slots, -1 for none, float32 and shaped as the logits of one token.
+      online: relevance of the online state, shaped as the logits of one slot.
       top_k: how many to select.
-      axis: of the slots.
+      axis: the axis of the slots.
 
     Returns:
-      Gates and states, lists of arrays as ``online``, and the online gate.
+      The gates, the online gate, and the selected states. Gates and states are lists of arrays
+      shaped as ``online``.
     """
     slots = jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis).astype(jnp.float32)
     left = jnp.where(reads >= 0, logits, -jnp.inf)
@@ -49,7 +50,7 @@ def select(logits: Array, reads: Array, online: Array, top_k: int, axis: int) ->
 
 
 def scattered(d_logits: Sequence[Array], states: Sequence[Array], reads: Array) -> Array:
-    """The gradient of all logits from that of the selected ones, in a kernel."""
+    """The gradient of all logits from that of the selected ones; called in kernels."""
     parts = [jnp.where(reads == s, d, 0.0) for d, s in zip(d_logits, states, strict=True)]
     return sum(parts[1:], parts[0])
 
@@ -76,9 +77,9 @@ def by_kernels(
       online: see connector.
       reads: see connector.
       top_k: see connector.
-      rows: to which a block's rows are filled up.
-      slots: to which slots are filled up.
-      features: to which features are filled up.
+      rows: rows of a block, padded.
+      slots: slots, padded.
+      features: features, padded.
     """
     batch, heads, blocks, c, _ = connector.shape
     units = batch * heads
@@ -90,9 +91,9 @@ def by_kernels(
     run = _differentiable(kernels)
     gates, online_gate, states = run(
         jnp.asarray(wide),
-        filled_up(connector.reshape(units, blocks, c, -1), (rows, features)).astype(jnp.float32),
-        filled_up(keys.reshape(units, *keys.shape[2:]), (slots, features)).astype(jnp.float32),
-        filled_up(online.reshape(units, blocks, c), (rows,)).astype(jnp.float32),
+        pad_to(connector.reshape(units, blocks, c, -1), (rows, features)).astype(jnp.float32),
+        pad_to(keys.reshape(units, *keys.shape[2:]), (slots, features)).astype(jnp.float32),
+        pad_to(online.reshape(units, blocks, c), (rows,)).astype(jnp.float32),
     )
 
     def by_token(x: Array) -> Array:

@@ -3,15 +3,9 @@
 import numpy as np
 
 from memcache_jax._typing import Array, Float, Int
-from memcache_jax.kernels._dispatch import choose
-from memcache_jax.kernels.ssc_route import gpu, reference, tpu, xla
+from memcache_jax.kernels._dispatch import choose, implementations
 
-_IMPLEMENTATIONS = {
-    "reference": reference.ssc_route,
-    "xla": xla.ssc_route,
-    "pallas_tpu": tpu.ssc_route,
-    "pallas_gpu": gpu.ssc_route,
-}
+_IMPLEMENTATIONS = implementations("ssc_route", "reference", "xla", "pallas_tpu", "pallas_gpu")
 
 
 def ssc_route(
@@ -26,7 +20,7 @@ def ssc_route(
     """Selects the states of highest relevance <u_t, p_i>, and gates them and the online one.
 
     gamma_t = softmax over the ``top_k`` selected states and the online one (Eq. 16-17 of
-    arXiv:2602.24281); of equally relevant states the first in a row of ``reads``, the older.
+    arXiv:2602.24281); ties go to the first in a row of ``reads``, the older state.
 
     Args:
       connector: the rows u, block by block.
@@ -35,7 +29,7 @@ def ssc_route(
       reads: (n, r) which states each block may select, each at most once, -1 for an empty slot.
       top_k: states that a token selects, s.
       implementation: ``"xla"``, ``"pallas_tpu"``, ``"pallas_gpu"`` or ``"reference"``; None for
-        what is fastest on the platform that the program is compiled for.
+        the fastest on the platform that the program is compiled for.
 
     Returns:
       The gates of the selected states, the most relevant first; the gate of the online state; and
@@ -43,7 +37,8 @@ def ssc_route(
 
     Raises:
       ValueError: for an unknown implementation.
-      NotImplementedError: for one that cannot serve these arguments, with the reasons.
+      NotImplementedError: if the implementation is missing or cannot take these arguments, with the
+        reasons.
     """
     function = choose("ssc_route", _IMPLEMENTATIONS, implementation)
     return function(connector, pooled, online, reads, top_k)

@@ -1,8 +1,8 @@
 """The routing on a GPU, by Triton: one program per tile of tokens.
 
-A program holds its tokens' relevance to all slots, and takes a few features of the keys at a time.
-The gradient of the keys has one program per tile of slots, which loops over all tokens that may
-select them. Arrays are filled up with zeros to powers of two.
+A program holds its tokens' relevance to all slots, and loads a few features of the keys at a time.
+For the gradient of the keys there is one program per tile of slots, which loops over all tokens
+that may select them. Arrays are padded with zeros to powers of two.
 """
 
 import dataclasses
@@ -17,13 +17,14 @@ from jax.experimental import pallas as pl
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.kernels._block_sizes import block_sizes
 from memcache_jax.kernels._dispatch import check_served
-from memcache_jax.kernels._pallas import TritonSizes, dtype_reasons, for_each, power_of_two
+from memcache_jax.kernels._shapes import dtype_reasons, power_of_two
+from memcache_jax.kernels._triton import TritonSizes, for_each
 from memcache_jax.kernels.ssc_route._shared import by_kernels, scattered, select
 
-_LOGITS = 2**13  # that a program has registers for, with what selecting takes
-_FEATURES = 32  # of the keys that a program loads at once
-_LEAST = 16  # tokens at once
-_SLOTS = 32  # whose keys' gradients are one program
+_LOGITS = 2**13  # that a program has registers for, beside those for selecting
+_FEATURES = 32  # of the keys, loaded at once
+_LEAST = 16  # tokens that a program takes
+_SLOTS = 32  # whose keys' gradients one program computes
 
 
 def ssc_route(

@@ -1,8 +1,8 @@
 """The routing on a TPU: a tile of tokens at a time, whose relevance stays in vector memory.
 
 Slots lie along sublanes and tokens along lanes, so that the largest of the slots are found without
-moving lanes. The backward pass forms the gradients of a tile's logits, zero but for the selected,
-and multiplies them.
+moving lanes. The backward pass forms the gradients of a tile's logits, zero except for the selected
+ones, and multiplies them with keys and tokens.
 """
 
 import dataclasses
@@ -16,7 +16,8 @@ from jax.experimental import pallas as pl
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.kernels._block_sizes import block_sizes
 from memcache_jax.kernels._dispatch import check_served
-from memcache_jax.kernels._pallas import LANES, dtype_reasons, tile_bytes, tpu_call, vmem_reason
+from memcache_jax.kernels._shapes import dtype_reasons
+from memcache_jax.kernels._tpu import LANES, tile_bytes, tpu_call, vmem_reason
 from memcache_jax.kernels.ssc_route._shared import by_kernels, scattered, select
 
 
@@ -45,7 +46,7 @@ def ssc_route(
     sizes = block_sizes(BlockSizes, "ssc_route/pallas_tpu", shape, connector.dtype)
     tiles = -(-rows // sizes.rows)
     tile = rows if tiles == 1 else -(-rows // (tiles * LANES)) * LANES
-    # Logits several times over, and keys and rows twice, with gradients.
+    # Logits and their copies, and double-buffered keys and rows with their gradients.
     vmem = 8 * tile_bytes((slots, tile)) + 6 * tile_bytes((slots + tile, features))
     check_served(
         "ssc_route",
@@ -132,7 +133,7 @@ class _Kernels:
         """Calls a kernel for every tile of every block and unit.
 
         The kinds of arrays are "w" the states in a block's slots, "r" rows, "k" keys, and "g"
-        numbers of tokens along the last axis.
+        arrays with tokens along the last axis.
         """
         connector, keys = operands[1:3]
         units, blocks, rows, _ = connector.shape

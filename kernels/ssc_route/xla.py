@@ -1,4 +1,4 @@
-"""The routing in plain XLA: the relevance of all states to all tokens, then the largest."""
+"""The routing in plain XLA: the relevance of every state to every token, then the top k."""
 
 import jax
 import jax.numpy as jnp

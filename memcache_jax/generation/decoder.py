@@ -1,4 +1,4 @@
-"""Generation token by token, for output as it comes and for conversations."""
+"""Generation token by token, for streamed output and conversations."""
 
 import functools
 from collections.abc import Mapping
@@ -19,21 +19,21 @@ from memcache_jax.nn.model_cache import LanguageModelCache
 
 
 class Decoder:
-    """A language model that keeps its cache: feed it tokens, and take what follows one by one.
+    """A language model with a cache: feed it tokens, then draw the following ones one by one.
 
-    What is fed and what is drawn is one sequence, so that a conversation never passes over its past
-    again. After one prompt and with equal arguments the tokens are those of ``generate``.
+    Fed and drawn tokens form one sequence, so that a conversation never processes its past again.
+    After a single prompt the tokens are those of ``generate`` with the same arguments.
 
     Args:
-      model: the model; later changes of its parameters are not seen.
+      model: the model; the decoder does not see later changes of its parameters.
       batch_size: rows.
-      max_length: tokens that a row may take; None where ``cache`` bounds the memory instead.
-      temperature: as for ``generate``, and so are the next three.
-      top_k: of this many tokens.
-      top_p: of the most likely ones that have this probability together.
-      key: a random key; not needed for temperature 0.
-      cache: how states are kept: ``max_segments``, ``policy``, ``cache_dtype`` and ``placement`` of
-        ``mc.init_cache``.
+      max_length: maximum number of tokens of a row; None if ``cache`` bounds the memory.
+      temperature: as for ``generate``.
+      top_k: as for ``generate``.
+      top_p: as for ``generate``.
+      key: as for ``generate``.
+      cache: options of ``mc.init_cache``: ``max_segments``, ``policy``, ``cache_dtype`` and
+        ``placement``.
 
     Raises:
       ValueError: as ``generate``.
@@ -74,9 +74,9 @@ class Decoder:
 
     @property
     def cache(self) -> LanguageModelCache:
-        """The model's cache. Another may be put in its place, and tokens are fed before the next.
+        """The model's cache. After setting another one, feed tokens before the next draw.
 
-        The next call takes its arrays: keep ``decoder.cache.take(rows)`` to come back to it.
+        The next call donates its arrays: keep ``decoder.cache.take(rows)`` to return to it.
         """
         return self._cache
 
@@ -87,30 +87,30 @@ class Decoder:
     def feed(
         self, tokens: jax.typing.ArrayLike, lengths: jax.typing.ArrayLike | None = None
     ) -> None:
-        """Takes tokens of the caller's.
+        """Appends tokens to the sequences.
 
         Args:
           tokens: (b, t) ids.
-          lengths: (b,) tokens of each row that count, the first ones; all by default. A row that
-            was fed before may have none.
+          lengths: (b,) number of tokens to take from the start of each row; all by default. A row
+            that was fed before may have 0.
 
         Raises:
-          ValueError: for tokens as ``generate`` refuses them, or that find no room in the cache,
-            which is then as it was before.
+          ValueError: for tokens that ``generate`` rejects, or that do not fit the cache, which
+            then stays unchanged.
         """
         tokens = check_prompt(tokens, self._model)
         least = 1 if self._logits is None else 0
         self._extend(tokens, jnp.asarray(check_lengths(lengths, tokens.shape, least), jnp.int32))
 
     def next(self) -> Int[np.ndarray, "b"]:
-        """Draws the next token of each row, and takes it.
+        """Draws the next token of each row, and appends it.
 
         Raises:
-          ValueError: before any token was fed, or where the cache is full.
+          ValueError: before the first ``feed``, or if the cache is full.
         """
         if self._logits is None:
-            raise ValueError("feed at least one token before the first one is drawn")
-        key = jax.random.fold_in(self._key, self._drawn)  # as generate's
+            raise ValueError("feed at least one token before drawing the next one")
+        key = jax.random.fold_in(self._key, self._drawn)  # as in generate
         self._drawn += 1
         token = _draw(key, self._logits, self._sampling.numbers, **self._sampling.static)
         self._extend(token[:, None], None)

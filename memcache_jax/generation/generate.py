@@ -1,4 +1,4 @@
-"""Continuations of whole batches in one compiled loop."""
+"""Generation of a whole batch in one compiled loop."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -29,40 +29,39 @@ def generate(
     key: Array | None = None,
     cache: Mapping[str, Any] | None = None,
 ) -> Int[Array, "b t"]:
-    """Continues every row of ``prompt``, one token after the other.
+    """Continues every row of ``prompt``, token by token.
 
-    An ``nn.LanguageModel`` takes the prompt at once and then a token at a time, from a cache that
-    it keeps. Any other model passes, for every token, over a buffer that holds the prompt and all
-    new tokens. Buffers and caches hold the next power of two, 64 or more; there is one compilation
-    per such size of the prompt, of the whole, and per batch size. A row's tokens depend on no other
-    row's.
+    An ``nn.LanguageModel`` reads the prompt at once, then one token at a time from its cache. Any
+    other model reads, for every token, a buffer with the prompt and all new tokens. Sizes of
+    buffers and caches are rounded up to powers of two, at least 64; each combination of these sizes
+    and a batch size is compiled once. A row's tokens do not depend on other rows.
 
     Args:
       model: a causal model (b, t) int -> logits (b, t, vocab): an ``nn.LanguageModel``, another NNX
-        module, in evaluation mode if it has one, or a function. Pass the same function again, not a
-        new one, to reuse its compilation.
+        module, in evaluation mode if it has one, or a function. Pass the same function object again
+        to reuse its compilation.
       prompt: (b, t) token ids.
-      max_new_tokens: how many tokens to add to each row.
-      lengths: (b,) tokens of each row's prompt, the first ones; all by default.
+      max_new_tokens: number of tokens to add to each row.
+      lengths: (b,) length of each row's prompt; t by default.
       temperature: divides the logits; 0 takes the most likely token.
       top_k: samples from this many most likely tokens; None for all.
       top_p: samples from the smallest set of most likely tokens whose probabilities sum to at
         least this, in (0, 1].
-      stop_token: a token, or several: a row that has produced one is filled up with it.
+      stop_token: one or several tokens that end a row; the rest of the row repeats it.
       key: a random key; not needed for temperature 0.
-      cache: how an ``nn.LanguageModel`` keeps states, the options of ``mc.init_cache``:
-        ``max_segments``, ``policy``, ``cache_dtype``.
+      cache: options of ``mc.init_cache`` for an ``nn.LanguageModel``: ``max_segments``,
+        ``policy``, ``cache_dtype``.
 
     Returns:
-      (b, t + max_new_tokens) int32: the prompt and what follows it; where ``lengths`` are given,
-      what follows each row's own tokens, and zeros after that.
+      (b, t + max_new_tokens) int32: the prompt and the new tokens. With ``lengths``, new tokens
+      follow each row's own prompt, and zeros follow them.
 
     Raises:
-      ValueError: for a prompt that is not integers (b, t), is empty or has ids out of the model's
-        vocabulary; for ``max_new_tokens``, ``lengths``, ``temperature``, ``top_k``, ``top_p`` or
-        ``stop_token`` out of range; for a missing key; if the model does not return
-        (b, t, vocab); or for ``cache`` with a model that keeps none, unknown options, or too
-        little room.
+      ValueError: if the prompt is not integers (b, t), is empty, or has ids outside the model's
+        vocabulary; if ``max_new_tokens``, ``lengths``, ``temperature``, ``top_k``, ``top_p`` or
+        ``stop_token`` is out of range; if the key is missing; if the model does not return
+        (b, t, vocab); or if ``cache`` is given for a model without one, has unknown options, or
+        is too small.
 
     Example:
       >>> import jax.numpy as jnp, memcache_jax as mc
@@ -110,14 +109,14 @@ def generate(
 def _check_cache(
     model: Any, options: Mapping[str, Any], shape: tuple[int, ...], longest: int, new: int
 ) -> None:
-    """Raises ValueError unless a cache with these options has room for prompts and more.
+    """Raises ValueError unless a cache with these options has room for prompts and new tokens.
 
-    Prompts (b, t) have up to ``longest`` tokens in a row.
+    The prompts have shape (b, t), and up to ``longest`` tokens in a row.
     """
     if not isinstance(model, LanguageModel):
         raise ValueError(f"cache={dict(options)} is for an nn.LanguageModel, got {type(model)}")
     batch, length = shape
-    taken = longest + new - 1  # the last one is drawn, and not taken
+    taken = longest + new - 1  # the last token is drawn, but not appended
     empty = jax.eval_shape(lambda: model.init_cache(batch, buffer_size(length + new), **options))
     if empty.max_length is not None and taken > empty.max_length:
         raise ValueError(
@@ -144,9 +143,9 @@ def _continue(
     cache: tuple[tuple[str, Any], ...],
     **sampling: Any,
 ) -> Int[Array, "b size"]:
-    """The tokens that follow each row."""
+    """Returns the new tokens of each row."""
     model = model if state is None else nnx.merge(model, state)
-    kind = _Cached(model, dict(cache)) if isinstance(model, LanguageModel) else _Anew(model)
+    kind = _Cached(model, dict(cache)) if isinstance(model, LanguageModel) else _Uncached(model)
 
     def draw(step: Any, logits: Array, last: Array, finished: Array) -> tuple[Array, Array]:
         wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
@@ -174,7 +173,7 @@ def _continue(
 
 
 class _Cached:
-    """Goes on from a cache."""
+    """Extends a cache."""
 
     def __init__(self, model: LanguageModel, options: dict[str, Any]) -> None:
         self.model, self.options = model, options
@@ -187,14 +186,14 @@ class _Cached:
         return extend_logits(self.model, token[:, None], cache)
 
 
-class _Anew:
-    """Passes over everything again."""
+class _Uncached:
+    """Runs the model over the whole buffer for every token."""
 
     def __init__(self, model: Callable[[Array], Array]) -> None:
         self.model = model
 
     def start(self, prompt: Array, lengths: Array, size: int) -> tuple[Any, Float[Array, "b v"]]:
-        # What lies after a row's end is never read by a causal model.
+        # A causal model never reads the padding after a row's end.
         buffer = jnp.pad(prompt, ((0, 0), (0, size - prompt.shape[1])))
         return (buffer, lengths), self._logits(buffer, lengths - 1)
 
@@ -216,7 +215,7 @@ class _Anew:
 def extend_logits(
     model: LanguageModel, tokens: Int[Array, "b t"], cache: Any, lengths: Array | None = None
 ) -> tuple[Any, Float[Array, "b v"]]:
-    """The cache after a stream's next tokens, and the logits after each row's last one."""
+    """Returns the cache extended by tokens, and the logits after each row's last token."""
     hidden, cache = model.extend(tokens, cache, lengths)
     if lengths is None:
         return cache, model.logits(hidden[:, -1])

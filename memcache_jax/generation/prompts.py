@@ -1,4 +1,4 @@
-"""Checks of token ids, made before anything is compiled."""
+"""Checks of token ids, before any compilation."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ _SMALLEST_BUFFER = 64
 
 
 def buffer_size(tokens: int) -> int:
-    """The next power of two, of 64 or more: programs are compiled for few sizes."""
+    """Rounds up to a power of two, at least 64, so that few sizes are compiled."""
     return max(_SMALLEST_BUFFER, 1 << (tokens - 1).bit_length())
 
 
@@ -26,7 +26,7 @@ def check_prompt(prompt: jax.typing.ArrayLike, model: Any) -> Int[Array, "b t"]:
     if len(shape) != 2 or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(f"prompt must be integers of shape (b, t), got {dtype} {shape}")
     if 0 in shape:
-        raise ValueError(f"prompt needs at least one row and one token, got shape {shape}")
+        raise ValueError(f"prompt must not be empty, got shape {shape}")
     if not traced:
         _check_ids("prompt", int(array.min()), int(array.max()), model)
     return jnp.asarray(array.astype(jnp.int32))
@@ -41,10 +41,10 @@ def check_stop(stop_token: int | Sequence[int] | None, model: Any) -> Int[Array,
 
 
 def _check_ids(name: str, smallest: int, largest: int, model: Any) -> None:
-    """Raises ValueError for ids that no token of the model has."""
+    """Raises ValueError for ids outside the model's vocabulary."""
     limit = getattr(getattr(model, "config", None), "vocab_size", 2**31)
     if smallest < 0 or largest >= limit:
         raise ValueError(
-            f"{name} must hold token ids of the model, 0 to {limit - 1}, "
+            f"{name} must hold token ids from 0 to {limit - 1}, "
             f"got {smallest if smallest < 0 else largest}"
         )

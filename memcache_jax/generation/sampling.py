@@ -1,4 +1,4 @@
-"""Drawing tokens from logits."""
+"""Sampling of tokens from logits."""
 
 import dataclasses
 import math
@@ -13,16 +13,16 @@ from memcache_jax._typing import Array, Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn.
+    """How to draw the next token.
 
     Attributes:
       temperature: divides the logits; 0 takes the most likely token.
       top_k: samples from this many most likely tokens; None for all.
       top_p: samples from the smallest set of most likely tokens whose probabilities sum to at
-        least this, in (0, 1]. Where both are given, of those that ``top_k`` leaves.
+        least this, in (0, 1]; applied after ``top_k``.
 
     Raises:
-      ValueError: for numbers out of range.
+      ValueError: if a number is out of range.
     """
 
     temperature: float = 1.0
@@ -38,7 +38,7 @@ class Sampling:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
 
     def check_key(self, key: Array | None) -> Array:
-        """Returns the key, or raises ValueError where one is missing."""
+        """Returns the key, or raises ValueError if one is needed and missing."""
         if key is None and self.temperature > 0:
             raise ValueError(
                 f"sampling at temperature {self.temperature} needs key=jax.random.key(...); "
@@ -48,12 +48,12 @@ class Sampling:
 
     @property
     def static(self) -> dict[str, Any]:
-        """What a compiled program is made for."""
+        """The static arguments of ``sample``."""
         return dict(greedy=self.temperature == 0, top_k=self.top_k, nucleus=self.top_p < 1)
 
     @property
     def numbers(self) -> tuple[float, float]:
-        """What it takes as arguments."""
+        """The traced arguments of ``sample``."""
         return self.temperature, self.top_p
 
 
@@ -66,20 +66,14 @@ def sample(
     top_k: int | None,
     nucleus: bool,
 ) -> Int[Array, "b"]:
-    """Draws one token per row.
+    """Draws one token per row, from logits in float32 or wider.
 
-    Args:
-      key: a random key.
-      logits: in float32 or wider.
-      numbers: temperature and top_p.
-      greedy: whether the temperature is zero.
-      top_k: as ``Sampling``'s.
-      nucleus: whether top_p is below one.
+    The arguments after them are ``Sampling.numbers`` and ``Sampling.static``.
     """
     if greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     temperature, top_p = numbers
-    # The largest logit becomes 0 first: then a tiny temperature overflows to -inf, never to nan.
+    # Shift the largest logit to 0: then a tiny temperature overflows to -inf, never to NaN.
     logits = logits - jnp.max(logits, axis=-1, keepdims=True)
     logits = logits / jnp.maximum(temperature, jnp.finfo(logits.dtype).tiny)
     most = logits.shape[-1] if top_k is None else min(top_k, logits.shape[-1])
@@ -89,7 +83,7 @@ def sample(
     if nucleus:
         probability = jax.nn.softmax(ordered, axis=-1)
         before = jnp.cumsum(probability, axis=-1) - probability
-        # The most likely token stays whatever rounding says.
+        # Keep the most likely token regardless of rounding.
         kept = (before < top_p).at[:, 0].set(True)
         ordered = jnp.where(kept, ordered, -jnp.inf)
     rank = jax.random.categorical(key, ordered)

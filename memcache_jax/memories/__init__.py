@@ -1,5 +1,7 @@
 """Write rules: how a memory is written, and how it is read."""
 
+from memcache_jax.kernels.affine_update import AffineChunk as AffineChunk
+from memcache_jax.memories.affine import AffineMemory as AffineMemory
 from memcache_jax.memories.base import Control, Memory
 from memcache_jax.memories.channel import GLA
 from memcache_jax.memories.deep import DeepMemory
@@ -9,6 +11,7 @@ from memcache_jax.memories.matrix import SSD, SWLA, LinearAttention, RetNet
 from memcache_jax.memories.titans import Titans
 from memcache_jax.memories.vector import Vector
 
+# The rules, and what every rule is made from.
 __all__ = [
     "DLA",
     "GLA",

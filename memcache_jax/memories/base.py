@@ -3,14 +3,12 @@
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 
 from memcache_jax._typing import Apply, Array, Bool, Controls, Float, Int, Matrices, State
-from memcache_jax.kernels.affine_update import AffineChunk
-from memcache_jax.memories._pieces import Fits, Piece
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +23,10 @@ class Control:
       activation: from logits to the coefficient; decays travel as logs (<= 0).
       bias: what the logits are before training.
       scale: a constant factor.
-      optional: whether a caller may leave it out, which is to say zero. Layers do.
-      per_head: for the axes ``"h"``, the constants that a layer takes, from the number of heads.
-      forget: its value at a token that begins a document, where that makes the memory forget what
-        it holds; -inf for the log of a decay.
+      optional: whether a caller may leave it out, which means zero. Layers leave it out.
+      per_head: for the axes ``"h"``, makes a layer's constants from the number of heads.
+      forget: the value with which a token makes the memory forget everything before it, as at the
+        beginning of a document: -inf for the log of a decay. None if no value does.
     """
 
     axes: str = "b t h"
@@ -44,16 +42,41 @@ NEAR_ONE = Control(activation=jax.nn.log_sigmoid, bias=5.0, forget=-jnp.inf)
 """The log of a decay per token and head that starts near one."""
 
 
+Form: TypeAlias = Literal["scan", "affine", "descent"]
+"""How the chunks of a memory follow from each other, and so how fast they can be written.
+
+``"scan"``: a chunk waits for the one before; any rule. ``"affine"``: a chunk is an affine map of
+the state's one matrix, and a read is one product with it; ``AffineMemory``. ``"descent"``: a chunk
+is a step of gradient descent on a small network; ``DeepMemory``.
+"""
+
+
 class Memory(abc.ABC):
     """A recurrent memory: how it is written and how it is read, for one head of one sequence.
 
-    A rule implements a few small methods on unbatched arrays; the callers map them over batch,
-    heads and segments. ``write`` is the fast path, ``step`` the equation it must equal.
+    A rule implements a few small methods on unbatched arrays; callers map them over batch, heads
+    and segments. ``step`` is the equation, ``write`` computes it for a chunk of tokens.
 
-    A memory's parameters are a tuple of matrices, and its forward pass is code over an abstract
-    ``apply(layer, x)``. So one ``forward`` serves a frozen state (``x W``), the live state at
+    A memory's parameters are a tuple of matrices, and its forward pass calls an abstract
+    ``apply(layer, x)``. So one ``forward`` serves a frozen state (``x W``), the live state after
     every token of a chunk (``apply``), and a mixture of many states.
+
+    A rule states what it is in class attributes, ``form`` to ``zeros_add_nothing``. A class that
+    derives from a finished rule is a ``"scan"`` with the defaults below until it states them again:
+    whatever it overrides then runs on every path.
     """
+
+    form: ClassVar[Form] = "scan"
+    """How its chunks follow from each other."""
+
+    merges: ClassVar[bool] = False
+    """Whether ``merge`` joins two runs into one."""
+
+    reads_query: ClassVar[bool] = True
+    """Whether a read depends on the query; if not, it is the state's one matrix, a row."""
+
+    zeros_add_nothing: ClassVar[bool] = False
+    """Whether padding with zeros does not change the gradient of a deep memory's loss."""
 
     depth: int = 1
     """Layers that a read passes through one after the other."""
@@ -61,8 +84,29 @@ class Memory(abc.ABC):
     largest_chunk: ClassVar[int] = 64
     """Tokens that a rule which is exact for any chunk is best written in at once."""
 
-    reads_query: ClassVar[bool] = True
-    """Whether a read depends on the query; else it is the state's one matrix, a row."""
+    fixed: ClassVar[tuple[str, ...]] = ()
+    """Methods that a rule must not override unless it states ``form = "scan"``."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        bases = [base for base in cls.__bases__ if issubclass(base, Memory)]
+        if not all(base.__abstractmethods__ for base in bases):  # derives from a finished rule
+            for name in ("form", "merges", "reads_query", "zeros_add_nothing"):
+                if name not in vars(cls):
+                    setattr(cls, name, getattr(Memory, name))
+        if cls.form not in get_args(Form):
+            raise TypeError(
+                f"{cls.__name__}: form must be one of {get_args(Form)}, got {cls.form!r}"
+            )
+        if cls.form != "scan" and not cls.fixed:
+            raise TypeError(f"form={cls.form!r} needs AffineMemory or DeepMemory as base of {cls}")
+        kept = _owner(cls, "fixed").__mro__
+        own = [name for name in cls.fixed if _owner(cls, name) not in kept]
+        if own and cls.form != "scan":
+            raise TypeError(
+                f"{cls.__name__} overrides {', '.join(own)}, which the fast paths of form="
+                f"{cls.form!r} do not call: state form = 'scan' in it"
+            )
 
     @property
     def gradient_chunk(self) -> int | None:
@@ -75,7 +119,7 @@ class Memory(abc.ABC):
         return {}
 
     def coupled(self, controls: Controls) -> Controls:
-        """The controls that a layer uses, where one is to be scaled by another."""
+        """The controls as a layer uses them, for rules that scale one by another."""
         return controls
 
     def weight_shapes(self, key_dim: int, value_dim: int) -> dict[str, tuple[int, int]]:
@@ -126,40 +170,6 @@ class Memory(abc.ABC):
           live memory at each of its tokens.
         """
 
-    @property
-    def is_affine(self) -> bool:
-        """Whether ``affine`` works: no subclass of the one that has it does otherwise."""
-        owner = next(kind for kind in type(self).__mro__ if "affine" in vars(kind))
-        instead_of = "init", "write", "write_documents", "apply", "forward", "read_online"
-        return owner is not Memory and not self.overridden(owner, *instead_of)
-
-    def affine(
-        self,
-        before: State,
-        key: Float[Array, "m k"],
-        value: Float[Array, "m v"],
-        query: Float[Array, "m k"],
-        controls: Controls,
-    ) -> AffineChunk:
-        """A chunk's write and online read as a map of the state's matrix.
-
-        For memories whose state is one matrix, zero at first, beside what ``carried`` knows, and
-        that forget by their controls. Kernels take it instead of ``write`` and ``read_online``; of
-        a memory that also has ``merge``, so does XLA where segments begin anew.
-
-        Args:
-          before: the state before the chunk, with a zero matrix.
-          key: as for ``write``.
-          value: as for ``write``.
-          query: what reads, each right after its token's write.
-          controls: as for ``write``.
-        """
-        raise NotImplementedError(f"chunks of {type(self).__name__} are no affine maps of a matrix")
-
-    def carried(self, key: Float[Array, "m k"], value: Float[Array, "m v"]) -> State:
-        """The state after a chunk of a memory that has ``affine``, with a zero matrix."""
-        return self.init({}, key.shape[-1], value.shape[-1], key.dtype)
-
     def write_documents(
         self,
         state: State,
@@ -171,11 +181,11 @@ class Memory(abc.ABC):
     ) -> tuple[State, Any]:
         """Writes a chunk in which documents begin, each from the initial state.
 
-        For memories that start at zero and whose controls say how to ``forget``, or that override
-        ``forgetting``; others override this.
+        This default serves memories that start at zero and have a control with ``forget``, or that
+        override ``forgetting``.
 
         Args:
-          state: the state before the chunk, of the document that goes on.
+          state: the state before the chunk, of the document that continues into it.
           initial: the state before a document's first token.
           key: as for ``write``.
           value: as for ``write``.
@@ -198,16 +208,16 @@ class Memory(abc.ABC):
         return self.write(state, state, key, value, controls)
 
     def forgetting(self, controls: Controls, begins: Bool[Array, "m"]) -> Controls:
-        """The controls with which the marked tokens forget all that was written before them.
+        """The controls with which the marked tokens forget everything written before them.
 
         Raises:
-          ValueError: for a memory whose controls cannot make it forget.
+          ValueError: for a memory without a control that makes it forget.
         """
         values = {n: c.forget for n, c in self.controls.items() if c.forget is not None}
         if not values:
             raise ValueError(
                 f"{type(self).__name__} takes no document_ids: give one of its controls a value "
-                "at which it forgets, Control(forget=...), or override write_documents"
+                "at which it forgets, Control(forget=...), or override forgetting"
             )
 
         def at_begins(x: Array, value: float) -> Array:
@@ -221,13 +231,13 @@ class Memory(abc.ABC):
         """Passes row t of ``x`` through a layer of the live memory as it is after token t."""
 
     def keep_layer(self, chunk: Any, layer: int) -> Any:
-        """What ``apply`` needs of a chunk for one layer, with nothing that only others need."""
+        """The part of a chunk that ``apply`` needs for one layer."""
         del layer
         return chunk
 
     @abc.abstractmethod
     def matrices(self, state: State) -> Matrices:
-        """The parameters that a read needs, which is what a cache keeps, batched as the state."""
+        """The parameters that a read needs and a cache keeps, with the state's batch axes."""
 
     @abc.abstractmethod
     def forward(
@@ -235,9 +245,9 @@ class Memory(abc.ABC):
     ) -> Float[Array, "*rows v"]:
         """The memory as a function of the query, over an abstract ``apply``, times a gate.
 
-        The first layer is applied to the query itself. A gate goes on the input of the last layer,
-        and on whatever else is added to its output:
-        the gate's gradient is then a product of rows, and needs no output read anew.
+        Apply the first layer to the query itself. Apply the gate to the input of the last layer and
+        to anything that is added to its output: the gate's gradient is then a product of rows, and
+        needs no second read.
         """
 
     def read(
@@ -249,43 +259,12 @@ class Memory(abc.ABC):
         """Reads a frozen state, times a gate if there is one."""
         return self.forward(lambda layer, x: jnp.matmul(x, matrices[layer]), query, gate)
 
-    def pieces(self, matrices: Matrices, query: Float[Array, "... k"], fits: Fits) -> list[Piece]:
-        """Reads of smaller states that add up to ``read``, as few as fit.
-
-        A class that overrides this without a subclass's ``read`` or ``forward`` in mind asks
-        ``reads_as`` first.
-
-        Args:
-          matrices: the matrices of states, (..., in, out) each.
-          query: what reads them.
-          fits: whether matrices are small enough.
-
-        Returns:
-          The pieces; the whole, if the read is no such sum.
-        """
-        del fits
-        return [Piece(self.read, matrices, query)]
-
-    def reads_as(self, kind: type["Memory"]) -> bool:
-        """Whether nothing between this class and ``kind`` overrides how a state is read."""
-        return not self.overridden(kind, "read", "forward")
-
-    def overridden(self, kind: type["Memory"], *names: str) -> list[str]:
-        """Of methods of these names, those that a class between this one and ``kind`` overrides."""
-        own = type(self)
-        return [name for name in names if getattr(own, name) is not getattr(kind, name, None)]
-
-    @property
-    def mergeable(self) -> bool:
-        """Whether ``merge`` works."""
-        return type(self).merge is not Memory.merge
-
     def merge(self, left: State, right: State, controls: Controls) -> State:
-        """The state of two runs of tokens, each written from the initial state, as one run.
+        """The state after two consecutive runs of tokens, from the state after each alone.
 
         Args:
-          left: the state after the earlier run.
-          right: the state after the later one.
+          left: the state after the earlier run, written from the initial state.
+          right: the state after the later run, written from the initial state.
           controls: the later run's controls.
         """
         raise NotImplementedError(f"states of {type(self).__name__} cannot be merged")
@@ -295,17 +274,11 @@ class Memory(abc.ABC):
         return self.forward(lambda layer, x: self.apply(chunk, layer, x), query)
 
 
+def _owner(cls: type, name: str) -> type:
+    """The class that an attribute comes from."""
+    return next(base for base in cls.__mro__ if name in vars(base))
+
+
 def first_of_documents(begun: Int[Array, "m"]) -> Bool[Array, "m"]:
-    """Whether a token begins a document, from how many have begun in its chunk."""
+    """Whether each token begins a document, from the number that have begun in its chunk."""
     return begun > jnp.pad(begun[:-1], (1, 0))
-
-
-def gated(gate: Float[Array, "rows"] | None, x: Float[Array, "*rows in"]) -> Array:
-    """Returns the rows of x, each times its gate if there is one.
-
-    A gate's gradient is a sum over the row, in float32 at least.
-    """
-    if gate is None:
-        return x
-    wide = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
-    return jnp.broadcast_to(wide[:, None], x.shape).astype(gate.dtype) * x

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from memcache_jax._typing import Array, Controls, Float
 from memcache_jax.kernels.affine_update import AffineChunk
-from memcache_jax.memories._decay import channel_scores, end_decay, start_decay
+from memcache_jax.kernels.decay import channel_scores, end_decay, start_decay
+from memcache_jax.memories.affine import MatrixState
 from memcache_jax.memories.base import Control
-from memcache_jax.memories.matrix import MatrixMemory, MatrixState, affine_of_write
+from memcache_jax.memories.matrix import MatrixMemory
 
 
 class ChannelChunk(NamedTuple):
@@ -66,8 +67,8 @@ class GLA(MatrixMemory):
       'b t h k'
     """
 
+    merges: ClassVar[bool] = True
     largest_chunk: ClassVar[int] = 32
-    affine = affine_of_write
 
     @property
     def controls(self) -> Mapping[str, Control]:
@@ -78,27 +79,13 @@ class GLA(MatrixMemory):
             )
         }
 
-    def step(
-        self,
-        state: MatrixState,
-        anchor: MatrixState,
-        key: Float[Array, "k"],
-        value: Float[Array, "v"],
-        controls: Controls,
-    ) -> MatrixState:
+    def step(self, state, anchor, key, value, controls) -> MatrixState:
         """Decays each channel, and adds the outer product of one token."""
         del anchor
         kept = jnp.exp(controls["log_alpha"])[:, None] * state.matrix
         return MatrixState(kept + jnp.outer(key, value))
 
-    def write(
-        self,
-        state: MatrixState,
-        anchor: MatrixState,
-        key: Float[Array, "m k"],
-        value: Float[Array, "m v"],
-        controls: Controls,
-    ) -> tuple[MatrixState, ChannelChunk]:
+    def write(self, state, anchor, key, value, controls) -> tuple[MatrixState, ChannelChunk]:
         """Adds a chunk in one matrix product."""
         del anchor
         chunk = ChannelChunk(state.matrix, controls["log_alpha"], key[None], value[None])

@@ -9,16 +9,16 @@ matrix products.
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from memcache_jax._typing import Apply, Array, Bool, Controls, Float, Int, Matrices
+from memcache_jax.kernels.bands import gated, gelu
+from memcache_jax.kernels.decay import decay_matrix, start_decay
 from memcache_jax.kernels.deep_update import DescentChunk
-from memcache_jax.memories._decay import decay_matrix, start_decay
-from memcache_jax.memories._pieces import Fits, Piece, fewest_pieces, pieces_of_matrix
-from memcache_jax.memories.base import Memory, gated
+from memcache_jax.memories.base import Form, Memory
 
 
 class DeepState(NamedTuple):
@@ -105,13 +105,18 @@ class DeepMemory(Memory):
 
     ``depth=2`` is M(x) = x + W1 gelu(W2 x), with weights ``W2`` (f, k), ``W1`` (v, f),
     f = ``expansion`` * k and k = v; ``depth=1`` is M(x) = W x, with weight ``W`` (v, k). A rule
-    with a control ``log_beta`` has momentum.
+    gives ``loss`` and the controls ``eta`` and ``log_alpha``, and ``log_beta`` for momentum.
 
     Attributes:
       chunk_size: tokens that share the point at which gradients are taken.
       expansion: hidden width over key dimension.
       depth: number of layers, 1 or 2.
     """
+
+    form: ClassVar[Form] = "descent"
+    fixed: ClassVar[tuple[str, ...]] = (
+        *("init", "write", "write_documents", "matrices", "forward", "read", "read_online"),
+    )
 
     chunk_size: int = 64
     expansion: int = 4
@@ -163,20 +168,7 @@ class DeepMemory(Memory):
         """W q, or q + W1 gelu(W2 q)."""
         if self.depth == 1:
             return apply(0, gated(gate, query))
-        return gated(gate, query) + apply(1, gated(gate, _gelu(apply(0, query))))
-
-    def pieces(self, matrices: Matrices, query: Float[Array, "... k"], fits: Fits) -> list[Piece]:
-        """Some of the hidden units each; the first one adds the query too."""
-        if not self.reads_as(DeepMemory):
-            return super().pieces(matrices, query, fits)
-        if self.depth == 1:
-            return pieces_of_matrix(self.read, matrices, query, fits)
-        inner, outer = matrices
-        (rows, hidden), columns = inner.shape[-2:], outer.shape[-1]
-        count = fewest_pieces(hidden, lambda size: fits([(rows, size), (size, columns)]))
-        parts = zip(jnp.split(inner, count, -1), jnp.split(outer, count, -2), strict=True)
-        reads = [self.read, *[_read_hidden] * (count - 1)]
-        return [Piece(read, part, query) for read, part in zip(reads, parts, strict=True)]
+        return gated(gate, query) + apply(1, gated(gate, gelu(apply(0, query))))
 
     def step(
         self,
@@ -266,17 +258,14 @@ class DeepMemory(Memory):
         if "log_beta" not in self.controls:
             return (_Coefficients(weight_decay, None, decay * eta[None]),)
         # S_t = B_t S_0 - sum_j momentum[t, j] eta_j G_j, and W_t sums what alpha leaves of S_t.
-        momentum, momentum_decay = (
-            f(controls["log_beta"], same) for f in (decay_matrix, start_decay)
-        )
+        log_beta = controls["log_beta"]
+        momentum, momentum_decay = decay_matrix(log_beta, same), start_decay(log_beta, same)
         mixing = jnp.matmul(decay, momentum, precision="highest") * eta[None]
         kept = jnp.sum(decay * momentum_decay[None], axis=1)
         of_momentum = _Coefficients(jnp.zeros_like(eta), momentum_decay, momentum * eta[None])
         return _Coefficients(weight_decay, kept, mixing), of_momentum
 
-    def apply(
-        self, chunk: DeepChunk | DocumentsChunk, layer: int, x: Float[Array, "m in"]
-    ) -> Array:
+    def apply(self, chunk: Any, layer: int, x: Float[Array, "m in"]) -> Array:
         """A layer as it is after each token."""
         return chunk.apply(layer, x)
 
@@ -308,16 +297,3 @@ class DeepMemory(Memory):
         zeros = tuple(jnp.zeros((key.shape[0], w.shape[1]), key.dtype) for w in weights)
         deltas, inputs = jax.grad(loss, has_aux=True)(zeros)
         return inputs, deltas
-
-
-def _gelu(x: Array) -> Array:
-    """GELU in float32 or wider: Triton has no tanh of narrower numbers."""
-    return jax.nn.gelu(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
-
-
-def _read_hidden(
-    matrices: Matrices, query: Float[Array, "rows k"], gate: Float[Array, "rows"] | None = None
-) -> Array:
-    """What hidden units add to the read of a memory of depth 2."""
-    inner, outer = matrices
-    return jnp.matmul(gated(gate, _gelu(jnp.matmul(query, inner))), outer)

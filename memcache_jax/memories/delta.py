@@ -4,6 +4,7 @@ Within a chunk, what the tokens erase depends on each other through a unit lower
 (the WY form of arXiv:2406.06484). Solved, it leaves a memory that only decays and adds.
 """
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar
@@ -13,40 +14,30 @@ import jax.numpy as jnp
 
 from memcache_jax._typing import Array, Bool, Controls, Float
 from memcache_jax.kernels.affine_update import AffineChunk
-from memcache_jax.memories._decay import channel_scores, decay_matrix, start_decay
-from memcache_jax.memories._triangular import solve_unit_lower
+from memcache_jax.kernels.decay import channel_scores, decay_matrix, start_decay
+from memcache_jax.kernels.triangular import solve_unit_lower
+from memcache_jax.memories.affine import MatrixState
 from memcache_jax.memories.base import NEAR_ONE, Control
 from memcache_jax.memories.channel import ChannelChunk
-from memcache_jax.memories.matrix import DecayChunk, MatrixMemory, MatrixState
+from memcache_jax.memories.matrix import DecayChunk, MatrixMemory
 
 
 class _DeltaMemory(MatrixMemory):
     """M_t = alpha_t M_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T."""
 
-    largest_chunk: ClassVar[int] = 64
+    @property
+    @abc.abstractmethod
+    def controls(self) -> Mapping[str, Control]:
+        """beta, and perhaps log_alpha."""
 
-    def step(
-        self,
-        state: MatrixState,
-        anchor: MatrixState,
-        key: Float[Array, "k"],
-        value: Float[Array, "v"],
-        controls: Controls,
-    ) -> MatrixState:
+    def step(self, state, anchor, key, value, controls) -> MatrixState:
         """Decays, erases what the key recalls, and adds the token."""
         del anchor
         kept = jnp.exp(_log_alpha(controls)) * state.matrix
         error = value - jnp.matmul(key, kept)
         return MatrixState(kept + controls["beta"] * jnp.outer(key, error))
 
-    def write(
-        self,
-        state: MatrixState,
-        anchor: MatrixState,
-        key: Float[Array, "m k"],
-        value: Float[Array, "m v"],
-        controls: Controls,
-    ) -> tuple[MatrixState, DecayChunk]:
+    def write(self, state, anchor, key, value, controls) -> tuple[MatrixState, DecayChunk]:
         """Solves for what a chunk's tokens really add, and adds it in one matrix product."""
         del anchor
         decay, mixing, system = self._system(key, controls)
@@ -55,14 +46,7 @@ class _DeltaMemory(MatrixMemory):
         chunk = DecayChunk(state.matrix, decay, mixing, key, added)
         return MatrixState(chunk.end()), chunk
 
-    def affine(
-        self,
-        before: MatrixState,
-        key: Float[Array, "m k"],
-        value: Float[Array, "m v"],
-        query: Float[Array, "m k"],
-        controls: Controls,
-    ) -> AffineChunk:
+    def affine(self, before, key, value, query, controls) -> AffineChunk:
         """Solves for what a chunk's tokens add to nothing, and for what they recall."""
         decay, mixing, system = self._system(key, controls)
         sides = jnp.concatenate([value, decay[:, None] * key], axis=1)
@@ -163,14 +147,7 @@ class RWKV7(MatrixMemory):
             "kappa": Control("b t h k", activation=_unit, forget=0.0),
         }
 
-    def step(
-        self,
-        state: MatrixState,
-        anchor: MatrixState,
-        key: Float[Array, "k"],
-        value: Float[Array, "v"],
-        controls: Controls,
-    ) -> MatrixState:
+    def step(self, state, anchor, key, value, controls) -> MatrixState:
         """Decays each channel, erases at kappa, and adds the token."""
         del anchor
         kappa = controls["kappa"]
@@ -178,14 +155,7 @@ class RWKV7(MatrixMemory):
         matrix -= jnp.outer(controls["a"] * kappa, jnp.matmul(kappa, state.matrix))
         return MatrixState(matrix + jnp.outer(key, value))
 
-    def write(
-        self,
-        state: MatrixState,
-        anchor: MatrixState,
-        key: Float[Array, "m k"],
-        value: Float[Array, "m v"],
-        controls: Controls,
-    ) -> tuple[MatrixState, ChannelChunk]:
+    def write(self, state, anchor, key, value, controls) -> tuple[MatrixState, ChannelChunk]:
         """Solves for what a chunk's tokens erase, a second write beside the tokens' own."""
         del anchor
         recall, to_written, system = self._system(key, controls)
@@ -193,14 +163,7 @@ class RWKV7(MatrixMemory):
         chunk = _erasing(state, key, value, solve_unit_lower(system, -recalled), controls)
         return MatrixState(chunk.end()), chunk
 
-    def affine(
-        self,
-        before: MatrixState,
-        key: Float[Array, "m k"],
-        value: Float[Array, "m v"],
-        query: Float[Array, "m k"],
-        controls: Controls,
-    ) -> AffineChunk:
+    def affine(self, before, key, value, query, controls) -> AffineChunk:
         """Solves for what a chunk's tokens erase of each other, and for what they recall."""
         recall, to_written, system = self._system(key, controls)
         solved = solve_unit_lower(

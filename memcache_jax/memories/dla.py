@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,8 @@ class DLA(DeepMemory):
       ['eta', 'log_alpha']
     """
 
+    zeros_add_nothing: ClassVar[bool] = True
+
     @property
     def controls(self) -> Mapping[str, Control]:
         """The step size eta, and the weight decay log_alpha."""
@@ -43,5 +46,5 @@ class DLA(DeepMemory):
         }
 
     def loss(self, prediction: Float[Array, "rows v"], value: Float[Array, "rows v"]) -> Array:
-        """How little what is recalled points to the value."""
+        """The negative inner product of prediction and value."""
         return -jnp.sum(prediction * value)

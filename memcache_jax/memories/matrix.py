@@ -3,67 +3,29 @@
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from memcache_jax._typing import Apply, Array, Bool, Controls, Float, Matrices
+from memcache_jax._typing import Array, Bool, Controls, Float
 from memcache_jax.kernels.affine_update import AffineChunk
-from memcache_jax.memories._decay import decay_matrix, start_decay
-from memcache_jax.memories._pieces import Fits, Piece, pieces_of_matrix
-from memcache_jax.memories.base import NEAR_ONE, Control, Memory, gated
+from memcache_jax.kernels.decay import decay_matrix, start_decay
+from memcache_jax.memories.affine import AffineMemory, MatrixState
+from memcache_jax.memories.base import NEAR_ONE, Control
 
 
-class MatrixState(NamedTuple):
-    """The matrix of one head."""
-
-    matrix: Float[Array, "k v"]
-
-
-class MatrixMemory(Memory):
-    """What matrix memories share: they start at zero and are read by one product."""
-
-    def init(self, weights: Mapping[str, Array], key_dim: int, value_dim: int, dtype: Any) -> Any:
-        """Returns the zero matrix."""
-        del weights
-        return MatrixState(jnp.zeros((key_dim, value_dim), dtype))
+class MatrixMemory(AffineMemory):
+    """Affine memories whose chunks, as ``write`` returns them, know their reads and their maps."""
 
     def apply(self, chunk: Any, layer: int, x: Float[Array, "m k"]) -> Array:
-        """The start's product with x, plus decayed causal attention to what the chunk writes."""
+        """The product of M_t with row t of x."""
         del layer
         return chunk.apply(x)
 
-    def matrices(self, state: Any) -> Matrices:
-        """The matrix itself."""
-        return (state.matrix,)
-
-    def forward(
-        self, apply: Apply, query: Float[Array, "*rows k"], gate: Float[Array, "rows"] | None = None
-    ) -> Array:
-        """M q."""
-        return apply(0, gated(gate, query))
-
-    def pieces(self, matrices: Matrices, query: Float[Array, "... k"], fits: Fits) -> list[Piece]:
-        """Bands of M's rows."""
-        if not self.reads_as(MatrixMemory):
-            return super().pieces(matrices, query, fits)
-        return pieces_of_matrix(self.read, matrices, query, fits)
-
-
-def affine_of_write(
-    self: MatrixMemory,
-    before: Any,
-    key: Float[Array, "m k"],
-    value: Float[Array, "m v"],
-    query: Float[Array, "m k"],
-    controls: Controls,
-) -> AffineChunk:
-    """``affine`` of a class whose chunks decay and add: its writes to a zero matrix.
-
-    Each class names it beside a ``write`` of its own, without which ``is_affine`` is false.
-    """
-    return self.write(before, before, key, value, controls)[1].affine(query)
+    def affine(self, before, key, value, query, controls) -> AffineChunk:
+        """What the chunk writes to a zero matrix."""
+        return self.write(before, before, key, value, controls)[1].affine(query)
 
 
 class DecayChunk(NamedTuple):
@@ -106,33 +68,19 @@ class DecayChunk(NamedTuple):
 class ScalarDecayMemory(MatrixMemory):
     """Matrix memories with one decay per token: M_t = alpha_t M_{t-1} + lam_t v_t k_t^T."""
 
-    affine = affine_of_write
+    merges: ClassVar[bool] = True
 
     @abc.abstractmethod
     def coefficients(self, controls: Controls, ones: Float[Array, "*m"]) -> tuple[Array, Array]:
         """Returns (log alpha, lam) of tokens, from their controls; ``ones`` has their shape."""
 
-    def step(
-        self,
-        state: MatrixState,
-        anchor: MatrixState,
-        key: Float[Array, "k"],
-        value: Float[Array, "v"],
-        controls: Controls,
-    ) -> MatrixState:
+    def step(self, state, anchor, key, value, controls) -> MatrixState:
         """Decays, and adds the outer product of one token."""
         del anchor
         log_alpha, lam = self.coefficients(controls, jnp.ones((), key.dtype))
         return MatrixState(jnp.exp(log_alpha) * state.matrix + lam * jnp.outer(key, value))
 
-    def write(
-        self,
-        state: MatrixState,
-        anchor: MatrixState,
-        key: Float[Array, "m k"],
-        value: Float[Array, "m v"],
-        controls: Controls,
-    ) -> tuple[MatrixState, DecayChunk]:
+    def write(self, state, anchor, key, value, controls) -> tuple[MatrixState, DecayChunk]:
         """Adds a chunk in one matrix product."""
         del anchor
         log_alpha, lam = self.coefficients(controls, jnp.ones(key.shape[:1], key.dtype))
@@ -160,8 +108,6 @@ class LinearAttention(ScalarDecayMemory):
       []
     """
 
-    affine = affine_of_write
-
     def coefficients(self, controls: Controls, ones: Float[Array, "*m"]) -> tuple[Array, Array]:
         """No decay but where documents begin, every token as it is."""
         return controls.get("log_alpha", jnp.zeros_like(ones)).astype(ones.dtype), ones
@@ -170,14 +116,7 @@ class LinearAttention(ScalarDecayMemory):
         """A decay to nothing where documents begin."""
         return {**controls, "log_alpha": jnp.where(begins, -jnp.inf, 0.0)}
 
-    def write(
-        self,
-        state: MatrixState,
-        anchor: MatrixState,
-        key: Float[Array, "m k"],
-        value: Float[Array, "m v"],
-        controls: Controls,
-    ) -> tuple[MatrixState, DecayChunk]:
+    def write(self, state, anchor, key, value, controls) -> tuple[MatrixState, DecayChunk]:
         """Adds a chunk in one matrix product."""
         if controls:
             return super().write(state, anchor, key, value, controls)
@@ -263,7 +202,7 @@ class SWLA(MatrixMemory):
       ['beta', 'lam', 'log_alpha']
     """
 
-    affine = affine_of_write
+    merges: ClassVar[bool] = True
 
     @property
     def controls(self) -> Mapping[str, Control]:
@@ -281,28 +220,14 @@ class SWLA(MatrixMemory):
         matrix = super().init(weights, key_dim, value_dim, dtype).matrix
         return WindowState(matrix, jnp.zeros(key_dim, dtype), jnp.zeros(value_dim, dtype))
 
-    def step(
-        self,
-        state: WindowState,
-        anchor: WindowState,
-        key: Float[Array, "k"],
-        value: Float[Array, "v"],
-        controls: Controls,
-    ) -> WindowState:
+    def step(self, state, anchor, key, value, controls) -> WindowState:
         """Decays, and adds the outer products of the token before and of this one."""
         del anchor
         matrix = jnp.exp(controls["log_alpha"]) * state.matrix
         matrix += controls["beta"] * jnp.outer(state.key, state.value)
         return WindowState(matrix + controls["lam"] * jnp.outer(key, value), key, value)
 
-    def write(
-        self,
-        state: WindowState,
-        anchor: WindowState,
-        key: Float[Array, "m k"],
-        value: Float[Array, "m v"],
-        controls: Controls,
-    ) -> tuple[WindowState, DecayChunk]:
+    def write(self, state, anchor, key, value, controls) -> tuple[WindowState, DecayChunk]:
         """Adds a chunk in one matrix product, the token before it as a write of its own."""
         del anchor
         decay = decay_matrix(controls["log_alpha"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,8 @@ class Titans(DeepMemory):
       >>> mc.memories.Titans(chunk_size=32).weight_shapes(64, 64)
       {'W2': (256, 64), 'W1': (64, 256)}
     """
+
+    zeros_add_nothing: ClassVar[bool] = True
 
     @property
     def controls(self) -> Mapping[str, Control]:

@@ -7,7 +7,8 @@ from typing import Any, ClassVar, NamedTuple
 import jax.numpy as jnp
 
 from memcache_jax._typing import Apply, Array, Bool, Controls, Float, Matrices
-from memcache_jax.memories.base import Memory, gated
+from memcache_jax.kernels.bands import gated
+from memcache_jax.memories.base import Memory
 
 
 class VectorState(NamedTuple):
@@ -41,26 +42,12 @@ class Vector(Memory):
         del weights, key_dim
         return VectorState(jnp.zeros(value_dim, dtype))
 
-    def step(
-        self,
-        state: VectorState,
-        anchor: VectorState,
-        key: Float[Array, "k"],
-        value: Float[Array, "v"],
-        controls: Controls,
-    ) -> VectorState:
+    def step(self, state, anchor, key, value, controls) -> VectorState:
         """Takes the token's value."""
         del state, anchor, key, controls
         return VectorState(value)
 
-    def write(
-        self,
-        state: VectorState,
-        anchor: VectorState,
-        key: Float[Array, "m k"],
-        value: Float[Array, "m v"],
-        controls: Controls,
-    ) -> tuple[VectorState, Float[Array, "m v"]]:
+    def write(self, state, anchor, key, value, controls) -> tuple[VectorState, Float[Array, "m v"]]:
         """Takes the last value; the chunk is its values."""
         del state, anchor, key, controls
         return VectorState(value[-1]), value

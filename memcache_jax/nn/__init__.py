@@ -1,4 +1,4 @@
-"""Flax modules: the layer, attention, and a language model of either."""
+"""Flax modules: the layer, attention, and a language model of both."""
 
 from memcache_jax.nn import linen
 from memcache_jax.nn.attention import Attention
@@ -12,6 +12,8 @@ from memcache_jax.nn.config import (
 from memcache_jax.nn.language_model import LanguageModel
 from memcache_jax.nn.memory_caching import MemoryCaching
 from memcache_jax.nn.post_training import with_memory_caching
+from memcache_jax.nn.upgrade import upgrade_params
+from memcache_jax.streaming.protocol import MixerCache
 
 __all__ = [
     "Attention",
@@ -21,8 +23,10 @@ __all__ = [
     "MemoryCaching",
     "MemoryCachingMixer",
     "Mixer",
+    "MixerCache",
     "cache_bytes",
     "cache_table",
     "linen",
+    "upgrade_params",
     "with_memory_caching",
 ]

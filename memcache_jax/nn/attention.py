@@ -1,6 +1,7 @@
-"""Causal self-attention with rotary positions, the Transformer++ baseline's mixer."""
+"""Causal self-attention with rotary positions: the mixer of the Transformer++ baseline."""
 
-from typing import Any, Literal, NamedTuple
+import dataclasses
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,76 +10,41 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from memcache_jax import _checks
-from memcache_jax._documents import count_documents
 from memcache_jax._typing import Array, Bool, Float, Int
+from memcache_jax.engine.documents import count_documents
 from memcache_jax.nn.layers import Linear
 from memcache_jax.streaming import check_options
+from memcache_jax.streaming.protocol import MixerCache
 
 
-class AttentionCache(NamedTuple):
-    """Keys and values of the tokens that later ones see, and how many tokens there have been.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionCache(MixerCache):
+    """Keys and values that later tokens see: all so far, or the last ones for a window.
 
-    With a window they are the last ones before a row's next token, else all from the first on.
+    Attributes:
+      key: (b, h, past, k), contiguous per head, as reads go through them.
+      value: likewise.
+      position: tokens taken so far by each row, (b,).
+      first: this layer's first row in a stack of layers, which share keys and values.
     """
 
-    key: Any  # (b, h, past, k): a head's lie side by side, as a token's read takes them
+    key: Any
     value: Any
-    position: Any  # (b,)
-    first: Any = None  # or for layers that share keys and values the first row of this one
+    position: Any
+    first: Any = None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(x.nbytes for x in jax.tree.leaves(self))
+    shared = ("key", "value")
+    small = zeroed = ("position",)
 
     @property
     def head_shape(self) -> tuple[int, ...]:
-        """Heads, and their dimension."""
+        """Number of heads, and their dimension."""
         return self.key.shape[1::2]
-
-    def reset(self, rows: jax.typing.ArrayLike) -> "AttentionCache":
-        """The cache with the marked rows (b,) before their first token."""
-        rows = jnp.asarray(rows)
-        cache = self._replace(position=jnp.where(rows, 0, self.position))
-        return cache if self.key is None else cache.with_states(self.reset_states(rows))
-
-    def take(self, rows: jax.typing.ArrayLike) -> "AttentionCache":
-        """The cache of these rows, in this order; one may come more than once."""
-        rows = _checks.check_rows(rows, len(self.position))
-        return self.take_small(rows).with_states(self.take_states(rows))
-
-    # For a stack of layers, as in ``Cache``.
-
-    @property
-    def states(self) -> tuple:
-        """What is large."""
-        return self.key, self.value
-
-    def with_states(self, states: tuple, first: Any = None) -> "AttentionCache":
-        """The cache with these, in which its own begin with a row."""
-        key, value = states
-        return self._replace(key=key, value=value, first=first)
-
-    def empty_states(self, rows: int) -> tuple:
-        """So many rows of empty ones."""
-        key, value = (jnp.zeros((rows, *x.shape[1:]), x.dtype) for x in self.states)
-        return key, value
-
-    def reset_states(self, rows: Array) -> tuple:
-        """All of them, zero in the marked rows: no weight makes a NaN vanish."""
-        return tuple(jnp.where(rows[:, None, None, None], 0, x) for x in self.states)
-
-    def take_states(self, rows: Array) -> tuple:
-        """These rows of them, of all."""
-        return tuple(jnp.take(x, rows, axis=0) for x in self.states)
-
-    def take_small(self, rows: Array) -> "AttentionCache":
-        """These rows of all else."""
-        return self._replace(position=jnp.take(self.position, rows, axis=0))
 
 
 class Attention(nnx.Module):
-    """Causal softmax attention with RoPE, over all past tokens or a sliding window of them.
+    """Causal softmax attention with RoPE, over all past tokens or a sliding window.
 
     y_t = sum over j <= t of softmax_j(<R_t q_t, R_j k_j> / sqrt(k)) v_j in each head, with the
     rotations R of arXiv:2104.09864.
@@ -87,7 +53,7 @@ class Attention(nnx.Module):
       in_features: model dimension d.
       num_heads: heads h.
       head_dim: dimension of a head, even; ``in_features // num_heads`` by default.
-      window: tokens that a token sees, itself included; None for all.
+      window: how many tokens a token sees, itself included; None for all.
       rope_base: wavelength base of the rotary embedding.
       implementation: of whole sequences, ``"xla"`` or ``"cudnn"``, which is for bfloat16 on NVIDIA
         GPUs and needs no memory that is quadratic in their length; JAX's default where it is None.
@@ -142,8 +108,8 @@ class Attention(nnx.Module):
 
         Args:
           x: the input.
-          document_ids: for documents packed into one sequence, an id per token: where it
-            changes, a document begins, and tokens see their own document only.
+          document_ids: for documents packed into one sequence, an id per token: a document
+            begins where it changes, and tokens see only their own document.
 
         Raises:
           ValueError: for an input that is not (b, t, in_features), or document_ids that are not
@@ -170,20 +136,20 @@ class Attention(nnx.Module):
     def init_cache(
         self, batch_size: int, max_length: int | None = None, **options: Any
     ) -> AttentionCache:
-        """An empty cache for ``extend``.
+        """Returns an empty cache for ``extend``.
 
         Args:
-          batch_size: rows.
-          max_length: tokens that a row may take; not needed with a window.
-          options: those of ``MemoryCaching``, which change nothing here.
+          batch_size: number of rows.
+          max_length: most tokens per row; not needed with a window.
+          options: those of ``MemoryCaching``, which have no effect here.
 
         Raises:
-          ValueError: for sizes below 1, or no length where all tokens are seen.
+          ValueError: for sizes below 1, or without both a window and ``max_length``.
         """
         _checks.check_sizes(batch_size=batch_size, max_length=max_length)
         check_options(options)
         if self.window is None and max_length is None:
-            raise ValueError("attention over all tokens keeps them all: give max_length")
+            raise ValueError("attention without a window keeps all tokens: give max_length")
         past: Any = max_length if self.window is None else self.window - 1
         dtype = self.query.param_dtype if self.dtype is None else self.dtype
         shape = (batch_size, self.num_heads, past, self.head_dim)
@@ -196,15 +162,15 @@ class Attention(nnx.Module):
         cache: AttentionCache,
         lengths: Int[Array, "b"] | None = None,
     ) -> tuple[Float[Array, "b t d"], AttentionCache]:
-        """The next tokens of a stream: the outputs that a call on the whole has for them.
+        """Continues a stream: its outputs are those of one call on the whole sequence.
 
         Args:
-          x: the tokens.
-          cache: from ``init_cache`` or the call before.
-          lengths: tokens of each row that count, the first ones; all by default.
+          x: the next tokens.
+          cache: from ``init_cache`` or the previous call.
+          lengths: how many of each row's tokens count, from the first on; all by default.
 
         Returns:
-          The outputs, and the cache after the last token. Tokens beyond a row's room give NaN.
+          The outputs, and the cache after these tokens. Tokens beyond a row's room give NaN.
 
         Raises:
           ValueError: for an input that is not (b, t, in_features), or does not fit the cache.
@@ -214,8 +180,8 @@ class Attention(nnx.Module):
         length, past = x.shape[1], cache.key.shape[2]
         if self.window is not None and past != self.window - 1:
             raise ValueError(
-                f"the cache was made for another window than {self.window}: it has the last "
-                f"{past} tokens"
+                f"the cache must hold the last {self.window - 1} tokens for window={self.window}, "
+                f"it holds {past}"
             )
         limit = past if self.window is None else None
         _checks.check_room(cache.position, x.shape[:2], lengths, limit)
@@ -223,28 +189,25 @@ class Attention(nnx.Module):
         place = cache.position[:, None] + jnp.arange(length)[None]
         query, *new = self._rows(x, place)
         if self.window is None:
-            # Beyond a row's last token nothing is put.
+            # Tokens that do not count are put out of range, and dropped.
             there = jnp.where(jnp.arange(length)[None] < lengths[:, None], place, past)
             rows = (0 if cache.first is None else cache.first) + jnp.arange(len(x))[:, None]
             kept = tuple(
                 old.at[rows, :, there].set(new.astype(old.dtype), mode="drop")
                 for old, new in zip(cache.states, new, strict=True)
             )
-            key, value = (_own(row, cache.first, len(x)) for row in kept)
+            key, value = (cache.own_rows(row) for row in kept)
             seen = jnp.arange(past)[None, None] <= place[..., None]
         else:
-            old = (_own(row, cache.first, len(x)) for row in cache.states)
+            old = (cache.own_rows(row) for row in cache.states)
             new = (jnp.moveaxis(rows, 2, 1) for rows in new)
             key, value = (jnp.concatenate(pair, axis=2) for pair in zip(old, new, strict=True))
             of_key = (cache.position - past)[:, None] + jnp.arange(past + length)[None]
             ago = place[..., None] - of_key[:, None]
             seen = (ago >= 0) & (ago < self.window) & (of_key >= 0)[:, None]
             last = jax.vmap(lambda row, begin: lax.dynamic_slice_in_dim(row, begin, past, axis=1))
-            first = 0 if cache.first is None else cache.first
             kept = tuple(
-                lax.dynamic_update_slice_in_dim(
-                    old, last(row, lengths).astype(old.dtype), first, axis=0
-                )
+                cache.put_rows(old, last(row, lengths))
                 for old, row in zip(cache.states, (key, value), strict=True)
             )
         y = _attend(query, key, value, seen[:, None])
@@ -252,22 +215,17 @@ class Attention(nnx.Module):
             beyond = (place >= past) & (jnp.arange(length)[None] < lengths[:, None])
             y = jnp.where(beyond[..., None, None], jnp.nan, y)
         y = self.out(y.reshape(*x.shape[:2], -1))
-        return y, cache._replace(key=kept[0], value=kept[1], position=cache.position + lengths)
+        return y, cache.replace(key=kept[0], value=kept[1], position=cache.position + lengths)
 
     def _rows(
         self, x: Float[Array, "b t d"], position: Int[Array, "_ t"] | None
     ) -> tuple[Array, ...]:
-        """Queries, keys and values of tokens at these positions, by default the first ones."""
+        """Queries, keys and values of tokens at these positions, 0, 1, ... by default."""
         query, key, value = (
             linear(x).reshape(*x.shape[:2], self.num_heads, self.head_dim)
             for linear in (self.query, self.key, self.value)
         )
         return *(rotate(rows, self.rope_base, position) for rows in (query, key)), value
-
-
-def _own(shared: Array, first: Any, rows: int) -> Array:
-    """A layer's rows of what several share."""
-    return shared if first is None else lax.dynamic_slice_in_dim(shared, first, rows)
 
 
 def _attend(
@@ -276,7 +234,7 @@ def _attend(
     value: Float[Array, "b h s k"],
     seen: Bool[Array, "b 1 t s"],
 ) -> Float[Array, "b t h k"]:
-    """Attention over what lies head by head, which ``jax.nn.dot_product_attention`` would copy."""
+    """Attention over heads-first keys, which ``jax.nn.dot_product_attention`` would transpose."""
     key, value = key.astype(query.dtype), value.astype(query.dtype)
     wide = jnp.promote_types(query.dtype, jnp.float32)
     scores = jnp.einsum("bthk,bhsk->bhts", query, key, preferred_element_type=wide)
@@ -287,7 +245,7 @@ def _attend(
 def rotate(
     x: Float[Array, "b t h k"], base: float, position: Int[Array, "_ t"] | None = None
 ) -> Float[Array, "b t h k"]:
-    """Rotary position embedding (arXiv:2104.09864): pairs (i, i + k/2) turn by t base^(-2i/k)."""
+    """Rotary embedding (arXiv:2104.09864): the pair (i, i + k/2) turns by t base^(-2i/k)."""
     position = jnp.arange(x.shape[1])[None] if position is None else position
     half = x.shape[-1] // 2
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)

@@ -38,22 +38,17 @@ class Block(nnx.Module):
     def extend(
         self, x: Float[Array, "b t d"], cache: Any, lengths: Int[Array, "b"] | None
     ) -> tuple[Float[Array, "b t d"], Any]:
-        """Applies both to the next tokens of a stream, with the mixer's cache."""
+        """Applies both to the next tokens of a stream; returns the mixer's next cache too."""
         mixer: Any = self.mixer
         y, cache = mixer.extend(self.mixer_norm(x), cache, lengths)
         return self._mix_features(x + y), cache
-
-    def init_cache(self, batch_size: int, max_length: int | None, **options: Any) -> Any:
-        """The mixer's empty cache."""
-        mixer: Any = self.mixer
-        return mixer.init_cache(batch_size, max_length, **options)
 
     def _mix_features(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         return x + self.mlp(self.mlp_norm(x)) if self.has_mlp else x
 
 
 class Period(nnx.Module):
-    """One block of each mixer: what the stack repeats."""
+    """One block per mixer; the model repeats this."""
 
     def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs) -> None:
         self.blocks = nnx.List([Block(config, mixer, rngs=rngs) for mixer in config.mixers])
@@ -61,17 +56,18 @@ class Period(nnx.Module):
     def __call__(
         self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None
     ) -> Float[Array, "b t d"]:
-        """Applies them in turn."""
+        """Applies the blocks in turn."""
         for block in self.blocks:
             x = block(x, document_ids)
         return x
 
     def init_cache(self, batch_size: int, max_length: int | None, options: dict) -> list:
-        """The empty cache of each."""
-        return [block.init_cache(batch_size, max_length, **options) for block in self.blocks]
+        """Returns an empty cache per block."""
+        mixers: list[Any] = [block.mixer for block in self.blocks]
+        return [mixer.init_cache(batch_size, max_length, **options) for mixer in mixers]
 
     def extend(self, x: Array, caches: list, lengths: Array | None) -> tuple[Array, list]:
-        """Applies them to the next tokens of a stream, with their caches."""
+        """Applies the blocks to the next tokens of a stream; returns their next caches too."""
         new = []
         for block, cache in zip(self.blocks, caches, strict=True):
             x, cache = block.extend(x, cache, lengths)

@@ -1,16 +1,13 @@
-"""What a language model's cache is made of, in bytes."""
-
-from typing import Any
+"""The bytes of a language model's cache, part by part."""
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import GetAttrKey
 
-from memcache_jax.nn.attention import AttentionCache
 from memcache_jax.nn.language_model import LanguageModel
-from memcache_jax.nn.layer_cache import LayerCache
 from memcache_jax.nn.model_cache import LanguageModelCache
+from memcache_jax.streaming.protocol import MixerCache, count_bytes
 
-_PARTS = ("initial", "state", "anchor", "key_sum", "record", "bank", "pooled")
 _NAMES = dict(
     initial="initial states",
     state="live states",
@@ -20,37 +17,32 @@ _NAMES = dict(
     bank="cached states",
     pooled="pooled keys",
     tails="convolution tails",
-    attention="keys and values",
+    key="keys and values",
+    value="keys and values",
 )
 
 
 def cache_bytes(cache: LanguageModelCache) -> dict[str, int]:
-    """Bytes of each part of a cache, of all layers and rows together, but for the positions."""
+    """Bytes of each part of a cache, of all layers and rows together, without the positions."""
     parts: dict[str, int] = {}
-
-    def add(name: str, tree: Any) -> None:
-        size = sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
-        if size:
-            parts[_NAMES[name]] = parts.get(_NAMES[name], 0) + size
-
-    for small, states in zip(cache.layers, cache.states, strict=True):
-        layer = small.with_states(states)
-        if isinstance(layer, AttentionCache):
-            add("attention", layer.states)
-        elif isinstance(layer, LayerCache):
-            add("tails", layer.tails)
-            for name in _PARTS:
-                add(name, getattr(layer.memory, name))
+    for layers in cache.with_states(cache.layers):
+        for path, x in jax.tree.leaves_with_path(layers):
+            fields = [key.name for key in path if isinstance(key, GetAttrKey)]
+            if not isinstance(layers, MixerCache):
+                fields = ["other"]
+            if x.size and "position" not in fields:
+                name = next((_NAMES[field] for field in fields if field in _NAMES), fields[0])
+                parts[name] = parts.get(name, 0) + count_bytes(x)
     return parts
 
 
 def cache_table(model: LanguageModel, cache: LanguageModelCache, tokens: int) -> str:
-    """A table of the bytes of a cache, and of keys and values of as many tokens.
+    """A table of a cache's bytes, beside those of the keys and values of as many tokens.
 
     Args:
       model: the model.
-      cache: its cache, or what ``jax.eval_shape`` says of it.
-      tokens: of a row's history, over which bytes are spread.
+      cache: its cache, or the result of ``jax.eval_shape`` on ``init_cache``.
+      tokens: tokens in a row's history, which the bytes are divided by.
 
     Example:
       >>> import memcache_jax as mc

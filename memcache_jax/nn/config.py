@@ -1,4 +1,4 @@
-"""What a language model is made of: the mixers of its blocks, and their sizes."""
+"""Configuration of a language model: the mixers of its blocks, and its sizes."""
 
 import dataclasses
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -17,22 +17,22 @@ from memcache_jax.sharding.memory_caching import Exchange
 
 @runtime_checkable
 class Mixer(Protocol):
-    """A description of a token mixer, from which each block builds its own."""
+    """Describes a token mixer; each block builds its own from it."""
 
     def build(self, in_features: int, num_heads: int, **options: Any) -> nnx.Module:
         """Returns a module (b, t, d) -> (b, t, d); options: head_dim, dtype, param_dtype, rngs.
 
-        Where documents are packed, it is called with their ids (b, t) as a second argument. For
-        streams it has ``init_cache(batch_size, max_length, **options)``, whose options are those
-        of ``MemoryCaching``, and ``extend(x, cache, lengths)``, which returns the outputs and the
-        next cache; a cache has the methods of ``AttentionCache``.
+        With packed documents, the module is called with their ids (b, t) as a second argument. For
+        streams it has ``init_cache(batch_size, max_length, **options)``, with the options of
+        ``MemoryCaching``, and ``extend(x, cache, lengths)``, which returns the outputs and the
+        next cache. A cache derives from ``MixerCache``, or has its methods.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryCachingMixer:
-    """Blocks mix tokens with ``MemoryCaching``; its arguments are the attributes."""
+    """Blocks mix tokens with ``MemoryCaching``, whose arguments are the attributes."""
 
     memory: Memory = Titans()
     aggregation: Aggregation = GRM()
@@ -45,13 +45,12 @@ class MemoryCachingMixer:
 
     def build(self, in_features: int, num_heads: int, **options: Any) -> MemoryCaching:
         """Returns the layer."""
-        arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return MemoryCaching(in_features, num_heads, **arguments, **options)
+        return MemoryCaching(in_features, num_heads, **vars(self), **options)
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionMixer:
-    """Blocks mix tokens with ``Attention``; its arguments are the attributes."""
+    """Blocks mix tokens with ``Attention``, whose arguments are the attributes."""
 
     window: int | None = None
     rope_base: float = 10_000.0
@@ -59,8 +58,7 @@ class AttentionMixer:
 
     def build(self, in_features: int, num_heads: int, **options: Any) -> Attention:
         """Returns the layer."""
-        arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Attention(in_features, num_heads, **arguments, **options)
+        return Attention(in_features, num_heads, **vars(self), **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,21 +69,22 @@ class LanguageModelConfig:
       vocab_size: number of token ids.
       num_layers: blocks; a multiple of the number of mixers.
       features: model dimension d.
-      num_heads: heads of every mixer.
+      num_heads: number of heads in every mixer.
       mixers: the mixers of consecutive blocks, repeated over the depth.
       head_dim: dimension of a head; ``features // num_heads`` by default.
       mlp_features: hidden width of the SwiGLU MLP, by default 8/3 d rounded up to a multiple of
         64; 0 for blocks without an MLP.
       tie_embeddings: whether the output layer is the embedding's transpose.
-      remat: whether each block's activations are recomputed in the backward pass.
+      remat: whether the backward pass recomputes each block's activations.
       offload_states: whether, with ``remat``, what the memories write (states before each chunk and
-        after each segment, live reads) waits in the host's memory instead, and is not written anew.
+        after each segment, live reads) is kept in host memory for the backward pass instead of
+        being recomputed.
       dtype: dtype of the arithmetic; parameters and logits are float32 or wider.
       param_dtype: dtype of the parameters.
 
     Raises:
-      ValueError: if ``num_layers`` is not a multiple of the number of mixers, sizes are < 1, or
-        ``offload_states`` comes without ``remat``.
+      ValueError: if ``num_layers`` is not a multiple of the number of mixers, a size is below 1,
+        or ``offload_states`` is set without ``remat``.
     """
 
     vocab_size: int
@@ -112,11 +111,10 @@ class LanguageModelConfig:
                 f"num_layers={self.num_layers} must be a multiple of the number of mixers, "
                 f"got {len(self.mixers)}"
             )
-
         if self.offload_states and not self.remat:
-            raise ValueError("offload_states needs remat: without it nothing is recomputed")
+            raise ValueError("offload_states needs remat=True, got remat=False")
 
     @property
     def repeats(self) -> int:
-        """How often the mixers come one after the other."""
+        """How often the sequence of mixers is repeated."""
         return self.num_layers // len(self.mixers)

@@ -8,12 +8,12 @@ from flax import nnx
 from jax import lax
 
 from memcache_jax._typing import Array, Float, Int
-from memcache_jax.kernels._units import WRITTEN
+from memcache_jax.kernels._dispatch import WRITTEN
 from memcache_jax.nn.block import Period
 from memcache_jax.nn.config import LanguageModelConfig
 from memcache_jax.nn.layers import Linear
 from memcache_jax.nn.memory_caching import MemoryCaching
-from memcache_jax.nn.model_cache import LanguageModelCache, without_states
+from memcache_jax.nn.model_cache import LanguageModelCache
 from memcache_jax.sharding.mesh import constrain, partitioned
 
 _OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
@@ -27,7 +27,7 @@ _OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
 class LanguageModel(nnx.Module):
     """Token embedding, a stack of blocks, RMSNorm and an output layer.
 
-    The blocks' parameters are stacked along a first axis and the stack is a ``lax.scan``, so that
+    The blocks' parameters are stacked along a first axis and ``lax.scan`` runs over them, so
     compile time does not grow with depth.
 
     Args:
@@ -71,7 +71,7 @@ class LanguageModel(nnx.Module):
     ) -> Float[Array, "b t vocab"]:
         """Returns the logits of the next token at every position.
 
-        Ids must be below ``vocab_size``: others cannot be checked under jit, and give NaN.
+        Ids must be below ``vocab_size``. They are not checked, and larger ones give NaN.
 
         Args:
           tokens: token ids.
@@ -86,7 +86,7 @@ class LanguageModel(nnx.Module):
     def hidden(
         self, tokens: Int[Array, "b t"], document_ids: Int[Array, "b t"] | None = None
     ) -> Float[Array, "b t d"]:
-        """Returns the normalised output of the last block."""
+        """Returns the last block's output after the final norm."""
         _check_tokens(tokens)
         graph, stacked = nnx.split(self.layers)
 
@@ -101,13 +101,10 @@ class LanguageModel(nnx.Module):
         return self.norm(x)
 
     def gates(self, tokens: Int[Array, "b t"]) -> list[Float[Array, "b t h states"] | None]:
-        """The gates with which each block's memory caching reads, as ``MemoryCaching.gates``.
+        """Returns ``MemoryCaching.gates`` of every block, or None for blocks of other mixers.
 
         Args:
           tokens: token ids.
-
-        Returns:
-          For each block its gates, or None where it mixes tokens otherwise.
 
         Raises:
           ValueError: for tokens that are not integers of shape (b, t).
@@ -132,7 +129,7 @@ class LanguageModel(nnx.Module):
         ]
 
     def _embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        # Its features are gathered first, or a mesh's compiler would gather the rows' batch.
+        # Gather the table's features first: on a mesh XLA would otherwise gather the batch.
         table = constrain(self.embedding.embedding[...], "vocab", None)
         x = jnp.take(table.astype(self.config.dtype), tokens, axis=0)
         return constrain(x, "batch", "time", None)
@@ -140,13 +137,13 @@ class LanguageModel(nnx.Module):
     def init_cache(
         self, batch_size: int, max_length: int | None = None, **options: Any
     ) -> LanguageModelCache:
-        """An empty cache for ``extend``.
+        """Returns an empty cache for ``extend``.
 
         Args:
-          batch_size: rows.
-          max_length: tokens that a row may take; None where ``options`` bound the memory instead.
-          options: how memory caching layers keep states: ``max_segments``, ``policy``,
-            ``cache_dtype`` and ``placement`` of ``mc.init_cache``.
+          batch_size: number of rows.
+          max_length: most tokens per row; None if ``options`` bound the memory instead.
+          options: ``max_segments``, ``policy``, ``cache_dtype`` and ``placement`` of
+            ``mc.init_cache``, for memory caching layers.
 
         Raises:
           ValueError: for sizes below 1, or options that do not fit the layers.
@@ -160,7 +157,7 @@ class LanguageModel(nnx.Module):
         bounds = [max_length, *(getattr(cache, "max_length", None) for cache in one)]
         bounds = [bound for bound in bounds if bound is not None]
         return LanguageModelCache(
-            jax.vmap(lambda state: list(map(without_states, init(state))))(stacked),
+            jax.vmap(lambda state: _without_states(init(state)))(stacked),
             [cache.empty_states(self.config.repeats * batch_size) for cache in one],
             jnp.zeros(batch_size, jnp.int32),
             min(bounds, default=None),
@@ -172,17 +169,16 @@ class LanguageModel(nnx.Module):
         cache: LanguageModelCache,
         lengths: Int[Array, "b"] | None = None,
     ) -> tuple[Float[Array, "b t d"], LanguageModelCache]:
-        """``hidden`` for the next tokens of a stream, and the cache after them.
+        """Returns ``hidden`` of the next tokens of a stream, and the cache after them.
 
         Args:
           tokens: token ids.
-          cache: from ``init_cache`` or the call before.
-          lengths: tokens of each row that count, the first ones; all by default.
+          cache: from ``init_cache`` or the previous call.
+          lengths: how many of each row's tokens count, from the first on; all by default.
 
         Raises:
-          ValueError: for tokens that are not integers of shape (b, t), or that do not fit the
-            cache or find room in it. Under ``jit`` positions are not known, and outputs beyond a
-            row's room are NaN.
+          ValueError: for tokens that are not integers of shape (b, t), or exceed the cache's rows
+            or room. Room cannot be checked under ``jit``: outputs beyond it are NaN.
         """
         _check_tokens(tokens)
         self._check_cache(cache)
@@ -197,7 +193,7 @@ class LanguageModel(nnx.Module):
                 for cache, shared in zip(small, states, strict=True)
             ]
             x, caches = nnx.merge(graph, state).extend(x, caches, lengths)
-            return (x, [cache.states for cache in caches]), list(map(without_states, caches))
+            return (x, [cache.states for cache in caches]), _without_states(caches)
 
         rows = jnp.arange(self.config.repeats) * len(tokens)
         carry = self._embed(tokens), cache.states
@@ -209,17 +205,22 @@ class LanguageModel(nnx.Module):
     def _check_cache(self, cache: Any) -> None:
         if not isinstance(cache, LanguageModelCache):
             raise ValueError(f"the cache must be a LanguageModel's, got {type(cache).__name__}")
+        made = cache.repeats * len(cache.layers), len(cache.layers)
         here = self.config.num_layers, len(self.config.mixers)
-        if cache.depth != here:
+        if made != here:
             raise ValueError(
-                f"the cache was made for (num_layers, mixers) = {cache.depth}, this model has "
-                f"{here}"
+                f"the cache was made for (num_layers, mixers) = {made}, this model has {here}"
             )
 
     def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
         """Returns the output layer's logits, in float32 or wider."""
         logits = self.embedding.attend(hidden) if self.config.tie_embeddings else self.head(hidden)
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
+def _without_states(caches: list) -> list:
+    """The layers' caches without their shared arrays, which a scan would copy."""
+    return [cache.with_states(jax.tree.map(lambda _: None, cache.states)) for cache in caches]
 
 
 def _check_tokens(tokens: Array) -> None:

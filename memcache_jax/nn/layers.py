@@ -1,4 +1,4 @@
-"""Small layers that several modules share."""
+"""Small layers used by several modules."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from memcache_jax._typing import Array, Float, Int
+from memcache_jax.kernels.short_conv import conv_silu, document_conv_silu
 from memcache_jax.sharding.mesh import active_mesh, partitioned
 from memcache_jax.sharding.time import over_time
 
@@ -15,19 +16,13 @@ _LECUN_NORMAL = jax.nn.initializers.lecun_normal()  # Flax's default
 
 
 class Linear(nnx.Linear):
-    """``nnx.Linear`` on all rows as one matrix, with no bias unless asked for.
+    """``nnx.Linear`` over all tokens as one matrix, without a bias by default.
 
-    With batch and time as separate axes XLA's CPU backend transposes every cotangent: 1.7 times
-    slower, forward and backward. On a mesh they stay apart, as they are divided apart.
+    With separate batch and time axes XLA's CPU backend transposes every cotangent, which makes
+    forward and backward 1.7 times slower. On a mesh they stay separate, since it may split both.
 
-    Args:
-      in_features: size of an input.
-      out_features: size of an output.
-      axes: names of the kernel's two axes in ``sharding.RULES``.
-      use_bias: whether there is a bias.
-      kernel_init: initialiser of the kernel.
-      bias_init: initialiser of the bias.
-      options: as for ``nnx.Linear``.
+    ``axes`` are the logical names of the kernel's two axes, as in ``sharding.mesh.RULES``.
+    The other arguments are those of ``nnx.Linear``.
     """
 
     def __init__(
@@ -82,26 +77,26 @@ class CausalConv(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), (width, features), param_dtype))
 
     def init_tail(self, batch_size: int, dtype: DTypeLike) -> Float[Array, "b past d"]:
-        """The inputs before the first token, for ``extend``."""
+        """Returns the inputs before the first token, all zero, for ``extend``."""
         width, features = self.kernel.shape
         return jnp.zeros((batch_size, width - 1, features), dtype)
 
     def extend(
         self, x: Float[Array, "b t d"], tail: Float[Array, "b past d"], lengths: Int[Array, "b"]
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b past d"]]:
-        """As ``__call__`` on the next tokens of a stream.
+        """Continues a stream.
 
         Args:
-          x: the tokens.
-          tail: the last inputs before them.
-          lengths: tokens of each row that count.
+          x: the next tokens.
+          tail: the ``width - 1`` inputs before them.
+          lengths: how many of each row's tokens count, from the first on.
 
         Returns:
-          The outputs, and the last inputs of each row.
+          The outputs, and each row's last ``width - 1`` inputs.
         """
         past = tail.shape[1]
         inputs = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
-        y = _conv_silu(inputs, self.kernel[...].astype(x.dtype))[:, past:]
+        y = conv_silu(inputs, self.kernel[...].astype(x.dtype))[:, past:]
         last = jax.vmap(lambda row, begin: jax.lax.dynamic_slice_in_dim(row, begin, past))
         return y, last(inputs, lengths).astype(tail.dtype)
 
@@ -112,59 +107,8 @@ class CausalConv(nnx.Module):
         kernel = self.kernel[...].astype(x.dtype)
         before = kernel.shape[0] - 1
         if document_ids is None:
-            return over_time(_conv_silu, x, kernel, before=before)
-        return over_time(_document_conv_silu, x, kernel, document_ids, before=before)
-
-
-def _document_conv_silu(
-    x: Float[Array, "b t d"], kernel: Float[Array, "w d"], document_ids: Int[Array, "b t"]
-) -> Float[Array, "b t d"]:
-    y, past = x * kernel[-1][None, None], x
-    goes_on = document_ids == _shift(document_ids)
-    for back in range(1, kernel.shape[0]):
-        # Cut off wherever a document begins: an id may come again.
-        past = jnp.where(goes_on[..., None], _shift(past), 0)
-        y += past * kernel[-1 - back][None, None]
-    return jax.nn.silu(y)
-
-
-def _shift(x: Float[Array, "b t ..."] | Int[Array, "b t"]) -> Array:
-    """Each row's value one token before, zero for the first."""
-    return jnp.pad(x[:, :-1], [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2))
-
-
-@jax.custom_vjp
-def _conv_silu(x: Float[Array, "b t d"], kernel: Float[Array, "w d"]) -> Float[Array, "b t d"]:
-    return jax.nn.silu(_weighted_shifts(x, kernel, before=kernel.shape[0] - 1))
-
-
-def _weighted_shifts(x: Array, kernel: Array, before: int) -> Array:
-    """Sum over j of kernel[j] x_{t - before + j}, zero outside of x."""
-    width, length = kernel.shape[0], x.shape[1]
-    padded = jnp.pad(x, ((0, 0), (before, width - 1 - before), (0, 0)))
-    return sum(
-        (padded[:, j : j + length] * kernel[j][None, None] for j in range(width)),
-        start=jnp.zeros((), x.dtype).reshape(1, 1, 1),
-    )
-
-
-def _conv_silu_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _conv_silu(x, kernel), (x, kernel)
-
-
-def _conv_silu_backward(residuals: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
-    # By hand: nothing but the input is kept, and the kernel's gradient is a contraction, which
-    # XLA's CPU backend does ten times faster than the sum that autodiff makes of a broadcast.
-    x, kernel = residuals
-    width, length = kernel.shape[0], x.shape[1]
-    _, pull = jax.vjp(jax.nn.silu, _weighted_shifts(x, kernel, before=width - 1))
-    (d_y,) = pull(d_y)
-    padded = jnp.pad(x, ((0, 0), (width - 1, 0), (0, 0)))
-    taps = [jnp.einsum("btd,btd->d", padded[:, j : j + length], d_y) for j in range(width)]
-    return _weighted_shifts(d_y, kernel[::-1], before=0), jnp.stack(taps)
-
-
-_conv_silu.defvjp(_conv_silu_forward, _conv_silu_backward)
+            return over_time(conv_silu, x, kernel, before=before)
+        return over_time(document_conv_silu, x, kernel, document_ids, before=before)
 
 
 class SwiGLU(nnx.Module):

@@ -10,7 +10,7 @@ from memcache_jax.nn import memory_caching
 def MemoryCaching(*args: Any, **kwargs: Any) -> linen.Module:  # noqa: N802 (a module's name)
     """Returns ``nn.MemoryCaching`` as a Linen module, with ``init`` and ``apply``.
 
-    It takes the arguments of ``nn.MemoryCaching`` but ``rngs``, and ``name`` as Linen modules do.
+    Takes the arguments of ``nn.MemoryCaching`` except ``rngs``, and ``name`` as Linen modules do.
 
     Example:
       >>> import jax, jax.numpy as jnp, memcache_jax as mc
@@ -20,5 +20,5 @@ def MemoryCaching(*args: Any, **kwargs: Any) -> linen.Module:  # noqa: N802 (a m
       >>> layer.apply(layer.init(jax.random.key(0), x), x).shape
       (2, 100, 64)
     """
-    # Plain arrays, not boxes with the names of their axes.
+    # Plain arrays, not boxed with the names of their axes.
     return nnx.bridge.to_linen(memory_caching.MemoryCaching, *args, metadata_fn=None, **kwargs)

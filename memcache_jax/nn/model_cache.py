@@ -1,83 +1,69 @@
-"""The cache of a language model: those of its layers, and what they share."""
+"""The cache of a language model: the stacked caches of its layers."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from memcache_jax import _checks
+from memcache_jax.streaming.protocol import count_bytes, take_rows, zero_rows
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("layers", "states", "position"),
-    meta_fields=("max_length",),
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LanguageModelCache:
     """A stream's past in a language model, as a pytree.
 
     Attributes:
-      layers: of each mixer, the caches of its layers but for their states, stacked.
-      states: of each mixer, the states that all its layers share, (layers * b, ...).
-      position: tokens that each row has taken, (b,).
-      max_length: tokens that a row may take; None for any number.
+      layers: for each mixer, the small arrays of its layers' caches, stacked.
+      states: for each mixer, the large arrays that its layers share, (layers * b, ...).
+      position: tokens taken so far by each row, (b,).
+      max_length: most tokens per row; None for any number.
     """
 
     layers: list
     states: list
     position: Any
-    max_length: int | None
+    max_length: int | None = dataclasses.field(metadata=dict(static=True))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return sum(x.nbytes for x in jax.tree.leaves(self))
+        return count_bytes(self)
 
     @property
-    def depth(self) -> tuple[int, int]:
-        """Layers, and the mixers that they repeat."""
-        return self._repeats * len(self.layers), len(self.layers)
+    def repeats(self) -> int:
+        """Number of layers of each mixer."""
+        return len(jax.tree.leaves(self.layers)[0])
 
     def check_room(self, shape: tuple[int, ...], lengths: Any = None) -> None:
-        """Raises ValueError unless tokens (b, t) go on where the rows are, and have room.
+        """Raises ValueError unless the rows have room for tokens (b, t).
 
-        ``lengths`` of them count in each row. What is traced is not known.
+        ``lengths`` of them count in each row. Positions traced under ``jit`` are not checked.
         """
         _checks.check_room(self.position, shape, lengths, self.max_length)
 
+    def with_states(self, layers: list) -> list:
+        """Returns one cache per mixer, of these layers, with the arrays that all layers share."""
+        return [c.with_states(states) for c, states in zip(layers, self.states, strict=True)]
+
     def reset(self, rows: jax.typing.ArrayLike) -> "LanguageModelCache":
-        """The cache with the marked rows (b,) before their first token."""
+        """Returns the cache with the marked rows (b,) empty again."""
+        rows = jnp.asarray(rows)
         layers = jax.vmap(lambda caches: [cache.reset(rows) for cache in caches])(self.layers)
-        every = jnp.tile(jnp.asarray(rows), self._repeats)
-        states = [cache.reset_states(every) for cache in self._with_states()]
-        position = jnp.where(jnp.asarray(rows), 0, self.position)
-        return LanguageModelCache(layers, states, position, self.max_length)
+        every = jnp.tile(rows, self.repeats)
+        states = [cache.reset_states(every) for cache in self._first_layers()]
+        return LanguageModelCache(layers, states, zero_rows(self.position, rows), self.max_length)
 
     def take(self, rows: jax.typing.ArrayLike) -> "LanguageModelCache":
-        """The cache of these rows, in this order; one may come more than once."""
+        """Returns the cache of these rows, in this order; a row may be taken more than once."""
         batch = len(self.position)
         rows = _checks.check_rows(rows, batch)
         layers = jax.vmap(lambda caches: [cache.take_small(rows) for cache in caches])(self.layers)
-        every = (jnp.arange(self._repeats)[:, None] * batch + rows[None]).reshape(-1)
-        states = [cache.take_states(every) for cache in self._with_states()]
-        position = jnp.take(self.position, rows, axis=0)
-        return LanguageModelCache(layers, states, position, self.max_length)
+        every = (jnp.arange(self.repeats)[:, None] * batch + rows[None]).reshape(-1)
+        states = [cache.take_states(every) for cache in self._first_layers()]
+        return LanguageModelCache(layers, states, take_rows(self.position, rows), self.max_length)
 
-    @property
-    def _repeats(self) -> int:
-        return len(jax.tree.leaves(self.layers)[0])
-
-    def _with_states(self) -> list:
-        """Of each mixer, a layer's cache with the states of all."""
-        return [
-            jax.tree.map(lambda x: x[0], cache).with_states(shared)
-            for cache, shared in zip(self.layers, self.states, strict=True)
-        ]
-
-
-def without_states(cache: Any) -> Any:
-    """A mixer's cache without its states."""
-    return cache.with_states((None, None))
+    def _first_layers(self) -> list:
+        return self.with_states(jax.tree.map(lambda x: x[0], self.layers))

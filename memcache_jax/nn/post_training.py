@@ -1,12 +1,12 @@
-"""Memory caching for a model that was trained without it."""
+"""Memory caching for a model trained without it."""
 
 import dataclasses
 from typing import TypeVar
 
 from flax import nnx
 
-from memcache_jax._arguments import check_configuration
 from memcache_jax.aggregation import GRM, Aggregation
+from memcache_jax.caching import check_configuration
 from memcache_jax.nn.config import MemoryCachingMixer
 from memcache_jax.nn.language_model import LanguageModel
 from memcache_jax.nn.memory_caching import MemoryCaching
@@ -21,27 +21,25 @@ def with_memory_caching(
     segmentation: Segmentation,
     aggregation: Aggregation | None = None,
 ) -> Model:
-    """Gives an already trained recurrent model caches, with no new parameters.
+    """Adds caches to an already trained recurrent model, with no new parameters.
 
-    Post-training memory caching (Sec. 4.3 of arXiv:2602.24281): beyond the length it was trained
-    at, a recurrent model keeps the memory of every training length and reads them all, each with
-    the same weight. Every ``MemoryCaching`` layer of the model takes the new aggregation and
+    Post-training memory caching (Sec. 4.3 of arXiv:2602.24281): on inputs longer than its training
+    length, a recurrent model caches its memory after every training length and reads all of them
+    with equal weight. Every ``MemoryCaching`` layer of the model gets the new aggregation and
     segmentation.
 
     Args:
       model: any NNX module with ``MemoryCaching`` layers, such as a ``LanguageModel``.
-      segmentation: where states are cached: ``Constant`` of the length that the model was trained
-        at.
-      aggregation: ``GRM(gate="uniform")`` by default. Others that need nothing learned are
-        ``Soup`` with uniform gates and ``Residual``; gates by content are for layers that have a
-        connector.
+      segmentation: where states are cached: ``Constant`` of the model's training length.
+      aggregation: ``GRM(gate="uniform")`` by default. ``Soup(gate="uniform")`` and ``Residual``
+        need no parameters either; content gates are for layers that have a connector.
 
     Returns:
-      A new model; its parameters are the same arrays. The given one is not changed.
+      A new model with the same parameter arrays. The given model is unchanged.
 
     Raises:
       ValueError: for a model without such layers, a segment size that a memory's chunk size does
-        not divide, or an aggregation whose gates the layers have no parameters for.
+        not divide, or an aggregation whose gates need parameters that the layers lack.
 
     Example:
       >>> import jax.numpy as jnp, memcache_jax as mc
@@ -56,13 +54,13 @@ def with_memory_caching(
     new = nnx.merge(*nnx.split(model))
     layers = [m for _, m in nnx.iter_modules(new) if isinstance(m, MemoryCaching)]
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no MemoryCaching layer to give caches to")
+        raise ValueError(f"{type(model).__name__} has no MemoryCaching layer")
     for layer in layers:
         check_configuration(layer.memory, aggregation, segmentation)
-        gates = layer.aggregation.gate
-        if aggregation.needs_connector and aggregation.gate != gates:
+        trained = layer.aggregation
+        if aggregation.relevance.connector not in (None, trained.relevance.connector):
             raise ValueError(
-                f"the model was trained with gates {gates!r} and has no parameters for those of "
+                f"the model was trained with gate={trained.gate!r} and lacks the parameters for "
                 f'{aggregation}; gate="uniform" needs none'
             )
         layer.aggregation, layer.segmentation = aggregation, segmentation

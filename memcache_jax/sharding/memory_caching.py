@@ -1,41 +1,30 @@
-"""Memory caching over a mesh: rows, heads and the parts of a sequence side by side.
+"""Memory caching over a mesh: rows, heads and parts of a sequence side by side.
 
-Rows of a batch and heads have nothing to do with each other. Parts of a sequence have little: with
-independent starts every part writes its own segments, and what crosses the mesh is the states at
-their ends and the pooled keys, not a token's activations.
+Rows of a batch and heads are independent. Parts of a sequence nearly are: with independent starts
+each part writes its own segments, and only the states at their ends and the pooled keys cross the
+mesh, not the activations of tokens.
 """
 
-import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import PartitionSpec
 
-from memcache_jax._arguments import check_arguments
-from memcache_jax._bank import bucket_states
-from memcache_jax._checks import check_choice
-from memcache_jax._documents import count_documents
-from memcache_jax._typing import Array, Float, Int, State
-from memcache_jax._writing import initial_states, write_blocks
+from memcache_jax._checks import check_arguments, check_choice
+from memcache_jax._typing import Array, Float, Int
 from memcache_jax.aggregation import Aggregation
-from memcache_jax.caching import (
-    Implementation,
-    Start,
-    check_implementation,
-    memory_caching,
-    split_blocks,
-    widened,
-)
-from memcache_jax.gating import pooled_keys, running_keys, scores
+from memcache_jax.caching import Implementation, Start, check_configuration, memory_caching
+from memcache_jax.engine.documents import count_documents
+from memcache_jax.engine.run import cut_for, full_controls, run, widen, writing
+from memcache_jax.engine.types import Tokens
+from memcache_jax.gating import in_order
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Lengths, Segmentation
 from memcache_jax.sharding.mesh import active_mesh, num_devices, spec
-from memcache_jax.sharding.ring import read_ring
+from memcache_jax.sharding.parts import Part
 
 Exchange: TypeAlias = Literal["gather", "ring"]
 
@@ -56,21 +45,21 @@ def memory_caching_over_mesh(
     implementation: Implementation | None = None,
     exchange: Exchange = "gather",
 ) -> Float[Array, "b t h v"]:
-    """``memory_caching`` under the mesh of ``jax.set_mesh``; without one, that itself.
+    """``memory_caching`` under the mesh of ``jax.set_mesh``, or on one device without a mesh.
 
     Rows are divided over ``data`` and ``fsdp``, heads over ``tensor``, and time over ``seq``: each
-    part writes its own segments. Pooled keys are gathered, and so are the states at segments' ends
-    with ``exchange="gather"``; with ``"ring"`` these go round the parts, and no device holds more
-    than two parts of them beside its own. Where segments begin with the state before them, the
-    parts' states are carried from one to the next, for rules whose states can be merged, which then
-    write twice.
+    part writes its own segments. Pooled keys are gathered, and with ``exchange="gather"`` so are
+    the states at the ends of segments. With ``"ring"`` the states pass from part to part, and no
+    device holds those of more than two other parts. With checkpoint starts each part first writes
+    its segments to know its last state, and then again from the state before it; this takes rules
+    whose states can be merged.
 
     Raises:
       ValueError: as ``memory_caching``; for an unknown exchange; for rows or heads that the mesh
-        does not divide evenly; and over ``seq``, for fewer segments than devices, segments of
-        several lengths, the reference, with checkpoint starts or ``Logarithmic`` packed documents
-        and rules whose states cannot be merged, and a ring where blocks read other states than
-        those of all segments before them.
+        does not divide evenly; and, with time divided, for fewer segments than devices, segments of
+        several lengths, the reference, packed documents or rules whose states cannot be merged with
+        checkpoint starts or ``Logarithmic``, and a ring unless blocks read the states of all
+        segments before them.
     """
     where: dict[str, Any] = dict(
         memory=memory, segmentation=segmentation, start=start, implementation=implementation
@@ -80,30 +69,13 @@ def memory_caching_over_mesh(
     mesh = active_mesh()
     controls, weights = dict(controls or {}), dict(weights or {})
     if mesh is None:
-        return memory_caching(
-            query,
-            key,
-            value,
-            connector,
-            controls=controls,
-            weights=weights,
-            document_ids=document_ids,
-            **how,
-        )
+        options = dict(controls=controls, weights=weights, document_ids=document_ids)
+        return memory_caching(query, key, value, connector, **options, **how)
+    check_configuration(memory, aggregation, segmentation, start, implementation)
     check_arguments(
-        query,
-        key,
-        value,
-        connector,
-        memory,
-        controls,
-        weights,
-        aggregation,
-        segmentation,
-        document_ids,
+        *(query, key, value, connector, memory, controls, weights),
+        *(aggregation, segmentation, document_ids),
     )
-    check_choice("start", start, ("independent", "checkpoint"))
-    check_implementation(implementation)
     for name, axis in (("batch", 0), ("heads", 2)):
         if key.shape[axis] % num_devices(mesh, name):
             raise ValueError(
@@ -111,11 +83,8 @@ def memory_caching_over_mesh(
                 f"got {key.shape[axis]}"
             )
     parts, length = num_devices(mesh, "time"), key.shape[1]
-    tokens, document = (query, key, value, connector), document_ids
-    layouts = {
-        name: spec("heads") if control.axes == "h" else spec("batch", "time", "heads")
-        for name, control in memory.controls.items()
-    }
+    some: Any = connector  # or None, which has no arrays to divide
+    tokens, document = Tokens(query, key, value, some, controls), document_ids
     if parts > 1:
         check_parts(parts, length, exchange=exchange, documents=document_ids is not None, **where)
         padding = -length % (parts * segmentation.size)
@@ -124,33 +93,42 @@ def memory_caching_over_mesh(
             return jnp.pad(x, [(0, padding if axis == 1 else 0) for axis in range(x.ndim)])
 
         tokens = jax.tree.map(pad, tokens)
-        controls = {
-            name: control if layouts[name] == spec("heads") else pad(control)
-            for name, control in controls.items()
-        }
         if document_ids is not None:
             # Counted over the whole sequence: an id may come again in another part.
             document = count_documents(document_ids)
             document = jnp.pad(document, ((0, 0), (0, padding)), mode="edge")
 
-    def local(tokens: tuple, controls: dict, weights: dict, document: Array | None) -> Array:
-        if parts > 1:
-            return _part(tokens, controls, weights, document, parts=parts, exchange=exchange, **how)
-        options = dict(controls=controls, weights=weights, document_ids=document)
-        return memory_caching(*tokens, **options, **how)
+    def local(tokens: Tokens, weights: dict, document: Array | None) -> Array:
+        if parts == 1:
+            options = tokens._asdict() | dict(weights=weights, document_ids=document)
+            return memory_caching(**options, **how)
+        here = tokens.key.shape[1]
+        own, plan = segmentation.plan(here), segmentation.plan(parts * here)
+        own_document = None
+        if document is not None:
+            # A document that continues from the part before is this part's document 0.
+            own_document = document - document[:, :1]
+            document = document.reshape(len(document), own.num_blocks, -1)
+        full = full_controls(memory, tokens.controls, tokens.key)
+        widened = widen(**tokens._replace(controls=full)._asdict())
+        weights = {name: weight.astype(widened.key.dtype) for name, weight in weights.items()}
+        blocks = cut_for(memory, widened, own_document, own, parts * here)
+        layout = Part(own, plan, start == "checkpoint", exchange == "ring", document)
+        writes = writing(memory, aggregation, widened, weights, implementation)
+        y, _, _ = run(layout, writes, aggregation, blocks)
+        return jnp.moveaxis(y.reshape(*y.shape[:2], -1, y.shape[-1]), 1, 2).astype(value.dtype)
 
-    row = spec("batch", "time", "heads")
+    row: Any = spec("batch", "time", "heads")
+    heads = spec("heads")
+    of_controls: Any = {
+        name: heads if memory.controls[name].axes == "h" else row for name in controls
+    }
     y = jax.shard_map(
         local,
-        in_specs=(
-            row,
-            {name: layouts[name] for name in controls},
-            spec("heads"),
-            PartitionSpec(*row[:2]),
-        ),
+        in_specs=(Tokens(row, row, row, row, of_controls), heads, PartitionSpec(*row[:2])),
         out_specs=row,
         check_vma=False,
-    )(tokens, controls, weights, document)
+    )(tokens, weights, document)
     return y[:, :length]
 
 
@@ -165,39 +143,46 @@ def check_parts(
     exchange: Exchange,
     documents: bool = False,
 ) -> None:
-    """Raises ValueError for what cannot be divided over time, in so many parts."""
+    """Raises ValueError unless a sequence can be divided into so many parts."""
     plan = segmentation.plan(length)
-    reasons = []
-    if isinstance(segmentation, Lengths):
-        reasons.append(f"segments of one size, got {segmentation}")
-    if plan.num_blocks < parts:
-        reasons.append(
-            f"a segment for each of the {parts} devices, got {length} tokens in {segmentation}"
-        )
-    if documents and start == "checkpoint":
-        reasons.append("independent starts for document_ids")
-    if documents and plan.spans_segments.any():
-        reasons.append(
+    merges, rule = memory.merges, type(memory).__name__
+    spans, checkpoint = plan.spans_segments.any(), start == "checkpoint"
+    wanted = (
+        (
+            plan.begins.all() and not isinstance(segmentation, Lengths),
+            f"segments of one size, got {segmentation}",
+        ),
+        (
+            plan.num_blocks >= parts,
+            f"a segment for each of the {parts} devices, got {length} tokens in {segmentation}",
+        ),
+        (not (documents and checkpoint), "independent starts for document_ids"),
+        (
+            not (documents and spans),
             "a Constant segmentation for document_ids: other buckets count from where a document "
-            "begins"
-        )
-    if implementation == "reference":
-        reasons.append("the fast path, not the reference")
-    if start == "checkpoint" and implementation not in (None, "xla"):
-        reasons.append("independent starts for kernels")
-    if not memory.mergeable and start == "checkpoint":
-        reasons.append(
-            f"independent starts for {type(memory).__name__}, whose states cannot be merged: each "
-            "segment would wait for the one before"
-        )
-    if not memory.mergeable and plan.spans_segments.any() and start == "independent":
-        reasons.append(
-            f"a Constant segmentation for {type(memory).__name__}, whose states cannot be merged"
-        )
-    if exchange == "ring" and not fits_ring(segmentation, length):
-        reasons.append(f"a Constant segmentation for a ring, got {segmentation}")
-    if reasons:
-        raise ValueError(f"a sequence over several devices (seq > 1) needs {'; '.join(reasons)}")
+            "begins",
+        ),
+        (implementation != "reference", "the fast path, not the reference"),
+        (
+            not checkpoint or implementation in (None, "xla"),
+            "independent starts for kernels",
+        ),
+        (
+            merges or not checkpoint,
+            f"independent starts for {rule}, whose states cannot be merged: each segment would "
+            "wait for the one before",
+        ),
+        (
+            merges or checkpoint or not spans,
+            f"a Constant segmentation for {rule}, whose states cannot be merged",
+        ),
+        (
+            exchange != "ring" or fits_ring(segmentation, length),
+            f"a Constant segmentation for a ring, got {segmentation}",
+        ),
+    )
+    if missing := [reason for holds, reason in wanted if not holds]:
+        raise ValueError(f"a sequence over several devices (seq > 1) needs {'; '.join(missing)}")
 
 
 def fits_ring(segmentation: Segmentation, length: int) -> bool:
@@ -205,126 +190,4 @@ def fits_ring(segmentation: Segmentation, length: int) -> bool:
     plan = segmentation.plan(length)
     blocks = np.arange(len(plan.buckets))
     own = np.array_equal(plan.buckets, np.stack([blocks, blocks + 1], axis=1))
-    return own and not np.any(plan.visible & (plan.reads != blocks))
-
-
-def _part(
-    tokens: tuple,
-    controls: Mapping[str, Array],
-    weights: Mapping[str, Array],
-    document: Int[Array, "b t"] | None,
-    *,
-    parts: int,
-    memory: Memory,
-    aggregation: Aggregation,
-    segmentation: Segmentation,
-    start: Start,
-    implementation: Implementation | None,
-    exchange: Exchange,
-) -> Float[Array, "b t h v"]:
-    """The outputs of one part of the sequence, within a ``shard_map``."""
-    query, key, value, connector = tokens
-    dtype, here = value.dtype, key.shape[1]
-    own, plan = segmentation.plan(here), segmentation.plan(parts * here)
-    tokens, weights = widened(memory, query, key, value, connector, controls, weights)
-    # A document that goes on into this part is the first of it.
-    own_document = None if document is None else document - document[:, :1]
-    blocks, own_document, rows = split_blocks(memory, tokens, own_document, own, parts * here)
-    query, key, value, connector, _ = blocks
-
-    def initial(shape: tuple[int, ...]) -> State:
-        return initial_states(memory, weights, shape, key.shape[-1], value.shape[-1], key.dtype)
-
-    carries = start == "checkpoint"
-    live = functools.partial(aggregation.live, memory)
-    how: dict[str, Any] = dict(carries=carries, implementation=implementation)
-    before = initial
-    if carries:
-        first = initial(key.shape[:2])
-        ends, _ = write_blocks(memory, lambda view, query: (), initial, rows, own, **how)
-        prefix = _carry(memory, first, jax.tree.map(lambda x: x[:, :, -1], ends), tokens[4], parts)
-        before = functools.partial(_same, prefix)
-    ends, kept = write_blocks(memory, live, before, rows, own, **how)
-
-    read_cached = None
-    if exchange == "ring":
-        bank, read_cached = memory.matrices(ends), functools.partial(read_ring, aggregation)
-    elif plan.spans_segments.any() and not carries:
-        # Merging needs the whole states, and of each token no more than its controls.
-        ends, later = _gather((ends, rows[3]))
-        bank, _ = bucket_states(
-            memory, ends, initial, (None, None, None, later, None), plan, None, **how
-        )
-        bank = memory.matrices(bank)
-    else:
-        last = plan.buckets[:, 1] - 1
-        bank = jax.tree.map(lambda x: x[:, :, last], _gather(memory.matrices(ends)))
-
-    count = own.num_blocks
-    begin = lax.axis_index("seq") * count
-
-    def mine(table: Any) -> Array:
-        return lax.dynamic_slice_in_dim(jnp.asarray(table), begin, count)
-
-    reads, distances = mine(plan.reads), mine(plan.distances)
-
-    def score(connector: Array, key: Array, document: Array | None) -> tuple[Array, Array]:
-        if aggregation.gate != "content":
-            return scores(connector, None, None, reads, distances, aggregation.gate)
-        block = np.arange(count)
-        blocks = dataclasses.replace(own, buckets=np.stack([block, block + 1], axis=1))
-        own_keys = pooled_keys(key, blocks, aggregation.pooling, document)
-        keys = lax.all_gather(own_keys, "seq", axis=0, tiled=True)
-        pooled = pooled_keys(keys[:, None], plan, aggregation.pooling)
-        running = running_keys(key, own, aggregation.pooling, document)
-        return scores(connector, pooled, running, reads, distances, aggregation.gate)
-
-    heads = jax.vmap(score, in_axes=(0, 0, None))
-    rows_and_heads = jax.vmap(heads, in_axes=(0, 0, None if document is None else 0))
-    cached, online = rows_and_heads(connector, key, own_document)
-    if document is not None:
-        of_token = document.reshape(len(document), count, -1)
-        of_state = lax.all_gather(of_token[:, :, -1], "seq", axis=1, tiled=True)
-        after = jnp.asarray(plan.buckets[:, 1])[jnp.maximum(reads, 0)]
-        same = of_token[..., None] == of_state[:, after - 1][:, :, None]
-        cached = jnp.where(same[:, None], cached, -jnp.inf)
-    gates = aggregation.gates(cached, online)
-    every = jnp.broadcast_to(reads[None], (len(key), *reads.shape))
-    y = aggregation.combine(
-        memory,
-        bank,
-        query,
-        kept,
-        gates,
-        every,
-        zero_gates=document is not None,
-        implementation=implementation,
-        read_cached=read_cached,
-    )
-    y = y.reshape(*y.shape[:2], -1, y.shape[-1])
-    return jnp.moveaxis(y, 1, 2).astype(dtype)
-
-
-def _same(state: State, shape: tuple[int, ...]) -> State:
-    """That state, which has the shape."""
-    assert jax.tree.leaves(state)[0].shape[: len(shape)] == shape, "one state for each head"
-    return state
-
-
-def _gather(tree: Any) -> Any:
-    """Of every part, in order, what is there by block: (b, h, n, ...)."""
-    return jax.tree.map(lambda x: lax.all_gather(x, "seq", axis=2, tiled=True), tree)
-
-
-def _carry(memory: Memory, first: State, end: State, controls: Any, parts: int) -> State:
-    """The state before each part, from those after every part alone: one hop for each part."""
-    merge = jax.vmap(jax.vmap(memory.merge))
-    index = lax.axis_index("seq")
-    hops = [(part, part + 1) for part in range(parts - 1)]
-
-    def hop(before: State, _: None) -> tuple[State, None]:
-        passed = lax.ppermute(merge(before, end, controls), "seq", hops)
-        # The first part has none before it.
-        return jax.tree.map(lambda new, old: jnp.where(index > 0, new, old), passed, first), None
-
-    return lax.scan(hop, first, None, length=parts - 1)[0]
+    return own and in_order(plan.reads, len(blocks))

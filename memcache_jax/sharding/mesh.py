@@ -1,8 +1,4 @@
-"""The mesh, and which of its axes each axis of an array is laid out over.
-
-Arrays name their axes by what they hold (``"batch"``, ``"heads"``); one table says which axes of
-the mesh those are laid out over.
-"""
+"""The mesh, and the table that maps the named axes of arrays (``"batch"``, ``"heads"``) to it."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -41,9 +37,9 @@ def make_mesh(
     Neighbours along the later axes are neighbours in the hardware, where there is the most traffic.
 
     Args:
-      sizes: devices along each axis, 1 where it is left out; one may be -1, all that are left.
-      slices: TPU slices, or hosts, that a slower network joins. They divide the ``data`` axis, or
-        the ``fsdp`` axis if that one is not a multiple of them.
+      sizes: devices along each axis, 1 by default; one may be -1, for all remaining devices.
+      slices: number of TPU slices, or hosts, connected by a slower network. They divide the
+        ``data`` axis, or ``fsdp`` if ``data`` is not a multiple of them.
       devices: all devices by default.
 
     Raises:
@@ -85,17 +81,17 @@ def active_mesh() -> AbstractMesh | None:
     """The mesh of ``jax.set_mesh`` if it has our axes and more than one device."""
     mesh = jax.sharding.get_abstract_mesh()
     ours = not mesh.empty and set(mesh.axis_names) == set(AXES)
-    # In a shard_map its axes are taken care of.
+    # Within a shard_map, arrays are already divided.
     return mesh if ours and mesh.size > 1 and not mesh.manual_axes else None
 
 
 def spec(*names: str | None) -> PartitionSpec:
-    """How an array with axes of these names is laid out; None for an axis that is not divided."""
+    """The layout of an array with axes of these names; None for an axis that is not divided."""
     return PartitionSpec(*(None if name is None else RULES[name] for name in names))
 
 
 def constrain(x: Array, *names: str | None) -> Array:
-    """Lays an array out by its axes' names; without a mesh it stays as it is.
+    """Lays an array out by its axes' names; returns it unchanged without a mesh.
 
     Example:
       >>> import jax.numpy as jnp, memcache_jax as mc
@@ -107,21 +103,18 @@ def constrain(x: Array, *names: str | None) -> Array:
 
 
 def fit(layout: PartitionSpec, x: Any, mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """The layout without the axes of the mesh that do not divide those of the array.
+    """The layout without the axes of the mesh that do not divide the array evenly.
 
-    Of several over one axis of the array the last ones are left out until the rest divides it.
+    Of several mesh axes over one array axis, the last are dropped until the others divide it.
     """
+
+    def dividing(size: int, axes: Any) -> Any:
+        while isinstance(axes, tuple) and size % _devices(mesh, axes):
+            axes = axes[:-1] or None
+        return None if size % _devices(mesh, axes) else axes
+
     axes = (*layout, *[None] * (len(x.shape) - len(layout)))
-    return PartitionSpec(
-        *(_dividing(size, axis, mesh) for size, axis in zip(x.shape, axes, strict=True))
-    )
-
-
-def _dividing(size: int, axes: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """The axes of the mesh that divide an array's axis of this size."""
-    while isinstance(axes, tuple) and size % _devices(mesh, axes):
-        axes = axes[:-1] or None
-    return None if size % _devices(mesh, axes) else axes
+    return PartitionSpec(*(dividing(*pair) for pair in zip(x.shape, axes, strict=True)))
 
 
 def partitioned(init: Callable[..., Array], *names: str | None) -> Callable[..., Any]:
@@ -130,11 +123,11 @@ def partitioned(init: Callable[..., Array], *names: str | None) -> Callable[...,
 
 
 def num_devices(mesh: Mesh | AbstractMesh, name: str) -> int:
-    """Devices that an axis of this name is divided over."""
+    """Number of devices that an axis of this name is divided over."""
     return _devices(mesh, RULES[name])
 
 
 def _devices(mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
-    """Devices along one axis of the mesh, several, or none."""
+    """Number of devices along one axis of the mesh, several, or none."""
     every = axes if isinstance(axes, tuple) else (axes,)
     return math.prod(mesh.shape[axis] for axis in every if axis is not None)

@@ -1,6 +1,6 @@
-"""Cached states that go round the parts of a sequence: each part reads those that pass by.
+"""Cached states that pass around the parts of a sequence, each of which reads them as they come.
 
-No device holds more of them than its own part, the part that it reads and the one on the way.
+A device holds its own states, the part that it reads, and the one in transit.
 """
 
 import functools
@@ -11,52 +11,44 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from memcache_jax._typing import Array, Float, Int, Matrices
-from memcache_jax.aggregation import Aggregation
+from memcache_jax._typing import Array, Float, Matrices
+from memcache_jax.engine.types import OfBlocks, OfTokens
 from memcache_jax.kernels.bank_read import bank_read
 from memcache_jax.kernels.grouped_read import grouped_read
 
 AXIS = "seq"
 
 
-def read_ring(
-    aggregation: Aggregation,
+def read_blocks(
     read: Callable[..., Array],
     bank: Matrices,
     query: Float[Array, "b h n c k"],
-    gates: Float[Array, "b h n c r"],
-    reads: Int[Array, "..."],
+    selection: OfBlocks,
     implementation: str | None,
 ) -> Float[Array, "b h n c v"]:
-    """``aggregation.read_cached`` of the states of all parts, within a ``shard_map``.
+    """The gated sum of reads of the states of all parts, within a ``shard_map``.
 
-    Args:
-      aggregation: reads all visible states, or those that a token selects.
-      read: as for ``bank_read``.
-      bank: the states at the ends of this part's blocks.
-      query: the queries of this part.
-      gates: of the states of all parts.
-      reads: (b, n, r), slot i holds state i or -1; or (b, h, n, c, r), what tokens have selected.
-      implementation: of the reads.
+    ``bank`` and ``query`` are this part's. In the selection, slot i holds state i of all parts, or
+    none.
     """
     count = bank[0].shape[2]
-    gates, states = aggregation.selected(gates, reads)
-    if states.ndim == 5:
-        return _read_selected(read, bank, query, gates, jnp.asarray(states), implementation)
     slots = lax.axis_size(AXIS) * count
-    gates, reads = (_filled(x, slots, value) for x, value in ((gates, 0), (reads, -1)))
+    states = jnp.broadcast_to(selection.states, (len(query), *selection.states.shape[1:]))
+    gates, states = _filled(selection.gates, slots, 0), _filled(states, slots, -1)
 
-    def pieces(part: Array, reads: Array) -> Array:
+    def shares(part: Array, states: Array) -> Array:
         return jnp.ones((), jnp.int32)
 
-    def piece(part: Array, _: Array, bank: Matrices, rows: tuple, reads: Array) -> Array:
+    def share(part: Array, _: Array, bank: Matrices, rows: tuple, states: Array) -> Array:
         query, gates = rows
         begin = part * count
-        gates, reads = (lax.dynamic_slice_in_dim(x, begin, count, axis=-1) for x in (gates, reads))
-        reads = jnp.where(reads >= 0, reads - begin, -1)
-        return bank_read(read, bank, query, gates, reads, implementation=implementation)
+        gates, states = (
+            lax.dynamic_slice_in_dim(x, begin, count, axis=-1) for x in (gates, states)
+        )
+        states = jnp.where(states >= 0, states - begin, -1)
+        return bank_read(read, bank, query, gates, states, implementation=implementation)
 
-    return _over_ring(piece, pieces, bank, (query, gates), reads)
+    return _over_ring(share, shares, bank, (query, gates), states)
 
 
 def _filled(x: Array, size: int, value: int) -> Array:
@@ -65,36 +57,37 @@ def _filled(x: Array, size: int, value: int) -> Array:
     return jnp.pad(x, missing, constant_values=value)
 
 
-def _read_selected(
+def read_tokens(
     read: Callable[..., Array],
     bank: Matrices,
     query: Float[Array, "b h n c k"],
-    gates: Float[Array, "b h n c s"],
-    states: Int[Array, "b h n c s"],
+    selection: OfTokens,
     implementation: str | None,
 ) -> Float[Array, "b h n c v"]:
-    """The read of selected states: of a part that passes by, by the tokens that selected any of it.
+    """``read_blocks`` where each token has states of its own.
 
-    Those (token, choice) pairs are as many as the tokens make them. They are read a few at a time,
-    so that all parts together cost about what one read of all pairs would.
+    Tokens read the part that passes by only if they selected a state of it. How many (token,
+    choice) pairs that are depends on the data, so they are read a fixed number at a time: all parts
+    together cost about as much as one read of all pairs.
     """
+    states, gates = selection.states, selection.gates
     (batch, heads), tokens, choices = gates.shape[:2], query.shape[2:4], gates.shape[-1]
     units, parts, count = batch * heads, lax.axis_size(AXIS), bank[0].shape[2]
     flat = gates.reshape(units, -1), states.reshape(units, -1)
     pairs = flat[0].shape[1]
     size = -(-pairs // parts)
-    # A gate of zero is of no state, or of one that changes nothing.
+    # With a gate of zero there is no state, or its read changes nothing.
     owner = jnp.where(flat[0] > 0, flat[1] // count, parts)
     order = jnp.argsort(owner, axis=1, stable=True)
     find = jax.vmap(jnp.searchsorted, in_axes=(0, None))
     begin = find(jnp.take_along_axis(owner, order, axis=1), jnp.arange(parts + 1))
 
-    def pieces(part: Array, index: tuple) -> Array:
+    def shares(part: Array, index: tuple) -> Array:
         _, _, begin = index
         return jnp.max(-(-(begin[:, part + 1] - begin[:, part]) // size))
 
-    def piece(part: Array, number: Array, bank: Matrices, rows: tuple, index: tuple) -> Array:
-        """What the pairs of one piece add to all outputs."""
+    def share(part: Array, number: Array, bank: Matrices, rows: tuple, index: tuple) -> Array:
+        """The contribution of one share's pairs to all outputs."""
         (query, gates), (states, order, begin) = rows, index
 
         def taken(query, gates, states, order, first, after):
@@ -127,28 +120,28 @@ def _read_selected(
         )
 
     rows = query.reshape(units, -1, query.shape[-1]), flat[0]
-    y = _over_ring(piece, pieces, bank, rows, (flat[1], order, begin))
+    y = _over_ring(share, shares, bank, rows, (flat[1], order, begin))
     return y.reshape(batch, heads, *tokens, -1)
 
 
 def _over_ring(
-    piece: Callable[..., Array],
-    pieces: Callable[[Array, Any], Array],
+    share: Callable[..., Array],
+    shares: Callable[[Array, Any], Array],
     bank: Matrices,
     rows: Any,
     index: Any,
 ) -> Array:
-    """Returns the sum of all pieces of this part and those before it, as their states pass by.
+    """Returns the sum of all shares of this part and those before it, as their states pass by.
 
-    While a part's states are read those of the part before are on the way. The backward pass sends
-    them round once more, each with its gradient, which so comes back to where its state is.
+    While one part's states are read, the next are in transit. The backward pass sends them around
+    once more, each with its gradient, which ends on the device of its state.
 
     Args:
-      piece: (part, number, bank of that part, rows, index) to what is to be summed.
-      pieces: (part, index) to how many there are.
+      share: (part, number, bank of that part, rows, index) -> a term of the sum.
+      shares: (part, index) -> how many shares that part has.
       bank: the states of this part.
-      rows: what is differentiated beside it.
-      index: what is not.
+      rows: the other inputs with gradients.
+      index: inputs without gradients.
     """
     parts = lax.axis_size(AXIS)
     onward = functools.partial(
@@ -156,17 +149,17 @@ def _over_ring(
     )
 
     def visit(hop: Array | int, index: Any, add: Callable, total: Any) -> Any:
-        """The total with the pieces of the part that is here after so many hops."""
+        """Adds to the total the shares of the part that arrives after so many hops."""
         here = lax.axis_index(AXIS)
         part = (here - hop) % parts
-        number = jnp.where(hop <= here, pieces(part, index), 0)
+        number = jnp.where(hop <= here, shares(part, index), 0)
         return lax.fori_loop(0, number, functools.partial(add, part), total)
 
     @jax.custom_vjp
     def read_all(bank: Matrices, rows: Any, index: Any) -> Array:
         def read(hop: Array | int, bank: Matrices, y: Array) -> Array:
             def add(part: Array, number: Array, y: Array) -> Array:
-                return y + piece(part, number, bank, rows, index)
+                return y + share(part, number, bank, rows, index)
 
             return visit(hop, index, add, y)
 
@@ -174,7 +167,7 @@ def _over_ring(
             bank, y = carry
             return (onward(bank), read(hop, bank, y)), None
 
-        y = jax.eval_shape(piece, 0, 0, bank, rows, index)
+        y = jax.eval_shape(share, 0, 0, bank, rows, index)
         carry, _ = lax.scan(turn, (bank, jnp.zeros(y.shape, y.dtype)), jnp.arange(parts - 1))
         return read(parts - 1, *carry)
 
@@ -187,7 +180,7 @@ def _over_ring(
         def read(hop: Array | int, bank: Matrices, totals: tuple) -> tuple:
             def add(part: Array, number: Array, totals: tuple) -> tuple:
                 _, pull = jax.vjp(
-                    lambda bank, rows: piece(part, number, bank, rows, index), bank, rows
+                    lambda bank, rows: share(part, number, bank, rows, index), bank, rows
                 )
                 return jax.tree.map(jnp.add, totals, pull(d_y))
 

@@ -1,26 +1,25 @@
 """Where the parameters, the optimizer's state and the batches of a training run live."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from memcache_jax.sharding.mesh import RULES, fit, spec
 
+if TYPE_CHECKING:
+    import optax
+
 
 def param_shardings(state: nnx.State, mesh: Mesh) -> Any:
-    """Returns a sharding for each parameter, from the names of its axes.
+    """Returns a ``NamedSharding`` for each parameter, from the names of its axes.
 
     An axis that its devices do not divide evenly is not divided.
 
     Args:
       state: parameters or their shapes, as ``nnx.split`` returns them.
       mesh: as from ``make_mesh``.
-
-    Returns:
-      A tree of the state's form, with a ``NamedSharding`` for each array.
     """
     with nnx.logical_axis_rules(tuple(RULES.items())):
         layouts = nnx.to_pure_dict(nnx.get_partition_spec(state))
@@ -33,16 +32,18 @@ def param_shardings(state: nnx.State, mesh: Mesh) -> Any:
 
 
 def state_shardings(
-    optimizer: optax.GradientTransformation, params: Any, shardings: Any, mesh: Mesh
+    optimizer: "optax.GradientTransformation", params: Any, shardings: Any, mesh: Mesh
 ) -> Any:
-    """Returns the shardings of an optimizer's state: what follows a parameter lies where it does.
+    """Returns the shardings of an optimizer's state: those of the parameters where it has one each.
 
     Args:
-      optimizer: whose state it is.
+      optimizer: the optimizer.
       params: the parameters, or their shapes.
       shardings: those of the parameters.
       mesh: as from ``make_mesh``.
     """
+    import optax  # from the extra `train`
+
     return optax.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,

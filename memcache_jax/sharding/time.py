@@ -1,4 +1,4 @@
-"""What a part of a sequence needs of the part before it."""
+"""Causal operations whose parts of a sequence need the last tokens of the part before."""
 
 from collections.abc import Callable
 
@@ -19,26 +19,14 @@ def over_time(
 ) -> Float[Array, "b t d"]:
     """Returns causal(x, kernel, *rows), each part of the sequence on its devices.
 
-    Only the last tokens of a part cross the mesh, to the part after it.
-
-    Args:
-      causal: channel by channel, from the tokens and at most ``before`` tokens before each, zero
-        before the first.
-      x: the tokens.
-      kernel: whatever else it takes of each channel.
-      rows: and of each token.
-      before: how far it looks back.
+    Only the last tokens of a part cross the mesh, to the part after it. ``causal`` acts on each
+    channel alone; its output at a token depends on that token and at most ``before`` earlier ones,
+    which are zero before the first.
     """
     mesh = active_mesh()
-    parts = 1 if mesh is None else mesh.shape["seq"]
-    # Parts that are not of one size, or shorter than that, are left to the compiler.
-    if (
-        mesh is None
-        or not before
-        or parts == 1
-        or x.shape[1] % parts
-        or x.shape[1] // parts < before
-    ):
+    parts, length = 1 if mesh is None else mesh.shape["seq"], x.shape[1]
+    # The compiler divides parts of unequal sizes, or shorter than ``before``.
+    if mesh is None or not before or parts == 1 or length % parts or length // parts < before:
         return causal(x, kernel, *rows)
     hops = [(part, part + 1) for part in range(parts - 1)]
 

@@ -2,8 +2,8 @@
 
 from memcache_jax.streaming.cache import Cache, init_cache
 from memcache_jax.streaming.config import CacheConfig, check_options
+from memcache_jax.streaming.eviction import Eviction
 from memcache_jax.streaming.extend import extend
-from memcache_jax.streaming.slots import Policy
 from memcache_jax.streaming.storage import Placement
 
-__all__ = ["Cache", "CacheConfig", "Placement", "Policy", "check_options", "extend", "init_cache"]
+__all__ = ["Cache", "CacheConfig", "Eviction", "Placement", "check_options", "extend", "init_cache"]

@@ -1,4 +1,4 @@
-"""Caches: what later tokens of a stream need of earlier ones."""
+"""The cache of a stream: everything that later tokens need from earlier ones."""
 
 import dataclasses
 import functools
@@ -10,47 +10,41 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from memcache_jax import _checks
-from memcache_jax._arguments import check_weights
+from memcache_jax._checks import check_weights
 from memcache_jax._typing import Array, State
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.caching import Start
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Segmentation
-from memcache_jax.streaming.config import CacheConfig, make_config
-from memcache_jax.streaming.slots import Policy
-from memcache_jax.streaming.storage import Placement
+from memcache_jax.streaming import storage
+from memcache_jax.streaming.config import CacheConfig
+from memcache_jax.streaming.eviction import Eviction
+from memcache_jax.streaming.protocol import MixerCache, take_rows, zero_rows
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=(
-        *("initial", "position", "state", "anchor", "key_sum", "record"),
-        *("bank", "pooled", "first"),
-    ),
-    meta_fields=("config",),
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Cache:
-    """A stream's past, row by row, as a pytree whose arrays never change their shapes.
+class Cache(MixerCache):
+    """The past of a batch of streams, as a pytree whose arrays never change shape.
 
-    A track is a run of tokens over which a state is written: that of track 0 is the live one, and
+    A track is a run of tokens over which a state is written. Track 0 is the live segment, the
     others are buckets of several segments.
 
     Attributes:
       initial: the state before the first token, (h, ...).
-      position: tokens that each row has taken, (b,).
+      position: tokens taken so far by each row, (b,).
       state: the state of each track, (b, h, tracks, ...).
-      anchor: the states with which the current chunk began; None for rules exact for any chunk.
-      key_sum: the sum of each track's keys since it began, (b, h, tracks, k).
-      record: what lies in which slot.
-      bank: matrices of the cached states, (b, h, slots, in, out), in ``cache_dtype``; on the host
-        in one axis, see ``storage``.
+      anchor: the states at the start of the current chunk; None for rules exact for any chunk.
+      key_sum: the sum of each track's keys so far, (b, h, tracks, k).
+      record: what each slot holds.
+      bank: matrices of the cached states, (b, h, slots, in, out), in ``cache_dtype``; for their
+        layout on the host see ``storage.HostStorage``.
       pooled: pooled keys of the cached states, (b, h, slots, k).
-      first: None, or for layers that share ``bank`` and ``pooled`` the first row of this one.
+      first: this layer's first row in a stack of layers, which share ``bank`` and ``pooled``.
       config: what the cache was made for.
     """
 
-    # Trees of the same form hold other things than arrays, or more axes, so these are not checked.
+    # Any: under transformations the same tree holds shapes, shardings, or arrays of more axes.
     initial: Any
     position: Any
     state: Any
@@ -60,85 +54,51 @@ class Cache:
     bank: Any
     pooled: Any
     first: Any
-    config: CacheConfig
+    config: CacheConfig = dataclasses.field(metadata=dict(static=True))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(x.nbytes for x in jax.tree.leaves(self))
+    common = ("initial",)
+    small = ("position", "state", "anchor", "key_sum", "record")
+    shared = ("bank", "pooled")
+    zeroed = ("position", "record")  # the first token of a segment resets states and sums
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """Heads h, and their key and value dimensions k and v."""
+        """Number of heads h, and their key and value dimensions k and v."""
         _, heads, _, key_dim = self.key_sum.shape
         return heads, key_dim, self.config.memory.matrices(self.initial)[-1].shape[-1]
 
     def with_weights(self, weights: Mapping[str, Array]) -> "Cache":
-        """The cache whose later segments begin with these weights of a deep memory."""
+        """Returns the cache with other initial weights for segments that begin from here on."""
         dtype = self.key_sum.dtype
         initial = _initial(self.config.memory, weights, *self.sizes, dtype)
         return dataclasses.replace(self, initial=initial)
 
-    def reset(self, rows: jax.typing.ArrayLike) -> "Cache":
-        """The cache with the marked rows (b,) before their first token.
-
-        What it does not change it shares with this one: donate one of them, and the other is gone.
-        """
-        rows = jnp.asarray(rows)
-        # Live states and sums begin anew with the first token.
-        position, record = _zero(rows, (self.position, self.record))
-        cache = dataclasses.replace(self, position=position, record=record)
-        return cache if self.bank is None else cache.with_states(self.reset_states(rows))
-
-    def take(self, rows: jax.typing.ArrayLike) -> "Cache":
-        """The cache of these rows, in this order; one may come more than once."""
-        rows = _checks.check_rows(rows, len(self.position))
-        return self.take_small(rows).with_states(self.take_states(rows))
-
-    # For a stack of layers, which shares what is large, so that a pass copies none of it.
-
     @property
-    def states(self) -> tuple:
-        """What is large: cached states and pooled keys."""
-        return self.bank, self.pooled
-
-    def with_states(self, states: tuple, first: Any = None) -> "Cache":
-        """The cache with these, in which its own begin with a row."""
-        bank, pooled = states
-        return dataclasses.replace(self, bank=bank, pooled=pooled, first=first)
+    def storages(self) -> tuple[storage.Storage, storage.Storage]:
+        """How ``bank`` and ``pooled`` store the cached states and their pooled keys."""
+        config, first = self.config, 0 if self.first is None else self.first
+        matrices = jax.eval_shape(
+            lambda state: storage.pack(config.memory.matrices(state), config.cache_dtype),
+            self.initial,
+        )
+        key = jax.ShapeDtypeStruct(self.key_sum.shape[1::2], self.key_sum.dtype)
+        bank = storage.HostStorage if config.placement == "host" else storage.Storage
+        slots = config.slots.num_slots
+        return bank(slots, matrices, first), storage.Storage(slots, key, first)
 
     def empty_states(self, rows: int) -> tuple:
-        """So many rows of empty ones."""
-        bank, keys = self.config.states(self.initial), self.config.keys(self.key_sum)
-        return bank.empty(rows), keys.empty(rows)[0]
+        """Allocates ``rows`` rows of empty cached states and pooled keys."""
+        return tuple(bank.empty(rows) for bank in self.storages)
 
     def reset_states(self, rows: Array) -> tuple:
-        """All of them, zero in the marked rows: a NaN in a slot would be read with a gate of zero.
-
-        On the host they stay, since what SSC does not select it does not read.
-        """
-        bank = self.bank if self.config.placement == "host" else _zero(rows, self.bank)
-        return bank, _zero(rows, self.pooled)
+        """Returns both with the marked rows zeroed, except a bank on the host."""
+        # A NaN on the host does no harm: SSC does not read states that it does not select.
+        bank = self.bank if self.config.placement == "host" else zero_rows(self.bank, rows)
+        return bank, zero_rows(self.pooled, rows)
 
     def take_states(self, rows: Array) -> tuple:
-        """These rows of them, of all."""
-        bank = self.config.states(self.initial).take_rows(self.bank, rows)
-        return bank, jnp.take(self.pooled, rows, axis=0)
-
-    def take_small(self, rows: Array) -> "Cache":
-        """These rows of all else."""
-        names = ("position", "state", "anchor", "key_sum", "record")
-        parts = {name: getattr(self, name) for name in names}
-        taken = jax.tree.map(lambda x: jnp.take(x, rows, axis=0), parts)
-        # Not shared: either cache may be donated.
-        return dataclasses.replace(self, initial=jax.tree.map(jnp.copy, self.initial), **taken)
-
-
-def _zero(rows: Array, tree: Any) -> Any:
-    """Arrays (b, ...) with zeros in the marked rows."""
-    return jax.tree.map(
-        lambda x: jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), jnp.zeros((), x.dtype), x), tree
-    )
+        """Returns these rows of both, counted over all layers."""
+        return self.storages[0].take_rows(self.bank, rows), take_rows(self.pooled, rows)
 
 
 def init_cache(
@@ -154,48 +114,48 @@ def init_cache(
     start: Start = "independent",
     max_segments: int | None = None,
     max_length: int | None = None,
-    policy: Policy = "error",
+    policy: str | Eviction = "error",
     dtype: DTypeLike = jnp.float32,
     cache_dtype: DTypeLike | None = None,
-    placement: Placement = "device",
+    placement: storage.Placement = "device",
 ) -> Cache:
-    """An empty cache for ``extend``.
+    """Returns an empty cache for ``extend``.
 
-    Where each segment counts the same and is read linearly (``Aggregation.merges_exactly``: uniform
-    soup, or the uniform gates of a memory of one layer) segments of one size are kept as one
-    running mean, in O(1), in ``dtype``.
+    Where all segments have one size, equal weight and a linear read (``Constant`` segments and
+    ``Aggregation.merges_exactly``: uniform soup, or uniform gates over a memory of one layer), the
+    cache is one running mean, in O(1) memory and in ``dtype``.
 
     Args:
-      batch: rows.
-      heads: heads h.
+      batch: number of rows.
+      heads: number of heads h.
       key_dim: key dimension k of a head.
       value_dim: value dimension v of a head.
-      memory: as for ``memory_caching``, and so are the next four.
+      memory: as in ``memory_caching``, like the next four.
       weights: initial weights of a deep memory by name, (h, out, in).
       aggregation: how reads become one output.
       segmentation: where states are cached.
       start: what a segment's memory begins with.
-      max_segments: segments that may be cached. With ``policy="error"`` a row takes the tokens of
-        one more, or ``max_length`` where that is given too and less, or alone.
-      max_length: tokens of a row.
-      policy: for segments of one size, what happens where ``max_segments`` are cached and another
-        ends: ``"error"``; the state of the oldest goes, ``"drop_oldest"``; that of the one whose
-        mean gate was smallest, ``"drop_least_read"``; or two neighbours in time, those of the
-        fewest tokens, become one, ``"merge"``: the mean of their states and of their pooled keys,
-        weighted by tokens. A state of n segments counts n times in its gate.
-      dtype: of live states, sums and pooled keys: float32 or float64.
-      cache_dtype: of cached states: by default ``dtype``; or bfloat16, or int8 with a scale for
-        each row of a matrix.
-      placement: where cached states are, on the ``"device"`` or, for ``SSC``, in the memory of the
-        ``"host"``, from which only the states that a token selects are brought in.
+      max_segments: most cached segments. With ``policy="error"`` a row takes the tokens of one
+        segment more, or ``max_length`` if that is less.
+      max_length: most tokens per row.
+      policy: for ``Constant`` segments, what happens when a segment ends while ``max_segments``
+        are cached. ``"error"`` raises. ``"drop_oldest"`` drops the oldest state,
+        ``"drop_least_read"`` the one with the smallest mean gate. ``"merge"`` replaces the two
+        neighbours in time with the fewest tokens by the mean of their states and of their pooled
+        keys, weighted by tokens; a state of n segments counts n times in its gate.
+      dtype: dtype of live states, sums and pooled keys: float32 or float64.
+      cache_dtype: dtype of cached states: ``dtype`` by default, bfloat16, or int8 with a scale per
+        matrix row.
+      placement: where cached states are kept: on the ``"device"``, or, for ``SSC``, in ``"host"``
+        memory, from which only the states that a token selects are copied.
 
     Returns:
-      The cache, with no token in any row.
+      The cache, with no tokens in any row.
 
     Raises:
       ValueError: for sizes below 1, weights that do not fit, an unknown start, policy, dtype or
-        placement, bounds that are missing, or a policy, or a placement, for which the segments, or
-        the aggregation, are not made.
+        placement, missing bounds, or a policy or placement that the segmentation or aggregation
+        does not support.
 
     Example:
       >>> import memcache_jax as mc
@@ -208,18 +168,11 @@ def init_cache(
         batch=batch, heads=heads, key_dim=key_dim, value_dim=value_dim, max_length=max_length
     )
     _checks.check_choice("dtype", jnp.dtype(dtype).name, ("float32", "float64"))
-    config = make_config(
-        memory,
-        aggregation,
-        segmentation,
-        start,
-        max_length=max_length,
-        max_segments=max_segments,
-        policy=policy,
-        cache_dtype=dtype if cache_dtype is None else cache_dtype,
-        placement=placement,
-        dtype=dtype,
-    )
+    cache_dtype = jnp.dtype(dtype if cache_dtype is None else cache_dtype).name
+    config = CacheConfig(
+        *(memory, aggregation, segmentation, start),
+        *(max_length, max_segments, policy, cache_dtype, placement),
+    ).checked(dtype)
     initial = _initial(memory, weights or {}, heads, key_dim, value_dim, dtype)
     slots = config.slots
 
@@ -229,7 +182,7 @@ def init_cache(
 
     tracks = slots.num_tracks if start == "independent" else 1
     state = jax.tree.map(lambda x: repeat(x, tracks), initial)
-    # Arrays of the cache's own: one that is shared, or the model's, cannot be donated.
+    # Copies: an array that occurs twice, or belongs to the model, cannot be donated.
     own = functools.partial(jax.tree.map, jnp.copy)
     cache = Cache(
         initial=own(initial),
@@ -254,7 +207,7 @@ def _initial(
     value_dim: int,
     dtype: DTypeLike,
 ) -> State:
-    """The state (h, ...) before the first token, of weights that are checked."""
+    """The state (h, ...) before the first token, after checking the weights."""
     check_weights(memory, weights, heads, key_dim, value_dim)
     weights = {name: weight.astype(dtype) for name, weight in weights.items()}
     return jax.vmap(

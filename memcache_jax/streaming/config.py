@@ -1,28 +1,25 @@
-"""What a cache is made for."""
+"""The configuration of a cache."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from memcache_jax import _checks
-from memcache_jax._arguments import check_configuration
-from memcache_jax._typing import Array, State
 from memcache_jax.aggregation import SSC, Aggregation
-from memcache_jax.caching import Start
+from memcache_jax.caching import Start, check_configuration
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Constant, Segmentation
 from memcache_jax.streaming import storage
+from memcache_jax.streaming.eviction import POLICIES, Eviction
 from memcache_jax.streaming.schedule import make_schedule
-from memcache_jax.streaming.slots import POLICIES, Planned, Policy, Recent, Slots
-from memcache_jax.streaming.storage import Placement
+from memcache_jax.streaming.slots import Planned, Recent, Slots
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raises ValueError unless these are options of ``init_cache`` on how states are kept."""
+    """Raises ValueError unless these are options of ``init_cache`` for keeping states."""
     known = ("max_segments", "policy", "cache_dtype", "placement")
     unknown = sorted(set(options) - set(known))
     if unknown:
@@ -31,18 +28,18 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
-    """What a cache was made for; ``extend`` takes it from there.
+    """What a cache was made for, which ``extend`` reads from the cache.
 
     Attributes:
       memory: the write rule.
       aggregation: how reads become one output.
       segmentation: where states are cached.
       start: what a segment's memory begins with.
-      max_length: tokens that a row may take; None for any number.
-      max_segments: states that are kept, of segments of one size; else None.
-      policy: what makes room for more.
-      cache_dtype: of cached states.
-      placement: where these are.
+      max_length: most tokens per row; None for any number.
+      max_segments: most cached states, for ``Constant`` segments; None for others.
+      policy: how a full cache makes room for another state.
+      cache_dtype: dtype of cached states.
+      placement: where they are kept.
     """
 
     memory: Memory
@@ -51,106 +48,77 @@ class CacheConfig:
     start: Start
     max_length: int | None
     max_segments: int | None
-    policy: Policy
+    policy: str | Eviction
     cache_dtype: str
-    placement: Placement
+    placement: storage.Placement
 
     def check_same(self, **given: Any) -> None:
-        """Raises ValueError unless what is given, not None, is what the cache was made for."""
+        """Raises ValueError if an argument is neither None nor what the cache was made for."""
         for name, got in given.items():
             made = getattr(self, name)
             if got is not None and got != made:
                 raise ValueError(f"the cache was made for {name}={made!r}, got {got!r}")
 
     @property
+    def eviction(self) -> Eviction | None:
+        """The policy itself where ``policy`` is its name."""
+        return POLICIES[self.policy] if isinstance(self.policy, str) else self.policy
+
+    @property
     def slots(self) -> Slots:
-        """Where states are kept, and for how long."""
+        """Which slot each state is kept in, and for how long."""
         if self.max_segments is not None:
-            by_age = self.policy.startswith("drop") and isinstance(self.aggregation, SSC)
-            return Recent(self.max_segments, self.segmentation.size, self.policy, by_age)
+            eviction = self.eviction
+            drops = eviction is not None and eviction.drops
+            by_age = drops and not self.aggregation.sums_all
+            return Recent(self.max_segments, self.segmentation.size, eviction, by_age)
         return Planned(make_schedule(self.segmentation, self.max_length))
 
-    def states(self, initial: State, first: Any = 0) -> storage.Bank:
-        """What holds cached states like this one, (h, ...), from a first row on."""
-        state = jax.eval_shape(
-            lambda state: storage.pack(self.memory.matrices(state), self.cache_dtype), initial
-        )
-        bank = storage.HostBank if self.placement == "host" else storage.DeviceBank
-        return bank(self.slots.num_slots, state, first)
+    def checked(self, dtype: DTypeLike) -> "CacheConfig":
+        """Returns the configuration of a cache whose arithmetic is in ``dtype``.
 
-    def keys(self, key_sum: Array, first: Any = 0) -> storage.DeviceBank:
-        """What holds pooled keys."""
-        heads, key_dim = key_sum.shape[1], key_sum.shape[-1]
-        state = (jax.ShapeDtypeStruct((heads, key_dim), key_sum.dtype),)
-        return storage.DeviceBank(self.slots.num_slots, state, first)
+        Bounds are completed. Where merging changes no output, they are those of a running mean.
 
-
-def make_config(
-    memory: Memory,
-    aggregation: Aggregation,
-    segmentation: Segmentation,
-    start: Start,
-    *,
-    max_length: int | None,
-    max_segments: int | None,
-    policy: Policy,
-    cache_dtype: DTypeLike,
-    placement: Placement,
-    dtype: DTypeLike,
-) -> CacheConfig:
-    """What ``init_cache`` makes a cache for, of its arguments, which are checked.
-
-    Raises:
-      ValueError: as ``init_cache``.
-    """
-    check_configuration(memory, aggregation, segmentation)
-    _checks.check_choice("start", start, ("independent", "checkpoint"))
-    _checks.check_choice("placement", placement, storage.PLACEMENTS)
-    bounds = _bounds(memory, aggregation, segmentation, max_length, max_segments, policy)
-    # A narrow running mean would stop to move.
-    cache_dtype = jnp.dtype(cache_dtype if bounds[-1] == policy else dtype).name
-    _checks.check_choice("cache_dtype", cache_dtype, storage.CACHE_DTYPES)
-    config = CacheConfig(memory, aggregation, segmentation, start, *bounds, cache_dtype, placement)
-    if placement == "host" and not (isinstance(aggregation, SSC) and config.policy != "merge"):
-        raise ValueError(
-            "placement='host' is for SSC, which reads a few states, where none are merged, got "
-            f"{aggregation} and policy={config.policy!r}"
-        )
-    return config if config.slots.num_slots else dataclasses.replace(config, placement="device")
-
-
-def _bounds(
-    memory: Memory,
-    aggregation: Aggregation,
-    segmentation: Segmentation,
-    max_length: int | None,
-    max_segments: int | None,
-    policy: Policy,
-) -> tuple[int | None, int | None, Policy]:
-    """Tokens of a row and states to keep, None for any number and for as many as a plan says.
-
-    Returns:
-      Both, and the policy: where it changes no output, ``"merge"``.
-    """
-    _checks.check_choice("policy", policy, POLICIES)
-    same_size = isinstance(segmentation, Constant)
-    if max_segments is not None and max_segments < (0 if policy == "error" else 1):
-        raise ValueError(f"max_segments is too small for policy={policy!r}, got {max_segments}")
-    if policy != "error":
-        if not same_size:
+        Raises:
+          ValueError: as ``init_cache``.
+        """
+        check_configuration(self.memory, self.aggregation, self.segmentation, self.start)
+        _checks.check_choice("placement", self.placement, storage.PLACEMENTS)
+        config = self._bounded()
+        if config.policy != self.policy:  # in a narrow dtype a running mean would stop moving
+            config = dataclasses.replace(config, cache_dtype=jnp.dtype(dtype).name)
+        _checks.check_choice("cache_dtype", config.cache_dtype, storage.CACHE_DTYPES)
+        merges = config.eviction is not None and not config.eviction.drops
+        if self.placement == "host" and (merges or not isinstance(self.aggregation, SSC)):
             raise ValueError(
-                f"policy={policy!r} is for segments of one size, Constant, got {segmentation}"
+                "placement='host' is for SSC, which reads few states, and policies other than "
+                f"'merge', got {self.aggregation} and policy={config.policy!r}"
             )
-        if max_segments is None:
-            raise ValueError(f"policy={policy!r} needs max_segments, got none")
-        return max_length, max_segments, policy
-    spans = [] if max_segments is None else [segmentation.span(max_segments + 1)]
-    max_length = min([*spans, *([] if max_length is None else [max_length])], default=None)
-    if max_length is None:
-        raise ValueError("give max_segments or max_length, got neither")
-    if not same_size:
-        return max_length, None, policy
-    kept = -(-max_length // segmentation.size) - 1
-    if kept and aggregation.merges_exactly(memory):
-        return max_length, 1, "merge"
-    return max_length, kept, policy
+        return config if config.slots.num_slots else dataclasses.replace(config, placement="device")
+
+    def _bounded(self) -> "CacheConfig":
+        segmentation, max_segments, policy = self.segmentation, self.max_segments, self.policy
+        if not isinstance(policy, Eviction) and policy not in POLICIES:
+            raise ValueError(
+                f"policy must be one of {list(POLICIES)} or an instance of mc.Eviction, got "
+                f"{policy!r}"
+            )
+        same_size = type(segmentation) is Constant  # which reads all segments
+        if max_segments is not None and max_segments < (0 if policy == "error" else 1):
+            raise ValueError(f"max_segments is too small for policy={policy!r}, got {max_segments}")
+        if policy != "error":
+            if not same_size:
+                raise ValueError(
+                    f"policy={policy!r} is for segments of one size, Constant, got {segmentation}"
+                )
+            if max_segments is None:
+                raise ValueError(f"policy={policy!r} needs max_segments, got none")
+            return self
+        bounds = [] if self.max_length is None else [self.max_length]
+        bounds += [] if max_segments is None else [segmentation.span(max_segments + 1)]
+        if not bounds:
+            raise ValueError("give max_segments or max_length, got neither")
+        kept = -(-min(bounds) // segmentation.size) - 1 if same_size else None
+        if kept and self.aggregation.merges_exactly(self.memory):
+            kept, policy = 1, "merge"
+        return dataclasses.replace(self, max_length=min(bounds), max_segments=kept, policy=policy)

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from memcache_jax import _checks
-from memcache_jax._arguments import check_arguments
+from memcache_jax._checks import check_arguments
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.aggregation import Aggregation
-from memcache_jax.caching import Start, exact_chunk, full_controls
+from memcache_jax.caching import Start
+from memcache_jax.engine.run import exact_chunk, full_controls, widen
+from memcache_jax.engine.types import Tokens
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Segmentation
 from memcache_jax.streaming.cache import Cache
@@ -34,12 +36,12 @@ def extend(
     segmentation: Segmentation | None = None,
     start: Start | None = None,
 ) -> tuple[Float[Array, "b t h v"], Cache]:
-    """The next tokens of a stream: the outputs that ``memory_caching`` has for them.
+    """Takes the next tokens of a stream, with the outputs that ``memory_caching`` gives them.
 
     Any split of a sequence into calls gives the outputs of one call over the whole. A call of fewer
-    tokens than a chunk writes them one by one; a longer one writes whole chunks, and one by one
-    what comes before the first and after the last. It compiles once per number of tokens. Donate
-    the cache, and none of its arrays is copied::
+    tokens than a chunk writes them one by one; a longer one writes whole chunks, and the tokens
+    before the first and after the last chunk one by one. It compiles once per number of tokens.
+    Donate the cache, and none of its arrays is copied::
 
         step = jax.jit(mc.extend, donate_argnums=0)
 
@@ -50,12 +52,12 @@ def extend(
       value: what a token writes.
       connector: what a token's gates compare with pooled keys.
       controls: the rule's per-token coefficients.
-      lengths: tokens of each row that count, the first ones; all by default. Outputs of the others
-        are zero.
-      memory: what the cache was made for, as are the last three: checked where it is given.
-      weights: initial weights of a deep memory, by default those that the cache was made with.
-        Segments that begin from here on begin with them, and only where they are given do they get
-        gradients after ``stop_gradient`` of the cache.
+      lengths: how many of each row's tokens count, from the first on; all by default. Outputs of
+        the others are zero.
+      memory: what the cache was made for, like the last three; checked if given.
+      weights: initial weights of a deep memory for segments that begin from here on, by default
+        those that the cache was made with. Pass them if they need gradients after
+        ``stop_gradient`` of the cache.
       aggregation: see memory.
       segmentation: see memory.
       start: see memory.
@@ -65,8 +67,8 @@ def extend(
 
     Raises:
       ValueError: for a cache of another configuration, arguments that do not fit each other or the
-        cache, or more tokens than a row has room for. The cache is then as it was. Under ``jit``
-        positions are not known, and outputs beyond are NaN.
+        cache, or more tokens than a row has room for. The cache is then unchanged. Under ``jit``
+        room cannot be checked: outputs beyond it are NaN.
 
     Example:
       >>> import jax, memcache_jax as mc
@@ -86,22 +88,17 @@ def extend(
     )
     memory, controls = config.memory, dict(controls or {})
     check_arguments(
-        query,
-        key,
-        value,
-        connector,
-        memory,
-        controls,
-        None,
-        config.aggregation,
-        config.segmentation,
-        None,
+        *(query, key, value, connector, memory, controls, None),
+        *(config.aggregation, config.segmentation, None),
     )
-    _check_fits(cache, key, value, lengths)
+    heads, *dims = cache.sizes
+    for name, rows, dim in zip(("key", "value"), (key, value), dims, strict=True):
+        axes = f"b, t, h, {name[0]} of the cache"
+        _checks.check_shape(name, rows, (*key.shape[:2], heads, dim), axes)
+    _checks.check_room(cache.position, key.shape[:2], lengths, config.max_length)
     cache = cache if weights is None else cache.with_weights(weights)
-    connector = jnp.zeros_like(query) if connector is None else connector
-    tokens = (query, key, value, connector, full_controls(memory, controls, key))
-    tokens = jax.tree.map(lambda x: jnp.moveaxis(x.astype(cache.key_sum.dtype), 2, 1), tokens)
+    controls = full_controls(memory, controls, key)
+    tokens = widen(query, key, value, connector, controls, cache.key_sum.dtype)
     count = query.shape[1]
     lengths = jnp.full(len(query), count) if lengths is None else lengths
 
@@ -118,7 +115,7 @@ def extend(
         def some(carry: tuple) -> tuple:
             return _repeat(whole, count // chunk, _repeat(single, chunk - 1, carry))
 
-        # First to the end of the chunk that was begun, and chunks; then what is left.
+        # The rest of a chunk that was begun, then whole chunks; then what is left.
         cache, _, y = _repeat(some, 2, carry)
     else:
         cache, _, y = _repeat(single, count, carry)
@@ -132,15 +129,15 @@ def _repeat(advance: Any, times: int, carry: tuple) -> tuple:
 
 
 def _advance(
-    tokens: tuple, lengths: Int[Array, "b"], chunk: int, size: int, carry: tuple
+    tokens: Tokens, lengths: Int[Array, "b"], chunk: int, size: int, carry: tuple
 ) -> tuple[Cache, Array, Array]:
-    """Takes a whole chunk in the rows that can, or one token in those that cannot."""
+    """Takes a whole chunk in rows that have one, or one token in the others."""
     cache, done, y = carry
     whole = (cache.position % chunk == 0) & (done + chunk <= lengths)
     active = whole if size == chunk else ~whole & (done < lengths)
 
     def go(cache: Cache, y: Array) -> tuple[Cache, Array]:
-        # Beyond a row's last token the slice is moved back, and not active.
+        # At a row's end the slice is shifted back; the row is then not active.
         piece = jax.tree.map(
             lambda x: jax.vmap(lambda x, begin: lax.dynamic_slice_in_dim(x, begin, size, axis=1))(
                 x, done
@@ -154,12 +151,3 @@ def _advance(
 
     cache, y = lax.cond(active.any(), go, lambda cache, y: (cache, y), cache, y)
     return cache, done + size * active, y
-
-
-def _check_fits(cache: Cache, key: Array, value: Array, lengths: Array | None) -> None:
-    """Raises ValueError unless the tokens are of the cache's sizes and find room."""
-    heads, key_dim, value_dim = cache.sizes
-    for name, rows, dim in (("key", key, key_dim), ("value", value, value_dim)):
-        axes = f"b, t, h, {name[0]} of the cache"
-        _checks.check_shape(name, rows, (*key.shape[:2], heads, dim), axes)
-    _checks.check_room(cache.position, key.shape[:2], lengths, cache.config.max_length)

@@ -1,4 +1,4 @@
-"""When a stream of tokens begins, stores and reads the states of a read plan."""
+"""When a stream begins, stores and reads the states of a read plan."""
 
 import dataclasses
 import functools
@@ -6,16 +6,16 @@ import heapq
 
 import numpy as np
 
-from memcache_jax.segmentation import ReadPlan, Segmentation
+from memcache_jax.segmentation import Segmentation
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
     """What to do at each block of a stream.
 
-    A track is a run that goes on over several blocks; track 0 is the live segment, and others are
-    the buckets of several segments that a block lies in. A slot holds a cached state for as long as
-    it is read, and then another.
+    A track is a run of blocks over which a state is written; track 0 is the live segment, and the
+    others are the buckets of several segments that a block lies in. A slot holds a cached state
+    until its last read, and then another.
 
     Attributes:
       begins: (blocks, tracks) whether a run begins with the block.
@@ -40,8 +40,10 @@ class Schedule:
 def make_schedule(segmentation: Segmentation, length: int) -> Schedule:
     """The schedule of a stream of at most ``length`` tokens."""
     plan = segmentation.plan(length)
-    after = plan.buckets[:, 1]
-    slot = _places(after, _last_readers(plan) + 1)
+    after, until = plan.buckets[:, 1], np.zeros(len(plan.buckets), int)
+    readers, _ = np.nonzero(plan.visible)
+    np.maximum.at(until, plan.reads[plan.visible], readers)
+    slot = _places(after, until + 1)
     track = np.zeros(len(after), int)
     (spans,) = np.nonzero(plan.spans_segments)
     track[spans] = 1 + _places(plan.buckets[spans, 0], after[spans])
@@ -50,33 +52,18 @@ def make_schedule(segmentation: Segmentation, length: int) -> Schedule:
     begins[:, 0] = plan.begins
     begins[plan.buckets[spans, 0], track[spans]] = True
     if len({*zip(after.tolist(), track.tolist(), strict=True)}) < len(after):
-        raise ValueError(f"two states of {segmentation} end at one token: no stream keeps both")
+        raise ValueError(f"in a stream states must end at distinct tokens, got {segmentation}")
     stores[after - 1, track] = slot
     tokens[after - 1, track] = (after - plan.buckets[:, 0]) * plan.block_size
     reads = np.where(plan.visible, np.append(slot, -1)[plan.reads], -1)
-    return Schedule(
-        begins,
-        stores,
-        tokens,
-        reads,
-        plan.distances,
-        plan.first,
-        int(1 + slot.max(initial=-1)),
-    )
-
-
-def _last_readers(plan: ReadPlan) -> np.ndarray:
-    """The last block that reads each bucket."""
-    last = np.zeros(len(plan.buckets), int)
-    block, _ = np.nonzero(plan.visible)
-    np.maximum.at(last, plan.reads[plan.visible], block)
-    return last
+    num_slots = int(1 + slot.max(initial=-1))
+    return Schedule(begins, stores, tokens, reads, plan.distances, plan.first, num_slots)
 
 
 def _places(begin: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Places of intervals [begin, end), such that none holds two that overlap; the fewest."""
+    """Assigns intervals [begin, end) to the fewest places in which no two overlap."""
     place = np.zeros(len(begin), int)
-    taken: list[tuple[int, int]] = []  # until when, and which
+    taken: list[tuple[int, int]] = []  # (end, place)
     for i in np.argsort(begin, kind="stable"):
         free = taken and taken[0][0] <= begin[i]
         place[i] = heapq.heappop(taken)[1] if free else len(taken)

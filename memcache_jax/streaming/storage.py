@@ -1,33 +1,30 @@
 """How a cache holds its states: dtypes narrower than the arithmetic, and the host's memory."""
 
-import abc
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from memcache_jax._typing import Array, Float, Int, Matrices
+from memcache_jax._typing import Array, Float, Int
 
 Placement = Literal["device", "host"]
-PLACEMENTS = ("device", "host")
+PLACEMENTS = get_args(Placement)
 CACHE_DTYPES = ("float64", "float32", "bfloat16", "int8")
-
-
 _LINE = 128
 
 
 class Quantized(NamedTuple):
-    """A matrix of int8, and what each of its rows is to be multiplied with."""
+    """A matrix of int8, and the factor of each of its rows."""
 
     values: Any  # (..., in, out)
     scale: Any  # (..., in, 1)
 
 
-def pack(matrices: Matrices, dtype: DTypeLike) -> Any:
-    """The matrices as a bank holds them: for int8, rounded to 1/127 of each row's largest entry."""
+def pack(matrices: Any, dtype: DTypeLike) -> Any:
+    """The matrices as a bank stores them: int8 in steps of 1/127 of a row's largest entry."""
     if jnp.dtype(dtype) != jnp.int8:
         return jax.tree.map(lambda x: x.astype(dtype), matrices)
 
@@ -39,7 +36,7 @@ def pack(matrices: Matrices, dtype: DTypeLike) -> Any:
     return jax.tree.map(quantize, matrices)
 
 
-def unpack(stored: Any, dtype: DTypeLike) -> Matrices:
+def unpack(stored: Any, dtype: DTypeLike) -> Any:
     """The matrices in the dtype of the arithmetic."""
 
     def widen(x: Any) -> Array:
@@ -50,8 +47,8 @@ def unpack(stored: Any, dtype: DTypeLike) -> Matrices:
     return jax.tree.map(widen, stored, is_leaf=lambda x: isinstance(x, Quantized))
 
 
-class Bank(abc.ABC):
-    """Where the packed matrices of cached states are.
+class Storage:
+    """Packed matrices of cached states, in arrays (rows, h, slots, in, out) on the device.
 
     Several layers may share arrays, each with rows of its own.
 
@@ -64,28 +61,8 @@ class Bank(abc.ABC):
     def __init__(self, num_slots: int, state: Any, first: Any = 0) -> None:
         self.num_slots, self.state, self.first = num_slots, state, first
 
-    @abc.abstractmethod
     def empty(self, rows: int) -> Any:
-        """The arrays, with zeros."""
-
-    @abc.abstractmethod
-    def take(self, arrays: Any, slots: Int[Array, "b h n"]) -> Any:
-        """The states (b, h, n, ...) in these slots of each head."""
-
-    @abc.abstractmethod
-    def put(self, arrays: Any, states: Any, place: Int[Array, "b n"]) -> Any:
-        """The arrays with states (b, h, n, ...) in these slots; in ``num_slots`` is no place."""
-
-    @abc.abstractmethod
-    def take_rows(self, arrays: Any, rows: Int[Array, "n"]) -> Any:
-        """The arrays of these rows alone, counted from the first one of all."""
-
-
-class DeviceBank(Bank):
-    """Arrays (rows, h, slots, in, out) on the device."""
-
-    def empty(self, rows: int) -> Any:
-        """The arrays, with zeros."""
+        """Allocates the arrays, with zeros."""
         return jax.tree.map(
             lambda x: jnp.zeros((rows, len(x), self.num_slots, *x.shape[1:]), x.dtype), self.state
         )
@@ -102,7 +79,7 @@ class DeviceBank(Bank):
         return jax.tree.map(lambda kept: kept[rows, heads, slots], arrays)
 
     def put(self, arrays: Any, states: Any, place: Int[Array, "b n"]) -> Any:
-        """The arrays with states (b, h, n, ...) in these slots; in ``num_slots`` is no place."""
+        """The arrays with states (b, h, n, ...) put into these slots; ``num_slots`` drops one."""
         rows, heads = self._rows_and_heads(*jax.tree.leaves(states)[0].shape[:2])
 
         def put(kept: Array, new: Array) -> Array:
@@ -111,22 +88,22 @@ class DeviceBank(Bank):
         return jax.tree.map(put, arrays, states)
 
     def take_rows(self, arrays: Any, rows: Int[Array, "n"]) -> Any:
-        """The arrays of these rows alone."""
+        """The arrays of these rows alone, counted from the first one of all."""
         return jax.tree.map(lambda kept: jnp.take(kept, rows, axis=0), arrays)
 
     def _rows_and_heads(self, batch: int, heads: int) -> tuple[Array, Array]:
         return self.first + jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, :, None]
 
 
-class HostBank(Bank):
-    """Arrays (rows * (slots + 1) * h, lines, 128) on the host, of matrices flat and filled up.
+class HostStorage(Storage):
+    """Arrays (rows * (slots + 1) * h, lines, 128) on the host, of flattened and padded matrices.
 
-    So TPUs keep a state in one piece, and copy it alone. A row's last slot is for states that are
-    not kept.
+    In this layout TPUs keep a state in one piece and can copy it alone. Each row has one slot more,
+    for states that are dropped.
     """
 
     def empty(self, rows: int) -> Any:
-        """The arrays, with zeros."""
+        """Allocates the arrays, with zeros."""
         count = rows * (self.num_slots + 1)
 
         def zeros(x: Any) -> Array:
@@ -136,13 +113,13 @@ class HostBank(Bank):
         return jax.tree.map(zeros, self.state)
 
     def take(self, arrays: Any, slots: Int[Array, "b h n"]) -> Any:
-        """The states (b, h, n, ...) in these slots of each head."""
+        """As ``Storage.take``."""
         batch, heads, _ = slots.shape
         rows = (self.first + jnp.arange(batch)[:, None, None]) * (self.num_slots + 1)
         places = (rows + slots) * heads + jnp.arange(heads)[None, :, None]
 
         def one(kept: Array, place: Array) -> Array:
-            # Of a slice only that is copied from the host, of a gather everything.
+            # A slice copies one state from the host; a gather copies the whole bank.
             state = lax.dynamic_slice_in_dim(kept, place, 1)
             return jax.device_put(state, jax.memory.Space.Device)[0]
 
@@ -154,7 +131,7 @@ class HostBank(Bank):
         return jax.tree.map(shaped, lines, self.state)
 
     def put(self, arrays: Any, states: Any, place: Int[Array, "b n"]) -> Any:
-        """The arrays with states (b, h, n, ...) in these slots; in ``num_slots`` is no place."""
+        """As ``Storage.put``."""
 
         def put(kept: Array, new: Array) -> Array:
             rows, heads, tracks = new.shape[:3]
@@ -171,7 +148,7 @@ class HostBank(Bank):
         return jax.tree.map(put, arrays, states)
 
     def take_rows(self, arrays: Any, rows: Int[Array, "n"]) -> Any:
-        """The arrays of these rows alone."""
+        """As ``Storage.take_rows``."""
         size = (self.num_slots + 1) * len(jax.tree.leaves(self.state)[0])
 
         def take(kept: Array) -> Array:
@@ -185,7 +162,7 @@ class HostBank(Bank):
 
 
 def _to_lines(x: Array) -> Array:
-    """(n, ...) as (n, lines, 128); int8 by four as int32, since it fails to compile for TPUs."""
+    """(n, ...) as (n, lines, 128); int8 in fours as int32, because TPUs cannot compile int8."""
     flat, packed = x.reshape(len(x), -1), 4 if x.dtype == jnp.int8 else 1
     flat = jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % (packed * _LINE))))
     if packed > 1:
@@ -194,7 +171,7 @@ def _to_lines(x: Array) -> Array:
 
 
 def _from_lines(lines: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-    """The (n, ...) of which ``_to_lines`` made these."""
+    """The inverse of ``_to_lines``."""
     flat = lines.reshape(len(lines), -1)
     if flat.dtype != dtype:
         flat = lax.bitcast_convert_type(flat, dtype).reshape(len(lines), -1)

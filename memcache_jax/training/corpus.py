@@ -1,4 +1,4 @@
-"""A run's text: its tokenizer, the records to train on, the held-out rows, and what they are."""
+"""The text of a run: tokenizer, training records, held-out rows, and a fingerprint of the files."""
 
 import hashlib
 import logging
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from memcache_jax.training.config import Config
 from memcache_jax.training.data import HeldOut, heldout_rows
 from memcache_jax.training.files import Records, find_files, split_files
-from memcache_jax.training.tokenizers import FileTokenizer, Tokenizer, make_tokenizer
+from memcache_jax.training.tokenizers import Tokenizer, make_tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -18,13 +18,9 @@ _log = logging.getLogger(__name__)
 class Corpus(NamedTuple):
     """The text of a run.
 
-    Attributes:
-      tokenizer: turns text into ids.
-      train: the documents to train on.
-      heldout: the rows to measure on.
-      identity: numbers of files and bytes, and a digest of every file's name, size, and first and
-        last 4 KiB, which tell another text from this one, but not an edit in a file's middle that
-        keeps its size.
+    ``identity`` has the numbers of files and bytes, and a digest of every file's name, size, and
+    first and last 4 KiB. It detects other or changed files, except an edit in the middle of a file
+    that keeps its size.
     """
 
     tokenizer: Tokenizer
@@ -34,16 +30,17 @@ class Corpus(NamedTuple):
 
 
 def load_corpus(config: Config) -> Corpus:
-    """Finds, splits and indexes the files that ``config.data`` names.
+    """Finds, splits and indexes the files in ``config.data``.
 
     Raises:
-      ValueError: if there are no files, they hold too little text, or the tokenizer does not fit.
+      ValueError: if there are no files, if they hold too little text, or if the tokenizer does not
+        fit the model.
     """
     options = config.data
     for key in ("files", "exclude", "heldout_files"):
         if not all(isinstance(name, str) for name in _as_list(options[key])):
             raise ValueError(
-                f"data.{key} must be names, got {options[key]!r}: quote one that is a number, "
+                f"data.{key} must be names, got {options[key]!r}: quote names that are numbers, "
                 "as in --config.data.files=\"('2024',)\""
             )
     if not options.files:
@@ -62,7 +59,7 @@ def load_corpus(config: Config) -> Corpus:
     )
     num_bytes = sum(file.stat().st_size for file in train)
     _log.info(
-        "Data: %d files to train on (%.1f MB), %d held out (%d tokens measured).",
+        "Data: %d files to train on (%.1f MB), %d held out (%d tokens evaluated).",
         *(len(train), num_bytes / 1e6, len(heldout), rows.tokens[:, 1:].size),
     )
     identity = {
@@ -82,7 +79,7 @@ def _as_list(names: Any) -> list[Any]:
 
 
 def _digest(files: Sequence[Path], ends: int = 4096) -> str:
-    """A digest of the names and sizes of files, and of what they begin and end with."""
+    """Returns a digest of the files' names, sizes, and first and last bytes."""
     common = os.path.commonpath([file.parent for file in files])
     digest = hashlib.sha1()
     for file in files:
@@ -96,7 +93,7 @@ def _digest(files: Sequence[Path], ends: int = 4096) -> str:
 
 
 class ReplacedDocuments:
-    """Tells how many documents were not UTF-8, whenever there are more than it told before."""
+    """Warns about documents that were not UTF-8, whenever their number has grown."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -104,12 +101,11 @@ class ReplacedDocuments:
 
     def tell(self) -> None:
         """Logs the count if it has grown."""
-        if not isinstance(self._tokenizer, FileTokenizer):
-            return
-        if self._tokenizer.num_replaced_documents > self.count:
-            self.count = self._tokenizer.num_replaced_documents
+        count = getattr(self._tokenizer, "num_replaced_documents", 0)
+        if count > self.count:
+            self.count = count
             _log.warning(
-                "%d documents that this process has read were not UTF-8; "
+                "%d documents read by this process were not UTF-8; "
                 "their invalid bytes were replaced.",
                 self.count,
             )

@@ -1,4 +1,4 @@
-"""Streams of token rows: a resumable Grain pipeline to train on, fixed rows to measure on."""
+"""Token rows: a resumable Grain pipeline for training, fixed rows for evaluation."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -12,14 +12,14 @@ from memcache_jax.training.tokenizers import Tokenizer
 
 
 class HeldOut(NamedTuple):
-    """Rows to measure a model on.
+    """Rows to evaluate a model on.
 
     Attributes:
-      tokens: (rows, sequence_length + 1) int32; neighbours overlap by one token, so that each
-        row's inputs are ``[:, :-1]``, its targets ``[:, 1:]``, and no target comes twice.
-      bytes_per_token: bytes of text per target, ends of documents counted as tokens; a document
-        of which a part is measured counts by its share of tokens. Bits per byte are the mean loss
-        in nats / ln 2 / bytes_per_token.
+      tokens: (rows, sequence_length + 1) int32. Inputs are ``[:, :-1]`` and targets ``[:, 1:]``;
+        neighbouring rows overlap by one token, so that no target appears twice.
+      bytes_per_token: bytes of text per target, including end tokens. A document that is cut off
+        counts by its share of tokens. Bits per byte are the mean loss in nats / ln 2 /
+        bytes_per_token.
     """
 
     tokens: np.ndarray
@@ -39,26 +39,26 @@ def training_iterator(
 ) -> grain.DatasetIterator:
     """Returns an endless iterator over shuffled, packed batches.
 
-    Records are shuffled anew each epoch and dealt out to the streams; each document is followed
-    by the end token, the whole is cut into rows without padding, and rows change places within
-    windows. ``get_state`` returns a small dict that JSON can hold; ``set_state`` of it in an
-    iterator made with the same arguments continues with the very next batch.
+    Each epoch shuffles the records and deals them out to the streams. The end token follows each
+    document, the result is cut into rows without padding, and rows are shuffled within windows.
+    ``get_state`` returns a small dict of JSON types. An iterator made with the same arguments
+    continues with the next batch after ``set_state`` of it.
 
     Args:
       records: the documents to train on.
       tokenizer: turns them into ids.
       sequence_length: tokens predicted per row; a row has one more.
       batch_size: rows per batch of this stream.
-      seed: decides the order.
-      stream_index: which stream this is.
-      num_streams: how many streams share the records.
-      shuffle_window: rows that are shuffled together; 1 keeps a document's rows in order.
+      seed: of the shuffles.
+      stream_index: index of this stream.
+      num_streams: number of streams that share the records.
+      shuffle_window: number of rows shuffled together; 1 keeps a document's rows in order.
 
     Returns:
       An iterator over ``{"tokens": (batch_size, sequence_length + 1) int32}``.
 
     Raises:
-      ValueError: if a stream would have no records, or the records no text.
+      ValueError: if there are fewer records than streams, or the records have no text.
 
     Example:
       >>> records = Records(find_files("corpus"))  # doctest: +SKIP
@@ -75,10 +75,10 @@ def training_iterator(
         raise ValueError(f"stream_index must be in [0, {num_streams}), got {stream_index}")
     if len(records) < num_streams:
         raise ValueError(
-            f"{num_streams} streams need as many records at least, got {len(records)}: give fewer "
-            "streams, data.streams, more files, or files with more lines or row groups"
+            f"{num_streams} streams need at least {num_streams} records, got {len(records)}: give "
+            "fewer streams (data.streams), more files, or files with more lines or row groups"
         )
-    # Grain would look for a first token forever.
+    # Otherwise Grain would search forever for a first token.
     if not any(records[i] for i in range(len(records))):
         raise ValueError(f"expected records with text, got {len(records)} without any")
     dataset = (
@@ -87,13 +87,13 @@ def training_iterator(
         .shuffle()[stream_index::num_streams]
         .map(_tokenize_with(tokenizer))
         .repeat()
-        # Reading ahead in threads is slower: Python's lock is held most of the time.
+        # Prefetch threads would be slower: they hold Python's lock most of the time.
         .to_iter_dataset(grain.ReadOptions(num_threads=0))
     )
     dataset = grain.experimental.ConcatThenSplitIterDataset(
         dataset, length_struct={"tokens": sequence_length + 1}
     )
-    # Neighbouring rows are of one document: a batch of them says less than one of many.
+    # Neighbouring rows are often of one document; a batch should mix documents.
     rows = grain.experimental.WindowShuffleIterDataset(
         _PackedTokens(dataset), window_size=shuffle_window, seed=seed
     )
@@ -111,7 +111,7 @@ def _tokenize_with(tokenizer: Tokenizer) -> Callable[[Iterable[bytes]], dict[str
 
 
 class _PackedTokens(grain.IterDataset):
-    """Drops the positions and segments of packed rows, and mends the packer's saved state."""
+    """Keeps only the tokens of packed rows, and fixes the packer's restored state."""
 
     def __iter__(self) -> grain.DatasetIterator:
         return _PackedTokensIterator(iter(self._parent))
@@ -125,8 +125,8 @@ class _PackedTokensIterator(grain.DatasetIterator):
         return self._parent.get_state()
 
     def set_state(self, state: dict[str, Any]) -> None:
-        # Checkpoints go through JSON, which turns tuples into lists. Grain 0.2.18 compares with
-        # the tuple (-1, -1), so that it would drop a document where a row ends with one.
+        # JSON turns tuples into lists, but Grain 0.2.18 compares with the tuple (-1, -1). With a
+        # list it drops a document whenever a row ends at the end of one.
         slices = {key: tuple(value) for key, value in state["remainder_slices"].items()}
         self._parent.set_state({**state, "remainder_slices": slices})
 
@@ -136,22 +136,16 @@ def heldout_rows(
 ) -> HeldOut:
     """Returns fixed rows of held-out text, at most ``max_tokens`` targets.
 
-    Documents come in the order of the files, the end token after each. Where there are more than
-    ``max_tokens``, records are taken in the order of a hash of their index until there are enough,
-    so that not only the first file is measured. What does not fill a row is left out.
-
-    Args:
-      records: the held-out documents.
-      tokenizer: turns them into ids.
-      sequence_length: tokens predicted per row.
-      max_tokens: the most targets over all rows.
+    Documents are in the order of the files, each followed by the end token. If they have more than
+    ``max_tokens``, records are taken in a hashed order instead, which covers all files. An
+    incomplete last row is dropped.
 
     Raises:
       ValueError: if there are too few tokens for one row, or ``max_tokens`` is below one row.
     """
     if not 1 <= sequence_length <= max_tokens:
         raise ValueError(
-            "sequence_length must be positive and max_tokens no less, got "
+            "sequence_length must be positive and at most max_tokens, got "
             f"{sequence_length=}, {max_tokens=}"
         )
     indices = range(len(records))
@@ -175,12 +169,12 @@ def heldout_rows(
 def _read(
     records: Records, indices: Iterable[int], tokenizer: Tokenizer, max_tokens: int
 ) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Returns the tokens of whole records, the bytes of each, and whether all were read."""
+    """Returns the tokens of whole records, the bytes per token, and whether all were read."""
     end = np.array([tokenizer.eos_id], np.int32)
     tokens, num_bytes = [np.empty(0, np.int32)], [np.empty(0)]
     num_tokens = 0
     for index in indices:
-        if num_tokens > max_tokens:  # the first token is no target
+        if num_tokens > max_tokens:  # the first token is not a target
             return np.concatenate(tokens), np.concatenate(num_bytes), False
         for text in records[index]:
             ids = tokenizer.encode(text)

@@ -1,4 +1,4 @@
-"""Several processes in one run: how they find each other, and what each of them does."""
+"""Runs of several processes: startup, agreement, and the rows that each process holds."""
 
 import glob
 import hashlib
@@ -20,22 +20,22 @@ _NAMED = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 def initialize(environment: Mapping[str, str] = os.environ) -> None:
-    """Joins the other processes of the run, if the environment says that there are any.
+    """Joins the other processes of the run, if the environment announces any.
 
-    That is so with ``JAX_COORDINATOR_ADDRESS`` (host:port of process 0), ``JAX_NUM_PROCESSES`` and
-    ``JAX_PROCESS_ID``; and, with no need for those, on TPU hosts, in Slurm job steps of several
-    tasks, and under Open MPI. Must come before anything asks for a device.
+    It does so by ``JAX_COORDINATOR_ADDRESS`` (host:port of process 0), ``JAX_NUM_PROCESSES`` and
+    ``JAX_PROCESS_ID``. TPU hosts, Slurm job steps of several tasks, and Open MPI need none of
+    these. Call it before any code asks for a device.
 
     Args:
-      environment: the variables.
+      environment: the environment variables.
 
     Raises:
-      ValueError: if only some of the three variables are set, or numbers are none.
+      ValueError: if only some of the three variables are set, or the last two are not numbers.
     """
     given = [name for name in _NAMED if environment.get(name)]
     if given and len(given) < len(_NAMED):
         missing = ", ".join(sorted(set(_NAMED) - set(given)))
-        raise ValueError(f"{', '.join(given)} set, but not {missing}: a run needs all or none")
+        raise ValueError(f"{', '.join(given)} set, but not {missing}: set all of them or none")
     if given:
         address, *numbers = (environment[name] for name in _NAMED)
         if not all(number.isdecimal() for number in numbers):
@@ -47,7 +47,7 @@ def initialize(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def _is_tpu_host(environment: Mapping[str, str]) -> bool:
-    """Whether there is a TPU, whose slice JAX then asks for the other hosts, and it may be used."""
+    """Whether this host has TPUs that JAX may use; JAX then finds the other hosts of the slice."""
     platforms = environment.get("JAX_PLATFORMS", "tpu")
     return "tpu" in platforms and any(glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*"))
 
@@ -60,14 +60,14 @@ def _has_peers(environment: Mapping[str, str]) -> bool:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that writes what is written once."""
+    """Whether this process writes the files that a run writes once."""
     return jax.process_index() == 0
 
 
 def place_rows(rows: np.ndarray, mesh: Mesh | None) -> Array:
-    """Puts rows on the devices of a mesh, each its own.
+    """Places each row on its devices.
 
-    Every process has all rows, but may have anything in those that its devices do not hold.
+    Every process passes all rows; those that its devices do not hold may have any values.
     """
     if mesh is None:
         return jnp.asarray(rows)
@@ -75,10 +75,10 @@ def place_rows(rows: np.ndarray, mesh: Mesh | None) -> Array:
 
 
 def should_stop(step: int, signal_number: int) -> bool:
-    """Whether to end after this step, the same for all processes.
+    """Whether to stop after this step; the same in all processes.
 
-    One process stops on its own signal. Of several, JAX's coordinator is told of a SIGTERM that any
-    of them gets, and names a step that all of them will reach.
+    A single process stops on its own signal. With several, a SIGTERM to any of them reaches JAX's
+    coordinator, which picks a step that all of them will reach.
     """
     if jax.process_count() == 1:
         return bool(signal_number)
@@ -86,22 +86,19 @@ def should_stop(step: int, signal_number: int) -> bool:
 
 
 def check_agreement(what: str, *facts: Any) -> None:
-    """Raises ValueError unless all processes have the same facts, as their texts say."""
-    if jax.process_count() == 1:
-        return
-    digest = np.frombuffer(hashlib.sha256(repr(facts).encode()).digest(), np.uint8)
-    every = multihost_utils.process_allgather(digest)
-    if (every != every[:1]).any():
-        raise ValueError(f"the processes of this run differ in {what}")
+    """Raises ValueError unless the ``repr`` of the facts is the same in all processes."""
+    digest = hashlib.sha256(repr(facts).encode()).hexdigest()
+    if len(set(gather(digest))) > 1:
+        raise ValueError(f"the processes of this run have different values of {what}")
 
 
 def gather(value: Any) -> list[Any]:
-    """Returns what each process has, in their order, as it comes back from JSON."""
+    """Returns the values of all processes, in their order, after a round trip through JSON."""
     text = json.dumps(value).encode()
     if jax.process_count() == 1:
         return [json.loads(text)]
     sizes = multihost_utils.process_allgather(np.array(len(text)))
-    # In steps, as each length is a program to compile.
+    # Padded to multiples of 4096, because JAX compiles a program for each length.
     padded = np.zeros(-(-sizes.max() // 4096) * 4096, np.uint8)
     padded[: len(text)] = np.frombuffer(text, np.uint8)
     every = multihost_utils.process_allgather(padded)
@@ -109,13 +106,11 @@ def gather(value: Any) -> list[Any]:
 
 
 def all_agree(good: bool) -> bool:
-    """Whether this is true in every process."""
-    if jax.process_count() == 1:
-        return good
-    return bool(np.all(multihost_utils.process_allgather(np.array(good))))
+    """Whether ``good`` is true in every process."""
+    return all(gather(good))
 
 
 def wait_for_all(what: str) -> None:
-    """Waits until every process has come here."""
+    """Waits until every process reaches this call."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)

@@ -1,4 +1,4 @@
-"""Finding text files, splitting them, and reading their documents."""
+"""Finds text files, splits them into training and held-out ones, and reads their documents."""
 
 import fnmatch
 import glob
@@ -11,24 +11,24 @@ from typing import Any
 
 import numpy as np
 
-_CHUNK = 1 << 24  # bytes of a .jsonl file looked at at once
+_CHUNK = 1 << 24  # bytes of a .jsonl file scanned at once
 
 
 def stable_fraction(key: str) -> float:
-    """Returns a number in [0, 1) that depends on ``key`` alone, on every machine."""
+    """Returns a hash of ``key`` in [0, 1), the same on every machine."""
     return int.from_bytes(hashlib.sha1(key.encode()).digest()[:6], "big") / 2**48
 
 
 def find_files(patterns: str | Sequence[str], exclude: str | Sequence[str] = ()) -> list[Path]:
-    """Returns the sorted absolute paths of all files that ``patterns`` name.
+    """Returns the sorted absolute paths of all files that match ``patterns``.
 
     Args:
-      patterns: folders (walked, without following links to folders), files, or globs, in which
-        ``**`` stands for any folders. Hidden files and folders are skipped unless named.
-      exclude: fnmatch patterns against the full path with forward slashes, such as ``*/tests/*``.
+      patterns: folders (searched recursively, without following links to folders), files, or
+        globs, in which ``**`` matches any folders. Skips hidden files and folders unless named.
+      exclude: fnmatch patterns of full paths with forward slashes to skip, such as ``*/tests/*``.
 
     Raises:
-      ValueError: if a path does not exist, or if no file is left.
+      ValueError: if a path does not exist, or no file remains.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     exclude = [exclude] if isinstance(exclude, str) else list(exclude)
@@ -68,19 +68,19 @@ def split_files(
 ) -> tuple[list[Path], list[Path]]:
     """Splits ``files`` into those to train on and those held out.
 
-    Without patterns, a hash of each file's path relative to the folder common to all decides, so
-    that the same tree is split in the same way wherever it lies. Each side gets one file at least.
+    Without patterns, the split hashes each file's path relative to the common folder, so that a
+    tree is split in the same way wherever it is. Each side gets at least one file.
 
     Args:
       files: paths as ``find_files`` returns them.
-      heldout_fraction: the part to hold out, in (0, 1); not used where patterns are given.
-      heldout_patterns: files to hold out instead, named as for ``find_files``.
+      heldout_fraction: the fraction to hold out, in (0, 1); ignored if there are patterns.
+      heldout_patterns: the files to hold out, as for ``find_files``.
 
     Returns:
       The training files and the held-out files, each in the order of their paths.
 
     Raises:
-      ValueError: if nothing would be left to train on, or the fraction is out of range.
+      ValueError: if no file remains to train on, or the fraction is out of range.
     """
     files = [Path(os.path.abspath(file)) for file in files]
     if heldout_patterns:
@@ -98,19 +98,19 @@ def split_files(
     common = os.path.commonpath([file.parent for file in files])
     place = {file: stable_fraction(file.relative_to(common).as_posix()) for file in files}
     by_place = sorted(files, key=lambda file: (place[file], file.as_posix()))
-    # By threshold, not by rank: files added below the common folder later do not move the others.
+    # By threshold, not by rank: files added later do not move the others.
     count = sum(value < heldout_fraction for value in place.values())
     count = min(max(count, 1), len(files) - 1)
     return sorted(by_place[count:], key=Path.as_posix), sorted(by_place[:count], key=Path.as_posix)
 
 
 class Records:
-    """Random access to the documents of files, one list of documents per record.
+    """Random access to the documents of files; a record is a list of documents.
 
     A record is a line of a ``.jsonl`` file, a row group of a ``.parquet`` file, or the whole of any
-    other file, which is taken for text. Empty files, blank lines and empty or null texts are no
-    documents. Only positions are held in memory, 8 bytes per ``.jsonl`` line; a record is read and
-    tokenized at once, so cut texts of gigabytes into several files.
+    other file, read as text. Skips empty files, blank lines and empty or null texts. Memory holds
+    only positions, 8 bytes per ``.jsonl`` line. A record is read and tokenized as a whole, so split
+    texts of gigabytes into several files.
 
     Example:
       >>> records = Records(find_files("corpus"))  # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""The training loop: data, steps, metrics, checkpoints, and going on where a run stopped."""
+"""The training loop: data, steps, metrics, checkpoints, and resuming a stopped run."""
 
 import contextlib
 import json
@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 from collections.abc import Sequence
-from io import TextIOBase
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,8 @@ import jax
 from jax.sharding import Mesh
 
 from memcache_jax.sharding import AXES, make_mesh
-from memcache_jax.training.checkpoint import EXPORTS, TOKENIZER_FILE, Checkpoints
-from memcache_jax.training.config import (
-    Config,
-    check_config,
-    config_differences,
-    to_json,
-)
+from memcache_jax.training.checkpoint import Checkpoints
+from memcache_jax.training.config import Config, check_config, to_json
 from memcache_jax.training.corpus import ReplacedDocuments, load_corpus
 from memcache_jax.training.distributed import (
     all_agree,
@@ -32,16 +26,11 @@ from memcache_jax.training.distributed import (
     should_stop,
     wait_for_all,
 )
+from memcache_jax.training.export import TOKENIZER_FILE
 from memcache_jax.training.metrics import MetricsWriter, Progress, read_metrics
 from memcache_jax.training.models import model_config
 from memcache_jax.training.optimizer import make_optimizer, make_schedule
-from memcache_jax.training.report import (
-    RESULTS_FILE,
-    lock_workdir,
-    read_results,
-    replace_file,
-    write_report,
-)
+from memcache_jax.training.report import write_report
 from memcache_jax.training.signals import StoppedError, StopSignal
 from memcache_jax.training.step import (
     abstract_state,
@@ -51,35 +40,40 @@ from memcache_jax.training.step import (
     make_train_step,
 )
 from memcache_jax.training.streams import Streams, streams_here
+from memcache_jax.training.workdir import (
+    check_same_run,
+    check_workdir,
+    lock_run,
+    read_results,
+    replace_file,
+)
 
 _log = logging.getLogger(__name__)
-
-_FINISHED = (*EXPORTS, RESULTS_FILE)  # what is left at the end
 
 
 def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """Trains the language model that ``config`` describes and returns the final results.
 
     The workdir then holds ``config.json``, ``metrics.jsonl``, ``checkpoints/``, the parameters
-    alone in ``params/``, ``results.json``, ``loss.png``, ``sample.txt`` and, where the tokenizer
-    is a file, its copy. A line of metrics has the means of ``loss``, ``z_loss`` and
-    ``gradient_norm`` over the steps since the line before, and ``heldout_*`` at evaluations. A run
-    that goes on from a checkpoint writes the same numbers as one that was never stopped (on a GPU,
-    with ``XLA_FLAGS=--xla_gpu_deterministic_ops=true``). One run at a time holds ``.lock``.
+    alone in ``params/``, ``results.json``, ``loss.png``, ``sample.txt`` and, if the tokenizer is a
+    file, a copy of it. A line of metrics has the means of ``loss``, ``z_loss`` and
+    ``gradient_norm`` since the previous line, and ``heldout_*`` after an evaluation. A resumed run
+    writes the same numbers as one that was never stopped (on a GPU, with
+    ``XLA_FLAGS=--xla_gpu_deterministic_ops=true``). A running run holds ``.lock``.
 
     Args:
       config: as from ``default_config``.
-      workdir: the run's folder; made if it does not exist.
+      workdir: the run's folder; created if it does not exist.
 
     Returns:
       The held-out loss in nats per token, bits per byte and perplexity, and the run's size.
 
     Raises:
-      ValueError: for a configuration or data that cannot work, or a workdir that holds another run.
-      FloatingPointError: if the loss or the gradient is no longer finite.
+      ValueError: for an invalid configuration or data, or a workdir that holds another run.
+      FloatingPointError: if the loss or the gradient becomes infinite or NaN.
       CheckpointError: if a checkpoint cannot be written.
-      StoppedError: on SIGINT or SIGTERM, of several processes on SIGTERM, with a checkpoint of the
-        last step.
+      StoppedError: after SIGINT or SIGTERM and a checkpoint of the last step. Runs of several
+        processes stop on SIGTERM only.
     """
     check_config(config)
     mesh = config_mesh(config)
@@ -98,10 +92,10 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def config_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh | None:
-    """The mesh that a configuration names; None for a single device.
+    """Returns the mesh of a configuration; None for a single device.
 
     Raises:
-      ValueError: for sizes that do not fit the devices, or a batch that they do not divide.
+      ValueError: if the sizes do not fit the devices, or do not divide the batch.
     """
     sizes = {axis: config.mesh[axis] for axis in AXES}
     if set(sizes.values()) == {1} and devices is None and jax.process_count() == 1:
@@ -117,7 +111,7 @@ def config_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh | 
 
 
 class _Run:
-    """What one run holds; ``step`` updates have been made."""
+    """A run after ``step`` updates."""
 
     def __init__(self, config: Config, workdir: Path, mesh: Mesh | None) -> None:
         self.config, self.workdir, self.mesh = config, workdir, mesh
@@ -147,46 +141,29 @@ class _Run:
             model, self.optimizer, config.seed, None if mesh is None else target
         )
         self.target = target
-        # Before anything in the workdir is touched.
-        found = Checkpoints.steps_in(workdir)
-        if found and not config.resume:
-            raise ValueError(
-                f"{workdir} holds a run with a checkpoint of step {found[0]}: "
-                "go on from it with --config.resume=True, or give another --workdir"
-            )
-        if not found and (left := [n for n in _FINISHED if (workdir / n).exists()]):
-            raise ValueError(
-                f"{workdir} holds {', '.join(left)} of a finished run without its checkpoints, "
-                "which a new run would replace: give another --workdir, or move them away"
-            )
+        # Checked before anything in the workdir changes.
+        found = check_workdir(workdir, resume=config.resume)
         check_agreement("configuration, data, or workdir", config, self.corpus.identity, found)
         workdir.mkdir(parents=True, exist_ok=True)
-        self._lock = contextlib.nullcontext()
-        try:
-            if is_main_process():
-                self._lock = lock_workdir(workdir)
-        finally:
-            free = all_agree(not is_main_process() or isinstance(self._lock, TextIOBase))
-        if not free:
-            raise ValueError(f"another run is writing to {workdir}")
+        self._lock = lock_run(workdir)
         self.checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
         self.metrics: MetricsWriter | None = None
         self.step = 0
         self.since_line: list[dict[str, float]] = []  # metrics of the steps since the last line
-        self.on_device: list[dict[str, jax.Array]] = []  # those of later steps, not fetched yet
+        self.on_device: list[dict[str, jax.Array]] = []  # of later steps, not fetched yet
 
     def restore(self) -> None:
-        """Takes the state of the newest checkpoint, or makes the first one."""
+        """Restores the newest checkpoint, or creates the initial state."""
         notes = self.checkpoints.notes()
         if notes is not None:
-            self._check_same_run(notes)
+            check_same_run(self.workdir, notes, self.config, self.corpus.identity)
         restored = self.checkpoints.restore(self.target, self.batches)
         if restored is None:
             self.state = self.create()
         else:
             self.step, self.state, notes = restored
             self.since_line = list(notes["since_line"])
-            _log.info("Going on from the checkpoint of step %d.", self.step)
+            _log.info("Resuming from the checkpoint of step %d.", self.step)
         if not is_main_process():
             return
         replace_file(
@@ -198,27 +175,8 @@ class _Run:
             self.workdir, step=self.step, tensorboard=self.config.tensorboard
         )
 
-    def _check_same_run(self, notes: dict[str, Any]) -> None:
-        if different := config_differences(notes["config"], to_json(self.config)):
-            raise ValueError(
-                f"{self.workdir} holds a run with another configuration, which cannot go on with "
-                f"this one: {'; '.join(different)}. Give another --workdir, or the old values"
-            )
-        if notes["data"] != self.corpus.identity:
-            raise ValueError(
-                f"the data of the run in {self.workdir} has changed, so that it cannot go on with "
-                f"the same stream: it was {notes['data']}, and is {self.corpus.identity}. "
-                "Bring the old files back, or give another --workdir"
-            )
-        before = notes["config"]["steps"]
-        if before != self.config.steps:
-            _log.info(
-                "steps was %d and is %d: from here on the learning rate follows the new schedule.",
-                *(before, self.config.steps),
-            )
-
     def train(self, stop: StopSignal) -> None:
-        """Makes the updates that are left.
+        """Makes the remaining updates.
 
         Raises:
           FloatingPointError, CheckpointError, StoppedError: as ``train``.
@@ -232,48 +190,49 @@ class _Run:
         progress = Progress(config.steps, size, self.step, show=is_main_process())
         first = self.step + 1
         saved = self.step if self.checkpoints.steps else None
-        while self.step < config.steps and not should_stop(self.step, stop.number):
-            tokens = place_rows(next(self.batches), self.mesh)
-            self.state, metrics = train_step(self.state, tokens)
-            self.step += 1
-            # The device computes one step while the host prepares the next; with more in flight,
-            # a signal would wait for all of them.
-            jax.block_until_ready(metrics if self.step == first else self.on_device[-1:])
-            self.on_device.append(metrics)
-            if self.step == first:
-                progress.start(self.step)
-            last = self.step == config.steps
-            row: dict[str, float] = {}
-            if last or self.step % config.log_every == 0:
-                self._fetch()
-                row = _means(self.since_line)
-                self.since_line = []
-                row["learning_rate"] = float(schedule(self.step - 1))
-                row["tokens_per_second"] = round(progress.update(self.step, row["loss"]), 1)
-                self.checkpoints.wait(only_if_done=True)
-            with progress.pause():
-                if last or self.step % config.eval_every == 0:
-                    row |= self._evaluate()
-                    bits, perplexity = row["heldout_bits_per_byte"], row["heldout_perplexity"]
-                    progress.note(
-                        f"step {self.step}/{config.steps}  held-out: {bits:.3f} bits per byte, "
-                        f"perplexity {perplexity:.2f} per token"
-                    )
-                    self.replaced.tell()
-                if row and self.metrics is not None:
-                    self.metrics.write(self.step, row)
-                # After the line, which a run that goes on from here will not write again.
-                if last or self.step % config.checkpoint_every == 0:
-                    self._save()
-                    saved = self.step
-        if saved != self.step:  # A signal may come at any line of the loop.
+        with contextlib.closing(progress):
+            while self.step < config.steps and not should_stop(self.step, stop.number):
+                tokens = place_rows(next(self.batches), self.mesh)
+                self.state, metrics = train_step(self.state, tokens)
+                self.step += 1
+                # The host prepares one step ahead of the device. If it ran further ahead, a signal
+                # would have to wait for all those steps.
+                jax.block_until_ready(metrics if self.step == first else self.on_device[-1:])
+                self.on_device.append(metrics)
+                if self.step == first:
+                    progress.start(self.step)
+                last = self.step == config.steps
+                row: dict[str, float] = {}
+                if last or self.step % config.log_every == 0:
+                    self._fetch()
+                    row = _means(self.since_line)
+                    self.since_line = []
+                    row["learning_rate"] = float(schedule(self.step - 1))
+                    row["tokens_per_second"] = round(progress.update(self.step, row["loss"]), 1)
+                    self.checkpoints.wait(only_if_done=True)
+                with progress.pause():
+                    if last or self.step % config.eval_every == 0:
+                        row |= self._evaluate()
+                        progress.note(
+                            f"step {self.step}/{config.steps}  held-out: "
+                            f"{row['heldout_bits_per_byte']:.3f} bits per byte, "
+                            f"perplexity {row['heldout_perplexity']:.2f} per token"
+                        )
+                        self.replaced.tell()
+                    if row and self.metrics is not None:
+                        self.metrics.write(self.step, row)
+                    # After the metrics: a run that resumes here does not write this line again.
+                    if last or self.step % config.checkpoint_every == 0:
+                        self._save()
+                        saved = self.step
+        if saved != self.step:  # a signal can come at any line of the loop
             self._save()
         self.checkpoints.wait()
         if self.step < config.steps:
             raise StoppedError(self.step, stop.number or signal.SIGTERM)
 
     def _fetch(self) -> None:
-        """Brings the metrics of the last steps from the device."""
+        """Fetches the metrics of the last steps from the device."""
         fetched = jax.device_get(self.on_device)
         for step, metrics in enumerate(fetched, start=self.step - len(fetched) + 1):
             metrics = {name: float(value) for name, value in metrics.items()}
@@ -289,7 +248,7 @@ class _Run:
         self.on_device = []
 
     def _save(self) -> None:
-        self._fetch()  # No state with NaN in it is saved.
+        self._fetch()  # raises before a state with NaN is saved
         notes = {
             "config": to_json(self.config),
             "data": self.corpus.identity,
@@ -307,7 +266,7 @@ class _Run:
         )
 
     def finish(self) -> dict[str, Any]:
-        """Writes what a run leaves behind, and returns the results."""
+        """Writes the report of a finished run, and returns the results."""
         wait_for_all("the last line of metrics")
         rows = [row for row in read_metrics(self.workdir) if row["step"] == self.step]
         measured = {k: v for row in rows for k, v in row.items() if k.startswith("heldout_")}
@@ -324,7 +283,7 @@ class _Run:
         )
 
     def close(self) -> None:
-        """Closes the files, and waits for a save in progress."""
+        """Waits for a save in progress, and closes the files."""
         with contextlib.ExitStack() as closing:
             closing.enter_context(self._lock)
             closing.callback(self.checkpoints.close)

@@ -1,6 +1,7 @@
-"""What a run tells: a file of metrics, TensorBoard, a progress line, the curve of its losses."""
+"""The metrics of a run: a file, TensorBoard, a progress line and a plot of the losses."""
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -10,6 +11,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
+from memcache_jax.training.workdir import replace_file
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -18,12 +23,12 @@ class MetricsWriter:
 
     Args:
       workdir: the run's folder.
-      step: the step that the run goes on from. Lines of later steps, which a run wrote after its
-        last checkpoint, are dropped, as their steps come again; 0 starts an empty file.
+      step: the step that the run resumes from. Lines of later steps, written after the last
+        checkpoint, are dropped, since the run repeats those steps; 0 starts an empty file.
       tensorboard: also write to ``workdir/tensorboard``.
 
     Raises:
-      ImportError: if TensorBoard is asked for, but ``tensorboardX`` is not installed.
+      ImportError: if ``tensorboard`` is set, but ``tensorboardX`` is not installed.
     """
 
     def __init__(
@@ -32,13 +37,11 @@ class MetricsWriter:
         self._board = _tensorboard(Path(workdir) / "tensorboard", step) if tensorboard else None
         path = Path(workdir) / METRICS_FILE
         kept = [row for row in read_metrics(workdir) if row["step"] <= step] if step else []
-        new = path.with_suffix(".new")
-        new.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        new.replace(path)
+        replace_file(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a")
 
     def write(self, step: int, row: Mapping[str, Any]) -> None:
-        """Writes one step's metrics, on disk when this returns."""
+        """Writes one step's metrics; they are on disk when this returns."""
         self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -64,7 +67,7 @@ def _tensorboard(folder: Path, step: int) -> Any:
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Returns the lines of ``workdir/metrics.jsonl``, without one that a kill cut short."""
+    """Returns the lines of ``workdir/metrics.jsonl``, without a last one that a kill cut short."""
     path = Path(workdir) / METRICS_FILE
     rows = []
     for line in path.read_text().splitlines() if path.exists() else ():
@@ -76,93 +79,79 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """The progress line on stdout: ``step 120/600  loss 2.013  3.4k tok/s  1m40s left``.
+    """The progress line on stdout: ``step 120/600  loss 2.013  3.41k tok/s  09:36 left``.
 
-    A terminal has one line that is rewritten, a file a line each time.
+    A terminal shows one line that is rewritten; other output gets a new line for each update.
 
     Args:
       steps: the run's last step.
       tokens_per_step: tokens in a batch.
-      step: the step that the run goes on from.
-      show: False for a process that keeps silent.
+      step: the step that the run resumes from.
+      show: whether this process prints anything.
     """
 
     def __init__(
         self, steps: int, tokens_per_step: int, step: int = 0, *, show: bool = True
     ) -> None:
-        self._steps, self._tokens, self._show = steps, tokens_per_step, show
-        self._rewrite = sys.stdout.isatty()
-        self._open = False
-        self._began: tuple[float, int] | None = None
+        self._tokens = tokens_per_step
+        self._terminal = sys.stdout.isatty()
         self._last = (time.monotonic(), step)
+        self._bar = tqdm(
+            initial=step,
+            total=steps,
+            disable=not show,
+            file=sys.stdout if self._terminal else io.StringIO(),  # tqdm only rewrites lines
+            nrows=20,  # pseudo-terminals can report 0, where tqdm shows nothing
+            smoothing=0,  # time left by the mean of the whole run, so that evaluations count
+            bar_format="step {n}/{total}{desc}  {remaining} left",
+        )
 
     def start(self, step: int) -> None:
         """Starts the clock, after the first step, which compiles."""
-        self._began = self._last = (time.monotonic(), step)
+        self._last = (time.monotonic(), step)
+        self._bar.initial = step
+        self._bar.unpause()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Takes the time spent inside, such as an evaluation's, out of the tokens per second."""
+        """Leaves the time spent inside, such as an evaluation's, out of the tokens per second."""
         began = time.monotonic()
         yield
         at, step = self._last
         self._last = (at + time.monotonic() - began, step)
 
     def update(self, step: int, loss: float) -> float:
-        """Shows the line, and returns the tokens per second since the last one."""
+        """Shows the line, and returns the tokens per second since the previous one."""
         now = time.monotonic()
         at, before = self._last
         rate = (step - before) * self._tokens / max(now - at, 1e-9)
         self._last = (now, step)
-        left = ""
-        if self._began is not None and step > self._began[1]:
-            # Of the whole run so far, so that evaluations count.
-            per_step = (now - self._began[0]) / (step - self._began[1])
-            left = f"  {_duration(per_step * (self._steps - step))} left"
-        line = f"step {step}/{self._steps}  loss {loss:.3f}  {_short(rate)} tok/s{left}"
-        if not self._show:
-            return rate
-        if self._rewrite:
-            print(f"\r{line:<60}", end="", flush=True)
-            self._open = True
-        else:
-            print(line, flush=True)
+        self._bar.n = step
+        text = f"  loss {loss:.3f}  {tqdm.format_sizeof(rate)} tok/s"
+        self._bar.set_description_str(text, refresh=self._terminal)
+        if not self._terminal:
+            self.note(str(self._bar))
         return rate
 
     def note(self, text: str) -> None:
         """Writes a line of its own."""
-        if self._show:
-            print(("\n" if self._open else "") + text, flush=True)
-        self._open = False
+        if not self._bar.disable:
+            with tqdm.external_write_mode():
+                print(text, flush=True)
 
-
-def _short(number: float) -> str:
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.1f}{letter}"
-    return f"{number:.0f}"
-
-
-def _duration(seconds: int | float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+    def close(self) -> None:
+        """Ends the line."""
+        self._bar.close()
 
 
 def plot_curve(
     workdir: str | os.PathLike[str], *, title: str, bytes_per_token: float | None = None
 ) -> Path:
-    """Draws ``workdir/loss.png`` from the metrics: the training loss, and held-out points.
+    """Plots the training loss and the held-out losses of a run to ``workdir/loss.png``.
 
-    Args:
-      workdir: the run's folder.
-      title: above the axes.
-      bytes_per_token: if given, losses are in bits per byte, otherwise in nats per token.
+    With ``bytes_per_token`` losses are in bits per byte, otherwise in nats per token.
     """
-    # Not at the top: it takes a second, and the caller may never draw.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    # Takes a second to import, and most callers never plot.
     from matplotlib.figure import Figure
 
     scale = 1.0 if bytes_per_token is None else 1 / (math.log(2) * bytes_per_token)
@@ -178,7 +167,6 @@ def plot_curve(
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend()
-    FigureCanvasAgg(figure)
     path = Path(workdir) / "loss.png"
     figure.savefig(path, dpi=120)
     return path

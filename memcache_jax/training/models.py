@@ -1,4 +1,4 @@
-"""The model that a configuration describes, and the configuration that describes a model."""
+"""Conversion between ``config.model`` and a model, and the configurations of presets."""
 
 import dataclasses
 import inspect
@@ -13,52 +13,46 @@ from memcache_jax.memories import Memory
 from memcache_jax.nn import AttentionMixer, LanguageModelConfig, MemoryCachingMixer, Mixer
 from memcache_jax.training.config import Config, default_config
 
+# Keys that are fields of ``LanguageModelConfig``; runs of earlier versions lack the last one.
+_MODEL = (
+    *("vocab_size", "num_layers", "features", "num_heads", "head_dim", "mlp_features"),
+    *("tie_embeddings", "remat", "offload_states"),
+)
 MIXERS = ("memory_caching", "attention", "sliding_window")
-# Of memory caching, as they are.
+# Keys that are fields of ``MemoryCachingMixer``.
 _LAYER = ("start", "connector", "distances", "implementation", "exchange")
 
 
 def model_config(options: Config) -> LanguageModelConfig:
     """Returns the model that ``config.model`` describes.
 
-    Rules are looked up by name in ``mc.memories`` and ``mc``, so that a new one needs nothing here.
+    Looks up classes by name in ``mc.memories`` and ``mc``, so that new ones need no change here.
 
     Args:
       options: the ``model`` part of a configuration, as in ``default_config``.
 
     Raises:
-      ValueError: for a name that does not exist, or arguments that the named class does not take.
+      ValueError: for an unknown name, or arguments that the class does not take.
     """
     if options["dtype"] not in ("float32", "bfloat16"):
         raise ValueError(f'model.dtype must be "float32" or "bfloat16", got {options["dtype"]!r}')
     unknown = sorted(set(options["mixers"]) - set(MIXERS))
     if unknown or not options["mixers"]:
         raise ValueError(f"model.mixers must be of {_list(MIXERS)}; got {_list(unknown)}")
-    return LanguageModelConfig(
-        vocab_size=options["vocab_size"],
-        num_layers=options["num_layers"],
-        features=options["features"],
-        num_heads=options["num_heads"],
-        mixers=tuple(_mixer(name, options) for name in options["mixers"]),
-        head_dim=options["head_dim"],
-        mlp_features=options["mlp_features"],
-        tie_embeddings=options["tie_embeddings"],
-        remat=options["remat"],
-        offload_states=options.get("offload_states", False),
-        dtype=jnp.dtype(options["dtype"]),
-    )
+    fields = {name: options[name] for name in _MODEL if name in options}
+    mixers = tuple(_mixer(name, options) for name in options["mixers"])
+    return LanguageModelConfig(**fields, mixers=mixers, dtype=jnp.dtype(options["dtype"]))
 
 
 def model_options(model: LanguageModelConfig) -> Config:
     """Returns the ``config.model`` that describes a model: the inverse of ``model_config``.
 
     Raises:
-      ValueError: for mixers that need more than one memory or attention window.
+      ValueError: if the mixers have different memories or attention windows.
     """
     options = default_config().model
-    for field in dataclasses.fields(model):
-        if field.name in options and field.name not in ("mixers", "dtype"):
-            options[field.name] = getattr(model, field.name)
+    for name in _MODEL:
+        options[name] = getattr(model, name)
     options.dtype = jnp.dtype(model.dtype).name
     names = []
     for mixer in model.mixers:
@@ -84,12 +78,12 @@ def _described(part: Any) -> Config:
 
 
 def preset_config(name: str, size: str) -> Config:
-    """Returns the configuration of a preset: its model, and the paper's way to train it.
+    """Returns the configuration of a preset: its model, trained as in the paper.
 
-    Half a million tokens a batch at a context of 4096 (of 1024 in small batches for the tiny size),
-    AdamW with weight decay 0.1, cosine decay. The data is left to name, ``config.data.files``, and,
-    but for the tiny size, which reads bytes, a tokenizer of at most 32,000 ids,
-    ``config.data.tokenizer``. Sizes above 170m, which are for several hosts, read 32 streams.
+    Batches have half a million tokens at a context of 4096 (the tiny size has small batches at
+    1024); AdamW has weight decay 0.1 and cosine decay. The caller sets ``config.data.files`` and,
+    except for the tiny size, which reads bytes, ``config.data.tokenizer``, of at most 32,000 ids.
+    Sizes above 170m are for several hosts, and read 32 streams.
 
     Args:
       name: one of ``mc.presets.NAMES``.
@@ -145,7 +139,7 @@ def _build(key: str, options: Config, classes: Mapping[str, type]) -> Any:
         raise ValueError(
             f"model.{key}: {name} has the arguments {_list(known)}; got {_list(unknown)}"
         )
-    # Lists come from JSON; the classes are hashable.
+    # JSON has lists, but the classes must be hashable.
     arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
     try:
         return classes[name](**arguments)

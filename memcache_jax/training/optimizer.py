@@ -1,5 +1,6 @@
-"""The optimizer: AdamW with gradient clipping, warm-up and cosine decay."""
+"""The optimizer: one of optax's by name, with gradient clipping, warm-up and cosine decay."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from memcache_jax._typing import Array
 from memcache_jax.training.config import Config
 
 
-def make_schedule(options: Config, steps: int) -> Callable[[Any], Array]:
+def make_schedule(options: Config, steps: int) -> Callable[[Any], Any]:
     """Returns the learning rate by step: a linear rise, then half a cosine.
 
     Args:
@@ -23,40 +24,52 @@ def make_schedule(options: Config, steps: int) -> Callable[[Any], Array]:
       ValueError: if the warm-up does not end before the last step.
     """
     peak, warmup = options["learning_rate"], options["warmup_steps"]
-    final = options["final_fraction"]
     if not 0 <= warmup < steps:
         raise ValueError(
             f"optimizer.warmup_steps must be in [0, steps), got {warmup} for steps={steps}"
         )
+    length = max(steps - 1 - warmup, 1)
+    # In fractions of its length: with counts it rounds differently from earlier versions.
+    cosine = optax.cosine_decay_schedule(peak, decay_steps=1, alpha=options["final_fraction"])
 
-    def schedule(count: Any) -> Array:
-        # The first step is part of the rise: at a rate of zero it would be wasted.
-        rise = jnp.minimum((count + 1) / (warmup + 1), 1.0)
-        progress = jnp.clip((count - warmup) / max(steps - 1 - warmup, 1), 0.0, 1.0)
-        fall = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-        return peak * rise * fall
+    def rise(count: Any) -> Array:
+        # Starts above zero, which would waste the first step.
+        return peak * jnp.minimum((count + 1) / (warmup + 1), 1.0)
 
-    return schedule
+    return optax.join_schedules([rise, lambda count: cosine(count / length)], [warmup])
 
 
 def make_optimizer(options: Config, steps: int) -> optax.GradientTransformation:
-    """Returns AdamW behind a clipped global gradient norm, with the rate of ``make_schedule``.
+    """Returns an optimizer of optax, by default ``optax.adamw``, behind a clipped gradient norm.
 
     Only matrices decay: leaves called ``kernel`` or ``embedding``, but not the few taps of
     ``*_conv``. Initial weights of deep memories, norms, temperatures and biases do not.
 
     Args:
-      options: those of ``make_schedule``, ``weight_decay``, ``b1``, ``b2``, ``clip_norm``.
+      options: those of ``make_schedule``; ``clip_norm``; ``name``, a function of optax that takes
+        ``learning_rate``; ``weight_decay``, ``b1`` and ``b2``, passed if it takes them; and
+        ``arguments``, any others of its own.
       steps: length of the schedule.
 
     Raises:
-      ValueError: as ``make_schedule`` does.
+      ValueError: for an unknown optimizer or argument, or as ``make_schedule`` does.
     """
+    name, arguments = options.get("name", "adamw"), dict(options.get("arguments", {}))
+    optimizer = getattr(optax, name, None)
+    known = inspect.signature(optimizer).parameters if inspect.isfunction(optimizer) else {}
+    if optimizer is None or "learning_rate" not in known:
+        raise ValueError(
+            f"optimizer.name must be an optimizer of optax, such as adamw or lion, got {name!r}"
+        )
+    if unknown := sorted(set(arguments) - set(known)):
+        raise ValueError(
+            f"optimizer.arguments must be of optax.{name}: {', '.join(known)}; got {unknown}"
+        )
+    usual = {key: options[key] for key in ("weight_decay", "b1", "b2")} | {"mask": decays}
+    arguments = {key: value for key, value in usual.items() if key in known} | arguments
     return optax.chain(
         optax.clip_by_global_norm(options["clip_norm"]),
-        optax.scale_by_adam(b1=options["b1"], b2=options["b2"]),
-        optax.add_decayed_weights(options["weight_decay"], mask=decays),
-        optax.scale_by_learning_rate(make_schedule(options, steps)),
+        optimizer(make_schedule(options, steps), **arguments),
     )
 
 

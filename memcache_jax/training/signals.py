@@ -1,4 +1,4 @@
-"""Signals that end a run after a checkpoint."""
+"""Signals that stop a run after a checkpoint."""
 
 import signal
 import threading
@@ -9,26 +9,26 @@ import jax
 
 
 class StoppedError(Exception):
-    """A signal ended the run, after its checkpoint was saved."""
+    """A signal stopped the run, after a checkpoint was saved."""
 
     def __init__(self, step: int, signal_number: int) -> None:
         super().__init__(
             f"{signal.Signals(signal_number).name}: stopped after step {step}, with a checkpoint. "
-            "The same command with --config.resume=True goes on from there."
+            "The same command with --config.resume=True resumes from there."
         )
         self.step, self.signal_number = step, signal_number
 
 
 class StopSignal:
-    """Notes the first SIGINT or SIGTERM, for the loop to look at; a second one acts at once."""
+    """Stores the number of the first SIGINT or SIGTERM; a second one acts at once."""
 
     def __init__(self) -> None:
         self.number = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        # Python lets only the main thread handle signals; elsewhere they stay the caller's.
-        # Of several processes JAX takes SIGTERM, and all are told: see ``should_stop``.
+        # Python lets only the main thread handle signals; other threads leave them alone.
+        # With several processes, JAX handles SIGTERM for all of them: see ``should_stop``.
         alone = jax.process_count() == 1
         if alone and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):

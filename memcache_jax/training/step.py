@@ -1,4 +1,4 @@
-"""The training step: creation of the state, one jitted update, one evaluation."""
+"""The training state, one update of it, and an evaluation."""
 
 import math
 from collections.abc import Callable
@@ -22,7 +22,7 @@ Params = dict[str, Any]
 
 
 class TrainState(NamedTuple):
-    """What a step changes: nested dictionaries of arrays, and the optimizer's state."""
+    """The parameters, as nested dictionaries of arrays, and the optimizer's state."""
 
     params: Params
     opt_state: optax.OptState
@@ -35,10 +35,10 @@ def abstract_state(
 ) -> tuple[nnx.GraphDef, TrainState]:
     """Returns the model without its arrays, and the shapes and dtypes of a state.
 
-    ``nnx.merge(graph, state.params)`` is the model again. With a mesh, each leaf also has the
-    sharding with which it lives there.
+    ``nnx.merge(graph, state.params)`` restores the model. With a mesh, each leaf also has its
+    sharding.
     """
-    # Not nnx.eval_shape, which under a mesh takes the names of axes for those of the mesh.
+    # Not nnx.eval_shape, which under a mesh confuses logical axes with those of the mesh.
     graph, state = jax.eval_shape(
         lambda: nnx.split(LanguageModel(config, rngs=nnx.Rngs(0)), nnx.Param)
     )
@@ -61,13 +61,9 @@ def create_state(
     seed: int,
     target: TrainState | None = None,
 ) -> TrainState:
-    """Returns the state before the first step, made on the devices it is to live on.
+    """Returns the initial state, created on its devices.
 
-    Args:
-      config: the model's shape.
-      optimizer: as from ``make_optimizer``.
-      seed: decides the initial parameters.
-      target: from ``abstract_state`` with a mesh; the default device where it is None.
+    ``target`` is from ``abstract_state`` with a mesh; None for the default device.
     """
 
     def create(key: Array) -> TrainState:
@@ -83,7 +79,7 @@ def _shardings(target: TrainState | None) -> Any:
 
 
 def _string_keys(tree: Any) -> Any:
-    """The places in a list become strings, as they come back from a checkpoint."""
+    """Turns list indices into strings, as in a restored checkpoint."""
     if isinstance(tree, dict):
         return {str(key): _string_keys(value) for key, value in tree.items()}
     return tree
@@ -98,17 +94,16 @@ def make_train_step(
 ) -> Callable[[TrainState, Int[Array, "b l"]], tuple[TrainState, dict[str, Array]]]:
     """Returns the jitted update (state, tokens) -> (state, metrics); the old state is donated.
 
-    Metrics, each of the given tokens with the parameters before the update: ``loss`` (mean
-    cross-entropy in nats per token), ``z_loss`` (``z_loss`` times the mean squared
-    log-partition) and ``gradient_norm`` before clipping.
+    The metrics are ``loss`` (mean cross-entropy in nats per token), ``z_loss`` (``z_loss`` times
+    the mean squared log-partition) and ``gradient_norm`` before clipping, all with the parameters
+    before the update.
 
     Args:
-      graph: the model, as from ``abstract_state``.
+      graph: as from ``abstract_state``.
       optimizer: as from ``make_optimizer``.
       z_loss: weight of the z-loss, which keeps logits from drifting.
-      accumulate: into how many parts a batch is divided, whose gradients are computed one after
-        the other and averaged.
-      target: from ``abstract_state`` with a mesh: the new state lies where the old one did.
+      accumulate: number of parts of a batch whose gradients are computed in sequence and averaged.
+      target: from ``abstract_state`` with a mesh; the new state keeps its shardings.
     """
 
     def loss_fn(params: Params, tokens: Array) -> tuple[Array, dict[str, Array]]:
@@ -120,7 +115,7 @@ def make_train_step(
         gradient = jax.grad(loss_fn, has_aux=True)
         if accumulate == 1:
             return gradient(params, tokens)
-        # Every device has some rows of each part.
+        # Strided, so that every device has rows of each part.
         parts = jnp.moveaxis(tokens.reshape(-1, accumulate, tokens.shape[1]), 1, 0)
 
         def add(total: Any, part: Array) -> tuple[Any, None]:
@@ -147,7 +142,7 @@ def make_eval_step(
 ) -> Callable[[Params, Int[Array, "b l"], Float[Array, "b"]], tuple[Array, Array]]:
     """Returns jitted (params, tokens, mask) -> (summed loss in nats, number of targets).
 
-    Rows whose mask is 0 do not count; they fill up a last batch.
+    Rows with mask 0, which pad the last batch, do not count.
     """
 
     def eval_step(params: Params, tokens: Array, mask: Array) -> tuple[Array, Array]:
@@ -158,9 +153,8 @@ def make_eval_step(
 
 
 def _cross_entropy(graph: nnx.GraphDef, params: Params, tokens: Array) -> tuple[Array, Array]:
-    """The loss of each target in float32 or wider, and the log-partition that it contains."""
+    """Returns the loss of each target in float32 or wider, and its log-partition."""
     logits = nnx.merge(graph, params)(tokens[:, :-1])
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     log_partition = jax.nn.logsumexp(logits, axis=-1)
     target = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
     return log_partition - target, log_partition
@@ -173,25 +167,16 @@ def evaluate(
     batch_size: int,
     mesh: Mesh | None = None,
 ) -> dict[str, float]:
-    """Measures a model on held-out rows.
-
-    Args:
-      eval_step: as from ``make_eval_step``.
-      params: the model's parameters.
-      heldout: the rows.
-      batch_size: rows at a time.
-      mesh: where they go; the default device where it is None.
+    """Evaluates a model on held-out rows, ``batch_size`` at a time.
 
     Returns:
       ``heldout_loss`` in nats per token, ``heldout_bits_per_byte``, and ``heldout_perplexity`` per
       token.
     """
-    tokens = heldout.tokens
-    mask = np.ones(len(tokens), np.float32)
-    # One shape for all batches, or the last would compile anew.
-    missing = -len(tokens) % batch_size
-    tokens = np.concatenate([tokens, np.zeros((missing, tokens.shape[1]), tokens.dtype)])
-    mask = np.concatenate([mask, np.zeros(missing, np.float32)])
+    # Padded to one shape, so that the last batch needs no compilation of its own.
+    rows = len(heldout.tokens)
+    tokens = np.pad(heldout.tokens, ((0, -rows % batch_size), (0, 0)))
+    mask = (np.arange(len(tokens)) < rows).astype(np.float32)
     sums = [
         eval_step(params, *(place_rows(x[i : i + batch_size], mesh) for x in (tokens, mask)))
         for i in range(0, len(tokens), batch_size)

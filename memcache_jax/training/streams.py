@@ -1,4 +1,4 @@
-"""Batches out of several streams, of which a process reads those whose rows its devices hold."""
+"""Batches of several streams; a process reads only the streams of its devices' rows."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,25 +14,20 @@ from memcache_jax.training.tokenizers import Tokenizer
 
 
 class Streams:
-    """An endless iterator over batches, each with as many rows of every stream.
+    """An endless iterator over batches with equally many rows of every stream.
 
-    Of S streams and B rows, stream s gives the rows [s B / S, (s + 1) B / S) of every batch. Which
-    of them a process reads changes nothing in those it reads, and ``get_state`` has the places in
-    all of them, so that any number of processes can go on from there.
+    With S streams and B rows, stream s fills the rows [s B / S, (s + 1) B / S) of every batch. A
+    stream does not depend on which other streams a process reads, and ``get_state`` returns the
+    positions of all streams, so that any number of processes can resume from it.
 
     Args:
-      records: the documents to train on, which the streams share.
-      tokenizer: turns them into ids.
-      sequence_length: tokens predicted per row; a row has one more.
+      records: as for ``training_iterator``, and so are the others that are not listed.
       batch_size: rows per batch, a multiple of ``num_streams``.
-      seed: decides the order.
-      num_streams: how many streams there are.
       read: the streams to read, as from ``streams_here``; all by default.
-      shuffle_window: rows that are shuffled together, over all streams.
+      shuffle_window: number of rows shuffled together, over all streams.
 
     Raises:
-      ValueError: as ``training_iterator``; for a number of streams that does not divide the batch;
-        or a stream to read that there is not.
+      ValueError: as ``training_iterator``; or if the number of streams does not divide the batch.
 
     Example:
       >>> records = Records(find_files("corpus"))  # doctest: +SKIP
@@ -81,7 +76,7 @@ class Streams:
         return self
 
     def __next__(self) -> np.ndarray:
-        """Returns tokens (b, t + 1) int32, -1 in the rows of streams that are not read."""
+        """Returns tokens (b, t + 1) int32, with -1 in the rows of streams that it does not read."""
         tokens = np.full(self._shape, -1, np.int32)
         by_stream = tokens.reshape(self.num_streams, -1, tokens.shape[1])
         for index, iterator in self._iterators.items():
@@ -89,7 +84,7 @@ class Streams:
         return tokens
 
     def get_state(self) -> list[dict[str, Any]]:
-        """Returns the place in each stream, for JSON. All processes must call it together.
+        """Returns the positions in all streams, as JSON types. All processes must call it together.
 
         Raises:
           ValueError: if no process reads one of the streams.
@@ -101,32 +96,24 @@ class Streams:
         return [states[index] for index in range(self.num_streams)]
 
     def set_state(self, states: Sequence[dict[str, Any]] | dict[str, Any]) -> None:
-        """Goes on from these places, one for each stream, with the very next batch.
+        """Moves the streams to these positions; the next batch continues from there.
 
         Args:
           states: as ``get_state`` returned them, or the state of ``training_iterator`` alone, for a
             single stream.
 
         Raises:
-          ValueError: if they are of another number of streams.
+          ValueError: if their number is not that of the streams.
         """
         states = [states] if isinstance(states, Mapping) else states
         if len(states) != self.num_streams:
-            raise ValueError(
-                f"expected the places in {self.num_streams} streams, got those in {len(states)}"
-            )
+            raise ValueError(f"expected positions in {self.num_streams} streams, got {len(states)}")
         for index, iterator in self._iterators.items():
             iterator.set_state(states[index])
 
 
 def streams_here(mesh: Mesh | None, batch_size: int, num_streams: int) -> list[int]:
-    """The streams of ``Streams`` of which devices of this process hold rows.
-
-    Args:
-      mesh: over which the rows of a batch are divided; None for a single device.
-      batch_size: rows per batch.
-      num_streams: how many streams there are.
-    """
+    """Returns the streams whose rows this process's devices hold; ``mesh`` divides the rows."""
     if mesh is None:
         return list(range(num_streams))
     here = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))

@@ -12,7 +12,7 @@ EOS_TOKENS = ("</s>", "<|endoftext|>", "<eos>", "[SEP]", "<|end_of_text|>")
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What the data pipeline and generation need of a tokenizer."""
+    """The interface of a tokenizer."""
 
     name: str
     eos_id: int
@@ -28,7 +28,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """Ids 0 to 255 are the bytes themselves, 256 ends a document.
+    """Ids 0 to 255 are bytes; 256 ends a document.
 
     Example:
       >>> ByteTokenizer().encode("né".encode()).tolist()
@@ -44,18 +44,18 @@ class ByteTokenizer:
         return np.frombuffer(text, np.uint8).astype(np.int32)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """Returns the text of ``ids``; those that are no byte are dropped."""
+        """Returns the text of ``ids``, without those above 255."""
         return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", errors="replace")
 
 
 class FileTokenizer:
     """A tokenizer read from a Hugging Face ``tokenizers`` JSON file.
 
-    Truncation and padding set in the file are turned off, as they would cut or pad documents.
+    Ignores the file's truncation and padding, which would cut or pad documents.
 
     Attributes:
-      num_replaced_documents: documents encoded so far in this process that held bytes which are
-        not UTF-8 and were replaced by U+FFFD; a document read twice counts twice.
+      num_replaced_documents: how many documents this process has encoded that were not UTF-8,
+        with U+FFFD for invalid bytes; a document read twice counts twice.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, eos_token: str | None = None):
@@ -63,12 +63,12 @@ class FileTokenizer:
 
         Args:
           path: the JSON file.
-          eos_token: the token that ends a document; by default the first of ``EOS_TOKENS`` that
-            the vocabulary has.
+          eos_token: the token that ends a document; by default the first of ``EOS_TOKENS`` in the
+            vocabulary.
 
         Raises:
-          ValueError: if there is no such file, if it is not a tokenizer, or if the end token
-            is not in its vocabulary.
+          ValueError: if there is no such file, if it is not a tokenizer, or if its vocabulary
+            lacks the end token.
           ImportError: if the package ``tokenizers`` is not installed.
         """
         if not Path(path).is_file():
@@ -87,7 +87,7 @@ class FileTokenizer:
         self._tokenizer.no_padding()
         self.name = str(path)
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
-        # Not the number of tokens: ids may have gaps, and the largest must index the embedding.
+        # Not the number of tokens: ids may have gaps, and the embedding must hold the largest.
         self.vocab_size = max(vocab.values(), default=-1) + 1
         candidates = EOS_TOKENS if eos_token is None else (eos_token,)
         found = [vocab[token] for token in candidates if token in vocab]
@@ -117,12 +117,12 @@ class FileTokenizer:
 def make_tokenizer(
     name: str, *, eos_token: str | None = None, vocab_size: int | None = None
 ) -> Tokenizer:
-    """Returns the tokenizer called ``name``.
+    """Returns a tokenizer by name.
 
     Args:
       name: "bytes", or the path of a Hugging Face ``tokenizers`` JSON file.
       eos_token: the token that ends a document, for a file; see ``FileTokenizer``.
-      vocab_size: the model's number of ids, if it is to be checked.
+      vocab_size: the model's number of ids, to check that it covers the tokenizer's.
 
     Raises:
       ValueError: if the tokenizer has more ids than the model, or as ``FileTokenizer`` does.

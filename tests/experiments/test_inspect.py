@@ -98,7 +98,7 @@ def test_a_character_is_shown_at_its_last_token():
 @pytest.mark.parametrize(
     ("mixer", "tokens", "message"),
     [
-        (mc.nn.AttentionMixer(), [1], "no memory caching to look into"),
+        (mc.nn.AttentionMixer(), [1], "no memory caching: its mixers are"),
         (caching(mc.Residual(), mc.Constant(8)), [1], "Residual reads all states alike"),
         (caching(mc.GRM(), mc.Constant(8)), [], "the text has no tokens"),
     ],

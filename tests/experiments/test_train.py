@@ -132,7 +132,7 @@ def test_killed_and_resumed_equals_a_whole_run(folder, start, run):
 
     code, out, err = run(parts, "--config.resume=True")
     assert code == 0, err
-    assert "Going on from the checkpoint of step" in out
+    assert "Resuming from the checkpoint of step" in out
     assert rows(parts) == rows(whole)
     first, second = ocp.load(whole / "params"), ocp.load(parts / "params")
     jax.tree.map(np.testing.assert_array_equal, first, second)
@@ -147,7 +147,7 @@ def test_control_c_saves_and_says_how_to_go_on(folder, start):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGINT
     assert "stopped after step" in out
-    assert "--config.resume=True goes on from there" in out
+    assert "--config.resume=True resumes from there" in out
     assert "Traceback" not in err
     (step,) = (int(path.name) for path in (folder / "interrupted" / "checkpoints").iterdir())
     assert step == rows(folder / "interrupted")[-1]["step"]

@@ -12,7 +12,7 @@ from experiments._kernel_cases import Case
 from experiments.tune_kernels import CANDIDATES, best, candidates, render, tune, write
 from memcache_jax.kernels import _table
 from memcache_jax.kernels._block_sizes import block_sizes, tuned_for
-from memcache_jax.kernels._pallas import TritonSizes
+from memcache_jax.kernels._triton import TritonSizes
 from memcache_jax.kernels.bank_read import bank_read
 
 KEY = "NVIDIA H200 n3 c4 8x8 float32"

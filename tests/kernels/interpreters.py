@@ -6,7 +6,7 @@ import jax
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from memcache_jax.kernels import _pallas
+from memcache_jax.kernels._dispatch import interpret_kernels
 from tests.cases import assert_close, value_and_vjp
 
 KERNELS = ("pallas_tpu", "pallas_gpu")
@@ -16,7 +16,7 @@ KERNELS = ("pallas_tpu", "pallas_gpu")
 def runnable(implementation):
     """Traces an implementation so that this machine runs it."""
     kernels = implementation.startswith("pallas")
-    with _pallas.interpret_kernels() if kernels else contextlib.nullcontext():
+    with interpret_kernels() if kernels else contextlib.nullcontext():
         yield
 
 

@@ -1,4 +1,4 @@
-"""The affine update's kernels against chunks written in turn, forward and backward."""
+"""Every implementation of the affine update against the reference, forward and backward."""
 
 import functools
 from typing import Any
@@ -11,91 +11,14 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 
-import memcache_jax as mc
-from memcache_jax._writing import initial_states, write_blocks
-from memcache_jax.caching import full_controls
 from memcache_jax.kernels import _sweep
-from memcache_jax.kernels._pallas import interpret_kernels, lowered_for_gpu
+from memcache_jax.kernels._dispatch import interpret_kernels
+from memcache_jax.kernels._triton import lowered_for_gpu
 from memcache_jax.kernels.affine_update import AffineChunk, affine_update, gpu
-from tests.cases import MEMORIES, assert_close, make_inputs, normals, value_and_vjp
+from tests.cases import assert_close, normals, value_and_vjp
 
 KERNELS = ("pallas_tpu", "pallas_gpu")
-AFFINE = {name: memory for name, memory in MEMORIES.items() if memory.is_affine}
 CHUNK = 8
-
-
-def make_rows(memory, chunks, *, batch=2, heads=1):
-    """Rows (b, h, chunks, m, ...) with k = 4 and v = 6, some of them hard to get right."""
-    inputs = make_inputs(memory, chunks * CHUNK, batch=batch, heads=heads, dtype=np.float32)
-    given = jax.tree.map(jnp.asarray, (inputs["controls"], inputs["key"]))
-    controls = full_controls(memory, *given)
-    key, controls = inputs["key"].copy(), {name: np.array(x) for name, x in controls.items()}
-    key[:, 3] = 0.0
-    for name, x in controls.items():
-        if name.startswith("log"):
-            x[:, 5], x[0, CHUNK + 2] = -20.0, -np.inf
-        if name == "beta":
-            x[:, 6] = 0.0
-    value = normals(1, np.float32)(*key.shape[:3], 6)
-
-    def heads_first(x):
-        x = jnp.moveaxis(x, 2, 1)
-        return x.reshape(*x.shape[:2], chunks, CHUNK, *x.shape[3:])
-
-    return jax.tree.map(heads_first, (inputs["query"], key, value, controls))
-
-
-def initial_of(memory):
-    return lambda shape: initial_states(memory, {}, shape, 4, 6, jnp.float32)
-
-
-def written(memory, restarts, rows, implementation):
-    """Ends and online reads of the blocks (b, h, n, chunks, m, ...)."""
-    plan = mc.Constant(rows[1].shape[3] * CHUNK).plan(rows[1].shape[2] * rows[1].shape[3] * CHUNK)
-    first = np.maximum.accumulate(np.where(restarts, np.arange(len(restarts)), 0))
-    plan = type(plan)(plan.block_size, plan.buckets, plan.reads, first)
-    live = functools.partial(mc.GRM().live, memory)
-    return write_blocks(
-        memory,
-        live,
-        initial_of(memory),
-        rows,
-        plan,
-        carries=False,
-        implementation=implementation,
-    )
-
-
-@pytest.mark.parametrize("implementation", KERNELS)
-@pytest.mark.parametrize("memory", AFFINE.values(), ids=AFFINE)
-def test_kernels_equal_chunks_in_turn(memory, implementation):
-    # Three blocks of one chunk, of which the second goes on from the first.
-    restarts = np.array([True, False, True])
-    rows = jax.tree.map(lambda x: x[:, :, :, None], make_rows(memory, 3))
-
-    def outputs(implementation):
-        def run(*rows):
-            return written(memory, restarts, (*rows, None), implementation)
-
-        return value_and_vjp(run, *rows)
-
-    with interpret_kernels():
-        got = outputs(implementation)
-    wanted = outputs("reference")
-    assert_close(got[0], wanted[0], 1e-6)
-    assert_close(got[1], wanted[1], 2e-6)
-
-
-@pytest.mark.parametrize("implementation", [*KERNELS, "xla"])
-@pytest.mark.parametrize("name", ["swla", "gated_deltanet"])
-def test_documents(name, implementation):
-    memory = AFFINE[name]
-    rows = jax.tree.map(lambda x: x[:, :, :, None], make_rows(memory, 3))
-    begun = jnp.zeros((2, 1, 3, 1, CHUNK)).at[0, :, 1, :, 4:].set(1).at[0, :, 2, :, :].set(1)
-    restarts = np.array([True, True, True])
-    with interpret_kernels():
-        got = written(memory, restarts, (*rows, begun), implementation)
-    assert_close(got, written(memory, restarts, (*rows, begun), "reference"), 1e-6)
 
 
 def make_form(units=2, chunks=6, keys=4, values=6, writes=8, erasing=4, dtype=jnp.float32):

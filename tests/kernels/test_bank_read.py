@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import memcache_jax as mc
-from memcache_jax._reads import blind_where_gates_are_zero
+from memcache_jax.engine.read import blind_where_gates_are_zero
 from memcache_jax.kernels import _table
-from memcache_jax.kernels._pallas import lowered_for_gpu
+from memcache_jax.kernels._triton import lowered_for_gpu
 from memcache_jax.kernels.bank_read import _shared, bank_read, gpu, tpu
 from tests.cases import SCHEDULES, assert_close, normals, scheduled, value_and_vjp
 from tests.kernels.interpreters import (

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import memcache_jax as mc
-from memcache_jax.aggregation import base
+from memcache_jax.engine import read
 from memcache_jax.kernels import _table
-from memcache_jax.kernels._pallas import interpret_kernels
+from memcache_jax.kernels._dispatch import interpret_kernels
 from memcache_jax.kernels.chunk_update import chunk_update
 from tests.cases import (
     FAMILIES,
@@ -64,25 +64,25 @@ def test_unknown_implementation():
         chunk_update(lambda s, r: (s, r), 0.0, 0.0, batch_dims=0, implementation="cuda")
 
 
-def written(memory, live, implementation, states, rows):
+def written(memory, kind, implementation, states, rows):
     def chunk(state, rows):
         query, key, value, controls = rows
         end, view = memory.write(state, state, key, value, controls)
-        return end, live(memory, view, query)
+        return end, read.keep(memory, kind.needs(memory), view, query)
 
     return chunk_update(chunk, states, rows, batch_dims=1, implementation=implementation)
 
 
 @pytest.mark.parametrize(
-    ("name", "live", "group"),
+    ("name", "kind", "group"),
     [
-        ("titans", mc.GRM().live, 16),
-        ("titans", mc.Soup().live, 16),
-        ("titans_depth1", mc.GRM().live, 1),
+        ("titans", mc.GRM(), 16),
+        ("titans", mc.Soup(), 16),
+        ("titans_depth1", mc.GRM(), 1),
     ],
     ids=["titans", "titans soup", "titans_depth1, every state kept"],
 )
-def test_tpu_equals_reference(monkeypatch, name, live, group):
+def test_tpu_equals_reference(monkeypatch, name, kind, group):
     memory = MEMORIES[name]
     inputs = make_inputs(memory, 12, batch=2, heads=1, dtype=np.float32)
     inputs["controls"]["log_alpha"][0, 5], inputs["key"][:, 2] = -20.0, 0.0
@@ -97,38 +97,10 @@ def test_tpu_equals_reference(monkeypatch, name, live, group):
     states = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), state)
     sizes = {**_table.TABLE["chunk_update/pallas_tpu"]["default"], "group": group}
     monkeypatch.setitem(_table.TABLE, "chunk_update/pallas_tpu", {"default": sizes})
-    run = functools.partial(written, memory, live)
+    run = functools.partial(written, memory, kind)
     with interpret_kernels():
         got = value_and_vjp(functools.partial(run, "pallas_tpu"), states, rows)
     wanted = value_and_vjp(functools.partial(run, "reference"), states, rows)
-    assert_close(got[0], wanted[0], 1e-6)
-    assert_close(got[1], wanted[1], 2e-6)
-
-
-def test_the_later_layers_of_soups_are_read_by_the_implementation(monkeypatch):
-    asked = []
-
-    def update(*args, implementation=None, **options):
-        asked.append(implementation)
-        return chunk_update(*args, implementation=implementation, **options)
-
-    monkeypatch.setattr(base, "chunk_update", update)
-    inputs = make_inputs(MEMORIES["titans"], 12, batch=1, heads=1, dtype=np.float32)
-    inputs = jax.tree.map(jnp.asarray, inputs)
-    tokens = [inputs[name] for name in ("query", "key", "value", "query")]
-    how = dict(memory=MEMORIES["titans"], aggregation=mc.Soup(), segmentation=mc.Constant(4))
-    how |= {name: inputs[name] for name in ("controls", "weights")}
-
-    def outputs(implementation):
-        def run(*tokens):
-            return mc.memory_caching(*tokens, **how, implementation=implementation)
-
-        return value_and_vjp(run, *tokens)
-
-    with interpret_kernels():
-        got = outputs("pallas_tpu")
-    assert asked == ["pallas_tpu"]
-    wanted = outputs("reference")
     assert_close(got[0], wanted[0], 1e-6)
     assert_close(got[1], wanted[1], 2e-6)
 

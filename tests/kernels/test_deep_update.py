@@ -1,6 +1,5 @@
 """The deep update's kernels against chunks written in turn, forward and backward."""
 
-import dataclasses
 import functools
 
 import jax
@@ -10,9 +9,10 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import memcache_jax as mc
-from memcache_jax.kernels._pallas import interpret_kernels, lowered_for_gpu
+from memcache_jax.kernels._dispatch import interpret_kernels
+from memcache_jax.kernels._triton import lowered_for_gpu
 from memcache_jax.kernels.deep_update import _carry, deep_update, gpu
-from tests.cases import MEMORIES, assert_close, make_inputs, normals, value_and_vjp
+from tests.cases import assert_close, normals, value_and_vjp
 
 CASES = {
     "titans k=24 m=8": (mc.memories.Titans(), 24, 8),
@@ -130,68 +130,6 @@ def test_wrong_tiles_are_found(monkeypatch, name):
         compare(memory, make(memory, 16, 8), 1e-2)
 
 
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", ["titans", "titans_depth1", "dla"])
-def test_a_chunk_ends_as_it_is_written(name):
-    memory = MEMORIES[name]
-    inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 4, batch=1, heads=1))
-    key, value, controls = jax.tree.map(
-        lambda x: x[0, :, 0], [inputs[name] for name in ("key", "value", "controls")]
-    )
-    weights = {name: weight[0] for name, weight in inputs["weights"].items()}
-    state = jax.tree.map(lambda x: x + 0.1, memory.init(weights, 4, 4, jnp.float64))
-    end, _ = memory.write(state, state, key, value, controls)
-    form = memory.descent(key, value, controls)
-    got = form.end(tuple(part for part in state if part), memory.loss)
-    assert_close(got, tuple(part for part in end if part), 1e-12)
-
-
-IDS = np.array([[0] * 5 + [1] * 3 + [2] * 8, [0] * 8 + [1] * 1 + [2] * 2 + [3] * 5])
-LAYERS = {
-    "titans GRM": ("titans", mc.GRM(), mc.Constant(8), "checkpoint", None),
-    "dla GRM": ("dla", mc.GRM(), mc.Constant(4), "independent", None),
-    "titans soup": ("titans", mc.Soup(), mc.Logarithmic(4), "independent", None),
-    "titans SSC, documents": ("titans", mc.SSC(top_k=1), mc.Constant(8), "checkpoint", IDS),
-    "titans depth 1, some begin anew": (
-        *("titans_depth1", mc.Residual(), mc.Lengths((4, 8, 4)), "independent", None),
-    ),
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "aggregation", "segmentation", "start", "ids"),
-    [
-        pytest.param(*case, id=name, marks=[pytest.mark.slow] * (case[0] == "titans"))
-        for name, case in LAYERS.items()
-    ],
-)
-def test_memory_caching(name, aggregation, segmentation, start, ids):
-    memory = MEMORIES[name]
-    inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 16, heads=1, dtype=np.float32))
-    if not aggregation.needs_connector:
-        del inputs["connector"]
-
-    def outputs(implementation):
-        def run(inputs):
-            return mc.memory_caching(
-                **inputs,
-                memory=memory,
-                aggregation=aggregation,
-                segmentation=segmentation,
-                start=start,
-                document_ids=None if ids is None else jnp.asarray(ids),
-                implementation=implementation,
-            )
-
-        return value_and_vjp(run, inputs)
-
-    with interpret_kernels():
-        got = outputs("pallas_gpu")
-    wanted = outputs("xla")
-    assert_close(got[0], wanted[0], 1e-6)
-    assert_close(got[1], wanted[1], 2e-6)
-
-
 @pytest.mark.parametrize("rule", [mc.memories.Titans, mc.memories.DLA])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_lowers_to_triton(rule, depth):
@@ -278,52 +216,3 @@ def test_float64_is_not_served():
     memory = mc.memories.Titans()
     arrays = jax.eval_shape(lambda: make(memory, 16, 8, dtype=jnp.float64))
     refused(memory, arrays, "float64")
-
-
-@dataclasses.dataclass(frozen=True)
-class Cubed(mc.memories.Titans):
-    """Another loss."""
-
-    def loss(self, prediction, value):
-        return jnp.sum(jnp.abs(prediction - value) ** 3)
-
-
-@dataclasses.dataclass(frozen=True)
-class Doubled(mc.memories.Titans):
-    """Another network."""
-
-    def forward(self, apply, query, gate=None):
-        return 2 * super().forward(apply, query, gate)
-
-
-def layer(memory, dim, implementation, **sizes):
-    inputs = make_inputs(memory, 32, batch=1, heads=1, dim=dim, dtype=np.float32, **sizes)
-    inputs = jax.tree.map(jnp.asarray, inputs)
-    return mc.memory_caching(
-        **inputs,
-        memory=memory,
-        aggregation=mc.Residual(),
-        segmentation=mc.Constant(32),
-        implementation=implementation,
-    )
-
-
-def test_another_loss():
-    memory = Cubed(chunk_size=16, expansion=1)
-    with interpret_kernels():
-        got = layer(memory, 16, "pallas_gpu")
-    assert_close(got, layer(memory, 16, "xla"), 1e-6)
-
-
-@pytest.mark.parametrize(
-    ("memory", "message"),
-    [
-        (Cubed(chunk_size=8), "the loss of Cubed .* powers of two"),
-        (Cubed(chunk_size=16, depth=1), r"the loss of Cubed .* \(16, 16, 24\)"),
-        (Doubled(chunk_size=16), "Doubled overrides forward"),
-    ],
-    ids=["loss of rows filled up", "loss of values filled up", "network"],
-)
-def test_other_rules_are_refused(memory, message):
-    with pytest.raises(NotImplementedError, match=message):
-        layer(memory, 16, "pallas_gpu", value_dim=24 if memory.depth == 1 else None)

@@ -6,16 +6,11 @@ import numpy as np
 import pytest
 
 import memcache_jax as mc
-from memcache_jax.kernels import _pallas, _table
-from memcache_jax.kernels._pallas import lowered_for_gpu
+from memcache_jax.kernels import _table, _tpu
+from memcache_jax.kernels._triton import lowered_for_gpu
 from memcache_jax.kernels.grouped_read import _blocks, grouped_read, tpu
 from tests.cases import SCHEDULES, assert_close, normals, scheduled, value_and_vjp
-from tests.kernels.interpreters import (
-    KERNELS,
-    all_parallel,
-    compare_to_reference,
-    finds_races,
-)
+from tests.kernels.interpreters import KERNELS, all_parallel, compare_to_reference, finds_races
 
 MEMORIES = {
     "matrix": (mc.memories.LinearAttention(), [(4, 4)]),
@@ -155,12 +150,12 @@ def test_units_are_read_in_parts_where_scalar_memory_is_small(monkeypatch):
     blocks = _blocks.most_blocks(3 * 5 * 2, 6, 16)
 
     def parts(room):
-        monkeypatch.setattr(_pallas, "_SMEM", 4 * room)
+        monkeypatch.setattr(_tpu, "_SMEM", 4 * room)
         return tpu._parts(4, blocks)
 
     assert [parts(4 * blocks), parts(4 * blocks - 1), parts(blocks)] == [1, 2, 4]
     compare_case("pallas_tpu", case)
-    monkeypatch.setattr(_pallas, "_SMEM", 4 * blocks - 1)
+    monkeypatch.setattr(_tpu, "_SMEM", 4 * blocks - 1)
     with pytest.raises(NotImplementedError, match=f"scalar memory: lists of {blocks} numbers"):
         operation(*arrays, implementation="pallas_tpu")
 

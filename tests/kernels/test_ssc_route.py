@@ -7,7 +7,7 @@ import pytest
 
 import memcache_jax as mc
 from memcache_jax.kernels import _table
-from memcache_jax.kernels._pallas import lowered_for_gpu
+from memcache_jax.kernels._triton import lowered_for_gpu
 from memcache_jax.kernels.ssc_route import _shared, ssc_route, tpu
 from memcache_jax.kernels.ssc_route import gpu as _gpu
 from tests.cases import assert_close, normals, value_and_vjp

@@ -1,6 +1,7 @@
 """The language model: a scanned stack of any mixers, remat, tied embeddings, precision."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from flax import nnx
 
 import memcache_jax as mc
-from tests.cases import assert_close
+from tests.cases import assert_close, scheduled
 
 CACHING = mc.nn.MemoryCachingMixer(
     mc.memories.Titans(chunk_size=4, expansion=2), mc.GRM(), mc.Constant(8)
@@ -135,22 +136,42 @@ def test_compiled_program_does_not_grow_with_depth():
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (dict(num_layers=0), "num_layers must be at least 1, got 0"),
-        (dict(mlp_features=-1), "mlp_features must not be negative, got -1"),
-        (dict(mixers=()), "multiple of the number of mixers, got 0"),
-        (dict(mixers=(CACHING,) * 3), "num_layers=4 must be a multiple .* got 3"),
-    ],
-)
-def test_configurations_that_do_not_fit(changes, message):
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(CONFIG, **changes)
-
-
-@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("tokens", [jnp.zeros((3,), int), jnp.zeros((2, 3))])
 def test_tokens_that_are_none(tokens):
     with pytest.raises(ValueError, match="tokens must be integers of shape"):
         make()(tokens)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("mixers", "options", "tolerance"),
+    [
+        ((mc.nn.AttentionMixer(),), {}, 1e-6),
+        (MIXERS["interleaved"], {"remat": True}, 1e-6),
+        (MIXERS["interleaved"], {"dtype": jnp.bfloat16}, 1e-2),
+    ],
+    ids=["attention", "hybrid with remat and gradients", "hybrid in bfloat16"],
+)
+def test_a_model_sees_one_document(mixers, options, tolerance):
+    border, length = 24, 37
+    ids = np.array([[0] * 8 + [1] * 12 + [5, 5, 0, 7] + [0] * 13])
+    sizes: dict[str, Any] = dict(vocab_size=19, num_layers=2, features=8, num_heads=2)
+    dtypes: dict[str, Any] = dict(dtype=jnp.float64, param_dtype=jnp.float64)
+    config = mc.nn.LanguageModelConfig(mixers=mixers, **sizes, **(dtypes | options))
+    graph, params = nnx.split(mc.nn.LanguageModel(config, rngs=nnx.Rngs(0)))
+
+    def last(params, tokens, ids):
+        """The last document's logits."""
+        return nnx.merge(graph, params)(tokens, ids)[:, border - length :]
+
+    @jax.jit
+    def outputs(params, tokens, ids):
+        with scheduled("in_turn"):
+            if not config.remat:
+                return last(params, tokens, ids)
+            y, pull = jax.vjp(lambda params: last(params, tokens, ids), params)
+            return y, pull(jnp.cos(y))
+
+    tokens = np.random.default_rng(0).integers(0, 19, (1, length))
+    together = outputs(params, tokens, ids)
+    assert_close(together, outputs(params, tokens[:, border:], None), tolerance)

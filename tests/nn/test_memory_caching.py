@@ -1,40 +1,19 @@
-"""The layer: causal, any length, its starting point, its precision, its errors."""
+"""The layer: causal, any length, its precision, its errors, a training loop that is not ours."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 import memcache_jax as mc
-from memcache_jax.nn.layers import CausalConv, l2_normalize
-from tests.cases import AGGREGATIONS, MEMORIES, assert_close, normals, unit
-
-
-def make(memory="titans", aggregation="grm", **changes):
-    options: Any = dict(segmentation=mc.Constant(8), rngs=nnx.Rngs(0)) | changes
-    return mc.nn.MemoryCaching(
-        16, 2, memory=MEMORIES[memory], aggregation=AGGREGATIONS[aggregation], **options
-    )
-
-
-def randomized(layer, seed=1):
-    """The layer with other parameters than it starts with, so that no two are alike."""
-    graph, params = nnx.split(layer)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
-
-
-def tokens(length, seed=0, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), (2, length, 16), dtype)
-
-
-def call(layer, x):
-    return jax.jit(lambda layer, x: layer(x))(layer, x)
+from tests.cases import MEMORIES, assert_close
+from tests.nn.caches import LAYERS, LENGTH, caching, inputs, stream
+from tests.nn.layer import call, make, randomized, tokens
+from tests.nn.loops import FEATURES, HEADS, OPTIONS, VOCAB, cross_entropy, repeating_tokens
 
 
 @pytest.mark.usefixtures("x64")
@@ -70,73 +49,6 @@ def test_every_parameter_has_a_gradient(memory):
         assert float(jnp.abs(leaf).max()) > 1e-9, name
 
 
-def test_keys_and_connectors_start_as_copies_of_queries():
-    layer = make()
-    for name in ("key", "connector"):
-        np.testing.assert_array_equal(getattr(layer, name).kernel[...], layer.query.kernel[...])
-    np.testing.assert_array_equal(layer.key_conv.kernel[...], layer.query_conv.kernel[...])
-    assert not np.array_equal(layer.value.kernel[...], layer.query.kernel[...])
-    np.testing.assert_array_equal(layer.temperature[...], 10.0)
-
-
-def test_connector_may_be_the_query_or_logits_of_positions():
-    layer = make(connector="query")
-    assert not hasattr(layer, "connector")
-    assert call(layer, tokens(21)).shape == (2, 21, 16)
-    layer = mc.nn.MemoryCaching(
-        16,
-        2,
-        memory=MEMORIES["linear"],
-        aggregation=mc.GRM(gate="position"),
-        segmentation=mc.Constant(8),
-        distances=5,
-        rngs=nnx.Rngs(0),
-    )
-    assert layer.connector.kernel.shape == (16, 2 * 5)
-    assert call(layer, tokens(21)).shape == (2, 21, 16)
-
-
-def test_residual_has_no_connector():
-    layer = make(aggregation="residual")
-    assert not hasattr(layer, "connector")
-    assert not hasattr(layer, "temperature")
-
-
-def test_titans_controls_start_near_keeping_and_small():
-    layer, x = make(), tokens(9)
-    log_alpha, log_beta, eta = (
-        layer._control(layer.memory.controls[name], name, x)
-        for name in ("log_alpha", "log_beta", "eta")
-    )
-    assert log_alpha.shape == (2, 9, 2)
-    assert 0.9 < float(jnp.exp(log_alpha).mean()) < 1
-    assert 0.3 < float(jnp.exp(log_beta).mean()) < 0.7
-    assert 0 < float(eta.mean()) < 1 / 4  # a chunk has 4 tokens
-
-
-@pytest.mark.parametrize("memory", ["dla", "titans", "titans_depth1"])
-def test_a_deep_memory_stores_before_any_training(memory):
-    layer = make(memory, segmentation=mc.Constant(64))
-    normal = normals(0, jnp.float32)
-    key, value = (
-        jnp.tile(x, (1, 16, 1, 1)) for x in (unit(normal(1, 4, 2, 8)), normal(1, 4, 2, 8))
-    )
-    x = tokens(64)[:1]
-    controls = layer.memory.coupled(
-        {name: layer._control(layer.memory.controls[name], name, x) for name in layer.controls}
-    )
-    y = mc.memory_caching(
-        *(key, key, value),
-        memory=layer.memory,
-        controls=controls,
-        weights={name: weight[...] for name, weight in layer.weights.items()},
-        aggregation=mc.Residual(),
-        segmentation=mc.Constant(64),
-    )
-    recalled = jnp.vecdot(y, value) / jnp.vecdot(value, value)
-    assert (recalled[:, -4:].mean(axis=1) > recalled[:, :4].mean(axis=1) + 0.1).all()
-
-
 def test_soup_is_not_grm_before_any_training():
     x = tokens(21)
     soup, grm = (call(make(aggregation=aggregation), x) for aggregation in ("soup", "grm"))
@@ -163,42 +75,6 @@ def test_head_dim_need_not_divide_the_features():
     layer = make(head_dim=12)
     assert call(layer, tokens(9)).shape == (2, 9, 16)
     assert layer.out.kernel.shape == (24, 16)
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("length", [1, 3, 11])
-def test_convolution_equals_its_sum(length):
-    conv = CausalConv(
-        4, 4, kernel_init=nnx.initializers.normal(1.0), param_dtype=jnp.float64, rngs=nnx.Rngs(0)
-    )
-    x = jax.random.normal(jax.random.key(1), (2, length, 4))
-
-    def wanted(kernel, x):
-        rows = []
-        for t in range(length):
-            taps = [kernel[j] * x[:, t - 3 + j] for j in range(4) if t - 3 + j >= 0]
-            rows.append(jax.nn.silu(sum(taps)))
-        return jnp.stack(rows, axis=1)
-
-    def got(kernel, x):
-        graph, _, rest = nnx.split(conv, nnx.Param, ...)
-        return nnx.merge(graph, {"kernel": nnx.Param(kernel)}, rest)(x)
-
-    with jax.numpy_rank_promotion("allow"):
-        y, pull = jax.vjp(got, conv.kernel[...], x)
-        y_wanted, pull_wanted = jax.vjp(wanted, conv.kernel[...], x)
-        cotangent = jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
-        assert_close(y, y_wanted, 1e-14)
-        assert_close(pull(cotangent), pull_wanted(cotangent), 1e-13)
-
-
-def test_normalized_rows_have_norm_one_also_from_bfloat16():
-    x = 100 * jax.random.normal(jax.random.key(0), (3, 5, 8))
-    np.testing.assert_allclose(jnp.linalg.norm(l2_normalize(x), axis=-1), 1.0, rtol=1e-5)
-    y = l2_normalize(x.astype(jnp.bfloat16))
-    assert y.dtype == jnp.bfloat16
-    np.testing.assert_allclose(jnp.linalg.norm(y.astype(float), axis=-1), 1.0, rtol=1e-2)
-    np.testing.assert_array_equal(l2_normalize(jnp.zeros((2, 4))), 0.0)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -265,3 +141,93 @@ def test_gates_are_those_of_the_reads(aggregation, segmentation):
     weight += jnp.einsum("bth,tj->bhtj", gates[..., -1], live)
     match = jnp.einsum("bthk,bjhk->bhtj", rows["query"], rows["key"])
     assert_close(jnp.einsum("bhtj,bhtj,bjhv->bthv", match, weight, rows["value"]), wanted, 1e-12)
+
+
+class Attention(nnx.Module):
+    """What a user has: causal attention by Flax."""
+
+    def __init__(self, features, num_heads, *, rngs):
+        self.attention = nnx.MultiHeadAttention(
+            num_heads, features, decode=False, use_bias=False, rngs=rngs
+        )
+
+    def __call__(self, x):
+        return self.attention(x, mask=nnx.make_causal_mask(x[..., 0]))
+
+
+class Model(nnx.Module):
+    def __init__(self, mixer, *, rngs):
+        self.embed = nnx.Embed(VOCAB, FEATURES, rngs=rngs)
+        self.norm = nnx.RMSNorm(FEATURES, rngs=rngs)
+        self.mixer = mixer
+        self.head = nnx.Linear(FEATURES, VOCAB, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.embed(tokens)
+        return self.head(x + self.mixer(self.norm(x)))
+
+
+@pytest.mark.parametrize("name", ["attention", *OPTIONS])
+def test_nnx_loop(name):
+    rngs = nnx.Rngs(0)
+    if name == "attention":
+        mixer = Attention(FEATURES, HEADS, rngs=rngs)
+    else:
+        mixer = mc.nn.MemoryCaching(FEATURES, HEADS, **OPTIONS[name], rngs=rngs)
+    model = Model(mixer, rngs=rngs)
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+
+    @nnx.jit
+    def train_step(model, optimizer, tokens):
+        loss, gradients = nnx.value_and_grad(lambda m: cross_entropy(m(tokens), tokens))(model)
+        optimizer.update(model, gradients)
+        return loss
+
+    tokens = repeating_tokens()
+    losses = [float(train_step(model, optimizer, tokens)) for _ in range(30)]
+    assert losses[0] > 0.8 * np.log(VOCAB)
+    assert losses[-1] < losses[0] / 3
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer(name):
+    layer, x = LAYERS[name](nnx.Rngs(0)), inputs()
+    graph, state = nnx.split(layer)
+    step = jax.jit(
+        lambda x, cache, lengths: nnx.merge(graph, state).extend(x, cache, lengths),
+        donate_argnums=1,
+    )
+    y, _ = stream(step, x, layer.init_cache(3, LENGTH), 3)
+    assert_close(y, nnx.jit(lambda layer, x: layer(x))(layer, x), 2e-5)
+
+
+def test_call_with_a_cache():
+    layer = caching(nnx.Rngs(0), mc.memories.LinearAttention(), mc.GRM())
+    x, outputs = inputs(), []
+    cache: Any = layer.init_cache(3, max_length=LENGTH)
+    for begin, end in ((0, 30), (30, LENGTH)):
+        y, cache = layer(x[:, begin:end], cache=cache)
+        outputs.append(y)
+    assert_close(jnp.concatenate(outputs, axis=1), layer(x), 2e-5)
+    assert cache.nbytes == sum(a.nbytes for a in jax.tree.leaves(cache))
+    with pytest.raises(ValueError, match="give no document_ids"):
+        layer(x, jnp.zeros(x.shape[:2], int), cache=cache)
+
+
+def test_initial_weights_are_trained_where_the_cache_is_a_constant():
+    layer = caching(nnx.Rngs(0), mc.memories.Titans(chunk_size=2, depth=1), mc.Residual())
+
+    @nnx.jit
+    def gradients(layer, x, cache):
+        def loss(layer):
+            y, after = layer.extend(x, cache)
+            return (y**2).sum(), after
+
+        return nnx.grad(loss, has_aux=True)(layer)
+
+    # Segments have 8 tokens: the first piece begins one and the third one does, not the second.
+    cache, seen = layer.init_cache(1, 9), []
+    for begin in (0, 3, 6):
+        slopes, cache = gradients(layer, inputs(1)[:, begin : begin + 3], cache)
+        seen.append(bool(jnp.any(slopes.weights.W[...])))
+    assert seen == [True, False, True]

@@ -75,7 +75,7 @@ def test_soup_with_uniform_gates_decodes_in_constant_memory():
 
 def test_errors():
     trained = model(mc.Residual(), mc.Constant(1024))
-    with pytest.raises(ValueError, match="has no parameters for those of GRM"):
+    with pytest.raises(ValueError, match="lacks the parameters for GRM"):
         mc.nn.with_memory_caching(trained, segmentation=mc.Constant(16), aggregation=mc.GRM())
     with pytest.raises(ValueError, match="must divide the segment size"):
         mc.nn.with_memory_caching(trained, segmentation=mc.Constant(6))

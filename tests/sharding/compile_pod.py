@@ -1,7 +1,7 @@
 """Compiles a train step for a TPU slice that need not exist: states in a ring, and on the host.
 
 Prints the bytes of temporaries on the host, and how many hops of the ring are under way while
-states are read. Run by ``test_train_step.py``, in a program of its own for libtpu's sake.
+states are read. Run by ``test_ring.py``, in a program of its own for libtpu's sake.
 
 Command: python -m tests.sharding.compile_pod
 """

@@ -1,28 +1,26 @@
 """Checkpoints: what comes back, from what damage, and what a failed save says."""
 
-import contextlib
-import resource
+import json
 import shutil
-import signal
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from memcache_jax.training import CheckpointError, load_model, train
-from memcache_jax.training.checkpoint import Checkpoints, export_params
+from memcache_jax.nn.upgrade import with_saved_names
+from memcache_jax.training import CheckpointError, load_model
+from memcache_jax.training.checkpoint import Checkpoints
 from memcache_jax.training.files import Records, find_files
-from memcache_jax.training.step import TrainState
+from memcache_jax.training.models import model_config
+from memcache_jax.training.optimizer import make_optimizer
+from memcache_jax.training.step import TrainState, abstract_state, create_state
 from memcache_jax.training.streams import Streams
 from memcache_jax.training.tokenizers import ByteTokenizer
-
-
-def state_of(step):
-    params = {"layer": {"0": {"kernel": jnp.arange(5000.0) * step}}, "scale": jnp.float32(step)}
-    return TrainState(params, (jnp.int32(step), {"mu": jnp.ones(3) * step}))
+from tests.training.saves import no_space, state_of, truncate
 
 
 @pytest.fixture
@@ -72,6 +70,18 @@ def test_state_data_and_notes_come_back(saved, batches):
     np.testing.assert_array_equal(next(data), upcoming)
 
 
+def test_the_flat_optimizer_of_earlier_versions_comes_back(tmp_path, batches):
+    checkpoints, data = Checkpoints(tmp_path), batches()
+    state: Any = state_of(3)
+    flat = state._replace(opt_state=(optax.EmptyState(), *state.opt_state))
+    checkpoints.save(3, flat, data, {"config": {"optimizer": {"clip_norm": 1.0}}})
+    checkpoints.wait()
+    target = state._replace(opt_state=(optax.EmptyState(), state.opt_state))
+    restored: Any = checkpoints.restore(jax.eval_shape(lambda: target), data)
+    checkpoints.close()
+    jax.tree.map(np.testing.assert_array_equal, restored.state, target)
+
+
 def test_nothing_to_restore(tmp_path, batches):
     assert restore(tmp_path, batches()) == (None, [])
 
@@ -91,16 +101,6 @@ def test_a_save_is_not_changed_by_later_steps(tmp_path, batches):
     assert not np.any(restored.state.params["kernel"])
     assert restored.notes == {"losses": [1.0]}
     checkpoints.close()
-
-
-def truncate(pattern):
-    def damage(checkpoint):
-        files = [path for path in checkpoint.glob(pattern) if path.is_file()]
-        assert files
-        for file in files:
-            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-    return damage
 
 
 def remove(name):
@@ -170,19 +170,6 @@ def test_an_unfinished_save_is_ignored_and_removed(saved, batches):
     assert not (folder / "4.orbax-checkpoint-tmp").exists()
 
 
-@contextlib.contextmanager
-def no_space(size):
-    """Makes every write beyond ``size`` bytes of a file fail, as on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("when", ["wait", "next save", "close"])
 def test_a_failed_save_is_told_and_earlier_ones_stay(saved, batches, when):
@@ -209,63 +196,60 @@ def test_a_failed_save_is_told_and_earlier_ones_stay(saved, batches, when):
     assert_is(restored.state, 3)
 
 
-@pytest.mark.filterwarnings("ignore:Sharding info not provided")  # as a reader without a target
-def test_export_needs_no_class_of_ours(tmp_path):
-    path = export_params(tmp_path, state_of(2).params)
-    loaded: Any = ocp.load(str(path))
-    assert type(loaded) is type(loaded["layer"]) is dict
-    jax.tree.map(np.testing.assert_array_equal, loaded, state_of(2).params)
+@pytest.fixture
+def config(config):
+    config.model.mixers = ("memory_caching", "attention")
+    config.model.memory = {"name": "SSD"}
+    config.model.segmentation = {"name": "Constant", "size": 8}
+    config.model.num_layers = 2
+    return config
 
 
-@pytest.mark.filterwarnings("ignore:Sharding info not provided")
-def test_export_replaces_the_old_one(tmp_path):
-    for step in (1, 2):
-        export_params(tmp_path, state_of(step).params)
-    jax.tree.map(
-        np.testing.assert_array_equal, ocp.load(str(tmp_path / "params")), state_of(2).params
+@pytest.fixture
+def state(config):
+    """A state after some steps: all of its arrays have numbers of their own."""
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    _, target = abstract_state(model_config(config.model), optimizer)
+    state = create_state(model_config(config.model), optimizer, 0)
+    leaves, tree = jax.tree.flatten(state)
+    leaves = [x + jnp.asarray(i, x.dtype) for i, x in enumerate(leaves)]
+    return jax.tree.unflatten(tree, leaves), target
+
+
+def with_earlier_names(tree) -> Any:
+    saved = {"query_conv": 0, "gate": 0}
+    return with_saved_names(tree, saved)
+
+
+def test_a_checkpoint_of_before(tmp_path, config, state, corpus_folder):
+    state, target = state
+    before = with_earlier_names(state)
+    assert "gate" in before.params["layers"]["blocks"]["0"]["mixer"]
+    assert "output_gate" in state.params["layers"]["blocks"]["0"]["mixer"]
+    assert jax.tree.structure(before) != jax.tree.structure(state)
+    data = Streams(
+        Records(find_files(str(corpus_folder))),
+        ByteTokenizer(),
+        sequence_length=32,
+        batch_size=2,
+        seed=0,
+        num_streams=1,
     )
-    assert [path.name for path in tmp_path.iterdir()] == ["params"]
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_failed_export_leaves_the_old_one(tmp_path):
-    export_params(tmp_path, state_of(1).params)
-    big = {"kernel": jax.random.normal(jax.random.key(0), (500_000,))}
-    with no_space(100_000), pytest.raises(Exception, match="File too large"):
-        export_params(tmp_path, big)
-    jax.tree.map(
-        np.testing.assert_array_equal, ocp.load(str(tmp_path / "params")), state_of(1).params
-    )
-    export_params(tmp_path, state_of(2).params)
-    jax.tree.map(
-        np.testing.assert_array_equal, ocp.load(str(tmp_path / "params")), state_of(2).params
-    )
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_model_loads_from_every_state_of_a_workdir(config, tmp_path):
-    workdir = tmp_path / "run"
-    train(config, workdir)
-    model, tokenizer, stored = load_model(workdir)
-    assert tokenizer.name == "bytes"
-    assert stored.model.features == 16
-    expected = model.head.kernel[...]
-    # An unfinished run has no export.
-    shutil.move(workdir / "params", workdir / "params.moved")
-    np.testing.assert_array_equal(load_model(workdir)[0].head.kernel[...], expected)
-    # A damaged newest checkpoint is passed over.
-    truncate("params/**/d/*")(workdir / "checkpoints" / "6")
-    assert not np.array_equal(load_model(workdir)[0].head.kernel[...], expected)
-    # Someone took only the export along, or a kill came between its two renames.
-    shutil.rmtree(workdir / "checkpoints")
-    for name in ("params", "params.new", "params.old"):
-        shutil.move(workdir / "params.moved", workdir / name)
-        np.testing.assert_array_equal(load_model(workdir)[0].head.kernel[...], expected)
-        shutil.move(workdir / name, workdir / "params.moved")
-    with pytest.raises(ValueError, match=r"holds no parameters .*no checkpoint and no export yet"):
-        load_model(workdir)
-
-
-def test_no_workdir(tmp_path):
-    with pytest.raises(ValueError, match=r"expected the workdir of a training run.*no config.json"):
-        load_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, before, data, {"losses": []})
+    checkpoints.wait()
+    names = ocp.metadata(str(tmp_path / "checkpoints" / "3"), "params").metadata
+    assert "gate" in names["layers"]["blocks"]["0"]["mixer"]
+    restored: Any = checkpoints.restore(target, data)
+    assert restored.step == 3
+    jax.tree.map(np.testing.assert_array_equal, restored.state, state)
+    # A run that goes on saves under the names of now, and both stand side by side.
+    checkpoints.save(4, TrainState(*restored.state), data, {"losses": []})
+    checkpoints.close()
+    for step in (4, 3):
+        model: Any = load_model(tmp_path)[0]
+        kernel = model.layers.blocks[0].mixer.output_gate.kernel[...]
+        wanted = state.params["layers"]["blocks"]["0"]["mixer"]["output_gate"]["kernel"]
+        np.testing.assert_array_equal(kernel, wanted)
+        shutil.rmtree(tmp_path / "checkpoints" / str(step))

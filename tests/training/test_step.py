@@ -1,8 +1,6 @@
-"""The step: its loss, what decays, how the state is made, what an evaluation counts."""
+"""The step: its loss, how the state is made, what an evaluation counts."""
 
-import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +8,10 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from ml_collections import ConfigDict
 
 import memcache_jax as mc
 from memcache_jax.training.data import HeldOut
-from memcache_jax.training.optimizer import make_optimizer, make_schedule
+from memcache_jax.training.optimizer import make_optimizer
 from memcache_jax.training.step import (
     abstract_state,
     create_state,
@@ -22,82 +19,12 @@ from memcache_jax.training.step import (
     make_eval_step,
     make_train_step,
 )
-
-OPTIONS: Any = ConfigDict(
-    dict(
-        learning_rate=0.1,
-        warmup_steps=3,
-        final_fraction=0.1,
-        weight_decay=0.1,
-        b1=0.9,
-        b2=0.95,
-        clip_norm=1.0,
-    )
-)
-
-
-def options(**changes) -> Any:
-    return ConfigDict({**OPTIONS, **changes})
-
-
-def attention(**changes):
-    config = mc.nn.LanguageModelConfig(
-        vocab_size=11,
-        num_layers=1,
-        features=8,
-        num_heads=2,
-        mixers=(mc.nn.AttentionMixer(),),
-        mlp_features=8,
-    )
-    return dataclasses.replace(config, **changes)
-
-
-def titans():
-    mixer = mc.nn.MemoryCachingMixer(mc.memories.Titans(4, 2), mc.GRM(), mc.Constant(8))
-    return attention(num_layers=2, mixers=(mixer,))
+from tests.training.steps import OPTIONS, attention, names, options
 
 
 @pytest.fixture
 def tokens():
     return jnp.asarray(np.random.default_rng(0).integers(0, 11, (3, 10)), jnp.int32)
-
-
-def names(tree):
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
-
-
-def test_schedule_rises_and_falls():
-    rate = np.asarray(jax.vmap(make_schedule(OPTIONS, 20))(jnp.arange(20)))
-    np.testing.assert_allclose(rate[:4], [0.025, 0.05, 0.075, 0.1], rtol=1e-6)
-    assert np.all(np.diff(rate[3:]) < 0)
-    np.testing.assert_allclose(rate[-1], 0.01, rtol=1e-5)
-
-
-def test_schedule_without_warmup_starts_at_the_peak():
-    assert make_schedule(options(warmup_steps=0), 5)(0) == pytest.approx(0.1)
-
-
-def test_warmup_must_end_before_the_last_step():
-    with pytest.raises(
-        ValueError, match=r"warmup_steps must be in \[0, steps\), got 5 for steps=5"
-    ):
-        make_optimizer(options(warmup_steps=5), 5)
-
-
-def test_only_matrices_decay():
-    optimizer = make_optimizer(OPTIONS, 10)
-    _, target = abstract_state(titans(), optimizer)
-    params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), target.params)
-    zero = jax.tree.map(np.zeros_like, params)
-    updates, _ = jax.jit(optimizer.update)(zero, jax.jit(optimizer.init)(params), params)
-    decayed = {name for name, update in names(updates).items() if np.any(update)}
-    block, projections = "layers/blocks/0", ("query", "key", "value", "connector", "gate", "out")
-    expected = {"embedding/embedding", "head/kernel"}
-    expected |= {f"{block}/mixer/{name}/kernel" for name in projections}
-    expected |= {f"{block}/mlp/{name}/kernel" for name in ("gate", "up", "down")}
-    expected |= {f"{block}/mixer/controls/{name}/kernel" for name in mc.memories.Titans(4).controls}
-    assert decayed == expected
 
 
 def test_state_is_plain_and_the_model_comes_back(tokens):

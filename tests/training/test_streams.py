@@ -83,7 +83,7 @@ def test_the_state_of_one_stream_alone_is_that_of_the_only_one(make):
     only.set_state(alone.get_state())
     np.testing.assert_array_equal(next(only), next(alone)["tokens"])
     for state in (alone.get_state(), only.get_state()):
-        with pytest.raises(ValueError, match="the places in 2 streams, got those in 1"):
+        with pytest.raises(ValueError, match="positions in 2 streams, got 1"):
             several.set_state(state)
 
 
@@ -93,7 +93,7 @@ def test_bad_numbers_of_streams_are_told(make):
             make(batch_size=4, num_streams=count)
     with pytest.raises(ValueError, match=r"stream_index must be in \[0, 2\), got 2"):
         make(batch_size=4, num_streams=2, read=[2])
-    with pytest.raises(ValueError, match="13 streams need as many records at least, got 12"):
+    with pytest.raises(ValueError, match="13 streams need at least 13 records, got 12"):
         make(batch_size=13, num_streams=13)
 
 

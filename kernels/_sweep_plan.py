@@ -1,0 +1,98 @@
+"""How a sweep of TPU kernels over chunks divides its work, so that it fits into VMEM."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+
+from memcache_jax.kernels._dispatch import check_served
+from memcache_jax.kernels._tpu import LANES, vmem_left, vmem_reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How much work a program does at once.
+
+    Attributes:
+      units: memories that one program carries side by side.
+      group: chunks between two states that the forward pass keeps for the backward one.
+      start_bytes: memory for the states that the chunks of a group start from.
+      state_work: the most memory that a step needs for itself, in multiples of the states.
+      row_work: the same, in multiples of a chunk's rows.
+    """
+
+    units: int
+    group: int
+    start_bytes: int
+    state_work: int
+    row_work: int
+
+
+class Sweep(NamedTuple):
+    """How a sweep divides its work.
+
+    Attributes:
+      name: prefix of the kernels' names.
+      together: memories that one program carries.
+      group: chunks between two kept states.
+      every: groups between two returned states.
+      forward_bytes: estimate of the VMEM that the forward pass needs.
+      backward_bytes: the same for the backward pass.
+    """
+
+    name: str
+    together: int
+    group: int
+    every: int
+    forward_bytes: int
+    backward_bytes: int
+
+
+def plan(name: str, state: Any, rows: Any, y: Any, keep: int, blocks: Blocks) -> Sweep:
+    """Divides a sweep over states (units, ...) that returns the state after every ``keep`` chunks.
+
+    Raises:
+      CannotServeError: if the forward or the backward pass does not fit into VMEM.
+    """
+    units = len(jax.tree.leaves(rows)[0])
+    size = max(_bytes(state) // max(units, 1), 1)
+    fits = max(blocks.start_bytes // size, 1)
+    together = _divisor(units, min(blocks.units, fits))
+    of_state, of_rows, of_y = _tiles(state, 1), _tiles(rows, 2), _tiles(y, 2)
+    work = min(blocks.state_work * of_state, blocks.row_work * of_rows)
+    # Blocks are double-buffered, and cotangents held once more while they are computed.
+    fixed = together * (10 * of_state + 6 * of_rows + 2 * of_y + work)
+    room = vmem_left(fixed) // max(together * of_state, 1)
+    group = _divisor(keep, min(blocks.group, fits // together, room))
+    needs = (
+        ("forward", fixed - together * 4 * of_rows),
+        ("backward", fixed + together * group * of_state),
+    )
+    check_served(name, "pallas_tpu", [vmem_reason(*needs)])
+    return Sweep(name, together, group, keep // group, *dict(needs).values())
+
+
+def wide_shape(x: Any, lead: int) -> tuple[int, ...]:
+    """The shape of x with at least two axes after its first ``lead`` ones, as blocks need."""
+    rest = x.shape[lead:]
+    return (*x.shape[:lead], *[1] * (2 - len(rest)), *rest)
+
+
+def _tiles(tree: Any, lead: int) -> int:
+    """Bytes that the blocks of one memory take in VMEM, in float32."""
+
+    def tiles(x: Any) -> int:
+        *rest, last = wide_shape(x, lead)[lead:]
+        return 4 * math.prod([-(-rest[-1] // 8) * 8, -(-last // LANES) * LANES, *rest[:-1]])
+
+    return sum(map(tiles, jax.tree.leaves(tree)))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.size * 4 for x in jax.tree.leaves(tree))
+
+
+def _divisor(size: int, most: int) -> int:
+    """The largest divisor of ``size`` that is at most ``most``, or 1."""
+    return max(part for part in range(1, max(most, 1) + 1) if size % part == 0)

@@ -1,0 +1,300 @@
+"""How a token's reads of its live memory and of the cached states become one output."""
+
+import abc
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from memcache_jax._checks import check_choice
+from memcache_jax._typing import Array, Float, Matrices
+from memcache_jax.engine.read import Bank, Live
+from memcache_jax.engine.types import Candidates, LivePart, OfBlocks, OfTokens, Selection
+from memcache_jax.gating import GATES, ContentGate, Gate, finite_rows, scores
+from memcache_jax.kernels.gate_softmax import softmax_gates
+from memcache_jax.kernels.ssc_route import ssc_route
+from memcache_jax.memories import Memory
+
+
+class Aggregation(abc.ABC):
+    """Gates over the visible states, and what they weigh: reads, or the memories' parameters.
+
+    For one head of one sequence, y_t = gamma_live M_t(q_t) + sum_i gamma_i M_i(q_t), or with
+    ``mixes``, y_t = M*(q_t) where each matrix of M* is that sum of the states' matrices.
+
+    A new one implements ``gates``. One that chooses states itself overrides ``select``, and one
+    that reads in another way ``needs``, ``read`` and ``read_token``: they serve whole sequences,
+    parts on a mesh, and streams.
+
+    Attributes:
+      gate: a ``Gate`` or its name: ``"content"``, the connector against the states' pooled keys;
+        ``"position"``, logits of each distance in segments, passed as the connector (b, t, h,
+        distances), the live memory's first; or ``"uniform"``.
+      pooling: whether pooled keys are the ``"mean"`` or the ``"sum"`` of a bucket's keys.
+    """
+
+    gate: str | Gate = "uniform"
+    pooling: str = "mean"
+
+    @property
+    def relevance(self) -> Gate:
+        """The gate itself where ``gate`` is its name."""
+        return GATES[self.gate] if isinstance(self.gate, str) else self.gate
+
+    @property
+    def mixes(self) -> bool:
+        """Whether parameters are mixed rather than reads."""
+        return False
+
+    @property
+    def needs_connector(self) -> bool:
+        """Whether gates are made from a connector."""
+        return self.relevance.connector is not None
+
+    @property
+    def sums_all(self) -> bool:
+        """Whether it is a gated sum over all states, in any order: Residual, GRM and Soup."""
+        return type(self) in (Residual, GRM, Soup)
+
+    def merges_exactly(self, memory: Memory) -> bool:
+        """Whether the mean of n states, counted n times, gives the same output as the n states."""
+        linear = self.mixes or memory.depth == 1
+        return self.sums_all and linear and self.relevance == GATES["uniform"]
+
+    @abc.abstractmethod
+    def gates(
+        self, cached: Float[Array, "... r"], live: Float[Array, "..."]
+    ) -> tuple[Float[Array, "... r"], Float[Array, "..."]]:
+        """The gates of the cached states and of the live memory.
+
+        Args:
+          cached: relevance of each cached state, -inf where it is not visible.
+          live: relevance of the live memory.
+        """
+
+    def select(
+        self,
+        connector: Float[Array, "b h n c u"],
+        candidates: Candidates,
+        *,
+        implementation: str | None = None,
+    ) -> Selection:
+        """The states that tokens read, and their gates; the reference makes them by ``gates``.
+
+        Args:
+          connector: what gates are made from.
+          candidates: the states that the tokens of each block may read.
+          implementation: of the selection.
+        """
+        del implementation
+        gates, live = self.gates(*scores(connector, candidates, self.relevance, self.pooling))
+        return OfBlocks(candidates.states, gates, live, unread=candidates.same_document is not None)
+
+    def needs(self, memory: Memory) -> tuple[LivePart, ...]:
+        """The parts of the live memory that ``read`` takes."""
+        return ("later_layers",) if self._mixes_layers(memory) else ("reads",)
+
+    def _mixes_layers(self, memory: Memory) -> bool:
+        """Whether mixing parameters differs from mixing reads: not for a single layer."""
+        return self.mixes and memory.depth > 1
+
+    def read(
+        self, bank: Bank, live: Live, query: Float[Array, "b h n c k"], selection: Selection
+    ) -> Float[Array, "b h n c v"]:
+        """The outputs of all tokens, which the reference makes by ``read_token``.
+
+        A state that a token does not read reaches neither its output nor a gradient, NaN or not.
+
+        Args:
+          bank: the cached states.
+          live: the live memory at each token, with the parts that ``needs`` names.
+          query: the queries, block by block.
+          selection: as from ``select``.
+        """
+        if not self._mixes_layers(bank.memory):
+            return _gated(selection.live, live.reads()) + bank.read(query, selection)
+
+        def mixed(layer: int, x: Array) -> Array:
+            """A layer of M*, never forming its weights: the gated sum of the layers' outputs."""
+            own = live.first_layer() if layer == 0 else live.apply(layer, x)
+            return _gated(selection.live, own) + bank.read_layer(layer, x, selection)
+
+        return bank.memory.forward(mixed, query)
+
+    def read_token(
+        self, memory: Memory, states: Matrices, query: Float[Array, "k"], gates: Float[Array, "s"]
+    ) -> Float[Array, "v"]:
+        """The equation itself: one token's output, from states stacked along their first axis.
+
+        Those with a gate of zero are not read.
+        """
+        read = gates != 0
+        states = jax.tree.map(lambda matrix: jnp.where(read[:, None, None], matrix, 0), states)
+        if self.mixes:
+            mixture = jax.tree.map(lambda matrix: jnp.tensordot(gates, matrix, axes=1), states)
+            return memory.read(mixture, query[None])[0]
+        reads = jax.vmap(memory.read, in_axes=(0, None))(states, query[None])[:, 0]
+        return jnp.einsum("s,sv->v", gates, reads)
+
+
+def _gated(gates: Float[Array, "b h n c"], rows: Float[Array, "b h n c v"]) -> Array:
+    return jnp.einsum("bhnc,bhncv->bhncv", gates, rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Residual(Aggregation):
+    """The plain sum of all reads (Eq. 7 of arXiv:2602.24281); it needs no connector.
+
+    Example:
+      >>> import memcache_jax as mc
+      >>> mc.Residual().needs_connector
+      False
+    """
+
+    def gates(self, cached: Array, live: Array) -> tuple[Array, Array]:
+        """One for every visible state: the exponential of a relevance that is 0 everywhere."""
+        return jnp.exp(cached), jnp.exp(live)
+
+
+@dataclasses.dataclass(frozen=True)
+class GRM(Aggregation):
+    """Gated residual memory (Eq. 9-10 of arXiv:2602.24281): gates by relevance to the token.
+
+    gamma_t = softmax over the cached states and the live one of <u_t, p_i>, their pooled keys.
+
+    Attributes:
+      gate: ``"content"``, the gate above; ``"position"``, softmax of learned logits of a state's
+        distance; ``"uniform"``, one over the number of visible states.
+      pooling: ``"mean"`` or ``"sum"`` of a bucket's keys. The paper writes MeanPooling and prints a
+        sum (Eq. 17), which grows with the segment and saturates the softmax.
+
+    Raises:
+      ValueError: for an unknown gate or pooling.
+
+    Example:
+      >>> import memcache_jax as mc
+      >>> mc.GRM()
+      GRM(gate='content', pooling='mean')
+    """
+
+    gate: str | Gate = "content"
+    pooling: str = "mean"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.gate, Gate) and self.gate not in GATES:
+            raise ValueError(
+                f"gate must be one of {list(GATES)} or an instance of mc.Gate, got {self.gate!r}"
+            )
+        check_choice("pooling", self.pooling, ("mean", "sum"))
+
+    def gates(self, cached: Array, live: Array) -> tuple[Array, Array]:
+        """Softmax of the relevance."""
+        return softmax_gates(cached, live)
+
+
+@dataclasses.dataclass(frozen=True)
+class Soup(GRM):
+    """Memory soup (Eq. 14-15 of arXiv:2602.24281): one read of a mixture of the memories.
+
+    Every matrix of M* is the sum of the visible states' matrices, weighed by GRM's gates. For
+    memories of one layer that is GRM; for deeper ones it is not. The mixture is never formed. Its
+    attributes are GRM's.
+
+    Example:
+      >>> import memcache_jax as mc
+      >>> mc.Soup()
+      Soup(gate='content', pooling='mean')
+    """
+
+    @property
+    def mixes(self) -> bool:
+        """True."""
+        return True
+
+
+@dataclasses.dataclass(frozen=True)
+class SSC(GRM):
+    """Sparse selective caching (Eq. 16-17 of arXiv:2602.24281): a router picks the states to read.
+
+    GRM over the live memory and the ``top_k`` cached states of highest relevance, per token and
+    head; of equally relevant ones the older. Reads cost the same however long the sequence is.
+
+    Attributes, beside GRM's:
+      top_k: cached states that a token reads.
+      inner: ``"grm"`` for the gated sum of reads, ``"soup"`` for the mixture of parameters.
+
+    Raises:
+      ValueError: as GRM, for ``top_k`` below 1, or an unknown ``inner``.
+
+    Example:
+      >>> import memcache_jax as mc
+      >>> mc.SSC(top_k=2).inner
+      'grm'
+    """
+
+    top_k: int = 4
+    inner: str = "grm"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("inner", self.inner, ("grm", "soup"))
+        if self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether parameters are mixed rather than reads."""
+        return self.inner == "soup"
+
+    def gates(self, cached: Array, live: Array) -> tuple[Array, Array]:
+        """Softmax over the selected states and the live one; zero for the others."""
+        if self.top_k < cached.shape[-1]:
+            _, chosen = lax.top_k(lax.stop_gradient(cached), self.top_k)
+            selected = jnp.zeros(cached.shape, bool)
+            selected = jnp.put_along_axis(selected, chosen, True, axis=-1, inplace=False)
+            cached = jnp.where(selected, cached, -jnp.inf)
+        return softmax_gates(cached, live)
+
+    def select(
+        self,
+        connector: Float[Array, "b h n c u"],
+        candidates: Candidates,
+        *,
+        implementation: str | None = None,
+    ) -> Selection:
+        """Each token's own states, or its block's where these are no more."""
+        states = candidates.states
+        if self._all_are_few(states):
+            selection = super().select(connector, candidates)
+            assert isinstance(selection, OfBlocks)
+            return selection._replace(unread=selection.unread or self.top_k < states.shape[-1])
+        by_block = candidates.same_document is None and candidates.counts is None
+        routed = type(self) is SSC and self.relevance == ContentGate()
+        if routed and by_block and isinstance(states, np.ndarray):
+            keys = candidates.keys(self.pooling)
+            assert keys.states is not None
+            pooled, broken = finite_rows(keys.states)
+            live = jnp.vecdot(connector, keys.live, precision="highest")
+            gates, live, chosen = ssc_route(
+                connector, pooled, live, states[0], self.top_k, implementation=implementation
+            )
+            # Which states to select is unknown where a relevance is.
+            broken = broken[:, :, np.maximum(states[0], 0)] & (states >= 0)[None]
+            gates = jnp.where(broken.any(axis=-1)[..., None, None], jnp.nan, gates)
+            return OfTokens(chosen, gates, live)
+        cached, live = scores(connector, candidates, self.relevance, self.pooling)
+        _, slots = lax.top_k(lax.stop_gradient(cached), self.top_k)
+        cached = jnp.take_along_axis(cached, slots, axis=-1)
+        chosen = jnp.take_along_axis(jnp.asarray(states)[:, None, :, None], slots, axis=-1)
+        gates, live = self.gates(cached, live)
+        return OfTokens(jnp.where(gates != 0, chosen, -1), gates, live)
+
+    def _all_are_few(self, states: np.ndarray | Array) -> bool:
+        """Whether all that blocks may read is no more than what their tokens would select."""
+        if self.top_k >= states.shape[-1]:
+            return True
+        if not isinstance(states, np.ndarray):
+            return False
+        return bool(np.sum(states >= 0) <= self.top_k * states.shape[1])

@@ -1,0 +1,79 @@
+"""Writing blocks of an affine memory: the maps of all chunks are made at once, then applied."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memcache_jax._typing import Array, Bool, Float, State
+from memcache_jax.engine.types import Rows, Views, Writing
+from memcache_jax.kernels.affine_update import AffineChunk, affine_update
+from memcache_jax.memories import AffineMemory
+from memcache_jax.memories.base import first_of_documents
+
+
+def write_affine(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> tuple[State, Views]:
+    """``write_blocks`` for a memory of the form ``"affine"``, keeping its reads alone.
+
+    If all blocks begin anew they run side by side. If some do, their maps ignore the matrix before
+    them. A block that begins anew starts from a zero matrix.
+    """
+    memory, key = how.memory, rows.key
+    assert isinstance(memory, AffineMemory)
+    batch, chunks = key.shape[:3], key.shape[3]
+    apart = restarts.all()
+    lead = batch if apart else batch[:2]
+    begins = np.outer(restarts, np.arange(chunks) == 0)
+    begins[0, 0] = True
+
+    # Everything in the state except the matrix is known up front, and zero where runs begin.
+    carried = _for_each(memory.carried, 4)(key, rows.value)._replace(matrix=None)
+    before = jax.tree.map(lambda x: _of_chunk_before(x, ~begins), carried)
+    goes_on = None
+    if not apart and begins.sum() > 1:
+        goes_on = jnp.broadcast_to(jnp.asarray(~begins, key.dtype), key.shape[:4])
+
+    def chunk(operands: tuple) -> AffineChunk:
+        before, goes_on, rows = operands
+        matrix = jnp.zeros((rows.key.shape[-1], rows.value.shape[-1]), rows.key.dtype)
+        controls = rows.controls
+        if rows.begun is not None:
+            controls = memory.forgetting(controls, first_of_documents(rows.begun.astype(jnp.int32)))
+        before = before._replace(matrix=matrix)
+        form = memory.affine(before, rows.key, rows.value, rows.query, controls)
+        return form if goes_on is None else _detached(form, goes_on)
+
+    ends, y = affine_update(
+        chunk,
+        None if apart else how.initial(lead).matrix,
+        jax.tree.map(lambda x: x.reshape(*lead, -1, *x.shape[4:]), (before, goes_on, rows)),
+        batch_dims=len(lead),
+        keep=chunks,
+        implementation=how.implementation,
+    )
+    last = jax.tree.map(lambda x: x[:, :, :, -1], carried)
+    states = last._replace(matrix=ends.reshape(*batch, *ends.shape[-2:]))
+    return states, {"reads": y.reshape(*rows.query.shape[:-1], -1)}
+
+
+def _for_each(function: Callable, dims: int) -> Callable:
+    for _ in range(dims):
+        function = jax.vmap(function)
+    return function
+
+
+def _of_chunk_before(
+    x: Float[Array, "b h n chunks *rest"], there: Bool[np.ndarray, "n chunks"]
+) -> Float[Array, "b h n chunks *rest"]:
+    """The value of the chunk before each one, zero where there is none."""
+    flat = x.reshape(*x.shape[:2], -1, *x.shape[4:])
+    before = jnp.pad(flat[:, :, :-1], [(int(axis == 2), 0) for axis in range(flat.ndim)])
+    there = there.reshape(1, 1, *there.shape, *[1] * (x.ndim - 4))
+    return jnp.where(there, before.reshape(x.shape), 0)  # 0 * NaN is NaN
+
+
+def _detached(form: AffineChunk, goes_on: Float[Array, ""]) -> AffineChunk:
+    """The map without its dependence on the matrix before, where a run begins."""
+    erase = None if form.erase is None else goes_on * form.erase
+    return form._replace(decay=goes_on * form.decay, query=goes_on * form.query, erase=erase)

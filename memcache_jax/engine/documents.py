@@ -1,0 +1,148 @@
+"""Documents packed into one sequence: each token's document, and the buckets it may read."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memcache_jax._typing import Array, Float, Int
+from memcache_jax.engine.types import Candidates, Keys
+from memcache_jax.gating import finite_rows, pooled_keys
+from memcache_jax.segmentation import ReadPlan
+
+
+def count_documents(document_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    """Documents that have begun after the first; unlike ids, these numbers never repeat."""
+    changes = document_ids[:, 1:] != document_ids[:, :-1]
+    return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+
+
+def begun_in_chunk(document: Int[Array, "b n c"], chunk: int) -> Int[Array, "b n c"]:
+    """Documents that have begun in a token's chunk, up to and with it."""
+    chunks = document.reshape(document.shape[0], -1, chunk)
+    before = jnp.pad(chunks[:, :-1, -1], ((0, 0), (1, 0)))
+    return (chunks - before[..., None]).reshape(document.shape)
+
+
+class DocumentBuckets(NamedTuple):
+    """The buckets that the blocks of one row read, none where first = after.
+
+    Attributes:
+      first: first block of the bucket in each slot.
+      after: the block after its last.
+      distances: as a plan's, of the slots that hold one.
+    """
+
+    first: Int[Array, "n r"]
+    after: Int[Array, "n r"]
+    distances: Int[Array, "n r"]
+
+
+def buckets_of_documents(plan: ReadPlan, document: Int[Array, "n c"]) -> DocumentBuckets:
+    """The plan's buckets, where each block counts from the one in which its document began.
+
+    That is the document which goes on into the block from the one before; others that begin in the
+    block have nothing to read.
+    """
+    # Block s counts one more than block s - 1 did of its last document.
+    number = jnp.pad(_blocks_of_last_document(document)[:-1] + 1, (1, 0))
+    begun = (np.arange(plan.num_blocks) - number)[:, None]
+    bucket = jnp.asarray(plan.reads)[number]
+    span = jnp.asarray(plan.buckets)[jnp.maximum(bucket, 0)]
+    first, after = (jnp.where(bucket >= 0, begun + span[..., side], 0) for side in (0, 1))
+    return DocumentBuckets(first, after, jnp.asarray(plan.distances)[number])
+
+
+def runs_of_documents(document: Int[Array, "n c"], size: int) -> Int[Array, "runs"]:
+    """First blocks of the runs of ``size`` blocks into which each document divides.
+
+    A block belongs to the document of its last token. There are always n // size entries; the last
+    ones may be padding.
+    """
+    last = document[:, -1]
+    begins = _blocks_of_last_document(document)[: len(last) - size + 1] % size == 0
+    whole = last[: len(last) - size + 1] == last[size - 1 :]
+    (first,) = jnp.nonzero(begins & whole, size=len(last) // size, fill_value=len(last) - size)
+    return first
+
+
+def _blocks_of_last_document(document: Int[Array, "n c"]) -> Int[Array, "n"]:
+    """Blocks since the one in which the document of each block's last token began."""
+    last = document[:, -1]
+    return jnp.arange(len(last)) - jnp.searchsorted(last, last)
+
+
+def document_candidates(
+    plan: ReadPlan, key: Float[Array, "b h n c k"], document: Int[Array, "b n c"]
+) -> Candidates:
+    """The buckets that a plan's blocks may read where documents are packed.
+
+    If a bucket has several segments, buckets follow each row's documents and ``document_states``
+    numbers them: here ``states`` then only says which slots are empty.
+    """
+    slots = None
+    states, distances, after = plan.reads[None], plan.distances[None], None
+    if plan.spans_segments.any():
+        slots = jax.vmap(lambda row: buckets_of_documents(plan, row))(document)
+        states, distances, after = slots.after - 1, slots.distances, slots.after
+    elif len(plan.buckets):
+        after = jnp.asarray(plan.buckets[:, 1])[np.maximum(states, 0)]
+    same = None
+    if after is not None:
+        after = jnp.broadcast_to(after, (len(document), *after.shape[1:]))
+        of_state = jax.vmap(lambda row, after: row[after - 1, -1])(document, after)
+        same = document[..., None] == of_state[:, :, None]
+
+    def keys(pooling: str) -> Keys:
+        def of_head(key: Any, slots: Any, document: Any) -> Keys:
+            live = running_document_keys(key, plan, pooling, document)
+            if slots is None:
+                return Keys(live, states=pooled_keys(key, plan, pooling, document))
+            return Keys(live, slots=_slot_keys(key, slots, pooling, document))
+
+        of_row = jax.vmap(of_head, in_axes=(0, None, None))
+        return jax.vmap(of_row)(key, slots, document)
+
+    return Candidates(states, distances, keys, same_document=same)
+
+
+def running_document_keys(
+    key: Float[Array, "n c k"], plan: ReadPlan, pooling: str, document: Int[Array, "n c"]
+) -> Float[Array, "n c k"]:
+    """``running_keys`` where sums also begin anew with each document."""
+    n, c, k = key.shape
+    flat = document.reshape(-1)
+    begins = flat != jnp.pad(flat[:-1], (1, 0))
+    begins = begins.reshape(n, c).at[:, 0].max(plan.begins).reshape(-1)
+
+    def combine(left: tuple, right: tuple) -> tuple:
+        begins, sums, counts = right
+        before = (jnp.where(begins.reshape(-1, *[1] * (x.ndim - 1)), 0, x) for x in left[1:])
+        return left[0] | begins, *(x + y for x, y in zip(before, (sums, counts), strict=True))
+
+    ones = jnp.ones(n * c, key.dtype)
+    _, sums, counts = jax.lax.associative_scan(combine, (begins, key.reshape(-1, k), ones))
+    sums = sums / counts[:, None] if pooling == "mean" else sums
+    return sums.reshape(n, c, k)
+
+
+def _slot_keys(
+    key: Float[Array, "n c k"], slots: DocumentBuckets, pooling: str, document: Int[Array, "n c"]
+) -> Float[Array, "n r k"]:
+    """``pooled_keys`` of the bucket in each slot, zero where there is none."""
+    same = document == document[:, -1:]
+    sums, broken = finite_rows(jnp.sum(key, axis=1, where=same[..., None]))
+    block = np.arange(len(key))[None, None]
+    inside = (slots.first[..., None] <= block) & (block < slots.after[..., None])
+
+    def of_buckets(x: Array) -> Array:
+        return jnp.tensordot(inside.astype(key.dtype), x, axes=1, precision="highest")
+
+    pooled = jnp.where(
+        (inside & broken[None, None]).any(axis=-1)[..., None], jnp.nan, of_buckets(sums)
+    )
+    if pooling == "sum":
+        return pooled
+    counts = of_buckets(same.sum(axis=1).astype(key.dtype))
+    return pooled / jnp.maximum(counts, 1)[..., None]

@@ -1,0 +1,134 @@
+"""Memory Caching token by token, as the paper writes it: what every fast path must equal.
+
+Nothing here is chunked or parallel in time, and gradients are automatic differentiation's.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from memcache_jax._typing import Array, Float, Int, State
+from memcache_jax.aggregation import Aggregation
+from memcache_jax.engine.types import Tokens
+from memcache_jax.memories import Memory
+from memcache_jax.segmentation import ReadPlan
+
+
+def memory_caching(
+    tokens: Tokens,
+    weights: Mapping[str, Array],
+    document: Int[Array, "b t"] | None,
+    **configuration: Any,
+) -> Float[Array, "b h t v"]:
+    """Every head of every row by itself: tokens (b, h, t, ...), and the document of each."""
+    # Buckets of several segments are counted from the block in which a document begins.
+    follows = document is not None and bool(configuration["plan"].spans_segments.any())
+    if document is None:
+        document = jnp.zeros((tokens.key.shape[0], tokens.key.shape[2]), int)
+    one_head = functools.partial(_one_head, follows=follows, **configuration)
+    heads = jax.vmap(one_head, in_axes=(0, 0, None))
+    return jax.vmap(heads, in_axes=(0, None, 0))(tokens, weights, document)
+
+
+def _one_head(
+    tokens: Tokens,
+    weights: Mapping[str, Array],
+    document: Int[Array, "t"],
+    *,
+    memory: Memory,
+    aggregation: Aggregation,
+    plan: ReadPlan,
+    start: str,
+    follows: bool,
+) -> Float[Array, "t v"]:
+    query, key, value, connector, controls = tokens
+    length, segment = key.shape[0], plan.block_size
+    every = jnp.arange(length)
+    segment_begins = jnp.asarray(np.isin(np.arange(length), plan.first * segment))
+    document_begins = document != jnp.pad(document[:-1], (1, 0))
+    initial = memory.init(weights, key.shape[-1], value.shape[-1], key.dtype)
+
+    def run(first: Any, count: int, restarts: bool) -> State:
+        """The states after each of ``count`` tokens, from the initial state at ``first``."""
+
+        def token(carry, t):
+            state, anchor = carry
+            begins = (segment_begins[t] & restarts) | document_begins[t]
+            state = jax.tree.map(lambda new, old: jnp.where(begins, new, old), initial, state)
+            begins = (t % segment % (memory.gradient_chunk or 1) == 0) | document_begins[t]
+            anchor = jax.tree.map(lambda new, old: jnp.where(begins, new, old), state, anchor)
+            coefficients = jax.tree.map(lambda x: x[t], controls)
+            state = memory.step(state, anchor, key[t], value[t], coefficients)
+            return (state, anchor), state
+
+        there = jnp.minimum(first + jnp.arange(count), length - 1)
+        return lax.scan(token, (initial, initial), there)[1]
+
+    def pool(first: Array, after: Array, of: Array) -> Float[Array, "k"]:
+        """The pooled keys of a document's tokens in [first, after)."""
+        seen = (first <= every) & (every < after) & (document == of)
+        sums = jnp.sum(key, axis=0, where=seen[:, None])
+        return sums / jnp.maximum(seen.sum(), 1) if aggregation.pooling == "mean" else sums
+
+    # What is cached, (shifts, buckets, ...): the plan's buckets, counted from each block in which a
+    # document may begin. Those that end beyond the sequence are never read.
+    live = run(0, length, restarts=start == "independent")
+    shifts = np.arange(plan.num_blocks if follows else 1)[:, None]
+    first, after = ((plan.buckets[:, side] + shifts) * segment for side in (0, 1))
+    last = np.minimum(after, length) - 1
+    if start == "checkpoint":
+        bank = memory.matrices(jax.tree.map(lambda x: x[last], live))
+    else:
+        bank = memory.matrices(_last_states(run, first, after - first, initial))
+    owner = document[last]
+    pooled = jax.vmap(jax.vmap(pool))(jnp.asarray(first), jnp.asarray(after), owner)
+
+    def read(t: Array) -> Array:
+        begun = jnp.argmax(document == document[t]) // segment if follows else 0
+        slots = jnp.asarray(plan.reads)[t // segment - begun]
+        visible = (slots >= 0) & (owner[begun, slots] == document[t])
+
+        def seen(cached: Array) -> Array:
+            rows = visible.reshape(-1, *[1] * (cached.ndim - 2))
+            return jnp.where(rows, cached[begun, slots], 0)  # 0 * NaN is NaN
+
+        own = memory.matrices(jax.tree.map(lambda x: x[t], live))
+        begins = jnp.asarray(plan.first)[t // segment] * segment
+        keys = _joined(seen(pooled), pool(begins, t + 1, document[t]))
+        distances = jnp.append(jnp.asarray(plan.distances)[t // segment - begun], 0)
+        score = jax.vmap(aggregation.relevance.score, in_axes=(None, 0, 0))
+        scores = score(connector[t], keys, distances)
+        cached = jnp.where(visible, scores[:-1], -jnp.inf)
+        gates = aggregation.gates(cached, scores[-1])
+        return aggregation.read_token(
+            memory,
+            jax.tree.map(lambda cached, own: _joined(seen(cached), own), bank, own),
+            query[t],
+            jnp.append(*gates),
+        )
+
+    return lax.map(read, every)
+
+
+def _joined(rows: Float[Array, "r *rest"], row: Float[Array, "*rest"]) -> Float[Array, "_ *rest"]:
+    return jnp.concatenate([rows, row[None]])
+
+
+def _last_states(
+    run: Callable[..., State], first: np.ndarray, counts: np.ndarray, initial: State
+) -> State:
+    """The last state of each run, (shifts, buckets, ...); those of a bucket are equally long."""
+    parts = [jax.tree.map(lambda x: jnp.zeros((len(first), 0, *x.shape), x.dtype), initial)]
+    for count in np.unique(counts).tolist():
+
+        def last(first: Array, count: int = count) -> State:
+            return jax.tree.map(lambda x: x[-1], run(first, count, restarts=False))
+
+        parts.append(jax.vmap(jax.vmap(last))(jnp.asarray(first[:, counts[0] == count])))
+    place = np.argsort(np.argsort(counts[0], kind="stable"))
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1)[:, place], *parts)

@@ -1,0 +1,244 @@
+"""One call: its tokens cut into blocks, then write, bank, select and read, over a layout."""
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from memcache_jax._typing import Array, Float, Int, State
+from memcache_jax.aggregation import Aggregation
+from memcache_jax.engine.bank import bucket_states, document_states
+from memcache_jax.engine.documents import begun_in_chunk, document_candidates
+from memcache_jax.engine.read import ArrayBank, Bank, Live
+from memcache_jax.engine.types import (
+    Blocks,
+    Candidates,
+    Keys,
+    LivePart,
+    Rows,
+    Tokens,
+    Views,
+    Writing,
+)
+from memcache_jax.engine.write import initial_states, write_blocks
+from memcache_jax.gating import gates_by_state, pooled_keys, running_keys
+from memcache_jax.memories import Memory
+from memcache_jax.segmentation import ReadPlan, Segmentation
+
+
+class Layout(abc.ABC):
+    """Where the segments of a call are written, and where the states lie that its tokens read."""
+
+    @abc.abstractmethod
+    def write(self, how: Writing, rows: Rows) -> tuple[State, Views]:
+        """Writes the blocks: the states at their ends, and what was kept of the live memory."""
+
+    @abc.abstractmethod
+    def cached(self, how: Writing, ends: State, blocks: Blocks) -> tuple[Bank, Candidates]:
+        """The cached states, and which of them the tokens of each block may read."""
+
+
+def run(
+    layout: Layout, how: Writing, aggregation: Aggregation, blocks: Blocks
+) -> tuple[Float[Array, "b h n c v"], State, Any]:
+    """Writes all blocks, banks states, selects among them and reads.
+
+    Returns:
+      The outputs, the states at the ends of the blocks, and the aggregation's selection.
+    """
+    tokens = blocks.tokens
+    ends, kept = layout.write(how, blocks.rows)
+    bank, candidates = layout.cached(how, ends, blocks)
+    selection = aggregation.select(tokens.connector, candidates, implementation=how.implementation)
+    live = Live(how.memory, tokens.query, kept, how.implementation)
+    return aggregation.read(bank, live, tokens.query, selection), ends, selection
+
+
+@dataclasses.dataclass(frozen=True)
+class OnePass(Layout):
+    """A whole sequence at once, on one device.
+
+    Attributes:
+      plan: its buckets and who reads them.
+      carries: whether each segment continues from the one before.
+    """
+
+    plan: ReadPlan
+    carries: bool
+
+    def write(self, how: Writing, rows: Rows) -> tuple[State, Views]:
+        """In sequence, or in parallel if every segment begins anew."""
+        return write_blocks(how, rows, self.plan.begins & (not self.carries))
+
+    def cached(self, how: Writing, ends: State, blocks: Blocks) -> tuple[Bank, Candidates]:
+        """The states at the ends of buckets, and the buckets that each block may read."""
+        plan, document, key = self.plan, blocks.document, blocks.tokens.key
+        if document is None:
+            candidates = candidates_of(plan, key)
+        else:
+            candidates = document_candidates(plan, key, document)
+        if document is not None and plan.spans_segments.any():
+            states, reads = document_states(
+                how, ends, blocks.rows, plan, document, carries=self.carries
+            )
+            candidates = candidates._replace(states=reads)
+        elif self.carries or not plan.spans_segments.any():
+            states = jax.tree.map(lambda x: x[:, :, plan.buckets[:, 1] - 1], ends)
+        else:
+            states = bucket_states(how, ends, blocks.rows, plan)
+        matrices = how.memory.matrices(states)
+        return ArrayBank(how.memory, matrices, how.implementation), candidates
+
+
+def writing(
+    memory: Memory,
+    aggregation: Aggregation,
+    tokens: Tokens,
+    weights: Mapping[str, Array],
+    implementation: str | None,
+) -> Writing:
+    """How tokens are written, each segment from these initial weights or from zero."""
+
+    def initial(shape: tuple[int, ...]) -> State:
+        sizes = tokens.key.shape[-1], tokens.value.shape[-1]
+        return initial_states(memory, weights, shape, *sizes, tokens.key.dtype)
+
+    return Writing(memory, needs_of(aggregation, memory), initial, implementation)
+
+
+def needs_of(aggregation: Aggregation, memory: Memory) -> tuple[LivePart, ...]:
+    """The parts of the live memory that an aggregation reads, checked."""
+    needs = aggregation.needs(memory)
+    if isinstance(needs, str) or not set(needs) <= set(get_args(LivePart)):
+        raise ValueError(
+            f"{aggregation}.needs must return a tuple of {get_args(LivePart)}, got {needs!r}"
+        )
+    return tuple(needs)
+
+
+def candidates_of(plan: ReadPlan, key: Float[Array, "b h n c k"]) -> Candidates:
+    """The buckets that a plan's blocks may read, and their pooled keys."""
+
+    def keys(pooling: str) -> Keys:
+        def of_head(key: Float[Array, "n c k"]) -> tuple[Array, Array]:
+            return running_keys(key, plan, pooling), pooled_keys(key, plan, pooling)
+
+        return Keys(*jax.vmap(jax.vmap(of_head))(key))
+
+    return Candidates(plan.reads[None], plan.distances[None], keys)
+
+
+def gates_of_tokens(
+    key: Float[Array, "b t h k"],
+    connector: Float[Array, "b t h u"] | None,
+    *,
+    aggregation: Aggregation,
+    segmentation: Segmentation,
+) -> Float[Array, "b t h states"]:
+    """The gates with which ``memory_caching`` weighs the states that each token reads.
+
+    Args:
+      key: as for ``memory_caching``.
+      connector: as for ``memory_caching``.
+      aggregation: what makes the gates.
+      segmentation: which states there are.
+
+    Returns:
+      In float32 or wider, the gates of the states of ``segmentation.plan(t).buckets``, in that
+      order, and last the live memory's. A state that a token does not read has 0.
+    """
+    length = key.shape[1]
+    plan = segmentation.plan(length)
+    connector = jnp.zeros_like(key) if connector is None else connector
+    dtype = jnp.promote_types(jnp.result_type(key, connector), jnp.float32)
+    tokens = widen(key, key, key, connector, {}, dtype)
+    blocks = cut(tokens, None, plan, min(plan.block_size, length), chunk=1)
+    candidates = candidates_of(plan, blocks.tokens.key)
+    selection = aggregation.select(blocks.tokens.connector, candidates)
+    cached = gates_by_state(selection, len(plan.buckets))
+    gates = jnp.concatenate([cached, selection.live[..., None]], axis=-1)
+    gates = gates.reshape(*gates.shape[:2], -1, gates.shape[-1])[:, :, :length]
+    return jnp.moveaxis(gates, 1, 2)
+
+
+def widen(
+    query: Array,
+    key: Array,
+    value: Array,
+    connector: Array | None,
+    controls: Mapping[str, Array],
+    dtype: DTypeLike | None = None,
+) -> Tokens:
+    """Tokens (b, h, t, ...), by default in float32 or wider, from arrays (b, t, h, ...)."""
+    if dtype is None:
+        dtype = jnp.promote_types(jnp.result_type(query, key, value), jnp.float32)
+    connector = jnp.zeros_like(query) if connector is None else connector
+    tokens = Tokens(query, key, value, connector, dict(controls))
+    return jax.tree.map(lambda x: jnp.moveaxis(x.astype(dtype), 2, 1), tokens)
+
+
+def full_controls(memory: Memory, controls: Mapping[str, Array], key: Array) -> dict[str, Array]:
+    """The controls of every token: constants of a head repeated, those left out zero."""
+    rows, channels = key.shape[:3], key.shape[3:]
+    full = {}
+    for name, control in memory.controls.items():
+        shape = rows + channels * control.axes.endswith("k")
+        if name not in controls:
+            full[name] = jnp.zeros(shape, key.dtype)
+        elif control.axes == "h":
+            full[name] = jnp.broadcast_to(controls[name][None, None], shape)
+        else:
+            full[name] = controls[name]
+    return full
+
+
+def cut_for(
+    memory: Memory,
+    tokens: Tokens,
+    document: Int[Array, "b t"] | None,
+    plan: ReadPlan,
+    length: int,
+) -> Blocks:
+    """Cuts a sequence of ``length`` tokens, or a part of one, into a plan's blocks and chunks."""
+    block = plan.block_size
+    chunk = memory.gradient_chunk or exact_chunk(block, length, memory.largest_chunk)
+    if length <= block:  # nothing reads the state at its end
+        block = -(-length // chunk) * chunk
+    return cut(tokens, document, plan, block, chunk)
+
+
+def cut(
+    tokens: Tokens, document: Int[Array, "b t"] | None, plan: ReadPlan, block: int, chunk: int
+) -> Blocks:
+    """Cuts tokens (b, h, t, ...) into the plan's blocks, of ``block`` tokens, and chunks."""
+    padding = plan.num_blocks * block - tokens.key.shape[2]
+
+    def split(x: Array) -> Array:
+        x = jnp.pad(x, [(0, padding if axis == 2 else 0) for axis in range(x.ndim)])
+        return x.reshape(*x.shape[:2], plan.num_blocks, block, *x.shape[3:])
+
+    tokens = jax.tree.map(split, tokens)
+    begun = None
+    if document is not None:
+        document = jnp.pad(document, ((0, 0), (0, padding)), mode="edge")
+        document = document.reshape(-1, plan.num_blocks, block)
+        begun = begun_in_chunk(document, chunk).astype(tokens.key.dtype)
+        begun = jnp.broadcast_to(begun[:, None], tokens.key.shape[:4])
+    rows = Rows(tokens.query, tokens.key, tokens.value, tokens.controls, begun)
+    rows = jax.tree.map(lambda x: x.reshape(*x.shape[:3], -1, chunk, *x.shape[4:]), rows)
+    return Blocks(tokens, document, rows)
+
+
+def exact_chunk(block: int, length: int, most: int) -> int:
+    """A chunk length for rules that are exact for any: up to ``most``, and a divisor of the block.
+
+    A block with no divisor of a useful size is one chunk. A sequence of one block is filled up.
+    """
+    if length <= block:
+        return min(length, most)
+    best = max(size for size in range(1, min(block, most) + 1) if block % size == 0)
+    return best if best * 4 >= min(block, most) else block

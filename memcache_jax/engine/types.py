@@ -1,0 +1,166 @@
+"""What travels through the engine, by name; axes as in the legend of ``_typing``."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax.numpy as jnp
+import numpy as np
+
+from memcache_jax._typing import Array, Bool, Controls, Float, Int, State
+from memcache_jax.memories import Memory
+
+
+class Tokens(NamedTuple):
+    """The tokens of a sequence with all their controls; cut into blocks, (b, h, n, c, ...)."""
+
+    query: Float[Array, "b h t k"]
+    key: Float[Array, "b h t k"]
+    value: Float[Array, "b h t v"]
+    connector: Float[Array, "b h t u"]
+    controls: Controls
+
+
+class Rows(NamedTuple):
+    """The tokens of chunks (b, h, n, chunks, m, ...): what is written, and reads the live memory.
+
+    Attributes:
+      begun: number of documents that have begun in the chunk up to and with each token; a float, so
+        that it has a cotangent. None without packed documents.
+    """
+
+    query: Float[Array, "b h n chunks m k"]
+    key: Float[Array, "b h n chunks m k"]
+    value: Float[Array, "b h n chunks m v"]
+    controls: Controls
+    begun: Float[Array, "b h n chunks m"] | None = None
+
+
+class Blocks(NamedTuple):
+    """Tokens cut into a plan's blocks, padded with zeros that no real token sees.
+
+    Attributes:
+      tokens: (b, h, n, c, ...).
+      document: the number of each token's document; None without packed documents.
+      rows: the same tokens chunk by chunk.
+    """
+
+    tokens: Tokens
+    document: Int[Array, "b n c"] | None
+    rows: Rows
+
+
+class Carry(NamedTuple):
+    """What one chunk hands to the next.
+
+    Attributes:
+      state: the memory's.
+      initial: the state that documents begin with, of a memory with learned weights; else None.
+    """
+
+    state: State
+    initial: State
+
+
+class Writing(NamedTuple):
+    """How memories are written.
+
+    Attributes:
+      memory: the rule.
+      needs: the parts of the live memory to keep, as ``Aggregation.needs`` names them.
+      initial: makes the states before a run's first token, of a shape (b, h, ...).
+      implementation: of the writing operations.
+    """
+
+    memory: Memory
+    needs: tuple[str, ...]
+    initial: Callable[[tuple[int, ...]], State]
+    implementation: str | None
+
+    def with_no_reads(self) -> "Writing":
+        """The same, keeping nothing of the live memory."""
+        return self._replace(needs=())
+
+
+Views = dict[str, Any]
+"""What reads need of the live memory, by name, arrays (b, h, n, chunks, ...); see ``read.keep``."""
+
+
+class Keys(NamedTuple):
+    """The pooled keys that content gates compare with connectors.
+
+    Attributes:
+      live: of the live memory at each token.
+      states: of cached states, by their numbers in the bank.
+      slots: of cached states by slot, in place of ``states``, where they depend on the block.
+    """
+
+    live: Float[Array, "b h n c k"]
+    states: Float[Array, "b h states k"] | None = None
+    slots: Float[Array, "b h n r k"] | None = None
+
+    def by_slot(self, states: Int[Array, "_ 1 n r"]) -> tuple[Array, Array]:
+        """The keys of the live memory, and those of the states in each slot, zero in empty ones."""
+        if self.slots is not None:
+            return self.live, jnp.where(states[..., None] >= 0, self.slots, 0)
+        assert self.states is not None
+        shape = (*self.live.shape[:3], states.shape[-1])
+        flat = jnp.broadcast_to(states, shape).reshape(*shape[:2], -1)
+        slots = jnp.take_along_axis(self.states, jnp.maximum(flat, 0)[..., None], axis=2)
+        return self.live, jnp.where(flat[..., None] >= 0, slots, 0).reshape(*shape, -1)
+
+
+class Candidates(NamedTuple):
+    """The cached states that the tokens of each block may read, and what gates are made from.
+
+    Attributes:
+      states: numbers of states in the bank, oldest first, -1 for an empty slot. One row stands for
+        all, and a NumPy array is static: slots that are empty in it cost nothing.
+      distances: segments back to each state's end, 1 for the last segment.
+      keys: makes the pooled keys, of ``"mean"`` or ``"sum"`` pooling.
+      same_document: whether a token and a state are of one document; None for yes.
+      counts: segments that a state stands for, 0 for an empty slot; None for one each. A stream
+        knows its empty slots by counts alone: ask ``gating.visible``.
+    """
+
+    states: np.ndarray | Int[Array, "_ n r"]
+    distances: np.ndarray | Int[Array, "_ n r"]
+    keys: Callable[[str], Keys]
+    same_document: Bool[Array, "b n c r"] | None = None
+    counts: Int[Array, "b n r"] | None = None
+
+
+class OfBlocks(NamedTuple):
+    """A selection in which all tokens of a block read the same states.
+
+    Attributes:
+      states: as of ``Candidates``.
+      gates: of the cached states.
+      live: of the live memory.
+      unread: if true, a token with a gate of 0 skips the state, even if that contains NaN.
+    """
+
+    states: np.ndarray | Int[Array, "_ n r"]
+    gates: Float[Array, "b h n c r"]
+    live: Float[Array, "b h n c"]
+    unread: bool = False
+
+
+class OfTokens(NamedTuple):
+    """A selection in which each token has its own states.
+
+    Attributes:
+      states: numbers of states in the bank, -1 for none.
+      gates: of the cached states.
+      live: of the live memory.
+    """
+
+    states: Int[Array, "b h n c s"]
+    gates: Float[Array, "b h n c s"]
+    live: Float[Array, "b h n c"]
+
+
+Selection: TypeAlias = OfBlocks | OfTokens
+
+LivePart: TypeAlias = Literal["reads", "later_layers", "layers"]
+"""A part of the live memory: what each token reads with its query; the first layer's output for the
+query and all later layers, to apply to anything; or all layers."""

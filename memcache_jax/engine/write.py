@@ -1,0 +1,129 @@
+"""Writing a sequence into memories, block by block."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from memcache_jax._typing import Array, Bool, State
+from memcache_jax.engine.affine import write_affine
+from memcache_jax.engine.descent import write_descent
+from memcache_jax.engine.read import keep
+from memcache_jax.engine.types import Carry, Rows, Views, Writing
+from memcache_jax.kernels.chunk_update import chunk_update
+from memcache_jax.memories import Memory
+
+
+def initial_states(
+    memory: Memory,
+    weights: Mapping[str, Array],
+    shape: tuple[int, ...],
+    key_dim: int,
+    value_dim: int,
+    dtype: Any,
+) -> State:
+    """The states before the first token, arrays (*shape, ...) with shape (b, h, ...)."""
+    init = functools.partial(memory.init, key_dim=key_dim, value_dim=value_dim, dtype=dtype)
+    states = jax.vmap(init, axis_size=shape[1])(weights)
+
+    def repeat(x: Array) -> Array:
+        x = x.reshape(1, shape[1], *[1] * (len(shape) - 2), *x.shape[1:])
+        return jnp.broadcast_to(x, (*shape, *x.shape[len(shape) :]))
+
+    return jax.tree.map(repeat, states)
+
+
+def write_blocks(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> tuple[State, Views]:
+    """Writes blocks (b, h, n, chunks, m, ...) into the live memory.
+
+    Args:
+      how: the rule, and what to keep.
+      rows: the blocks.
+      restarts: whether each block begins anew, from the initial state, or goes on from the block
+        before. Where all begin anew they run side by side. The first begins in any case.
+
+    Returns:
+      The states at the end of each block (b, h, n, ...), and what was kept of its chunks.
+    """
+    memory, implementation = how.memory, how.implementation
+    # XLA gains where chunks add to the memory without reading it; measured on CPUs.
+    gains = implementation in (None, "xla") and memory.merges and restarts.all()
+    kernels = implementation in ("pallas_tpu", "pallas_gpu")
+    if memory.form == "affine" and (gains or kernels) and set(how.needs) <= {"reads"}:
+        return write_affine(how, rows, restarts)
+    write, start = chunk_writer(how, rows)
+    if memory.form == "descent" and implementation == "pallas_gpu":
+        return write_descent(how, write, start, rows, restarts)
+    update = functools.partial(chunk_update, write, implementation=implementation)
+    batch, heads, blocks = rows.key.shape[:3]
+    if restarts.all():
+        carry, kept = update(start((batch, heads, blocks)), rows, batch_dims=3)
+        return carry.state, kept
+    first = start((batch, heads))
+
+    def block(carry: Carry, xs: tuple) -> tuple[Carry, tuple[State, Views]]:
+        restart, rows = xs
+        carry = jax.tree.map(lambda new, old: jnp.where(restart, new, old), first, carry)
+        carry, kept = update(carry, rows, batch_dims=2)
+        return carry, (carry.state, kept)
+
+    rows = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), rows)
+    _, out = lax.scan(block, first, (jnp.asarray(restarts), rows))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), out)
+
+
+def write_runs(how: Writing, rows: Rows) -> State:
+    """The states after blocks that all begin anew."""
+    return write_blocks(how.with_no_reads(), rows, np.ones(rows.key.shape[2], bool))[0]
+
+
+def chunk_writer(how: Writing, rows: Rows) -> tuple[Callable, Callable]:
+    """How chunks are written one after the other, and what they start from.
+
+    Returns:
+      ``write(carry, rows)``, which returns the next carry and what is kept of the chunk; and
+      ``start(shape)``, which makes the first carry, of a shape (b, h, ...).
+    """
+    sizes = rows.key.shape[-1], rows.value.shape[-1]
+    # Documents begin with the weights that each head has learned, or else with constants.
+    learned = rows.begun is not None and bool(how.memory.weight_shapes(*sizes))
+
+    def write(carry: Carry, rows: Rows) -> tuple[Carry, Views]:
+        end, kept = write_chunk(how, carry.state, carry.state, rows, carry.initial)
+        return Carry(end, carry.initial), kept
+
+    def start(shape: tuple[int, ...]) -> Carry:
+        states = how.initial(shape)
+        return Carry(states, states if learned else None)
+
+    return write, start
+
+
+def write_chunk(
+    how: Writing, state: State, anchor: State, rows: Rows, initial: State = None
+) -> tuple[State, Views]:
+    """Writes a chunk (m, ...) of one memory: its state after it, and what is kept of it.
+
+    Args:
+      how: the rule, and what to keep.
+      state: the state before the chunk's first token.
+      anchor: the state with which the chunk began; the tokens may be only its later part.
+      rows: the tokens.
+      initial: what documents begin with, of a memory with learned weights.
+    """
+    memory = how.memory
+    if rows.begun is None:
+        end, view = memory.write(state, anchor, rows.key, rows.value, rows.controls)
+    else:
+        if initial is None:
+            sizes = rows.key.shape[-1], rows.value.shape[-1]
+            initial = memory.init({}, *sizes, rows.key.dtype)
+        begun = rows.begun.astype(jnp.int32)
+        end, view = memory.write_documents(
+            state, initial, rows.key, rows.value, rows.controls, begun
+        )
+    return end, keep(memory, how.needs, view, rows.query)

@@ -1,0 +1,148 @@
+"""The parameters of a memory-caching layer: projections, the rule's coefficients, the output."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from memcache_jax import _checks
+from memcache_jax._typing import Array, Float
+from memcache_jax.aggregation import Aggregation
+from memcache_jax.memories import Control, Memory
+from memcache_jax.nn.layers import CausalConv, Linear, l2_normalize
+from memcache_jax.sharding.mesh import partitioned
+
+# Coefficients start near their bias for every token: with large steps, a run of equal tokens makes
+# a deep memory diverge.
+_SMALL = jax.nn.initializers.variance_scaling(0.01, "fan_in", "normal")
+
+
+class Projections(nnx.Module):
+    """Maps a layer's input to the memory's arguments, and what the memory returns to the output.
+
+    The arguments are those of ``MemoryCaching``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_heads: int,
+        *,
+        memory: Memory,
+        aggregation: Aggregation,
+        head_dim: int | None,
+        connector: Literal["learned", "query"],
+        distances: int,
+        conv_width: int,
+        dtype: DTypeLike | None,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.in_features, self.num_heads = in_features, num_heads
+        self.head_dim = _checks.check_heads(in_features, num_heads, head_dim)
+        self.memory, self.aggregation, self.dtype = memory, aggregation, dtype
+        inner = num_heads * self.head_dim
+        options: dict[str, Any] = dict(param_dtype=param_dtype, rngs=rngs)
+
+        def linear(size_out: int, **kwargs: Any) -> Linear:
+            axes = ("embed", "heads")
+            return Linear(in_features, size_out, axes=axes, dtype=dtype, **options, **kwargs)
+
+        def conv(kernel_init=jax.nn.initializers.normal(conv_width**-0.5)) -> CausalConv:
+            return CausalConv(inner, conv_width, kernel_init=kernel_init, **options)
+
+        self.query, self.value = linear(inner), linear(inner)
+        self.query_conv, self.value_conv = conv(), conv()
+        # Keys and connectors start as copies of the queries, and so match them from the first step
+        # on; with unrelated maps recall stays on a plateau.
+        self.key = linear(inner, kernel_init=_copy(self.query.kernel))
+        self.key_conv = conv(_copy(self.query_conv.kernel))
+        wanted = aggregation.relevance.connector
+        if wanted == "distances":
+            self.connector = linear(num_heads * distances)
+        elif wanted == "key":
+            if connector == "learned":
+                self.connector = linear(inner, kernel_init=_copy(self.query.kernel))
+            init = partitioned(jax.nn.initializers.constant(10.0), "heads")
+            self.temperature = nnx.Param(init(jax.random.key(0), (num_heads,), param_dtype))
+
+        self.controls = nnx.Dict()
+        for name, control in memory.controls.items():
+            if not control.optional and control.per_head is None:
+                size = num_heads * (self.head_dim if control.axes.endswith("k") else 1)
+                bias_init = jax.nn.initializers.constant(control.bias)
+                self.controls[name] = linear(
+                    size, use_bias=True, kernel_init=_SMALL, bias_init=bias_init
+                )
+        self.weights = nnx.Dict()
+        for name, shape in memory.weight_shapes(self.head_dim, self.head_dim).items():
+            # Not zero: in a network of zeros, no layer ever gets a gradient.
+            normal = jax.nn.initializers.normal(shape[1] ** -0.5)
+            longest = shape.index(max(shape))
+            axes = ("embed" if axis == longest else None for axis in range(len(shape)))
+            init = partitioned(normal, "heads", *axes)
+            self.weights[name] = nnx.Param(init(rngs.params(), (num_heads, *shape), param_dtype))
+
+        self.norm = nnx.RMSNorm(self.head_dim, dtype=dtype, **options)
+        self.output_gate = linear(inner)
+        self.out = Linear(inner, in_features, axes=("heads", "embed"), dtype=dtype, **options)
+
+    @property
+    def _paths(self) -> tuple[tuple[Linear, CausalConv], ...]:
+        """The projection and the convolution of queries, keys and values."""
+        return (
+            (self.query, self.query_conv),
+            (self.key, self.key_conv),
+            (self.value, self.value_conv),
+        )
+
+    def _initial_weights(self) -> dict[str, Array]:
+        return {name: weight[...] for name, weight in self.weights.items()}
+
+    def _tokens(self, x: Array, query: Array, key: Array, value: Array) -> dict[str, Any]:
+        """The per-token arguments of ``mc.memory_caching``, from convolved projections."""
+        query, key = l2_normalize(self._heads(query)), l2_normalize(self._heads(key))
+        connector = None
+        wanted = self.aggregation.relevance.connector
+        if wanted == "distances":
+            connector = self._heads(self.connector(x))
+        elif wanted == "key":
+            learned = hasattr(self, "connector")
+            connector = l2_normalize(self._heads(self.connector(x))) if learned else query
+            connector *= self.temperature[...].astype(x.dtype)[None, None, :, None]
+        controls = {
+            name: self._control(control, name, x)
+            for name, control in self.memory.controls.items()
+            if not control.optional
+        }
+        return dict(
+            query=query,
+            key=key,
+            value=self._heads(value),
+            connector=connector,
+            controls=self.memory.coupled(controls),
+        )
+
+    def _output(self, x: Float[Array, "b t d"], y: Float[Array, "b t h k"]) -> Array:
+        y = self.norm(y).reshape(*x.shape[:2], -1)
+        return self.out(y * jax.nn.silu(self.output_gate(x)))
+
+    def _heads(self, x: Float[Array, "b t hk"]) -> Float[Array, "b t h k"]:
+        return x.reshape(*x.shape[:2], self.num_heads, -1)
+
+    def _control(self, control: Control, name: str, x: Float[Array, "b t d"]) -> Array:
+        """One of the rule's coefficients, in float32: in bfloat16 a decay near 1 rounds to 1."""
+        if control.per_head is not None:
+            return control.per_head(self.num_heads)
+        logits = self.controls[name](x)
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        if control.axes.endswith("k"):
+            logits = self._heads(logits)
+        return control.scale * control.activation(logits)
+
+
+def _copy(param: nnx.Param) -> Any:
+    """An initialiser that returns the value of another parameter."""
+    return lambda key, shape, dtype: param[...].astype(dtype)

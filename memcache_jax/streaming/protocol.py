@@ -1,0 +1,179 @@
+"""The protocol of caches: reset rows, take rows, and share arrays among stacked layers."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from memcache_jax import _checks
+from memcache_jax._typing import Array
+
+C = TypeVar("C", bound="MixerCache")
+
+
+class MixerCache:
+    """Base class for the cache of one layer: a frozen dataclass whose fields are declared by kind.
+
+    A language model scans over the stacked caches of equal layers. A scan copies what it stacks,
+    so only small arrays are stacked. Large ones are shared: the layers have one array for the rows
+    of all, in which a layer's own begin at ``first``.
+
+    Register subclasses with ``jax.tree_util.register_dataclass``. With shared arrays a subclass
+    needs a field ``first`` that defaults to None; read such arrays through ``own_rows`` and update
+    them through ``put_rows``.
+
+    Attributes:
+      small: fields of arrays (b, ...), or trees of them, of which each layer has its own; at least
+        one.
+      shared: fields of large arrays (b, ...), in a stack (layers * b, ...).
+      common: fields of arrays without a row axis.
+      nested: fields that are caches themselves.
+      zeroed: small fields that are zero before a row's first token, as all shared arrays are.
+
+    Example:
+      >>> import dataclasses, jax, jax.numpy as jnp, memcache_jax as mc
+      >>> from typing import Any
+      >>> @jax.tree_util.register_dataclass
+      ... @dataclasses.dataclass(frozen=True)
+      ... class LastTokens(mc.nn.MixerCache):
+      ...     tokens: Any
+      ...     position: Any
+      ...     small = zeroed = ("tokens", "position")
+      >>> cache = LastTokens(jnp.ones((3, 4, 8)), jnp.array([5, 6, 7]))
+      >>> cache.reset(jnp.array([False, True, False])).take(jnp.array([2, 1])).position.tolist()
+      [7, 0]
+    """
+
+    small: ClassVar[tuple[str, ...]] = ()
+    shared: ClassVar[tuple[str, ...]] = ()
+    common: ClassVar[tuple[str, ...]] = ()
+    nested: ClassVar[tuple[str, ...]] = ()
+    zeroed: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        kinds = ["common", "nested", "shared", "small"]
+        declared = {"zeroed", "first", *kinds}.union(*(getattr(cls, kind) for kind in kinds))
+        for name in inspect.get_annotations(cls):
+            metadata = getattr(cls.__dict__.get(name), "metadata", {})
+            if name not in declared and not metadata.get("static"):
+                raise TypeError(f"{cls.__name__}.{name} must be in one of {kinds}")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return count_bytes(self)
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return len(jax.tree.leaves(self._fields(self.small))[0])
+
+    def reset(self: C, rows: jax.typing.ArrayLike) -> C:
+        """Returns the cache with the marked rows (b,) empty again.
+
+        It shares unchanged arrays with this cache: donating one invalidates the other.
+        """
+        rows = jnp.asarray(rows)
+        cache = self._reset_small(rows)
+        shared = jax.tree.leaves(self.states)  # none in a layer of a stack
+        return cache.with_states(self.reset_states(rows)) if shared else cache
+
+    def take(self: C, rows: jax.typing.ArrayLike) -> C:
+        """Returns the cache of these rows, in this order; a row may be taken more than once.
+
+        It shares no array with this cache, so either can be donated.
+        """
+        rows = _checks.check_rows(rows, self.batch_size)
+        return self.take_small(rows).with_states(self.take_states(rows))
+
+    def replace(self: C, **changes: Any) -> C:
+        """Returns the cache with these fields replaced."""
+        this: Any = self
+        return dataclasses.replace(this, **changes)
+
+    # For a stack of layers.
+
+    @property
+    def states(self) -> tuple:
+        """The shared arrays, then the ``states`` of each nested cache."""
+        return self._states(lambda x: x, lambda cache: cache.states)
+
+    def with_states(self: C, states: tuple, first: Any = None) -> C:
+        """Returns the cache with these shared arrays, in which its own rows begin at ``first``."""
+        changes = dict(zip(self.shared + self.nested, states, strict=True))
+        for name in self.nested:
+            changes[name] = getattr(self, name).with_states(changes[name], first)
+        return self.replace(**changes, **({"first": first} if self.shared else {}))
+
+    def own_rows(self, shared: Array) -> Array:
+        """Returns this layer's rows of a shared array."""
+        first = getattr(self, "first", None)
+        if first is None:
+            return shared
+        return lax.dynamic_slice_in_dim(shared, first, self.batch_size)
+
+    def put_rows(self, shared: Array, rows: Array) -> Array:
+        """Returns a shared array with this layer's rows replaced."""
+        first = getattr(self, "first", None)
+        first = 0 if first is None else first
+        return lax.dynamic_update_slice_in_dim(shared, rows.astype(shared.dtype), first, axis=0)
+
+    def empty_states(self, rows: int) -> tuple:
+        """Allocates ``rows`` rows of empty shared arrays."""
+
+        def empty(x: Array) -> Array:
+            return jnp.zeros((rows, *x.shape[1:]), x.dtype)
+
+        return self._states(
+            lambda own: jax.tree.map(empty, own), lambda cache: cache.empty_states(rows)
+        )
+
+    def reset_states(self, rows: Array) -> tuple:
+        """Returns the shared arrays with the marked rows zeroed: 0 * NaN is NaN in a read."""
+        return self._states(
+            lambda own: zero_rows(own, rows), lambda cache: cache.reset_states(rows)
+        )
+
+    def take_states(self, rows: Array) -> tuple:
+        """Returns these rows of the shared arrays, counted over all layers."""
+        return self._states(lambda own: take_rows(own, rows), lambda cache: cache.take_states(rows))
+
+    def take_small(self: C, rows: Array) -> C:
+        """Returns the cache with these rows of small arrays, and copies of common ones."""
+        changes = take_rows(self._fields(self.small), rows)
+        changes |= jax.tree.map(jnp.copy, self._fields(self.common))
+        nested = {name: cache.take_small(rows) for name, cache in self._fields(self.nested).items()}
+        return self.replace(**changes, **nested)
+
+    def _reset_small(self: C, rows: Array) -> C:
+        changes = zero_rows(self._fields(self.zeroed), rows)
+        nested = {n: cache._reset_small(rows) for n, cache in self._fields(self.nested).items()}
+        return self.replace(**changes, **nested)
+
+    def _fields(self, names: tuple[str, ...]) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names}
+
+    def _states(self, own: Callable[[tuple], tuple], nested: Callable[[Any], tuple]) -> tuple:
+        shared = tuple(self._fields(self.shared).values())
+        return *own(shared), *map(nested, self._fields(self.nested).values())
+
+
+def zero_rows(tree: Any, rows: Array) -> Any:
+    """Returns arrays (b, ...) with zeros in the marked rows (b,)."""
+    return jax.tree.map(
+        lambda x: jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), jnp.zeros((), x.dtype), x), tree
+    )
+
+
+def take_rows(tree: Any, rows: Array) -> Any:
+    """Returns these rows of arrays (b, ...)."""
+    return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), tree)
+
+
+def count_bytes(tree: Any) -> int:
+    """Returns the bytes of all arrays or ``jax.ShapeDtypeStruct``s of a tree."""
+    return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))

@@ -1,0 +1,115 @@
+"""A run's parameters on their own: written when it ends, and read back into a model."""
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import optax
+from flax import nnx
+from ml_collections import ConfigDict
+from orbax.checkpoint import v1 as ocp
+
+from memcache_jax.nn import LanguageModel, upgrade_params
+from memcache_jax.nn.upgrade import with_saved_names
+from memcache_jax.training.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    on_default_device,
+    root_cause,
+)
+from memcache_jax.training.config import Config
+from memcache_jax.training.distributed import is_main_process, wait_for_all
+from memcache_jax.training.models import model_config
+from memcache_jax.training.step import Params, abstract_state
+from memcache_jax.training.tokenizers import Tokenizer, make_tokenizer
+
+_log = logging.getLogger(__name__)
+
+TOKENIZER_FILE = "tokenizer.json"
+# An export that was killed between its two renames left one of the latter two names.
+EXPORTS = ("params", "params.new", "params.old")
+
+
+def export_params(workdir: str | os.PathLike[str], params: Params) -> Path:
+    """Writes ``workdir/params``, which ``ocp.load`` reads as a nested dictionary of arrays.
+
+    An earlier export stays in place until the new one is complete.
+
+    Raises:
+      CheckpointError: if it cannot be written.
+    """
+    path = Path(os.path.abspath(workdir)) / "params"
+    new, old = path.with_name("params.new"), path.with_name("params.old")
+    if is_main_process():
+        for left in (new, old):
+            if left.exists() and (path.exists() or left == new):
+                shutil.rmtree(left)
+    wait_for_all("room for the export")
+    try:
+        ocp.save(str(new), params)
+    except Exception as e:  # Orbax raises many kinds
+        raise CheckpointError(f"could not write the parameters to {new}: {root_cause(e)}") from e
+    if is_main_process():
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+        if old.exists():
+            shutil.rmtree(old)
+    return path
+
+
+def load_model(workdir: str | os.PathLike[str]) -> tuple[LanguageModel, Tokenizer, Config]:
+    """Returns the model that a run trained, its tokenizer, and the run's configuration.
+
+    The parameters come from the newest readable checkpoint, even of an unfinished run; without
+    checkpoints, from the export in ``workdir/params``.
+
+    Raises:
+      ValueError: if the workdir holds no run, or no parameters.
+    """
+    workdir = Path(os.path.abspath(workdir))
+    config = _read_config(workdir)
+    config.model.implementation = None  # chosen for the machine that trained it
+    graph, target = abstract_state(model_config(config.model), optax.identity())
+    params = _load_params(workdir, on_default_device(target).params)
+    return nnx.merge(graph, params), load_tokenizer(workdir), config
+
+
+def load_tokenizer(workdir: str | os.PathLike[str]) -> Tokenizer:
+    """Returns the tokenizer of a run.
+
+    Raises:
+      ValueError: if the workdir holds no run, or no tokenizer.
+    """
+    workdir = Path(os.path.abspath(workdir))
+    data = _read_config(workdir).data
+    name = "bytes" if data.tokenizer == "bytes" else str(workdir / TOKENIZER_FILE)
+    return make_tokenizer(name, eos_token=data.eos_token)
+
+
+def _read_config(workdir: Path) -> Config:
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise ValueError(f"expected the workdir of a training run, got {workdir}: no config.json")
+    return ConfigDict(json.loads(path.read_text()))
+
+
+def _load_params(workdir: Path, target: Params) -> Params:
+    checkpoints = [workdir / "checkpoints" / str(s) for s in Checkpoints.steps_in(workdir)]
+    places = checkpoints + [workdir / name for name in EXPORTS if (workdir / name).exists()]
+    for place in places:
+        try:
+            if place in checkpoints:
+                saved = with_saved_names(target, ocp.metadata(str(place), "params").metadata)
+                found = ocp.load_checkpointables(str(place), {"params": saved})
+                return upgrade_params(found["params"])
+            saved = with_saved_names(target, ocp.metadata(str(place)).metadata)
+            return upgrade_params(ocp.load(str(place), saved))
+        except Exception as e:  # Orbax raises many kinds on damaged files
+            _log.warning("Skipping %s, which cannot be read: %s", place, root_cause(e))
+    raise ValueError(
+        f"{workdir} holds no parameters that can be read: "
+        + (f"tried {', '.join(map(str, places))}" if places else "no checkpoint and no export yet")
+    )

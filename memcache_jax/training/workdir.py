@@ -1,0 +1,117 @@
+"""The folder of a run: which run it holds, who writes to it, files replaced in one step."""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+from memcache_jax.training.checkpoint import Checkpoints
+from memcache_jax.training.config import Config, config_differences, to_json
+from memcache_jax.training.distributed import all_agree, is_main_process
+from memcache_jax.training.export import EXPORTS
+
+_log = logging.getLogger(__name__)
+
+RESULTS_FILE = "results.json"
+
+
+def read_results(workdir: Path, step: int) -> dict[str, Any] | None:
+    """Returns the results of a run that finished at ``step``, or None."""
+    path = workdir / RESULTS_FILE
+    results = json.loads(path.read_text()) if path.exists() else None
+    return results if results and results["step"] == step else None
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file in one step, so that a kill leaves the old one or the new one."""
+    new = path.with_name(f"{path.name}.new")
+    with new.open("w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    new.replace(path)
+
+
+def lock_workdir(workdir: Path, who: str = "run") -> TextIO:
+    """Keeps other processes of this machine from writing to the workdir.
+
+    The lock ends when the returned file is closed, or when the process ends.
+
+    Raises:
+      ValueError: if another process holds the lock; ``who`` is its name in the message.
+    """
+    file = (workdir / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(
+            f"another {who} is writing to {workdir}: wait for it, or give another --workdir"
+        ) from None
+    return file
+
+
+def lock_run(workdir: Path) -> contextlib.AbstractContextManager[Any]:
+    """Locks the workdir for all processes of a run, of which the main one holds the lock.
+
+    Raises:
+      ValueError: in every process, if another run holds the lock.
+    """
+    lock = None
+    try:
+        if is_main_process():
+            lock = lock_workdir(workdir)
+    finally:
+        free = all_agree(lock is not None or not is_main_process())
+    if not free:
+        raise ValueError(f"another run is writing to {workdir}")
+    return lock or contextlib.nullcontext()
+
+
+def check_workdir(workdir: Path, *, resume: bool) -> list[int]:
+    """Returns the steps of a workdir's checkpoints, from the newest of which a run resumes.
+
+    Raises:
+      ValueError: if there are any without ``resume``, or files of a finished run without any.
+    """
+    steps = Checkpoints.steps_in(workdir)
+    if steps and not resume:
+        raise ValueError(
+            f"{workdir} holds a run with a checkpoint of step {steps[0]}: "
+            "resume it with --config.resume=True, or give another --workdir"
+        )
+    finished = [name for name in (*EXPORTS, RESULTS_FILE) if (workdir / name).exists()]
+    if finished and not steps:
+        raise ValueError(
+            f"{workdir} holds {', '.join(finished)} of a finished run without its checkpoints, "
+            "which a new run would replace: give another --workdir, or move them away"
+        )
+    return steps
+
+
+def check_same_run(
+    workdir: Path, notes: dict[str, Any], config: Config, identity: dict[str, Any]
+) -> None:
+    """Raises ValueError if the configuration or the data (``Corpus.identity``) has changed.
+
+    ``notes`` are those of the checkpoint from which the run resumes.
+    """
+    if different := config_differences(notes["config"], to_json(config)):
+        raise ValueError(
+            f"{workdir} holds a run with another configuration: {'; '.join(different)}. "
+            "Restore the old values, or give another --workdir"
+        )
+    if notes["data"] != identity:
+        raise ValueError(
+            f"the data of the run in {workdir} has changed from {notes['data']} to {identity}. "
+            "Bring the old files back, or give another --workdir"
+        )
+    before = notes["config"]["steps"]
+    if before != config.steps:
+        _log.info(
+            "steps was %d and is %d: from here on the learning rate follows the new schedule.",
+            *(before, config.steps),
+        )

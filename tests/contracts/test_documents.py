@@ -1,0 +1,180 @@
+"""Documents packed into one sequence: each has the outputs that it has alone."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import memcache_jax as mc
+from tests.cases import (
+    AGGREGATIONS,
+    FAMILIES,
+    MEMORIES,
+    assert_close,
+    make_inputs,
+    scheduled,
+    value_and_vjp,
+)
+
+LENGTH, SEGMENT, BORDER = 37, 8, 24
+# In the first row a document begins on a segment's border, after a chunk of 4 with parts of four
+# documents; in both an id comes again.
+IDS = np.array([[0] * 8 + [1] * 12 + [5, 5, 0, 7] + [4] * 13, [3] * 5 + [4] * 2 + [3] * 30])
+SEGMENTATIONS = {
+    "constant": mc.Constant(SEGMENT),
+    "lengths": mc.Lengths((8, 16, 8, 8)),
+    "logarithmic": mc.Logarithmic(4),
+}
+
+
+def traced(
+    inputs,
+    ids,
+    memory,
+    aggregation,
+    segmentation=SEGMENTATIONS["constant"],
+    start: Any = "independent",
+    implementation=None,
+):
+    return mc.memory_caching(
+        **inputs,
+        memory=memory,
+        aggregation=aggregation,
+        segmentation=segmentation,
+        start=start,
+        document_ids=ids,
+        implementation=implementation,
+    )
+
+
+packed = jax.jit(
+    traced, static_argnames=("memory", "aggregation", "segmentation", "start", "implementation")
+)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
+def test_every_rule_equals_its_recurrence(memory):
+    inputs = make_inputs(memory, LENGTH)
+    run = functools.partial(
+        packed, inputs, IDS, memory, mc.SSC(top_k=2), SEGMENTATIONS["logarithmic"]
+    )
+    assert_close(run(), run(implementation="reference"), 1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("aggregation", "segmentation", "start"),
+    [
+        ("residual", "constant", "independent"),
+        ("grm", "lengths", "checkpoint"),
+        ("soup", "constant", "checkpoint"),
+        ("ssc", "lengths", "independent"),
+        ("residual", "logarithmic", "checkpoint"),
+        ("soup", "logarithmic", "independent"),
+        ("ssc", "constant", "checkpoint"),
+    ],
+)
+def test_every_aggregation_equals_the_recurrence(aggregation, segmentation, start):
+    memory, kind = MEMORIES["titans"], AGGREGATIONS[aggregation]
+    inputs = make_inputs(memory, LENGTH)
+    run = functools.partial(packed, inputs, IDS, memory, kind, SEGMENTATIONS[segmentation], start)
+    assert_close(run(), run("reference"), 1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("name", "segmentation"),
+    [
+        ("rwkv7", "constant"),
+        ("titans", "constant"),
+        ("swla", "logarithmic"),  # merged
+        ("gated_deltanet", "logarithmic"),  # written once more
+    ],
+)
+def test_gradients_equal_the_recurrence(name, segmentation):
+    memory = MEMORIES[name]
+    segmentation = SEGMENTATIONS[segmentation]
+    inputs = make_inputs(memory, LENGTH, batch=2, heads=1)
+
+    def gradients(implementation):
+        return value_and_vjp(
+            lambda inputs: packed(
+                inputs, IDS, memory, mc.Soup(), segmentation, implementation=implementation
+            ),
+            inputs,
+        )
+
+    assert_close(gradients(None), gradients("reference"), 1e-8, scale=1.0)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("segmentation", "start"), [("constant", "checkpoint"), ("logarithmic", "independent")]
+)
+@pytest.mark.parametrize("memory", FAMILIES.values(), ids=FAMILIES)
+def test_a_document_on_a_segment_border_is_as_if_alone(memory, segmentation, start):
+    segmentation = SEGMENTATIONS[segmentation]
+    inputs = make_inputs(memory, LENGTH)
+    alone = jax.tree.map(lambda x: x[:, BORDER:], {**inputs, "weights": {}})
+    alone["weights"] = inputs["weights"]
+    y = packed(inputs, IDS, memory, mc.GRM(), segmentation, start)
+    wanted = packed(alone, None, memory, mc.GRM(), segmentation, start)
+    assert_close(y[:1, BORDER:], wanted[:1], 1e-12)
+
+
+@pytest.mark.parametrize("name", ["linear", "deltanet"])
+def test_narrow_inputs_under_x64(name):
+    inputs = make_inputs(MEMORIES[name], LENGTH, dtype=jnp.float32)
+    wanted = packed(inputs, IDS, MEMORIES[name], mc.GRM())
+    with jax.enable_x64(True):
+        y = packed(inputs, IDS, MEMORIES[name], mc.GRM())
+    assert y.dtype == jnp.float32
+    assert_close(y, wanted, 1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+def test_side_by_side():
+    memory = MEMORIES["titans"]
+    inputs = make_inputs(memory, 16, heads=1)
+    ids = jnp.asarray(IDS[:, 12:28])
+
+    def gradients(schedule):
+        with scheduled(schedule):
+            return value_and_vjp(lambda inputs: traced(inputs, ids, memory, mc.Soup()), inputs)
+
+    assert_close(gradients("side_by_side"), gradients("in_turn"), 1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("gate", ["position", "uniform"])
+def test_other_gates(gate):
+    memory = MEMORIES["linear"]
+    inputs = make_inputs(memory, LENGTH)
+    run = functools.partial(packed, inputs, IDS, memory, mc.GRM(gate=gate, pooling="sum"))
+    assert_close(run(), run(implementation="reference"), 1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_one_document_is_the_sequence():
+    memory = MEMORIES["titans"]
+    inputs = make_inputs(memory, LENGTH)
+    ids = np.full((2, LENGTH), 3)
+    wanted = packed(inputs, None, memory, mc.GRM())
+    assert_close(packed(inputs, ids, memory, mc.GRM()), wanted, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["linear", "titans"])
+def test_a_document_on_a_segment_border_in_bfloat16(name):
+    memory = MEMORIES[name]
+    inputs = make_inputs(memory, LENGTH, batch=1, dtype=jnp.float32)
+    inputs = jax.tree.map(lambda x: x.astype(jnp.bfloat16), inputs)
+    alone = jax.tree.map(lambda x: x[:, BORDER:], {**inputs, "weights": {}})
+    alone["weights"] = inputs["weights"]
+    y = packed(inputs, IDS[:1], memory, mc.GRM())
+    assert y.dtype == jnp.bfloat16
+    wanted = packed(alone, None, memory, mc.GRM())
+    assert_close(y[:, BORDER:], wanted, 1e-2)

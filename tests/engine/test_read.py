@@ -1,0 +1,51 @@
+"""Reads: how states are divided for kernels, and which implementation serves later layers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import memcache_jax as mc
+from memcache_jax.engine import read
+from memcache_jax.engine.read import bands_of
+from memcache_jax.kernels._dispatch import interpret_kernels
+from memcache_jax.kernels.chunk_update import chunk_update
+from tests.cases import MEMORIES, assert_close, make_inputs, value_and_vjp
+
+
+def test_a_read_of_ones_own_is_not_divided():
+    class Normalized(mc.memories.LinearAttention):
+        def read(self, matrices, query, gate=None):
+            y = super().read(matrices, query, gate)
+            return y / jnp.linalg.norm(y, axis=-1, keepdims=True)
+
+    divide = bands_of(Normalized())
+    bands = divide((jnp.ones((4, 4)),), jnp.ones((2, 4)), lambda shapes: False)
+    assert len(bands) == 1
+
+
+def test_the_later_layers_of_soups_are_read_by_the_implementation(monkeypatch):
+    asked = []
+
+    def update(*args, implementation=None, **options):
+        asked.append(implementation)
+        return chunk_update(*args, implementation=implementation, **options)
+
+    monkeypatch.setattr(read, "chunk_update", update)
+    inputs = make_inputs(MEMORIES["titans"], 12, batch=1, heads=1, dtype=np.float32)
+    inputs = jax.tree.map(jnp.asarray, inputs)
+    tokens = [inputs[name] for name in ("query", "key", "value", "query")]
+    how = dict(memory=MEMORIES["titans"], aggregation=mc.Soup(), segmentation=mc.Constant(4))
+    how |= {name: inputs[name] for name in ("controls", "weights")}
+
+    def outputs(implementation):
+        def run(*tokens):
+            return mc.memory_caching(*tokens, **how, implementation=implementation)
+
+        return value_and_vjp(run, *tokens)
+
+    with interpret_kernels():
+        got = outputs("pallas_tpu")
+    assert asked == ["pallas_tpu"]
+    wanted = outputs("reference")
+    assert_close(got[0], wanted[0], 1e-6)
+    assert_close(got[1], wanted[1], 2e-6)

@@ -1,0 +1,122 @@
+"""Caches of models: any split of a sequence gives the outputs of one pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from orbax.checkpoint import v1 as ocp
+
+import memcache_jax as mc
+from tests.cases import assert_close
+from tests.nn.caches import FEATURES, HOST, LAYERS, LENGTH, caching, inputs, language_model, stream
+
+
+@pytest.mark.parametrize("placement", ["device", "host"])
+def test_language_model(placement):
+    mixers = dict(device=language_model().config.mixers, host=HOST)[placement]
+    model = language_model(mixers=mixers, num_layers=2 * len(mixers))
+    tokens = jax.random.randint(jax.random.key(1), (3, LENGTH), 0, 23)
+    graph, state = nnx.split(model)
+    extend = jax.jit(
+        lambda tokens, cache, lengths=None: nnx.merge(graph, state).extend(tokens, cache, lengths),
+        donate_argnums=1,
+    )
+    wanted = np.asarray(nnx.jit(lambda model, tokens: model.hidden(tokens))(model, tokens))
+    cache = model.init_cache(3, LENGTH + 3, placement=placement)
+    hidden, cache = stream(extend, tokens, cache, 3)
+    assert_close(hidden, wanted, 2e-5)
+    assert cache.position.tolist() == [LENGTH] * 3
+    assert cache.nbytes == sum(a.nbytes for a in jax.tree.leaves(cache))
+
+    cache = cache.reset(np.array([False, True, True])).take(np.array([2, 1]))
+    hidden, cache = extend(tokens[1:, :20], cache)
+    assert_close(hidden, wanted[1:, :20], 2e-5)
+    cache = cache.take(np.array([1, 1, 0]))
+    hidden, cache = extend(tokens[np.array([2, 2, 1]), 20:], cache)
+    assert_close(hidden, wanted[np.array([2, 2, 1]), 20:], 2e-5)
+
+
+def test_bounded_memory_of_a_model():
+    model = language_model(mixers=(language_model().config.mixers[0],))
+    cache = model.init_cache(1, max_segments=2, policy="drop_oldest", cache_dtype="int8")
+    graph, state = nnx.split(model)
+    extend = jax.jit(lambda tokens, cache: nnx.merge(graph, state).extend(tokens, cache))
+    for _ in range(3):
+        hidden, cache = extend(jnp.ones((1, 30), int), cache)
+        assert jnp.isfinite(hidden).all()
+    assert cache.position.tolist() == [90]
+
+
+@pytest.mark.parametrize(
+    ("options", "mixers"),
+    [
+        (dict(cache_dtype="int8"), language_model().config.mixers),
+        (dict(placement="host"), HOST),
+    ],
+    ids=["int8", "host"],
+)
+def test_a_cache_is_saved_and_restored(tmp_path, options, mixers):
+    model, tokens = language_model(mixers=mixers), jnp.ones((1, 20), int)
+    graph, state = nnx.split(model)
+    extend = jax.jit(lambda tokens, cache: nnx.merge(graph, state).extend(tokens, cache))
+    _, cache = extend(tokens, model.init_cache(1, 60, **options))
+    ocp.save(tmp_path / "cache", cache)
+    mesh = jax.make_mesh((1,), ("x",))
+
+    def struct(x):
+        kind = x.sharding.memory_kind
+        sharding = jax.sharding.NamedSharding(mesh, jax.P(), memory_kind=kind)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    empty = jax.tree.map(struct, model.init_cache(1, 60, **options))
+    restored = ocp.load(tmp_path / "cache", empty)
+    for got, wanted in zip(*map(jax.tree.leaves, (restored, cache)), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+        assert got.dtype == wanted.dtype
+        assert got.sharding.memory_kind == wanted.sharding.memory_kind
+    assert_close(extend(tokens, restored)[0], extend(tokens, cache)[0], 1e-5)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_errors():
+    linear = mc.nn.MemoryCachingMixer(memory=mc.memories.LinearAttention())
+    model, tokens = language_model(mixers=(linear,), num_layers=1), jnp.zeros((2, 9), int)
+    cache = model.init_cache(2, max_length=12)
+    _, cache = model.extend(tokens, cache)
+    for call, message in {
+        lambda: model.extend(tokens, cache): "holds 12 tokens in a row and would have 18",
+        lambda: model.extend(tokens[:1], cache): "the cache has 2 rows, got tokens of 1",
+        lambda: model.extend(tokens[:, :0], cache): "give at least one token",
+        lambda: model.extend(tokens + 0.5, cache): "tokens must be integers",
+        lambda: model.extend(tokens, cache.layers[0]): "a LanguageModel's, got LayerCache",
+        lambda: model.extend(
+            tokens, language_model().init_cache(2, 12)
+        ): r"\(num_layers, mixers\) = \(4, 2\), this model has \(1, 1\)",
+        lambda: model.init_cache(0, 10): "batch_size must be at least 1",
+        lambda: model.init_cache(2, 10, segments=3): r"no options \['segments'\]",
+        lambda: language_model(mixers=(mc.nn.AttentionMixer(),)).init_cache(2): "give max_length",
+        lambda: model.init_cache(2, 10, policy="merge"): "needs max_segments",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+    bounded = model.init_cache(2, max_segments=0)
+    with pytest.raises(ValueError, match="holds 256 tokens in a row and would have 300"):
+        model.extend(jnp.zeros((2, 300), int), bounded)
+    model.extend(tokens[:, :3], cache)  # which is as good as before
+
+    one, other = (caching(nnx.Rngs(0), mc.memories.RetNet(), k) for k in (mc.GRM(), mc.SSC()))
+    with pytest.raises(ValueError, match=r"made for aggregation=GRM\(.*, got SSC"):
+        other.extend(inputs(), one.init_cache(3, 10))
+    window = LAYERS["window"](nnx.Rngs(0))
+    with pytest.raises(ValueError, match="must hold the last 4 tokens for window=5, it holds 0"):
+        window.extend(inputs(), LAYERS["window of one"](nnx.Rngs(0)).init_cache(3))
+    with pytest.raises(ValueError, match="for another layer: AttentionCache"):
+        one.extend(inputs(), window.init_cache(3))
+    with pytest.raises(ValueError, match=r"a cache has no options \['segments'\]"):
+        window.init_cache(3, segments=2)
+    wide = mc.nn.Attention(FEATURES, 4, rngs=nnx.Rngs(0))
+    with pytest.raises(
+        ValueError, match=r"\(num_heads, head_dim\) = \(4, 4\), this layer has \(2, 8\)"
+    ):
+        LAYERS["attention"](nnx.Rngs(0)).extend(inputs(), wide.init_cache(3, 10))

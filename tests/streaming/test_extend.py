@@ -1,0 +1,133 @@
+"""A stream's next tokens: initial weights, full rows, their cost, their errors."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import memcache_jax as mc
+from tests.cases import MEMORIES, assert_close, make_inputs
+from tests.streams import empty, over_time, whole
+
+
+@pytest.mark.usefixtures("x64")
+def test_segments_begin_with_the_weights_that_are_given():
+    memory, plan = MEMORIES["titans"], (mc.Residual(), mc.Constant(8))
+    inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 16, batch=1, heads=1))
+    other = jax.tree.map(lambda w: w[:, ::-1], inputs["weights"])
+    first, second = (over_time(inputs, memory, lambda x, p=p: x[:, p]) for p in np.s_[:8, 8:])
+    _, cache = mc.extend(empty(inputs, memory, *plan), **first)
+
+    @jax.jit
+    def outputs(weights):
+        return mc.extend(cache, **second, weights=weights)[0]
+
+    alone = (whole(dict(second, weights=w), memory, *plan) for w in (inputs["weights"], other))
+    kept = [outputs(w) - y for w, y in zip((inputs["weights"], other), alone, strict=True)]
+    assert_close(kept[1], kept[0], 1e-10)  # the read of the first segment, which is cached
+
+    def loss(weights):
+        return (outputs(weights) ** 2).sum()
+
+    slope = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, jax.grad(loss)(other), other)))
+    up, down = (loss(jax.tree.map(lambda w, s=s: s * w, other)) for s in (1 + 1e-6, 1 - 1e-6))
+    assert abs(slope) > 1e-3
+    np.testing.assert_allclose(slope, (up - down) / 2e-6, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("memory", "segmentation"),
+    [
+        (mc.memories.LinearAttention(), mc.Constant(1)),
+        (mc.memories.Titans(chunk_size=1, expansion=1), mc.Constant(2)),
+    ],
+    ids=["segments of one", "chunks of one"],
+)
+def test_chunks_of_one_token(memory, segmentation):
+    inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 6))
+    cache = empty(inputs, memory, mc.GRM(), segmentation)
+    got, _ = jax.jit(mc.extend)(cache, **over_time(inputs, memory, lambda x: x))
+    assert_close(got, whole(inputs, memory, mc.GRM(), segmentation), 1e-10)
+
+
+@pytest.mark.usefixtures("x64")
+def test_rows_that_are_full():
+    memory = MEMORIES["linear"]
+    inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 27))
+    cache = mc.init_cache(
+        *(2, 3, 4, 4),
+        memory=memory,
+        aggregation=mc.GRM(),
+        segmentation=mc.Constant(8),
+        max_length=20,
+        dtype=jnp.float64,
+    )
+    step = jax.jit(mc.extend)
+    _, cache = step(cache, **over_time(inputs, memory, lambda x: x[:, :16]))
+    y, cache = step(cache, **over_time(inputs, memory, lambda x: x[:, 16:]))
+    assert_close(y[:, :4], whole(inputs, memory, mc.GRM(), mc.Constant(8))[:, 16:20], 1e-10)
+    assert jnp.isnan(y[:, 4:]).all()
+    y, _ = step(cache, **over_time(inputs, memory, lambda x: x[:, :1]))
+    assert jnp.isnan(y).all()
+
+
+def test_a_step_costs_the_same_however_many_segments_are_cached():
+    from experiments._flops import count_flops
+
+    memory, kind = MEMORIES["titans"], mc.SSC(top_k=2)
+    inputs = make_inputs(memory, 1, batch=1, heads=1, dtype=jnp.float32)
+    inputs = jax.tree.map(jnp.asarray, inputs)
+    part = over_time(inputs, memory, lambda x: x)
+
+    def flops(segments):
+        cache = empty(inputs, memory, kind, mc.Constant(8), segments=segments)
+        return count_flops(lambda cache: mc.extend(cache, **part), cache)
+
+    assert flops(64) - flops(32) <= 1.1 * 2 * 4 * 32  # the router's own, of 32 more pooled keys
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_errors():
+    memory = MEMORIES["linear"]
+    inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 20))
+    part = over_time(inputs, memory, lambda x: x)
+    cache = empty(inputs, memory, mc.GRM(), mc.Constant(8), segments=1)
+    with pytest.raises(ValueError, match="holds 16 tokens in a row and would have 20"):
+        mc.extend(cache, **part)
+    y, after = mc.extend(cache, **over_time(inputs, memory, lambda x: x[:, :16]))
+    assert_close(y, whole(inputs, memory, mc.GRM(), mc.Constant(8))[:, :16], 1e-5)
+    with pytest.raises(ValueError, match="would have 17"):
+        mc.extend(after, **over_time(inputs, memory, lambda x: x[:, :1]))
+    beyond, _ = jax.jit(mc.extend)(after, **over_time(inputs, memory, lambda x: x[:, :1]))
+    assert jnp.isnan(beyond).all()
+    with pytest.raises(ValueError, match="the cache has 2 rows, got tokens of 1"):
+        mc.extend(cache, **over_time(inputs, memory, lambda x: x[:1]))
+    with pytest.raises(ValueError, match=r"h, k of the cache\) = \(2, 20, 3, 4\), got .* 2, 4\)"):
+        mc.extend(cache, **over_time(inputs, memory, lambda x: x[:, :, :2]))
+    with pytest.raises(ValueError, match=r"h, v of the cache\) = \(2, 20, 3, 4\), got .* 3, 3\)"):
+        mc.extend(cache, **(part | dict(value=part["value"][..., :3])))
+    with pytest.raises(ValueError, match=r"the cache has the rows 0 to 1, got \[2\]"):
+        cache.take(np.array([2]))
+    with pytest.raises(ValueError, match="lengths must be 0 to 20, the tokens given, got"):
+        mc.extend(cache, **part, lengths=jnp.array([3, 21]))
+    with pytest.raises(ValueError, match="key must not be empty"):
+        mc.extend(cache, **over_time(inputs, memory, lambda x: x[:, :0]))
+    titans, few = MEMORIES["titans"], over_time(inputs, memory, lambda x: x[:, :3])
+    others: Any = (
+        ("memory", titans, r"memory=LinearAttention\(\), got Titans\(chunk_size=4"),
+        ("aggregation", mc.SSC(), r"aggregation=GRM\(gate='content', .*, got SSC"),
+        ("segmentation", mc.Constant(16), r"segmentation=Constant\(size=8\), got .*16"),
+        ("start", "checkpoint", "start='independent', got 'checkpoint'"),
+        ("weights", dict(W=jnp.zeros((3, 4, 4))), r"weights of LinearAttention must be empty; unk"),
+    )
+    for name, wrong, message in others:
+        with pytest.raises(ValueError, match=message):
+            mc.extend(cache, **few, **{name: wrong})
+    same: Any = dict(memory=memory, aggregation=mc.GRM(), segmentation=mc.Constant(8), weights={})
+    got, _ = mc.extend(cache, **few, **same, start="independent")  # none of it took the cache
+    assert_close(got, y[:, :3], 1e-6)
+    with pytest.raises(ValueError, match=r"lengths must be integers \(b,\) = \(2,\), got"):
+        mc.extend(cache, **part, lengths=jnp.zeros(3, int))
