@@ -159,7 +159,7 @@ class ContentGate(Gate):
     ) -> tuple[Float[Array, "b h n c r"], Float[Array, "b h n c"]]:
         """Products of all connectors with all keys, NaN where a key is not finite."""
         keys = candidates.keys(pooling)
-        cached = _products(connector, keys, candidates.states)
+        cached = _products(connector, keys, candidates)
         return cached, jnp.vecdot(connector, keys.live, precision="highest")
 
 
@@ -229,7 +229,7 @@ def visible(candidates: Candidates) -> Bool[Array, "_ n _ r"]:
 
 
 def _products(
-    connector: Float[Array, "b h n c u"], keys: Keys, states: np.ndarray | Int[Array, "_ n r"]
+    connector: Float[Array, "b h n c u"], keys: Keys, candidates: Candidates
 ) -> Float[Array, "b h n c r"]:
     """The products of connectors and pooled keys by slot, NaN where a key is not finite."""
     # 0 * NaN is NaN: in a gradient, the keys of states that are not read.
@@ -238,12 +238,20 @@ def _products(
         cached = jnp.einsum("bhnck,bhnrk->bhncr", connector, pooled, precision="highest")
         return jnp.where(broken[..., None, :], jnp.nan, cached)
     assert keys.states is not None
-    pooled, broken = finite_rows(keys.states)
-    cached = jnp.einsum("bhnck,bhrk->bhncr", connector, pooled, precision="highest")
-    cached = jnp.where(broken[:, :, None, None], jnp.nan, cached)
-    if in_order(states, pooled.shape[2]):
+    pooled, broken = keys.states, None
+    if candidates.held is None:
+        pooled, broken = finite_rows(pooled)
+    else:
+        pooled = jnp.where(candidates.held[:, None, :, None], pooled, 0)
+    # All tokens as one axis: with two, XLA's CPU backend transposes the keys of a stream.
+    rows = connector.reshape(*connector.shape[:2], -1, connector.shape[-1])
+    cached = jnp.einsum("bhtk,bhrk->bhtr", rows, pooled, precision="highest")
+    cached = cached.reshape(*connector.shape[:4], -1)
+    if broken is not None:
+        cached = jnp.where(broken[:, :, None, None], jnp.nan, cached)
+    if in_order(candidates.states, pooled.shape[2]):
         return cached
-    slots = jnp.maximum(jnp.asarray(states), 0)
+    slots = jnp.maximum(jnp.asarray(candidates.states), 0)
     return jnp.take_along_axis(cached, slots[:, None, :, None], axis=-1)
 
 

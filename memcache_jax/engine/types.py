@@ -120,6 +120,7 @@ class Candidates(NamedTuple):
       same_document: whether a token and a state are of one document; None for yes.
       counts: segments that a state stands for, 0 for an empty slot; None for one each. A stream
         knows its empty slots by counts alone: ask ``gating.visible``.
+      held: which numbers have a state, so that keys of others are ignored; None if unknown.
     """
 
     states: np.ndarray | Int[Array, "_ n r"]
@@ -127,6 +128,7 @@ class Candidates(NamedTuple):
     keys: Callable[[str], Keys]
     same_document: Bool[Array, "b n c r"] | None = None
     counts: Int[Array, "b n r"] | None = None
+    held: Bool[Array, "b states"] | None = None
 
 
 class OfBlocks(NamedTuple):

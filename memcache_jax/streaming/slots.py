@@ -119,15 +119,17 @@ class Recent:
     ) -> Candidates:
         """All slots; empty ones count no segment."""
         slots, segments = np.arange(self.num_slots)[None], record.segments
+        held = segments > 0
         distances = block[:, None] - record.newest
         if self.by_age:
-            full, last = segments > 0, jnp.iinfo(jnp.int32).max
-            slots = jnp.where(full, jnp.arange(self.num_slots)[None], -1)
-            order = jnp.argsort(jnp.where(full, record.newest, last), axis=1)
+            last = jnp.iinfo(jnp.int32).max
+            slots = jnp.where(held, jnp.arange(self.num_slots)[None], -1)
+            order = jnp.argsort(jnp.where(held, record.newest, last), axis=1)
             slots, distances, segments = (
                 jnp.take_along_axis(x, order, axis=1) for x in (slots, distances, segments)
             )
-        return Candidates(slots[:, None], distances[:, None], keys, counts=segments[:, None])
+        counts = segments[:, None]
+        return Candidates(slots[:, None], distances[:, None], keys, counts=counts, held=held)
 
     def count_reads(self, record: Kept, selection: Selection, active: Bool[Array, "b"]) -> Kept:
         """Adds up gates if the policy asks for them."""
