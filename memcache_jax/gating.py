@@ -81,8 +81,8 @@ def running_keys(
 class Gate(abc.ABC):
     """The relevance of states to a token, from which an aggregation makes their gates.
 
-    A new one is a frozen dataclass that implements ``score``, and a name in ``GATES`` if it is to
-    have one.
+    A new gate is a frozen dataclass that implements ``score``; to give it a name, add it to
+    ``GATES``.
 
     Attributes:
       connector: what ``memory_caching`` takes as the connector: ``"key"``, a vector to compare with
@@ -130,7 +130,7 @@ class Gate(abc.ABC):
         live_keys, keys = jnp.zeros((*connector.shape[:4], 1)), jnp.zeros((*shape, 1))
         if self.reads_keys:
             live_keys, keys = candidates.keys(pooling).by_slot(slots)
-        keys, broken = finite_rows(keys)  # 0 * NaN is NaN: in a gradient, of states not read
+        keys, broken = finite_rows(keys)  # as in _products
         of_states = jax.vmap(self.score, in_axes=(None, 0, 0))
         cached, live = of_states, self.score
         for in_axes in ((0, None, None), (0, 0, 0), (0, 0, 0), (0, 0, 0)):  # c, n, h, b
@@ -221,7 +221,7 @@ def scores(
 
 
 def visible(candidates: Candidates) -> Bool[Array, "_ n _ r"]:
-    """Whether slots hold a state that a token may read; one token, or one row, stands for all."""
+    """Whether each slot holds a state that a token may read; a size of 1 stands for all."""
     seen = jnp.asarray(candidates.states)[:, :, None] >= 0
     if candidates.counts is not None:
         seen &= candidates.counts[:, :, None] > 0
@@ -232,7 +232,7 @@ def _products(
     connector: Float[Array, "b h n c u"], keys: Keys, candidates: Candidates
 ) -> Float[Array, "b h n c r"]:
     """The products of connectors and pooled keys by slot, NaN where a key is not finite."""
-    # 0 * NaN is NaN: in a gradient, the keys of states that are not read.
+    # 0 * NaN is NaN: keys of unread states that are not finite would spoil gradients.
     if keys.slots is not None:
         pooled, broken = finite_rows(keys.slots)
         cached = jnp.einsum("bhnck,bhnrk->bhncr", connector, pooled, precision="highest")
@@ -256,13 +256,13 @@ def _products(
 
 
 def in_order(states: np.ndarray | Array, count: int) -> bool:
-    """Whether there are ``count`` slots, and it is known that slot i is empty or has state i."""
+    """Whether all ``count`` states have a slot, and slot i is known to hold state i or none."""
     if not isinstance(states, np.ndarray) or states.shape[-1] != count:
         return False
     return not np.any((states >= 0) & (states != np.arange(count)))
 
 
 def finite_rows(rows: Float[Array, "*r k"]) -> tuple[Float[Array, "*r k"], Bool[Array, "*r"]]:
-    """The rows, zero where not all of one is finite, and where that is."""
+    """Returns the rows with zeros for each that is not finite, and a mask of those."""
     finite = jnp.isfinite(rows).all(axis=-1)
     return jnp.where(finite[..., None], rows, 0), ~finite

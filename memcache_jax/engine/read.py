@@ -230,7 +230,7 @@ def _read_matrix(
 def _weighted_rows(
     gates: Float[Array, "b h n c r"], rows: Float[Array, "b h r v"]
 ) -> Float[Array, "b h n c v"]:
-    """The sum of all rows by gates; NaN where one that is not finite has a gate."""
+    """The gated sum of rows; NaN wherever a row that is not finite has a gate."""
     rows, broken = finite_rows(rows)
     broken = jnp.einsum("bhncr,bhr->bhnc", gates, broken.astype(gates.dtype)) > 0
     return jnp.where(broken[..., None], jnp.nan, jnp.einsum("bhncr,bhrv->bhncv", gates, rows))

@@ -236,7 +236,7 @@ def cut(
 def exact_chunk(block: int, length: int, most: int) -> int:
     """A chunk length for rules that are exact for any: up to ``most``, and a divisor of the block.
 
-    A block with no divisor of a useful size is one chunk. A sequence of one block is filled up.
+    A block without a divisor of a useful size is one chunk. A sequence of one block is padded.
     """
     if length <= block:
         return min(length, most)

@@ -43,8 +43,8 @@ def write_blocks(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> t
     Args:
       how: the rule, and what to keep.
       rows: the blocks.
-      restarts: whether each block begins anew, from the initial state, or goes on from the block
-        before. Where all begin anew they run side by side. The first begins in any case.
+      restarts: whether each block begins from the initial state, rather than from the end of the
+        block before; the first one always does. If all do, they run side by side.
 
     Returns:
       The states at the end of each block (b, h, n, ...), and what was kept of its chunks.
@@ -106,7 +106,7 @@ def chunk_writer(how: Writing, rows: Rows) -> tuple[Callable, Callable]:
 def write_chunk(
     how: Writing, state: State, anchor: State, rows: Rows, initial: State = None
 ) -> tuple[State, Views]:
-    """Writes a chunk (m, ...) of one memory: its state after it, and what is kept of it.
+    """Writes a chunk (m, ...) of one memory; returns its state afterwards and the views to keep.
 
     Args:
       how: the rule, and what to keep.
