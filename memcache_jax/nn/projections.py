@@ -117,8 +117,7 @@ class Projections(nnx.Module):
         """The per-token arguments of ``mc.memory_caching``, from convolved projections."""
 
         def heads(x: Float[Array, "b t hk"]) -> Float[Array, "b t h k"]:
-            x = x if division is None else division.lay(x, "b t h")
-            return x.reshape(*x.shape[:2], self.num_heads, -1)
+            return self._split(x if division is None else division.lay(x, "b t h"))
 
         query, key = l2_normalize(heads(query)), l2_normalize(heads(key))
         connector = None
@@ -148,6 +147,9 @@ class Projections(nnx.Module):
     def _output(self, x: Float[Array, "b t d"], y: Float[Array, "b t h k"]) -> Array:
         y = self.norm(y).reshape(*x.shape[:2], -1)
         return self.out(y * jax.nn.silu(self.output_gate(x)), as_laid(x))
+
+    def _split(self, x: Float[Array, "b t hk"]) -> Float[Array, "b t h k"]:
+        return x.reshape(*x.shape[:2], self.num_heads, -1)
 
     def _control(
         self, control: Control, name: str, x: Float[Array, "b t d"], heads: Callable[[Array], Array]
