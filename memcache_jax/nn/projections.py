@@ -44,7 +44,8 @@ class Projections(nnx.Module):
     ) -> None:
         self.in_features, self.num_heads = in_features, num_heads
         self.head_dim = _checks.check_heads(in_features, num_heads, head_dim)
-        self.memory, self.aggregation, self.dtype = memory, aggregation, dtype
+        self.memory, self.aggregation = memory, aggregation
+        self.dtype, self.param_dtype = dtype, param_dtype
         inner = num_heads * self.head_dim
         options: dict[str, Any] = dict(param_dtype=param_dtype, rngs=rngs)
 
@@ -104,12 +105,6 @@ class Projections(nnx.Module):
         # By name: hosts attach variables of their own to every module.
         names = self.memory.weight_shapes(self.head_dim, self.head_dim)
         return {name: self.weights[name][...] for name in names}
-
-    def _division(self, x: Float[Array, "b t d"], *rows: tuple[Any, str]) -> Division | None:
-        """How the input lies on a mesh, its heads as the kernels of their projections."""
-        kernel = self.query.kernel[...]
-        heads = (kernel, ". h") if isinstance(kernel, jax.Array) else (None, "")
-        return Division.of((x, "b t ."), *rows, heads, heads=self.num_heads)
 
     def _tokens(
         self, x: Array, query: Array, key: Array, value: Array, division: Division | None
