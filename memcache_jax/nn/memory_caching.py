@@ -30,7 +30,7 @@ class LayerCache(MixerCache):
     """A stream's past in one layer."""
 
     memory: Cache
-    tails: tuple[Any, ...]  # the last inputs of each convolution, (b, width - 1, h k)
+    tails: Any  # a tuple of the last inputs of each convolution, (b, width - 1, h k)
 
     nested = ("memory",)
     small = zeroed = ("tails",)
