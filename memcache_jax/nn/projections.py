@@ -93,7 +93,7 @@ class Projections(nnx.Module):
         self.out = Linear(inner, in_features, axes=("heads", "embed"), dtype=dtype, **options)
 
     @property
-    def _paths(self) -> tuple[tuple[Linear, CausalConv], ...]:
+    def _paths(self) -> tuple[tuple[Any, CausalConv], ...]:
         """The projection and the convolution of queries, keys and values."""
         return (
             (self.query, self.query_conv),
