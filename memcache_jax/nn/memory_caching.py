@@ -206,11 +206,14 @@ class MemoryCaching(Projections):
             _checks.check_documents(document_ids, x.shape[:2])
         x = x if self.dtype is None else x.astype(self.dtype)
         rows = [linear(x) for linear, _ in self._paths]
-        tokens = *((row, "b t h") for row in rows), (document_ids, "b t")
+        tokens: Any = *((row, "b t h") for row in rows), (document_ids, "b t")
         division = Division.of(*tokens, heads=self.num_heads)
-        paths = zip(self._paths, rows, strict=True)
-        rows = (conv(row, document_ids, division) for (_, conv), row in paths)
-        return self._tokens(x, *rows, division) | {"weights": self._initial_weights()}
+        query, key, value = (
+            conv(row, document_ids, division)
+            for (_, conv), row in zip(self._paths, rows, strict=True)
+        )
+        tokens = self._tokens(x, query, key, value, division)
+        return tokens | {"weights": self._initial_weights()}
 
     def gates(self, x: Float[Array, "b t d"]) -> Float[Array, "b t h states"]:
         """The weight that each token gives to each state it may read, for inspection.
@@ -301,15 +304,15 @@ class MemoryCaching(Projections):
         _checks.check_cache(cache, LayerCache, (self.num_heads, self.head_dim))
         x = x if self.dtype is None else x.astype(self.dtype)
         rows = [linear(x) for linear, _ in self._paths]
-        tokens = *((row, "b . h") for row in rows), (cache.tails[0], "b . h")
+        tokens: Any = *((row, "b . h") for row in rows), (cache.tails[0], "b . h")
         division = Division.of(*tokens, heads=self.num_heads)
         counts = jnp.full(len(x), x.shape[1]) if lengths is None else lengths
         paths = zip(self._paths, rows, cache.tails, strict=True)
         new = [conv.extend(row, tail, counts, division) for (_, conv), row, tail in paths]
-        rows, tails = zip(*new, strict=True)
+        (query, key, value), tails = zip(*new, strict=True)
         y, memory = extend(
             cache.memory,
-            **self._tokens(x, *rows, division),
+            **self._tokens(x, query, key, value, division),
             lengths=lengths,
             **self._rules,
             weights=self._initial_weights(),

@@ -89,7 +89,8 @@ def by_compiler(f: Callable[..., Array], *args: Array, axes: Sequence[MeshAxes])
     if mesh is None or not explicit_axes(mesh):
         return f(*args)
     sharding = NamedSharding(mesh, as_spec(only(axes, explicit_axes(mesh))))
-    return jax.sharding.auto_axes(f, axes=explicit_axes(mesh), out_sharding=sharding)(*args)
+    automatic: Any = jax.sharding.auto_axes(f, axes=explicit_axes(mesh), out_sharding=sharding)
+    return automatic(*args)
 
 
 def only(axes: Sequence[MeshAxes], among: MeshAxes) -> list[MeshAxes]:

@@ -1,5 +1,7 @@
 """What others attach to layers, alone and in a stack, is none of their weights."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ TOKENS = jnp.zeros((2, 12), jnp.int32)
 
 
 def model_of(**changes):
-    config = dict(vocab_size=8, num_layers=4, features=16, num_heads=2, mixers=MIXERS, remat=False)
+    config: Any = dict(vocab_size=8, num_layers=4, features=16, num_heads=2, mixers=MIXERS)
     return mc.nn.LanguageModel(mc.nn.LanguageModelConfig(**config | changes), rngs=nnx.Rngs(0))
 
 
@@ -31,10 +33,10 @@ def layer_of(memory):
 def test_captures_of_a_model(remat):
     model = model_of(remat=remat)
     wanted = model(TOKENS)
-    capture = nnx.capture(model, nnx.Intermediate, method_outputs=nnx.Intermediate)
+    capture: Any = nnx.capture(model, nnx.Intermediate, method_outputs=nnx.Intermediate)
     got, captured = capture(TOKENS)
     np.testing.assert_allclose(got, wanted, atol=1e-5)
-    outputs = dict(nnx.to_flat_state(captured))
+    outputs: Any = dict(nnx.to_flat_state(captured))
     # One entry for each of the two layers of a stack.
     (mixed,) = outputs["layers", "blocks", 1, "mixer", "__call__"].get_value()
     assert mixed.shape == (2, *TOKENS.shape, 16)
@@ -47,15 +49,17 @@ def test_captures_of_a_model(remat):
 def test_captures_of_a_layer():
     layer = layer_of(mc.memories.Titans(4, 2))
     x = jax.random.normal(jax.random.key(0), (2, 12, 16))
-    got, captured = nnx.capture(layer, nnx.Intermediate, method_outputs=nnx.Intermediate)(x)
+    capture: Any = nnx.capture(layer, nnx.Intermediate, method_outputs=nnx.Intermediate)
+    got, captured = capture(x)
     np.testing.assert_allclose(got, layer(x), atol=1e-5)
-    (rates,) = captured["controls"]["eta"]["__call__"].get_value()
+    (rates,) = dict(nnx.to_flat_state(captured))["controls", "eta", "__call__"].get_value()
     assert rates.shape == (2, 12, 2)
 
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_adapters_and_what_they_train(stacked):
     """Flax's LoRA around projections: alone, and one in each layer of a stack."""
+    model: Any
     rngs = nnx.Rngs(1)
     if stacked:
         model, x = model_of(), TOKENS
