@@ -1,7 +1,7 @@
 """Causal self-attention with rotary positions: the mixer of the Transformer++ baseline."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from memcache_jax import _checks
 from memcache_jax._typing import Array, Bool, Float, Int
 from memcache_jax.engine.documents import count_documents
+from memcache_jax.nn.calls import MixerCall, answer, read_mixer_call
 from memcache_jax.nn.layers import Linear
 from memcache_jax.streaming import check_options
 from memcache_jax.streaming.protocol import MixerCache
@@ -102,25 +103,52 @@ class Attention(nnx.Module):
         self.out = Linear(inner, in_features, axes=("heads", "embed"), **options)
 
     def __call__(
-        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None = None
-    ) -> Float[Array, "b t d"]:
+        self,
+        x: Float[Array, "b t d"] | None = None,
+        document_ids: Int[Array, "b t"] | Float[Array, "b t d"] | None = None,
+        inputs_v: Float[Array, "b t d"] | None = None,
+        *,
+        cache: AttentionCache | None = None,
+        **call: Unpack[MixerCall],
+    ) -> Any:
         """Mixes tokens causally.
 
         Args:
           x: the input.
           document_ids: for documents packed into one sequence, an id per token: a document
             begins where it changes, and tokens see only their own document.
+          inputs_v: None or x, and ``document_ids`` may be x, for hosts that call attention so.
+          cache: continues a stream, as ``extend`` does.
+          call: what hosts pass to attention, such as ``segment_ids``, ``positions``, ``mask`` and
+            ``deterministic``: see ``MixerCall``. A window narrows any mask.
+
+        Returns:
+          The output, of x's shape; with a cache, also the cache after these tokens. Where a traced
+          mask or traced positions ask for what the layer does not do, NaN.
 
         Raises:
-          ValueError: for an input that is not (b, t, in_features), or document_ids that are not
-            integers (b, t).
+          ValueError: for an input that is not (b, t, in_features), document_ids that are not
+            integers (b, t), both document_ids and a cache, or a mask of later tokens.
         """
-        _checks.check_input(x, self.in_features)
-        mask = None
+        x, read = read_mixer_call(
+            x, document_ids, inputs_v, self.num_heads, self.in_features, **call
+        )
+        if cache is not None:
+            _checks.check_cache(cache, AttentionCache, (self.num_heads, self.head_dim))
+        return answer(read, x, cache, whole=self._whole, extend=self.extend, takes_masks=True)
+
+    def _whole(
+        self,
+        x: Float[Array, "b t d"],
+        document_ids: Int[Array, "b t"] | None,
+        mask: Bool[Array, "_ _ t t"] | None = None,
+    ) -> Float[Array, "b t d"]:
+        if 0 in x.shape[:2]:
+            return self.out(self.value(x))
         if document_ids is not None:
-            _checks.check_documents(document_ids, x.shape[:2])
             document = count_documents(document_ids)
-            mask = document[:, None, :, None] == document[:, None, None, :]
+            same = document[:, None, :, None] == document[:, None, None, :]
+            mask = same if mask is None else mask & same
         query, key, value = self._rows(x, None)
         y = jax.nn.dot_product_attention(
             query,

@@ -47,7 +47,7 @@ class Linear(nnx.Linear):
 
     def __call__(self, inputs: Float[Array, "... d"], out_sharding: Any = None) -> Array:
         """Returns inputs W + b."""
-        if active_mesh() is not None:
+        if active_mesh() is not None or not inputs.size:
             return super().__call__(inputs, out_sharding)
         rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]), out_sharding)
         return rows.reshape(*inputs.shape[:-1], -1)
