@@ -61,7 +61,7 @@ def check_input(x: jax.Array, in_features: int) -> None:
 
 
 def check_documents(
-    document_ids: jax.Array, wanted: tuple[int, ...], name: str = "document_ids"
+    document_ids: jax.typing.ArrayLike, wanted: tuple[int, ...], name: str = "document_ids"
 ) -> None:
     """Raises ValueError unless ``document_ids`` are integers of shape (b, t)."""
     if jnp.shape(document_ids) != wanted or not jnp.issubdtype(

@@ -13,6 +13,7 @@ from memcache_jax import _checks
 from memcache_jax._typing import Array, Bool, Float, Int
 from memcache_jax.engine.documents import count_documents
 from memcache_jax.nn.calls import MixerCall, answer, read_mixer_call
+from memcache_jax.nn.host_options import HostOptions, read_host_options
 from memcache_jax.nn.layers import Linear
 from memcache_jax.streaming import check_options
 from memcache_jax.streaming.protocol import MixerCache
@@ -62,9 +63,13 @@ class Attention(nnx.Module):
       dtype: dtype of the arithmetic; by default the wider of the input's and ``param_dtype``.
       param_dtype: dtype of the parameters.
       rngs: random keys.
+      host: what hosts pass to attention, such as ``kernel_init`` and ``use_bias``: see
+        ``HostOptions``.
 
     Raises:
-      ValueError: for head sizes that do not fit, a window below 1, or an unknown implementation.
+      TypeError: for an unknown keyword.
+      ValueError: for head sizes that do not fit, a window below 1, an unknown implementation, or
+        what a host asks for and the layer does not do.
 
     Example:
       >>> import jax.numpy as jnp, memcache_jax as mc
@@ -85,9 +90,11 @@ class Attention(nnx.Module):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
+        **host: Unpack[HostOptions],
     ) -> None:
         self.in_features, self.num_heads = in_features, num_heads
-        self.head_dim = _checks.check_heads(in_features, num_heads, head_dim)
+        name = type(self).__name__
+        self.head_dim, of = read_host_options(name, in_features, num_heads, head_dim, **host)
         if self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, got {self.head_dim}")
         if window is not None and window < 1:
@@ -98,9 +105,10 @@ class Attention(nnx.Module):
         inner = num_heads * self.head_dim
         options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.query, self.key, self.value = (
-            Linear(in_features, inner, axes=("embed", "heads"), **options) for _ in range(3)
+            Linear(in_features, inner, axes=("embed", "heads"), **options, **of.inputs)
+            for _ in range(3)
         )
-        self.out = Linear(inner, in_features, axes=("heads", "embed"), **options)
+        self.out = Linear(inner, in_features, axes=("heads", "embed"), **options, **of.out)
 
     def __call__(
         self,

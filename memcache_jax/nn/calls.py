@@ -184,7 +184,7 @@ def answer(
         y, cache = extend(_roll(x, left), cache, lengths)
         return _only(right, _roll(y, left, back=True)), cache
     if call.positions is None and call.mask is None:
-        return whole(x, call.ids)
+        return whole(x, None if call.ids is None else jnp.asarray(call.ids))
     if takes_masks:
         ids, mask, right = documents_and_mask(call, x.shape[:2])
         return _only(right, whole(x, ids, mask))

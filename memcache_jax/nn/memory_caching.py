@@ -15,6 +15,7 @@ from memcache_jax.caching import Implementation, Start, check_configuration
 from memcache_jax.engine.run import gates_of_tokens
 from memcache_jax.memories import Memory
 from memcache_jax.nn.calls import MixerCall, answer, read_mixer_call
+from memcache_jax.nn.host_options import HostOptions, read_host_options
 from memcache_jax.nn.projections import Projections
 from memcache_jax.segmentation import Segmentation
 from memcache_jax.sharding.memory_caching import Exchange, memory_caching_over_mesh
@@ -77,11 +78,14 @@ class MemoryCaching(Projections):
         ``param_dtype``, as in Flax. Memory states and gates are always float32 or wider.
       param_dtype: dtype of the parameters.
       rngs: random keys.
+      host: what hosts pass to attention, such as ``kernel_init`` and ``use_bias``: see
+        ``HostOptions``.
 
     Raises:
+      TypeError: for an unknown keyword.
       ValueError: if ``num_heads`` does not divide ``in_features`` and no ``head_dim`` is given, if
-        the memory's chunk size does not divide the segment size, or for an unknown ``start`` or
-        ``exchange``.
+        the memory's chunk size does not divide the segment size, for an unknown ``start`` or
+        ``exchange``, or for what a host asks for and the layer does not do.
 
     Example:
       >>> import jax.numpy as jnp, memcache_jax as mc
@@ -111,12 +115,15 @@ class MemoryCaching(Projections):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
+        **host: Unpack[HostOptions],
     ) -> None:
         check_configuration(memory, aggregation, segmentation, start, implementation)
         _checks.check_choice("connector", connector, ("learned", "query"))
         if distances < 2:
             raise ValueError(f"distances must be at least 2, got {distances}")
         _checks.check_choice("exchange", exchange, get_args(Exchange))
+        name = type(self).__name__
+        head_dim, projections = read_host_options(name, in_features, num_heads, head_dim, **host)
         super().__init__(
             in_features,
             num_heads,
@@ -128,6 +135,7 @@ class MemoryCaching(Projections):
             conv_width=conv_width,
             dtype=dtype,
             param_dtype=param_dtype,
+            options_of=projections,
             rngs=rngs,
         )
         self.segmentation = segmentation
