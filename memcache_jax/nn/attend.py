@@ -53,8 +53,8 @@ def attend_causally(
 ) -> Float[Array, "b t h k"]:
     """Attention of each token to itself and those before it, within ``window`` and its document.
 
-    A mask takes away more. Within a ``shard_map`` that divides time, the tokens are one part; keys and values of all parts
-    are gathered.
+    A mask takes away more. Within a ``shard_map`` that divides time, the tokens are one part; keys
+    and values of all parts are gathered.
     """
     parts, length = 1 if division is None else division.parts, query.shape[1]
     options: dict[str, Any] = dict(implementation=implementation)

@@ -3,7 +3,6 @@
 import functools
 from typing import Any, Literal, Unpack
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -80,7 +79,8 @@ class Attention(nnx.Module):
             raise ValueError(f"window must be at least 1 token, got {window}")
         _checks.check_choice("implementation", implementation, (None, "xla", "cudnn"))
         self.implementation: Literal["xla", "cudnn"] | None = implementation
-        self.window, self.rope_base, self.dtype = window, rope_base, dtype
+        self.window, self.rope_base = window, rope_base
+        self.dtype, self.param_dtype = dtype, param_dtype
         inner = num_heads * self.head_dim
         options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         with naming(axis_names):
@@ -134,13 +134,11 @@ class Attention(nnx.Module):
         if 0 in x.shape[:2]:
             return self.out(self.value(x))
         document = document_ids
-        division = self._division(x, (document_ids, "b t"))
-        division = None if division is None else division.even(x.shape[1])
+        rows, division = self._rows(x, (document_ids, "b t"))
         if document is not None and division is not None:
             document = division.compute(count_documents, document, "b t")
         elif document is not None:
             document = count_documents(document)
-        rows = self._rows(x, division)
         attend = functools.partial(
             attend_causally,
             window=self.window,
@@ -182,7 +180,7 @@ class Attention(nnx.Module):
         if self.window is None and max_length is None:
             raise ValueError("attention without a window keeps all tokens: give max_length")
         past: Any = max_length if self.window is None else self.window - 1
-        dtype = self.query.param_dtype if self.dtype is None else self.dtype
+        dtype = self.param_dtype if self.dtype is None else self.dtype
         shape = (batch_size, self.num_heads, past, self.head_dim)
 
         def empty() -> AttentionCache:
@@ -221,9 +219,8 @@ class Attention(nnx.Module):
         limit = past if self.window is None else None
         _checks.check_room(cache.position, x.shape[:2], lengths, limit)
         lengths = jnp.full(len(x), length, jnp.int32) if lengths is None else jnp.asarray(lengths)
-        division = self._division(x, (cache.position, "b"))
+        rows, division = self._rows(x, (cache.position, "b"))
         division = None if division is None else division.whole("t")
-        rows = self._rows(x, division)
         extend = functools.partial(attend_stream, window=self.window, rope_base=self.rope_base)
         if division is None:
             y, cache = extend(cache, *rows, lengths)
@@ -233,15 +230,16 @@ class Attention(nnx.Module):
             y, cache = division.run(extend, (cache, *rows, lengths), letters, (row, of_cache))
         return self.out(y.reshape(*x.shape[:2], -1), as_laid(x)), cache
 
-    def _division(self, x: Float[Array, "b t d"], *rows: tuple[Any, str]) -> Division | None:
-        """How the input lies on a mesh, its heads as the kernels of their projections."""
-        kernel = self.query.kernel[...]
-        heads = (kernel, ". h") if isinstance(kernel, jax.Array) else (None, "")
-        return Division.of((x, "b t ."), *rows, heads, heads=self.num_heads)
-
-    def _rows(self, x: Float[Array, "b t d"], division: Division | None) -> tuple[Array, ...]:
-        """Queries, keys and values."""
-        rows = (linear(x) for linear in (self.query, self.key, self.value))
+    def _rows(
+        self, x: Float[Array, "b t d"], *others: tuple[Any, str]
+    ) -> tuple[list[Array], Division | None]:
+        """Queries, keys and values, and how they and ``others`` lie on a mesh."""
+        rows = [linear(x) for linear in (self.query, self.key, self.value)]
+        tokens = ((row, "b t h") for row in rows)
+        division = Division.of(*tokens, *others, heads=self.num_heads)
         if division is not None:
-            rows = (division.lay(x, "b t h") for x in rows)
-        return tuple(row.reshape(*x.shape[:2], self.num_heads, self.head_dim) for row in rows)
+            division = division.even(x.shape[1])
+        if division is not None:
+            rows = [division.lay(row, "b t h") for row in rows]
+        shape = *x.shape[:2], self.num_heads, self.head_dim
+        return [row.reshape(shape) for row in rows], division

@@ -247,8 +247,11 @@ class MemoryCaching(Projections):
         if document_ids is not None:
             _checks.check_documents(document_ids, x.shape[:2])
         x = x if self.dtype is None else x.astype(self.dtype)
-        division = self._division(x, (document_ids, "b t"))
-        rows = (conv(linear(x), document_ids, division) for linear, conv in self._paths)
+        rows = [linear(x) for linear, _ in self._paths]
+        tokens = *((row, "b t h") for row in rows), (document_ids, "b t")
+        division = Division.of(*tokens, heads=self.num_heads)
+        paths = zip(self._paths, rows, strict=True)
+        rows = (conv(row, document_ids, division) for (_, conv), row in paths)
         return self._tokens(x, *rows, division) | {"weights": self._initial_weights()}
 
     def gates(self, x: Float[Array, "b t d"]) -> Float[Array, "b t h states"]:
@@ -300,7 +303,7 @@ class MemoryCaching(Projections):
         """
         _checks.check_sizes(batch_size=batch_size)
         check_options(options)
-        dtype = self.query.param_dtype if self.dtype is None else self.dtype
+        dtype = self.param_dtype if self.dtype is None else self.dtype
 
         def empty() -> LayerCache:
             cache = init_cache(
@@ -311,7 +314,7 @@ class MemoryCaching(Projections):
                 **self._rules,
                 weights=self._initial_weights(),
                 max_length=max_length,
-                dtype=jnp.promote_types(self.query.param_dtype, jnp.float32),
+                dtype=jnp.promote_types(self.param_dtype, jnp.float32),
                 **options,
             )
             tails = tuple(conv.init_tail(batch_size, dtype) for _, conv in self._paths)
@@ -339,11 +342,12 @@ class MemoryCaching(Projections):
         _checks.check_input(x, self.in_features)
         _checks.check_cache(cache, LayerCache, (self.num_heads, self.head_dim))
         x = x if self.dtype is None else x.astype(self.dtype)
-        division = self._division(x, (cache.tails[0], "b . ."))
-        division = None if division is None else division.whole("t")
+        rows = [linear(x) for linear, _ in self._paths]
+        tokens = *((row, "b . h") for row in rows), (cache.tails[0], "b . h")
+        division = Division.of(*tokens, heads=self.num_heads)
         counts = jnp.full(len(x), x.shape[1]) if lengths is None else lengths
-        paths = zip(self._paths, cache.tails, strict=True)
-        new = [conv.extend(linear(x), tail, counts, division) for (linear, conv), tail in paths]
+        paths = zip(self._paths, rows, cache.tails, strict=True)
+        new = [conv.extend(row, tail, counts, division) for (_, conv), row, tail in paths]
         rows, tails = zip(*new, strict=True)
         y, memory = extend(
             cache.memory,

@@ -111,12 +111,6 @@ class Projections(nnx.Module):
         names = self.memory.weight_shapes(self.head_dim, self.head_dim)
         return {name: self.weights[name][...] for name in names}
 
-    def _division(self, x: Float[Array, "b t d"], *rows: tuple[Any, str]) -> Division | None:
-        """How the input lies on a mesh, its heads as the kernels of their projections."""
-        kernel = self.query.kernel[...]
-        heads = (kernel, ". h") if isinstance(kernel, jax.Array) else (None, "")
-        return Division.of((x, "b t ."), *rows, heads, heads=self.num_heads)
-
     def _tokens(
         self, x: Array, query: Array, key: Array, value: Array, division: Division | None
     ) -> dict[str, Any]:

@@ -54,6 +54,9 @@ def scan_stack(
       settle: whether a layer may divide the carry over Explicit axes otherwise than it finds it.
       wrap: a transformation of the scan's body, such as ``jax.checkpoint``.
     """
+    for part in vars(layers).values():
+        if isinstance(part, nnx.List):  # nothing to see there, and Flax 0.12.8 cannot split it
+            vars(part).pop("__captures__", None)
     graph, stacked, attached = nnx.split(layers, _is_stacked(repeats), ...)
 
     def body(carry: Any, layer: tuple) -> tuple[Any, tuple]:

@@ -16,7 +16,14 @@ from flax.core.spmd import get_logical_axis_rules
 from jax.sharding import AbstractMesh
 
 from memcache_jax._typing import Array
-from memcache_jax.sharding.layout import MeshAxes, as_axes, context_mesh, lay_out
+from memcache_jax.sharding.layout import (
+    MeshAxes,
+    as_axes,
+    context_mesh,
+    dividing,
+    explicit_axes,
+    lay_out,
+)
 from memcache_jax.sharding.mesh import AXES
 
 AxisNames: TypeAlias = Mapping[str, str | tuple[str, ...] | None]
@@ -77,15 +84,21 @@ def partitioned(init: Callable[..., Array], *names: str | None) -> Callable[...,
     given = _naming.names
     names = names if given is None else tuple(_given(given, name) for name in names)
 
-    def create(*args: Any, **kwargs: Any) -> Array:
-        value, mesh = init(*args, **kwargs), context_mesh()
-        if mesh is None or mesh.manual_axes:
-            return value
-        axes = [_of_param(name, mesh) for name in names]
-        return lay_out(value, mesh, axes) if any(axes) else value
-
     rules = {} if given is not None else {"sharding_rules": DEFAULT_RULES}
-    return nnx.with_partitioning(create, names, eager_sharding=False, **rules)
+
+    def create(*args: Any, **kwargs: Any) -> Any:
+        value, mesh, eager = init(*args, **kwargs), context_mesh(), False
+        if mesh is not None and not mesh.manual_axes:
+            axes = [_of_param(name, mesh) for name in names]
+            # What is made from parameters, such as an optimizer's state, is then divided as they
+            # are. Flax does so where all names fit; types of Explicit axes do so by themselves.
+            evenly = axes == dividing(axes, value, mesh)
+            eager = any(axes) and evenly and not explicit_axes(mesh)
+            value = lay_out(value, mesh, axes) if any(axes) else value
+        make = nnx.with_partitioning(lambda: value, names, eager_sharding=eager, **rules)
+        return make()
+
+    return create
 
 
 @contextlib.contextmanager
