@@ -44,6 +44,7 @@ def attend_causally(
     key: Float[Array, "b t h k"],
     value: Float[Array, "b t h k"],
     document: Int[Array, "b t"] | None,
+    mask: Bool[Array, "_ _ t s"] | None = None,
     *,
     window: int | None,
     rope_base: float,
@@ -52,14 +53,15 @@ def attend_causally(
 ) -> Float[Array, "b t h k"]:
     """Attention of each token to itself and those before it, within ``window`` and its document.
 
-    Within a ``shard_map`` that divides time, the tokens are one part; keys and values of all parts
-    are gathered.
+    A mask takes away more. Within a ``shard_map`` that divides time, the tokens are one part; keys
+    and values of all parts are gathered.
     """
     parts, length = 1 if division is None else division.parts, query.shape[1]
     options: dict[str, Any] = dict(implementation=implementation)
     if parts == 1:
         query, key = (rotate(rows, rope_base) for rows in (query, key))
-        mask = None if document is None else _same(document, document)
+        if document is not None:
+            mask = _both(_same(document, document), mask)
         options |= dict(
             is_causal=True, local_window_size=None if window is None else (window - 1, 0)
         )
@@ -70,12 +72,16 @@ def attend_causally(
     query, key = (rotate(rows, rope_base, position[None]) for rows in (query, key))
     ago = position[:, None] - jnp.arange(parts * length)[None]
     seen = (ago >= 0) & (window is None or ago < window)
-    mask = seen[None, None]
+    mask = _both(seen[None, None], mask)
     key, value = (lax.all_gather(rows, axis, axis=1, tiled=True) for rows in (key, value))
     if document is not None:
         every = lax.all_gather(document, axis, axis=1, tiled=True)
         mask = mask & _same(document, every)
     return jax.nn.dot_product_attention(query, key, value, mask=mask, **options)
+
+
+def _both(seen: Bool[Array, "_ _ t s"], mask: Bool[Array, "_ _ t s"] | None) -> Array:
+    return seen if mask is None else seen & mask
 
 
 def _same(document: Int[Array, "b t"], other: Int[Array, "b s"]) -> Bool[Array, "b 1 t s"]:

@@ -1,7 +1,7 @@
 """Causal self-attention with rotary positions: the mixer of the Transformer++ baseline."""
 
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import jax.numpy as jnp
 from flax import nnx
@@ -9,9 +9,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from memcache_jax import _checks
-from memcache_jax._typing import Array, Float, Int
+from memcache_jax._typing import Array, Bool, Float, Int
 from memcache_jax.engine.documents import count_documents
 from memcache_jax.nn.attend import AttentionCache, attend_causally, attend_stream
+from memcache_jax.nn.calls import MixerCall, answer, read_mixer_call
+from memcache_jax.nn.host_options import HostOptions, read_host_options
 from memcache_jax.nn.layers import Linear, as_laid
 from memcache_jax.sharding.division import Division
 from memcache_jax.sharding.layout import axes_of, by_compiler
@@ -39,9 +41,13 @@ class Attention(nnx.Module):
       param_dtype: dtype of the parameters.
       axis_names: what the host calls the axes of parameters, as in ``MemoryCaching``.
       rngs: random keys.
+      host: what hosts pass to attention, such as ``kernel_init`` and ``use_bias``: see
+        ``HostOptions``.
 
     Raises:
-      ValueError: for head sizes that do not fit, a window below 1, or an unknown implementation.
+      TypeError: for an unknown keyword.
+      ValueError: for head sizes that do not fit, a window below 1, an unknown implementation, or
+        what a host asks for and the layer does not do.
 
     Example:
       >>> import jax.numpy as jnp, memcache_jax as mc
@@ -63,9 +69,11 @@ class Attention(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         axis_names: AxisNames | None = None,
         rngs: nnx.Rngs,
+        **host: Unpack[HostOptions],
     ) -> None:
         self.in_features, self.num_heads = in_features, num_heads
-        self.head_dim = _checks.check_heads(in_features, num_heads, head_dim)
+        name = type(self).__name__
+        self.head_dim, of = read_host_options(name, in_features, num_heads, head_dim, **host)
         if self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, got {self.head_dim}")
         if window is not None and window < 1:
@@ -78,32 +86,58 @@ class Attention(nnx.Module):
         options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         with naming(axis_names):
             self.query, self.key, self.value = (
-                Linear(in_features, inner, axes=("embed", "heads"), **options) for _ in range(3)
+                Linear(in_features, inner, axes=("embed", "heads"), **options, **of.inputs)
+                for _ in range(3)
             )
-            self.out = Linear(inner, in_features, axes=("heads", "embed"), **options)
+            self.out = Linear(inner, in_features, axes=("heads", "embed"), **options, **of.out)
 
     def __call__(
-        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None = None
-    ) -> Float[Array, "b t d"]:
+        self,
+        x: Float[Array, "b t d"] | None = None,
+        document_ids: Int[Array, "b t"] | Float[Array, "b t d"] | None = None,
+        inputs_v: Float[Array, "b t d"] | None = None,
+        *,
+        cache: AttentionCache | None = None,
+        **call: Unpack[MixerCall],
+    ) -> Any:
         """Mixes tokens causally.
 
         Args:
           x: the input.
           document_ids: for documents packed into one sequence, an id per token: a document
             begins where it changes, and tokens see only their own document.
+          inputs_v: None or x, and ``document_ids`` may be x, for hosts that call attention so.
+          cache: continues a stream, as ``extend`` does.
+          call: what hosts pass to attention, such as ``segment_ids``, ``positions``, ``mask`` and
+            ``deterministic``: see ``MixerCall``. A window narrows any mask.
+
+        Returns:
+          The output, of x's shape; with a cache, also the cache after these tokens. Where a traced
+          mask or traced positions ask for what the layer does not do, NaN.
 
         Raises:
-          ValueError: for an input that is not (b, t, in_features), or document_ids that are not
-            integers (b, t).
+          ValueError: for an input that is not (b, t, in_features), document_ids that are not
+            integers (b, t), both document_ids and a cache, or a mask of later tokens.
         """
-        _checks.check_input(x, self.in_features)
+        x, read = read_mixer_call(
+            x, document_ids, inputs_v, self.num_heads, self.in_features, **call
+        )
+        if cache is not None:
+            _checks.check_cache(cache, AttentionCache, (self.num_heads, self.head_dim))
+        return answer(read, x, cache, whole=self._whole, extend=self.extend, takes_masks=True)
+
+    def _whole(
+        self,
+        x: Float[Array, "b t d"],
+        document_ids: Int[Array, "b t"] | None,
+        mask: Bool[Array, "_ _ t t"] | None = None,
+    ) -> Float[Array, "b t d"]:
+        if 0 in x.shape[:2]:
+            return self.out(self.value(x))
         document = document_ids
-        if document_ids is not None:
-            _checks.check_documents(document_ids, x.shape[:2])
         (query, key, value), division = self._rows(x, (document_ids, "b t"))
         if document is not None:
-            axes = axes_of(document)
-            document = by_compiler(count_documents, document, axes=axes)
+            document = by_compiler(count_documents, document, axes=axes_of(document))
         attend = functools.partial(
             attend_causally,
             window=self.window,
@@ -111,8 +145,10 @@ class Attention(nnx.Module):
             implementation=self.implementation,
             division=division,
         )
-        args, row = (query, key, value, document), "b t h ."
-        letters = row, row, row, "b t"
+        args, row, of_mask = (query, key, value, document, mask), "b t h .", None
+        if mask is not None:
+            of_mask = f"{'b' if len(mask) > 1 else '.'} {'h' if mask.shape[1] > 1 else '.'} t ."
+        letters = row, row, row, "b t", of_mask
         y = attend(*args) if division is None else division.run(attend, args, letters, row)
         return self.out(y.reshape(*x.shape[:2], -1), as_laid(x))
 

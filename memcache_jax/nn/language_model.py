@@ -1,7 +1,7 @@
 """A decoder-only language model whose blocks mix tokens by memory caching or by attention."""
 
 import functools
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.kernels._dispatch import WRITTEN
 from memcache_jax.nn.block import Period
+from memcache_jax.nn.calls import ModelCall, answer, read_call
 from memcache_jax.nn.config import LanguageModelConfig
 from memcache_jax.nn.layers import Linear, product_sharding
 from memcache_jax.nn.memory_caching import MemoryCaching
@@ -70,8 +71,13 @@ class LanguageModel(nnx.Module):
                 self.head = Linear(*size[::-1], axes=("embed", "vocab"), rngs=rngs, **options)
 
     def __call__(
-        self, tokens: Int[Array, "b t"], document_ids: Int[Array, "b t"] | None = None
-    ) -> Float[Array, "b t vocab"]:
+        self,
+        tokens: Int[Array, "b t"],
+        document_ids: Int[Array, "b t"] | None = None,
+        *,
+        cache: LanguageModelCache | None = None,
+        **call: Unpack[ModelCall],
+    ) -> Any:
         """Returns the logits of the next token at every position.
 
         Ids must be below ``vocab_size``. They are not checked, and larger ones give NaN.
@@ -80,11 +86,28 @@ class LanguageModel(nnx.Module):
           tokens: token ids.
           document_ids: for documents packed into one row, an id per token: no document sees
             another.
+          cache: continues a stream, as ``extend`` does.
+          call: what hosts pass to their models, such as ``segment_ids``, ``positions`` (also of
+            rows padded on the left), ``mask`` and ``deterministic``: see ``ModelCall``.
+
+        Returns:
+          The logits; with a cache, also the cache after these tokens. Where a traced mask or
+          traced positions ask for what the model does not do, NaN.
 
         Raises:
-          ValueError: for tokens or document_ids that are not integers of shape (b, t).
+          ValueError: for tokens or document_ids that are not integers of shape (b, t), both
+            document_ids and a cache, or what memories cannot follow, such as masks that are not
+            causal within documents.
         """
-        return self.logits(self.hidden(tokens, document_ids))
+        _check_tokens(tokens)
+        if cache is not None:
+            self._check_cache(cache)
+        read = read_call(tokens.shape, document_ids, num_heads=self.config.num_heads, **call)
+        answered = answer(read, tokens, cache, whole=self.hidden, extend=self.extend)
+        if cache is None:
+            return self.logits(answered)
+        hidden, cache = answered
+        return self.logits(hidden), cache
 
     def hidden(
         self, tokens: Int[Array, "b t"], document_ids: Int[Array, "b t"] | None = None

@@ -55,10 +55,10 @@ class Linear(nnx.Linear):
         kernel is, unless ``out_sharding`` says otherwise.
         """
         mesh = context_mesh(inputs)
-        if mesh is None:
+        if mesh is None and inputs.size:
             rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]), out_sharding)
             return rows.reshape(*inputs.shape[:-1], -1)
-        if out_sharding is None:
+        if mesh is not None and out_sharding is None:
             out_sharding = product_sharding(inputs, self.kernel[...], 1)
         return super().__call__(inputs, out_sharding)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, Literal, get_args, overload
+from typing import Any, ClassVar, Literal, Unpack, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from memcache_jax.aggregation import Aggregation
 from memcache_jax.caching import check_configuration, memory_caching
 from memcache_jax.engine.run import gates_of_tokens
 from memcache_jax.memories import Memory
+from memcache_jax.nn.calls import MixerCall, answer, read_mixer_call
+from memcache_jax.nn.host_options import HostOptions, read_host_options
 from memcache_jax.nn.projections import Projections
 from memcache_jax.segmentation import Segmentation
 from memcache_jax.sharding.division import Division
@@ -40,6 +42,11 @@ class LayerCache(MixerCache):
     def head_shape(self) -> tuple[int, ...]:
         """Number of heads, and their dimension."""
         return self.memory.key_sum.shape[1::2]
+
+    @property
+    def position(self) -> Array:
+        """Tokens taken so far by each row, (b,)."""
+        return self.memory.position
 
     @property
     def max_length(self) -> int | None:
@@ -78,11 +85,14 @@ class MemoryCaching(Projections):
         ``{"embed": "fsdp", "heads": "model"}``. By default they are ``"embed"`` and ``"heads"``
         where logical rules in context have these names, and on a mesh of ``sharding.make_mesh``.
       rngs: random keys.
+      host: what hosts pass to attention, such as ``kernel_init`` and ``use_bias``: see
+        ``HostOptions``.
 
     Raises:
+      TypeError: for an unknown keyword.
       ValueError: if ``num_heads`` does not divide ``in_features`` and no ``head_dim`` is given, if
-        the memory's chunk size does not divide the segment size, or for an unknown ``start`` or
-        ``exchange``.
+        the memory's chunk size does not divide the segment size, for an unknown ``start`` or
+        ``exchange``, or for what a host asks for and the layer does not do.
 
     Example:
       >>> import jax.numpy as jnp, memcache_jax as mc
@@ -113,12 +123,15 @@ class MemoryCaching(Projections):
         param_dtype: DTypeLike = jnp.float32,
         axis_names: AxisNames | None = None,
         rngs: nnx.Rngs,
+        **host: Unpack[HostOptions],
     ) -> None:
         check_configuration(memory, aggregation, segmentation, start, implementation)
         _checks.check_choice("connector", connector, ("learned", "query"))
         if distances < 2:
             raise ValueError(f"distances must be at least 2, got {distances}")
         _checks.check_choice("exchange", exchange, get_args(Exchange))
+        name = type(self).__name__
+        head_dim, projections = read_host_options(name, in_features, num_heads, head_dim, **host)
         with naming(axis_names):
             super().__init__(
                 in_features,
@@ -131,6 +144,7 @@ class MemoryCaching(Projections):
                 conv_width=conv_width,
                 dtype=dtype,
                 param_dtype=param_dtype,
+                options_of=projections,
                 rngs=rngs,
             )
         self.segmentation = segmentation
@@ -140,20 +154,34 @@ class MemoryCaching(Projections):
 
     @overload
     def __call__(
-        self, x: Array, document_ids: Array | None = None, *, cache: None = None
+        self,
+        x: Array | None = None,
+        document_ids: Array | None = None,
+        inputs_v: Array | None = None,
+        *,
+        cache: None = None,
+        **call: Unpack[MixerCall],
     ) -> Array: ...
 
     @overload
     def __call__(
-        self, x: Array, document_ids: None = None, *, cache: LayerCache
+        self,
+        x: Array | None = None,
+        document_ids: Array | None = None,
+        inputs_v: Array | None = None,
+        *,
+        cache: LayerCache,
+        **call: Unpack[MixerCall],
     ) -> tuple[Array, LayerCache]: ...
 
     def __call__(
         self,
-        x: Float[Array, "b t d"],
-        document_ids: Int[Array, "b t"] | None = None,
+        x: Float[Array, "b t d"] | None = None,
+        document_ids: Int[Array, "b t"] | Float[Array, "b t d"] | None = None,
+        inputs_v: Float[Array, "b t d"] | None = None,
         *,
         cache: LayerCache | None = None,
+        **call: Unpack[MixerCall],
     ) -> Any:
         """Mixes tokens causally.
 
@@ -161,19 +189,33 @@ class MemoryCaching(Projections):
           x: the input; t need not be a multiple of the segment size.
           document_ids: for documents packed into one sequence, an id per token: no document sees
             another.
+          inputs_v: None or x, and ``document_ids`` may be x, for hosts that call attention so.
           cache: continues a stream, as ``extend`` does.
+          call: what hosts pass to attention, such as ``segment_ids``, ``positions`` (also of rows
+            padded on the left), ``mask`` and ``deterministic``: see ``MixerCall``.
 
         Returns:
           The output, of x's shape, in ``dtype``; with a cache, also the cache after these tokens.
+          Where a traced mask or traced positions ask for what the layer does not do, NaN.
 
         Raises:
           ValueError: for an input that is not (b, t, in_features), document_ids that are not
-            integers (b, t), or both document_ids and a cache.
+            integers (b, t), both document_ids and a cache, or what a memory cannot follow, such as
+            masks that are not causal within documents.
         """
+        x, read = read_mixer_call(
+            x, document_ids, inputs_v, self.num_heads, self.in_features, **call
+        )
         if cache is not None:
-            if document_ids is not None:
-                raise ValueError("a cache holds one document per row: give no document_ids")
-            return self.extend(x, cache)
+            _checks.check_cache(cache, LayerCache, (self.num_heads, self.head_dim))
+        return answer(read, x, cache, whole=self._whole, extend=self.extend)
+
+    def _whole(
+        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None
+    ) -> Float[Array, "b t d"]:
+        wide = x if self.dtype is None else x.astype(self.dtype)
+        if 0 in x.shape[:2]:
+            return self.out(self.value(wide))
         y = memory_caching(
             **self.operands(x, document_ids),
             **self._rules,
@@ -181,7 +223,7 @@ class MemoryCaching(Projections):
             implementation=self.implementation,
             exchange=self.exchange,
         )
-        return self._output(x if self.dtype is None else x.astype(self.dtype), y)
+        return self._output(wide, y)
 
     def operands(
         self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None = None

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from memcache_jax import _checks
 from memcache_jax._typing import Array, Float
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.memories import Control, Memory
+from memcache_jax.nn.host_options import ProjectionOptions
 from memcache_jax.nn.layers import CausalConv, Linear, as_laid, l2_normalize
 from memcache_jax.sharding.division import Division
 from memcache_jax.sharding.names import partitioned
@@ -34,33 +34,37 @@ class Projections(nnx.Module):
         *,
         memory: Memory,
         aggregation: Aggregation,
-        head_dim: int | None,
+        head_dim: int,
         connector: Literal["learned", "query"],
         distances: int,
         conv_width: int,
         dtype: DTypeLike | None,
         param_dtype: DTypeLike,
+        options_of: ProjectionOptions,
         rngs: nnx.Rngs,
     ) -> None:
-        self.in_features, self.num_heads = in_features, num_heads
-        self.head_dim = _checks.check_heads(in_features, num_heads, head_dim)
+        self.in_features, self.num_heads, self.head_dim = in_features, num_heads, head_dim
         self.memory, self.aggregation = memory, aggregation
         self.dtype, self.param_dtype = dtype, param_dtype
-        inner = num_heads * self.head_dim
+        inner = num_heads * head_dim
         options: dict[str, Any] = dict(param_dtype=param_dtype, rngs=rngs)
 
         def linear(size_out: int, **kwargs: Any) -> Linear:
+            kwargs = options_of.gates | kwargs
             axes = ("embed", "heads")
             return Linear(in_features, size_out, axes=axes, dtype=dtype, **options, **kwargs)
 
         def conv(kernel_init=jax.nn.initializers.normal(conv_width**-0.5)) -> CausalConv:
             return CausalConv(inner, conv_width, kernel_init=kernel_init, **options)
 
-        self.query, self.value = linear(inner), linear(inner)
+        self.query, self.value = (linear(inner, **options_of.inputs) for _ in range(2))
         self.query_conv, self.value_conv = conv(), conv()
         # Keys and connectors start as copies of the queries, and so match them from the first step
         # on; with unrelated maps recall stays on a plateau.
-        self.key = linear(inner, kernel_init=_copy(self.query.kernel))
+        copies = dict(kernel_init=_copy(self.query.kernel))
+        if self.query.bias is not None:
+            copies["bias_init"] = _copy(self.query.bias)
+        self.key = linear(inner, **options_of.inputs | copies)
         self.key_conv = conv(_copy(self.query_conv.kernel))
         wanted = aggregation.relevance.connector
         if wanted == "distances":
@@ -90,7 +94,8 @@ class Projections(nnx.Module):
 
         self.norm = nnx.RMSNorm(self.head_dim, dtype=dtype, **options)
         self.output_gate = linear(inner)
-        self.out = Linear(inner, in_features, axes=("heads", "embed"), dtype=dtype, **options)
+        axes = ("heads", "embed")
+        self.out = Linear(inner, in_features, axes=axes, dtype=dtype, **options, **options_of.out)
 
     @property
     def _paths(self) -> tuple[tuple[Any, CausalConv], ...]:
