@@ -5,17 +5,24 @@ documents, so each argument becomes the documents of a row, ``document_ids``, or
 ragged row in a stream.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypedDict
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from memcache_jax import _checks
 from memcache_jax._typing import Array
+from memcache_jax.nn import masks
 from memcache_jax.nn.call_documents import Call, documents, documents_and_mask
 from memcache_jax.nn.call_lengths import ragged_rows
+from memcache_jax.sharding.division import Division
+from memcache_jax.sharding.layout import axes_of, by_compiler, like
+
+_ARRAYS = ("document_ids", "segment_ids", "positions", "mask")
 
 
 class ModelCall(TypedDict, total=False):
@@ -180,17 +187,39 @@ def answer(
     if cache is not None:
         if call.ids is None and call.positions is None and call.mask is None:
             return extend(x, cache, None)
-        left, lengths, right = ragged_rows(call, x.shape[:2], cache.position)
+        left, lengths, right = _by_rows(ragged_rows, call, x, cache.position)
         y, cache = extend(_roll(x, left), cache, lengths)
         return _only(right, _roll(y, left, back=True)), cache
     if call.positions is None and call.mask is None:
         return whole(x, None if call.ids is None else jnp.asarray(call.ids))
     if takes_masks:
-        ids, mask, right = documents_and_mask(call, x.shape[:2])
+        ids, mask, right = _by_rows(documents_and_mask, call, x)
         return _only(right, whole(x, ids, mask))
-    ids, left, right = documents(call, x.shape[:2])
+    ids, left, right = _by_rows(documents, call, x)
     y = whole(_roll(x, left), ids if ids is None else _roll(ids, left))
     return _only(right, _roll(y, left, back=True))
+
+
+def _by_rows(read: Callable[..., Any], call: Call, x: Array, *others: Array) -> Any:
+    """``read(call, (b, t), *others)``, on each device for its own rows."""
+    (batch, length), division = x.shape[:2], Division.of((x, "b"))
+    arrays = call.document_ids, call.segment_ids, call.positions, call.mask
+    if division is None or not division.is_explicit or masks.known(*arrays, *others):
+        return read(call, (batch, length), *others)
+    positions, mask = call.positions, call.mask
+    if positions is not None:
+        positions = jnp.broadcast_to(positions, (batch, length))
+    if mask is not None:
+        mask = masks.four_axes(jnp.asarray(mask), batch, call.num_heads)
+        mask = jnp.broadcast_to(mask, (batch, *mask.shape[1:]))
+
+    def local(arrays: tuple, others: tuple) -> Any:
+        own = call._replace(**dict(zip(_ARRAYS, arrays, strict=True)))
+        rows = len(jax.tree.leaves(arrays)[0])
+        return read(own, (rows, length), *others)
+
+    arrays = call.document_ids, call.segment_ids, positions, mask
+    return division.run(local, (arrays, others), ("b", "b"), "b")
 
 
 def _roll(x: Array, left: Any, *, back: bool = False) -> Array:
@@ -198,15 +227,19 @@ def _roll(x: Array, left: Any, *, back: bool = False) -> Array:
     if left is None:
         return x
 
-    def rolled(x: Array) -> Array:
-        place = jnp.arange(x.shape[1])[None] + jnp.asarray(-left if back else left)[:, None]
+    def rolled(x: Array, left: Array) -> Array:
+        place = jnp.arange(x.shape[1])[None] + (-left if back else left)[:, None]
         place = (place % x.shape[1]).reshape(*place.shape, *[1] * (x.ndim - 2))
         return jnp.take_along_axis(x, place, axis=1)
 
     if isinstance(left, np.ndarray):
-        return rolled(x)
+        left = jnp.asarray(left)
+        return by_compiler(rolled, x, left, axes=axes_of(x))
     # Rows without padding, most of them, are not copied; on a mesh that would fetch all of them.
-    return lax.cond(left.any(), rolled, lambda x: x, x)
+    division = Division.of((x, "b"))
+    if division is None or not division.is_explicit:
+        return lax.cond(left.any(), functools.partial(rolled, left=left), lambda x: x, x)
+    return like(x, division.run(rolled, (x, left), ("b", "b"), "b"))
 
 
 def _only(right: Any, y: Array) -> Array:
