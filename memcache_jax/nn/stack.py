@@ -61,7 +61,8 @@ def scan_stack(
 
     def body(carry: Any, layer: tuple) -> tuple[Any, tuple]:
         state, given = layer
-        module = nnx.merge(graph, state, attached)
+        own = jax.tree.map(lambda x: x, attached)  # variables of its own, with the same arrays
+        module = nnx.merge(graph, state, own)
         carry, out = apply(module, carry, given)
         return carry, (out, _captured(module, attached) if attached else None)
 
