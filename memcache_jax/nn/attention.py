@@ -1,46 +1,23 @@
 """Causal self-attention with rotary positions: the mixer of the Transformer++ baseline."""
 
-import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from memcache_jax import _checks
-from memcache_jax._typing import Array, Bool, Float, Int
+from memcache_jax._typing import Array, Float, Int
 from memcache_jax.engine.documents import count_documents
-from memcache_jax.nn.layers import Linear
+from memcache_jax.nn.attend import AttentionCache, attend_causally, attend_stream
+from memcache_jax.nn.layers import Linear, as_laid
+from memcache_jax.sharding.division import Division
+from memcache_jax.sharding.names import AxisNames, naming
 from memcache_jax.streaming import check_options
-from memcache_jax.streaming.protocol import MixerCache
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class AttentionCache(MixerCache):
-    """Keys and values that later tokens see: all so far, or the last ones for a window.
-
-    Attributes:
-      key: (b, h, past, k), contiguous per head, as reads go through them.
-      value: likewise.
-      position: tokens taken so far by each row, (b,).
-      first: this layer's first row in a stack of layers, which share keys and values.
-    """
-
-    key: Any
-    value: Any
-    position: Any
-    first: Any = None
-
-    shared = ("key", "value")
-    small = zeroed = ("position",)
-
-    @property
-    def head_shape(self) -> tuple[int, ...]:
-        """Number of heads, and their dimension."""
-        return self.key.shape[1::2]
+from memcache_jax.streaming.protocol import placed
 
 
 class Attention(nnx.Module):
@@ -60,6 +37,7 @@ class Attention(nnx.Module):
         Streams are XLA's.
       dtype: dtype of the arithmetic; by default the wider of the input's and ``param_dtype``.
       param_dtype: dtype of the parameters.
+      axis_names: what the host calls the axes of parameters, as in ``MemoryCaching``.
       rngs: random keys.
 
     Raises:
@@ -83,6 +61,7 @@ class Attention(nnx.Module):
         implementation: Literal["xla", "cudnn"] | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
+        axis_names: AxisNames | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         self.in_features, self.num_heads = in_features, num_heads
@@ -96,10 +75,11 @@ class Attention(nnx.Module):
         self.window, self.rope_base, self.dtype = window, rope_base, dtype
         inner = num_heads * self.head_dim
         options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.query, self.key, self.value = (
-            Linear(in_features, inner, axes=("embed", "heads"), **options) for _ in range(3)
-        )
-        self.out = Linear(inner, in_features, axes=("heads", "embed"), **options)
+        with naming(axis_names):
+            self.query, self.key, self.value = (
+                Linear(in_features, inner, axes=("embed", "heads"), **options) for _ in range(3)
+            )
+            self.out = Linear(inner, in_features, axes=("heads", "embed"), **options)
 
     def __call__(
         self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None = None
@@ -116,31 +96,44 @@ class Attention(nnx.Module):
             integers (b, t).
         """
         _checks.check_input(x, self.in_features)
-        mask = None
+        document = document_ids
         if document_ids is not None:
             _checks.check_documents(document_ids, x.shape[:2])
-            document = count_documents(document_ids)
-            mask = document[:, None, :, None] == document[:, None, None, :]
-        query, key, value = self._rows(x, None)
-        y = jax.nn.dot_product_attention(
-            query,
-            key,
-            value,
-            mask=mask,
-            is_causal=True,
-            local_window_size=None if self.window is None else (self.window - 1, 0),
+        division = self._division(x, (document_ids, "b t"))
+        division = None if division is None else division.even(x.shape[1])
+        if document is not None and division is not None:
+            document = division.compute(count_documents, document, "b t")
+        elif document is not None:
+            document = count_documents(document)
+        rows = self._rows(x, division)
+        attend = functools.partial(
+            attend_causally,
+            window=self.window,
+            rope_base=self.rope_base,
             implementation=self.implementation,
         )
-        return self.out(y.reshape(*x.shape[:2], -1))
+        if division is None:
+            y = attend(*rows, document)
+        else:
+            row = "b t h ."
+            attend = functools.partial(attend, division=division)
+            y = division.run(attend, (*rows, document), (row, row, row, "b t"), row)
+        return self.out(y.reshape(*x.shape[:2], -1), as_laid(x))
 
     def init_cache(
-        self, batch_size: int, max_length: int | None = None, **options: Any
+        self,
+        batch_size: int,
+        max_length: int | None = None,
+        *,
+        sharding: NamedSharding | PartitionSpec | None = None,
+        **options: Any,
     ) -> AttentionCache:
         """Returns an empty cache for ``extend``.
 
         Args:
           batch_size: number of rows.
           max_length: most tokens per row; not needed with a window.
+          sharding: how rows and heads are divided, as in ``mc.init_cache``.
           options: those of ``MemoryCaching``, which have no effect here.
 
         Raises:
@@ -153,8 +146,12 @@ class Attention(nnx.Module):
         past: Any = max_length if self.window is None else self.window - 1
         dtype = self.query.param_dtype if self.dtype is None else self.dtype
         shape = (batch_size, self.num_heads, past, self.head_dim)
-        key, value = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-        return AttentionCache(key, value, jnp.zeros(batch_size, jnp.int32))
+
+        def empty() -> AttentionCache:
+            key, value = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+            return AttentionCache(key, value, jnp.zeros(batch_size, jnp.int32))
+
+        return placed(empty, sharding)
 
     def extend(
         self,
@@ -177,7 +174,7 @@ class Attention(nnx.Module):
         """
         _checks.check_input(x, self.in_features)
         _checks.check_cache(cache, AttentionCache, (self.num_heads, self.head_dim))
-        length, past = x.shape[1], cache.key.shape[2]
+        length, past = x.shape[1], cache.key.shape[-2]
         if self.window is not None and past != self.window - 1:
             raise ValueError(
                 f"the cache must hold the last {self.window - 1} tokens for window={self.window}, "
@@ -185,71 +182,28 @@ class Attention(nnx.Module):
             )
         limit = past if self.window is None else None
         _checks.check_room(cache.position, x.shape[:2], lengths, limit)
-        lengths = jnp.full(len(x), length, jnp.int32) if lengths is None else lengths
-        place = cache.position[:, None] + jnp.arange(length)[None]
-        query, *new = self._rows(x, place)
-        if self.window is None:
-            # Tokens that do not count are put out of range, and dropped.
-            there = jnp.where(jnp.arange(length)[None] < lengths[:, None], place, past)
-            rows = (0 if cache.first is None else cache.first) + jnp.arange(len(x))[:, None]
-            kept = tuple(
-                old.at[rows, :, there].set(new.astype(old.dtype), mode="drop")
-                for old, new in zip(cache.states, new, strict=True)
-            )
-            key, value = (cache.own_rows(row) for row in kept)
-            seen = jnp.arange(past)[None, None] <= place[..., None]
+        lengths = jnp.full(len(x), length, jnp.int32) if lengths is None else jnp.asarray(lengths)
+        division = self._division(x, (cache.position, "b"))
+        division = None if division is None else division.whole("t")
+        rows = self._rows(x, division)
+        extend = functools.partial(attend_stream, window=self.window, rope_base=self.rope_base)
+        if division is None:
+            y, cache = extend(cache, *rows, lengths)
         else:
-            old = (cache.own_rows(row) for row in cache.states)
-            new = (jnp.moveaxis(rows, 2, 1) for rows in new)
-            key, value = (jnp.concatenate(pair, axis=2) for pair in zip(old, new, strict=True))
-            of_key = (cache.position - past)[:, None] + jnp.arange(past + length)[None]
-            ago = place[..., None] - of_key[:, None]
-            seen = (ago >= 0) & (ago < self.window) & (of_key >= 0)[:, None]
-            last = jax.vmap(lambda row, begin: lax.dynamic_slice_in_dim(row, begin, past, axis=1))
-            kept = tuple(
-                cache.put_rows(old, last(row, lengths))
-                for old, row in zip(cache.states, (key, value), strict=True)
-            )
-        y = _attend(query, key, value, seen[:, None])
-        if self.window is None:
-            beyond = (place >= past) & (jnp.arange(length)[None] < lengths[:, None])
-            y = jnp.where(beyond[..., None, None], jnp.nan, y)
-        y = self.out(y.reshape(*x.shape[:2], -1))
-        return y, cache.replace(key=kept[0], value=kept[1], position=cache.position + lengths)
+            row, of_cache = "b . h .", cache.letters()
+            letters = of_cache, row, row, row, "b"
+            y, cache = division.run(extend, (cache, *rows, lengths), letters, (row, of_cache))
+        return self.out(y.reshape(*x.shape[:2], -1), as_laid(x)), cache
 
-    def _rows(
-        self, x: Float[Array, "b t d"], position: Int[Array, "_ t"] | None
-    ) -> tuple[Array, ...]:
-        """Queries, keys and values of tokens at these positions, 0, 1, ... by default."""
-        query, key, value = (
-            linear(x).reshape(*x.shape[:2], self.num_heads, self.head_dim)
-            for linear in (self.query, self.key, self.value)
-        )
-        return *(rotate(rows, self.rope_base, position) for rows in (query, key)), value
+    def _division(self, x: Float[Array, "b t d"], *rows: tuple[Any, str]) -> Division | None:
+        """How the input lies on a mesh, its heads as the kernels of their projections."""
+        kernel = self.query.kernel[...]
+        heads = (kernel, ". h") if isinstance(kernel, jax.Array) else (None, "")
+        return Division.of((x, "b t ."), *rows, heads, heads=self.num_heads)
 
-
-def _attend(
-    query: Float[Array, "b t h k"],
-    key: Float[Array, "b h s k"],
-    value: Float[Array, "b h s k"],
-    seen: Bool[Array, "b 1 t s"],
-) -> Float[Array, "b t h k"]:
-    """Attention over heads-first keys, which ``jax.nn.dot_product_attention`` would transpose."""
-    key, value = key.astype(query.dtype), value.astype(query.dtype)
-    wide = jnp.promote_types(query.dtype, jnp.float32)
-    scores = jnp.einsum("bthk,bhsk->bhts", query, key, preferred_element_type=wide)
-    weights = jax.nn.softmax(jnp.where(seen, scores * query.shape[-1] ** -0.5, -jnp.inf))
-    return jnp.einsum("bhts,bhsk->bthk", weights.astype(value.dtype), value)
-
-
-def rotate(
-    x: Float[Array, "b t h k"], base: float, position: Int[Array, "_ t"] | None = None
-) -> Float[Array, "b t h k"]:
-    """Rotary embedding (arXiv:2104.09864): the pair (i, i + k/2) turns by t base^(-2i/k)."""
-    position = jnp.arange(x.shape[1])[None] if position is None else position
-    half = x.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = position.astype(jnp.float32)[..., None] * frequency[None, None]
-    cos, sin = (f(angle)[:, :, None].astype(x.dtype) for f in (jnp.cos, jnp.sin))
-    first, second = x[..., :half], x[..., half:]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    def _rows(self, x: Float[Array, "b t d"], division: Division | None) -> tuple[Array, ...]:
+        """Queries, keys and values."""
+        rows = (linear(x) for linear in (self.query, self.key, self.value))
+        if division is not None:
+            rows = (division.lay(x, "b t h") for x in rows)
+        return tuple(row.reshape(*x.shape[:2], self.num_heads, self.head_dim) for row in rows)

@@ -1,24 +1,27 @@
 """The Memory Caching layer: a drop-in for causal self-attention."""
 
 import dataclasses
-from typing import Any, Literal, get_args, overload
+import functools
+from typing import Any, ClassVar, Literal, get_args, overload
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from memcache_jax import _checks
-from memcache_jax._typing import Array, Float, Int
+from memcache_jax._typing import Array, Exchange, Float, Implementation, Int, Start
 from memcache_jax.aggregation import Aggregation
-from memcache_jax.caching import Implementation, Start, check_configuration
+from memcache_jax.caching import check_configuration, memory_caching
 from memcache_jax.engine.run import gates_of_tokens
 from memcache_jax.memories import Memory
 from memcache_jax.nn.projections import Projections
 from memcache_jax.segmentation import Segmentation
-from memcache_jax.sharding.memory_caching import Exchange, memory_caching_over_mesh
+from memcache_jax.sharding.division import Division
+from memcache_jax.sharding.names import AxisNames, naming
 from memcache_jax.streaming import Cache, check_options, extend, init_cache
-from memcache_jax.streaming.protocol import MixerCache
+from memcache_jax.streaming.protocol import MixerCache, placed
 
 
 @jax.tree_util.register_dataclass
@@ -31,6 +34,7 @@ class LayerCache(MixerCache):
 
     nested = ("memory",)
     small = zeroed = ("tails",)
+    axes: ClassVar = {"tails": "b . h"}
 
     @property
     def head_shape(self) -> tuple[int, ...]:
@@ -70,6 +74,9 @@ class MemoryCaching(Projections):
       dtype: dtype of the projections and of the output; by default the wider of the input's and
         ``param_dtype``, as in Flax. Memory states and gates are always float32 or wider.
       param_dtype: dtype of the parameters.
+      axis_names: what the host calls the axes of parameters, its mesh's or logical names, by ours:
+        ``{"embed": "fsdp", "heads": "model"}``. By default they are ``"embed"`` and ``"heads"``
+        where logical rules in context have these names, and on a mesh of ``sharding.make_mesh``.
       rngs: random keys.
 
     Raises:
@@ -104,6 +111,7 @@ class MemoryCaching(Projections):
         exchange: Exchange = "gather",
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
+        axis_names: AxisNames | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         check_configuration(memory, aggregation, segmentation, start, implementation)
@@ -111,19 +119,20 @@ class MemoryCaching(Projections):
         if distances < 2:
             raise ValueError(f"distances must be at least 2, got {distances}")
         _checks.check_choice("exchange", exchange, get_args(Exchange))
-        super().__init__(
-            in_features,
-            num_heads,
-            memory=memory,
-            aggregation=aggregation,
-            head_dim=head_dim,
-            connector=connector,
-            distances=distances,
-            conv_width=conv_width,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
+        with naming(axis_names):
+            super().__init__(
+                in_features,
+                num_heads,
+                memory=memory,
+                aggregation=aggregation,
+                head_dim=head_dim,
+                connector=connector,
+                distances=distances,
+                conv_width=conv_width,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
         self.segmentation = segmentation
         self.start: Start = start
         self.implementation: Implementation | None = implementation
@@ -165,7 +174,7 @@ class MemoryCaching(Projections):
             if document_ids is not None:
                 raise ValueError("a cache holds one document per row: give no document_ids")
             return self.extend(x, cache)
-        y = memory_caching_over_mesh(
+        y = memory_caching(
             **self.operands(x, document_ids),
             **self._rules,
             document_ids=document_ids,
@@ -196,8 +205,9 @@ class MemoryCaching(Projections):
         if document_ids is not None:
             _checks.check_documents(document_ids, x.shape[:2])
         x = x if self.dtype is None else x.astype(self.dtype)
-        rows = (conv(linear(x), document_ids) for linear, conv in self._paths)
-        return self._tokens(x, *rows) | {"weights": self._initial_weights()}
+        division = self._division(x, (document_ids, "b t"))
+        rows = (conv(linear(x), document_ids, division) for linear, conv in self._paths)
+        return self._tokens(x, *rows, division) | {"weights": self._initial_weights()}
 
     def gates(self, x: Float[Array, "b t d"]) -> Float[Array, "b t h states"]:
         """The weight that each token gives to each state it may read, for inspection.
@@ -217,21 +227,29 @@ class MemoryCaching(Projections):
           ((1, 14, 2, 4), [1, 2, 2, 2])
         """
         operands = self.operands(x)
-        return gates_of_tokens(
-            operands["key"],
-            operands["connector"],
-            aggregation=self.aggregation,
-            segmentation=self.segmentation,
+        rows = operands["key"], operands["connector"]
+        gates = functools.partial(
+            gates_of_tokens, aggregation=self.aggregation, segmentation=self.segmentation
         )
+        division = Division.of(*((row, "b t h .") for row in rows))
+        if division is None:
+            return gates(*rows)
+        return division.whole("t").run(gates, rows, ("b t h .", "b t h ."), "b t h .")
 
     def init_cache(
-        self, batch_size: int, max_length: int | None = None, **options: Any
+        self,
+        batch_size: int,
+        max_length: int | None = None,
+        *,
+        sharding: NamedSharding | PartitionSpec | None = None,
+        **options: Any,
     ) -> LayerCache:
         """Returns an empty cache for ``extend``.
 
         Args:
           batch_size: number of rows.
           max_length: most tokens per row; None if ``options`` bound the memory instead.
+          sharding: how rows and heads are divided, as in ``mc.init_cache``.
           options: ``max_segments``, ``policy``, ``cache_dtype`` and ``placement`` of
             ``mc.init_cache``.
 
@@ -240,20 +258,24 @@ class MemoryCaching(Projections):
         """
         _checks.check_sizes(batch_size=batch_size)
         check_options(options)
-        cache = init_cache(
-            batch_size,
-            self.num_heads,
-            self.head_dim,
-            self.head_dim,
-            **self._rules,
-            weights=self._initial_weights(),
-            max_length=max_length,
-            dtype=jnp.promote_types(self.query.param_dtype, jnp.float32),
-            **options,
-        )
         dtype = self.query.param_dtype if self.dtype is None else self.dtype
-        tails = tuple(conv.init_tail(batch_size, dtype) for _, conv in self._paths)
-        return LayerCache(cache, tails)
+
+        def empty() -> LayerCache:
+            cache = init_cache(
+                batch_size,
+                self.num_heads,
+                self.head_dim,
+                self.head_dim,
+                **self._rules,
+                weights=self._initial_weights(),
+                max_length=max_length,
+                dtype=jnp.promote_types(self.query.param_dtype, jnp.float32),
+                **options,
+            )
+            tails = tuple(conv.init_tail(batch_size, dtype) for _, conv in self._paths)
+            return LayerCache(cache, tails)
+
+        return placed(empty, sharding)
 
     def extend(
         self, x: Float[Array, "b t d"], cache: LayerCache, lengths: Int[Array, "b"] | None = None
@@ -275,13 +297,15 @@ class MemoryCaching(Projections):
         _checks.check_input(x, self.in_features)
         _checks.check_cache(cache, LayerCache, (self.num_heads, self.head_dim))
         x = x if self.dtype is None else x.astype(self.dtype)
+        division = self._division(x, (cache.tails[0], "b . ."))
+        division = None if division is None else division.whole("t")
         counts = jnp.full(len(x), x.shape[1]) if lengths is None else lengths
         paths = zip(self._paths, cache.tails, strict=True)
-        new = [conv.extend(linear(x), tail, counts) for (linear, conv), tail in paths]
+        new = [conv.extend(linear(x), tail, counts, division) for (linear, conv), tail in paths]
         rows, tails = zip(*new, strict=True)
         y, memory = extend(
             cache.memory,
-            **self._tokens(x, *rows),
+            **self._tokens(x, *rows, division),
             lengths=lengths,
             **self._rules,
             weights=self._initial_weights(),

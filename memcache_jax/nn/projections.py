@@ -1,5 +1,6 @@
 """The parameters of a memory-caching layer: projections, the rule's coefficients, the output."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -11,8 +12,9 @@ from memcache_jax import _checks
 from memcache_jax._typing import Array, Float
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.memories import Control, Memory
-from memcache_jax.nn.layers import CausalConv, Linear, l2_normalize
-from memcache_jax.sharding.mesh import partitioned
+from memcache_jax.nn.layers import CausalConv, Linear, as_laid, l2_normalize
+from memcache_jax.sharding.division import Division
+from memcache_jax.sharding.names import partitioned
 
 # Coefficients start near their bias for every token: with large steps, a run of equal tokens makes
 # a deep memory diverge.
@@ -99,47 +101,64 @@ class Projections(nnx.Module):
         )
 
     def _initial_weights(self) -> dict[str, Array]:
-        return {name: weight[...] for name, weight in self.weights.items()}
+        # By name: hosts attach variables of their own to every module.
+        names = self.memory.weight_shapes(self.head_dim, self.head_dim)
+        return {name: self.weights[name][...] for name in names}
 
-    def _tokens(self, x: Array, query: Array, key: Array, value: Array) -> dict[str, Any]:
+    def _division(self, x: Float[Array, "b t d"], *rows: tuple[Any, str]) -> Division | None:
+        """How the input lies on a mesh, its heads as the kernels of their projections."""
+        kernel = self.query.kernel[...]
+        heads = (kernel, ". h") if isinstance(kernel, jax.Array) else (None, "")
+        return Division.of((x, "b t ."), *rows, heads, heads=self.num_heads)
+
+    def _tokens(
+        self, x: Array, query: Array, key: Array, value: Array, division: Division | None
+    ) -> dict[str, Any]:
         """The per-token arguments of ``mc.memory_caching``, from convolved projections."""
-        query, key = l2_normalize(self._heads(query)), l2_normalize(self._heads(key))
+
+        def heads(x: Float[Array, "b t hk"]) -> Float[Array, "b t h k"]:
+            x = x if division is None else division.lay(x, "b t h")
+            return x.reshape(*x.shape[:2], self.num_heads, -1)
+
+        query, key = l2_normalize(heads(query)), l2_normalize(heads(key))
         connector = None
         wanted = self.aggregation.relevance.connector
         if wanted == "distances":
-            connector = self._heads(self.connector(x))
+            connector = heads(self.connector(x))
         elif wanted == "key":
             learned = hasattr(self, "connector")
-            connector = l2_normalize(self._heads(self.connector(x))) if learned else query
-            connector *= self.temperature[...].astype(x.dtype)[None, None, :, None]
+            connector = l2_normalize(heads(self.connector(x))) if learned else query
+            temperature = self.temperature[...].astype(x.dtype)
+            if division is not None:
+                temperature = division.lay(temperature, "h")
+            connector *= temperature[None, None, :, None]
         controls = {
-            name: self._control(control, name, x)
+            name: self._control(control, name, x, heads)
             for name, control in self.memory.controls.items()
             if not control.optional
         }
         return dict(
             query=query,
             key=key,
-            value=self._heads(value),
+            value=heads(value),
             connector=connector,
             controls=self.memory.coupled(controls),
         )
 
     def _output(self, x: Float[Array, "b t d"], y: Float[Array, "b t h k"]) -> Array:
         y = self.norm(y).reshape(*x.shape[:2], -1)
-        return self.out(y * jax.nn.silu(self.output_gate(x)))
+        return self.out(y * jax.nn.silu(self.output_gate(x)), as_laid(x))
 
-    def _heads(self, x: Float[Array, "b t hk"]) -> Float[Array, "b t h k"]:
-        return x.reshape(*x.shape[:2], self.num_heads, -1)
-
-    def _control(self, control: Control, name: str, x: Float[Array, "b t d"]) -> Array:
+    def _control(
+        self, control: Control, name: str, x: Float[Array, "b t d"], heads: Callable[[Array], Array]
+    ) -> Array:
         """One of the rule's coefficients, in float32: in bfloat16 a decay near 1 rounds to 1."""
         if control.per_head is not None:
             return control.per_head(self.num_heads)
         logits = self.controls[name](x)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         if control.axes.endswith("k"):
-            logits = self._heads(logits)
+            logits = heads(logits)
         return control.scale * control.activation(logits)
 
 
