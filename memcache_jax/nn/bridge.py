@@ -8,11 +8,19 @@ from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from flax import linen, nnx, traverse_util
+from flax import linen, nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from memcache_jax import _checks
 from memcache_jax._typing import Array
+from memcache_jax.nn.variables import (
+    boxed_values,
+    cache_from_dict,
+    cache_to_dict,
+    values,
+    with_values,
+)
+from memcache_jax.sharding.names import AxisNames
 from memcache_jax.streaming.protocol import MixerCache
 
 # A cache is stored under the number of tokens that it has room for. Slots depend on it, so a call
@@ -42,19 +50,29 @@ class LinenMixer(linen.Module):
     head_dim: int | None = None
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
+    axis_names: AxisNames | None = None
     decode: bool = False
     max_length: int | None = None
 
     @linen.compact
-    def __call__(self, x: Array, document_ids: Array | None = None, **kwargs: Any) -> Array:
+    def __call__(
+        self,
+        x: Array | None = None,
+        document_ids: Array | None = None,
+        *args: Any,
+        lengths: Array | None = None,
+        **kwargs: Any,
+    ) -> Array:
         """Mixes tokens causally; with ``decode``, continues the stream of the cache.
 
         Args:
           x: the input (b, t, d); with ``decode`` the next tokens, any number of them.
           document_ids: for documents packed into one sequence, an id (b, t) per token; not with
             ``decode``.
-          kwargs: further arguments of the NNX layer's call, or with ``decode`` of its ``extend``,
-            such as ``lengths``.
+          args: further arguments of the NNX layer's call.
+          lengths: with ``decode``, how many of each row's tokens count, from the first on, (b,);
+            all by default.
+          kwargs: further arguments of the NNX layer's call.
 
         Returns:
           The output, of x's shape.
@@ -64,23 +82,37 @@ class LinenMixer(linen.Module):
             module's; with ``decode``, without a cache or beyond its room. Under ``jit`` room
             cannot be checked: outputs beyond it are NaN.
         """
-        features = jnp.shape(x)[-1] if self.in_features is None else self.in_features
+        given = kwargs.get("inputs_q") if x is None else x
+        if jnp.ndim(given) != 3:
+            raise ValueError(f"the input must be (b, t, d), got shape {jnp.shape(given)}")
+        batch, length, features = jnp.shape(given)
+        features = features if self.in_features is None else self.in_features
         layer = self._layer(features, self._params(features))
-        if not self.decode:
-            return layer(x, document_ids, **kwargs)
-        if self.is_initializing():  # which makes the variables, and takes no token
-            room = None if self._bounded else x.shape[1]
-            for name, cache in self._empty_cache(features, len(x), room).items():
-                self.variable("cache", name, lambda cache=cache: cache)
-            return layer(x, document_ids, **kwargs)
-        if document_ids is not None:
-            raise ValueError("a cache holds one document per row: give no document_ids")
-        name, cache = self._stored_cache(features, len(x))
-        y, cache = layer.extend(x, cache, **kwargs)
-        self.put_variable("cache", name, _to_dict(cache))
+        if not self.decode or self.is_initializing():
+            if self.decode:  # makes an empty cache, and takes no token
+                room = None if self._bounded else length
+                for name, cache in self._empty_cache(features, batch, room).items():
+                    self.variable("cache", name, lambda cache=cache: cache)
+            elif lengths is not None:
+                raise ValueError("lengths are for streams: got them with decode=False")
+            return layer(x, document_ids, *args, **kwargs)
+        name, cache = self._stored_cache(features, batch)
+        if args or kwargs or document_ids is not None:
+            if lengths is not None:
+                raise ValueError("with lengths, give nothing but the input")
+            y, cache = layer(x, document_ids, *args, cache=cache, **kwargs)
+        else:
+            y, cache = layer.extend(x, cache, lengths)
+        self.put_variable("cache", name, cache_to_dict(cache))
         return y
 
-    def init_cache(self, batch_size: int, max_length: int | None = None) -> dict[str, Any]:
+    def init_cache(
+        self,
+        batch_size: int,
+        max_length: int | None = None,
+        *,
+        sharding: NamedSharding | PartitionSpec | None = None,
+    ) -> dict[str, Any]:
         """Returns an empty ``cache`` collection of this module alone, without running it.
 
         A model with several layers gets all their caches from its own ``init``.
@@ -89,6 +121,7 @@ class LinenMixer(linen.Module):
           batch_size: number of rows.
           max_length: most tokens per row; by default the field of that name. Both may be None if
             another field bounds the memory.
+          sharding: how rows and heads are divided, as in ``mc.init_cache``.
 
         Returns:
           Nested dictionaries of arrays, each (b, ...) unless ``placement`` is ``"host"``.
@@ -97,7 +130,7 @@ class LinenMixer(linen.Module):
           ValueError: as the NNX layer's ``init_cache``; if ``in_features`` is None and the module
             is not bound to parameters.
         """
-        return self._empty_cache(self._features, batch_size, max_length)
+        return self._empty_cache(self._features, batch_size, max_length, sharding)
 
     def to_nnx(self) -> Any:
         """Returns the NNX layer with the parameters that this module is bound to.
@@ -133,11 +166,11 @@ class LinenMixer(linen.Module):
     def _params(self, features: int) -> dict[str, Any]:
         """The parameters, made where they are not there yet."""
         build = self._builder(features)
-        shapes, made = _nested(_shapes_of(build)[1], _value), {}
+        shapes, made = values(_shapes_of(build)[1]), {}
         there = all(self.has_variable("params", name) for name in shapes)
         if not there and self.is_mutable_collection("params"):
             # All at once: some start as copies of others.
-            made = _nested(build(self.make_rng("params"))[1], _boxed)
+            made = boxed_values(build(self.make_rng("params"))[1])
 
         def param(name: str) -> Any:
             # Of parameters that are there, Flax compares the shapes with those of zeros.
@@ -145,25 +178,21 @@ class LinenMixer(linen.Module):
 
         return {name: param(name) for name in shapes}
 
-    def _layer(self, features: int, params: Mapping[str, Any]) -> Any:
-        """The NNX layer with these parameters."""
+    def _layer(self, features: int, params: Mapping[str, Any] | None = None) -> Any:
+        """The NNX layer with these parameters, or of zeros."""
         graph, state = _shapes_of(self._builder(features))
-        given = traverse_util.flatten_dict(params, sep="/")
-        wanted = {_name(path): (path, parameter) for path, parameter in nnx.to_flat_state(state)}
-        _checks.check_names(f"parameters of {type(self).__name__}", given, wanted)
-        flat = [(path, x.replace(jnp.asarray(given[name]))) for name, (path, x) in wanted.items()]
-        return nnx.merge(graph, nnx.from_flat_state(flat))
+        params = _zeros(values(state)) if params is None else params
+        return nnx.merge(graph, with_values(state, params))
 
     def _empty_cache(
-        self, features: int, batch_size: int, max_length: int | None
+        self, features: int, batch_size: int, max_length: int | None, sharding: Any = None
     ) -> dict[str, Any]:
         """An empty cache under its name."""
         room = self.max_length if max_length is None else max_length
-        # The weights in a cache are replaced by the parameters at each call: any serve here.
-        zeros = _zeros(_nested(_shapes_of(self._builder(features))[1], _value))
         options = dict(self._arguments(self.cache_options))
-        cache = self._layer(features, zeros).init_cache(batch_size, room, **options)
-        return {f"{_ROOM}{room}": _to_dict(cache)}
+        # A cache takes its weights from the parameters at each call: here they may be zeros.
+        cache = self._layer(features).init_cache(batch_size, room, sharding=sharding, **options)
+        return {f"{_ROOM}{room}": cache_to_dict(cache)}
 
     def _stored_cache(self, features: int, batch_size: int) -> tuple[str, MixerCache]:
         """The name and the value of the cache among the variables."""
@@ -178,12 +207,7 @@ class LinenMixer(linen.Module):
         length = None if room == "None" else int(room)
         options = self._arguments(self.cache_options)
         build = _cache_builder(self._builder(features), batch_size, length, options)
-        return name, _from_dict(arrays, _shapes_of(build))
-
-
-def axis_names(parameter: nnx.Variable) -> tuple[str | None, ...] | None:
-    """The logical names of a parameter's axes; None if it has none."""
-    return parameter.get_metadata().get("out_sharding")
+        return name, cache_from_dict(arrays, _shapes_of(build))
 
 
 # Cached, because JAX remembers the shapes of what a function returns.
@@ -211,61 +235,5 @@ def _shapes_of(build: Callable[[Array], Any]) -> Any:
     return jax.eval_shape(build, jax.eval_shape(jax.random.key, 0))
 
 
-def _value(parameter: nnx.Variable) -> Any:
-    return parameter.get_value()
-
-
-def _boxed(parameter: nnx.Variable) -> Any:
-    """The value with the names of its axes, as Flax's rules for logical axes take them."""
-    names = axis_names(parameter)
-    value = parameter.get_value()
-    return value if names is None else linen.LogicallyPartitioned(value, names)
-
-
-def _nested(state: Any, of: Callable[[nnx.Variable], Any]) -> dict[str, Any]:
-    """Nested dictionaries of what ``of`` makes of each parameter."""
-    flat = {_name(path): of(parameter) for path, parameter in nnx.to_flat_state(state)}
-    return traverse_util.unflatten_dict(flat, sep="/")
-
-
-def _name(path: tuple) -> str:
-    return "/".join(map(str, path))
-
-
 def _zeros(shapes: Any) -> Any:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-
-def _without_common(cache: MixerCache) -> MixerCache:
-    """The cache without its arrays that have no row axis."""
-    nested = {name: _without_common(getattr(cache, name)) for name in cache.nested}
-    return cache.replace(**dict.fromkeys(cache.common), **nested)
-
-
-def _by_name(cache: MixerCache) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(cache)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
-
-
-def _to_dict(cache: MixerCache) -> dict[str, Any]:
-    """Nested dictionaries of those arrays of a cache that have rows."""
-    return traverse_util.unflatten_dict(_by_name(_without_common(cache)), sep="/")
-
-
-def _from_dict(arrays: Mapping[str, Any], like: MixerCache) -> MixerCache:
-    """The cache of these arrays, in the structure of another one."""
-    given = traverse_util.flatten_dict(arrays, sep="/")
-    wanted = _by_name(_without_common(like))
-    _checks.check_names("arrays of the cache", given, wanted)
-    for name, x in wanted.items():
-        got = given[name]
-        if (got.shape, got.dtype) != (x.shape, x.dtype):
-            raise ValueError(
-                f"the cache's {name} is {got.dtype} {got.shape}, but this layer and input need "
-                f"{x.dtype} {x.shape}"
-            )
-    leaves = [
-        jnp.asarray(given[name]) if name in given else _zeros(x)
-        for name, x in _by_name(like).items()
-    ]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)

@@ -5,13 +5,12 @@ from typing import Literal
 
 from jax.typing import DTypeLike
 
+from memcache_jax._typing import Exchange, Implementation, Start
 from memcache_jax.aggregation import Aggregation
-from memcache_jax.caching import Implementation, Start
 from memcache_jax.memories import Memory
 from memcache_jax.nn import attention, memory_caching
 from memcache_jax.nn.bridge import LinenMixer
 from memcache_jax.segmentation import Segmentation
-from memcache_jax.sharding.memory_caching import Exchange
 from memcache_jax.streaming.eviction import Eviction
 from memcache_jax.streaming.storage import Placement
 
@@ -30,7 +29,7 @@ class MemoryCaching(LinenMixer):
     Args:
       in_features: model dimension d; the input's by default.
       num_heads: heads h.
-      memory: as in ``nn.MemoryCaching``, like all up to ``param_dtype``.
+      memory: as in ``nn.MemoryCaching``, like all up to ``axis_names``.
       decode: whether to continue the stream of a cache.
       max_length: most tokens per row of a cache; by default as many as ``init`` is given, or any
         number if ``max_segments`` is given.
@@ -84,7 +83,7 @@ class Attention(LinenMixer):
     Args:
       in_features: model dimension d; the input's by default.
       num_heads: heads h.
-      window: as in ``nn.Attention``, like all up to ``param_dtype``.
+      window: as in ``nn.Attention``, like all up to ``axis_names``.
       decode: whether to continue the stream of a cache.
       max_length: most tokens per row of a cache without a window; by default as many as ``init`` is
         given.

@@ -1,6 +1,7 @@
 """The layers as Linen modules: in Linen's own loops and transformations, and against NNX."""
 
 import dataclasses
+import functools
 import inspect
 
 import flax
@@ -12,12 +13,12 @@ import pytest
 from flax import linen as nn
 from flax import nnx, traverse_util
 from flax.training.train_state import TrainState
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import memcache_jax as mc
 from tests.nn.loops import FEATURES, HEADS, OPTIONS, VOCAB, cross_entropy, repeating_tokens
 
-GATED = OPTIONS["titans, grm"]
 STREAMS = {
     "linear attention, grm": {
         "memory": mc.memories.LinearAttention(),
@@ -30,40 +31,46 @@ STREAMS = {
         "segmentation": mc.Constant(4),
         "start": "checkpoint",
     },
-    "titans, grm, logarithmic": GATED | {"segmentation": mc.Logarithmic(4)},
-    "linear attention, uniform soup": {
+    "titans, grm, logarithmic": {
+        "memory": mc.memories.Titans(chunk_size=4),
+        "aggregation": mc.GRM(),
+        "segmentation": mc.Logarithmic(4),
+    },
+    "linear attention, uniform soup": {  # whose cache is one running mean
         "memory": mc.memories.LinearAttention(),
         "aggregation": mc.Soup(gate="uniform"),
         "segmentation": mc.Constant(4),
     },
 }
-LAYERS = {name: mc.nn.linen.MemoryCaching(None, HEADS, **STREAMS[name]) for name in STREAMS}
-LAYERS["attention"] = mc.nn.linen.Attention(num_heads=HEADS)
-LAYERS["attention, window"] = mc.nn.linen.Attention(num_heads=HEADS, window=5)
-PLAIN, GRM = LAYERS["attention"], LAYERS["linear attention, grm"]
+LAYERS = {name: mc.nn.linen.MemoryCaching(None, 2, **STREAMS[name]) for name in STREAMS}
+LAYERS["attention"] = mc.nn.linen.Attention(num_heads=2)
+LAYERS["attention, window"] = mc.nn.linen.Attention(num_heads=2, window=5)
+ATTENTION, GRM, TITANS = (
+    LAYERS[name] for name in ("attention", "linear attention, grm", "titans, grm, logarithmic")
+)
 
 
 def inputs(length=13, batch=2):
-    return jax.random.normal(jax.random.key(1), (batch, length, FEATURES))
+    return jax.random.normal(jax.random.key(1), (batch, length, 8))
+
+
+@functools.cache
+def prepared(module):
+    """The variables that ``init`` gives for a stream of 13 tokens, and the output of all."""
+    stream = module.clone(decode=True)
+    y, variables = jax.jit(stream.init_with_output)(jax.random.key(0), inputs())
+    return variables, y
+
+
+def take(module, variables, x, **kwargs):
+    """The next outputs of a stream, and the variables afterwards."""
+    step = functools.partial(module.clone(decode=True).apply, mutable=["cache"])
+    y, changed = jax.jit(step)(variables, x, **kwargs)
+    return y, {**variables, **changed}
 
 
 def shapes(variables):
     return jax.tree.map(jnp.shape, nn.meta.unbox(variables))
-
-
-def stream(module, variables, x, lengths, jit=True):
-    """Outputs of pieces of these lengths, and the variables afterwards."""
-
-    def step(variables, x):
-        return module.apply(variables, x, mutable=["cache"])
-
-    step = jax.jit(step) if jit else step
-    outputs, begin = [], 0
-    for length in lengths:
-        y, changed = step(variables, x[:, begin : begin + length])
-        variables, begin = {**variables, **changed}, begin + length
-        outputs.append(y)
-    return jnp.concatenate(outputs, axis=1), variables
 
 
 class LinenModel(nn.Module):
@@ -103,7 +110,7 @@ def test_linen_loop(name):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_linen_and_nnx_forms_are_equal_for_equal_parameters(name):
-    x = inputs(21)
+    x = jax.random.normal(jax.random.key(1), (2, 21, FEATURES))
     linen = mc.nn.linen.MemoryCaching(FEATURES, HEADS, **OPTIONS[name])
     variables = nn.meta.unbox(jax.jit(linen.init)(jax.random.key(0), x))
     expected = jax.jit(linen.apply)(variables, x)
@@ -133,184 +140,170 @@ def test_fields_are_the_arguments_of_the_nnx_layer(name):
 
 
 def test_initial_parameters_are_those_of_the_nnx_layer():
-    variables = nn.meta.unbox(LAYERS["linear attention, grm"].init(jax.random.key(0), inputs()))
-    params = variables["params"]
-    assert set(params) == {
-        *("query", "key", "value", "query_conv", "key_conv", "value_conv"),
-        *("connector", "temperature", "norm", "output_gate", "out"),
+    params = nn.meta.unbox(prepared(GRM)[0])["params"]
+    assert shapes(params) == {
+        **dict.fromkeys(("query", "key", "value", "connector", "output_gate"), {"kernel": (8, 8)}),
+        **dict.fromkeys(("query_conv", "key_conv", "value_conv"), {"kernel": (4, 8)}),
+        "temperature": (2,),
+        "norm": {"scale": (4,)},
+        "out": {"kernel": (8, 8)},
     }
-    assert params["query"]["kernel"].shape == (FEATURES, FEATURES)
-    assert params["temperature"].tolist() == [10.0] * HEADS
-    assert params["norm"]["scale"].shape == (FEATURES // HEADS,)
+    assert params["temperature"].tolist() == [10.0] * 2
     for name in ("key", "connector"):
         np.testing.assert_array_equal(params[name]["kernel"], params["query"]["kernel"])
     assert not np.allclose(params["value"]["kernel"], params["query"]["kernel"])
-    np.testing.assert_allclose(jnp.std(params["value"]["kernel"]), FEATURES**-0.5, rtol=0.1)
-    # A key of the old kind, and another seed.
-    other = nn.meta.unbox(GRM.init(jax.random.PRNGKey(1), inputs()))["params"]
+    np.testing.assert_allclose(jnp.std(params["value"]["kernel"]), 8**-0.5, rtol=0.2)
+    # Another seed, in a key of the old kind.
+    other = nn.meta.unbox(jax.jit(GRM.init)(jax.random.PRNGKey(1), inputs()))["params"]
     assert not np.allclose(other["query"]["kernel"], params["query"]["kernel"])
 
 
-def test_axis_names_are_logical():
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return mc.nn.linen.MemoryCaching(num_heads=HEADS, **GATED, name="mixer")(x)
+class Model(nn.Module):
+    mixer: nn.Module
 
-    specs = nn.get_partition_spec(jax.eval_shape(Model().init, jax.random.key(0), inputs()))
+    @nn.compact
+    def __call__(self, x):
+        return self.mixer(nn.RMSNorm()(x))
+
+
+def test_axes_have_logical_names():
+    model = Model(TITANS.clone())
+    specs = nn.get_partition_spec(jax.eval_shape(model.init, jax.random.key(0), inputs()))
     params = specs["params"]["mixer"]
-    assert params["query"]["kernel"] == PartitionSpec("embed", "heads")
-    assert params["out"]["kernel"] == PartitionSpec("heads", "embed")
-    assert params["controls"]["eta"]["bias"] == PartitionSpec("heads")
-    assert params["weights"]["W1"] == PartitionSpec("heads", None, "embed")
-    assert params["norm"]["scale"] == PartitionSpec()
+    assert params["query"]["kernel"] == P("embed", "heads")
+    assert params["out"]["kernel"] == P("heads", "embed")
+    assert params["controls"]["eta"]["bias"] == P("heads")
+    assert params["weights"]["W1"] == P("heads", None, "embed")
+    assert params["norm"]["scale"] == P()
 
-    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     rules = (("embed", "x"), ("heads", "y"))
     shardings = nn.logical_to_mesh_sharding(specs, mesh, rules)
-    x = inputs()
-    variables = jax.jit(Model().init, out_shardings=shardings)(jax.random.key(0), x)
+    variables = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0), inputs())
     kernel = variables["params"]["mixer"]["query"]["kernel"].value
-    assert kernel.sharding.spec == PartitionSpec("x", "y")
-    expected = Model().apply(jax.device_get(variables), x)
+    assert kernel.sharding.spec == P("x", "y")
+    expected = jax.jit(model.apply)(jax.tree.map(np.asarray, variables), inputs())
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
-        y = jax.jit(Model().apply)(variables, x)
+        y = jax.jit(model.apply)(variables, inputs())
     np.testing.assert_allclose(y, expected, atol=1e-5)
 
 
+def test_axis_names_of_the_host():
+    module = ATTENTION.clone(axis_names={"embed": "model", "heads": ("y", "z")})
+    specs = nn.get_partition_spec(jax.eval_shape(module.init, jax.random.key(0), inputs()))
+    assert specs["params"]["query"]["kernel"] == P("model", ("y", "z"))
+
+
 def test_boxed_and_unboxed_variables_give_the_same():
-    x = inputs()
-    module = LAYERS["gated delta net, ssc, checkpoint"].clone(decode=True)
-    variables = module.init(jax.random.key(0), x)
-    plain = nn.meta.unbox(variables)
-    assert any(isinstance(x, nn.LogicallyPartitioned) for x in variables["params"]["out"].values())
-    assert not any(isinstance(x, nn.LogicallyPartitioned) for x in plain["params"]["out"].values())
-    assert jax.tree.structure(variables["cache"]) == jax.tree.structure(plain["cache"])
-    for mode in (variables, plain, flax.core.freeze(variables)):
-        y, _ = module.apply(mode, x, mutable=["cache"])
-        full = module.clone(decode=False).apply(mode, x)
+    boxed, full = prepared(GRM)
+    plain = nn.meta.unbox(boxed)
+    assert isinstance(boxed["params"]["out"]["kernel"], nn.LogicallyPartitioned)
+    assert isinstance(plain["params"]["out"]["kernel"], jax.Array)
+    assert jax.tree.structure(boxed["cache"]) == jax.tree.structure(plain["cache"])
+    for variables in (boxed, plain, flax.core.freeze(boxed)):
+        np.testing.assert_allclose(jax.jit(GRM.apply)(variables, inputs()), full, atol=1e-6)
+        y, _ = take(GRM, variables, inputs())
         np.testing.assert_allclose(y, full, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_stream_equals_the_full_pass(name):
-    x, module = inputs(21), LAYERS[name].clone(decode=True)
-    y, variables = jax.jit(module.init_with_output)(jax.random.key(0), x)
-    full = jax.jit(LAYERS[name].apply)({"params": variables["params"]}, x)
-    np.testing.assert_allclose(y, full, atol=1e-6)
-    y, after = stream(module, variables, x, [11, 7, 1, 1, 1])
-    np.testing.assert_allclose(y, full, atol=1e-5)
+    module = LAYERS[name]
+    variables, full = prepared(module)
+    # Models make empty caches of zeros, in the shapes that init would give.
+    assert not any(x.any() for x in jax.tree.leaves(variables["cache"]))
+    y, after = take(module, variables, inputs()[:, :10])
     assert shapes(after) == shapes(variables)
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_zeros_are_an_empty_cache(name):
-    # As models make one: of the shapes that init would give.
-    x, module = inputs(), LAYERS[name].clone(decode=True)
-    variables = module.init(jax.random.key(0), x)
-    full = LAYERS[name].apply(variables, x)
-    cache = jax.eval_shape(module.init, jax.random.key(0), x)["cache"]
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), cache)
-    y, _ = module.apply({**variables, "cache": zeros}, x, mutable=["cache"])
-    np.testing.assert_allclose(y, full, atol=1e-5)
+    np.testing.assert_allclose(y, full[:, :10], atol=1e-5)
+    for i in range(10, 13):
+        y, after = take(module, after, inputs()[:, i : i + 1])
+        np.testing.assert_allclose(y, full[:, i : i + 1], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_init_cache(name):
-    x, module = inputs(), LAYERS[name].clone(decode=True)
-    variables = module.init(jax.random.key(0), x)
-    room = None if name == "attention, window" else x.shape[1]
-    for cache in (
-        module.clone(in_features=FEATURES).init_cache(2, room),
-        module.bind(variables).init_cache(2, room),
-        module.bind({"params": variables["params"]}).clone(max_length=room).init_cache(2),
-    ):
-        assert shapes(cache) == shapes(variables["cache"])
+    module, (variables, _) = LAYERS[name], prepared(LAYERS[name])
+    room = None if name == "attention, window" else 13
+    cache = module.clone(in_features=8).init_cache(2, room)
+    assert shapes(cache) == shapes(variables["cache"])
     assert all(x.shape[0] == 2 for x in jax.tree.leaves(cache))
-    with pytest.raises(ValueError, match="in_features"):
+    bound = module.clone(max_length=room).bind({"params": variables["params"]})
+    of_bound = jax.eval_shape(functools.partial(bound.init_cache, 2))
+    assert shapes(of_bound) == shapes(variables["cache"])
+    with pytest.raises(ValueError, match="set in_features"):
         module.init_cache(2, room)
 
 
 def test_fields_bound_a_cache():
-    x = inputs(40)
-    recent = GRM.clone(decode=True, max_segments=2, policy="drop_oldest", cache_dtype="bfloat16")
-    variables = recent.init(jax.random.key(0), x[:, :1])  # of any length
-    bank = variables["cache"]["max_length_None"]["memory"]["bank"]
-    assert {x.dtype.name for x in jax.tree.leaves(bank)} == {"bfloat16"}
-    assert {x.shape[2] for x in jax.tree.leaves(bank)} == {2}
-    y, _ = stream(recent, variables, x, [17, 23])
+    recent = GRM.clone(max_segments=2, policy="drop_oldest", cache_dtype="bfloat16")
+    variables, _ = prepared(recent)
+    bank = variables["cache"]["max_length_None"]["memory"]["bank"]["0"]
+    assert (bank.shape, bank.dtype) == ((2, 2, 2, 4, 4), jnp.bfloat16)
+    y, variables = take(recent, variables, inputs(40)[:, :33])
+    y, variables = take(recent, variables, inputs(40)[:, 33:])
+
     layer = recent.bind(variables).to_nnx()
     cache = layer.init_cache(2, max_segments=2, policy="drop_oldest", cache_dtype="bfloat16")
-    expected, _ = layer(x, cache=cache)
-    np.testing.assert_allclose(y, expected, atol=1e-5)
-
-    longer = GRM.clone(decode=True, max_length=24)
-    variables = longer.init(jax.random.key(0), x[:, :1])
-    assert list(variables["cache"]) == ["max_length_24"]
+    expected, _ = jax.jit(layer.extend)(inputs(40), cache)
+    np.testing.assert_allclose(y, expected[:, 33:], atol=1e-5)
+    assert list(prepared(GRM.clone(max_length=24))[0]["cache"]) == ["max_length_24"]
 
 
-def test_ragged_rows():
-    x, module = inputs(), GRM.clone(decode=True)
-    variables = module.init(jax.random.key(0), x)
-    lengths = jnp.array([3, 6])
-    _, changed = module.apply(variables, x[:, :6], lengths=lengths, mutable=["cache"])
-    rest = jnp.stack([x[0, 3:10], x[1, 6:13]])
-    y, _ = module.apply({**variables, **changed}, rest, mutable=["cache"])
-    full = GRM.apply(variables, x)
-    np.testing.assert_allclose(y[0], full[0, 3:10], atol=1e-5)
-    np.testing.assert_allclose(y[1], full[1, 6:13], atol=1e-5)
+@pytest.mark.parametrize("module", [GRM, ATTENTION], ids=["memory caching", "attention"])
+def test_ragged_rows(module):
+    (variables, full), x = prepared(module), inputs()
+    _, after = take(module, variables, x[:, :6], lengths=jnp.array([3, 6]))
+    y, _ = take(module, after, jnp.stack([x[0, 3:10], x[1, 6:13]]))
+    np.testing.assert_allclose(y, jnp.stack([full[0, 3:10], full[1, 6:13]]), atol=1e-5)
 
 
-def test_rows_of_a_cache_can_be_gathered():
-    # As beam search does, on every array.
-    x, module = inputs(), GRM.clone(decode=True)
-    variables = module.init(jax.random.key(0), x)
-    _, changed = module.apply(variables, x[:, :10], mutable=["cache"])
-    swapped = jax.tree.map(lambda x: x[jnp.array([1, 0])], changed)
-    y, _ = module.apply({**variables, **swapped}, x[::-1, 10:], mutable=["cache"])
-    np.testing.assert_allclose(y[::-1], GRM.apply(variables, x)[:, 10:], atol=1e-5)
+def test_rows_of_a_cache_are_gathered():
+    # As beam search does, in all arrays alike.
+    (variables, full), x = prepared(TITANS), inputs()
+    _, after = take(TITANS, variables, x[:, :10])
+    swapped = jax.tree.map(lambda x: x[::-1], after["cache"])
+    y, _ = take(TITANS, {**after, "cache": swapped}, x[::-1, 10:])
+    np.testing.assert_allclose(y[::-1], full[:, 10:], atol=1e-5)
 
 
-def test_a_cache_is_saved_and_restored():
-    x, module = inputs(), LAYERS["titans, grm, logarithmic"].clone(decode=True)
-    variables = module.init(jax.random.key(0), x)
-    full = module.clone(decode=False).apply(variables, x)
-    _, changed = module.apply(variables, x[:, :10], mutable=["cache"])
-    saved = flax.serialization.to_bytes(changed)
+def test_variables_are_saved_and_restored():
+    (variables, full), x = prepared(TITANS), inputs()
+    _, after = take(TITANS, variables, x[:, :10])
+    saved = flax.serialization.to_bytes(after)
     for restored in (
-        flax.serialization.from_bytes(variables["cache"] | changed, saved),
-        flax.serialization.msgpack_restore(saved),
+        flax.serialization.from_bytes(variables, saved),
+        flax.serialization.msgpack_restore(flax.serialization.to_bytes(nn.meta.unbox(after))),
     ):
-        y, _ = module.apply({**variables, "cache": restored["cache"]}, x[:, 10:], mutable=["cache"])
+        y, _ = take(TITANS, restored, x[:, 10:])
         np.testing.assert_allclose(y, full[:, 10:], atol=1e-5)
 
 
 def test_packed_documents():
-    x = inputs()
+    variables, _ = prepared(GRM)
     documents = jnp.array([[0] * 5 + [1] * 8, [2] * 13])
-    variables = GRM.init(jax.random.key(0), x)
-    y = GRM.apply(variables, x, documents)
-    np.testing.assert_allclose(y[0, 5:], GRM.apply(variables, x[:1, 5:])[0], atol=1e-5)
-    np.testing.assert_array_equal(y, GRM.apply(variables, x, document_ids=documents))
+    y = jax.jit(GRM.apply)(variables, inputs(), documents)
+    alone = jax.jit(GRM.apply)(variables, inputs()[:1, 5:])
+    np.testing.assert_allclose(y[0, 5:], alone[0], atol=1e-5)
+    again = jax.jit(GRM.apply)(variables, inputs(), document_ids=documents)
+    np.testing.assert_array_equal(again, y)
+
+
+class Block(nn.Module):
+    mixer: nn.Module
+
+    def setup(self):
+        self.norm, self.mix = nn.RMSNorm(), self.mixer.clone()
+
+    def __call__(self, x, _):
+        return x + self.mix(self.norm(x)), None
 
 
 class Stack(nn.Module):
-    """Layers under a scan, as ``setup`` or ``compact`` makes them."""
-
     mixer: nn.Module
     remat: bool = False
 
     @nn.compact
     def __call__(self, x):
-        class Block(nn.Module):
-            mixer: nn.Module
-
-            def setup(self):
-                self.norm, self.mix = nn.RMSNorm(), self.mixer.clone()
-
-            def __call__(self, x, _):
-                return x + self.mix(self.norm(x)), None
-
         block = nn.scan(
             nn.remat(Block, prevent_cse=False) if self.remat else Block,
             variable_axes={"params": 0, "cache": 0},
@@ -318,123 +311,132 @@ class Stack(nn.Module):
             length=3,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return block(self.mixer.clone(parent=None), name="layers")(x, None)[0]
+        return block(self.mixer.clone(), name="layers")(x, None)[0]
 
 
-@pytest.mark.parametrize("remat", [False, True], ids=["", "remat"])
-@pytest.mark.parametrize("name", ["titans, grm, logarithmic", "attention"])
+@pytest.mark.parametrize(
+    ("name", "remat"),
+    [("titans, grm, logarithmic", False), ("gated delta net, ssc, checkpoint", True)],
+)
 def test_scan_over_layers(name, remat):
-    x, mixer = inputs(), LAYERS[name]
-    model = Stack(mixer.clone(decode=True), remat)
-    variables = jax.jit(model.init)(jax.random.key(0), x)
+    whole = Stack(LAYERS[name].clone(), remat)
+    stream = Stack(LAYERS[name].clone(decode=True), remat)
+    full, variables = jax.jit(stream.init_with_output)(jax.random.key(0), inputs())
     kernel = variables["params"]["layers"]["mix"]["query"]["kernel"]
     assert kernel.names == ("layers", "embed", "heads")
-    assert kernel.value.shape == (3, FEATURES, FEATURES)
+    assert kernel.value.shape == (3, 8, 8)
     assert not np.allclose(kernel.value[0], kernel.value[1])
-    params = nn.meta.unbox(variables["params"])["layers"]
-    expected, norm = x, nn.RMSNorm()
-    for i in range(3):
-        one = jax.tree.map(lambda x, i=i: x[i], params)
-        normed = norm.apply({"params": one["norm"]}, expected)
-        expected = expected + mixer.apply({"params": one["mix"]}, normed)
 
-    whole = Stack(mixer, remat)
-    np.testing.assert_allclose(whole.apply(variables, x), expected, atol=1e-5)
-    y, _ = stream(model, variables, x, [11, 1, 1])
-    np.testing.assert_allclose(y, expected, atol=1e-5)
+    def one_by_one(params, x):
+        for i in range(3):
+            layer = jax.tree.map(lambda x, i=i: x[i], nn.meta.unbox(params))
+            x, _ = Block(LAYERS[name].clone()).apply({"params": layer}, x, None)
+        return x
 
-    gradient = jax.jit(jax.grad(lambda params: (whole.apply({"params": params}, x) ** 2).sum()))
-    kernel = gradient(variables["params"])["layers"]["mix"]["value"]["kernel"]
+    expected = jax.jit(one_by_one)(variables["params"]["layers"], inputs())
+    np.testing.assert_allclose(full, expected, atol=1e-5)
+    y, after = take(stream, variables, inputs()[:, :12])
+    np.testing.assert_allclose(y, full[:, :12], atol=1e-5)
+    y, _ = take(stream, after, inputs()[:, 12:])
+    np.testing.assert_allclose(y, full[:, 12:], atol=1e-5)
+
+    def loss(params):
+        return (whole.apply({"params": params}, inputs()) ** 2).sum()
+
+    kernel = jax.jit(jax.grad(loss))(variables["params"])["layers"]["mix"]["value"]["kernel"]
     assert (abs(kernel.value).max(axis=(1, 2)) > 0).all()
 
 
 @pytest.mark.parametrize("transform", [nn.jit, nn.remat])
-def test_transformed_module(transform):
-    x = inputs()
-    module = transform(mc.nn.linen.MemoryCaching)(FEATURES, HEADS, **STREAMS[next(iter(STREAMS))])
-    variables = module.init(jax.random.key(0), x)
-    full = GRM.apply(variables, x)
-    np.testing.assert_allclose(module.apply(variables, x), full, atol=1e-5)
-    module = module.clone(decode=True)
-    variables = {**variables, "cache": module.init_cache(2, 13)}
-    y, _ = stream(module, variables, x, [12, 1], jit=False)
-    np.testing.assert_allclose(y, full, atol=1e-5)
+def test_transformed_class(transform):
+    variables, full = prepared(GRM)
+    transformed = transform(mc.nn.linen.MemoryCaching)
+    module = transformed(8, 2, **STREAMS["linear attention, grm"], decode=True)
+    assert shapes(jax.eval_shape(module.init, jax.random.key(0), inputs())) == shapes(variables)
+    y, after = take(module, variables, inputs()[:, :12])
+    np.testing.assert_allclose(y, full[:, :12], atol=1e-5)
+    y, _ = take(module, after, inputs()[:, 12:])
+    np.testing.assert_allclose(y, full[:, 12:], atol=1e-5)
 
 
 def test_tabulate_counts_every_parameter():
-    x = inputs()
-    count = sum(x.size for x in jax.tree.leaves(jax.eval_shape(GRM.init, jax.random.key(0), x)))
-    table = GRM.tabulate(jax.random.key(0), x, console_kwargs={"width": 200})
-    assert f"{count:,}" in table
+    count = sum(x.size for x in jax.tree.leaves(prepared(GRM)[0]["params"]))
+    table = GRM.tabulate(jax.random.key(0), inputs(), console_kwargs={"width": 200})
+    assert f"Total Parameters: {count}" in table
     assert "temperature" in table
 
 
-def test_to_nnx_gives_the_methods_of_the_layer():
-    x = inputs()
-    variables = GRM.init(jax.random.key(0), x)
+def test_the_nnx_layer_of_a_bound_module():
+    variables, _ = prepared(GRM)
     layer = GRM.bind(variables).to_nnx()
-    assert layer.gates(x).shape == (2, 13, HEADS, 2)
-    np.testing.assert_allclose(layer(x), GRM.apply(variables, x), atol=1e-6)
+    assert layer.gates(inputs()).shape == (2, 13, 2, 2)
+    np.testing.assert_array_equal(
+        layer.query.kernel[...], variables["params"]["query"]["kernel"].value
+    )
 
 
 class TestErrors:
-    def test_number_of_heads(self):
+    def test_arguments(self):
         with pytest.raises(ValueError, match="num_heads must be given"):
-            mc.nn.linen.Attention(FEATURES).init(jax.random.key(0), inputs())
-
-    def test_what_the_nnx_layer_refuses(self):
+            mc.nn.linen.Attention(8).init(jax.random.key(0), inputs())
         with pytest.raises(ValueError, match="must divide"):
-            PLAIN.clone(num_heads=5).init(jax.random.key(0), inputs())
-        variables = PLAIN.init(jax.random.key(0), inputs())
-        with pytest.raises(ValueError, match="document_ids must be integers"):
-            PLAIN.apply(variables, inputs(), jnp.ones((2, 13)))
+            mc.nn.linen.Attention(8, 3).init(jax.random.key(0), inputs())
 
-    @pytest.mark.parametrize("name", LAYERS)
-    def test_full_cache(self, name):
-        x, module = inputs(), LAYERS[name].clone(decode=True)
-        variables = module.init(jax.random.key(0), x)
-        if name == "attention, window":
-            _, variables = stream(module, variables, x, [13, 1], jit=False)
-            return
-        _, full = stream(module, variables, x, [13])
-        with pytest.raises(ValueError, match="holds 1[36] tokens in a row and would have"):
-            module.apply(full, x[:, :4], mutable=["cache"])
-        y, _ = stream(module, full, x, [4])
-        assert jnp.isnan(y).any()
+    def test_call(self):
+        variables, _ = prepared(GRM)
+        with pytest.raises(ValueError, match=r"must be \(b, t, d\), got shape \(13, 8\)"):
+            GRM.apply(variables, inputs()[0])
+        with pytest.raises(ValueError, match="got them with decode=False"):
+            GRM.apply(variables, inputs(), lengths=jnp.array([1, 2]))
+        with pytest.raises(flax.errors.ScopeParamShapeError):
+            GRM.apply(variables, inputs()[..., :4])
 
-    @pytest.mark.parametrize("module", [PLAIN, GRM], ids=["attention", "memory caching"])
+    @pytest.mark.parametrize("module", [GRM, ATTENTION], ids=["memory caching", "attention"])
+    def test_full_cache(self, module):
+        _, full = take(module, prepared(module)[0], inputs())
+        stream = module.clone(decode=True)
+        with pytest.raises(ValueError, match="holds 13 tokens in a row and would have 14"):
+            stream.apply(full, inputs(1), mutable=["cache"])
+        y, _ = take(module, full, inputs(1))
+        assert jnp.isnan(y).all()
+
+    @pytest.mark.parametrize("module", [GRM, ATTENTION], ids=["memory caching", "attention"])
     def test_cache(self, module):
-        x, module = inputs(), module.clone(decode=True)
-        variables = module.init(jax.random.key(0), x)
+        variables, _ = prepared(module)
+        stream = functools.partial(module.clone(decode=True).apply, mutable=["cache"])
         with pytest.raises(flax.errors.ModifyScopeVariableError):
-            module.apply(variables, x)
+            jax.jit(module.clone(decode=True).apply)(variables, inputs())
         with pytest.raises(ValueError, match="got none: give variables"):
-            module.apply({"params": variables["params"]}, x, mutable=["cache"])
+            stream({"params": variables["params"]}, inputs())
         with pytest.raises(ValueError, match=r"\['a', 'b'\]: give variables"):
-            module.apply({**variables, "cache": {"b": 1, "a": 2}}, x, mutable=["cache"])
+            stream({**variables, "cache": {"b": 1, "a": 2}}, inputs())
+        with pytest.raises(ValueError, match="but this layer and its input need"):
+            stream(variables, inputs(batch=3))
+
+    def test_documents_in_a_stream(self):
+        stream = functools.partial(GRM.clone(decode=True).apply, mutable=["cache"])
+        documents, variables = jnp.zeros((2, 13), int), prepared(GRM)[0]
         with pytest.raises(ValueError, match="give no document_ids"):
-            module.apply(variables, x, jnp.zeros((2, 13), int), mutable=["cache"])
-        with pytest.raises(ValueError, match="this layer and input need"):
-            module.apply(variables, inputs(batch=3), mutable=["cache"])
+            stream(variables, inputs(), documents)
+        with pytest.raises(ValueError, match="give nothing but the input"):
+            stream(variables, inputs(), documents, lengths=jnp.array([1, 2]))
 
     def test_cache_of_another_layer(self):
-        x = inputs()
-        variables = GRM.clone(decode=True).init(jax.random.key(0), x)
+        variables, _ = prepared(GRM)
         small = GRM.clone(decode=True, segmentation=mc.Constant(2))
-        with pytest.raises(ValueError, match="this layer and input need"):
-            small.apply(variables, x, mutable=["cache"])
-        cache = PLAIN.clone(decode=True, in_features=FEATURES).init_cache(2, 13)
-        with pytest.raises(ValueError, match="arrays of the cache must be"):
-            small.apply({**variables, "cache": cache}, x, mutable=["cache"])
+        with pytest.raises(ValueError, match="but this layer and its input need"):
+            small.apply(variables, inputs(), mutable=["cache"])
+        cache = prepared(ATTENTION)[0]["cache"]
+        with pytest.raises(ValueError, match="the cache's arrays must be"):
+            small.apply({**variables, "cache": cache}, inputs(), mutable=["cache"])
 
     def test_parameters_of_another_layer(self):
-        x = inputs()
-        variables = GRM.clone(memory=mc.memories.SSD()).init(jax.random.key(0), x)
+        variables, _ = prepared(GRM.clone(memory=mc.memories.SSD()))
         other = GRM.clone(memory=mc.memories.GatedDeltaNet())
-        with pytest.raises(ValueError, match="unknown: .'controls/lam/bias'"):
-            other.apply(variables, x)
-        with pytest.raises(flax.errors.ScopeParamShapeError):
-            GRM.apply(variables, x[..., :16])
+        with pytest.raises(
+            ValueError, match=r"'controls/beta/kernel'\]; unknown: \['controls/lam/b"
+        ):
+            other.apply(variables, inputs())
         params = {n: x for n, x in variables["params"].items() if n != "temperature"}
         with pytest.raises(flax.errors.ScopeParamNotFoundError, match="temperature"):
-            GRM.apply({"params": params}, x)
+            GRM.apply({"params": params}, inputs())
