@@ -82,10 +82,11 @@ class LinenMixer(linen.Module):
             module's; with ``decode``, without a cache or beyond its room. Under ``jit`` room
             cannot be checked: outputs beyond it are NaN.
         """
-        given = kwargs.get("inputs_q") if x is None else x
-        if jnp.ndim(given) != 3:
-            raise ValueError(f"the input must be (b, t, d), got shape {jnp.shape(given)}")
-        batch, length, features = jnp.shape(given)
+        given: Any = kwargs.get("inputs_q") if x is None else x
+        shape = getattr(given, "shape", ())
+        if len(shape) != 3:
+            raise ValueError(f"the input must be (b, t, d), got shape {shape}")
+        batch, length, features = shape
         features = features if self.in_features is None else self.in_features
         layer = self._layer(features, self._params(features))
         if not self.decode or self.is_initializing():
@@ -179,10 +180,10 @@ class LinenMixer(linen.Module):
         return {name: param(name) for name in shapes}
 
     def _layer(self, features: int, params: Mapping[str, Any] | None = None) -> Any:
-        """The NNX layer with these parameters, or of zeros."""
+        """The NNX layer with these parameters, or with zeros."""
         graph, state = _shapes_of(self._builder(features))
-        params = _zeros(values(state)) if params is None else params
-        return nnx.merge(graph, with_values(state, params))
+        given = _zeros(values(state)) if params is None else params
+        return nnx.merge(graph, with_values(state, given))
 
     def _empty_cache(
         self, features: int, batch_size: int, max_length: int | None, sharding: Any = None

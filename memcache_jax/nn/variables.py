@@ -37,7 +37,7 @@ def with_values(state: nnx.State, params: Mapping[str, Any]) -> nnx.State:
     Raises:
       ValueError: if their names are not those of the state's.
     """
-    given = traverse_util.flatten_dict(params, sep="/")
+    given = _flat(params)
     wanted = {_name(path): (path, parameter) for path, parameter in nnx.to_flat_state(state)}
     _checks.check_names("the layer's parameters", given, wanted)
     return nnx.from_flat_state(
@@ -59,7 +59,7 @@ def cache_from_dict(arrays: Mapping[str, Any], like: MixerCache) -> MixerCache:
     Raises:
       ValueError: if their names, shapes or dtypes differ.
     """
-    given = traverse_util.flatten_dict(arrays, sep="/")
+    given = _flat(arrays)
     wanted = _by_name(_without_common(like))
     _checks.check_names("the cache's arrays", given, wanted)
     for name, x in wanted.items():
@@ -79,6 +79,10 @@ def cache_from_dict(arrays: Mapping[str, Any], like: MixerCache) -> MixerCache:
 def _nested(state: nnx.State, of: Callable[[nnx.Variable], Any]) -> dict[str, Any]:
     flat = {_name(path): of(parameter) for path, parameter in nnx.to_flat_state(state)}
     return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _flat(nested: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(traverse_util.flatten_dict(nested, sep="/"))
 
 
 def _name(path: tuple) -> str:
