@@ -62,11 +62,12 @@ class Checkpoints:
         names = [path.name for path in Path(workdir, "checkpoints").glob("*") if path.is_dir()]
         return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
-    def notes(self) -> dict[str, Any] | None:
-        """Returns the notes of the newest readable checkpoint, or None."""
-        for step in self.steps:
+    @classmethod
+    def notes_in(cls, workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
+        """Returns the notes of the newest readable checkpoint in a workdir, or None."""
+        for step in cls.steps_in(workdir):
             try:
-                return _read_notes(self.folder / str(step))
+                return _read_notes(Path(os.path.abspath(workdir)) / "checkpoints" / str(step))
             except Exception as e:  # Orbax raises many kinds on damaged files
                 _log.debug("no notes in the checkpoint of step %d: %s", step, e)
         return None
