@@ -209,11 +209,14 @@ def on_default_device(target: TrainState) -> TrainState:
 
 
 def root_cause(error: BaseException) -> str:
-    """Returns an error's first cause in one line; Orbax's last one is a page of details."""
+    """Returns an error's first cause in one line; Orbax's last one is a page of details.
+
+    A long line keeps its ends, since TensorStore names files before it says what is wrong with them.
+    """
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) < 300 else f"{text[:300]}..."
+    return text if len(text) < 300 else f"{text[:150]} ... {text[-150:]}"
 
 
 def _read_notes(path: Path) -> dict[str, Any]:
