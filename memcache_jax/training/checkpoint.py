@@ -211,7 +211,7 @@ def on_default_device(target: TrainState) -> TrainState:
 def root_cause(error: BaseException) -> str:
     """Returns an error's first cause in one line; Orbax's last one is a page of details.
 
-    A long line keeps its ends, since TensorStore names files before it says what is wrong with them.
+    A long one keeps its ends, since TensorStore names files before it says what is wrong.
     """
     while error.__cause__ is not None:
         error = error.__cause__
