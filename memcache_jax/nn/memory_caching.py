@@ -1,10 +1,8 @@
 """The Memory Caching layer: a drop-in for causal self-attention."""
 
-import dataclasses
 import functools
-from typing import Any, ClassVar, Literal, Unpack, get_args, overload
+from typing import Any, Literal, Unpack, get_args, overload
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -18,40 +16,13 @@ from memcache_jax.engine.run import gates_of_tokens
 from memcache_jax.memories import Memory
 from memcache_jax.nn.calls import MixerCall, answer, read_mixer_call
 from memcache_jax.nn.host_options import HostOptions, read_host_options
+from memcache_jax.nn.layer_cache import LayerCache
 from memcache_jax.nn.projections import Projections
 from memcache_jax.segmentation import Segmentation
 from memcache_jax.sharding.division import Division
 from memcache_jax.sharding.names import AxisNames, naming
-from memcache_jax.streaming import Cache, check_options, extend, init_cache
-from memcache_jax.streaming.protocol import MixerCache, placed
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LayerCache(MixerCache):
-    """A stream's past in one layer."""
-
-    memory: Cache
-    tails: Any  # a tuple of the last inputs of each convolution, (b, width - 1, h k)
-
-    nested = ("memory",)
-    small = zeroed = ("tails",)
-    axes: ClassVar = {"tails": "b . h"}
-
-    @property
-    def head_shape(self) -> tuple[int, ...]:
-        """Number of heads, and their dimension."""
-        return self.memory.key_sum.shape[1::2]
-
-    @property
-    def position(self) -> Array:
-        """Tokens taken so far by each row, (b,)."""
-        return self.memory.position
-
-    @property
-    def max_length(self) -> int | None:
-        """Most tokens per row; None for any number."""
-        return self.memory.config.max_length
+from memcache_jax.streaming import check_options, extend, init_cache
+from memcache_jax.streaming.protocol import placed
 
 
 class MemoryCaching(Projections):
@@ -224,38 +195,6 @@ class MemoryCaching(Projections):
             exchange=self.exchange,
         )
         return self._output(wide, y)
-
-    def operands(
-        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None = None
-    ) -> dict[str, Any]:
-        """The arrays that a call passes to ``mc.memory_caching``, by argument name.
-
-        They are ``query``, ``key``, ``value``, ``connector`` (or None), ``controls`` and
-        ``weights``.
-
-        Example:
-          >>> import jax.numpy as jnp, memcache_jax as mc
-          >>> from flax import nnx
-          >>> layer = mc.nn.MemoryCaching(8, 2, memory=mc.memories.SSD(),
-          ...                             aggregation=mc.GRM(), segmentation=mc.Constant(4),
-          ...                             rngs=nnx.Rngs(0))
-          >>> operands = layer.operands(jnp.ones((1, 14, 8)))
-          >>> operands["query"].shape, sorted(operands["controls"])
-          ((1, 14, 2, 4), ['lam', 'log_alpha'])
-        """
-        _checks.check_input(x, self.in_features)
-        if document_ids is not None:
-            _checks.check_documents(document_ids, x.shape[:2])
-        x = x if self.dtype is None else x.astype(self.dtype)
-        rows = [linear(x) for linear, _ in self._paths]
-        tokens: Any = *((row, "b t h") for row in rows), (document_ids, "b t")
-        division = Division.of(*tokens, heads=self.num_heads)
-        query, key, value = (
-            conv(row, document_ids, division)
-            for (_, conv), row in zip(self._paths, rows, strict=True)
-        )
-        tokens = self._tokens(x, query, key, value, division)
-        return tokens | {"weights": self._initial_weights()}
 
     def gates(self, x: Float[Array, "b t d"]) -> Float[Array, "b t h states"]:
         """The weight that each token gives to each state it may read, for inspection.
