@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from memcache_jax import _checks
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.memories import Control, Memory
