@@ -158,7 +158,7 @@ class LinenMixer(linen.Module):
         if self.num_heads is None:
             raise ValueError("num_heads must be given, got None")
         names = inspect.signature(self.nnx_class.__init__).parameters
-        names = sorted(set(names) - {"self", "in_features", "rngs"})
+        names = sorted(set(names) - {"self", "in_features", "rngs", "host"})
         return _layer_builder(self.nnx_class, features, self._arguments(tuple(names)))
 
     def _arguments(self, names: tuple[str, ...]) -> Arguments:
