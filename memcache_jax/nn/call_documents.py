@@ -38,8 +38,8 @@ def documents(call: Call, shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
         sees_previous = xp.diagonal(seen[:, 0], offset=-1, axis1=1, axis2=2)
         begins = begins | after_first(~sees_previous, xp)
         wanted = masks.causal(length, xp) & _same(begins)
-        followed = legible & masks.head_agrees(seen) & (seen[:, 0] == wanted).all(axis=2)
-        right = masks.padding_tokens(seen, xp) | followed
+        followed = masks.head_agrees(seen) & (seen[:, 0] == wanted).all(axis=2)
+        right = legible & (masks.padding_tokens(seen, xp) | followed)
         if xp is np:
             if not right.all():
                 raise ValueError(
@@ -65,7 +65,7 @@ def documents_and_mask(call: Call, shape: tuple[int, ...]) -> tuple[Any, Any, An
     if call.mask is not None:
         seen, legible = _seen(call, shape, begins, xp)
         wanted = seen & masks.causal(shape[1], xp)[:, None]
-        right = masks.padding_tokens(seen, xp) | (legible & (seen == wanted).all(axis=(1, 3)))
+        right = legible & (masks.padding_tokens(seen, xp) | (seen == wanted).all(axis=(1, 3)))
         if xp is np and not right.all():
             raise ValueError(
                 masks.explain(seen.any(axis=1, keepdims=True), wanted.any(axis=1), right)
