@@ -99,7 +99,9 @@ class Projections(nnx.Module):
         )
 
     def _initial_weights(self) -> dict[str, Array]:
-        return {name: weight[...] for name, weight in self.weights.items()}
+        # By name: qwix and ``nnx.capture`` put attributes of their own into every container.
+        names = self.memory.weight_shapes(self.head_dim, self.head_dim)
+        return {name: self.weights[name][...] for name in names}
 
     def _tokens(self, x: Array, query: Array, key: Array, value: Array) -> dict[str, Any]:
         """The per-token arguments of ``mc.memory_caching``, from convolved projections."""

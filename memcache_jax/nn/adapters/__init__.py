@@ -1,0 +1,6 @@
+"""Our layers in the models and trainers of others; each file is one host, and imports none."""
+
+from memcache_jax.nn.adapters.gemma import GemmaAttention, GemmaCache
+from memcache_jax.nn.adapters.maxtext import MaxTextAttention
+
+__all__ = ["GemmaAttention", "GemmaCache", "MaxTextAttention"]
