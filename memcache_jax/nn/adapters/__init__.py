@@ -2,5 +2,6 @@
 
 from memcache_jax.nn.adapters.gemma import GemmaAttention, GemmaCache
 from memcache_jax.nn.adapters.maxtext import MaxTextAttention
+from memcache_jax.nn.adapters.tunix import TunixCache, TunixModel
 
-__all__ = ["GemmaAttention", "GemmaCache", "MaxTextAttention"]
+__all__ = ["GemmaAttention", "GemmaCache", "MaxTextAttention", "TunixCache", "TunixModel"]

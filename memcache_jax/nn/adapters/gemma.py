@@ -71,8 +71,8 @@ class GemmaAttention(nnx.Module):
     ) -> GemmaCache:
         """Returns an empty cache for ``cache_size`` tokens a row, whose states are of ``dtype``."""
         past = self.mixer.init_cache(batch_size, cache_size, cache_dtype=dtype)
-        none = jnp.zeros(batch_size, jnp.int32)
-        return GemmaCache(past, none, none)
+        # Two arrays, so that they can be donated.
+        return GemmaCache(past, *(jnp.zeros(batch_size, jnp.int32) for _ in range(2)))
 
     def __call__(
         self,
