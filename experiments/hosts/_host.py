@@ -94,6 +94,12 @@ def words(rows: int = 4, length: int = 10) -> jax.Array:
     return jax.random.randint(jax.random.key(0), (rows, length), EOS + 1, VOCAB)
 
 
+def prompts() -> list[str]:
+    """The beginnings of two words, of different lengths."""
+    first, second, *_ = words().tolist()
+    return [Numbers().decode(first[:7]), Numbers().decode(second[:3])]
+
+
 def repeated(length: int = 41) -> jax.Array:
     """Each row repeats a word of its own."""
     word = words()

@@ -84,9 +84,7 @@ def train(devices: int, steps: int = 15) -> tuple[list[float], Any]:
     with _host.mesh(devices, ("fsdp", "tensor")):
         model = transformer.Transformer(config, rngs=nnx.Rngs(params=0, dropout=0))
         optimizer = nnx.Optimizer(model, optax.adamw(1e-2), wrt=nnx.Param)
-        metrics = nnx.MultiMetric(
-            loss=nnx.metrics.Average("loss"), accuracy=nnx.metrics.Accuracy()
-        )
+        metrics = nnx.MultiMetric(loss=nnx.metrics.Average("loss"), accuracy=nnx.metrics.Accuracy())
         step = nnx.jit(example.nnx_train_step, static_argnames=("pad_id", "with_capture"))
         rngs, batch, losses = nnx.Rngs(dropout=1), _packed(devices), []
         for _ in range(steps):
@@ -116,9 +114,11 @@ def sample(model: Any) -> float:
     import transformer
 
     vocab: Any = _host.Numbers()
-    prompts = [vocab.decode(row[:n].tolist()) for row, n in zip(_host.words(), (7, 3), strict=False)]
+    prompts = [
+        vocab.decode(row[:n].tolist()) for row, n in zip(_host.words(), (7, 3), strict=False)
+    ]
     draw = sampler.Sampler(vocab=vocab, cache_size=64, transformer=model)
-    drawn = draw(prompts, total_generation_steps=9, echo=True)
+    drawn = draw(_host.prompts(), total_generation_steps=9, echo=True)
     tokens = jnp.asarray(drawn.tokens)
     mask = transformer.make_causal_attn_mask(tokens > _host.PAD)
     places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)

@@ -28,9 +28,7 @@ def run(devices: int) -> list[_host.Row]:
 
     model = build()
     inputs = model.get_model_input()
-    adapted = qwix.apply_lora_to_model(
-        model, qwix.LoraProvider(**LORA), rngs=nnx.Rngs(1), **inputs
-    )
+    adapted = qwix.apply_lora_to_model(model, qwix.LoraProvider(**LORA), rngs=nnx.Rngs(1), **inputs)
     frozen = jnp.asarray(adapted.model.outer.embedding.embedding[...])
     adapted, losses = train(adapted, devices)
     assert peft_trainer.utils.is_lora_enabled(adapted), "qwix added no parameters"
@@ -85,11 +83,9 @@ def sample(model: Any) -> float:
     """Prompts of two lengths: how far the logits are from those of whole rows without padding."""
     from tunix.generate import sampler
 
-    numbers = _host.Numbers()
-    prompts = [numbers.decode(row[:n].tolist()) for row, n in zip(_host.words(), (7, 3), strict=False)]
     config = sampler.CacheConfig(cache_size=64, num_layers=2, num_kv_heads=2, head_dim=16)
-    draw = sampler.Sampler(model, numbers, config)
-    drawn = draw(prompts, max_generation_steps=9, return_logits=True, echo=True)
+    draw = sampler.Sampler(model, _host.Numbers(), config)
+    drawn = draw(_host.prompts(), max_generation_steps=9, return_logits=True, echo=True)
     error, whole = 0.0, nnx.jit(lambda model, tokens: model(tokens)[0])
     for tokens, logits in zip(drawn.tokens, drawn.logits, strict=True):
         expected = whole(model, jnp.asarray(tokens)[None])[0, :-1]

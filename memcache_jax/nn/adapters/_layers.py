@@ -1,5 +1,6 @@
 """A language model whose layers are a list of modules, not one stacked module in a scan."""
 
+import operator
 from typing import Any
 
 import jax
@@ -24,10 +25,10 @@ class Unrolled(nnx.Module):
         self.config = model.config
         self.outer = nnx.merge(*nnx.split(model))
         graph, stacked = nnx.split(self.outer.layers)
-        of_layers = [jax.tree.map(lambda x: x[i], stacked) for i in range(self.config.repeats)]
-        self.layers = nnx.List(
-            [nnx.merge(graph, spmd.remove_axis(state, 0, _AXIS)) for state in of_layers]
-        )
+        self.layers = nnx.List([])
+        for layer in range(self.config.repeats):
+            state = jax.tree.map(operator.itemgetter(layer), stacked)
+            self.layers.append(nnx.merge(graph, spmd.remove_axis(state, 0, _AXIS)))
         del self.outer.layers
 
     def language_model(self) -> LanguageModel:

@@ -12,7 +12,7 @@ from memcache_jax._typing import Array, Bool, Float, Int
 
 
 class Rows(NamedTuple):
-    """The tokens of a call, as a mask describes them.
+    """The tokens of a call.
 
     Attributes:
       real: tokens that are not padding, which is what does not see itself.
@@ -40,11 +40,23 @@ def read_mask(mask: Array, begin: Any = 0) -> Rows:
     return Rows(real, first, ~real | ((own == run).all(axis=2) & (goes_on | (first == place))))
 
 
-def read_next(mask: Array, begin: Any, position: Int[Array, "b"]) -> tuple[Array, Array, Array]:
-    """Reads the mask of a stream's next tokens: their padding on the left, how many are real.
+def read_rows(
+    shape: tuple[int, ...], mask: Array | None, ids: Array | None, positions: Array | None
+) -> Rows:
+    """Reads a mask, or else ids of documents, or else positions in them."""
+    if mask is not None:
+        return read_mask(mask)
+    every, first = jnp.ones(shape, bool), jnp.zeros(shape, jnp.int32) if ids is None else ids
+    if ids is None and positions is not None:
+        goes_on = positions[:, 1:] == positions[:, :-1] + 1
+        first = jnp.cumsum(jnp.pad(~goes_on, ((0, 0), (1, 0))), axis=1)
+    return Rows(every, first, every)
 
-    ``position`` real tokens of each row came before; ``begin`` with the padding. The last result
-    is as in ``Rows``.
+
+def read_next(mask: Array, begin: Any, position: Int[Array, "b"]) -> tuple[Array, Array, Array]:
+    """Reads a stream's next mask, after ``position`` real tokens and ``begin`` with padding.
+
+    Returns the padding on the left, how many tokens are real, and ``honoured``.
     """
     real, first, honoured = read_mask(mask, begin)
     padding = jnp.argmax(real, axis=1)
