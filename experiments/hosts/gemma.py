@@ -114,9 +114,6 @@ def sample(model: Any) -> float:
     import transformer
 
     vocab: Any = _host.Numbers()
-    prompts = [
-        vocab.decode(row[:n].tolist()) for row, n in zip(_host.words(), (7, 3), strict=False)
-    ]
     draw = sampler.Sampler(vocab=vocab, cache_size=64, transformer=model)
     drawn = draw(_host.prompts(), total_generation_steps=9, echo=True)
     tokens = jnp.asarray(drawn.tokens)

@@ -37,7 +37,8 @@ def read_mask(mask: Array, begin: Any = 0) -> Rows:
     run = (first[..., None] <= place[:, None]) & (place[:, None] <= place[..., None])
     before = ((0, 0), (1, 0))
     goes_on = jnp.pad(real, before)[:, :-1] & (jnp.pad(first, before)[:, :-1] == first)
-    return Rows(real, first, ~real | ((own == run).all(axis=2) & (goes_on | (first == place))))
+    known = (own == run).all(axis=2) & (goes_on | (first == place))
+    return Rows(real, first, known | ~real)
 
 
 def read_rows(

@@ -55,7 +55,7 @@ class TunixModel(nnx.Module):
         attention_mask: Array | None = None,
         segment_ids: Array | None = None,
         decode_only_last_token: bool = False,
-    ) -> tuple[Float[Array, "b t vocab"], HostCache | None]:
+    ) -> tuple[Float[Array, "b _ vocab"], HostCache | None]:
         """Returns the logits, of the last tokens alone if asked, and the cache, None without one.
 
         The mask tells the documents and the padding. Without one, the segments are the documents;
