@@ -198,5 +198,5 @@ class Projections(nnx.Module):
 
 
 def _copy(param: nnx.Param) -> Any:
-    """An initialiser that returns the value of another parameter."""
-    return lambda key, shape, dtype: param[...].astype(dtype)
+    """An initialiser that returns a copy of another parameter, so that both can be donated."""
+    return lambda key, shape, dtype: jnp.array(param[...], dtype)
