@@ -1,7 +1,7 @@
 """A language model whose layers are a list of modules, not one stacked module in a scan."""
 
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,13 @@ from memcache_jax.nn.block import Period
 from memcache_jax.nn.language_model import LanguageModel
 
 _AXIS = {"partition_name": "layers"}
+
+
+class UnrolledCache(NamedTuple):
+    """A stream's past: a cache per block of each layer, and the tokens that each row has taken."""
+
+    layers: Any
+    position: Int[Array, "b"]
 
 
 class Unrolled(nnx.Module):
@@ -51,16 +58,18 @@ class Unrolled(nnx.Module):
             x = run(period, x, document_ids)
         return self.outer.norm(x)
 
-    def init_cache(self, batch_size: int, max_length: int, options: dict) -> list:
-        """Returns an empty cache per layer."""
-        return [period.init_cache(batch_size, max_length, options) for period in self.layers]
+    def init_cache(self, batch_size: int, max_length: int, options: dict) -> UnrolledCache:
+        """Returns an empty cache."""
+        layers = [layer.init_cache(batch_size, max_length, options) for layer in self.layers]
+        return UnrolledCache(layers, jnp.zeros(batch_size, jnp.int32))
 
     def extend(
-        self, tokens: Int[Array, "b t"], cache: list, lengths: Int[Array, "b"]
-    ) -> tuple[Float[Array, "b t d"], list]:
+        self, tokens: Int[Array, "b t"], cache: UnrolledCache, lengths: Int[Array, "b"] | None
+    ) -> tuple[Float[Array, "b t d"], UnrolledCache]:
         """As ``LanguageModel.extend``."""
         x, new = self.outer._embed(tokens), []
-        for period, caches in zip(self.layers, cache, strict=True):
+        for period, caches in zip(self.layers, cache.layers, strict=True):
             x, caches = period.extend(x, caches, lengths)
             new.append(caches)
-        return self.outer.norm(x), new
+        taken = tokens.shape[1] if lengths is None else lengths
+        return self.outer.norm(x), UnrolledCache(new, cache.position + taken)

@@ -7,9 +7,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from memcache_jax._typing import Array, Float
-from memcache_jax.nn.adapters._cache import HostCache, empty, extend
-from memcache_jax.nn.adapters._masks import checked, read_mask
 from memcache_jax.nn.config import Mixer
+from memcache_jax.streaming.protocol import MixerCache
 
 
 class GemmaAttention(nnx.Module):
@@ -56,20 +55,19 @@ class GemmaAttention(nnx.Module):
         sizes = dict(head_dim=head_dim, dtype=dtype, param_dtype=weight_dtype)
         self.mixer: Any = mixer.build(features, num_heads, **sizes, rngs=rngs)
 
-    def init_cache(self, cache_size: int, batch_size: int, dtype: Any = jnp.float32) -> HostCache:
+    def init_cache(self, cache_size: int, batch_size: int, dtype: Any = jnp.float32) -> MixerCache:
         """Returns an empty cache for ``cache_size`` tokens a row, whose states are of ``dtype``."""
-        return empty(self.mixer.init_cache(batch_size, cache_size, cache_dtype=dtype), batch_size)
+        return self.mixer.init_cache(batch_size, cache_size, cache_dtype=dtype)
 
     def __call__(
         self, x: Array, segment_pos: Any, cache: Any, attn_mask: Array, rngs: Any = None
-    ) -> tuple[HostCache | None, Float[Array, "b t d"]]:
+    ) -> tuple[MixerCache | None, Float[Array, "b t d"]]:
         """Returns the cache after these tokens, None without one, and the output.
 
         Raises:
-          ValueError: for a mask that a memory does not honour, see ``docs/hosts.md``; under a trace
-            its tokens give NaN.
+          ValueError: for a mask that a memory cannot follow; traced, its tokens give NaN.
         """
         if cache is None:
-            rows = read_mask(attn_mask)
-            return None, checked(rows.honoured, self.mixer(x, rows.first))
-        return extend(self.mixer.extend, x, cache, attn_mask)[::-1]
+            return None, self.mixer(x, mask=attn_mask)
+        y, cache = self.mixer(x, cache=cache, mask=attn_mask)
+        return cache, y
