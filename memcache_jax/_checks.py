@@ -60,13 +60,15 @@ def check_input(x: jax.Array, in_features: int) -> None:
         )
 
 
-def check_documents(document_ids: jax.Array, wanted: tuple[int, ...]) -> None:
+def check_documents(
+    document_ids: jax.typing.ArrayLike, wanted: tuple[int, ...], name: str = "document_ids"
+) -> None:
     """Raises ValueError unless ``document_ids`` are integers of shape (b, t)."""
     if jnp.shape(document_ids) != wanted or not jnp.issubdtype(
         jnp.result_type(document_ids), jnp.integer
     ):
         raise ValueError(
-            f"document_ids must be integers of shape (b, t) = {wanted}, got "
+            f"{name} must be integers of shape (b, t) = {wanted}, got "
             f"{jnp.result_type(document_ids)} {jnp.shape(document_ids)}"
         )
 

@@ -61,7 +61,7 @@ def test_residual_has_no_connector():
 def test_titans_controls_start_near_keeping_and_small():
     layer, x = make(), tokens(9)
     log_alpha, log_beta, eta = (
-        layer._control(layer.memory.controls[name], name, x)
+        layer._control(layer.memory.controls[name], name, x, layer._split)
         for name in ("log_alpha", "log_beta", "eta")
     )
     assert log_alpha.shape == (2, 9, 2)
@@ -79,7 +79,10 @@ def test_a_deep_memory_stores_before_any_training(memory):
     )
     x = tokens(64)[:1]
     controls = layer.memory.coupled(
-        {name: layer._control(layer.memory.controls[name], name, x) for name in layer.controls}
+        {
+            name: layer._control(layer.memory.controls[name], name, x, layer._split)
+            for name in layer.controls
+        }
     )
     y = mc.memory_caching(
         *(key, key, value),
