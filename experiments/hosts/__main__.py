@@ -60,7 +60,7 @@ def _run(host: str) -> list[dict]:
     if found:
         return json.loads(found[-1].removeprefix(_MARK))
     print(done.stderr[-4000:], file=sys.stderr)
-    reason = next((line for line in reversed(done.stderr.splitlines()) if "Error" in line), "")
+    reason = next((line for line in reversed(done.stderr.splitlines()) if "rror: " in line), "")
     return [dict(host=host, version="", lines=0, result=f"failed: {reason[:300]}")]
 
 

@@ -77,11 +77,17 @@ def flax_sources() -> Path:
     return folder.absolute()
 
 
-def mesh(devices: int, axes: tuple[str, ...]) -> contextlib.AbstractContextManager:
-    """A mesh of all devices along the first axis, as ``jax.make_mesh`` makes it; none for one."""
+def mesh(
+    devices: int, axes: tuple[str, ...], legacy: bool = False
+) -> contextlib.AbstractContextManager:
+    """A mesh of all devices along the first axis, as ``jax.make_mesh`` makes it; none for one.
+
+    ``legacy`` is ``with mesh:``, the only way in which Tunix finds it.
+    """
     if devices == 1:
         return contextlib.nullcontext()
-    return jax.set_mesh(jax.make_mesh((devices, *[1] * (len(axes) - 1)), axes))
+    made = jax.make_mesh((devices, *[1] * (len(axes) - 1)), axes)
+    return made if legacy else jax.set_mesh(made)
 
 
 def code_blocks(page: str) -> list[str]:

@@ -61,7 +61,7 @@ def train(model: Any, devices: int, steps: int = 20) -> tuple[Any, list[float]]:
         )
 
     config = peft_trainer.TrainingConfig(eval_every_n_steps=steps, max_steps=steps)
-    with _host.mesh(devices, ("fsdp", "tp")):
+    with _host.mesh(devices, ("fsdp", "tp"), legacy=True):
         trainer = peft_trainer.PeftTrainer(model, optax.adamw(1e-2), config)
         trainer.with_gen_model_input_fn(model_input).train(_batches(steps))
     history = trainer.metrics_logger.get_metric_history("", "loss", "train")
