@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from memcache_jax._typing import Array
+from memcache_jax.nn.host_options import HostOptions, Initializer
 from memcache_jax.nn.variables import (
     boxed_values,
     cache_from_dict,
@@ -34,7 +35,8 @@ Build: TypeAlias = Callable[[Array], tuple[Any, Any]]
 class LinenMixer(linen.Module):
     """A Linen module that runs an NNX layer on its own variables.
 
-    A subclass has a field for each argument of ``nnx_class`` except ``rngs``.
+    A subclass has a field for each argument of ``nnx_class`` except ``rngs``; of ``HostOptions``,
+    those that Linen's attention has too.
 
     Attributes:
       nnx_class: the NNX layer.
@@ -51,6 +53,18 @@ class LinenMixer(linen.Module):
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     axis_names: AxisNames | None = None
+    qkv_features: int | None = None
+    out_features: int | None = None
+    kernel_init: Initializer | None = None
+    out_kernel_init: Initializer | None = None
+    use_bias: bool = False
+    bias_init: Initializer | None = None
+    out_bias_init: Initializer | None = None
+    precision: Any = None
+    dropout_rate: float = 0.0
+    broadcast_dropout: bool = True
+    deterministic: bool | None = None
+    normalize_qk: bool = False
     decode: bool = False
     max_length: int | None = None
 
@@ -61,6 +75,7 @@ class LinenMixer(linen.Module):
         document_ids: Array | None = None,
         *args: Any,
         lengths: Array | None = None,
+        dropout_rng: Any = None,
         **kwargs: Any,
     ) -> Array:
         """Mixes tokens causally; with ``decode``, continues the stream of the cache.
@@ -72,7 +87,8 @@ class LinenMixer(linen.Module):
           args: further arguments of the NNX layer's call.
           lengths: with ``decode``, how many of each row's tokens count, from the first on, (b,);
             all by default.
-          kwargs: further arguments of the NNX layer's call.
+          dropout_rng: without effect, for there is no dropout.
+          kwargs: further arguments of the NNX layer's call, such as ``mask``: see ``MixerCall``.
 
         Returns:
           The output, of x's shape.
@@ -82,6 +98,7 @@ class LinenMixer(linen.Module):
             module's; with ``decode``, without a cache or beyond its room. Under ``jit`` room
             cannot be checked: outputs beyond it are NaN.
         """
+        del dropout_rng
         given: Any = kwargs.get("inputs_q") if x is None else x
         shape = getattr(given, "shape", ())
         if len(shape) != 3:
@@ -157,9 +174,13 @@ class LinenMixer(linen.Module):
     def _builder(self, features: int) -> Build:
         if self.num_heads is None:
             raise ValueError("num_heads must be given, got None")
-        names = inspect.signature(self.nnx_class.__init__).parameters
-        names = sorted(set(names) - {"self", "in_features", "rngs", "host"})
-        return _layer_builder(self.nnx_class, features, self._arguments(tuple(names)))
+        taken = {
+            *inspect.signature(self.nnx_class.__init__).parameters,
+            *HostOptions.__annotations__,
+        }
+        fields = {field.name for field in dataclasses.fields(self)} - {"in_features", "decode"}
+        arguments = self._arguments(tuple(sorted(fields & taken)))
+        return _layer_builder(self.nnx_class, features, arguments)
 
     def _arguments(self, names: tuple[str, ...]) -> Arguments:
         return tuple((name, getattr(self, name)) for name in names)

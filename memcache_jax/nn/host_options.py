@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, TypedDict
 
 import jax
 from flax import nnx
+from flax.core import meta
 from flax.nnx.nn.dtypes import promote_dtype
 
 from memcache_jax import _checks
@@ -196,10 +197,10 @@ def _fixed(in_features: int, num_heads: int) -> list[tuple[str, tuple, str]]:
 
 
 def _without_names(init: Initializer) -> Initializer:
-    """An initializer without the metadata of ``nnx.with_partitioning``."""
+    """An initializer without the names of ``nnx.with_partitioning``, or of Linen's like it."""
 
     def plain(*args: Any, **kwargs: Any) -> Any:
         made = init(*args, **kwargs)
-        return made.raw_value if isinstance(made, nnx.VariableMetadata) else made
+        return made.raw_value if isinstance(made, nnx.VariableMetadata) else meta.unbox(made)
 
     return plain

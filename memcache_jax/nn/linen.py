@@ -29,7 +29,7 @@ class MemoryCaching(LinenMixer):
     Args:
       in_features: model dimension d; the input's by default.
       num_heads: heads h.
-      memory: as in ``nn.MemoryCaching``, like all up to ``axis_names``.
+      memory: as in ``nn.MemoryCaching``, like all that are not named here.
       decode: whether to continue the stream of a cache.
       max_length: most tokens per row of a cache; by default as many as ``init`` is given, or any
         number if ``max_segments`` is given.
@@ -83,7 +83,7 @@ class Attention(LinenMixer):
     Args:
       in_features: model dimension d; the input's by default.
       num_heads: heads h.
-      window: as in ``nn.Attention``, like all up to ``axis_names``.
+      window: as in ``nn.Attention``, like all that are not named here.
       decode: whether to continue the stream of a cache.
       max_length: most tokens per row of a cache without a window; by default as many as ``init`` is
         given.

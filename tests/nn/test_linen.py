@@ -18,6 +18,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import memcache_jax as mc
+from memcache_jax.nn.host_options import HostOptions
 from tests.nn.loops import FEATURES, HEADS, OPTIONS, VOCAB, cross_entropy, repeating_tokens
 
 STREAMS = {
@@ -147,8 +148,9 @@ def test_fields_are_the_arguments_of_the_nnx_layer(name):
     arguments = inspect.signature(getattr(mc.nn, name).__init__).parameters
     fields = {field.name: field for field in dataclasses.fields(getattr(mc.nn.linen, name))}
     options = {"decode", "max_length", "max_segments", "policy", "cache_dtype", "placement"}
-    fields = {name: fields[name] for name in fields.keys() - options - {"parent", "name"}}
-    assert fields.keys() == arguments.keys() - {"self", "rngs"}
+    options |= {"parent", "name", *HostOptions.__annotations__}
+    fields = {name: fields[name] for name in fields.keys() - options}
+    assert fields.keys() == arguments.keys() - {"self", "rngs", "host"}
     for name in fields.keys() - {"in_features", "num_heads"}:
         missing = arguments[name].default is inspect.Parameter.empty
         assert fields[name].default == (dataclasses.MISSING if missing else arguments[name].default)
@@ -304,6 +306,31 @@ def test_packed_documents():
     np.testing.assert_array_equal(again, y)
 
 
+def test_in_the_place_of_attention():
+    x, mask = inputs(), nn.make_causal_mask(jnp.ones((2, 13)))
+    init = nn.with_logical_partitioning(nn.initializers.ones, ("host", None))
+    module = mc.nn.linen.Attention(
+        num_heads=2, qkv_features=8, kernel_init=init, use_bias=True, deterministic=True
+    )
+
+    @jax.jit
+    def run(variables, x):
+        call: dict[str, Any] = dict(mask=mask, dropout_rng=None, deterministic=True)
+        return module.apply(variables, x, x, **call), module.apply(variables, inputs_q=x)
+
+    variables: Any = module.init(jax.random.key(0), x)
+    kernel = variables["params"]["query"]["kernel"]
+    assert kernel.names == ("embed", "heads")
+    assert (kernel.value == 1).all()
+    assert variables["params"]["out"]["bias"].value.shape == (8,)
+    np.testing.assert_allclose(*run(variables, x), atol=1e-6)
+    # And what takes its place in a stream.
+    variables, full = prepared(GRM)
+    _, variables = take(GRM, variables, x[:, :10])
+    y, _ = take(GRM, variables, x[:, 10:11], positions=jnp.array([10]), deterministic=True)
+    np.testing.assert_allclose(y, full[:, 10:11], atol=1e-5)
+
+
 class Block(nn.Module):
     mixer: nn.Module
 
@@ -324,7 +351,7 @@ class Stack(nn.Module):
             nn.remat(Block, prevent_cse=False) if self.remat else Block,
             variable_axes={"params": 0, "cache": 0},
             split_rngs={"params": True},
-            length=3,
+            length=2,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         return block(self.mixer.clone(), name="layers")(x, None)[0]
@@ -340,11 +367,11 @@ def test_scan_over_layers(name, remat):
     full, variables = jax.jit(stream.init_with_output)(jax.random.key(0), inputs())
     kernel = variables["params"]["layers"]["mix"]["query"]["kernel"]
     assert kernel.names == ("layers", "embed", "heads")
-    assert kernel.value.shape == (3, 8, 8)
+    assert kernel.value.shape == (2, 8, 8)
     assert not np.allclose(kernel.value[0], kernel.value[1])
 
     def one_by_one(params, x):
-        for i in range(3):
+        for i in range(2):
             layer = jax.tree.map(lambda x, i=i: x[i], nn.meta.unbox(params))
             x, _ = Block(LAYERS[name].clone()).apply({"params": layer}, x, None)
         return x
@@ -396,6 +423,8 @@ class TestErrors:
             mc.nn.linen.Attention(8).init(jax.random.key(0), inputs())
         with pytest.raises(ValueError, match="must divide"):
             mc.nn.linen.Attention(8, 3).init(jax.random.key(0), inputs())
+        with pytest.raises(ValueError, match="it has no dropout"):
+            mc.nn.linen.Attention(8, 2, dropout_rate=0.1).init(jax.random.key(0), inputs())
 
     def test_call(self):
         variables = zeros(GRM)
