@@ -52,10 +52,9 @@ def documents(call: Call, shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
     left = xp.cumprod(alone, axis=1).sum(axis=1) % length
     document = jnp.asarray(xp.broadcast_to(xp.cumsum(begins, axis=1), shape), jnp.int32)
     left = xp.broadcast_to(left, shape[:1])
-    if xp is np:
-        left = left if left.any() else None
-        return document if begins[:, 1:].any() else None, left, right
-    return document, left, right
+    if xp is jnp:
+        return document, left, None if right is None else jnp.broadcast_to(right, shape)
+    return document if begins[:, 1:].any() else None, left if left.any() else None, right
 
 
 def documents_and_mask(call: Call, shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
@@ -70,9 +69,13 @@ def documents_and_mask(call: Call, shape: tuple[int, ...]) -> tuple[Any, Any, An
             raise ValueError(
                 masks.explain(seen.any(axis=1, keepdims=True), wanted.any(axis=1), right)
             )
-        right, seen = None if xp is np else right, jnp.asarray(seen)
+        seen, right = jnp.asarray(seen), None if xp is np else jnp.broadcast_to(right, shape)
     document = jnp.asarray(xp.cumsum(begins, axis=1), jnp.int32)
-    return document if xp is jnp or begins[:, 1:].any() else None, seen, right
+    if xp is np:
+        return document if begins[:, 1:].any() else None, seen, right
+    if seen is not None:
+        seen = jnp.broadcast_to(seen, (*shape[:1], *seen.shape[1:]))
+    return document, seen, right
 
 
 def known_arrays(call: Call, shape: tuple[int, ...], *others: Any) -> tuple[Any, Any, Any]:

@@ -8,14 +8,18 @@ ragged row in a stream.
 from collections.abc import Callable
 from typing import Any, TypedDict
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from memcache_jax import _checks
 from memcache_jax._typing import Array
+from memcache_jax.nn import masks
 from memcache_jax.nn.call_documents import Call, documents, documents_and_mask
 from memcache_jax.nn.call_lengths import ragged_rows
+from memcache_jax.sharding.division import Division
+from memcache_jax.sharding.layout import explicit_axes
 
 
 class ModelCall(TypedDict, total=False):
@@ -177,20 +181,34 @@ def answer(
     if 0 in x.shape[:2]:
         y = whole(x, None)
         return y if cache is None else (y, cache)
+    if call.positions is None and call.mask is None and (call.ids is None or cache is None):
+        ids = None if call.ids is None else jnp.asarray(call.ids)
+        return whole(x, ids) if cache is None else extend(x, cache, None)
+    right = None if call.mask is None else "b t"
     if cache is not None:
-        if call.ids is None and call.positions is None and call.mask is None:
-            return extend(x, cache, None)
-        left, lengths, right = ragged_rows(call, x.shape[:2], cache.position)
+        out = "b", "b", "b ."
+        left, lengths, right = _read(ragged_rows, call, x, out, cache.position)
         y, cache = extend(_roll(x, left), cache, lengths)
         return _only(right, _roll(y, left, back=True)), cache
-    if call.positions is None and call.mask is None:
-        return whole(x, None if call.ids is None else jnp.asarray(call.ids))
     if takes_masks:
-        ids, mask, right = documents_and_mask(call, x.shape[:2])
+        out = "b t", None if call.mask is None else "b . t .", right
+        ids, mask, right = _read(documents_and_mask, call, x, out)
         return _only(right, whole(x, ids, mask))
-    ids, left, right = documents(call, x.shape[:2])
-    y = whole(_roll(x, left), ids if ids is None else _roll(ids, left))
+    ids, left, right = _read(documents, call, x, ("b t", "b", right))
+    y = whole(_roll(x, left), None if ids is None else _roll(ids, left))
     return _only(right, _roll(y, left, back=True))
+
+
+def _read(find: Callable[..., Any], call: Call, x: Array, out: Any, *others: Any) -> Any:
+    """Returns ``find(call, (b, t), *others)``, whose arrays have these axes."""
+    shape = x.shape[:2]
+    if masks.known(call.ids, call.positions, call.mask, *others):
+        return find(call, shape, *others)
+
+    def traced(arrays: tuple, *others: Any) -> Any:
+        return find(Call(*arrays, *call[len(arrays) :]), shape, *others)
+
+    return _compute(traced, x, out, call[:4], *others)
 
 
 def _roll(x: Array, left: Any, *, back: bool = False) -> Array:
@@ -198,17 +216,35 @@ def _roll(x: Array, left: Any, *, back: bool = False) -> Array:
     if left is None:
         return x
 
-    def rolled(x: Array) -> Array:
-        place = jnp.arange(x.shape[1])[None] + jnp.asarray(-left if back else left)[:, None]
+    def rolled(x: Array, left: Array) -> Array:
+        place = jnp.arange(x.shape[1])[None] + (-left if back else left)[:, None]
         place = (place % x.shape[1]).reshape(*place.shape, *[1] * (x.ndim - 2))
         return jnp.take_along_axis(x, place, axis=1)
 
-    if isinstance(left, np.ndarray):
-        return rolled(x)
-    # Rows without padding, most of them, are not copied; on a mesh that would fetch all of them.
-    return lax.cond(left.any(), rolled, lambda x: x, x)
+    def rolled_if_any(x: Array, left: Array) -> Array:
+        # Rows without padding, most of them, are not copied; a mesh would fetch them for that.
+        return lax.cond(left.any(), rolled, lambda x, _: x, x, left)
+
+    roll = rolled if isinstance(left, np.ndarray) else rolled_if_any
+    return _compute(roll, x, _axes(x), x, jnp.asarray(left))
 
 
 def _only(right: Any, y: Array) -> Array:
     """NaN for tokens, or rows, that are not right."""
-    return y if right is None else jnp.where(right[..., None], y, jnp.nan)
+    if right is None:
+        return y
+    return _compute(lambda right, y: jnp.where(right[..., None], y, jnp.nan), y, _axes(y), right, y)
+
+
+def _compute(f: Callable[..., Any], x: Array, out: Any, *args: Any) -> Any:
+    """Returns ``f(*args)``, which the compiler divides as it will, laid out as the tokens ``x``."""
+    division = Division.of((x, _axes(x)))
+    if division is None or not division.is_explicit:
+        return f(*args)
+    sharding = jax.tree.map(division.out_sharding, out)
+    axes = explicit_axes(division.mesh)
+    return jax.sharding.auto_axes(f, axes=axes, out_sharding=sharding)(*args)
+
+
+def _axes(x: Array) -> str:
+    return "b t" if x.ndim == 2 else "b t ."
