@@ -10,7 +10,8 @@ from memcache_jax.kernels._dispatch import compiler_divides
 def largest(x: Float[Array, "... n"], k: int) -> tuple[Float[Array, "... k"], Int[Array, "... k"]]:
     """Returns the k largest entries and their places, of equal ones the first."""
     if not compiler_divides(x):
-        return tuple(lax.top_k(x, k))
+        values, places = lax.top_k(x, k)
+        return values, places
     # The compiler gathers what `lax.top_k` takes, but not what is sorted.
     places = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
     least, places = lax.sort((-x, places), num_keys=1, is_stable=True)

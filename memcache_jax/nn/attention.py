@@ -16,6 +16,7 @@ from memcache_jax.nn.calls import MixerCall, answer, read_mixer_call
 from memcache_jax.nn.host_options import HostOptions, read_host_options
 from memcache_jax.nn.layers import Linear, as_laid
 from memcache_jax.sharding.division import Division
+from memcache_jax.sharding.layout import axes_of, by_compiler
 from memcache_jax.sharding.names import AxisNames, naming
 from memcache_jax.streaming import check_options
 from memcache_jax.streaming.protocol import placed
@@ -134,26 +135,21 @@ class Attention(nnx.Module):
         if 0 in x.shape[:2]:
             return self.out(self.value(x))
         document = document_ids
-        rows, division = self._rows(x, (document_ids, "b t"))
-        if document is not None and division is not None:
-            document = division.compute(count_documents, document, "b t")
-        elif document is not None:
-            document = count_documents(document)
+        (query, key, value), division = self._rows(x, (document_ids, "b t"))
+        if document is not None:
+            document = by_compiler(count_documents, document, axes=axes_of(document))
         attend = functools.partial(
             attend_causally,
             window=self.window,
             rope_base=self.rope_base,
             implementation=self.implementation,
+            division=division,
         )
-        if division is None:
-            y = attend(*rows, document, mask)
-        else:
-            row, of_mask = "b t h .", None
-            if mask is not None:
-                of_mask = f"{'b' if len(mask) > 1 else '.'} {'h' if mask.shape[1] > 1 else '.'} t ."
-            attend = functools.partial(attend, division=division)
-            letters = (row, row, row, "b t", of_mask)
-            y = division.run(attend, (*rows, document, mask), letters, row)
+        args, row, of_mask = (query, key, value, document, mask), "b t h .", None
+        if mask is not None:
+            of_mask = f"{'b' if len(mask) > 1 else '.'} {'h' if mask.shape[1] > 1 else '.'} t ."
+        letters = row, row, row, "b t", of_mask
+        y = attend(*args) if division is None else division.run(attend, args, letters, row)
         return self.out(y.reshape(*x.shape[:2], -1), as_laid(x))
 
     def init_cache(
@@ -219,15 +215,15 @@ class Attention(nnx.Module):
         limit = past if self.window is None else None
         _checks.check_room(cache.position, x.shape[:2], lengths, limit)
         lengths = jnp.full(len(x), length, jnp.int32) if lengths is None else jnp.asarray(lengths)
-        rows, division = self._rows(x, (cache.position, "b"))
-        division = None if division is None else division.whole("t")
+        (query, key, value), division = self._rows(x, (cache.position, "b"))
         extend = functools.partial(attend_stream, window=self.window, rope_base=self.rope_base)
+        args = cache, query, key, value, lengths
         if division is None:
-            y, cache = extend(cache, *rows, lengths)
+            y, cache = extend(*args)
         else:
             row, of_cache = "b . h .", cache.letters()
             letters = of_cache, row, row, row, "b"
-            y, cache = division.run(extend, (cache, *rows, lengths), letters, (row, of_cache))
+            y, cache = division.run(extend, args, letters, (row, of_cache))
         return self.out(y.reshape(*x.shape[:2], -1), as_laid(x)), cache
 
     def _rows(

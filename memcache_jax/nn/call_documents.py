@@ -38,8 +38,8 @@ def documents(call: Call, shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
         sees_previous = xp.diagonal(seen[:, 0], offset=-1, axis1=1, axis2=2)
         begins = begins | after_first(~sees_previous, xp)
         wanted = masks.causal(length, xp) & _same(begins)
-        followed = legible & masks.head_agrees(seen) & (seen[:, 0] == wanted).all(axis=2)
-        right = masks.padding_tokens(seen, xp) | followed
+        followed = masks.head_agrees(seen) & (seen[:, 0] == wanted).all(axis=2)
+        right = legible & (masks.padding_tokens(seen, xp) | followed)
         if xp is np:
             if not right.all():
                 raise ValueError(
@@ -52,9 +52,10 @@ def documents(call: Call, shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
     left = xp.cumprod(alone, axis=1).sum(axis=1) % length
     document = jnp.asarray(xp.broadcast_to(xp.cumsum(begins, axis=1), shape), jnp.int32)
     left = xp.broadcast_to(left, shape[:1])
-    if xp is jnp:
-        return document, left, None if right is None else jnp.broadcast_to(right, shape)
-    return document if begins[:, 1:].any() else None, left if left.any() else None, right
+    if xp is np:
+        left = left if left.any() else None
+        return document if begins[:, 1:].any() else None, left, right
+    return document, left, right
 
 
 def documents_and_mask(call: Call, shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
@@ -64,18 +65,14 @@ def documents_and_mask(call: Call, shape: tuple[int, ...]) -> tuple[Any, Any, An
     if call.mask is not None:
         seen, legible = _seen(call, shape, begins, xp)
         wanted = seen & masks.causal(shape[1], xp)[:, None]
-        right = masks.padding_tokens(seen, xp) | (legible & (seen == wanted).all(axis=(1, 3)))
+        right = legible & (masks.padding_tokens(seen, xp) | (seen == wanted).all(axis=(1, 3)))
         if xp is np and not right.all():
             raise ValueError(
                 masks.explain(seen.any(axis=1, keepdims=True), wanted.any(axis=1), right)
             )
-        seen, right = jnp.asarray(seen), None if xp is np else jnp.broadcast_to(right, shape)
+        right, seen = None if xp is np else right, jnp.asarray(seen)
     document = jnp.asarray(xp.cumsum(begins, axis=1), jnp.int32)
-    if xp is np:
-        return document if begins[:, 1:].any() else None, seen, right
-    if seen is not None:
-        seen = jnp.broadcast_to(seen, (*shape[:1], *seen.shape[1:]))
-    return document, seen, right
+    return document if xp is jnp or begins[:, 1:].any() else None, seen, right
 
 
 def known_arrays(call: Call, shape: tuple[int, ...], *others: Any) -> tuple[Any, Any, Any]:

@@ -5,6 +5,7 @@ documents, so each argument becomes the documents of a row, ``document_ids``, or
 ragged row in a stream.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypedDict
 
@@ -19,7 +20,9 @@ from memcache_jax.nn import masks
 from memcache_jax.nn.call_documents import Call, documents, documents_and_mask
 from memcache_jax.nn.call_lengths import ragged_rows
 from memcache_jax.sharding.division import Division
-from memcache_jax.sharding.layout import explicit_axes
+from memcache_jax.sharding.layout import axes_of, by_compiler, like
+
+_ARRAYS = ("document_ids", "segment_ids", "positions", "mask")
 
 
 class ModelCall(TypedDict, total=False):
@@ -44,7 +47,8 @@ class ModelCall(TypedDict, total=False):
         is what no token sees, itself included; its own row may be anything. All else must be
         causal within the documents, in all heads alike. ``Attention`` takes any mask without later
         tokens. With a cache, (b, t, keys): each query must see as many keys as its row has tokens
-        by then, those of the query before among them.
+        by then, those of the query before among them; one that sees no more than those before it
+        is padding.
       deterministic: without effect, for there is no dropout.
     """
 
@@ -181,34 +185,42 @@ def answer(
     if 0 in x.shape[:2]:
         y = whole(x, None)
         return y if cache is None else (y, cache)
-    if call.positions is None and call.mask is None and (call.ids is None or cache is None):
-        ids = None if call.ids is None else jnp.asarray(call.ids)
-        return whole(x, ids) if cache is None else extend(x, cache, None)
-    right = None if call.mask is None else "b t"
     if cache is not None:
-        out = "b", "b", "b ."
-        left, lengths, right = _read(ragged_rows, call, x, out, cache.position)
+        if call.ids is None and call.positions is None and call.mask is None:
+            return extend(x, cache, None)
+        left, lengths, right = _by_rows(ragged_rows, call, x, cache.position)
         y, cache = extend(_roll(x, left), cache, lengths)
         return _only(right, _roll(y, left, back=True)), cache
+    if call.positions is None and call.mask is None:
+        return whole(x, None if call.ids is None else jnp.asarray(call.ids))
     if takes_masks:
-        out = "b t", None if call.mask is None else "b . t .", right
-        ids, mask, right = _read(documents_and_mask, call, x, out)
+        ids, mask, right = _by_rows(documents_and_mask, call, x)
         return _only(right, whole(x, ids, mask))
-    ids, left, right = _read(documents, call, x, ("b t", "b", right))
-    y = whole(_roll(x, left), None if ids is None else _roll(ids, left))
+    ids, left, right = _by_rows(documents, call, x)
+    y = whole(_roll(x, left), ids if ids is None else _roll(ids, left))
     return _only(right, _roll(y, left, back=True))
 
 
-def _read(find: Callable[..., Any], call: Call, x: Array, out: Any, *others: Any) -> Any:
-    """Returns ``find(call, (b, t), *others)``, whose arrays have these axes."""
-    shape = x.shape[:2]
-    if masks.known(call.ids, call.positions, call.mask, *others):
-        return find(call, shape, *others)
+def _by_rows(read: Callable[..., Any], call: Call, x: Array, *others: Array) -> Any:
+    """``read(call, (b, t), *others)``, on each device for its own rows."""
+    (batch, length), division = x.shape[:2], Division.of((x, "b"))
+    arrays = call.document_ids, call.segment_ids, call.positions, call.mask
+    if division is None or not division.is_explicit or masks.known(*arrays, *others):
+        return read(call, (batch, length), *others)
+    positions, mask = call.positions, call.mask
+    if positions is not None:
+        positions = jnp.broadcast_to(positions, (batch, length))
+    if mask is not None:
+        mask = masks.four_axes(jnp.asarray(mask), batch, call.num_heads)
+        mask = jnp.broadcast_to(mask, (batch, *mask.shape[1:]))
 
-    def traced(arrays: tuple, *others: Any) -> Any:
-        return find(Call(*arrays, *call[len(arrays) :]), shape, *others)
+    def local(arrays: tuple, others: tuple) -> Any:
+        own = call._replace(**dict(zip(_ARRAYS, arrays, strict=True)))
+        rows = len(jax.tree.leaves(arrays)[0])
+        return read(own, (rows, length), *others)
 
-    return _compute(traced, x, out, call[:4], *others)
+    arrays = call.document_ids, call.segment_ids, positions, mask
+    return division.run(local, (arrays, others), ("b", "b"), "b")
 
 
 def _roll(x: Array, left: Any, *, back: bool = False) -> Array:
@@ -221,30 +233,16 @@ def _roll(x: Array, left: Any, *, back: bool = False) -> Array:
         place = (place % x.shape[1]).reshape(*place.shape, *[1] * (x.ndim - 2))
         return jnp.take_along_axis(x, place, axis=1)
 
-    def rolled_if_any(x: Array, left: Array) -> Array:
-        # Rows without padding, most of them, are not copied; a mesh would fetch them for that.
-        return lax.cond(left.any(), rolled, lambda x, _: x, x, left)
-
-    roll = rolled if isinstance(left, np.ndarray) else rolled_if_any
-    return _compute(roll, x, _axes(x), x, jnp.asarray(left))
+    if isinstance(left, np.ndarray):
+        left = jnp.asarray(left)
+        return by_compiler(rolled, x, left, axes=axes_of(x))
+    # Rows without padding, most of them, are not copied; on a mesh that would fetch all of them.
+    division = Division.of((x, "b"))
+    if division is None or not division.is_explicit:
+        return lax.cond(left.any(), functools.partial(rolled, left=left), lambda x: x, x)
+    return like(x, division.run(rolled, (x, left), ("b", "b"), "b"))
 
 
 def _only(right: Any, y: Array) -> Array:
     """NaN for tokens, or rows, that are not right."""
-    if right is None:
-        return y
-    return _compute(lambda right, y: jnp.where(right[..., None], y, jnp.nan), y, _axes(y), right, y)
-
-
-def _compute(f: Callable[..., Any], x: Array, out: Any, *args: Any) -> Any:
-    """Returns ``f(*args)``, which the compiler divides as it will, laid out as the tokens ``x``."""
-    division = Division.of((x, _axes(x)))
-    if division is None or not division.is_explicit:
-        return f(*args)
-    sharding = jax.tree.map(division.out_sharding, out)
-    axes = explicit_axes(division.mesh)
-    return jax.sharding.auto_axes(f, axes=axes, out_sharding=sharding)(*args)
-
-
-def _axes(x: Array) -> str:
-    return "b t" if x.ndim == 2 else "b t ."
+    return y if right is None else jnp.where(right[..., None], y, jnp.nan)

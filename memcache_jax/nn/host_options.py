@@ -20,7 +20,7 @@ class HostOptions(TypedDict, total=False):
     Attributes:
       kernel_init: initializer of the projections' kernels, by default Flax's. In ``MemoryCaching``
         the kernels of keys and connectors start as copies of the queries'. Names of axes that it
-        carries are dropped: the layer takes them as ``axis_names``.
+        carries are dropped for the layer's own.
       out_kernel_init: of the last projection; as ``kernel_init`` by default.
       use_bias: whether queries, keys, values and the last projection have a bias; False by default.
       bias_init: initializer of the biases, by default zeros.

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -41,14 +42,10 @@ def read_mask(
       xp: NumPy where the values are known, otherwise JAX's.
     """
     batch, length = shape
-    mask = xp.asarray(mask)
-    given = mask.shape
+    given = jnp.shape(mask)
+    mask = four_axes(xp.asarray(mask), batch, num_heads)
     wanted = f"(b, h, t, {'keys' if keys is None else 't'}) = ({batch}, {num_heads}, {length}, "
     wanted += "any)" if keys is None else f"{keys})"
-    if mask.ndim == 3:
-        mask = mask[None] if given[0] == num_heads != batch else mask[:, None]
-    elif mask.ndim == 2:
-        mask = mask[None, None]
     fits = mask.ndim == 4 and all(
         size in (1, full)
         for size, full in zip(mask.shape, (batch, num_heads, length, keys), strict=True)
@@ -68,6 +65,13 @@ def read_mask(
     if mask.dtype == bool:
         return Mask(seen, xp.ones((len(mask), length), bool))
     return Mask(seen, xp.broadcast_to(binary, seen.shape).all(axis=(1, 3)))
+
+
+def four_axes(mask: Any, batch: int, num_heads: int) -> Any:
+    """The mask with the axes of the batch and of heads that it lacks."""
+    if mask.ndim == 3:
+        return mask[None] if mask.shape[0] == num_heads != batch else mask[:, None]
+    return mask[None, None] if mask.ndim == 2 else mask
 
 
 def padding_tokens(seen: Any, xp: Any) -> Any:

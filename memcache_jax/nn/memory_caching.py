@@ -1,10 +1,8 @@
 """The Memory Caching layer: a drop-in for causal self-attention."""
 
-import dataclasses
 import functools
-from typing import Any, ClassVar, Literal, Unpack, get_args, overload
+from typing import Any, Literal, Unpack, get_args, overload
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -18,40 +16,13 @@ from memcache_jax.engine.run import gates_of_tokens
 from memcache_jax.memories import Memory
 from memcache_jax.nn.calls import MixerCall, answer, read_mixer_call
 from memcache_jax.nn.host_options import HostOptions, read_host_options
+from memcache_jax.nn.layer_cache import LayerCache
 from memcache_jax.nn.projections import Projections
 from memcache_jax.segmentation import Segmentation
 from memcache_jax.sharding.division import Division
 from memcache_jax.sharding.names import AxisNames, naming
-from memcache_jax.streaming import Cache, check_options, extend, init_cache
-from memcache_jax.streaming.protocol import MixerCache, placed
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LayerCache(MixerCache):
-    """A stream's past in one layer."""
-
-    memory: Cache
-    tails: tuple[Any, ...]  # the last inputs of each convolution, (b, width - 1, h k)
-
-    nested = ("memory",)
-    small = zeroed = ("tails",)
-    axes: ClassVar = {"tails": "b . h"}
-
-    @property
-    def head_shape(self) -> tuple[int, ...]:
-        """Number of heads, and their dimension."""
-        return self.memory.key_sum.shape[1::2]
-
-    @property
-    def position(self) -> Array:
-        """Tokens taken so far by each row, (b,)."""
-        return self.memory.position
-
-    @property
-    def max_length(self) -> int | None:
-        """Most tokens per row; None for any number."""
-        return self.memory.config.max_length
+from memcache_jax.streaming import check_options, extend, init_cache
+from memcache_jax.streaming.protocol import placed
 
 
 class MemoryCaching(Projections):
@@ -225,35 +196,6 @@ class MemoryCaching(Projections):
         )
         return self._output(wide, y)
 
-    def operands(
-        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None = None
-    ) -> dict[str, Any]:
-        """The arrays that a call passes to ``mc.memory_caching``, by argument name.
-
-        They are ``query``, ``key``, ``value``, ``connector`` (or None), ``controls`` and
-        ``weights``.
-
-        Example:
-          >>> import jax.numpy as jnp, memcache_jax as mc
-          >>> from flax import nnx
-          >>> layer = mc.nn.MemoryCaching(8, 2, memory=mc.memories.SSD(),
-          ...                             aggregation=mc.GRM(), segmentation=mc.Constant(4),
-          ...                             rngs=nnx.Rngs(0))
-          >>> operands = layer.operands(jnp.ones((1, 14, 8)))
-          >>> operands["query"].shape, sorted(operands["controls"])
-          ((1, 14, 2, 4), ['lam', 'log_alpha'])
-        """
-        _checks.check_input(x, self.in_features)
-        if document_ids is not None:
-            _checks.check_documents(document_ids, x.shape[:2])
-        x = x if self.dtype is None else x.astype(self.dtype)
-        rows = [linear(x) for linear, _ in self._paths]
-        tokens = *((row, "b t h") for row in rows), (document_ids, "b t")
-        division = Division.of(*tokens, heads=self.num_heads)
-        paths = zip(self._paths, rows, strict=True)
-        rows = (conv(row, document_ids, division) for (_, conv), row in paths)
-        return self._tokens(x, *rows, division) | {"weights": self._initial_weights()}
-
     def gates(self, x: Float[Array, "b t d"]) -> Float[Array, "b t h states"]:
         """The weight that each token gives to each state it may read, for inspection.
 
@@ -343,15 +285,15 @@ class MemoryCaching(Projections):
         _checks.check_cache(cache, LayerCache, (self.num_heads, self.head_dim))
         x = x if self.dtype is None else x.astype(self.dtype)
         rows = [linear(x) for linear, _ in self._paths]
-        tokens = *((row, "b . h") for row in rows), (cache.tails[0], "b . h")
+        tokens: Any = *((row, "b . h") for row in rows), (cache.tails[0], "b . h")
         division = Division.of(*tokens, heads=self.num_heads)
         counts = jnp.full(len(x), x.shape[1]) if lengths is None else lengths
         paths = zip(self._paths, rows, cache.tails, strict=True)
         new = [conv.extend(row, tail, counts, division) for (_, conv), row, tail in paths]
-        rows, tails = zip(*new, strict=True)
+        (query, key, value), tails = zip(*new, strict=True)
         y, memory = extend(
             cache.memory,
-            **self._tokens(x, *rows, division),
+            **self._tokens(x, query, key, value, division),
             lengths=lengths,
             **self._rules,
             weights=self._initial_weights(),

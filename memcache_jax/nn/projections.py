@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from memcache_jax._typing import Array, Float
+from memcache_jax import _checks
+from memcache_jax._typing import Array, Float, Int
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.memories import Control, Memory
 from memcache_jax.nn.host_options import ProjectionOptions
@@ -97,8 +98,40 @@ class Projections(nnx.Module):
         axes = ("heads", "embed")
         self.out = Linear(inner, in_features, axes=axes, dtype=dtype, **options, **options_of.out)
 
+    def operands(
+        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None = None
+    ) -> dict[str, Any]:
+        """The arrays that a call passes to ``mc.memory_caching``, by argument name.
+
+        They are ``query``, ``key``, ``value``, ``connector`` (or None), ``controls`` and
+        ``weights``.
+
+        Example:
+          >>> import jax.numpy as jnp, memcache_jax as mc
+          >>> from flax import nnx
+          >>> layer = mc.nn.MemoryCaching(8, 2, memory=mc.memories.SSD(),
+          ...                             aggregation=mc.GRM(), segmentation=mc.Constant(4),
+          ...                             rngs=nnx.Rngs(0))
+          >>> operands = layer.operands(jnp.ones((1, 14, 8)))
+          >>> operands["query"].shape, sorted(operands["controls"])
+          ((1, 14, 2, 4), ['lam', 'log_alpha'])
+        """
+        _checks.check_input(x, self.in_features)
+        if document_ids is not None:
+            _checks.check_documents(document_ids, x.shape[:2])
+        x = x if self.dtype is None else x.astype(self.dtype)
+        rows = [linear(x) for linear, _ in self._paths]
+        tokens: Any = *((row, "b t h") for row in rows), (document_ids, "b t")
+        division = Division.of(*tokens, heads=self.num_heads)
+        query, key, value = (
+            conv(row, document_ids, division)
+            for (_, conv), row in zip(self._paths, rows, strict=True)
+        )
+        tokens = self._tokens(x, query, key, value, division)
+        return tokens | {"weights": self._initial_weights()}
+
     @property
-    def _paths(self) -> tuple[tuple[Linear, CausalConv], ...]:
+    def _paths(self) -> tuple[tuple[Any, CausalConv], ...]:
         """The projection and the convolution of queries, keys and values."""
         return (
             (self.query, self.query_conv),
@@ -165,5 +198,5 @@ class Projections(nnx.Module):
 
 
 def _copy(param: nnx.Param) -> Any:
-    """An initialiser that returns the value of another parameter."""
-    return lambda key, shape, dtype: param[...].astype(dtype)
+    """An initialiser that returns a copy of another parameter, so that both can be donated."""
+    return lambda key, shape, dtype: jnp.array(param[...], dtype)

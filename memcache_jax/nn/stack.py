@@ -61,9 +61,10 @@ def scan_stack(
 
     def body(carry: Any, layer: tuple) -> tuple[Any, tuple]:
         state, given = layer
-        module = nnx.merge(graph, state, attached)
+        own = jax.tree.map(lambda x: x, attached)  # variables of its own, with the same arrays
+        module = nnx.merge(graph, state, own)
         carry, out = apply(module, carry, given)
-        return carry, (out, _captured(module) if attached else None)
+        return carry, (out, _captured(module, attached) if attached else None)
 
     carry = _settled(body, carry, (stacked, inputs)) if settle else carry
     carry, (outputs, captured) = lax.scan(wrap(body), carry, (stacked, inputs))
@@ -87,9 +88,15 @@ def _settled(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, layers: An
     return jax.tree.map(lambda x, axes: lay_out(x, mesh, axes), carry, after)
 
 
-def _captured(module: Any) -> Any:
+def _captured(module: Any, before: Any) -> Any:
     """What a call has left in variables that are neither parameters nor random states."""
-    return nnx.state(module, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))
+    given = {path: jax.tree.leaves(variable) for path, variable in nnx.to_flat_state(before)}
+
+    def has_changed(path: Any, variable: Any) -> bool:
+        leaves, old = jax.tree.leaves(variable), given.get(tuple(path), [])
+        return len(leaves) != len(old) or any(a is not b for a, b in zip(leaves, old, strict=True))
+
+    return nnx.state(module, nnx.All(nnx.Not(nnx.Any(nnx.Param, nnx.RngState)), has_changed))
 
 
 def layer_of(layers: Any, repeats: int, index: int) -> Any:

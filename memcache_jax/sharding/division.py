@@ -18,6 +18,7 @@ from memcache_jax.sharding.layout import (
     as_spec,
     auto_axes,
     axes_of,
+    by_compiler,
     context_mesh,
     dividing,
     explicit_axes,
@@ -143,13 +144,6 @@ class Division:
         """The layout of this array, as far as its axes divide evenly."""
         return NamedSharding(self.mesh, as_spec(dividing(self._axes(letters), x, self.mesh)))
 
-    def out_sharding(self, letters: str) -> NamedSharding | None:
-        """The part of the layout that shows in an array's type; None if no axis is Explicit."""
-        explicit = explicit_axes(self.mesh)
-        if not explicit:
-            return None
-        return NamedSharding(self.mesh, as_spec(only(self._axes(letters), explicit)))
-
     def lay(self, x: Array, letters: str) -> Array:
         """Lays an array out, as far as its axes divide evenly."""
         return lay_out(x, self.mesh, self._axes(letters))
@@ -186,10 +180,7 @@ class Division:
 
     def compute(self, f: Callable[[Array], Array], x: Array, letters: str) -> Array:
         """Returns ``f(x)``, which the compiler divides as it will, laid out by its axes."""
-        if self.is_explicit:
-            axes = explicit_axes(self.mesh)
-            f = jax.sharding.auto_axes(f, axes=axes, out_sharding=self.out_sharding(letters))
-        return f(x)
+        return by_compiler(f, x, axes=self._axes(letters))
 
     def _axes(self, letters: str) -> list[MeshAxes]:
         return [getattr(self, letter) if letter in _NAMES else () for letter in letters.split()]

@@ -1,7 +1,7 @@
 """How one array lies on a mesh: read from its type, or asked for."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -81,6 +81,16 @@ def like(x: Array, y: Array) -> Array:
     if mesh is None or axes_of(x) == axes_of(y):
         return y
     return jax.sharding.reshard(y, NamedSharding(mesh, as_spec(axes_of(x))))
+
+
+def by_compiler(f: Callable[..., Array], *args: Array, axes: Sequence[MeshAxes]) -> Array:
+    """Returns ``f(*args)``, which the compiler divides as it will, laid out over Explicit axes."""
+    mesh = context_mesh(*args)
+    if mesh is None or not explicit_axes(mesh):
+        return f(*args)
+    sharding = NamedSharding(mesh, as_spec(only(axes, explicit_axes(mesh))))
+    automatic: Any = jax.sharding.auto_axes(f, axes=explicit_axes(mesh), out_sharding=sharding)
+    return automatic(*args)
 
 
 def only(axes: Sequence[MeshAxes], among: MeshAxes) -> list[MeshAxes]:

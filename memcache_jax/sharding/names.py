@@ -84,7 +84,7 @@ def partitioned(init: Callable[..., Array], *names: str | None) -> Callable[...,
     given = _naming.names
     names = names if given is None else tuple(_given(given, name) for name in names)
 
-    rules = {} if given is not None else {"sharding_rules": DEFAULT_RULES}
+    rules: dict[str, Any] = {} if given is not None else {"sharding_rules": DEFAULT_RULES}
 
     def create(*args: Any, **kwargs: Any) -> Any:
         value, mesh, eager = init(*args, **kwargs), context_mesh(), False

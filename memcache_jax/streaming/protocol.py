@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from memcache_jax import _checks
 from memcache_jax._typing import Array
 from memcache_jax.sharding.division import Division
+from memcache_jax.sharding.layout import axes_of, by_compiler, context_mesh, num_devices
 
 C = TypeVar("C", bound="MixerCache")
 T = TypeVar("T")
@@ -225,8 +226,15 @@ def zero_rows(tree: Any, rows: Array, axis: int = 0) -> Any:
 
 
 def take_rows(tree: Any, rows: Array, axis: int = 0) -> Any:
-    """Returns these rows of arrays, along ``axis``."""
-    return jax.tree.map(lambda x: jnp.take(x, rows, axis=axis), tree)
+    """Returns these rows of arrays, along ``axis``, which lie as all rows do."""
+
+    def take(x: Array) -> Array:
+        axes, mesh = axes_of(x), context_mesh(x)
+        if mesh is not None and len(rows) % num_devices(mesh, axes[axis]):
+            axes[axis] = ()
+        return by_compiler(lambda x, rows: jnp.take(x, rows, axis=axis), x, rows, axes=axes)
+
+    return jax.tree.map(take, tree)
 
 
 def count_bytes(tree: Any) -> int:

@@ -9,6 +9,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from memcache_jax._typing import Array, Float, Int
+from memcache_jax.streaming.protocol import take_rows
 
 Placement = Literal["device", "host"]
 PLACEMENTS = get_args(Placement)
@@ -93,7 +94,7 @@ class Storage:
 
     def take_rows(self, arrays: Any, rows: Int[Array, "n"], axis: int = 0) -> Any:
         """The arrays of these rows alone, which are along ``axis``."""
-        return jax.tree.map(lambda kept: jnp.take(kept, rows, axis=axis), arrays)
+        return take_rows(arrays, rows, axis)
 
     def _own_rows(self, batch: int, heads: int) -> tuple[Array, ...]:
         layer = () if self.first is None else (self.first,)

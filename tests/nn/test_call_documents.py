@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import memcache_jax as mc
+from memcache_jax.nn.attend import rotate
 from memcache_jax.nn.call_documents import Call, documents
 from tests.cases import assert_close
 from tests.nn.caches import language_model
@@ -130,7 +131,8 @@ def test_attention_follows_any_mask_of_earlier_tokens(traced):
 
 def equation(layer, x, mask):
     """Softmax attention with one mask for all rows."""
-    query, key, value = layer._rows(x, None)
+    (query, key, value), _ = layer._rows(x)
+    query, key = (rotate(rows, layer.rope_base) for rows in (query, key))
     scores = jnp.einsum("bthk,bshk->bhts", query, key) / layer.head_dim**0.5
     mask = mask[None, None] if mask.ndim == 2 else mask
     weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf))

@@ -1,6 +1,7 @@
 """Memory caching over a mesh: what is refused, and what crosses it."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,7 @@ def test_what_cannot_be_divided_over_time(options, message):
 def test_rows_and_heads_that_do_not_divide_are_whole(mesh):
     memory = mc.memories.LinearAttention()
     inputs = jax.tree.map(jnp.float32, make_inputs(memory, 32, batch=1, heads=2))
-    how = dict(memory=memory, aggregation=mc.GRM(), segmentation=mc.Constant(4))
+    how: Any = dict(memory=memory, aggregation=mc.GRM(), segmentation=mc.Constant(4))
     wanted = mc.memory_caching(**inputs, **how)
     with jax.set_mesh(make_mesh(mesh)):
         got = jax.jit(lambda inputs: mc.memory_caching(**inputs, **how))(inputs)
