@@ -197,5 +197,6 @@ def test_a_cache_of_another_layer_or_of_other_rows():
         layer(tokens(7), cache=layer.init_cache(3, 20), positions=positions)
     with pytest.raises(ValueError, match="the cache was made for another layer: LayerCache"):
         attention(tokens(7), cache=layer.init_cache(2, 20), positions=positions)
+    other: Any = layer.init_cache(2, 20)
     with pytest.raises(ValueError, match="the cache must be a LanguageModel's, got LayerCache"):
-        language_model()(jnp.zeros((2, 3), int), cache=layer.init_cache(2, 20))
+        language_model()(jnp.zeros((2, 3), int), cache=other)

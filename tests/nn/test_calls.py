@@ -33,9 +33,7 @@ CALLS: dict[str, Any] = (
             segment_ids=SEGMENTS, positions=POSITIONS["zeros and repeats"]
         ),
         # As MaxText: positions go on in the padding.
-        "segments and a causal mask": dict(
-            segment_ids=SEGMENTS, mask=nnx.make_causal_mask(SEGMENTS)
-        ),
+        "segments and a causal mask": dict(segment_ids=SEGMENTS, mask=np.tri(LENGTH)),
         "all": dict(
             segment_ids=SEGMENTS,
             positions=POSITIONS["negative"],
@@ -171,6 +169,27 @@ def test_an_unknown_keyword_or_no_input():
             layer(**call)
     with pytest.raises(TypeError, match="unexpected keyword argument 'decode'"):
         language_model()(jnp.zeros((1, 3), int), decode=False)  # pyright: ignore
+
+
+@pytest.mark.parametrize("name", ["linear", "attention"])
+def test_rows_divided_by_explicit_axes(name):
+    mesh = jax.make_mesh((2, 2), ("data", "model"), devices=jax.devices()[:4])
+    calls = {call: CALLS[call] for call in FEW}
+    build = dict(linear=lambda: make("linear"), attention=lambda: LAYERS[name](nnx.Rngs(0)))[name]
+    wanted = jax.jit(answers)(build(), inputs(), calls)
+    with jax.set_mesh(mesh):
+        rows = jax.NamedSharding(mesh, jax.P("data"))
+        layer, x, given = build(), *jax.device_put((inputs(), calls), rows)
+        got = jax.jit(answers)(layer, x, given)
+        if name == "attention":
+            cache = layer.init_cache(4, LENGTH, sharding=jax.P("data"))
+            piece = [rows[:, :16] for rows in (x, given[FEW[1]]["mask"])]
+            y, _ = jax.jit(lambda x, mask, cache: layer(x, cache=cache, mask=mask))(*piece, cache)
+            alone_row = np.asarray(wanted[FEW[1]])[0, 5:16]
+            assert_close(np.asarray(y)[0, 5:16], alone_row, 1e-5)
+    for call, y in got.items():
+        assert y.sharding.spec[0] == "data"
+        assert_close(picked(np.asarray(y)), picked(wanted[call]), 1e-5)
 
 
 def test_linen_takes_them_too():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 from jax.nn import initializers
 
 import memcache_jax as mc
@@ -17,7 +18,7 @@ BIASED = ("query", "key", "value", "out")
 
 
 def attention(**options: Any):
-    return mc.nn.Attention(16, 2, **{"rngs": nnx.Rngs(0)} | options)
+    return mc.nn.Attention(16, 2, rngs=nnx.Rngs(0), **options)
 
 
 def memory(**options: Any):
@@ -35,7 +36,6 @@ def leaves(layer):
 @BUILDS
 def test_what_flax_has_by_default_changes_nothing(build):
     # As a configuration of a host may spell them out.
-    flax = nnx.nn.dtypes.promote_dtype
     spelled = build(
         kernel_init=initializers.lecun_normal(),
         out_kernel_init=None,
@@ -55,9 +55,9 @@ def test_what_flax_has_by_default_changes_nothing(build):
         decode=False,
         normalize_qk=False,
         attention_fn=nnx.dot_product_attention,
-        qkv_promote_dtype=flax,
-        out_promote_dtype=flax,
-        ln_promote_dtype=flax,
+        qkv_promote_dtype=promote_dtype,
+        out_promote_dtype=promote_dtype,
+        ln_promote_dtype=promote_dtype,
         qkv_dot_general=None,
         out_dot_general_cls=None,
         kernel_metadata={},
