@@ -29,7 +29,7 @@ def test_attributes_of_other_tools_are_no_weights():
     layer, x = make(), tokens(9)
     expected = call(layer, x)
     for _, module in nnx.iter_modules(layer):
-        module.qwix_path = ("some", "path")
+        module.qwix_path = ("some", "path")  # pyright: ignore
     for container in (layer.weights, layer.controls):
         container.qwix_path = ("some", "path")
     np.testing.assert_array_equal(call(layer, x), expected)

@@ -1,5 +1,7 @@
 """The attention of Flax's Gemma example, in a model written as that example is."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +54,7 @@ class Transformer(nnx.Module):
         return {f"layer_{i}": x.attn.init_cache(**options) for i, x in enumerate(self.layers)}
 
     def __call__(self, last_tokens, positions, cache, attention_mask, rngs=None):
-        new_cache = None if cache is None else {}
+        new_cache: Any = None if cache is None else {}
         x = self.embedder(last_tokens)
         for i, layer in enumerate(self.layers):
             layer_cache = cache[f"layer_{i}"] if cache else None
