@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeAlias
 import jax
 import jax.numpy as jnp
 from flax import linen, nnx
+from flax.core import freeze
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
@@ -183,7 +184,9 @@ class LinenMixer(linen.Module):
         return _layer_builder(self.nnx_class, features, arguments)
 
     def _arguments(self, names: tuple[str, ...]) -> Arguments:
-        return tuple((name, getattr(self, name)) for name in names)
+        # Linen freezes dictionaries, but not before a module is bound.
+        fields = ((name, getattr(self, name)) for name in names)
+        return tuple((name, freeze(x) if isinstance(x, dict) else x) for name, x in fields)
 
     def _params(self, features: int) -> dict[str, Any]:
         """The parameters, made where they are not there yet."""

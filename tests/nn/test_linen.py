@@ -209,6 +209,7 @@ def test_axis_names_of_the_host():
     module = ATTENTION.clone(axis_names={"embed": "model", "heads": ("y", "z")})
     specs = nn.get_partition_spec(jax.eval_shape(module.init, jax.random.key(0), inputs()))
     assert specs["params"]["query"]["kernel"] == P("model", ("y", "z"))
+    assert list(module.clone(in_features=8).init_cache(2, 13)) == ["max_length_13"]
 
 
 def test_boxed_and_unboxed_variables_give_the_same():
