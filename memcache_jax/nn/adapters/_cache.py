@@ -1,39 +1,39 @@
-"""A cache as hosts step it: by a mask, with padding on the left of the first tokens."""
+"""A cache as hosts step it: their masks are over keys in the order in which tokens came."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 
-from memcache_jax._typing import Array, Float, Int
-from memcache_jax.nn.adapters._masks import checked, read_next, shift
+from memcache_jax._typing import Array, Int
 
 
 class HostCache(NamedTuple):
-    """A stream's past, and each row's tokens so far."""
+    """A stream's past, and the tokens that came with padding, the same number in all rows."""
 
     past: Any
-    position: Int[Array, "b"]  # without padding
-    end_index: Int[Array, "b"]  # with padding, the same for all rows
+    end_index: Int[Array, "b"]
 
 
 def empty(past: Any, batch_size: int) -> HostCache:
     """The cache of rows without tokens."""
-    # Two arrays, since hosts donate them.
-    return HostCache(past, *(jnp.zeros(batch_size, jnp.int32) for _ in range(2)))
+    return HostCache(past, jnp.zeros(batch_size, jnp.int32))
 
 
 def extend(
-    run: Callable[[Array, Any, Array], tuple[Array, Any]], x: Array, cache: HostCache, mask: Any
-) -> tuple[Float[Array, "b t d"], HostCache]:
-    """Continues a stream by the host's next tokens.
+    run: Callable[..., tuple[Array, Any]], x: Array, cache: HostCache, mask: Any
+) -> tuple[Array, HostCache]:
+    """Continues a stream by the host's next tokens, with ``run(x, cache=, mask=, segment_ids=)``.
 
-    ``run`` takes tokens, a past, and how many of each row's tokens count, and returns the outputs
-    and the new past. It sees each row without its padding.
+    Tokens that the mask hides from themselves are padding, in the middle of a row too: a row that
+    draws the padding's token goes on as if it had not.
     """
-    if mask is None:
-        raise ValueError("a cache goes on by the attention mask of the new tokens, got none")
-    padding, lengths, honoured = read_next(mask, cache.end_index[0], cache.position)
-    y, past = run(shift(x, padding), cache.past, lengths)
-    y = checked(honoured, shift(y, -padding))
-    return y, HostCache(past, cache.position + lengths, cache.end_index + x.shape[1])
+    past, end = cache
+    if mask is None or jnp.ndim(mask) != 3:
+        got = "none" if mask is None else f"shape {jnp.shape(mask)}"
+        raise ValueError(f"with a cache, the mask must be (b, t, keys), got {got}")
+    own = lax.dynamic_slice_in_dim(mask, end[0], x.shape[1], axis=2)
+    real = jnp.diagonal(own, axis1=1, axis2=2).astype(jnp.int32)
+    y, past = run(x, cache=past, mask=mask, segment_ids=real)
+    return y, HostCache(past, end + x.shape[1])

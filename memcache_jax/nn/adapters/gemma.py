@@ -8,7 +8,6 @@ from jax.typing import DTypeLike
 
 from memcache_jax._typing import Array, Float
 from memcache_jax.nn.adapters._cache import HostCache, empty, extend
-from memcache_jax.nn.adapters._masks import checked, read_mask
 from memcache_jax.nn.config import Mixer
 
 
@@ -66,10 +65,10 @@ class GemmaAttention(nnx.Module):
         """Returns the cache after these tokens, None without one, and the output.
 
         Raises:
-          ValueError: for a mask that a memory does not honour, see ``docs/hosts.md``; under a trace
-            its tokens give NaN.
+          ValueError: for a mask that a memory cannot follow, see ``ModelCall``; where it is traced,
+            tokens or rows of it give NaN.
         """
         if cache is None:
-            rows = read_mask(attn_mask)
-            return None, checked(rows.honoured, self.mixer(x, rows.first))
-        return extend(self.mixer.extend, x, cache, attn_mask)[::-1]
+            return None, self.mixer(x, mask=attn_mask)
+        y, cache = extend(self.mixer, x, cache, attn_mask)
+        return cache, y

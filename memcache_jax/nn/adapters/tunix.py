@@ -7,8 +7,7 @@ from flax import nnx
 
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.nn.adapters._cache import HostCache, empty, extend
-from memcache_jax.nn.adapters._layers import Unrolled
-from memcache_jax.nn.adapters._masks import checked, read_rows, shift
+from memcache_jax.nn.unrolled import Unrolled
 from memcache_jax.nn.language_model import LanguageModel
 
 
@@ -39,8 +38,7 @@ class TunixModel(nnx.Module):
 
     def init_cache(self, batch_size: int, cache_size: int, dtype: Any) -> HostCache:
         """Returns an empty cache for ``cache_size`` tokens a row, whose states are of ``dtype``."""
-        past = self.model.init_cache(batch_size, cache_size, dict(cache_dtype=dtype))
-        return empty(past, batch_size)
+        return empty(self.model.init_cache(batch_size, cache_size, cache_dtype=dtype), batch_size)
 
     def get_model_input(self) -> dict:
         """Arguments of a call, with which Tunix's command line applies LoRA."""
@@ -62,14 +60,15 @@ class TunixModel(nnx.Module):
         without both, a document begins where a position does not follow the one before.
 
         Raises:
-          ValueError: for a mask that a memory does not honour, see ``docs/hosts.md``; under a trace
-            its tokens give NaN.
+          ValueError: for a mask that memories cannot follow, see ``ModelCall``; where it is traced,
+            tokens or rows of it give NaN.
         """
         if cache is not None:
-            hidden, cache = extend(self.model.extend, input_tokens, cache, attention_mask)
+            hidden, cache = extend(self.model, input_tokens, cache, attention_mask)
+        elif attention_mask is not None:
+            hidden = self.model(input_tokens, mask=attention_mask)
+        elif segment_ids is not None:
+            hidden = self.model(input_tokens, segment_ids=segment_ids)
         else:
-            rows = read_rows(input_tokens.shape, attention_mask, segment_ids, positions)
-            padding = jnp.argmax(rows.real, axis=1)
-            hidden = self.model.hidden(shift(input_tokens, padding), shift(rows.first, padding))
-            hidden = checked(rows.honoured, shift(hidden, -padding))
+            hidden = self.model(input_tokens, positions=positions)
         return self.model.outer.logits(hidden[:, -1:] if decode_only_last_token else hidden), cache

@@ -1,5 +1,7 @@
 """The attention of Flax's Gemma example, in a model written as that example is."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +54,7 @@ class Transformer(nnx.Module):
         return {f"layer_{i}": x.attn.init_cache(**options) for i, x in enumerate(self.layers)}
 
     def __call__(self, last_tokens, positions, cache, attention_mask, rngs=None):
-        new_cache = None if cache is None else {}
+        new_cache: Any = None if cache is None else {}
         x = self.embedder(last_tokens)
         for i, layer in enumerate(self.layers):
             layer_cache = cache[f"layer_{i}"] if cache else None
@@ -77,12 +79,13 @@ def test_packed_documents(model):
     tokens = jnp.where(segments > 0, random_tokens(1, 18), PAD)
     mask = causal_mask(tokens != PAD) & (segments[:, None] == segments[..., None])
     got = whole(model, tokens, mask)
-    for begin, end in ((0, 6), (6, 15)):
-        alone = tokens[:, begin:end]
-        # Segments of a memory are on the row's grid: pad the second document to its place.
-        alone = jnp.pad(alone, ((0, 0), (begin % 4, 0)))
-        expected = whole(model, alone, causal_mask(alone != PAD))[:, begin % 4 :]
-        np.testing.assert_allclose(got[:, begin:end], expected, atol=2e-5)
+    alone = tokens[:, :6]
+    expected = whole(model, alone, causal_mask(alone != PAD))
+    np.testing.assert_allclose(got[:, :6], expected, atol=2e-5)
+    other = tokens.at[:, :6].set(random_tokens(1, 6, seed=1))
+    np.testing.assert_allclose(whole(model, other, mask)[:, 6:15], got[:, 6:15], atol=2e-5)
+    whole_row = whole(model, tokens, causal_mask(tokens != PAD))
+    assert abs(whole_row[:, 6:15] - got[:, 6:15]).max() > 1e-2
 
 
 def test_the_samplers_loop(model):
@@ -150,11 +153,19 @@ def test_train_step():
     assert losses[-1] < losses[0] / 2
 
 
+def test_a_cache_goes_on_by_a_mask():
+    attention = Transformer(MIXERS["memory"], nnx.Rngs(0)).layers[0].attn
+    cache = attention.init_cache(cache_size=8, batch_size=1)
+    for mask, got in ((None, "none"), (jnp.ones((1, 8), bool), r"shape \(1, 8\)")):
+        with pytest.raises(ValueError, match=rf"the mask must be \(b, t, keys\), got {got}"):
+            attention(jnp.ones((1, 1, 16)), None, cache, mask)
+
+
 def test_masks_that_are_not_honoured():
     model = Transformer(MIXERS["memory"], nnx.Rngs(0))
     x, mask = jnp.ones((1, 6, 16)), jnp.ones((1, 6, 6), bool)
     attention = model.layers[0].attn
-    with pytest.raises(ValueError, match="a memory honours masks that are causal"):
+    with pytest.raises(ValueError, match="the mask is bidirectional"):
         attention(x, None, None, mask)
     _, y = jax.jit(lambda mask: attention(x, None, None, mask))(mask)
     np.testing.assert_array_equal(np.isnan(y[0, :, 0]), [True] * 5 + [False])

@@ -175,5 +175,5 @@ def test_a_call_as_the_command_line_makes_it(model):
 
 def test_a_mask_that_is_not_honoured(model):
     tokens = random_tokens(1, 6)
-    with pytest.raises(ValueError, match="a memory honours masks that are causal"):
+    with pytest.raises(ValueError, match="the mask is bidirectional"):
         model(tokens, None, None, jnp.ones((1, 6, 6), bool))
