@@ -63,7 +63,9 @@ def train(devices: int, steps: int = 15) -> tuple[list[float], Any]:
     example, transformer = _host.load("train"), _host.load("transformer")
     transformer_cfg = _host.load("transformer_cfg")
 
-    sharding = transformer_cfg.ShardingConfig
+    sharding = transformer_cfg.ShardingConfig()
+    if devices > 1:
+        sharding = sharding.fsdp_tp_sharding(tensor_parallel_axis_name="tensor")
     config = transformer_cfg.TransformerConfig(
         num_layers=2,
         num_embed=_host.VOCAB,

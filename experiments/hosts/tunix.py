@@ -21,11 +21,11 @@ def run(devices: int) -> list[_host.Row]:
     """Trains a model, draws from it, and trains parameters of LoRA in a new one."""
     qwix, utils = _host.load("qwix"), _host.load("tunix.sft.utils")
 
-    trained, losses = train(build(), devices)
+    trained, losses = train(build(devices), devices)
     rows = [("Tunix PeftTrainer", f"loss {_host.fell(losses)}")]
     rows += [("Tunix Sampler", f"logits are those of rows without padding, {sample(trained):.0e}")]
 
-    model = build()
+    model = build(devices)
     inputs = model.get_model_input()
     adapted = qwix.apply_lora_to_model(model, qwix.LoraProvider(**LORA), rngs=nnx.Rngs(1), **inputs)
     frozen = jnp.asarray(adapted.model.outer.embedding.embedding[...])
@@ -40,10 +40,12 @@ def run(devices: int) -> list[_host.Row]:
     return [_host.Row(host, version, _host.count_lines(CHANGES), text) for host, text in rows]
 
 
-def build() -> mc.nn.adapters.TunixModel:
+def build(devices: int) -> mc.nn.adapters.TunixModel:
     """A tiny language model in Tunix's form."""
     config = mc.nn.LanguageModelConfig(_host.VOCAB, 2, 32, 2, mixers=(_host.MIXER,))
-    return mc.nn.adapters.TunixModel(mc.nn.LanguageModel(config, rngs=nnx.Rngs(0)))
+    names = None if devices == 1 else dict(embed="fsdp", heads="tp", mlp="tp", vocab="tp")
+    model = mc.nn.LanguageModel(config, axis_names=names, rngs=nnx.Rngs(0))
+    return mc.nn.adapters.TunixModel(model)
 
 
 def train(model: Any, devices: int, steps: int = 20) -> tuple[Any, list[float]]:

@@ -27,6 +27,7 @@ class GemmaAttention(nnx.Module):
       mixer: describes the layer.
       dtype: dtype of the arithmetic.
       weight_dtype: dtype of the parameters.
+      shd_config: names the mesh's axes over which parameters are divided.
       rngs: random keys.
 
     Example:
@@ -49,11 +50,15 @@ class GemmaAttention(nnx.Module):
         mixer: Mixer,
         dtype: DTypeLike = jnp.float32,
         weight_dtype: DTypeLike = jnp.float32,
+        shd_config: Any = None,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
-        sizes = dict(head_dim=head_dim, dtype=dtype, param_dtype=weight_dtype)
-        self.mixer: Any = mixer.build(features, num_heads, **sizes, rngs=rngs)
+        layout: dict[str, Any] = dict(head_dim=head_dim, dtype=dtype, param_dtype=weight_dtype)
+        if getattr(shd_config, "q_weight_ndh", None) is not None:
+            axes = shd_config.fsdp_axis_name, shd_config.tensor_parallel_axis_name
+            layout["axis_names"] = dict(zip(("embed", "heads"), axes, strict=True))
+        self.mixer: Any = mixer.build(features, num_heads, **layout, rngs=rngs)
 
     def init_cache(self, cache_size: int, batch_size: int, dtype: Any = jnp.float32) -> HostCache:
         """Returns an empty cache for ``cache_size`` tokens a row, whose states are of ``dtype``."""

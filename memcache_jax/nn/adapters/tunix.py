@@ -7,8 +7,8 @@ from flax import nnx
 
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.nn.adapters._cache import HostCache, empty, extend
-from memcache_jax.nn.unrolled import Unrolled
 from memcache_jax.nn.language_model import LanguageModel
+from memcache_jax.nn.unrolled import Unrolled
 
 
 class TunixModel(nnx.Module):

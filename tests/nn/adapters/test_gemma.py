@@ -156,7 +156,8 @@ def test_train_step():
 def test_a_cache_goes_on_by_a_mask():
     attention = Transformer(MIXERS["memory"], nnx.Rngs(0)).layers[0].attn
     cache = attention.init_cache(cache_size=8, batch_size=1)
-    for mask, got in ((None, "none"), (jnp.ones((1, 8), bool), r"shape \(1, 8\)")):
+    wrong: Any = ((None, "none"), (jnp.ones((1, 8), bool), r"shape \(1, 8\)"))
+    for mask, got in wrong:
         with pytest.raises(ValueError, match=rf"the mask must be \(b, t, keys\), got {got}"):
             attention(jnp.ones((1, 1, 16)), None, cache, mask)
 
