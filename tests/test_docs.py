@@ -109,3 +109,8 @@ def test_the_growing_segments_span_what_they_say(parts):
         plan = growing.plan(growing.span(segments))
         assert len(np.unique(plan.first)) == segments
         assert len(np.unique(growing.plan(growing.span(segments) + 1).first)) == segments + 1
+
+
+def test_the_code_of_the_page_on_hosts():
+    (code,) = re.findall(r"^```python\n(.*?)^```$", (FOLDER / "hosts.md").read_text(), re.M | re.S)
+    exec(compile(code, "hosts.md", "exec"), {})

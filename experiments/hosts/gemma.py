@@ -46,10 +46,8 @@ def run(devices: int) -> list[_host.Row]:
         sys.modules[name] = types.ModuleType(name)
     for name in ("metric_writers", "periodic_actions"):
         setattr(sys.modules["clu"], name, sys.modules[f"clu.{name}"])
-    import modules
-
     before, _ = train(devices)
-    _host.change(modules, CHANGES)
+    _host.change(_host.load("modules"), CHANGES)
     after, model = train(devices)
     error = sample(model)
     result = (
@@ -62,11 +60,12 @@ def run(devices: int) -> list[_host.Row]:
 
 def train(devices: int, steps: int = 15) -> tuple[list[float], Any]:
     """Losses of the example's own ``nnx_train_step`` on packed rows with padding, and the model."""
-    import train as example
-    import transformer
-    import transformer_cfg
+    example, transformer = _host.load("train"), _host.load("transformer")
+    transformer_cfg = _host.load("transformer_cfg")
 
-    sharding = transformer_cfg.ShardingConfig
+    sharding = transformer_cfg.ShardingConfig()
+    if devices > 1:
+        sharding = sharding.fsdp_tp_sharding(tensor_parallel_axis_name="tensor")
     config = transformer_cfg.TransformerConfig(
         num_layers=2,
         num_embed=_host.VOCAB,
@@ -79,7 +78,9 @@ def train(devices: int, steps: int = 15) -> tuple[list[float], Any]:
         use_post_attn_norm=True,
         use_post_ffw_norm=True,
         attention_types=(transformer_cfg.AttentionType.GLOBAL,) * 2,
-        shd_config=sharding() if devices == 1 else sharding.fsdp_tp_sharding("fsdp", "tensor"),
+        shd_config=sharding()
+        if devices == 1
+        else sharding.fsdp_tp_sharding(tensor_parallel_axis_name="tensor"),
     )
     with _host.mesh(devices, ("fsdp", "tensor")):
         model = transformer.Transformer(config, rngs=nnx.Rngs(params=0, dropout=0))
@@ -110,8 +111,7 @@ def _packed(devices: int) -> dict[str, jax.Array]:
 
 def sample(model: Any) -> float:
     """Prompts of two lengths: how far the sampler's logits are from those of whole rows."""
-    import sampler
-    import transformer
+    sampler, transformer = _host.load("sampler"), _host.load("transformer")
 
     vocab: Any = _host.Numbers()
     draw = sampler.Sampler(vocab=vocab, cache_size=64, transformer=model)

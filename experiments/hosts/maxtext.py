@@ -53,7 +53,7 @@ OPTIONS = dict(
 
 def run(devices: int) -> list[_host.Row]:
     """Five steps of MaxText's own ``train`` before and after the changes."""
-    from maxtext.models import llama2
+    llama2 = _host.load("maxtext.models.llama2")
 
     before = _host.fell(train(devices))
     _host.change(llama2, CHANGES)
@@ -65,13 +65,12 @@ def run(devices: int) -> list[_host.Row]:
 
 def train(devices: int) -> list[float]:
     """The losses that the program logs."""
-    import maxtext
-    from maxtext.trainers.pre_train import train as program
+    maxtext, program = _host.load("maxtext"), _host.load("maxtext.trainers.pre_train.train")
 
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "metrics.jsonl"
         options = OPTIONS | dict(base_output_directory=folder, metrics_file=log)
         options["ici_fsdp_parallelism"] = devices
-        config = Path(maxtext.__file__).parent / "configs" / "base.yml"
+        config = Path(str(maxtext.__file__)).parent / "configs" / "base.yml"
         program.main(["train", str(config), *(f"{k}={v}" for k, v in options.items())])
         return [json.loads(line)["learning/loss"] for line in log.read_text().splitlines()]

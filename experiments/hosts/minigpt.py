@@ -27,19 +27,8 @@ CHANGES = [
               memory=mc.memories.GatedDeltaNet(),
               aggregation=mc.GRM(),
               segmentation=mc.Constant(16),
+              axis_names={'heads': 'model'},
               rngs=rngs)
-""",
-    ),
-    (
-        """\
-        attention_output = self.mha(
-            inputs_q=inputs,
-            is_causal=True,
-            decode=False
-        )
-""",
-        """\
-        attention_output = self.mha(inputs)
 """,
     ),
 ]

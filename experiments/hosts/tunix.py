@@ -19,19 +19,18 @@ PADDING = (0, 3, 11, 5)  # on the left of each row
 
 def run(devices: int) -> list[_host.Row]:
     """Trains a model, draws from it, and trains parameters of LoRA in a new one."""
-    import qwix
-    from tunix.sft import peft_trainer
+    qwix, utils = _host.load("qwix"), _host.load("tunix.sft.utils")
 
-    trained, losses = train(build(), devices)
+    trained, losses = train(build(devices), devices)
     rows = [("Tunix PeftTrainer", f"loss {_host.fell(losses)}")]
     rows += [("Tunix Sampler", f"logits are those of rows without padding, {sample(trained):.0e}")]
 
-    model = build()
+    model = build(devices)
     inputs = model.get_model_input()
     adapted = qwix.apply_lora_to_model(model, qwix.LoraProvider(**LORA), rngs=nnx.Rngs(1), **inputs)
     frozen = jnp.asarray(adapted.model.outer.embedding.embedding[...])
     adapted, losses = train(adapted, devices)
-    assert peft_trainer.utils.is_lora_enabled(adapted), "qwix added no parameters"
+    assert utils.is_lora_enabled(adapted), "qwix added no parameters"
     count = sum(x.size for x in jax.tree.leaves(nnx.state(adapted, nnx.LoRAParam)))
     assert (adapted.model.outer.embedding.embedding[...] == frozen).all(), "the model was trained"
     rows += [("Tunix PeftTrainer, LoRA", f"loss {_host.fell(losses)}, {count:,} parameters")]
@@ -41,15 +40,17 @@ def run(devices: int) -> list[_host.Row]:
     return [_host.Row(host, version, _host.count_lines(CHANGES), text) for host, text in rows]
 
 
-def build() -> mc.nn.adapters.TunixModel:
+def build(devices: int) -> mc.nn.adapters.TunixModel:
     """A tiny language model in Tunix's form."""
     config = mc.nn.LanguageModelConfig(_host.VOCAB, 2, 32, 2, mixers=(_host.MIXER,))
-    return mc.nn.adapters.TunixModel(mc.nn.LanguageModel(config, rngs=nnx.Rngs(0)))
+    names = None if devices == 1 else dict(embed="fsdp", heads="tp", mlp="tp", vocab="tp")
+    model = mc.nn.LanguageModel(config, axis_names=names, rngs=nnx.Rngs(0))
+    return mc.nn.adapters.TunixModel(model)
 
 
 def train(model: Any, devices: int, steps: int = 20) -> tuple[Any, list[float]]:
     """Losses of the trainer, with its default loss."""
-    from tunix.sft import peft_trainer, utils
+    peft_trainer, utils = _host.load("tunix.sft.peft_trainer"), _host.load("tunix.sft.utils")
 
     def model_input(batch: Any) -> dict:
         real = batch.input_tokens != _host.PAD
@@ -69,7 +70,7 @@ def train(model: Any, devices: int, steps: int = 20) -> tuple[Any, list[float]]:
 
 
 def _batches(steps: int) -> Iterator[Any]:
-    from tunix.sft import peft_trainer
+    peft_trainer = _host.load("tunix.sft.peft_trainer")
 
     tokens = np.array(_host.repeated(40))
     for row, padding in zip(tokens, PADDING, strict=True):
@@ -81,7 +82,7 @@ def _batches(steps: int) -> Iterator[Any]:
 
 def sample(model: Any) -> float:
     """Prompts of two lengths: how far the logits are from those of whole rows without padding."""
-    from tunix.generate import sampler
+    sampler = _host.load("tunix.generate.sampler")
 
     config = sampler.CacheConfig(cache_size=64, num_layers=2, num_kv_heads=2, head_dim=16)
     draw = sampler.Sampler(model, _host.Numbers(), config)

@@ -48,9 +48,7 @@ def ragged_rows(call: Call, shape: tuple[int, ...], position: Any) -> tuple[Any,
         padding = padding | (positions < 0)
     if call.mask is not None:
         sees = _read_mask(call, shape, xp)
-        # A call's first token that sees just what its row has taken does not see itself.
-        alone = (sees.count[:, :1] == position) | sees.padding[:, :1]
-        padding = padding | xp.concatenate([alone, sees.padding[:, 1:]], axis=1)
+        padding = padding | sees.padding
 
     begins = document_begins(shape, ids, positions, xp) | padding
     begins = begins | after_first(padding[:, :-1], xp)

@@ -47,8 +47,7 @@ class ModelCall(TypedDict, total=False):
         is what no token sees, itself included; its own row may be anything. All else must be
         causal within the documents, in all heads alike. ``Attention`` takes any mask without later
         tokens. With a cache, (b, t, keys): each query must see as many keys as its row has tokens
-        by then, those of the query before among them; one that sees no more than those before it
-        is padding.
+        by then, those of the query before among them.
       deterministic: without effect, for there is no dropout.
     """
 

@@ -7,8 +7,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from memcache_jax._typing import Array, Float
+from memcache_jax.nn.adapters._cache import HostCache, empty, extend
 from memcache_jax.nn.config import Mixer
-from memcache_jax.streaming.protocol import MixerCache
 
 
 class GemmaAttention(nnx.Module):
@@ -27,6 +27,7 @@ class GemmaAttention(nnx.Module):
       mixer: describes the layer.
       dtype: dtype of the arithmetic.
       weight_dtype: dtype of the parameters.
+      shd_config: names the mesh's axes over which parameters are divided.
       rngs: random keys.
 
     Example:
@@ -49,25 +50,30 @@ class GemmaAttention(nnx.Module):
         mixer: Mixer,
         dtype: DTypeLike = jnp.float32,
         weight_dtype: DTypeLike = jnp.float32,
+        shd_config: Any = None,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
-        sizes = dict(head_dim=head_dim, dtype=dtype, param_dtype=weight_dtype)
-        self.mixer: Any = mixer.build(features, num_heads, **sizes, rngs=rngs)
+        layout: dict[str, Any] = dict(head_dim=head_dim, dtype=dtype, param_dtype=weight_dtype)
+        if getattr(shd_config, "q_weight_ndh", None) is not None:
+            axes = shd_config.fsdp_axis_name, shd_config.tensor_parallel_axis_name
+            layout["axis_names"] = dict(zip(("embed", "heads"), axes, strict=True))
+        self.mixer: Any = mixer.build(features, num_heads, **layout, rngs=rngs)
 
-    def init_cache(self, cache_size: int, batch_size: int, dtype: Any = jnp.float32) -> MixerCache:
+    def init_cache(self, cache_size: int, batch_size: int, dtype: Any = jnp.float32) -> HostCache:
         """Returns an empty cache for ``cache_size`` tokens a row, whose states are of ``dtype``."""
-        return self.mixer.init_cache(batch_size, cache_size, cache_dtype=dtype)
+        return empty(self.mixer.init_cache(batch_size, cache_size, cache_dtype=dtype), batch_size)
 
     def __call__(
         self, x: Array, segment_pos: Any, cache: Any, attn_mask: Array, rngs: Any = None
-    ) -> tuple[MixerCache | None, Float[Array, "b t d"]]:
+    ) -> tuple[HostCache | None, Float[Array, "b t d"]]:
         """Returns the cache after these tokens, None without one, and the output.
 
         Raises:
-          ValueError: for a mask that a memory cannot follow; traced, its tokens give NaN.
+          ValueError: for a mask that a memory cannot follow, see ``ModelCall``; where it is traced,
+            tokens or rows of it give NaN.
         """
         if cache is None:
             return None, self.mixer(x, mask=attn_mask)
-        y, cache = self.mixer(x, cache=cache, mask=attn_mask)
+        y, cache = extend(self.mixer, x, cache, attn_mask)
         return cache, y

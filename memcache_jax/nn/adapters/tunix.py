@@ -6,17 +6,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from memcache_jax._typing import Array, Float, Int
-from memcache_jax.nn.adapters._layers import Unrolled, UnrolledCache
-from memcache_jax.nn.calls import answer, read_call
+from memcache_jax.nn.adapters._cache import HostCache, empty, extend
 from memcache_jax.nn.language_model import LanguageModel
+from memcache_jax.nn.unrolled import Unrolled
 
 
 class TunixModel(nnx.Module):
     """A ``LanguageModel`` with the call of Tunix's models, for its trainers, samplers and LoRA.
 
-    Padding on the left of a row, as Tunix's prompts have it, leaves the outputs as they are without
-    it. The parameters are those of the model, which is not changed; ``language_model()`` gives them
-    back.
+    Padding on the left of a row, as Tunix's prompts have it, is moved to the right before the model
+    sees it: outputs do not depend on it. The parameters are those of the model, which is not
+    changed; ``language_model()`` gives them back.
 
     Example:
       >>> import jax.numpy as jnp, memcache_jax as mc
@@ -36,9 +36,9 @@ class TunixModel(nnx.Module):
         """Returns the parameters as a ``LanguageModel``, for ``mc.generate`` and checkpoints."""
         return self.model.language_model()
 
-    def init_cache(self, batch_size: int, cache_size: int, dtype: Any) -> UnrolledCache:
+    def init_cache(self, batch_size: int, cache_size: int, dtype: Any) -> HostCache:
         """Returns an empty cache for ``cache_size`` tokens a row, whose states are of ``dtype``."""
-        return self.model.init_cache(batch_size, cache_size, dict(cache_dtype=dtype))
+        return empty(self.model.init_cache(batch_size, cache_size, cache_dtype=dtype), batch_size)
 
     def get_model_input(self) -> dict:
         """Arguments of a call, with which Tunix's command line applies LoRA."""
@@ -53,22 +53,22 @@ class TunixModel(nnx.Module):
         attention_mask: Array | None = None,
         segment_ids: Array | None = None,
         decode_only_last_token: bool = False,
-    ) -> tuple[Float[Array, "b _ vocab"], UnrolledCache | None]:
+    ) -> tuple[Float[Array, "b _ vocab"], HostCache | None]:
         """Returns the logits, of the last tokens alone if asked, and the cache, None without one.
 
         The mask tells the documents and the padding. Without one, the segments are the documents;
         without both, a document begins where a position does not follow the one before.
 
         Raises:
-          ValueError: for a mask that a memory cannot follow; traced, its tokens give NaN.
+          ValueError: for a mask that memories cannot follow, see ``ModelCall``; where it is traced,
+            tokens or rows of it give NaN.
         """
-        call: dict[str, Any] = dict(segment_ids=segment_ids, positions=positions)
-        if attention_mask is not None:
-            call = dict(mask=attention_mask)
+        if cache is not None:
+            hidden, cache = extend(self.model, input_tokens, cache, attention_mask)
+        elif attention_mask is not None:
+            hidden = self.model(input_tokens, mask=attention_mask)
         elif segment_ids is not None:
-            del call["positions"]
-        read = read_call(input_tokens.shape, None, num_heads=self.config.num_heads, **call)
-        model = self.model
-        answered = answer(read, input_tokens, cache, whole=model.hidden, extend=model.extend)
-        hidden, cache = (answered, None) if cache is None else answered
-        return model.outer.logits(hidden[:, -1:] if decode_only_last_token else hidden), cache
+            hidden = self.model(input_tokens, segment_ids=segment_ids)
+        else:
+            hidden = self.model(input_tokens, positions=positions)
+        return self.model.outer.logits(hidden[:, -1:] if decode_only_last_token else hidden), cache
