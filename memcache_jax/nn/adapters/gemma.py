@@ -65,7 +65,7 @@ class GemmaAttention(nnx.Module):
         return empty(self.mixer.init_cache(batch_size, cache_size, cache_dtype=dtype), batch_size)
 
     def __call__(
-        self, x: Array, segment_pos: Any, cache: Any, attn_mask: Array, rngs: Any = None
+        self, x: Array, segment_pos: Any, cache: Any, attn_mask: Any, rngs: Any = None
     ) -> tuple[HostCache | None, Float[Array, "b t d"]]:
         """Returns the cache after these tokens, None without one, and the output.
 
