@@ -8,7 +8,7 @@ from memcache_jax.kernels._dispatch import compiler_divides
 
 
 def largest(x: Float[Array, "... n"], k: int) -> tuple[Float[Array, "... k"], Int[Array, "... k"]]:
-    """Returns the k largest entries and their places, of equal ones the first."""
+    """Returns the k largest entries, of which none is NaN, and their places; ties by place."""
     if not compiler_divides(x):
         values, places = lax.top_k(x, k)
         return values, places

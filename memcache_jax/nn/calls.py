@@ -235,7 +235,7 @@ def _roll(x: Array, left: Any, *, back: bool = False) -> Array:
     if isinstance(left, np.ndarray):
         left = jnp.asarray(left)
         return by_compiler(rolled, x, left, axes=axes_of(x))
-    # Rows without padding, most of them, are not copied; on a mesh that would fetch all of them.
+    # Rows without padding, most of them, are not copied.
     division = Division.of((x, "b"))
     if division is None or not division.is_explicit:
         return lax.cond(left.any(), functools.partial(rolled, left=left), lambda x: x, x)

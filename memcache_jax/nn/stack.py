@@ -4,11 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
 from memcache_jax.sharding.layout import as_axes, axes_of, context_mesh, explicit_axes, lay_out
 from memcache_jax.sharding.names import partition_name
+
+_STACKED = "stacked"
 
 
 def make_stack(make: Callable[[nnx.Rngs], Any], repeats: int, rngs: nnx.Rngs) -> Any:
@@ -21,6 +24,8 @@ def make_stack(make: Callable[[nnx.Rngs], Any], repeats: int, rngs: nnx.Rngs) ->
         return make(rngs)
 
     layers, mesh = stack(rngs), context_mesh()
+    for _, param in nnx.to_flat_state(nnx.state(layers)):
+        param.set_metadata(**{_STACKED: True})
     if mesh is not None and not mesh.manual_axes:
         for _, param in nnx.to_flat_state(nnx.state(layers, nnx.Param)):
             axes = [as_axes(entry) for entry in nnx.get_partition_spec(param).get_value()]
@@ -57,7 +62,7 @@ def scan_stack(
     for part in vars(layers).values():
         if isinstance(part, nnx.List):  # nothing to see there, and Flax 0.12.8 cannot split it
             vars(part).pop("__captures__", None)
-    graph, stacked, attached = nnx.split(layers, _is_stacked(repeats), ...)
+    graph, stacked, attached = nnx.split(layers, _is_stacked(layers, repeats), ...)
 
     def body(carry: Any, layer: tuple) -> tuple[Any, tuple]:
         state, given = layer
@@ -101,13 +106,25 @@ def _captured(module: Any, before: Any) -> Any:
 
 def layer_of(layers: Any, repeats: int, index: int) -> Any:
     """Returns one layer of a stack."""
-    graph, stacked, attached = nnx.split(layers, _is_stacked(repeats), ...)
+    graph, stacked, attached = nnx.split(layers, _is_stacked(layers, repeats), ...)
     return nnx.merge(graph, jax.tree.map(lambda x: x[index], stacked), attached)
 
 
-def _is_stacked(repeats: int) -> Callable[[Any, Any], bool]:
+def _is_stacked(layers: Any, repeats: int) -> Callable[[Any, Any], bool]:
+    """Tells the variables of all layers from those that hosts attach for all of them together.
+
+    A variable that was not made with the layers is stacked if all such variables of its module have
+    a first axis of that size.
+    """
+    fits: dict[tuple, bool] = {}
+    for path, variable in nnx.to_flat_state(nnx.state(layers)):
+        if not variable.get_metadata().get(_STACKED):
+            leaves = jax.tree.leaves(variable)
+            own = bool(leaves) and all(jnp.shape(x)[:1] == (repeats,) for x in leaves)
+            fits[path[:-1]] = fits.get(path[:-1], True) and own
+
     def is_stacked(path: Any, variable: Any) -> bool:
-        leaves = jax.tree.leaves(variable)
-        return bool(leaves) and all(getattr(x, "shape", ())[:1] == (repeats,) for x in leaves)
+        made = variable.get_metadata().get(_STACKED)
+        return bool(made) or fits.get(tuple(path)[:-1], False)
 
     return is_stacked

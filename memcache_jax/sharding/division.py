@@ -20,7 +20,6 @@ from memcache_jax.sharding.layout import (
     axes_of,
     by_compiler,
     context_mesh,
-    dividing,
     explicit_axes,
     lay_out,
     num_devices,
@@ -45,7 +44,7 @@ class Division:
       h: those that divide heads.
     """
 
-    mesh: Any  # an AbstractMesh, or a Mesh
+    mesh: AbstractMesh
     b: MeshAxes = ()
     t: MeshAxes = ()
     h: MeshAxes = ()
@@ -89,9 +88,9 @@ class Division:
         Raises:
           ValueError: for a sharding of more axes, or a PartitionSpec without a mesh.
         """
-        mesh, spec = jax.sharding.get_mesh(), sharding
+        mesh, spec = jax.sharding.get_abstract_mesh(), sharding
         if isinstance(sharding, NamedSharding):
-            mesh, spec = sharding.mesh, sharding.spec
+            mesh, spec = sharding.mesh.abstract_mesh, sharding.spec
         if not isinstance(spec, PartitionSpec) or len(spec) > 2:
             raise ValueError(
                 "a cache's sharding must be a NamedSharding or PartitionSpec of rows, or of rows "
@@ -140,10 +139,6 @@ class Division:
         """The layout of an array with these axes."""
         return as_spec(self._axes(letters))
 
-    def sharding_of(self, x: Any, letters: str) -> NamedSharding:
-        """The layout of this array, as far as its axes divide evenly."""
-        return NamedSharding(self.mesh, as_spec(dividing(self._axes(letters), x, self.mesh)))
-
     def lay(self, x: Array, letters: str) -> Array:
         """Lays an array out, as far as its axes divide evenly."""
         return lay_out(x, self.mesh, self._axes(letters))
@@ -166,14 +161,14 @@ class Division:
 
         if explicit:
             args = jax.tree.map(lay, letters, args)
-        ruled = {axis for letter in _NAMES for axis in _ruled(letter, self.mesh)}
+        options: dict[str, Any] = dict(mesh=self.mesh)
+        if auto or self.mesh.manual_axes:
+            ruled = {axis for letter in _NAMES for axis in _ruled(letter, self.mesh)}
+            options["axis_names"] = {*explicit, *(axis for axis in auto if axis in ruled)}
+        elif not jax.sharding.get_abstract_mesh().empty:
+            options = {}  # all axes but those over which a vmap goes
         mapped = jax.shard_map(
-            local,
-            mesh=self.mesh,
-            in_specs=specs,
-            out_specs=out_specs,
-            axis_names={*explicit, *(axis for axis in auto if axis in ruled)},
-            check_vma=False,
+            local, in_specs=specs, out_specs=out_specs, check_vma=False, **options
         )
         # Outside jit, JAX 0.10 does not take a mesh of which only some axes are manual.
         return jax.jit(mapped)(*args) if explicit else mapped(*args)

@@ -47,16 +47,13 @@ _ALIASES = {
 }
 
 
-def mesh_axes(name: str | None, mesh: AbstractMesh) -> MeshAxes:
+def mesh_axes(name: str, mesh: AbstractMesh) -> MeshAxes:
     """The axes of the mesh that an axis of this name is divided over."""
-    if name is None:
-        return ()
     rules = _rules_in_context()
     for alias in (name, *_ALIASES.get(name, ())):
-        for known, axes in rules:
-            if known == alias and set(as_axes(axes)) <= set(mesh.axis_names):
-                return as_axes(axes)
-    return as_axes(RULES[name]) if name in RULES and _is_ours(mesh) else ()
+        if alias in rules:
+            return _known(rules[alias], mesh)
+    return _known(RULES[name], mesh) if name in RULES and _is_ours(mesh) else ()
 
 
 def constrain(x: Array, *names: str | None) -> Array:
@@ -71,7 +68,7 @@ def constrain(x: Array, *names: str | None) -> Array:
     # Within a shard_map, arrays are already divided.
     if mesh is None or mesh.manual_axes:
         return x
-    axes = [mesh_axes(name, mesh) for name in names]
+    axes = [() if name is None else mesh_axes(name, mesh) for name in names]
     return lay_out(x, mesh, axes) if any(axes) else x
 
 
@@ -89,7 +86,7 @@ def partitioned(init: Callable[..., Array], *names: str | None) -> Callable[...,
     def create(*args: Any, **kwargs: Any) -> Any:
         value, mesh, eager = init(*args, **kwargs), context_mesh(), False
         if mesh is not None and not mesh.manual_axes:
-            axes = [_of_param(name, mesh) for name in names]
+            axes = [_of_param(name, mesh, given is not None) for name in names]
             # What is made from parameters, such as an optimizer's state, is then divided as they
             # are. Flax does so where all names fit; types of Explicit axes do so by themselves.
             evenly = axes == dividing(axes, value, mesh)
@@ -129,7 +126,7 @@ class DefaultRules:
     """The rules of a parameter for names that the rules in context do not have."""
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
-        known = {name for name, _ in _rules_in_context()}
+        known = _rules_in_context()
         ours = _is_ours(jax.sharding.get_abstract_mesh())
         return iter([(name, RULES[name] if ours else None) for name in RULES if name not in known])
 
@@ -148,19 +145,22 @@ def _given(names: AxisNames, name: str | None) -> Any:
     return None if name is None else names.get(name)
 
 
-def _of_param(name: Any, mesh: AbstractMesh) -> MeshAxes:
-    """The axes of a mesh for the name of a parameter's axis: a logical one, or the mesh's own."""
-    if isinstance(name, str) and (name in RULES or name not in mesh.axis_names):
-        axes = dict(_rules_in_context()).get(name)
-        axes = axes if axes is not None else mesh_axes(name, mesh)
-    else:
-        axes = name
+def _of_param(name: Any, mesh: AbstractMesh, hosts: bool) -> MeshAxes:
+    """The axes of a mesh for the name of a parameter's axis: ours, or one that a host gave."""
+    rules = _rules_in_context()
+    if name is None or (isinstance(name, str) and name in rules):
+        return _known(rules.get(name), mesh)
+    return _known(name, mesh) if hosts else mesh_axes(name, mesh)
+
+
+def _known(axes: Any, mesh: AbstractMesh) -> MeshAxes:
     return tuple(axis for axis in as_axes(axes) if axis in mesh.axis_names)
 
 
-def _rules_in_context() -> tuple[tuple[str, Any], ...]:
+def _rules_in_context() -> dict[Any, Any]:
+    """The rules of the host; of several for one name the last holds, as in NNX."""
     rules: Any = get_logical_axis_rules()
-    return tuple((rule[0], rule[1]) for rule in rules or ())
+    return {rule[0]: rule[1] for rule in rules or ()}
 
 
 def _is_ours(mesh: AbstractMesh) -> bool:

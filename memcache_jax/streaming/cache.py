@@ -87,6 +87,13 @@ class Cache(MixerCache):
         slots = config.slots.num_slots
         return bank(slots, matrices, first), storage.Storage(slots, key, first)
 
+    def letters(self, layers: bool = False) -> "Cache":
+        """As ``MixerCache.letters``; on the host, a bank has heads and rows in one axis."""
+        cache = super().letters(layers)
+        if self.config.placement != "host" or self.bank is None:
+            return cache
+        return cache.replace(bank=cache.bank.replace("b h", "b"))
+
     def empty_states(self, rows: int, *layers: int) -> tuple:
         """Allocates empty cached states and pooled keys, for a stack of so many layers."""
         return tuple(bank.empty(rows, *layers) for bank in self.storages)

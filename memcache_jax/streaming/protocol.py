@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from memcache_jax import _checks
@@ -206,13 +207,22 @@ def placed(make: Callable[[], T], sharding: NamedSharding | PartitionSpec | None
     if sharding is None:
         return make()
     division = Division.of_cache(sharding)
-    empty: Any = jax.eval_shape(make)
-    shardings = jax.tree.map(
-        lambda letters, tree: jax.tree.map(lambda x: division.sharding_of(x, letters), tree),
-        empty.letters(),
-        empty,
-    )
-    return jax.jit(make, out_shardings=shardings)()
+
+    def lay(letters: str, tree: Any) -> Any:
+        return jax.tree.map(lambda x: division.lay(x, letters), tree)
+
+    def laid() -> T:
+        cache: Any = make()
+        return jax.tree.map(lay, cache.letters(), cache)
+
+    if isinstance(jnp.zeros(()), Tracer):  # where no mesh can be entered
+        if jax.sharding.get_abstract_mesh() != division.mesh:
+            raise ValueError(f"under jit, {sharding} needs its mesh in context: jax.set_mesh")
+        return laid()
+    if not isinstance(sharding, NamedSharding):
+        return jax.jit(laid)()
+    with jax.set_mesh(sharding.mesh):
+        return jax.jit(laid)()
 
 
 def zero_rows(tree: Any, rows: Array, axis: int = 0) -> Any:
