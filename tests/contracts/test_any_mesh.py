@@ -166,6 +166,14 @@ def test_rows_on_a_mesh_that_is_not_in_context_and_in_a_shard_map():
 
     with jax.set_mesh(mesh):
         assert_same(jax.jit(by_hand)(tokens, rows["weights"]), wanted)
+        checked = jax.shard_map(
+            lambda tokens: mc.memory_caching(**tokens, weights=inputs["weights"], **how),
+            in_specs=P("rows"),
+            out_specs=P("rows"),
+            axis_names={"rows"},
+        )
+        with pytest.raises(ValueError, match=r"key varies over \['rows'\].* check_vma=False"):
+            jax.jit(checked)(tokens)
 
 
 def model_and_tokens(axis_names=None):
@@ -277,6 +285,15 @@ def test_a_cache_of_the_core_lies_as_it_is_told():
     unknown = pytest.raises(ValueError, match="the mesh has the axes rows, model; got data")
     with jax.set_mesh(mesh), unknown:
         mc.init_cache(ROWS, HEADS, 4, 4, **how, **options, sharding=P("data"))
+    router = how | dict(aggregation=mc.SSC(top_k=1))
+    with jax.set_mesh(mesh):
+        empty = jax.jit(lambda: mc.init_cache(ROWS, HEADS, 4, 4, **how, **options, sharding=layout))
+        assert jax.typeof(empty().pooled).sharding.spec == P("rows", "model", None, None)
+        (bank, *_) = mc.init_cache(
+            ROWS, HEADS, 4, 4, **router, **options, placement="host", sharding=layout
+        ).bank
+        assert bank.sharding.memory_kind == "pinned_host"
+        assert bank.sharding.spec[:2] == ("rows", None)
     with pytest.raises(ValueError, match="needs a mesh"):
         mc.init_cache(ROWS, HEADS, 4, 4, **how, **options, sharding=P("rows"))
     with pytest.raises(ValueError, match="of rows, or of rows and heads"):

@@ -98,6 +98,14 @@ def test_adapters_and_what_they_train(stacked):
     np.testing.assert_allclose(y, wanted, atol=2e-5)
 
 
+def test_one_adapter_for_all_layers_of_the_rank_of_their_number():
+    model = model_of(num_layers=8)
+    wanted = model(TOKENS)
+    mixer: Any = model.layers.blocks[0].mixer
+    mixer.value = nnx.LoRA(16, 4, 16, base_module=mixer.value, rngs=nnx.Rngs(1))
+    np.testing.assert_allclose(model(TOKENS), wanted, atol=1e-5)
+
+
 def test_what_is_attached_is_not_scanned():
     model = model_of()
     wanted = model(TOKENS)

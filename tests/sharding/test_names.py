@@ -1,5 +1,7 @@
 """The names of axes, and the mesh's axes that stand for them."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,6 +127,18 @@ def test_a_mapping_of_the_hosts_names(kind):
     assert spec == P("fsdp", ("a", "b"))
     with pytest.raises(ValueError, match=r"axis_names are for .*; got features"):
         make(axis_names=dict(features="fsdp"))
+
+
+def test_a_mesh_whose_axes_have_our_names():
+    mesh = jax.make_mesh((2, 2), ("heads", "embed"), devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        kernel: Any = make(axis_names=dict(heads="heads", embed="embed")).query.kernel[...]
+    assert kernel.sharding.spec == P("embed", "heads")
+    # Of several rules for a name the last holds, for parameters and for tokens.
+    rules = (("heads", "dp"), ("heads", "tp"))
+    with jax.set_mesh(foreign_mesh(AxisType.Auto)), logical_axis_rules(rules):
+        assert specs(nnx.state(make()))["temperature"] == P("tp")
+        assert constrain(jnp.ones((4, 4)), None, "heads").sharding.spec == P(None, "tp")
 
 
 def test_the_mesh_of_this_library_has_rules_of_its_own():
