@@ -10,10 +10,12 @@ import subprocess
 import sys
 import tarfile
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 import memcache_jax as mc
 
@@ -81,17 +83,18 @@ def flax_sources() -> Path:
     return folder.absolute()
 
 
-def mesh(
-    devices: int, axes: tuple[str, ...], legacy: bool = False
-) -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def mesh(devices: int, axes: tuple[str, ...], legacy: bool = False) -> Iterator[Mesh | None]:
     """A mesh of all devices along the first axis, as ``jax.make_mesh`` makes it; none for one.
 
     ``legacy`` is ``with mesh:``, the only way in which Tunix finds it.
     """
     if devices == 1:
-        return contextlib.nullcontext()
+        yield None
+        return
     made = jax.make_mesh((devices, *[1] * (len(axes) - 1)), axes)
-    return made if legacy else jax.set_mesh(made)
+    with made if legacy else jax.set_mesh(made):
+        yield made
 
 
 def code_blocks(page: str) -> list[str]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.hosts import _host
 
@@ -49,7 +50,8 @@ def run(devices: int) -> list[_host.Row]:
     before, _ = train(devices)
     _host.change(_host.load("modules"), CHANGES)
     after, model = train(devices)
-    error = sample(model)
+    with _host.mesh(devices, ("fsdp", "tensor")) as mesh:
+        error = sample(model, mesh)
     result = (
         f"loss {_host.fell(before)}; with our layer {_host.fell(after)}; the sampler's logits are "
         f"those of whole rows, {error:.0e}"
@@ -78,9 +80,7 @@ def train(devices: int, steps: int = 15) -> tuple[list[float], Any]:
         use_post_attn_norm=True,
         use_post_ffw_norm=True,
         attention_types=(transformer_cfg.AttentionType.GLOBAL,) * 2,
-        shd_config=sharding()
-        if devices == 1
-        else sharding.fsdp_tp_sharding(tensor_parallel_axis_name="tensor"),
+        shd_config=sharding,
     )
     with _host.mesh(devices, ("fsdp", "tensor")):
         model = transformer.Transformer(config, rngs=nnx.Rngs(params=0, dropout=0))
@@ -109,16 +109,17 @@ def _packed(devices: int) -> dict[str, jax.Array]:
     return batch if devices == 1 else jax.device_put(batch, jax.P("fsdp"))
 
 
-def sample(model: Any) -> float:
+def sample(model: Any, mesh: Any) -> float:
     """Prompts of two lengths: how far the sampler's logits are from those of whole rows."""
     sampler, transformer = _host.load("sampler"), _host.load("transformer")
 
     vocab: Any = _host.Numbers()
     draw = sampler.Sampler(vocab=vocab, cache_size=64, transformer=model)
-    drawn = draw(_host.prompts(), total_generation_steps=9, echo=True)
-    tokens = jnp.asarray(drawn.tokens)
+    rows = None if mesh is None else NamedSharding(mesh, PartitionSpec("fsdp"))
+    drawn = draw(_host.prompts(), total_generation_steps=9, echo=True, data_sharding=rows)
+    tokens = jax.device_put(jnp.asarray(drawn.tokens), rows)
     mask = transformer.make_causal_attn_mask(tokens > _host.PAD)
-    places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    places = jax.device_put(jnp.tile(jnp.arange(tokens.shape[1]), (len(tokens), 1)), rows)
     whole, _ = nnx.jit(lambda model: model(tokens, places, None, mask))(model)
     error = float(np.abs(np.asarray(drawn.logits)[:, 1:] - np.asarray(whole)[:, :-1]).max())
     assert error < 1e-3, f"the sampler's logits differ from those of whole rows by {error}"
