@@ -221,7 +221,8 @@ def placed(make: Callable[[], T], sharding: NamedSharding | PartitionSpec | None
         return laid()
     if not isinstance(sharding, NamedSharding):
         return jax.jit(laid)()
-    with jax.set_mesh(sharding.mesh):
+    concrete: Any = sharding.mesh
+    with jax.set_mesh(concrete):
         return jax.jit(laid)()
 
 
