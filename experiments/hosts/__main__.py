@@ -60,7 +60,9 @@ def _run(host: str) -> list[dict]:
     if found:
         return json.loads(found[-1].removeprefix(_MARK))
     print(done.stderr[-4000:], file=sys.stderr)
-    reason = next((line for line in reversed(done.stderr.splitlines()) if "rror: " in line), "")
+    status = f"status {done.returncode}"
+    errors = [line for line in done.stderr.splitlines() if "rror: " in line]
+    reason = errors[-1] if errors else status
     return [dict(host=host, version="", lines=0, result=f"failed: {reason[:300]}")]
 
 

@@ -10,12 +10,10 @@ import subprocess
 import sys
 import tarfile
 import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 import memcache_jax as mc
 
@@ -83,18 +81,17 @@ def flax_sources() -> Path:
     return folder.absolute()
 
 
-@contextlib.contextmanager
-def mesh(devices: int, axes: tuple[str, ...], legacy: bool = False) -> Iterator[Mesh | None]:
+def mesh(
+    devices: int, axes: tuple[str, ...], legacy: bool = False
+) -> contextlib.AbstractContextManager:
     """A mesh of all devices along the first axis, as ``jax.make_mesh`` makes it; none for one.
 
     ``legacy`` is ``with mesh:``, the only way in which Tunix finds it.
     """
     if devices == 1:
-        yield None
-        return
+        return contextlib.nullcontext()
     made = jax.make_mesh((devices, *[1] * (len(axes) - 1)), axes)
-    with made if legacy else jax.set_mesh(made):
-        yield made
+    return made if legacy else jax.set_mesh(made)
 
 
 def code_blocks(page: str) -> list[str]:
