@@ -5,6 +5,7 @@
 #   make lint         ruff and pyright
 #   make bench        time of the layer, forward and backward
 #   make recall       associative recall with and without cached memories, in runs/recall*
+#   make hosts        MaxText, Tunix and Flax's examples with our layers in them (Python 3.12)
 #   make gpu-check    every GPU kernel: correctness, then times beside XLA, a matmul and attention
 #
 # Another Python: make demo PYTHON=python3.12. An NVIDIA GPU or a TPU is found by itself; to choose,
@@ -15,6 +16,7 @@ ACCELERATOR ?= auto
 WORKDIR ?= runs/demo
 
 VENV := .venv
+HOSTS := .venv-hosts
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --disable-pip-version-check --quiet
 SPEC := setup.cfg pyproject.toml
@@ -25,7 +27,7 @@ ifneq ($(filter auto cpu,$(ACCELERATOR)$(wildcard /dev/accel0 /dev/vfio/0)$(shel
 export JAX_PLATFORMS ?= cpu
 endif
 
-.PHONY: demo test test-fast lint bench recall gpu-check clean
+.PHONY: demo test test-fast lint bench recall hosts gpu-check clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.demo
@@ -49,11 +51,14 @@ recall: $(VENV)/.demo
 	$(RUN) -m experiments.mqar --config=configs/recall.py --workdir=runs/recall
 	$(RUN) -m experiments.mqar --config=configs/recall.py:deep --workdir=runs/recall_deep
 
+hosts: $(HOSTS)/.installed
+	$(HOSTS)/bin/python -m experiments.hosts
+
 gpu-check: $(VENV)/.demo
 	$(RUN) -m experiments.check_kernels
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(HOSTS) build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
 $(RUN):
@@ -82,4 +87,14 @@ $(VENV)/.demo: $(SPEC) | $(RUN)
 $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(SPEC) | $(RUN)
 	@echo "Installing .[$*] into $(VENV) ..."
 	@$(PIP) -e '.[$*]'
+	@touch $@
+
+# Apart from the rest: the hosts need the newest JAX, and much that nothing else here needs.
+$(HOSTS)/.installed: experiments/hosts/requirements.txt $(SPEC)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || { \
+	    echo "MaxText needs Python 3.12, got $$($(PYTHON) --version 2>&1)."; \
+	    echo "Name another one: make hosts PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(HOSTS)
+	@echo "Installing the hosts into $(HOSTS) ..."
+	@$(HOSTS)/bin/python -m pip install --disable-pip-version-check --quiet -e . -r $<
 	@touch $@

@@ -37,6 +37,7 @@ def get_config(machine: str = "gpu") -> Any:
     training.model.dtype = "bfloat16"
     training.optimizer.learning_rate, training.optimizer.warmup_steps = 1e-3, 200
     training.sample.max_new_tokens = 0
+    training.data.isolate_documents = False  # the long rows that are measured are packed too
     if machine == "cpu":
         config.segment, config.top_k = 64, 2
         config.eval_length, config.eval_tokens, config.first_bin = 2048, 32_768, 32

@@ -53,7 +53,9 @@ def _memory_mixers(config: Any) -> list[Any]:
 
 def _divides_time(config: Any, mixers: list[Any], parts: int) -> bool:
     from memcache_jax.sharding.memory_caching import check_parts
+    from memcache_jax.training.documents import with_isolation_decided
 
+    isolates = with_isolation_decided(config).data.isolate_documents
     try:
         for mixer in mixers:
             check_parts(
@@ -64,6 +66,7 @@ def _divides_time(config: Any, mixers: list[Any], parts: int) -> bool:
                 start=mixer.start,
                 implementation=mixer.implementation,
                 exchange=mixer.exchange,
+                documents=isolates,
             )
     except ValueError:
         return False

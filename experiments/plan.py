@@ -61,12 +61,14 @@ def plan(config: Any, topology: str, *, quick: bool = False) -> dict[str, Any]:
     from experiments._hlo import collectives
     from memcache_jax.sharding import batch_sharding
     from memcache_jax.training.config import check_config
+    from memcache_jax.training.documents import separator, with_isolation_decided
     from memcache_jax.training.loop import config_mesh
     from memcache_jax.training.models import model_config
     from memcache_jax.training.optimizer import make_optimizer
     from memcache_jax.training.step import abstract_state, make_train_step
 
     check_config(config)
+    config = with_isolation_decided(config)
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as e:  # libtpu raises several kinds
@@ -80,7 +82,9 @@ def plan(config: Any, topology: str, *, quick: bool = False) -> dict[str, Any]:
 
     graph, alone = abstract_state(model, optimizer)
     options = config.optimizer.z_loss, config.accumulate
-    flops = count_flops(make_train_step(graph, optimizer, *options), alone, tokens)
+    end_token = separator(config, 0, graph, alone.params)  # any id: the program is the same
+    step = make_train_step(graph, optimizer, *options, end_token=end_token)
+    flops = count_flops(step, alone, tokens)
 
     report: dict[str, Any] = dict(
         topology=topology,
@@ -99,7 +103,8 @@ def plan(config: Any, topology: str, *, quick: bool = False) -> dict[str, Any]:
     )
     with jax.set_mesh(mesh):
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
-        train_step: Any = make_train_step(graph, optimizer, *options, target)
+        separator(config, 0, graph, target.params)
+        train_step: Any = make_train_step(graph, optimizer, *options, target, end_token)
         lowered = train_step.lower(target, tokens)
         begin = time.perf_counter()
         try:

@@ -104,7 +104,22 @@ def for_each_unit(unit: Callable, batch_dims: int) -> Callable:
 
     side_by_side = flattened(jax.vmap(unit))
     in_turn = flattened(lambda *args: lax.map(lambda xs: unit(*xs), args))
-    return lambda *args: lax.platform_dependent(*args, cpu=in_turn, default=side_by_side)
+
+    def call(*args):
+        # Of units that it divides over devices, the compiler would gather those that run in turn.
+        if compiler_divides(args):
+            return side_by_side(*args)
+        return lax.platform_dependent(*args, cpu=in_turn, default=side_by_side)
+
+    return call
+
+
+def compiler_divides(args: Any) -> bool:
+    """Whether the compiler may divide these arrays over several devices."""
+    meshes = [jax.sharding.get_abstract_mesh()]
+    meshes += [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(args)]
+    auto = jax.sharding.AxisType.Auto
+    return any(not m.empty and m.size > 1 and auto in m.axis_types for m in meshes)
 
 
 def written(tree: Any) -> Any:

@@ -60,13 +60,15 @@ def check_input(x: jax.Array, in_features: int) -> None:
         )
 
 
-def check_documents(document_ids: jax.Array, wanted: tuple[int, ...]) -> None:
+def check_documents(
+    document_ids: jax.typing.ArrayLike, wanted: tuple[int, ...], name: str = "document_ids"
+) -> None:
     """Raises ValueError unless ``document_ids`` are integers of shape (b, t)."""
     if jnp.shape(document_ids) != wanted or not jnp.issubdtype(
         jnp.result_type(document_ids), jnp.integer
     ):
         raise ValueError(
-            f"document_ids must be integers of shape (b, t) = {wanted}, got "
+            f"{name} must be integers of shape (b, t) = {wanted}, got "
             f"{jnp.result_type(document_ids)} {jnp.shape(document_ids)}"
         )
 
@@ -162,6 +164,12 @@ def check_arguments(
     v = jnp.shape(value)[-1]
     if 0 in jnp.shape(key):
         raise ValueError(f"key must not be empty, got shape (b, t, h, k) = {jnp.shape(key)}")
+    varying = getattr(getattr(jax.typeof(key), "manual_axis_type", None), "varying", ())
+    if varying:
+        raise ValueError(
+            f"within jax.shard_map, key varies over {sorted(varying)}, which memories do not "
+            "follow: pass check_vma=False to that shard_map"
+        )
     check_shape("key", key, (b, t, h, k), "b, t, h, k")
     check_shape("query", query, (b, t, h, k), "b, t, h, k")
     check_shape("value", value, (b, t, h, v), "b, t, h, v")

@@ -9,7 +9,7 @@ m  tokens in a chunk
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from jax import Array
 from jaxtyping import Bool, Float, Int
@@ -29,4 +29,25 @@ Controls: TypeAlias = Mapping[str, Array]
 State: TypeAlias = Any
 """A memory's state: a NamedTuple of arrays that only the memory itself looks into."""
 
-__all__ = ["Apply", "Array", "Bool", "Controls", "Float", "Int", "Matrices", "State"]
+Start: TypeAlias = Literal["independent", "checkpoint"]
+"""What a segment's memory begins with: the initial state, or the state before the segment."""
+
+Implementation: TypeAlias = Literal["xla", "pallas_tpu", "pallas_gpu", "reference"]
+"""How the equations are computed."""
+
+Exchange: TypeAlias = Literal["gather", "ring"]
+"""How parts of a sequence on several devices get each other's states."""
+
+__all__ = [
+    "Apply",
+    "Array",
+    "Bool",
+    "Controls",
+    "Exchange",
+    "Float",
+    "Implementation",
+    "Int",
+    "Matrices",
+    "Start",
+    "State",
+]

@@ -13,6 +13,7 @@ from memcache_jax._typing import Array, Float, Matrices
 from memcache_jax.engine.read import Bank, Live
 from memcache_jax.engine.types import Candidates, LivePart, OfBlocks, OfTokens, Selection
 from memcache_jax.gating import GATES, ContentGate, Gate, finite_rows, scores
+from memcache_jax.kernels._largest import largest
 from memcache_jax.kernels.gate_softmax import softmax_gates
 from memcache_jax.kernels.ssc_route import ssc_route
 from memcache_jax.memories import Memory
@@ -251,7 +252,7 @@ class SSC(GRM):
     def gates(self, cached: Array, live: Array) -> tuple[Array, Array]:
         """Softmax over the selected states and the live one; zero for the others."""
         if self.top_k < cached.shape[-1]:
-            _, chosen = lax.top_k(lax.stop_gradient(cached), self.top_k)
+            _, chosen = largest(lax.stop_gradient(cached), self.top_k)
             selected = jnp.zeros(cached.shape, bool)
             selected = jnp.put_along_axis(selected, chosen, True, axis=-1, inplace=False)
             cached = jnp.where(selected, cached, -jnp.inf)
@@ -285,7 +286,7 @@ class SSC(GRM):
             gates = jnp.where(broken.any(axis=-1)[..., None, None], jnp.nan, gates)
             return OfTokens(chosen, gates, live)
         cached, live = scores(connector, candidates, self.relevance, self.pooling)
-        _, slots = lax.top_k(lax.stop_gradient(cached), self.top_k)
+        _, slots = largest(lax.stop_gradient(cached), self.top_k)
         cached = jnp.take_along_axis(cached, slots, axis=-1)
         chosen = jnp.take_along_axis(jnp.asarray(states)[:, None, :, None], slots, axis=-1)
         gates, live = self.gates(cached, live)

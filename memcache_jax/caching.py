@@ -1,21 +1,17 @@
 """The functional core: a recurrent memory whose segment-end states stay readable."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias, get_args
-
-import jax.numpy as jnp
+from typing import Any, get_args
 
 from memcache_jax._checks import check_arguments, check_choice
-from memcache_jax._typing import Array, Float, Int
+from memcache_jax._typing import Array, Exchange, Float, Implementation, Int, Start
 from memcache_jax.aggregation import Aggregation
-from memcache_jax.engine import reference
-from memcache_jax.engine.documents import count_documents
-from memcache_jax.engine.run import OnePass, cut_for, full_controls, run, widen, writing
+from memcache_jax.engine.one_pass import one_pass
+from memcache_jax.engine.types import Tokens
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Segmentation
-
-Start: TypeAlias = Literal["independent", "checkpoint"]
-Implementation: TypeAlias = Literal["xla", "pallas_tpu", "pallas_gpu", "reference"]
+from memcache_jax.sharding.division import Division
+from memcache_jax.sharding.memory_caching import over_mesh
 
 
 def memory_caching(
@@ -32,6 +28,7 @@ def memory_caching(
     start: Start = "independent",
     document_ids: Int[Array, "b t"] | None = None,
     implementation: Implementation | None = None,
+    exchange: Exchange = "gather",
 ) -> Float[Array, "b t h v"]:
     """Memory Caching (Eq. 4-10 of arXiv:2602.24281): a recurrent memory with cached past states.
 
@@ -67,6 +64,16 @@ def memory_caching(
       implementation: ``"xla"`` (the default), matrix products over chunks; ``"pallas_tpu"`` or
         ``"pallas_gpu"``, the same with the kernels for that device; or ``"reference"``, the
         recurrence token by token, slow and plain.
+      exchange: on a mesh that divides time, how the parts get each other's states: ``"gather"``
+        fetches all at once, ``"ring"`` one part's at a time, in less memory.
+
+    On a mesh, rows, heads and time are worked on where they lie, and the output lies as the tokens
+    do. Explicit axes are those of the arrays' types. Auto axes are those that the logical rules in
+    context give to ``batch``, ``heads`` and ``time``, or, on a mesh of ``sharding.make_mesh``,
+    ``data`` and ``fsdp``, ``tensor``, and ``seq``. Rows and heads that their devices do not divide
+    evenly are not divided. Parts of a sequence write their own segments. Pooled keys are gathered,
+    and so are the states at the ends of segments, or passed around. With checkpoint starts each
+    part first writes its segments to know its last state, and then again from the state before it.
 
     Returns:
       The outputs y.
@@ -74,7 +81,10 @@ def memory_caching(
     Raises:
       ValueError: for shapes, controls or weights that do not fit each other or the memory, a
         missing connector, a segment size that the memory's chunk size does not divide, an unknown
-        start or implementation, or document_ids with a segmentation or a memory that takes none.
+        start, implementation or exchange, or document_ids with a segmentation that takes none.
+        With time divided, also for fewer segments than devices, segments of several lengths, the
+        reference, packed documents or rules whose states cannot be merged with checkpoint starts or
+        ``Logarithmic``, and a ring unless blocks read the states of all segments before them.
       NotImplementedError: for kernels asked for by name that cannot serve.
 
     Example:
@@ -87,31 +97,25 @@ def memory_caching(
     """
     controls, weights = dict(controls or {}), dict(weights or {})
     check_configuration(memory, aggregation, segmentation, start, implementation)
+    check_choice("exchange", exchange, get_args(Exchange))
     check_arguments(
         *(query, key, value, connector, memory, controls, weights),
         *(aggregation, segmentation, document_ids),
     )
-    length = query.shape[1]
-    plan = segmentation.plan(length)
-    tokens = widen(query, key, value, connector, full_controls(memory, controls, key))
-    weights = {name: weight.astype(tokens.key.dtype) for name, weight in weights.items()}
-    document = None if document_ids is None else count_documents(document_ids)
-    if implementation == "reference":
-        y = reference.memory_caching(
-            tokens,
-            weights,
-            document,
-            memory=memory,
-            aggregation=aggregation,
-            plan=plan,
-            start=start,
-        )
-    else:
-        blocks = cut_for(memory, tokens, document, plan, length)
-        how = writing(memory, aggregation, tokens, weights, implementation)
-        y, _, _ = run(OnePass(plan, start == "checkpoint"), how, aggregation, blocks)
-        y = y.reshape(*y.shape[:2], -1, y.shape[-1])[:, :, :length]
-    return jnp.moveaxis(y, 1, 2).astype(value.dtype)
+    some: Any = connector  # or None, which has no arrays to divide
+    tokens = Tokens(query, key, value, some, controls)
+    how: dict[str, Any] = dict(
+        memory=memory,
+        aggregation=aggregation,
+        segmentation=segmentation,
+        start=start,
+        implementation=implementation,
+    )
+    rows = (query, key, value, connector)
+    division = Division.of(*((x, "b t h .") for x in rows), (document_ids, "b t"))
+    if division is None:
+        return one_pass(tokens, weights, document_ids, **how)
+    return over_mesh(division, tokens, weights, document_ids, exchange, **how)
 
 
 def check_configuration(

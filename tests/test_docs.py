@@ -11,7 +11,6 @@ import pytest
 
 import memcache_jax as mc
 from memcache_jax.gating import GATES
-from memcache_jax.sharding.memory_caching import memory_caching_over_mesh
 from memcache_jax.streaming.eviction import POLICIES
 from tests.cases import MEMORIES, assert_close, make_inputs
 
@@ -51,7 +50,7 @@ def assert_same_over_a_mesh(how, **options):
     inputs = jax.tree.map(jnp.asarray, make_inputs(how["memory"], 30, batch=1, dtype=np.float32))
     wanted = jax.jit(lambda inputs: mc.memory_caching(**inputs, **how))(inputs)
     with jax.set_mesh(mc.sharding.make_mesh(dict(seq=2), devices=jax.devices()[:2])):
-        run = jax.jit(lambda inputs: memory_caching_over_mesh(**inputs, **how, **options))
+        run = jax.jit(lambda inputs: mc.memory_caching(**inputs, **how, **options))
         assert_close(run(inputs), wanted, 1e-5)
 
 
@@ -110,3 +109,8 @@ def test_the_growing_segments_span_what_they_say(parts):
         plan = growing.plan(growing.span(segments))
         assert len(np.unique(plan.first)) == segments
         assert len(np.unique(growing.plan(growing.span(segments) + 1).first)) == segments + 1
+
+
+def test_the_code_of_the_page_on_hosts():
+    (code,) = re.findall(r"^```python\n(.*?)^```$", (FOLDER / "hosts.md").read_text(), re.M | re.S)
+    exec(compile(code, "hosts.md", "exec"), {})

@@ -31,7 +31,6 @@ def test_block(code, line):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Sharding info not provided")  # as the README says
 @pytest.mark.parametrize(("code", "line"), list(blocks(with_run=True)))
 def test_block_that_needs_a_run(code, line, trained_run, monkeypatch):
     monkeypatch.chdir(trained_run.parents[1])

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from memcache_jax._typing import Array, Float, Int
+from memcache_jax.kernels._largest import largest
 
 
 def ssc_route(
@@ -23,7 +23,7 @@ def ssc_route(
         def token(connector, online, reads):
             cached = jnp.matmul(pooled[jnp.maximum(reads, 0)], connector, precision="highest")
             cached = jnp.where(reads >= 0, cached, -jnp.inf)
-            selected, slots = lax.top_k(cached, top_k)
+            selected, slots = largest(cached, top_k)
             gates = jax.nn.softmax(jnp.append(selected, online))
             return gates[:-1], gates[-1], jnp.where(selected > -jnp.inf, reads[slots], -1)
 

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from memcache_jax._typing import Array, Float, Int
+from memcache_jax.kernels._largest import largest
 from memcache_jax.kernels.ssc_route._shared import slots_are_states
 
 
@@ -25,7 +25,7 @@ def ssc_route(
     missing = max(0, top_k - reads.shape[1])
     ends = [(0, 0)] * 4 + [(0, missing)]
     cached = jnp.pad(cached, ends, constant_values=-jnp.inf)
-    selected, slots = lax.top_k(cached, top_k)
+    selected, slots = largest(cached, top_k)
     gates = jax.nn.softmax(jnp.concatenate([selected, online[..., None]], axis=-1), axis=-1)
     states = jnp.take_along_axis(jnp.asarray(np.pad(of_slot, ends), jnp.int32), slots, axis=-1)
     return gates[..., :-1], gates[..., -1], jnp.where(selected > -jnp.inf, states, -1)

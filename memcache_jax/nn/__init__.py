@@ -1,6 +1,6 @@
 """Flax modules: the layer, attention, and a language model of both."""
 
-from memcache_jax.nn import linen
+from memcache_jax.nn import adapters, linen
 from memcache_jax.nn.attention import Attention
 from memcache_jax.nn.cache_table import cache_bytes, cache_table
 from memcache_jax.nn.config import (
@@ -24,6 +24,7 @@ __all__ = [
     "MemoryCachingMixer",
     "Mixer",
     "MixerCache",
+    "adapters",
     "cache_bytes",
     "cache_table",
     "linen",

@@ -7,7 +7,8 @@ from flax import nnx
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.nn.config import LanguageModelConfig, Mixer
 from memcache_jax.nn.layers import SwiGLU
-from memcache_jax.sharding.mesh import constrain
+from memcache_jax.sharding.layout import like
+from memcache_jax.sharding.names import constrain
 
 
 class Block(nnx.Module):
@@ -32,8 +33,8 @@ class Block(nnx.Module):
     ) -> Float[Array, "b t d"]:
         """Applies the mixer and the MLP."""
         documents = () if document_ids is None else (document_ids,)
-        x = constrain(x + self.mixer(self.mixer_norm(x), *documents), "batch", "time", None)
-        return constrain(self._mix_features(x), "batch", "time", None)
+        mixed = _laid(x + self.mixer(self.mixer_norm(x), *documents), x)
+        return _laid(self._mix_features(mixed), x)
 
     def extend(
         self, x: Float[Array, "b t d"], cache: Any, lengths: Int[Array, "b"] | None
@@ -41,10 +42,15 @@ class Block(nnx.Module):
         """Applies both to the next tokens of a stream; returns the mixer's next cache too."""
         mixer: Any = self.mixer
         y, cache = mixer.extend(self.mixer_norm(x), cache, lengths)
-        return self._mix_features(x + y), cache
+        return like(x, self._mix_features(like(x, x + y))), cache
 
     def _mix_features(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         return x + self.mlp(self.mlp_norm(x)) if self.has_mlp else x
+
+
+def _laid(y: Float[Array, "b t d"], x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    """The output of a block, which lies as its input."""
+    return like(x, constrain(y, "batch", "time", None))
 
 
 class Period(nnx.Module):

@@ -6,13 +6,12 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import jax.numpy as jnp
 from flax import nnx
 
+from memcache_jax._typing import Exchange, Implementation, Start
 from memcache_jax.aggregation import GRM, Aggregation
-from memcache_jax.caching import Implementation, Start
 from memcache_jax.memories import Memory, Titans
 from memcache_jax.nn.attention import Attention
 from memcache_jax.nn.memory_caching import MemoryCaching
 from memcache_jax.segmentation import Constant, Segmentation
-from memcache_jax.sharding.memory_caching import Exchange
 
 
 @runtime_checkable

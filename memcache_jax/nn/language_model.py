@@ -1,20 +1,31 @@
 """A decoder-only language model whose blocks mix tokens by memory caching or by attention."""
 
-from typing import Any
+import functools
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.kernels._dispatch import WRITTEN
 from memcache_jax.nn.block import Period
+from memcache_jax.nn.calls import ModelCall, answer, read_call
 from memcache_jax.nn.config import LanguageModelConfig
-from memcache_jax.nn.layers import Linear
+from memcache_jax.nn.layers import Linear, product_sharding
 from memcache_jax.nn.memory_caching import MemoryCaching
 from memcache_jax.nn.model_cache import LanguageModelCache
-from memcache_jax.sharding.mesh import constrain, partitioned
+from memcache_jax.nn.stack import layer_of, make_stack, scan_stack
+from memcache_jax.sharding.layout import (
+    as_spec,
+    axes_of,
+    context_mesh,
+    explicit_axes,
+    lay_out,
+)
+from memcache_jax.sharding.names import AxisNames, constrain, naming, partitioned
+from memcache_jax.streaming.protocol import placed
 
 _OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],
@@ -32,6 +43,8 @@ class LanguageModel(nnx.Module):
 
     Args:
       config: the model's shape.
+      axis_names: what the host calls the axes of parameters, as in ``MemoryCaching``; here also
+        ``"mlp"``, ``"vocab"`` and ``"layers"``.
       rngs: random keys.
 
     Example:
@@ -43,32 +56,28 @@ class LanguageModel(nnx.Module):
       (1, 16, 257)
     """
 
-    def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: LanguageModelConfig, *, axis_names: AxisNames | None = None, rngs: nnx.Rngs
+    ) -> None:
         self.config = config
-        options = dict(dtype=config.dtype, param_dtype=config.param_dtype)
-        self.embedding = nnx.Embed(
-            config.vocab_size,
-            config.features,
-            embedding_init=partitioned(jax.nn.initializers.normal(0.02), "vocab", "embed"),
-            rngs=rngs,
-            **options,
-        )
-
-        @nnx.split_rngs(splits=config.repeats)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        @nnx.transform_metadata(in_axes=None, out_axes=0, partition="layers")
-        def stack(rngs: nnx.Rngs) -> Period:
-            return Period(config, rngs=rngs)
-
-        self.layers = stack(rngs)
-        self.norm = nnx.RMSNorm(config.features, rngs=rngs, **options)
-        if not config.tie_embeddings:
-            size = config.features, config.vocab_size
-            self.head = Linear(*size, axes=("embed", "vocab"), rngs=rngs, **options)
+        options: dict[str, Any] = dict(dtype=config.dtype, param_dtype=config.param_dtype)
+        size = config.vocab_size, config.features
+        with naming(axis_names):
+            init = partitioned(jax.nn.initializers.normal(0.02), "vocab", "embed")
+            self.embedding = nnx.Embed(*size, embedding_init=init, rngs=rngs, **options)
+            self.layers = make_stack(lambda rngs: Period(config, rngs=rngs), config.repeats, rngs)
+            self.norm = nnx.RMSNorm(config.features, rngs=rngs, **options)
+            if not config.tie_embeddings:
+                self.head = Linear(*size[::-1], axes=("embed", "vocab"), rngs=rngs, **options)
 
     def __call__(
-        self, tokens: Int[Array, "b t"], document_ids: Int[Array, "b t"] | None = None
-    ) -> Float[Array, "b t vocab"]:
+        self,
+        tokens: Int[Array, "b t"],
+        document_ids: Int[Array, "b t"] | None = None,
+        *,
+        cache: LanguageModelCache | None = None,
+        **call: Unpack[ModelCall],
+    ) -> Any:
         """Returns the logits of the next token at every position.
 
         Ids must be below ``vocab_size``. They are not checked, and larger ones give NaN.
@@ -77,28 +86,45 @@ class LanguageModel(nnx.Module):
           tokens: token ids.
           document_ids: for documents packed into one row, an id per token: no document sees
             another.
+          cache: continues a stream, as ``extend`` does.
+          call: what hosts pass to their models, such as ``segment_ids``, ``positions`` (also of
+            rows padded on the left), ``mask`` and ``deterministic``: see ``ModelCall``.
+
+        Returns:
+          The logits; with a cache, also the cache after these tokens. Where a traced mask or
+          traced positions ask for what the model does not do, NaN.
 
         Raises:
-          ValueError: for tokens or document_ids that are not integers of shape (b, t).
+          ValueError: for tokens or document_ids that are not integers of shape (b, t), both
+            document_ids and a cache, or what memories cannot follow, such as masks that are not
+            causal within documents.
         """
-        return self.logits(self.hidden(tokens, document_ids))
+        _check_tokens(tokens)
+        if cache is not None:
+            self._check_cache(cache)
+        read = read_call(tokens.shape, document_ids, num_heads=self.config.num_heads, **call)
+        answered = answer(read, tokens, cache, whole=self.hidden, extend=self.extend)
+        if cache is None:
+            return self.logits(answered)
+        hidden, cache = answered
+        return self.logits(hidden), cache
 
     def hidden(
         self, tokens: Int[Array, "b t"], document_ids: Int[Array, "b t"] | None = None
     ) -> Float[Array, "b t d"]:
         """Returns the last block's output after the final norm."""
         _check_tokens(tokens)
-        graph, stacked = nnx.split(self.layers)
-
-        def period(x: Array, state: nnx.State) -> tuple[Array, None]:
-            return nnx.merge(graph, state)(x, document_ids), None
-
+        wrap: Any = lambda body: body  # noqa: E731
         if self.config.remat:
             policy = _OFFLOAD if self.config.offload_states else None
-            period = jax.checkpoint(period, prevent_cse=False, policy=policy)
-        x = self._embed(tokens)
-        x, _ = lax.scan(period, x, stacked)
+            wrap = functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
+        x, _ = self._scan(
+            lambda period, x, _: (period(x, document_ids), None), self._embed(tokens), wrap=wrap
+        )
         return self.norm(x)
+
+    def _scan(self, *args: Any, **options: Any) -> tuple[Any, Any]:
+        return scan_stack(self.layers, self.config.repeats, *args, **options)
 
     def gates(self, tokens: Int[Array, "b t"]) -> list[Float[Array, "b t h states"] | None]:
         """Returns ``MemoryCaching.gates`` of every block, or None for blocks of other mixers.
@@ -110,18 +136,17 @@ class LanguageModel(nnx.Module):
           ValueError: for tokens that are not integers of shape (b, t).
         """
         _check_tokens(tokens)
-        graph, stacked = nnx.split(self.layers)
 
-        def period(x: Array, state: nnx.State) -> tuple[Array, list]:
+        def gates_of(period: Period, x: Array, _: None) -> tuple[Array, list]:
             gates = []
-            for block in nnx.merge(graph, state).blocks:
-                mixer = block.mixer
+            for block in period.blocks:
+                mixer: Any = block.mixer
                 caches = isinstance(mixer, MemoryCaching)
                 gates.append(mixer.gates(block.mixer_norm(x)) if caches else None)
                 x = block(x)
             return x, gates
 
-        _, gates = lax.scan(period, self._embed(tokens), stacked)
+        _, gates = self._scan(gates_of, self._embed(tokens))
         return [
             None if of_mixer is None else of_mixer[repeat]
             for repeat in range(self.config.repeats)
@@ -130,38 +155,55 @@ class LanguageModel(nnx.Module):
 
     def _embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         # Gather the table's features first: on a mesh XLA would otherwise gather the batch.
-        table = constrain(self.embedding.embedding[...], "vocab", None)
-        x = jnp.take(table.astype(self.config.dtype), tokens, axis=0)
-        return constrain(x, "batch", "time", None)
+        table, mesh = self.embedding.embedding[...], context_mesh(tokens)
+        if mesh is None or not explicit_axes(mesh):
+            table = constrain(table, "vocab", None)
+            x = jnp.take(table.astype(self.config.dtype), tokens, axis=0)
+            return constrain(x, "batch", "time", None)
+        rows, used = axes_of(tokens), {axis for axes in axes_of(tokens) for axis in axes}
+        vocab = tuple(axis for axis in axes_of(table)[0] if axis not in used)
+        table = lay_out(table, mesh, [vocab, ()]).astype(self.config.dtype)
+        rows = NamedSharding(mesh, as_spec([*rows, ()]))
+        return table.at[tokens].get(mode="fill", fill_value=jnp.nan, out_sharding=rows)
 
     def init_cache(
-        self, batch_size: int, max_length: int | None = None, **options: Any
+        self,
+        batch_size: int,
+        max_length: int | None = None,
+        *,
+        sharding: NamedSharding | PartitionSpec | None = None,
+        **options: Any,
     ) -> LanguageModelCache:
         """Returns an empty cache for ``extend``.
 
         Args:
           batch_size: number of rows.
           max_length: most tokens per row; None if ``options`` bound the memory instead.
+          sharding: how rows and heads are divided, as in ``mc.init_cache``.
           options: ``max_segments``, ``policy``, ``cache_dtype`` and ``placement`` of
             ``mc.init_cache``, for memory caching layers.
 
         Raises:
           ValueError: for sizes below 1, or options that do not fit the layers.
         """
-        graph, stacked = nnx.split(self.layers)
 
-        def init(state: nnx.State) -> list:
-            return nnx.merge(graph, state).init_cache(batch_size, max_length, options)
+        def empty() -> LanguageModelCache:
+            def init(period: Period, carry: None, _: None) -> tuple[None, list]:
+                return None, _without_states(period.init_cache(batch_size, max_length, options))
 
-        one = init(jax.tree.map(lambda x: x[0], stacked))
-        bounds = [max_length, *(getattr(cache, "max_length", None) for cache in one)]
-        bounds = [bound for bound in bounds if bound is not None]
-        return LanguageModelCache(
-            jax.vmap(lambda state: _without_states(init(state)))(stacked),
-            [cache.empty_states(self.config.repeats * batch_size) for cache in one],
-            jnp.zeros(batch_size, jnp.int32),
-            min(bounds, default=None),
-        )
+            first: Any = layer_of(self.layers, self.config.repeats, 0)
+            one = first.init_cache(batch_size, max_length, options)
+            bounds = [max_length, *(getattr(cache, "max_length", None) for cache in one)]
+            bounds = [bound for bound in bounds if bound is not None]
+            _, layers = self._scan(init, None)
+            return LanguageModelCache(
+                layers,
+                [cache.empty_states(batch_size, self.config.repeats) for cache in one],
+                jnp.zeros(batch_size, jnp.int32),
+                min(bounds, default=None),
+            )
+
+        return placed(empty, sharding)
 
     def extend(
         self,
@@ -183,21 +225,19 @@ class LanguageModel(nnx.Module):
         _check_tokens(tokens)
         self._check_cache(cache)
         cache.check_room(tokens.shape, lengths)
-        graph, stacked = nnx.split(self.layers)
 
-        def period(carry: tuple, layer: tuple) -> tuple[tuple, list]:
-            x, states = carry
-            state, small, first = layer
+        def extend(period: Period, carry: tuple, layer: tuple) -> tuple[tuple, list]:
+            (x, states), (small, number) = carry, layer
             caches = [
-                cache.with_states(shared, first)
+                cache.with_states(shared, number)
                 for cache, shared in zip(small, states, strict=True)
             ]
-            x, caches = nnx.merge(graph, state).extend(x, caches, lengths)
+            x, caches = period.extend(x, caches, lengths)
             return (x, [cache.states for cache in caches]), _without_states(caches)
 
-        rows = jnp.arange(self.config.repeats) * len(tokens)
         carry = self._embed(tokens), cache.states
-        (x, states), layers = lax.scan(period, carry, (stacked, cache.layers, rows))
+        inputs = cache.layers, jnp.arange(self.config.repeats)
+        (x, states), layers = self._scan(extend, carry, inputs, settle=True)
         taken = tokens.shape[1] if lengths is None else lengths
         cache = LanguageModelCache(layers, states, cache.position + taken, cache.max_length)
         return self.norm(x), cache
@@ -214,7 +254,11 @@ class LanguageModel(nnx.Module):
 
     def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
         """Returns the output layer's logits, in float32 or wider."""
-        logits = self.embedding.attend(hidden) if self.config.tie_embeddings else self.head(hidden)
+        if self.config.tie_embeddings:
+            table = self.embedding.embedding[...]
+            logits = self.embedding.attend(hidden, product_sharding(hidden, table, 0))
+        else:
+            logits = self.head(hidden)
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 

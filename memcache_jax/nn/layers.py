@@ -5,11 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.kernels.short_conv import conv_silu, document_conv_silu
-from memcache_jax.sharding.mesh import active_mesh, partitioned
+from memcache_jax.sharding.division import Division
+from memcache_jax.sharding.layout import as_spec, axes_of, context_mesh, explicit_axes
+from memcache_jax.sharding.names import partitioned
 from memcache_jax.sharding.time import over_time
 
 _LECUN_NORMAL = jax.nn.initializers.lecun_normal()  # Flax's default
@@ -21,7 +24,7 @@ class Linear(nnx.Linear):
     With separate batch and time axes XLA's CPU backend transposes every cotangent, which makes
     forward and backward 1.7 times slower. On a mesh they stay separate, since it may split both.
 
-    ``axes`` are the logical names of the kernel's two axes, as in ``sharding.mesh.RULES``.
+    ``axes`` are the logical names of the kernel's two axes, as in ``sharding.names.RULES``.
     The other arguments are those of ``nnx.Linear``.
     """
 
@@ -46,11 +49,18 @@ class Linear(nnx.Linear):
         )
 
     def __call__(self, inputs: Float[Array, "... d"], out_sharding: Any = None) -> Array:
-        """Returns inputs W + b."""
-        if active_mesh() is not None:
-            return super().__call__(inputs, out_sharding)
-        rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]), out_sharding)
-        return rows.reshape(*inputs.shape[:-1], -1)
+        """Returns inputs W + b.
+
+        With Explicit axes the output is divided as the inputs are and, along its last axis, as the
+        kernel is, unless ``out_sharding`` says otherwise.
+        """
+        mesh = context_mesh(inputs)
+        if mesh is None and inputs.size:
+            rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]), out_sharding)
+            return rows.reshape(*inputs.shape[:-1], -1)
+        if mesh is not None and out_sharding is None:
+            out_sharding = product_sharding(inputs, self.kernel[...], 1)
+        return super().__call__(inputs, out_sharding)
 
 
 class CausalConv(nnx.Module):
@@ -82,7 +92,11 @@ class CausalConv(nnx.Module):
         return jnp.zeros((batch_size, width - 1, features), dtype)
 
     def extend(
-        self, x: Float[Array, "b t d"], tail: Float[Array, "b past d"], lengths: Int[Array, "b"]
+        self,
+        x: Float[Array, "b t d"],
+        tail: Float[Array, "b past d"],
+        lengths: Int[Array, "b"],
+        division: Division | None = None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b past d"]]:
         """Continues a stream.
 
@@ -90,25 +104,39 @@ class CausalConv(nnx.Module):
           x: the next tokens.
           tail: the ``width - 1`` inputs before them.
           lengths: how many of each row's tokens count, from the first on.
+          division: how the tokens lie on a mesh, channels as heads.
 
         Returns:
           The outputs, and each row's last ``width - 1`` inputs.
         """
-        past = tail.shape[1]
-        inputs = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
-        y = conv_silu(inputs, self.kernel[...].astype(x.dtype))[:, past:]
-        last = jax.vmap(lambda row, begin: jax.lax.dynamic_slice_in_dim(row, begin, past))
-        return y, last(inputs, lengths).astype(tail.dtype)
+
+        def extend(x: Array, tail: Array, lengths: Array, kernel: Array) -> tuple[Array, Array]:
+            past = tail.shape[1]
+            inputs = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
+            y = conv_silu(inputs, kernel.astype(x.dtype))[:, past:]
+            last = jax.vmap(lambda row, begin: jax.lax.dynamic_slice_in_dim(row, begin, past))
+            return y, last(inputs, lengths).astype(tail.dtype)
+
+        args = x, tail, lengths, self.kernel[...]
+        if division is None:
+            return extend(*args)
+        letters = "b . h", "b . h", "b", ". h"
+        return division.run(extend, args, letters, letters[:2])
 
     def __call__(
-        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None = None
+        self,
+        x: Float[Array, "b t d"],
+        document_ids: Int[Array, "b t"] | None = None,
+        division: Division | None = None,
     ) -> Float[Array, "b t d"]:
         """y_t = silu(sum over j of kernel[j] x_{t - width + 1 + j}), within t's document."""
         kernel = self.kernel[...].astype(x.dtype)
         before = kernel.shape[0] - 1
         if document_ids is None:
-            return over_time(conv_silu, x, kernel, before=before)
-        return over_time(document_conv_silu, x, kernel, document_ids, before=before)
+            return over_time(conv_silu, x, kernel, before=before, division=division)
+        return over_time(
+            document_conv_silu, x, kernel, document_ids, before=before, division=division
+        )
 
 
 class SwiGLU(nnx.Module):
@@ -131,6 +159,29 @@ class SwiGLU(nnx.Module):
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Applies the MLP to every token."""
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+def product_sharding(x: Array, matrix: Any, axis: int) -> NamedSharding | None:
+    """The layout of a product, whose last axis is this one of the matrix; None if no type shows it.
+
+    It is divided as ``x`` is, and its last axis as the matrix is.
+    """
+    mesh = context_mesh(x)
+    if mesh is None or not explicit_axes(mesh):
+        return None
+    *rows, _ = axes_of(x)
+    # A quantised matrix is no array.
+    last = axes_of(matrix)[axis] if isinstance(matrix, jax.Array) else ()
+    used = {axis for axes in rows for axis in axes}
+    return NamedSharding(mesh, as_spec([*rows, tuple(a for a in last if a not in used)]))
+
+
+def as_laid(x: Array) -> NamedSharding | None:
+    """The layout that an array's type shows, as an ``out_sharding``; None if it shows none."""
+    mesh = context_mesh(x)
+    if mesh is None or not explicit_axes(mesh):
+        return None
+    return NamedSharding(mesh, as_spec(axes_of(x)))
 
 
 def l2_normalize(x: Float[Array, "... k"], epsilon: float = 1e-6) -> Float[Array, "... k"]:

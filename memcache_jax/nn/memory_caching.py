@@ -1,46 +1,28 @@
 """The Memory Caching layer: a drop-in for causal self-attention."""
 
-import dataclasses
-from typing import Any, Literal, get_args, overload
+import functools
+from typing import Any, Literal, Unpack, get_args, overload
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from memcache_jax import _checks
-from memcache_jax._typing import Array, Float, Int
+from memcache_jax._typing import Array, Exchange, Float, Implementation, Int, Start
 from memcache_jax.aggregation import Aggregation
-from memcache_jax.caching import Implementation, Start, check_configuration
+from memcache_jax.caching import check_configuration, memory_caching
 from memcache_jax.engine.run import gates_of_tokens
 from memcache_jax.memories import Memory
+from memcache_jax.nn.calls import MixerCall, answer, read_mixer_call
+from memcache_jax.nn.host_options import HostOptions, read_host_options
+from memcache_jax.nn.layer_cache import LayerCache
 from memcache_jax.nn.projections import Projections
 from memcache_jax.segmentation import Segmentation
-from memcache_jax.sharding.memory_caching import Exchange, memory_caching_over_mesh
-from memcache_jax.streaming import Cache, check_options, extend, init_cache
-from memcache_jax.streaming.protocol import MixerCache
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LayerCache(MixerCache):
-    """A stream's past in one layer."""
-
-    memory: Cache
-    tails: tuple[Any, ...]  # the last inputs of each convolution, (b, width - 1, h k)
-
-    nested = ("memory",)
-    small = zeroed = ("tails",)
-
-    @property
-    def head_shape(self) -> tuple[int, ...]:
-        """Number of heads, and their dimension."""
-        return self.memory.key_sum.shape[1::2]
-
-    @property
-    def max_length(self) -> int | None:
-        """Most tokens per row; None for any number."""
-        return self.memory.config.max_length
+from memcache_jax.sharding.division import Division
+from memcache_jax.sharding.names import AxisNames, naming
+from memcache_jax.streaming import check_options, extend, init_cache
+from memcache_jax.streaming.protocol import placed
 
 
 class MemoryCaching(Projections):
@@ -70,12 +52,18 @@ class MemoryCaching(Projections):
       dtype: dtype of the projections and of the output; by default the wider of the input's and
         ``param_dtype``, as in Flax. Memory states and gates are always float32 or wider.
       param_dtype: dtype of the parameters.
+      axis_names: what the host calls the axes of parameters, its mesh's or logical names, by ours:
+        ``{"embed": "fsdp", "heads": "model"}``. By default they are ``"embed"`` and ``"heads"``
+        where logical rules in context have these names, and on a mesh of ``sharding.make_mesh``.
       rngs: random keys.
+      host: what hosts pass to attention, such as ``kernel_init`` and ``use_bias``: see
+        ``HostOptions``.
 
     Raises:
+      TypeError: for an unknown keyword.
       ValueError: if ``num_heads`` does not divide ``in_features`` and no ``head_dim`` is given, if
-        the memory's chunk size does not divide the segment size, or for an unknown ``start`` or
-        ``exchange``.
+        the memory's chunk size does not divide the segment size, for an unknown ``start`` or
+        ``exchange``, or for what a host asks for and the layer does not do.
 
     Example:
       >>> import jax.numpy as jnp, memcache_jax as mc
@@ -104,26 +92,32 @@ class MemoryCaching(Projections):
         exchange: Exchange = "gather",
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
+        axis_names: AxisNames | None = None,
         rngs: nnx.Rngs,
+        **host: Unpack[HostOptions],
     ) -> None:
         check_configuration(memory, aggregation, segmentation, start, implementation)
         _checks.check_choice("connector", connector, ("learned", "query"))
         if distances < 2:
             raise ValueError(f"distances must be at least 2, got {distances}")
         _checks.check_choice("exchange", exchange, get_args(Exchange))
-        super().__init__(
-            in_features,
-            num_heads,
-            memory=memory,
-            aggregation=aggregation,
-            head_dim=head_dim,
-            connector=connector,
-            distances=distances,
-            conv_width=conv_width,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
+        name = type(self).__name__
+        head_dim, projections = read_host_options(name, in_features, num_heads, head_dim, **host)
+        with naming(axis_names):
+            super().__init__(
+                in_features,
+                num_heads,
+                memory=memory,
+                aggregation=aggregation,
+                head_dim=head_dim,
+                connector=connector,
+                distances=distances,
+                conv_width=conv_width,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                options_of=projections,
+                rngs=rngs,
+            )
         self.segmentation = segmentation
         self.start: Start = start
         self.implementation: Implementation | None = implementation
@@ -131,20 +125,34 @@ class MemoryCaching(Projections):
 
     @overload
     def __call__(
-        self, x: Array, document_ids: Array | None = None, *, cache: None = None
+        self,
+        x: Array | None = None,
+        document_ids: Array | None = None,
+        inputs_v: Array | None = None,
+        *,
+        cache: None = None,
+        **call: Unpack[MixerCall],
     ) -> Array: ...
 
     @overload
     def __call__(
-        self, x: Array, document_ids: None = None, *, cache: LayerCache
+        self,
+        x: Array | None = None,
+        document_ids: Array | None = None,
+        inputs_v: Array | None = None,
+        *,
+        cache: LayerCache,
+        **call: Unpack[MixerCall],
     ) -> tuple[Array, LayerCache]: ...
 
     def __call__(
         self,
-        x: Float[Array, "b t d"],
-        document_ids: Int[Array, "b t"] | None = None,
+        x: Float[Array, "b t d"] | None = None,
+        document_ids: Int[Array, "b t"] | Float[Array, "b t d"] | None = None,
+        inputs_v: Float[Array, "b t d"] | None = None,
         *,
         cache: LayerCache | None = None,
+        **call: Unpack[MixerCall],
     ) -> Any:
         """Mixes tokens causally.
 
@@ -152,52 +160,41 @@ class MemoryCaching(Projections):
           x: the input; t need not be a multiple of the segment size.
           document_ids: for documents packed into one sequence, an id per token: no document sees
             another.
+          inputs_v: None or x, and ``document_ids`` may be x, for hosts that call attention so.
           cache: continues a stream, as ``extend`` does.
+          call: what hosts pass to attention, such as ``segment_ids``, ``positions`` (also of rows
+            padded on the left), ``mask`` and ``deterministic``: see ``MixerCall``.
 
         Returns:
           The output, of x's shape, in ``dtype``; with a cache, also the cache after these tokens.
+          Where a traced mask or traced positions ask for what the layer does not do, NaN.
 
         Raises:
           ValueError: for an input that is not (b, t, in_features), document_ids that are not
-            integers (b, t), or both document_ids and a cache.
+            integers (b, t), both document_ids and a cache, or what a memory cannot follow, such as
+            masks that are not causal within documents.
         """
+        x, read = read_mixer_call(
+            x, document_ids, inputs_v, self.num_heads, self.in_features, **call
+        )
         if cache is not None:
-            if document_ids is not None:
-                raise ValueError("a cache holds one document per row: give no document_ids")
-            return self.extend(x, cache)
-        y = memory_caching_over_mesh(
+            _checks.check_cache(cache, LayerCache, (self.num_heads, self.head_dim))
+        return answer(read, x, cache, whole=self._whole, extend=self.extend)
+
+    def _whole(
+        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None
+    ) -> Float[Array, "b t d"]:
+        wide = x if self.dtype is None else x.astype(self.dtype)
+        if 0 in x.shape[:2]:
+            return self.out(self.value(wide))
+        y = memory_caching(
             **self.operands(x, document_ids),
             **self._rules,
             document_ids=document_ids,
             implementation=self.implementation,
             exchange=self.exchange,
         )
-        return self._output(x if self.dtype is None else x.astype(self.dtype), y)
-
-    def operands(
-        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None = None
-    ) -> dict[str, Any]:
-        """The arrays that a call passes to ``mc.memory_caching``, by argument name.
-
-        They are ``query``, ``key``, ``value``, ``connector`` (or None), ``controls`` and
-        ``weights``.
-
-        Example:
-          >>> import jax.numpy as jnp, memcache_jax as mc
-          >>> from flax import nnx
-          >>> layer = mc.nn.MemoryCaching(8, 2, memory=mc.memories.SSD(),
-          ...                             aggregation=mc.GRM(), segmentation=mc.Constant(4),
-          ...                             rngs=nnx.Rngs(0))
-          >>> operands = layer.operands(jnp.ones((1, 14, 8)))
-          >>> operands["query"].shape, sorted(operands["controls"])
-          ((1, 14, 2, 4), ['lam', 'log_alpha'])
-        """
-        _checks.check_input(x, self.in_features)
-        if document_ids is not None:
-            _checks.check_documents(document_ids, x.shape[:2])
-        x = x if self.dtype is None else x.astype(self.dtype)
-        rows = (conv(linear(x), document_ids) for linear, conv in self._paths)
-        return self._tokens(x, *rows) | {"weights": self._initial_weights()}
+        return self._output(wide, y)
 
     def gates(self, x: Float[Array, "b t d"]) -> Float[Array, "b t h states"]:
         """The weight that each token gives to each state it may read, for inspection.
@@ -217,21 +214,29 @@ class MemoryCaching(Projections):
           ((1, 14, 2, 4), [1, 2, 2, 2])
         """
         operands = self.operands(x)
-        return gates_of_tokens(
-            operands["key"],
-            operands["connector"],
-            aggregation=self.aggregation,
-            segmentation=self.segmentation,
+        rows = operands["key"], operands["connector"]
+        gates = functools.partial(
+            gates_of_tokens, aggregation=self.aggregation, segmentation=self.segmentation
         )
+        division = Division.of(*((row, "b t h .") for row in rows))
+        if division is None:
+            return gates(*rows)
+        return division.whole("t").run(gates, rows, ("b t h .", "b t h ."), "b t h .")
 
     def init_cache(
-        self, batch_size: int, max_length: int | None = None, **options: Any
+        self,
+        batch_size: int,
+        max_length: int | None = None,
+        *,
+        sharding: NamedSharding | PartitionSpec | None = None,
+        **options: Any,
     ) -> LayerCache:
         """Returns an empty cache for ``extend``.
 
         Args:
           batch_size: number of rows.
           max_length: most tokens per row; None if ``options`` bound the memory instead.
+          sharding: how rows and heads are divided, as in ``mc.init_cache``.
           options: ``max_segments``, ``policy``, ``cache_dtype`` and ``placement`` of
             ``mc.init_cache``.
 
@@ -240,20 +245,24 @@ class MemoryCaching(Projections):
         """
         _checks.check_sizes(batch_size=batch_size)
         check_options(options)
-        cache = init_cache(
-            batch_size,
-            self.num_heads,
-            self.head_dim,
-            self.head_dim,
-            **self._rules,
-            weights=self._initial_weights(),
-            max_length=max_length,
-            dtype=jnp.promote_types(self.query.param_dtype, jnp.float32),
-            **options,
-        )
-        dtype = self.query.param_dtype if self.dtype is None else self.dtype
-        tails = tuple(conv.init_tail(batch_size, dtype) for _, conv in self._paths)
-        return LayerCache(cache, tails)
+        dtype = self.param_dtype if self.dtype is None else self.dtype
+
+        def empty() -> LayerCache:
+            cache = init_cache(
+                batch_size,
+                self.num_heads,
+                self.head_dim,
+                self.head_dim,
+                **self._rules,
+                weights=self._initial_weights(),
+                max_length=max_length,
+                dtype=jnp.promote_types(self.param_dtype, jnp.float32),
+                **options,
+            )
+            tails = tuple(conv.init_tail(batch_size, dtype) for _, conv in self._paths)
+            return LayerCache(cache, tails)
+
+        return placed(empty, sharding)
 
     def extend(
         self, x: Float[Array, "b t d"], cache: LayerCache, lengths: Int[Array, "b"] | None = None
@@ -275,13 +284,16 @@ class MemoryCaching(Projections):
         _checks.check_input(x, self.in_features)
         _checks.check_cache(cache, LayerCache, (self.num_heads, self.head_dim))
         x = x if self.dtype is None else x.astype(self.dtype)
+        rows = [linear(x) for linear, _ in self._paths]
+        tokens: Any = *((row, "b . h") for row in rows), (cache.tails[0], "b . h")
+        division = Division.of(*tokens, heads=self.num_heads)
         counts = jnp.full(len(x), x.shape[1]) if lengths is None else lengths
-        paths = zip(self._paths, cache.tails, strict=True)
-        new = [conv.extend(linear(x), tail, counts) for (linear, conv), tail in paths]
-        rows, tails = zip(*new, strict=True)
+        paths = zip(self._paths, rows, cache.tails, strict=True)
+        new = [conv.extend(row, tail, counts, division) for (_, conv), row, tail in paths]
+        (query, key, value), tails = zip(*new, strict=True)
         y, memory = extend(
             cache.memory,
-            **self._tokens(x, *rows),
+            **self._tokens(x, query, key, value, division),
             lengths=lengths,
             **self._rules,
             weights=self._initial_weights(),

@@ -17,7 +17,7 @@ class LanguageModelCache:
 
     Attributes:
       layers: for each mixer, the small arrays of its layers' caches, stacked.
-      states: for each mixer, the large arrays that its layers share, (layers * b, ...).
+      states: for each mixer, the large arrays that its layers share, (layers, b, ...).
       position: tokens taken so far by each row, (b,).
       max_length: most tokens per row; None for any number.
     """
@@ -52,18 +52,21 @@ class LanguageModelCache:
         """Returns the cache with the marked rows (b,) empty again."""
         rows = jnp.asarray(rows)
         layers = jax.vmap(lambda caches: [cache.reset(rows) for cache in caches])(self.layers)
-        every = jnp.tile(rows, self.repeats)
-        states = [cache.reset_states(every) for cache in self._first_layers()]
+        states = [cache.reset_states(rows, axis=1) for cache in self._first_layers()]
         return LanguageModelCache(layers, states, zero_rows(self.position, rows), self.max_length)
 
     def take(self, rows: jax.typing.ArrayLike) -> "LanguageModelCache":
         """Returns the cache of these rows, in this order; a row may be taken more than once."""
-        batch = len(self.position)
-        rows = _checks.check_rows(rows, batch)
+        rows = _checks.check_rows(rows, len(self.position))
         layers = jax.vmap(lambda caches: [cache.take_small(rows) for cache in caches])(self.layers)
-        every = (jnp.arange(self.repeats)[:, None] * batch + rows[None]).reshape(-1)
-        states = [cache.take_states(every) for cache in self._first_layers()]
+        states = [cache.take_states(rows, axis=1) for cache in self._first_layers()]
         return LanguageModelCache(layers, states, take_rows(self.position, rows), self.max_length)
+
+    def letters(self) -> "LanguageModelCache":
+        """Returns a tree of the letters of each array's axes, as ``MixerCache.letters`` does."""
+        small = [cache.letters(layers=True) for cache in self.layers]
+        caches = [cache.letters(layers=True) for cache in self.with_states(self.layers)]
+        return LanguageModelCache(small, [c.states for c in caches], "b", self.max_length)
 
     def _first_layers(self) -> list:
         return self.with_states(jax.tree.map(lambda x: x[0], self.layers))

@@ -1,5 +1,6 @@
 """The parameters of a memory-caching layer: projections, the rule's coefficients, the output."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -8,11 +9,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from memcache_jax import _checks
-from memcache_jax._typing import Array, Float
+from memcache_jax._typing import Array, Float, Int
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.memories import Control, Memory
-from memcache_jax.nn.layers import CausalConv, Linear, l2_normalize
-from memcache_jax.sharding.mesh import partitioned
+from memcache_jax.nn.host_options import ProjectionOptions
+from memcache_jax.nn.layers import CausalConv, Linear, as_laid, l2_normalize
+from memcache_jax.sharding.division import Division
+from memcache_jax.sharding.names import partitioned
 
 # Coefficients start near their bias for every token: with large steps, a run of equal tokens makes
 # a deep memory diverge.
@@ -32,32 +35,37 @@ class Projections(nnx.Module):
         *,
         memory: Memory,
         aggregation: Aggregation,
-        head_dim: int | None,
+        head_dim: int,
         connector: Literal["learned", "query"],
         distances: int,
         conv_width: int,
         dtype: DTypeLike | None,
         param_dtype: DTypeLike,
+        options_of: ProjectionOptions,
         rngs: nnx.Rngs,
     ) -> None:
-        self.in_features, self.num_heads = in_features, num_heads
-        self.head_dim = _checks.check_heads(in_features, num_heads, head_dim)
-        self.memory, self.aggregation, self.dtype = memory, aggregation, dtype
-        inner = num_heads * self.head_dim
+        self.in_features, self.num_heads, self.head_dim = in_features, num_heads, head_dim
+        self.memory, self.aggregation = memory, aggregation
+        self.dtype, self.param_dtype = dtype, param_dtype
+        inner = num_heads * head_dim
         options: dict[str, Any] = dict(param_dtype=param_dtype, rngs=rngs)
 
         def linear(size_out: int, **kwargs: Any) -> Linear:
+            kwargs = options_of.gates | kwargs
             axes = ("embed", "heads")
             return Linear(in_features, size_out, axes=axes, dtype=dtype, **options, **kwargs)
 
         def conv(kernel_init=jax.nn.initializers.normal(conv_width**-0.5)) -> CausalConv:
             return CausalConv(inner, conv_width, kernel_init=kernel_init, **options)
 
-        self.query, self.value = linear(inner), linear(inner)
+        self.query, self.value = (linear(inner, **options_of.inputs) for _ in range(2))
         self.query_conv, self.value_conv = conv(), conv()
         # Keys and connectors start as copies of the queries, and so match them from the first step
         # on; with unrelated maps recall stays on a plateau.
-        self.key = linear(inner, kernel_init=_copy(self.query.kernel))
+        copies = dict(kernel_init=_copy(self.query.kernel))
+        if self.query.bias is not None:
+            copies["bias_init"] = _copy(self.query.bias)
+        self.key = linear(inner, **options_of.inputs | copies)
         self.key_conv = conv(_copy(self.query_conv.kernel))
         wanted = aggregation.relevance.connector
         if wanted == "distances":
@@ -87,10 +95,43 @@ class Projections(nnx.Module):
 
         self.norm = nnx.RMSNorm(self.head_dim, dtype=dtype, **options)
         self.output_gate = linear(inner)
-        self.out = Linear(inner, in_features, axes=("heads", "embed"), dtype=dtype, **options)
+        axes = ("heads", "embed")
+        self.out = Linear(inner, in_features, axes=axes, dtype=dtype, **options, **options_of.out)
+
+    def operands(
+        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None = None
+    ) -> dict[str, Any]:
+        """The arrays that a call passes to ``mc.memory_caching``, by argument name.
+
+        They are ``query``, ``key``, ``value``, ``connector`` (or None), ``controls`` and
+        ``weights``.
+
+        Example:
+          >>> import jax.numpy as jnp, memcache_jax as mc
+          >>> from flax import nnx
+          >>> layer = mc.nn.MemoryCaching(8, 2, memory=mc.memories.SSD(),
+          ...                             aggregation=mc.GRM(), segmentation=mc.Constant(4),
+          ...                             rngs=nnx.Rngs(0))
+          >>> operands = layer.operands(jnp.ones((1, 14, 8)))
+          >>> operands["query"].shape, sorted(operands["controls"])
+          ((1, 14, 2, 4), ['lam', 'log_alpha'])
+        """
+        _checks.check_input(x, self.in_features)
+        if document_ids is not None:
+            _checks.check_documents(document_ids, x.shape[:2])
+        x = x if self.dtype is None else x.astype(self.dtype)
+        rows = [linear(x) for linear, _ in self._paths]
+        tokens: Any = *((row, "b t h") for row in rows), (document_ids, "b t")
+        division = Division.of(*tokens, heads=self.num_heads)
+        query, key, value = (
+            conv(row, document_ids, division)
+            for (_, conv), row in zip(self._paths, rows, strict=True)
+        )
+        tokens = self._tokens(x, query, key, value, division)
+        return tokens | {"weights": self._initial_weights()}
 
     @property
-    def _paths(self) -> tuple[tuple[Linear, CausalConv], ...]:
+    def _paths(self) -> tuple[tuple[Any, CausalConv], ...]:
         """The projection and the convolution of queries, keys and values."""
         return (
             (self.query, self.query_conv),
@@ -99,50 +140,63 @@ class Projections(nnx.Module):
         )
 
     def _initial_weights(self) -> dict[str, Array]:
-        return {name: weight[...] for name, weight in self.weights.items()}
+        # By name: hosts attach variables of their own to every module.
+        names = self.memory.weight_shapes(self.head_dim, self.head_dim)
+        return {name: self.weights[name][...] for name in names}
 
-    def _tokens(self, x: Array, query: Array, key: Array, value: Array) -> dict[str, Any]:
+    def _tokens(
+        self, x: Array, query: Array, key: Array, value: Array, division: Division | None
+    ) -> dict[str, Any]:
         """The per-token arguments of ``mc.memory_caching``, from convolved projections."""
-        query, key = l2_normalize(self._heads(query)), l2_normalize(self._heads(key))
+
+        def heads(x: Float[Array, "b t hk"]) -> Float[Array, "b t h k"]:
+            return self._split(x if division is None else division.lay(x, "b t h"))
+
+        query, key = l2_normalize(heads(query)), l2_normalize(heads(key))
         connector = None
         wanted = self.aggregation.relevance.connector
         if wanted == "distances":
-            connector = self._heads(self.connector(x))
+            connector = heads(self.connector(x))
         elif wanted == "key":
             learned = hasattr(self, "connector")
-            connector = l2_normalize(self._heads(self.connector(x))) if learned else query
-            connector *= self.temperature[...].astype(x.dtype)[None, None, :, None]
+            connector = l2_normalize(heads(self.connector(x))) if learned else query
+            temperature = self.temperature[...].astype(x.dtype)
+            if division is not None:
+                temperature = division.lay(temperature, "h")
+            connector *= temperature[None, None, :, None]
         controls = {
-            name: self._control(control, name, x)
+            name: self._control(control, name, x, heads)
             for name, control in self.memory.controls.items()
             if not control.optional
         }
         return dict(
             query=query,
             key=key,
-            value=self._heads(value),
+            value=heads(value),
             connector=connector,
             controls=self.memory.coupled(controls),
         )
 
     def _output(self, x: Float[Array, "b t d"], y: Float[Array, "b t h k"]) -> Array:
         y = self.norm(y).reshape(*x.shape[:2], -1)
-        return self.out(y * jax.nn.silu(self.output_gate(x)))
+        return self.out(y * jax.nn.silu(self.output_gate(x)), as_laid(x))
 
-    def _heads(self, x: Float[Array, "b t hk"]) -> Float[Array, "b t h k"]:
+    def _split(self, x: Float[Array, "b t hk"]) -> Float[Array, "b t h k"]:
         return x.reshape(*x.shape[:2], self.num_heads, -1)
 
-    def _control(self, control: Control, name: str, x: Float[Array, "b t d"]) -> Array:
+    def _control(
+        self, control: Control, name: str, x: Float[Array, "b t d"], heads: Callable[[Array], Array]
+    ) -> Array:
         """One of the rule's coefficients, in float32: in bfloat16 a decay near 1 rounds to 1."""
         if control.per_head is not None:
             return control.per_head(self.num_heads)
         logits = self.controls[name](x)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         if control.axes.endswith("k"):
-            logits = self._heads(logits)
+            logits = heads(logits)
         return control.scale * control.activation(logits)
 
 
 def _copy(param: nnx.Param) -> Any:
-    """An initialiser that returns the value of another parameter."""
-    return lambda key, shape, dtype: param[...].astype(dtype)
+    """An initialiser that returns a copy of another parameter, so that both can be donated."""
+    return lambda key, shape, dtype: jnp.array(param[...], dtype)

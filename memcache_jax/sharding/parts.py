@@ -34,9 +34,10 @@ from memcache_jax.sharding.ring import read_blocks, read_tokens
 
 @dataclasses.dataclass(frozen=True)
 class Part(Layout):
-    """This device's part of a sequence along ``seq``, within a ``shard_map``.
+    """This device's part of a sequence, within a ``shard_map``.
 
     Attributes:
+      axis: the axis of the mesh that divides time, or several.
       own: the plan of this part alone.
       plan: the plan of the whole sequence.
       carries: whether each segment continues from the one before.
@@ -45,6 +46,7 @@ class Part(Layout):
         no documents are packed.
     """
 
+    axis: Any
     own: ReadPlan
     plan: ReadPlan
     carries: bool
@@ -61,7 +63,7 @@ class Part(Layout):
             controls = jax.tree.map(
                 lambda x: x.reshape(*x.shape[:2], -1, *x.shape[5:]), rows.controls
             )
-            before = _state_before(how.memory, first, end, controls)
+            before = _state_before(how.memory, first, end, controls, self.axis)
             how = how._replace(initial=lambda shape: before)
         return write_blocks(how, rows, restarts)
 
@@ -70,23 +72,23 @@ class Part(Layout):
         candidates = self._candidates(blocks)
         if self.ring:
             matrices = how.memory.matrices(ends)
-            bank = RingBank(how.memory, matrices, how.implementation, candidates.states)
+            bank = RingBank(how.memory, matrices, how.implementation, candidates.states, self.axis)
             return bank, candidates
         plan = self.plan
         if plan.spans_segments.any() and not self.carries:
             # Merging needs whole states, but of the tokens only their controls.
-            ends, controls = _gathered((ends, blocks.rows.controls))
+            ends, controls = _gathered((ends, blocks.rows.controls), self.axis)
             rows = blocks.rows._replace(controls=controls)
             matrices = how.memory.matrices(bucket_states(how, ends, rows, plan))
         else:
-            matrices = _gathered(how.memory.matrices(ends))
+            matrices = _gathered(how.memory.matrices(ends), self.axis)
             matrices = jax.tree.map(lambda x: x[:, :, plan.buckets[:, 1] - 1], matrices)
         return ArrayBank(how.memory, matrices, how.implementation), candidates
 
     def _candidates(self, blocks: Blocks) -> Candidates:
         own, plan = self.own, self.plan
         count = own.num_blocks
-        begin = lax.axis_index("seq") * count
+        begin = lax.axis_index(self.axis) * count
 
         def mine(table: np.ndarray) -> Array:
             return lax.dynamic_slice_in_dim(jnp.asarray(table), begin, count)[None]
@@ -98,7 +100,7 @@ class Part(Layout):
 
             def of_head(key: Float[Array, "n c k"], document: Any) -> Keys:
                 pooled = pooled_keys(key, each, pooling, document)
-                pooled = lax.all_gather(pooled, "seq", axis=0, tiled=True)
+                pooled = lax.all_gather(pooled, self.axis, axis=0, tiled=True)
                 pooled = pooled_keys(pooled[:, None], plan, pooling)
                 if document is None:
                     return Keys(running_keys(key, own, pooling), pooled)
@@ -109,7 +111,7 @@ class Part(Layout):
 
         states, same = mine(plan.reads), None
         if self.document is not None:
-            of_state = lax.all_gather(self.document[:, :, -1], "seq", axis=1, tiled=True)
+            of_state = lax.all_gather(self.document[:, :, -1], self.axis, axis=1, tiled=True)
             after = jnp.asarray(plan.buckets[:, 1])[jnp.maximum(states[0], 0)]
             same = self.document[..., None] == of_state[:, after - 1][:, :, None]
         return Candidates(states, mine(plan.distances), keys, same_document=same)
@@ -123,6 +125,7 @@ class RingBank(ArrayBank):
     """
 
     table: Any
+    axis: Any
 
     def gather(
         self,
@@ -133,29 +136,29 @@ class RingBank(ArrayBank):
     ) -> Float[Array, "b h n c out"]:
         """As ``ArrayBank.gather``, over all parts, with states numbered along the sequence."""
         if isinstance(selection, OfTokens):
-            return read_tokens(read, matrices, x, selection, self.implementation)
+            return read_tokens(read, matrices, x, selection, self.implementation, self.axis)
         if selection.states is not self.table:  # a table of the aggregation's own
-            slots = lax.axis_size("seq") * matrices[0].shape[2]
+            slots = lax.axis_size(self.axis) * matrices[0].shape[2]
             gates, every = gates_by_state(selection, slots), jnp.arange(slots)
             states = jnp.broadcast_to(every, (*self.table.shape[:2], slots))
             selection = OfBlocks(states, gates, selection.live, unread=True)
         read = blind_where_gates_are_zero(read) if selection.unread else read
-        return read_blocks(read, matrices, x, selection, self.implementation)
+        return read_blocks(read, matrices, x, selection, self.implementation, self.axis)
 
 
-def _gathered(tree: Any) -> Any:
+def _gathered(tree: Any, axis: Any) -> Any:
     """The blocks (b, h, n, ...) of all parts, in order."""
-    return jax.tree.map(lambda x: lax.all_gather(x, "seq", axis=2, tiled=True), tree)
+    return jax.tree.map(lambda x: lax.all_gather(x, axis, axis=2, tiled=True), tree)
 
 
-def _state_before(memory: Memory, first: State, end: State, controls: Any) -> State:
+def _state_before(memory: Memory, first: State, end: State, controls: Any, axis: Any) -> State:
     """The state before each part, from the states that each part ends with when written alone."""
     merge = jax.vmap(jax.vmap(memory.merge))
-    index, parts = lax.axis_index("seq"), lax.axis_size("seq")
+    index, parts = lax.axis_index(axis), lax.axis_size(axis)
     hops = [(part, part + 1) for part in range(parts - 1)]
 
     def hop(before: State, _: None) -> tuple[State, None]:
-        passed = lax.ppermute(merge(before, end, controls), "seq", hops)
+        passed = lax.ppermute(merge(before, end, controls), axis, hops)
         # Nothing comes before the first part.
         return jax.tree.map(lambda new, old: jnp.where(index > 0, new, old), passed, first), None
 

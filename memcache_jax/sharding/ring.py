@@ -16,8 +16,6 @@ from memcache_jax.engine.types import OfBlocks, OfTokens
 from memcache_jax.kernels.bank_read import bank_read
 from memcache_jax.kernels.grouped_read import grouped_read
 
-AXIS = "seq"
-
 
 def read_blocks(
     read: Callable[..., Array],
@@ -25,14 +23,15 @@ def read_blocks(
     query: Float[Array, "b h n c k"],
     selection: OfBlocks,
     implementation: str | None,
+    axis: Any,
 ) -> Float[Array, "b h n c v"]:
-    """The gated sum of reads of the states of all parts, within a ``shard_map``.
+    """The gated sum of reads of the states of all parts along a mesh axis, in a ``shard_map``.
 
     ``bank`` and ``query`` are this part's. In the selection, slot i holds state i of all parts, or
     none.
     """
     count = bank[0].shape[2]
-    slots = lax.axis_size(AXIS) * count
+    slots = lax.axis_size(axis) * count
     states = jnp.broadcast_to(selection.states, (len(query), *selection.states.shape[1:]))
     gates, states = _filled(selection.gates, slots, 0), _filled(states, slots, -1)
 
@@ -48,7 +47,7 @@ def read_blocks(
         states = jnp.where(states >= 0, states - begin, -1)
         return bank_read(read, bank, query, gates, states, implementation=implementation)
 
-    return _over_ring(share, shares, bank, (query, gates), states)
+    return _over_ring(share, shares, bank, (query, gates), states, axis)
 
 
 def _filled(x: Array, size: int, value: int) -> Array:
@@ -63,6 +62,7 @@ def read_tokens(
     query: Float[Array, "b h n c k"],
     selection: OfTokens,
     implementation: str | None,
+    axis: Any,
 ) -> Float[Array, "b h n c v"]:
     """``read_blocks`` where each token has states of its own.
 
@@ -72,7 +72,7 @@ def read_tokens(
     """
     states, gates = selection.states, selection.gates
     (batch, heads), tokens, choices = gates.shape[:2], query.shape[2:4], gates.shape[-1]
-    units, parts, count = batch * heads, lax.axis_size(AXIS), bank[0].shape[2]
+    units, parts, count = batch * heads, lax.axis_size(axis), bank[0].shape[2]
     flat = gates.reshape(units, -1), states.reshape(units, -1)
     pairs = flat[0].shape[1]
     size = -(-pairs // parts)
@@ -120,7 +120,7 @@ def read_tokens(
         )
 
     rows = query.reshape(units, -1, query.shape[-1]), flat[0]
-    y = _over_ring(share, shares, bank, rows, (flat[1], order, begin))
+    y = _over_ring(share, shares, bank, rows, (flat[1], order, begin), axis)
     return y.reshape(batch, heads, *tokens, -1)
 
 
@@ -130,6 +130,7 @@ def _over_ring(
     bank: Matrices,
     rows: Any,
     index: Any,
+    axis: Any,
 ) -> Array:
     """Returns the sum of all shares of this part and those before it, as their states pass by.
 
@@ -142,15 +143,16 @@ def _over_ring(
       bank: the states of this part.
       rows: the other inputs with gradients.
       index: inputs without gradients.
+      axis: the axis of the mesh.
     """
-    parts = lax.axis_size(AXIS)
+    parts = lax.axis_size(axis)
     onward = functools.partial(
-        lax.ppermute, axis_name=AXIS, perm=[(part, (part + 1) % parts) for part in range(parts)]
+        lax.ppermute, axis_name=axis, perm=[(part, (part + 1) % parts) for part in range(parts)]
     )
 
     def visit(hop: Array | int, index: Any, add: Callable, total: Any) -> Any:
         """Adds to the total the shares of the part that arrives after so many hops."""
-        here = lax.axis_index(AXIS)
+        here = lax.axis_index(axis)
         part = (here - hop) % parts
         number = jnp.where(hop <= here, shares(part, index), 0)
         return lax.fori_loop(0, number, functools.partial(add, part), total)

@@ -6,7 +6,8 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from memcache_jax.sharding.mesh import RULES, fit, spec
+from memcache_jax.sharding.layout import as_axes, as_spec, dividing
+from memcache_jax.sharding.names import mesh_axes
 
 if TYPE_CHECKING:
     import optax
@@ -19,12 +20,18 @@ def param_shardings(state: nnx.State, mesh: Mesh) -> Any:
 
     Args:
       state: parameters or their shapes, as ``nnx.split`` returns them.
-      mesh: as from ``make_mesh``.
+      mesh: as from ``make_mesh``; or any other, for which the logical rules in context hold.
     """
-    with nnx.logical_axis_rules(tuple(RULES.items())):
+    # A mesh in context tells the parameters' names apart from those of other meshes.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         layouts = nnx.to_pure_dict(nnx.get_partition_spec(state))
+
+    def sharding(layout: PartitionSpec, x: Any) -> NamedSharding:
+        axes = [as_axes(entry) for entry in layout]
+        return NamedSharding(mesh, as_spec(dividing(axes, x, mesh)))
+
     return jax.tree.map(
-        lambda layout, x: NamedSharding(mesh, fit(layout, x, mesh)),
+        sharding,
         layouts,
         nnx.to_pure_dict(state),
         is_leaf=lambda x: isinstance(x, PartitionSpec),
@@ -55,4 +62,4 @@ def state_shardings(
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of a batch of rows (b, ...)."""
-    return NamedSharding(mesh, spec("batch"))
+    return NamedSharding(mesh, as_spec([mesh_axes("batch", mesh.abstract_mesh)]))

@@ -7,19 +7,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from memcache_jax import _checks
 from memcache_jax._checks import check_weights
-from memcache_jax._typing import Array, State
+from memcache_jax._typing import Array, Start, State
 from memcache_jax.aggregation import Aggregation
-from memcache_jax.caching import Start
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Segmentation
 from memcache_jax.streaming import storage
 from memcache_jax.streaming.config import CacheConfig
 from memcache_jax.streaming.eviction import Eviction
-from memcache_jax.streaming.protocol import MixerCache, take_rows, zero_rows
+from memcache_jax.streaming.protocol import MixerCache, placed, take_rows, zero_rows
 
 
 @jax.tree_util.register_dataclass
@@ -40,7 +40,7 @@ class Cache(MixerCache):
       bank: matrices of the cached states, (b, h, slots, in, out), in ``cache_dtype``; for their
         layout on the host see ``storage.HostStorage``.
       pooled: pooled keys of the cached states, (b, h, slots, k).
-      first: this layer's first row in a stack of layers, which share ``bank`` and ``pooled``.
+      first: this layer's number in a stack of layers, which share ``bank`` and ``pooled``.
       config: what the cache was made for.
     """
 
@@ -60,6 +60,7 @@ class Cache(MixerCache):
     small = ("position", "state", "anchor", "key_sum", "record")
     shared = ("bank", "pooled")
     zeroed = ("position", "record")  # the first token of a segment resets states and sums
+    axes = dict.fromkeys(("state", "anchor", "key_sum", "bank", "pooled"), "b h") | {"initial": "h"}
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -76,7 +77,7 @@ class Cache(MixerCache):
     @property
     def storages(self) -> tuple[storage.Storage, storage.Storage]:
         """How ``bank`` and ``pooled`` store the cached states and their pooled keys."""
-        config, first = self.config, 0 if self.first is None else self.first
+        config, first = self.config, self.first
         matrices = jax.eval_shape(
             lambda state: storage.pack(config.memory.matrices(state), config.cache_dtype),
             self.initial,
@@ -86,19 +87,27 @@ class Cache(MixerCache):
         slots = config.slots.num_slots
         return bank(slots, matrices, first), storage.Storage(slots, key, first)
 
-    def empty_states(self, rows: int) -> tuple:
-        """Allocates ``rows`` rows of empty cached states and pooled keys."""
-        return tuple(bank.empty(rows) for bank in self.storages)
+    def letters(self, layers: bool = False) -> "Cache":
+        """As ``MixerCache.letters``; on the host, a bank has heads and rows in one axis."""
+        cache = super().letters(layers)
+        if self.config.placement != "host" or self.bank is None:
+            return cache
+        return cache.replace(bank=cache.bank.replace("b h", "b"))
 
-    def reset_states(self, rows: Array) -> tuple:
+    def empty_states(self, rows: int, *layers: int) -> tuple:
+        """Allocates empty cached states and pooled keys, for a stack of so many layers."""
+        return tuple(bank.empty(rows, *layers) for bank in self.storages)
+
+    def reset_states(self, rows: Array, axis: int = 0) -> tuple:
         """Returns both with the marked rows zeroed, except a bank on the host."""
         # A NaN on the host does no harm: SSC does not read states that it does not select.
-        bank = self.bank if self.config.placement == "host" else zero_rows(self.bank, rows)
-        return bank, zero_rows(self.pooled, rows)
+        bank = self.bank if self.config.placement == "host" else zero_rows(self.bank, rows, axis)
+        return bank, zero_rows(self.pooled, rows, axis)
 
-    def take_states(self, rows: Array) -> tuple:
-        """Returns these rows of both, counted over all layers."""
-        return self.storages[0].take_rows(self.bank, rows), take_rows(self.pooled, rows)
+    def take_states(self, rows: Array, axis: int = 0) -> tuple:
+        """Returns these rows of both."""
+        bank = self.storages[0].take_rows(self.bank, rows, axis)
+        return bank, take_rows(self.pooled, rows, axis)
 
 
 def init_cache(
@@ -118,6 +127,7 @@ def init_cache(
     dtype: DTypeLike = jnp.float32,
     cache_dtype: DTypeLike | None = None,
     placement: storage.Placement = "device",
+    sharding: NamedSharding | PartitionSpec | None = None,
 ) -> Cache:
     """Returns an empty cache for ``extend``.
 
@@ -148,6 +158,8 @@ def init_cache(
         matrix row.
       placement: where cached states are kept: on the ``"device"``, or, for ``SSC``, in ``"host"``
         memory, from which only the states that a token selects are copied.
+      sharding: how rows, and then heads, are divided over a mesh: ``P("data")`` or
+        ``P("data", "model")``. By default ``extend`` lays the cache out as the tokens it gets.
 
     Returns:
       The cache, with no tokens in any row.
@@ -173,14 +185,28 @@ def init_cache(
         *(memory, aggregation, segmentation, start),
         *(max_length, max_segments, policy, cache_dtype, placement),
     ).checked(dtype)
-    initial = _initial(memory, weights or {}, heads, key_dim, value_dim, dtype)
-    slots = config.slots
+    check_weights(memory, weights or {}, heads, key_dim, value_dim)
+    sizes = batch, heads, key_dim, value_dim
+    return placed(lambda: _empty(config, *sizes, weights or {}, dtype), sharding)
+
+
+def _empty(
+    config: CacheConfig,
+    batch: int,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    weights: Mapping[str, Array],
+    dtype: DTypeLike,
+) -> Cache:
+    memory, slots = config.memory, config.slots
+    initial = _initial(memory, weights, heads, key_dim, value_dim, dtype)
 
     def repeat(x: Array, count: int) -> Array:
         shape = (batch, heads, count, *x.shape[1:])
         return jnp.broadcast_to(x.reshape(1, heads, 1, *x.shape[1:]), shape)
 
-    tracks = slots.num_tracks if start == "independent" else 1
+    tracks = slots.num_tracks if config.start == "independent" else 1
     state = jax.tree.map(lambda x: repeat(x, tracks), initial)
     # Copies: an array that occurs twice, or belongs to the model, cannot be donated.
     own = functools.partial(jax.tree.map, jnp.copy)

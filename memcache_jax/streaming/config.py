@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from memcache_jax import _checks
+from memcache_jax._typing import Start
 from memcache_jax.aggregation import SSC, Aggregation
-from memcache_jax.caching import Start, check_configuration
+from memcache_jax.caching import check_configuration
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Constant, Segmentation
 from memcache_jax.streaming import storage

@@ -10,13 +10,13 @@ from jax import lax
 
 from memcache_jax import _checks
 from memcache_jax._checks import check_arguments
-from memcache_jax._typing import Array, Float, Int
+from memcache_jax._typing import Array, Float, Int, Start
 from memcache_jax.aggregation import Aggregation
-from memcache_jax.caching import Start
 from memcache_jax.engine.run import exact_chunk, full_controls, widen
 from memcache_jax.engine.types import Tokens
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Segmentation
+from memcache_jax.sharding.division import Division
 from memcache_jax.streaming.cache import Cache
 from memcache_jax.streaming.piece import take_piece
 
@@ -97,17 +97,37 @@ def extend(
         _checks.check_shape(name, rows, (*key.shape[:2], heads, dim), axes)
     _checks.check_room(cache.position, key.shape[:2], lengths, config.max_length)
     cache = cache if weights is None else cache.with_weights(weights)
-    controls = full_controls(memory, controls, key)
-    tokens = widen(query, key, value, connector, controls, cache.key_sum.dtype)
-    count = query.shape[1]
-    lengths = jnp.full(len(query), count) if lengths is None else lengths
+    lengths = jnp.full(len(query), query.shape[1]) if lengths is None else jnp.asarray(lengths)
+    some: Any = connector  # or None, which has no arrays to divide
+    tokens = Tokens(query, key, value, some, controls)
+    rows = ((x, "b . h .") for x in (query, key, value, connector))
+    division = Division.of(*rows, (cache.position, "b"), (cache.key_sum, "b h . ."))
+    if division is None:
+        return _extend(cache, tokens, lengths)
+    if config.placement == "host":  # where a row's heads lie side by side
+        division = division.whole("h")
+    row: Any = "b . h ."
+    of_controls: Any = {
+        name: memory.controls[name].axes.replace("t", ".") for name in tokens.controls
+    }
+    of_cache = cache.letters()
+    letters = of_cache, Tokens(row, row, row, row, of_controls), "b"
+    return division.run(_extend, (cache, tokens, lengths), letters, (row, of_cache))
+
+
+def _extend(cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]) -> tuple[Array, Cache]:
+    """``extend`` on one device."""
+    config, memory, value = cache.config, cache.config.memory, tokens.value
+    full = full_controls(memory, tokens.controls, tokens.key)
+    tokens = widen(**tokens._replace(controls=full)._asdict(), dtype=cache.key_sum.dtype)
+    batch, heads, count = tokens.key.shape[:3]
 
     block = config.segmentation.size
     chunk = memory.gradient_chunk
     if chunk is None:
         chunk = exact_chunk(block, config.max_length or 2 * block, memory.largest_chunk)
-    y = jnp.zeros((*key.shape[:1], key.shape[2], count, value.shape[-1]), cache.key_sum.dtype)
-    carry = (cache, jnp.zeros(len(query), jnp.int32), y)
+    y = jnp.zeros((batch, heads, count, value.shape[-1]), cache.key_sum.dtype)
+    carry = (cache, jnp.zeros(batch, jnp.int32), y)
     single = functools.partial(_advance, tokens, lengths, chunk, 1)
     if count >= chunk > 1:
         whole = functools.partial(_advance, tokens, lengths, chunk, chunk)

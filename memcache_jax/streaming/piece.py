@@ -130,7 +130,7 @@ class Piece(Layout):
                 before = cache.position - slots.first(self.block) * config.segmentation.size
                 tokens = before[:, None] + jnp.arange(1, key.shape[3] + 1)[None]
                 live /= tokens.astype(live.dtype)[:, None, None, :, None]
-            return Keys(live, cache.storages[1].all(cache.pooled, len(key)))
+            return Keys(live, cache.storages[1].all(cache.pooled))
 
         candidates = slots.candidates(cache.record, self.block, keys)
         return SlotBank(how.memory, cache, key.dtype), candidates
@@ -166,7 +166,7 @@ class SlotBank(Bank):
         stored, slots = cache.storages[0], cache.config.slots.num_slots
         few = isinstance(selection, OfTokens) and size * selection.states.shape[-1] < slots
         if cache.config.placement == "device" and not few:
-            matrices = storage.unpack(stored.all(cache.bank, batch), self.dtype)
+            matrices = storage.unpack(stored.all(cache.bank), self.dtype)
             return ArrayBank(self.memory, matrices, None), selection, x
         states = jnp.asarray(selection.states)
         if isinstance(selection, OfBlocks):

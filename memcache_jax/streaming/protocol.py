@@ -2,25 +2,30 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from memcache_jax import _checks
 from memcache_jax._typing import Array
+from memcache_jax.sharding.division import Division
+from memcache_jax.sharding.layout import axes_of, by_compiler, context_mesh, num_devices
 
 C = TypeVar("C", bound="MixerCache")
+T = TypeVar("T")
 
 
 class MixerCache:
     """Base class for the cache of one layer: a frozen dataclass whose fields are declared by kind.
 
     A language model scans over the stacked caches of equal layers. A scan copies what it stacks,
-    so only small arrays are stacked. Large ones are shared: the layers have one array for the rows
-    of all, in which a layer's own begin at ``first``.
+    so only small arrays are stacked. Large ones are shared: the layers have one array for all, in
+    which a layer's own is number ``first``.
 
     Register subclasses with ``jax.tree_util.register_dataclass``. With shared arrays a subclass
     needs a field ``first`` that defaults to None; read such arrays through ``own_rows`` and update
@@ -29,10 +34,12 @@ class MixerCache:
     Attributes:
       small: fields of arrays (b, ...), or trees of them, of which each layer has its own; at least
         one.
-      shared: fields of large arrays (b, ...), in a stack (layers * b, ...).
+      shared: fields of large arrays (b, ...), in a stack (layers, b, ...).
       common: fields of arrays without a row axis.
       nested: fields that are caches themselves.
       zeroed: small fields that are zero before a row's first token, as all shared arrays are.
+      axes: by field, the letters of its first axes, ``b`` rows and ``h`` heads, for those that a
+        mesh may divide; ``"b"`` by default for all but common fields.
 
     Example:
       >>> import dataclasses, jax, jax.numpy as jnp, memcache_jax as mc
@@ -53,10 +60,13 @@ class MixerCache:
     common: ClassVar[tuple[str, ...]] = ()
     nested: ClassVar[tuple[str, ...]] = ()
     zeroed: ClassVar[tuple[str, ...]] = ()
+    axes: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(cls) -> None:
         kinds = ["common", "nested", "shared", "small"]
-        declared = {"zeroed", "first", *kinds}.union(*(getattr(cls, kind) for kind in kinds))
+        declared = {"axes", "zeroed", "first", *kinds}.union(
+            *(getattr(cls, kind) for kind in kinds)
+        )
         for name in inspect.get_annotations(cls):
             metadata = getattr(cls.__dict__.get(name), "metadata", {})
             if name not in declared and not metadata.get("static"):
@@ -103,7 +113,7 @@ class MixerCache:
         return self._states(lambda x: x, lambda cache: cache.states)
 
     def with_states(self: C, states: tuple, first: Any = None) -> C:
-        """Returns the cache with these shared arrays, in which its own rows begin at ``first``."""
+        """Returns the cache with these shared arrays, of which its own is number ``first``."""
         changes = dict(zip(self.shared + self.nested, states, strict=True))
         for name in self.nested:
             changes[name] = getattr(self, name).with_states(changes[name], first)
@@ -114,33 +124,59 @@ class MixerCache:
         first = getattr(self, "first", None)
         if first is None:
             return shared
-        return lax.dynamic_slice_in_dim(shared, first, self.batch_size)
+        return lax.dynamic_index_in_dim(shared, first, keepdims=False)
 
     def put_rows(self, shared: Array, rows: Array) -> Array:
         """Returns a shared array with this layer's rows replaced."""
-        first = getattr(self, "first", None)
-        first = 0 if first is None else first
-        return lax.dynamic_update_slice_in_dim(shared, rows.astype(shared.dtype), first, axis=0)
+        first, rows = getattr(self, "first", None), rows.astype(shared.dtype)
+        if first is None:
+            return rows
+        return lax.dynamic_update_index_in_dim(shared, rows, first, axis=0)
 
-    def empty_states(self, rows: int) -> tuple:
-        """Allocates ``rows`` rows of empty shared arrays."""
+    def empty_states(self, rows: int, *layers: int) -> tuple:
+        """Allocates empty shared arrays of so many rows, for a stack of so many layers."""
 
         def empty(x: Array) -> Array:
-            return jnp.zeros((rows, *x.shape[1:]), x.dtype)
+            return jnp.zeros((*layers, rows, *x.shape[1:]), x.dtype)
 
         return self._states(
-            lambda own: jax.tree.map(empty, own), lambda cache: cache.empty_states(rows)
+            lambda own: jax.tree.map(empty, own), lambda cache: cache.empty_states(rows, *layers)
         )
 
-    def reset_states(self, rows: Array) -> tuple:
-        """Returns the shared arrays with the marked rows zeroed: 0 * NaN is NaN in a read."""
+    def reset_states(self, rows: Array, axis: int = 0) -> tuple:
+        """Returns the shared arrays with the marked rows zeroed: 0 * NaN is NaN in a read.
+
+        Rows are along ``axis``, 1 in a stack of layers.
+        """
         return self._states(
-            lambda own: zero_rows(own, rows), lambda cache: cache.reset_states(rows)
+            lambda own: zero_rows(own, rows, axis), lambda cache: cache.reset_states(rows, axis)
         )
 
-    def take_states(self, rows: Array) -> tuple:
-        """Returns these rows of the shared arrays, counted over all layers."""
-        return self._states(lambda own: take_rows(own, rows), lambda cache: cache.take_states(rows))
+    def take_states(self, rows: Array, axis: int = 0) -> tuple:
+        """Returns these rows of the shared arrays, along ``axis``."""
+        return self._states(
+            lambda own: take_rows(own, rows, axis), lambda cache: cache.take_states(rows, axis)
+        )
+
+    def letters(self: C, layers: bool = False) -> C:
+        """Returns a tree of the letters of each field's axes, as ``sharding.Division`` has them.
+
+        Args:
+          layers: whether arrays are stacked, and have an axis of layers before the others.
+        """
+        of_small, of_shared = (". " if layers else ""), (". " if layers or self._in_stack else "")
+        fields = {
+            **{name: of_small + self.axes.get(name, "b") for name in self.small},
+            **{name: of_shared + self.axes.get(name, "b") for name in self.shared},
+            **{name: of_small + self.axes.get(name, ".") for name in self.common},
+            **{name: cache.letters(layers) for name, cache in self._fields(self.nested).items()},
+        }
+        fields = {name: axes for name, axes in fields.items() if getattr(self, name) is not None}
+        return self.replace(**fields, **({"first": ""} if self._in_stack else {}))
+
+    @property
+    def _in_stack(self) -> bool:
+        return getattr(self, "first", None) is not None
 
     def take_small(self: C, rows: Array) -> C:
         """Returns the cache with these rows of small arrays, and copies of common ones."""
@@ -162,16 +198,54 @@ class MixerCache:
         return *own(shared), *map(nested, self._fields(self.nested).values())
 
 
-def zero_rows(tree: Any, rows: Array) -> Any:
-    """Returns arrays (b, ...) with zeros in the marked rows (b,)."""
-    return jax.tree.map(
-        lambda x: jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), jnp.zeros((), x.dtype), x), tree
-    )
+def placed(make: Callable[[], T], sharding: NamedSharding | PartitionSpec | None) -> T:
+    """Returns the cache that ``make`` makes, with rows and heads divided as ``sharding`` says.
+
+    Raises:
+      ValueError: for a sharding of other axes, or a PartitionSpec without a mesh.
+    """
+    if sharding is None:
+        return make()
+    division = Division.of_cache(sharding)
+
+    def lay(letters: str, tree: Any) -> Any:
+        return jax.tree.map(lambda x: division.lay(x, letters), tree)
+
+    def laid() -> T:
+        cache: Any = make()
+        return jax.tree.map(lay, cache.letters(), cache)
+
+    if isinstance(jnp.zeros(()), Tracer):  # where no mesh can be entered
+        if jax.sharding.get_abstract_mesh() != division.mesh:
+            raise ValueError(f"under jit, {sharding} needs its mesh in context: jax.set_mesh")
+        return laid()
+    if not isinstance(sharding, NamedSharding):
+        return jax.jit(laid)()
+    concrete: Any = sharding.mesh
+    with jax.set_mesh(concrete):
+        return jax.jit(laid)()
 
 
-def take_rows(tree: Any, rows: Array) -> Any:
-    """Returns these rows of arrays (b, ...)."""
-    return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), tree)
+def zero_rows(tree: Any, rows: Array, axis: int = 0) -> Any:
+    """Returns arrays with zeros in the marked rows (b,), which are along ``axis``."""
+
+    def zero(x: Array) -> Array:
+        marked = rows.reshape(*[1] * axis, -1, *[1] * (x.ndim - 1 - axis))
+        return jnp.where(marked, jnp.zeros((), x.dtype), x)
+
+    return jax.tree.map(zero, tree)
+
+
+def take_rows(tree: Any, rows: Array, axis: int = 0) -> Any:
+    """Returns these rows of arrays, along ``axis``, which lie as all rows do."""
+
+    def take(x: Array) -> Array:
+        axes, mesh = axes_of(x), context_mesh(x)
+        if mesh is not None and len(rows) % num_devices(mesh, axes[axis]):
+            axes[axis] = ()
+        return by_compiler(lambda x, rows: jnp.take(x, rows, axis=axis), x, rows, axes=axes)
+
+    return jax.tree.map(take, tree)
 
 
 def count_bytes(tree: Any) -> int:

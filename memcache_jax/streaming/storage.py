@@ -9,6 +9,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from memcache_jax._typing import Array, Float, Int
+from memcache_jax.streaming.protocol import take_rows
 
 Placement = Literal["device", "host"]
 PLACEMENTS = get_args(Placement)
@@ -48,80 +49,87 @@ def unpack(stored: Any, dtype: DTypeLike) -> Any:
 
 
 class Storage:
-    """Packed matrices of cached states, in arrays (rows, h, slots, in, out) on the device.
+    """Packed matrices of cached states, in arrays (b, h, slots, in, out) on the device.
 
-    Several layers may share arrays, each with rows of its own.
+    Several layers may share arrays (layers, b, h, slots, in, out).
 
     Attributes:
       num_slots: slots of a row.
       state: the packed matrices (h, in, out) of one state, or their shapes.
-      first: the first row.
+      first: the number of the layer; None where there is one alone.
     """
 
-    def __init__(self, num_slots: int, state: Any, first: Any = 0) -> None:
+    def __init__(self, num_slots: int, state: Any, first: Any = None) -> None:
         self.num_slots, self.state, self.first = num_slots, state, first
 
-    def empty(self, rows: int) -> Any:
+    def empty(self, rows: int, *layers: int) -> Any:
         """Allocates the arrays, with zeros."""
-        return jax.tree.map(
-            lambda x: jnp.zeros((rows, len(x), self.num_slots, *x.shape[1:]), x.dtype), self.state
-        )
 
-    def all(self, arrays: Any, batch: int) -> Any:
+        def zeros(x: Any) -> Array:
+            return jnp.zeros((*layers, rows, len(x), self.num_slots, *x.shape[1:]), x.dtype)
+
+        return jax.tree.map(zeros, self.state)
+
+    def all(self, arrays: Any) -> Any:
         """The states (b, h, slots, ...) of all slots."""
-        if isinstance(self.first, int):
+        if self.first is None:
             return arrays
-        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, self.first, batch), arrays)
+        return jax.tree.map(
+            lambda x: lax.dynamic_index_in_dim(x, self.first, keepdims=False), arrays
+        )
 
     def take(self, arrays: Any, slots: Int[Array, "b h n"]) -> Any:
         """The states (b, h, n, ...) in these slots of each head."""
-        rows, heads = self._rows_and_heads(*slots.shape[:2])
-        return jax.tree.map(lambda kept: kept[rows, heads, slots], arrays)
+        own = *self._own_rows(*slots.shape[:2]), slots
+        return jax.tree.map(lambda kept: kept[own], arrays)
 
     def put(self, arrays: Any, states: Any, place: Int[Array, "b n"]) -> Any:
         """The arrays with states (b, h, n, ...) put into these slots; ``num_slots`` drops one."""
-        rows, heads = self._rows_and_heads(*jax.tree.leaves(states)[0].shape[:2])
+        own = *self._own_rows(*jax.tree.leaves(states)[0].shape[:2]), place[:, None]
 
         def put(kept: Array, new: Array) -> Array:
-            return kept.at[rows, heads, place[:, None]].set(new, mode="drop", unique_indices=True)
+            return kept.at[own].set(new, mode="drop", unique_indices=True)
 
         return jax.tree.map(put, arrays, states)
 
-    def take_rows(self, arrays: Any, rows: Int[Array, "n"]) -> Any:
-        """The arrays of these rows alone, counted from the first one of all."""
-        return jax.tree.map(lambda kept: jnp.take(kept, rows, axis=0), arrays)
+    def take_rows(self, arrays: Any, rows: Int[Array, "n"], axis: int = 0) -> Any:
+        """The arrays of these rows alone, which are along ``axis``."""
+        return take_rows(arrays, rows, axis)
 
-    def _rows_and_heads(self, batch: int, heads: int) -> tuple[Array, Array]:
-        return self.first + jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, :, None]
+    def _own_rows(self, batch: int, heads: int) -> tuple[Array, ...]:
+        layer = () if self.first is None else (self.first,)
+        return *layer, jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, :, None]
 
 
 class HostStorage(Storage):
-    """Arrays (rows * (slots + 1) * h, lines, 128) on the host, of flattened and padded matrices.
+    """Arrays (b * (slots + 1) * h, lines, 128) on the host, of flattened and padded matrices.
 
     In this layout TPUs keep a state in one piece and can copy it alone. Each row has one slot more,
     for states that are dropped.
     """
 
-    def empty(self, rows: int) -> Any:
+    def empty(self, rows: int, *layers: int) -> Any:
         """Allocates the arrays, with zeros."""
         count = rows * (self.num_slots + 1)
 
         def zeros(x: Any) -> Array:
             lines = jax.eval_shape(_to_lines, x)
-            return _to_host(jnp.zeros((count * len(x), *lines.shape[1:]), lines.dtype))
+            shape = *layers, count * len(x), *lines.shape[1:]
+            return _to_host(jnp.zeros(shape, lines.dtype))
 
         return jax.tree.map(zeros, self.state)
 
     def take(self, arrays: Any, slots: Int[Array, "b h n"]) -> Any:
         """As ``Storage.take``."""
         batch, heads, _ = slots.shape
-        rows = (self.first + jnp.arange(batch)[:, None, None]) * (self.num_slots + 1)
+        rows = jnp.arange(batch)[:, None, None] * (self.num_slots + 1)
         places = (rows + slots) * heads + jnp.arange(heads)[None, :, None]
 
         def one(kept: Array, place: Array) -> Array:
             # A slice copies one state from the host; a gather copies the whole bank.
-            state = lax.dynamic_slice_in_dim(kept, place, 1)
-            return jax.device_put(state, jax.memory.Space.Device)[0]
+            sizes = *[1] * (kept.ndim - 2), *kept.shape[-2:]
+            state = lax.dynamic_slice(kept, self._begin(place), sizes)
+            return jax.device_put(state, jax.memory.Space.Device).reshape(kept.shape[-2:])
 
         def shaped(x: Array, like: Any) -> Array:
             states = _from_lines(x, like.shape[1:], like.dtype)
@@ -139,26 +147,32 @@ class HostStorage(Storage):
             new = _to_host(lines.reshape(rows, heads, tracks, *lines.shape[1:]))
             for row in range(rows):
                 for track in range(tracks):
-                    slot = (self.first + row) * (self.num_slots + 1) + place[row, track]
-                    kept = lax.dynamic_update_slice_in_dim(
-                        kept, new[row, :, track], slot * heads, axis=0
+                    slot = row * (self.num_slots + 1) + place[row, track]
+                    one = new[row, :, track].reshape(
+                        *[1] * (kept.ndim - 3), heads, *kept.shape[-2:]
                     )
+                    kept = lax.dynamic_update_slice(kept, one, self._begin(slot * heads))
             return kept
 
         return jax.tree.map(put, arrays, states)
 
-    def take_rows(self, arrays: Any, rows: Int[Array, "n"]) -> Any:
+    def take_rows(self, arrays: Any, rows: Int[Array, "n"], axis: int = 0) -> Any:
         """As ``Storage.take_rows``."""
         size = (self.num_slots + 1) * len(jax.tree.leaves(self.state)[0])
 
         def take(kept: Array) -> Array:
-            new = _to_host(jnp.zeros((len(rows) * size, *kept.shape[1:]), kept.dtype))
+            shape = *kept.shape[:axis], len(rows) * size, *kept.shape[axis + 1 :]
+            new = _to_host(jnp.zeros(shape, kept.dtype))
             for i in range(len(rows)):
-                row = lax.dynamic_slice_in_dim(kept, rows[i] * size, size)
-                new = lax.dynamic_update_slice_in_dim(new, row, i * size, axis=0)
+                row = lax.dynamic_slice_in_dim(kept, rows[i] * size, size, axis)
+                new = lax.dynamic_update_slice_in_dim(new, row, i * size, axis)
             return new
 
         return jax.tree.map(take, arrays)
+
+    def _begin(self, place: Array) -> tuple[Any, ...]:
+        layer = () if self.first is None else (self.first,)
+        return *layer, place, 0, 0
 
 
 def _to_lines(x: Array) -> Array:

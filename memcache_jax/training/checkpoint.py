@@ -62,11 +62,12 @@ class Checkpoints:
         names = [path.name for path in Path(workdir, "checkpoints").glob("*") if path.is_dir()]
         return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
-    def notes(self) -> dict[str, Any] | None:
-        """Returns the notes of the newest readable checkpoint, or None."""
-        for step in self.steps:
+    @classmethod
+    def notes_in(cls, workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
+        """Returns the notes of the newest readable checkpoint in a workdir, or None."""
+        for step in cls.steps_in(workdir):
             try:
-                return _read_notes(self.folder / str(step))
+                return _read_notes(Path(os.path.abspath(workdir)) / "checkpoints" / str(step))
             except Exception as e:  # Orbax raises many kinds on damaged files
                 _log.debug("no notes in the checkpoint of step %d: %s", step, e)
         return None
@@ -208,11 +209,14 @@ def on_default_device(target: TrainState) -> TrainState:
 
 
 def root_cause(error: BaseException) -> str:
-    """Returns an error's first cause in one line; Orbax's last one is a page of details."""
+    """Returns an error's first cause in one line; Orbax's last one is a page of details.
+
+    A long one keeps its ends, since TensorStore names files before it says what is wrong.
+    """
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) < 300 else f"{text[:300]}..."
+    return text if len(text) < 300 else f"{text[:150]} ... {text[-150:]}"
 
 
 def _read_notes(path: Path) -> dict[str, Any]:

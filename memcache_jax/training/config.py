@@ -51,7 +51,7 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
 }
 
 # Keys that runs of earlier versions lack, with the values they used.
-_ADDED = {"data.streams": 1, "optimizer.name": "adamw"}
+_ADDED = {"data.streams": 1, "data.isolate_documents": False, "optimizer.name": "adamw"}
 
 
 def default_config() -> Config:
@@ -119,6 +119,9 @@ def default_config() -> Config:
     config.data.text_field = "text"  # of .jsonl and .parquet files
     config.data.tokenizer = "bytes"  # or the path of a Hugging Face `tokenizers` JSON file
     config.data.streams = 1  # feeding each batch; a process reads those of its devices
+    # Whether documents that are packed into one row cannot see each other (`document_ids`, the
+    # segment ids of other libraries). If not set: True in a new run, as before in a resumed one.
+    config.data.isolate_documents = config_dict.placeholder(bool)
     config.data.eos_token = config_dict.placeholder(str)  # ends a document; detected by default
 
     config.optimizer = ConfigDict()

@@ -105,6 +105,18 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(every, sizes, strict=True)]
 
 
+def whole_arrays(tree: Any) -> Any:
+    """Returns the arrays of a tree as NumPy arrays, whole in every process."""
+
+    def whole(x: Array) -> np.ndarray:
+        # One at a time: each is for a moment on every device.
+        return np.asarray(
+            x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+        )
+
+    return jax.tree.map(whole, tree)
+
+
 def all_agree(good: bool) -> bool:
     """Whether ``good`` is true in every process."""
     return all(gather(good))

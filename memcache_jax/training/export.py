@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import optax
+import orbax.checkpoint
 from flax import nnx
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
@@ -20,7 +21,7 @@ from memcache_jax.training.checkpoint import (
     root_cause,
 )
 from memcache_jax.training.config import Config
-from memcache_jax.training.distributed import is_main_process, wait_for_all
+from memcache_jax.training.distributed import is_main_process, wait_for_all, whole_arrays
 from memcache_jax.training.models import model_config
 from memcache_jax.training.step import Params, abstract_state
 from memcache_jax.training.tokenizers import Tokenizer, make_tokenizer
@@ -33,9 +34,13 @@ EXPORTS = ("params", "params.new", "params.old")
 
 
 def export_params(workdir: str | os.PathLike[str], params: Params) -> Path:
-    """Writes ``workdir/params``, which ``ocp.load`` reads as a nested dictionary of arrays.
+    """Writes ``workdir/params``: a nested dictionary of NumPy arrays, whole, in one Orbax folder.
 
-    An earlier export stays in place until the new one is complete.
+    Any number of devices reads them: the folder is a PyTree checkpoint of Orbax before its v1 API,
+    which that API reads too, as ``flax.training.checkpoints`` does, and it names no sharding, with
+    which a reader would ask for the run's devices. An earlier export stays in place until the new
+    one is complete. With several processes, all of them call this, and each holds all parameters in
+    its host's memory meanwhile.
 
     Raises:
       CheckpointError: if it cannot be written.
@@ -48,7 +53,8 @@ def export_params(workdir: str | os.PathLike[str], params: Params) -> Path:
                 shutil.rmtree(left)
     wait_for_all("room for the export")
     try:
-        ocp.save(str(new), params)
+        with orbax.checkpoint.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(str(new), whole_arrays(params))
     except Exception as e:  # Orbax raises many kinds
         raise CheckpointError(f"could not write the parameters to {new}: {root_cause(e)}") from e
     if is_main_process():

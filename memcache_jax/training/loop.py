@@ -26,6 +26,7 @@ from memcache_jax.training.distributed import (
     should_stop,
     wait_for_all,
 )
+from memcache_jax.training.documents import separator, with_isolation_decided
 from memcache_jax.training.export import TOKENIZER_FILE
 from memcache_jax.training.metrics import MetricsWriter, Progress, read_metrics
 from memcache_jax.training.models import model_config
@@ -114,7 +115,7 @@ class _Run:
     """A run after ``step`` updates."""
 
     def __init__(self, config: Config, workdir: Path, mesh: Mesh | None) -> None:
-        self.config, self.workdir, self.mesh = config, workdir, mesh
+        self.workdir, self.mesh = workdir, mesh
         model = model_config(config.model)
         device = jax.local_devices()[0]
         memories = sorted(memory.kind for memory in device.addressable_memories())
@@ -136,13 +137,16 @@ class _Run:
             num_streams=config.data.streams,
             read=streams_here(mesh, config.batch_size, config.data.streams),
         )
-        self.eval_step = make_eval_step(self.graph)
         self.create = lambda: create_state(
             model, self.optimizer, config.seed, None if mesh is None else target
         )
         self.target = target
         # Checked before anything in the workdir changes.
         found = check_workdir(workdir, resume=config.resume)
+        config = self.config = with_isolation_decided(config, Checkpoints.notes_in(workdir))
+        end_token = self.corpus.tokenizer.eos_id
+        self.end_token = separator(config, end_token, self.graph, target.params)
+        self.eval_step = make_eval_step(self.graph, self.end_token)
         check_agreement("configuration, data, or workdir", config, self.corpus.identity, found)
         workdir.mkdir(parents=True, exist_ok=True)
         self._lock = lock_run(workdir)
@@ -154,7 +158,7 @@ class _Run:
 
     def restore(self) -> None:
         """Restores the newest checkpoint, or creates the initial state."""
-        notes = self.checkpoints.notes()
+        notes = Checkpoints.notes_in(self.workdir)
         if notes is not None:
             check_same_run(self.workdir, notes, self.config, self.corpus.identity)
         restored = self.checkpoints.restore(self.target, self.batches)
@@ -183,7 +187,8 @@ class _Run:
         """
         config = self.config
         train_step = make_train_step(
-            self.graph, self.optimizer, config.optimizer.z_loss, config.accumulate, self.target
+            *(self.graph, self.optimizer, config.optimizer.z_loss, config.accumulate),
+            *(self.target, self.end_token),
         )
         schedule = make_schedule(config.optimizer, config.steps)
         size = config.batch_size * config.sequence_length

@@ -17,6 +17,7 @@ from memcache_jax.nn import LanguageModel, LanguageModelConfig
 from memcache_jax.sharding import constrain, param_shardings, state_shardings
 from memcache_jax.training.data import HeldOut
 from memcache_jax.training.distributed import place_rows
+from memcache_jax.training.documents import document_ids
 
 Params = dict[str, Any]
 
@@ -91,6 +92,7 @@ def make_train_step(
     z_loss: float = 0.0,
     accumulate: int = 1,
     target: TrainState | None = None,
+    end_token: int | None = None,
 ) -> Callable[[TrainState, Int[Array, "b l"]], tuple[TrainState, dict[str, Array]]]:
     """Returns the jitted update (state, tokens) -> (state, metrics); the old state is donated.
 
@@ -104,10 +106,12 @@ def make_train_step(
       z_loss: weight of the z-loss, which keeps logits from drifting.
       accumulate: number of parts of a batch whose gradients are computed in sequence and averaged.
       target: from ``abstract_state`` with a mesh; the new state keeps its shardings.
+      end_token: the id that ends a document, to keep those of one row apart (``documents.py``);
+        None to let them see each other.
     """
 
     def loss_fn(params: Params, tokens: Array) -> tuple[Array, dict[str, Array]]:
-        loss, log_partition = _cross_entropy(graph, params, tokens)
+        loss, log_partition = _cross_entropy(graph, params, tokens, end_token)
         metrics = {"loss": loss.mean(), "z_loss": z_loss * jnp.mean(log_partition**2)}
         return metrics["loss"] + metrics["z_loss"], metrics
 
@@ -138,23 +142,28 @@ def make_train_step(
 
 
 def make_eval_step(
-    graph: nnx.GraphDef,
+    graph: nnx.GraphDef, end_token: int | None = None
 ) -> Callable[[Params, Int[Array, "b l"], Float[Array, "b"]], tuple[Array, Array]]:
     """Returns jitted (params, tokens, mask) -> (summed loss in nats, number of targets).
 
-    Rows with mask 0, which pad the last batch, do not count.
+    Rows with mask 0, which pad the last batch, do not count. ``end_token`` is as for
+    ``make_train_step``.
     """
 
     def eval_step(params: Params, tokens: Array, mask: Array) -> tuple[Array, Array]:
-        loss, _ = _cross_entropy(graph, params, tokens)
+        loss, _ = _cross_entropy(graph, params, tokens, end_token)
         return jnp.sum(loss * mask[:, None]), jnp.sum(mask) * loss.shape[1]
 
     return jax.jit(eval_step)
 
 
-def _cross_entropy(graph: nnx.GraphDef, params: Params, tokens: Array) -> tuple[Array, Array]:
+def _cross_entropy(
+    graph: nnx.GraphDef, params: Params, tokens: Array, end_token: int | None
+) -> tuple[Array, Array]:
     """Returns the loss of each target in float32 or wider, and its log-partition."""
-    logits = nnx.merge(graph, params)(tokens[:, :-1])
+    inputs = tokens[:, :-1]
+    documents = () if end_token is None else (document_ids(inputs, end_token),)
+    logits = nnx.merge(graph, params)(inputs, *documents)
     log_partition = jax.nn.logsumexp(logits, axis=-1)
     target = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
     return log_partition - target, log_partition

@@ -51,10 +51,11 @@ def model(name, dtype, exchange="gather"):
 
 
 @functools.lru_cache
-def on_one_device(name, dtype):
+def on_one_device(name, dtype, **options):
     graph, _ = abstract_state(model(name, dtype), OPTIMIZER)
     state = create_state(model(name, dtype), OPTIMIZER, 0)
-    return jax.device_get(make_train_step(graph, OPTIMIZER)(state, jnp.asarray(TOKENS)))
+    train_step = make_train_step(graph, OPTIMIZER, **options)
+    return jax.device_get(train_step(state, jnp.asarray(TOKENS)))
 
 
 def on_mesh(name, dtype, shape, exchange="gather", **options):
@@ -114,3 +115,20 @@ def test_states_in_a_ring_in_float64(name):
 def test_parts_of_a_batch_give_the_same_gradient():
     got = on_mesh("transformer", jnp.float32, (4, 1, 1, 2), accumulate=2)
     assert_same(got, on_one_device("transformer", jnp.float32), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "shape", [pytest.param((1, 1, 8, 1), marks=pytest.mark.slow), (1, 2, 2, 2)], ids=str
+)
+@pytest.mark.parametrize("name", ["titans grm", "gated_deltanet ssc", "transformer"])
+def test_packed_documents_give_the_gradient_of_one_device(name, shape):
+    """Token 3 ends them, two in a row on average."""
+    got = on_mesh(name, jnp.float32, shape, end_token=3)
+    wanted = on_one_device(name, jnp.float32, end_token=3)
+    assert_same(got, wanted, 1e-5)
+    assert abs(wanted[1]["loss"] - on_one_device(name, jnp.float32)[1]["loss"]) > 1e-4
+
+
+def test_parts_of_a_batch_with_documents_give_the_same_gradient():
+    got = on_mesh("transformer", jnp.float32, (4, 1, 1, 2), accumulate=2, end_token=3)
+    assert_same(got, on_one_device("transformer", jnp.float32, end_token=3), 1e-5)

@@ -13,7 +13,6 @@ from memcache_jax.gating import ContentGate, Gate, visible
 from memcache_jax.kernels.affine_update import AffineChunk
 from memcache_jax.kernels.decay import decay_matrix, start_decay
 from memcache_jax.sharding import make_mesh
-from memcache_jax.sharding.memory_caching import memory_caching_over_mesh
 from memcache_jax.streaming.eviction import Eviction
 from tests.cases import MEMORIES, assert_close, make_inputs, scheduled
 from tests.streams import over_time, streamed
@@ -196,11 +195,11 @@ def test_one_effect_on_every_path(memory, aggregation):
     ):  # whose equation is not `gates` alone
         assert_close(one_pass, outputs(mc.memory_caching, implementation="reference"), 1e-12)
     with jax.set_mesh(make_mesh(dict(seq=4, tensor=2))):
-        over_mesh = outputs(memory_caching_over_mesh)
+        over_mesh = outputs(mc.memory_caching)
     assert_close(over_mesh, one_pass, 1e-12)
     if not isinstance(aggregation, (Apart, mc.Soup)):
         with jax.set_mesh(make_mesh(dict(seq=4, tensor=2))):
-            assert_close(outputs(memory_caching_over_mesh, exchange="ring"), one_pass, 1e-12)
+            assert_close(outputs(mc.memory_caching, exchange="ring"), one_pass, 1e-12)
     in_stream = streamed(inputs, memory, aggregation, SEGMENTATION, split=(3, 17, 1, 11))
     assert_close(in_stream, one_pass, 1e-11)
 
@@ -310,9 +309,9 @@ def test_a_segmentation_of_ones_own(segmentation):
     with jax.set_mesh(make_mesh(dict(seq=4, tensor=2))):
         if isinstance(segmentation, Doubling):
             with pytest.raises(ValueError, match="segments of one size, got Doubling"):
-                outputs(memory_caching_over_mesh)
+                outputs(mc.memory_caching)
         else:
-            assert_close(outputs(memory_caching_over_mesh), one_pass, 1e-12)
+            assert_close(outputs(mc.memory_caching), one_pass, 1e-12)
 
 
 @pytest.mark.parametrize(

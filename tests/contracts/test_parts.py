@@ -7,7 +7,6 @@ from flax import nnx
 
 import memcache_jax as mc
 from memcache_jax.sharding import make_mesh
-from memcache_jax.sharding.memory_caching import memory_caching_over_mesh
 from tests.cases import assert_close, make_inputs
 
 # One goes on over three parts of eight tokens, one begins with a part, an id comes again.
@@ -73,7 +72,7 @@ def test_parts_of_a_sequence(memory, aggregation, segmentation, options):
     options = dict(memory=memory, aggregation=aggregation, segmentation=segmentation, **options)
     inputs = make_inputs(memory, 30, batch=1, heads=2)
     with jax.set_mesh(make_mesh(dict(seq=4, tensor=2))):
-        got = both(memory_caching_over_mesh, inputs, **options)
+        got = both(mc.memory_caching, inputs, **options)
     options.pop("exchange", None)
     wanted = both(mc.memory_caching, inputs, **options)
     assert_close(got[0], wanted[0], 1e-12)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from experiments._hlo import collectives
 from memcache_jax.sharding import make_mesh
@@ -80,3 +81,20 @@ def test_advised_meshes_fill_the_chips_and_divide_the_model():
     assert tensor == "--config.mesh.tensor=2 --config.mesh.fsdp=1 --config.accumulate=2"
     assert advised(1, 2, 1, 4) == [seq.replace("data", "fsdp")]
     assert advised(1, 1, 1, 8) == []
+
+
+def test_parts_of_a_sequence_are_advised_where_documents_allow_them():
+    from experiments._advice import changes
+
+    config = default_config()
+    config.model.update(remat=True, dtype="bfloat16", num_heads=3)
+    config.model.memory = ConfigDict({"name": "SSD"})
+    config.model.segmentation = ConfigDict({"name": "Logarithmic", "size": 128})
+    report = dict(mesh=dict(data=2, fsdp=1, seq=1, tensor=1), hbm=16, state_bytes=1)
+
+    def parts():
+        return any("mesh.seq=2" in line for line in changes(config, report))
+
+    assert not parts()
+    config.data.isolate_documents = False
+    assert parts()

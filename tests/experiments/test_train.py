@@ -104,7 +104,6 @@ def wait_for_step(process, step):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_killed_and_resumed_equals_a_whole_run(folder, start, run):
     whole, parts = folder / "whole", folder / "parts"
     code, out, err = run(whole)

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import memcache_jax as mc
-from memcache_jax.nn.attention import rotate
+from memcache_jax.nn.attend import rotate
 from tests.cases import assert_close
 
 

@@ -1,5 +1,6 @@
 """The layer's projections and coefficients, and where they start."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +18,21 @@ def test_keys_and_connectors_start_as_copies_of_queries():
     np.testing.assert_array_equal(layer.key_conv.kernel[...], layer.query_conv.kernel[...])
     assert not np.array_equal(layer.value.kernel[...], layer.query.kernel[...])
     np.testing.assert_array_equal(layer.temperature[...], 10.0)
+
+
+def test_no_two_parameters_share_an_array():
+    leaves = jax.tree.leaves(nnx.state(make()))  # or a model could not be donated
+    assert len({x.unsafe_buffer_pointer() for x in leaves}) == len(leaves)
+
+
+def test_attributes_of_other_tools_are_no_weights():
+    layer, x = make(), tokens(9)
+    expected = call(layer, x)
+    for _, module in nnx.iter_modules(layer):
+        module.qwix_path = ("some", "path")  # pyright: ignore
+    for container in (layer.weights, layer.controls):
+        container.qwix_path = ("some", "path")
+    np.testing.assert_array_equal(call(layer, x), expected)
 
 
 def test_connector_may_be_the_query_or_logits_of_positions():
@@ -45,7 +61,7 @@ def test_residual_has_no_connector():
 def test_titans_controls_start_near_keeping_and_small():
     layer, x = make(), tokens(9)
     log_alpha, log_beta, eta = (
-        layer._control(layer.memory.controls[name], name, x)
+        layer._control(layer.memory.controls[name], name, x, layer._split)
         for name in ("log_alpha", "log_beta", "eta")
     )
     assert log_alpha.shape == (2, 9, 2)
@@ -63,7 +79,10 @@ def test_a_deep_memory_stores_before_any_training(memory):
     )
     x = tokens(64)[:1]
     controls = layer.memory.coupled(
-        {name: layer._control(layer.memory.controls[name], name, x) for name in layer.controls}
+        {
+            name: layer._control(layer.memory.controls[name], name, x, layer._split)
+            for name in layer.controls
+        }
     )
     y = mc.memory_caching(
         *(key, key, value),

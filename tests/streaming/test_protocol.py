@@ -44,21 +44,21 @@ class WrittenOutCache(NamedTuple):
     def with_states(self, states, first=None):
         return self._replace(inputs=states[0], first=first)
 
-    def empty_states(self, rows):
-        return (jnp.zeros((rows, *self.inputs.shape[1:]), self.inputs.dtype),)
+    def empty_states(self, rows, *layers):
+        return (jnp.zeros((*layers, rows, *self.inputs.shape[1:]), self.inputs.dtype),)
 
     def reset(self, rows):
         total = jnp.where(rows[:, None], 0, self.total)
         return self._replace(total=total, position=jnp.where(rows, 0, self.position))
 
-    def reset_states(self, rows):
+    def reset_states(self, rows, axis=0):
         return (jnp.where(rows[:, None, None], 0, self.inputs),)
 
     def take_small(self, rows):
         return self._replace(total=self.total[rows], position=self.position[rows])
 
-    def take_states(self, rows):
-        return (self.inputs[rows],)
+    def take_states(self, rows, axis=0):
+        return (jnp.take(self.inputs, rows, axis=axis),)
 
     def replace(self, **changes):
         return self._replace(**changes)
@@ -84,10 +84,11 @@ class Sums(nnx.Module):
         lengths = jnp.full(len(x), x.shape[1]) if lengths is None else lengths
         at = jnp.arange(x.shape[1])[None]
         x = jnp.where((at < lengths[:, None])[..., None], x, 0)
-        rows = (0 if cache.first is None else cache.first) + jnp.arange(len(x))[:, None]
-        inputs = cache.inputs.at[rows, cache.position[:, None] + at].add(x, mode="drop")
-        before = jax.lax.dynamic_slice_in_dim(inputs, rows[0, 0], len(x))
-        there = jnp.arange(inputs.shape[1])[None, None] <= (cache.position[:, None] + at)[..., None]
+        rows = jnp.arange(len(x))[:, None]
+        own = cache.first, rows, cache.position[:, None] + at
+        inputs = cache.inputs.at[own].add(x, mode="drop")
+        before = inputs[cache.first]
+        there = jnp.arange(before.shape[1])[None, None] <= (cache.position[:, None] + at)[..., None]
         half = jnp.einsum("bts,bsd->btd", there.astype(x.dtype), before) / 2
         y = self.out(cache.total[:, None] + jnp.cumsum(x, axis=1) - half)
         return y, cache.replace(
@@ -154,7 +155,7 @@ def test_rows_of_a_cache_alone():
         class Forgetful(DeclaredCache):
             count: Any
 
-    second = cache.with_states((jnp.zeros((6, 5, features)),), first=3)
+    second = cache.with_states((jnp.zeros((2, 3, 5, features)),), first=1)
     written = second.put_rows(second.inputs, jnp.ones((3, 5, features)))
-    assert written[:, 0, 0].tolist() == [0, 0, 0, 1, 1, 1]
+    assert written[:, :, 0, 0].tolist() == [[0, 0, 0], [1, 1, 1]]
     assert second.own_rows(written).min() == 1

@@ -42,6 +42,11 @@ def titans():
     return attention(num_layers=2, mixers=(mixer,))
 
 
+def linear():
+    mixer = mc.nn.MemoryCachingMixer(mc.memories.LinearAttention(), mc.GRM(), mc.Constant(8))
+    return attention(mixers=(mixer,))
+
+
 def names(tree):
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}

@@ -71,3 +71,13 @@ def test_a_run_of_before_there_were_streams_had_one():
     assert config_differences(stored, to_json(given)) == []
     given.data.streams = 2
     assert config_differences(stored, to_json(given)) == ["data.streams: 1, now 2"]
+
+
+def test_a_run_of_before_documents_were_isolated_did_not():
+    stored, given = to_json(default_config()), default_config()
+    del stored["data"]["isolate_documents"]
+    given.data.isolate_documents = False
+    assert config_differences(stored, to_json(given)) == []
+    given.data.isolate_documents = True
+    different = ["data.isolate_documents: False, now True"]
+    assert config_differences(stored, to_json(given)) == different

@@ -6,9 +6,6 @@ import pytest
 
 from memcache_jax.training import train
 
-# Orbax reads shardings from a file where the reader gives none.
-pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
-
 
 def test_an_empty_folder_is_told(config, tmp_path):
     (tmp_path / "empty").mkdir()

@@ -11,9 +11,6 @@ from memcache_jax.training import loop, train
 from memcache_jax.training.checkpoint import Checkpoints
 from tests.training.runs import assert_same_params, rows
 
-# Orbax reads shardings from a file where the reader gives none.
-pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
-
 
 class StopError(Exception):
     """Stands for a kill: nothing is saved on the way out."""

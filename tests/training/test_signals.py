@@ -9,9 +9,6 @@ from memcache_jax.training import StoppedError, loop, train
 from memcache_jax.training.checkpoint import Checkpoints
 from tests.training.runs import assert_same_params, rows
 
-# Orbax reads shardings from a file where the reader gives none.
-pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
-
 
 def test_a_signal_saves_and_stops(config, tmp_path, monkeypatch):
     make = loop.make_train_step

@@ -1,5 +1,7 @@
 """The step: its loss, how the state is made, what an evaluation counts."""
 
+import dataclasses
+import functools
 import math
 
 import jax
@@ -19,7 +21,7 @@ from memcache_jax.training.step import (
     make_eval_step,
     make_train_step,
 )
-from tests.training.steps import OPTIONS, attention, names, options
+from tests.training.steps import OPTIONS, attention, linear, names, options, titans
 
 
 @pytest.fixture
@@ -102,6 +104,63 @@ def test_training_lowers_the_loss(tokens):
         state, metrics = step(state, tokens)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.5 * losses[0]
+
+
+END = 10
+
+
+def words(count, seed=0):
+    return np.random.default_rng(seed).integers(0, END, count).tolist()
+
+
+def summed_loss(model, row):
+    """The summed loss of a row, and the number of its targets."""
+    graph, _ = abstract_state(model, optax.identity())
+    params = create_state(model, optax.identity(), 0).params
+    return make_eval_step(graph, END)(params, jnp.asarray([row]), jnp.ones(1))
+
+
+@pytest.mark.parametrize("model", [attention(), titans()], ids=["attention", "titans"])
+def test_no_document_of_a_row_sees_another(model):
+    """Wherever it begins: its losses are the same after other words."""
+    second = [END, *words(18), END]
+
+    def of_second(first):
+        before, _ = summed_loss(model, [*first, END])
+        whole, count = summed_loss(model, first + second)
+        assert count == len(first) + len(second) - 1
+        return whole - before
+
+    losses = [of_second(words(13, seed)) for seed in (1, 2)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "remat", "accumulate"),
+    [(attention(), False, 1), (attention(), True, 1), (attention(), False, 2), (linear(), True, 2)],
+    ids=["attention", "attention remat", "attention accumulate", "linear remat accumulate"],
+)
+def test_a_step_on_packed_documents_is_one_on_each_alone(model, remat, accumulate):
+    """They begin on borders of segments."""
+    model = dataclasses.replace(model, remat=remat)
+    documents = [[END, *words(15, seed)] for seed in range(4)]
+    optimizer = optax.sgd(1.0)
+
+    def step(rows, **options):
+        graph, _ = abstract_state(model, optimizer)
+        update = make_train_step(graph, optimizer, **options)
+        tokens = jnp.asarray([[*row, END] for row in rows])
+        return jax.device_get(update(create_state(model, optimizer, 0), tokens))
+
+    packed, metrics = step(np.reshape(documents, (2, 32)), end_token=END, accumulate=accumulate)
+    alone, metrics_alone = step(documents)
+    mixed, _ = step(np.reshape(documents, (2, 32)))
+    assert metrics["loss"] == pytest.approx(metrics_alone["loss"], rel=1e-5)
+    close = 1e-5 * metrics_alone["gradient_norm"]
+    same = functools.partial(np.testing.assert_allclose, rtol=0, atol=close)
+    jax.tree.map(same, packed, alone)
+    with pytest.raises(AssertionError):
+        jax.tree.map(same, mixed, alone)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7])

@@ -9,9 +9,6 @@ from memcache_jax.training.checkpoint import Checkpoints
 from memcache_jax.training.workdir import lock_workdir
 from tests.training.runs import rows
 
-# Orbax reads shardings from a file where the reader gives none.
-pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
-
 
 def test_more_steps_go_on_and_the_new_schedule_is_told(config, tmp_path, caplog):
     train(config, tmp_path)

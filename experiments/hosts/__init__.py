@@ -1,0 +1,1 @@
+"""Third-party models and trainers with our layers in them."""

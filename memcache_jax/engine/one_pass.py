@@ -1,0 +1,48 @@
+"""A whole sequence on one device."""
+
+import jax.numpy as jnp
+
+from memcache_jax._typing import Array, Float, Implementation, Int, Start
+from memcache_jax.aggregation import Aggregation
+from memcache_jax.engine import reference
+from memcache_jax.engine.documents import count_documents
+from memcache_jax.engine.run import OnePass, cut_for, full_controls, run, widen, writing
+from memcache_jax.engine.types import Tokens
+from memcache_jax.memories import Memory
+from memcache_jax.segmentation import Segmentation
+
+
+def one_pass(
+    tokens: Tokens,
+    weights: dict[str, Array],
+    document_ids: Int[Array, "b t"] | None,
+    *,
+    memory: Memory,
+    aggregation: Aggregation,
+    segmentation: Segmentation,
+    start: Start,
+    implementation: Implementation | None,
+) -> Float[Array, "b t h v"]:
+    """The outputs of tokens (b, t, h, ...), whose arguments have been checked."""
+    value, length = tokens.value, tokens.key.shape[1]
+    plan = segmentation.plan(length)
+    full = full_controls(memory, tokens.controls, tokens.key)
+    tokens = widen(**tokens._replace(controls=full)._asdict())
+    weights = {name: weight.astype(tokens.key.dtype) for name, weight in weights.items()}
+    document = None if document_ids is None else count_documents(document_ids)
+    if implementation == "reference":
+        y = reference.memory_caching(
+            tokens,
+            weights,
+            document,
+            memory=memory,
+            aggregation=aggregation,
+            plan=plan,
+            start=start,
+        )
+    else:
+        blocks = cut_for(memory, tokens, document, plan, length)
+        how = writing(memory, aggregation, tokens, weights, implementation)
+        y, _, _ = run(OnePass(plan, start == "checkpoint"), how, aggregation, blocks)
+        y = y.reshape(*y.shape[:2], -1, y.shape[-1])[:, :, :length]
+    return jnp.moveaxis(y, 1, 2).astype(value.dtype)

@@ -1,0 +1,159 @@
+"""Softmax attention of rotated queries and keys, in one pass and over a stream's cache."""
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from memcache_jax._typing import Array, Bool, Float, Int
+from memcache_jax.sharding.division import Division
+from memcache_jax.streaming.protocol import MixerCache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionCache(MixerCache):
+    """Keys and values that later tokens see: all so far, or the last ones for a window.
+
+    Attributes:
+      key: (b, h, past, k), contiguous per head, as reads go through them.
+      value: likewise.
+      position: tokens taken so far by each row, (b,).
+      first: this layer's number in a stack of layers, which share keys and values.
+    """
+
+    key: Any
+    value: Any
+    position: Any
+    first: Any = None
+
+    shared = ("key", "value")
+    small = zeroed = ("position",)
+    axes: ClassVar = {"key": "b h", "value": "b h"}
+
+    @property
+    def head_shape(self) -> tuple[int, ...]:
+        """Number of heads, and their dimension."""
+        return self.key.shape[-3::2]
+
+
+def attend_causally(
+    query: Float[Array, "b t h k"],
+    key: Float[Array, "b t h k"],
+    value: Float[Array, "b t h k"],
+    document: Int[Array, "b t"] | None,
+    mask: Bool[Array, "_ _ t s"] | None = None,
+    *,
+    window: int | None,
+    rope_base: float,
+    implementation: Literal["xla", "cudnn"] | None,
+    division: Division | None = None,
+) -> Float[Array, "b t h k"]:
+    """Attention of each token to itself and those before it, within ``window`` and its document.
+
+    A mask takes away more. Within a ``shard_map`` that divides time, the tokens are one part; keys
+    and values of all parts are gathered.
+    """
+    parts, length = 1 if division is None else division.parts, query.shape[1]
+    options: dict[str, Any] = dict(implementation=implementation)
+    if parts == 1:
+        query, key = (rotate(rows, rope_base) for rows in (query, key))
+        if document is not None:
+            mask = _both(_same(document, document), mask)
+        options |= dict(
+            is_causal=True, local_window_size=None if window is None else (window - 1, 0)
+        )
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, **options)
+    assert division is not None
+    axis = division.time_axis
+    position = lax.axis_index(axis) * length + jnp.arange(length)
+    query, key = (rotate(rows, rope_base, position[None]) for rows in (query, key))
+    ago = position[:, None] - jnp.arange(parts * length)[None]
+    seen = (ago >= 0) & (window is None or ago < window)
+    mask = _both(seen[None, None], mask)
+    key, value = (lax.all_gather(rows, axis, axis=1, tiled=True) for rows in (key, value))
+    if document is not None:
+        every = lax.all_gather(document, axis, axis=1, tiled=True)
+        mask = mask & _same(document, every)
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, **options)
+
+
+def _both(seen: Bool[Array, "_ _ t s"], mask: Bool[Array, "_ _ t s"] | None) -> Array:
+    return seen if mask is None else seen & mask
+
+
+def _same(document: Int[Array, "b t"], other: Int[Array, "b s"]) -> Bool[Array, "b 1 t s"]:
+    return document[:, None, :, None] == other[:, None, None, :]
+
+
+def attend_stream(
+    cache: AttentionCache,
+    query: Float[Array, "b t h k"],
+    key: Float[Array, "b t h k"],
+    value: Float[Array, "b t h k"],
+    lengths: Int[Array, "b"],
+    *,
+    window: int | None,
+    rope_base: float,
+) -> tuple[Float[Array, "b t h k"], AttentionCache]:
+    """Attention of the next tokens to the past and to themselves; the cache after them."""
+    (batch, length), past = query.shape[:2], cache.key.shape[-2]
+    place = cache.position[:, None] + jnp.arange(length)[None]
+    query, key = (rotate(rows, rope_base, place) for rows in (query, key))
+    if window is None:
+        # Tokens that do not count are put out of range, and dropped.
+        there = jnp.where(jnp.arange(length)[None] < lengths[:, None], place, past)
+        layer = () if cache.first is None else (cache.first,)
+        own = *layer, jnp.arange(batch)[:, None], slice(None), there
+        kept = tuple(
+            old.at[own].set(new.astype(old.dtype), mode="drop")
+            for old, new in zip(cache.states, (key, value), strict=True)
+        )
+        keys, values = (cache.own_rows(row) for row in kept)
+        seen = jnp.arange(past)[None, None] <= place[..., None]
+    else:
+        old = (cache.own_rows(row) for row in cache.states)
+        new = (jnp.moveaxis(rows, 2, 1) for rows in (key, value))
+        keys, values = (jnp.concatenate(pair, axis=2) for pair in zip(old, new, strict=True))
+        of_key = (cache.position - past)[:, None] + jnp.arange(past + length)[None]
+        ago = place[..., None] - of_key[:, None]
+        seen = (ago >= 0) & (ago < window) & (of_key >= 0)[:, None]
+        last = jax.vmap(lambda row, begin: lax.dynamic_slice_in_dim(row, begin, past, axis=1))
+        kept = tuple(
+            cache.put_rows(old, last(row, lengths))
+            for old, row in zip(cache.states, (keys, values), strict=True)
+        )
+    y = _attend(query, keys, values, seen[:, None])
+    if window is None:
+        beyond = (place >= past) & (jnp.arange(length)[None] < lengths[:, None])
+        y = jnp.where(beyond[..., None, None], jnp.nan, y)
+    return y, cache.replace(key=kept[0], value=kept[1], position=cache.position + lengths)
+
+
+def _attend(
+    query: Float[Array, "b t h k"],
+    key: Float[Array, "b h s k"],
+    value: Float[Array, "b h s k"],
+    seen: Bool[Array, "b 1 t s"],
+) -> Float[Array, "b t h k"]:
+    """Attention over heads-first keys, which ``jax.nn.dot_product_attention`` would transpose."""
+    key, value = key.astype(query.dtype), value.astype(query.dtype)
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.einsum("bthk,bhsk->bhts", query, key, preferred_element_type=wide)
+    weights = jax.nn.softmax(jnp.where(seen, scores * query.shape[-1] ** -0.5, -jnp.inf))
+    return jnp.einsum("bhts,bhsk->bthk", weights.astype(value.dtype), value)
+
+
+def rotate(
+    x: Float[Array, "b t h k"], base: float, position: Int[Array, "_ t"] | None = None
+) -> Float[Array, "b t h k"]:
+    """Rotary embedding (arXiv:2104.09864): the pair (i, i + k/2) turns by t base^(-2i/k)."""
+    position = jnp.arange(x.shape[1])[None] if position is None else position
+    half = x.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = position.astype(jnp.float32)[..., None] * frequency[None, None]
+    cos, sin = (f(angle)[:, :, None].astype(x.dtype) for f in (jnp.cos, jnp.sin))
+    first, second = x[..., :half], x[..., half:]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -1,0 +1,92 @@
+"""A language model whose layers are a list of modules, not one stacked module in a scan."""
+
+from typing import Any, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx import spmd
+
+from memcache_jax._typing import Array, Float, Int
+from memcache_jax.nn.block import Period
+from memcache_jax.nn.calls import ModelCall, answer, read_call
+from memcache_jax.nn.language_model import LanguageModel
+from memcache_jax.nn.stack import layer_of
+
+
+class UnrolledCache(NamedTuple):
+    """A stream's past: the caches of each layer, and each row's tokens so far."""
+
+    layers: list
+    position: Int[Array, "b"]
+
+
+class Unrolled(nnx.Module):
+    """A ``LanguageModel`` with its layers in a list, where qwix can put parameters of LoRA.
+
+    Its parameters are those of the model, which is not changed.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.config = model.config
+        self.outer = nnx.merge(*nnx.split(model))
+        self.axis_name = _axis_name(self.outer.layers)
+        self.layers = nnx.List([])
+        for index in range(self.config.repeats):
+            graph, state = nnx.split(layer_of(self.outer.layers, self.config.repeats, index))
+            self.layers.append(nnx.merge(graph, spmd.remove_axis(state, 0, self._stacking)))
+        del self.outer.layers
+
+    def language_model(self) -> LanguageModel:
+        """Returns the parameters as a ``LanguageModel``, for ``mc.generate`` and checkpoints."""
+        if any(isinstance(x, nnx.LoRAParam) for _, x in nnx.iter_graph(self)):
+            raise ValueError("a LanguageModel has no place for the parameters of LoRA")
+        model = nnx.merge(*nnx.split(self.outer))
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *map(nnx.state, self.layers))
+        graph = nnx.graphdef(self.layers[0])
+        model.layers = nnx.merge(graph, spmd.add_axis(stacked, 0, self._stacking))
+        return model
+
+    def __call__(
+        self, tokens: Int[Array, "b t"], *, cache: Any = None, **call: Unpack[ModelCall]
+    ) -> Any:
+        """As ``LanguageModel``'s, but without the output layer."""
+        read = read_call(tokens.shape, None, num_heads=self.config.num_heads, **call)
+        return answer(read, tokens, cache, whole=self.hidden, extend=self.extend)
+
+    def hidden(
+        self, tokens: Int[Array, "b t"], document_ids: Int[Array, "b t"] | None = None
+    ) -> Float[Array, "b t d"]:
+        """As ``LanguageModel.hidden``."""
+        run: Any = nnx.remat(Period.__call__) if self.config.remat else Period.__call__
+        x = self.outer._embed(tokens)
+        for period in self.layers:
+            x = run(period, x, document_ids)
+        return self.outer.norm(x)
+
+    def init_cache(self, batch_size: int, max_length: int, **options: Any) -> UnrolledCache:
+        """As ``LanguageModel.init_cache``."""
+        layers = [period.init_cache(batch_size, max_length, options) for period in self.layers]
+        return UnrolledCache(layers, jnp.zeros(batch_size, jnp.int32))
+
+    def extend(
+        self, tokens: Int[Array, "b t"], cache: UnrolledCache, lengths: Int[Array, "b"] | None
+    ) -> tuple[Float[Array, "b t d"], UnrolledCache]:
+        """As ``LanguageModel.extend``."""
+        x, layers = self.outer._embed(tokens), []
+        for period, caches in zip(self.layers, cache.layers, strict=True):
+            x, caches = period.extend(x, caches, lengths)
+            layers.append(caches)
+        taken = tokens.shape[1] if lengths is None else lengths
+        return self.outer.norm(x), UnrolledCache(layers, cache.position + taken)
+
+    @property
+    def _stacking(self) -> dict[str, Any]:
+        return dict(partition_name=self.axis_name)
+
+
+def _axis_name(layers: nnx.Module) -> Any:
+    """What the axis over layers is called in their parameters."""
+    metadata = (param.get_metadata() for _, param in nnx.to_flat_state(nnx.state(layers)))
+    names = (of_param.get("out_sharding") for of_param in metadata)
+    return next((first for first, *_ in filter(None, names)), None)

@@ -1,0 +1,59 @@
+"""A language model whose layers are a list."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import memcache_jax as mc
+from memcache_jax.nn.unrolled import Unrolled
+from tests.cases import assert_close
+from tests.nn.adapters.hosts import MIXERS, VOCAB, random_tokens
+
+
+def language_model(*mixers, names=None, num_layers=2, **options):
+    mixers = tuple(MIXERS[mixer] for mixer in mixers)
+    config = mc.nn.LanguageModelConfig(VOCAB, num_layers, 16, 2, mixers=mixers, **options)
+    return mc.nn.LanguageModel(config, axis_names=names, rngs=nnx.Rngs(0))
+
+
+@nnx.jit
+def plain(model, tokens):
+    return model(tokens)
+
+
+@pytest.mark.parametrize("names", [None, dict(embed="fsdp", layers="stage")], ids=["ours", "host"])
+def test_the_layers_are_a_list_and_come_back(names):
+    original = language_model("memory", "attention", names=names, num_layers=4)
+    model = Unrolled(original)
+    tokens = random_tokens(2, 9)
+    shapes = [layer.blocks[0].mixer.query.kernel.shape for layer in model.layers]
+    assert shapes == [(16, 16)] * 2
+    back = model.language_model()
+    np.testing.assert_array_equal(plain(back, tokens), plain(original, tokens))
+    for new, old in zip(*map(jax.tree.leaves, map(nnx.state, (back, original))), strict=True):
+        np.testing.assert_array_equal(new, old)
+    specs = [nnx.get_partition_spec(nnx.state(x)) for x in (back, original)]
+    assert specs[0] == specs[1]
+    kernel = model.layers[0].blocks[0].mlp.up.kernel
+    wanted = ("embed", "mlp") if names is None else ("fsdp", None)
+    assert kernel.get_metadata()["out_sharding"] == wanted
+
+
+def test_recomputed_layers_have_the_same_gradients(x64):
+    tokens, wide = random_tokens(2, 9), jnp.float64
+    model = Unrolled(language_model("memory", dtype=wide, param_dtype=wide))
+    gradients = nnx.jit(nnx.grad(lambda model: (model(tokens) ** 2).sum()))
+    expected = gradients(model)
+    model.config = dataclasses.replace(model.config, remat=True)
+    assert_close(gradients(model), expected, 1e-10)
+
+
+def test_parameters_of_lora_have_no_place_in_a_language_model():
+    model = Unrolled(language_model("memory"))
+    model.layers[0].blocks[0].mixer.query.kernel_lora_a = nnx.LoRAParam(jnp.ones((16, 2)))
+    with pytest.raises(ValueError, match="LoRA"):
+        model.language_model()

@@ -1,0 +1,189 @@
+"""Documents in one row: where they part, who takes them apart, what a run that goes on does."""
+
+import dataclasses
+import json
+import logging
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+import memcache_jax as mc
+from memcache_jax.sharding import make_mesh
+from memcache_jax.training import default_config, train
+from memcache_jax.training.config import to_json
+from memcache_jax.training.documents import document_ids, separator, with_isolation_decided
+from memcache_jax.training.models import model_options
+from memcache_jax.training.step import abstract_state
+from tests.training.runs import rows
+from tests.training.steps import attention, titans
+
+EOS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Alone:
+    """A mixer that takes no document_ids."""
+
+    def build(self, in_features, num_heads, **options):
+        return nnx.Linear(in_features, in_features, rngs=options["rngs"])
+
+
+def caching(memory=None, segmentation=None, **options):
+    parts = (memory or mc.memories.LinearAttention(), mc.GRM(), segmentation or mc.Constant(8))
+    return attention(mixers=(mc.nn.MemoryCachingMixer(*parts, **options),))
+
+
+def parted(model, length=32, mesh=None, **options):
+    config = with_isolation_decided(default_config())
+    config.batch_size, config.sequence_length = 2, length
+    config.data.update(options)
+    graph, target = abstract_state(model, optax.identity(), mesh)
+    return separator(config, EOS, graph, target.params)
+
+
+def test_an_end_token_opens_the_next_document():
+    inputs = jnp.array([[EOS, 1, 2, EOS, 3], [1, EOS, EOS, 2, 2]])
+    assert document_ids(inputs, EOS).tolist() == [[1, 1, 1, 2, 2], [0, 1, 2, 2, 2]]
+
+
+def test_new_runs_isolate_unless_told_otherwise():
+    config = default_config().lock()
+    decided = with_isolation_decided(config)
+    assert decided.data.isolate_documents is True
+    assert config.data.isolate_documents is None
+    config.data.isolate_documents = False
+    assert with_isolation_decided(config).data.isolate_documents is False
+
+
+@pytest.mark.parametrize("had", [True, False])
+@pytest.mark.parametrize("given", [None, True, False])
+def test_a_run_that_goes_on_keeps_what_it_had(had, given):
+    config, before = default_config(), default_config()
+    before.data.isolate_documents, config.data.isolate_documents = had, given
+    decided = with_isolation_decided(config, {"config": to_json(before)})
+    assert decided.data.isolate_documents is (had if given is None else given)
+
+
+def test_a_configuration_of_before_there_was_the_key(caplog):
+    caplog.set_level(logging.INFO, "memcache_jax")
+    old = default_config()
+    del old.data.isolate_documents
+    assert with_isolation_decided(old).data.isolate_documents is True
+    assert not caplog.text
+    decided = with_isolation_decided(default_config(), {"config": to_json(old)})
+    assert decided.data.isolate_documents is False
+    assert "goes on without" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        attention(),
+        titans(),
+        caching(mc.memories.GatedDeltaNet(), mc.Logarithmic(8)),
+        caching(segmentation=mc.Lengths((8, 24))),
+        caching(start="checkpoint"),
+    ],
+    ids=["attention", "titans", "logarithmic", "lengths", "checkpoint"],
+)
+def test_models_that_take_documents(model):
+    assert parted(model) == EOS
+    assert parted(model, isolate_documents=False) is None
+
+
+def test_a_model_that_takes_none_is_told_of_the_option():
+    with pytest.raises(ValueError, match=r"data.isolate_documents needs .*isolate_documents=False"):
+        parted(attention(mixers=(Alone(),)))
+    assert parted(attention(mixers=(Alone(),)), isolate_documents=False) is None
+
+
+def test_a_model_that_fits_no_row_is_told_that():
+    with pytest.raises(ValueError, match=r"hold 16 tokens, got 32") as error:
+        parted(caching(segmentation=mc.Lengths((8, 8))))
+    assert "isolate_documents" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (caching(start="checkpoint"), "independent starts for document_ids"),
+        (caching(segmentation=mc.Logarithmic(8)), "a Constant segmentation for document_ids"),
+    ],
+    ids=["checkpoint", "logarithmic"],
+)
+def test_what_parts_of_a_sequence_do_not_take_is_told(model, message):
+    mesh = make_mesh(dict(seq=2), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        with pytest.raises(ValueError, match=f"data.isolate_documents .*{message}"):
+            parted(model, mesh=mesh)
+        assert parted(model, mesh=mesh, isolate_documents=False) is None
+        assert parted(caching(), mesh=mesh) == EOS
+
+
+@pytest.fixture
+def short_documents(config, tmp_path):
+    """The configuration of a run on documents of which each row has several."""
+    lines = [json.dumps({"text": f"{i} and {i + 1}"}) for i in range(300)]
+    (tmp_path / "short").mkdir()
+    for name in "abcd":
+        (tmp_path / "short" / f"{name}.jsonl").write_text("\n".join(lines))
+    config.data.files = (str(tmp_path / "short"),)
+    return config
+
+
+def forget_the_key(workdir):
+    """Makes a run one of before there was the key."""
+    for path in (workdir / "config.json", *workdir.glob("checkpoints/*/_CHECKPOINT_METADATA")):
+        stored = json.loads(path.read_text())
+        config = stored["custom_metadata"]["config"] if "custom_metadata" in stored else stored
+        del config["data"]["isolate_documents"]
+        path.write_text(json.dumps(stored))
+
+
+def test_a_new_run_isolates_its_documents(short_documents, tmp_path):
+    config = short_documents
+    config.steps, config.optimizer.warmup_steps = 2, 0
+    train(config, tmp_path / "new")
+    stored = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert stored["data"]["isolate_documents"] is True
+    assert config.data.isolate_documents is None
+    config.data.isolate_documents = False
+    train(config, tmp_path / "packed")
+    (new,), (packed,) = rows(tmp_path / "new"), rows(tmp_path / "packed")
+    assert new["loss"] != packed["loss"]
+    assert new["heldout_loss"] != packed["heldout_loss"]
+
+
+def test_a_run_of_before_goes_on_as_it_was(short_documents, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "memcache_jax")
+    config = short_documents
+    config.optimizer.warmup_steps = 0
+    config.optimizer.final_fraction = 1.0  # so that the rate does not depend on the last step
+    config.data.isolate_documents = False
+    train(config, tmp_path / "whole")
+    config.steps = 3
+    train(config, tmp_path / "parts")
+    forget_the_key(tmp_path / "parts")
+    config.steps, config.resume, config.data.isolate_documents = 6, True, True
+    with pytest.raises(ValueError, match=r"data\.isolate_documents: False, now True"):
+        train(config, tmp_path / "parts")
+    config.data.isolate_documents = None
+    train(config, tmp_path / "parts")
+    assert "goes on without" in caplog.text
+    assert rows(tmp_path / "parts")[-1] == rows(tmp_path / "whole")[-1]
+    stored = json.loads((tmp_path / "parts" / "config.json").read_text())
+    assert stored["data"]["isolate_documents"] is False
+
+
+def test_a_run_that_cannot_isolate_leaves_no_workdir(short_documents, tmp_path):
+    config = short_documents
+    config.model = model_options(caching(start="checkpoint"))
+    config.model.vocab_size = 257
+    config.mesh.update(fsdp=1, seq=8)
+    config.sequence_length = 64
+    with pytest.raises(ValueError, match=r"--config.data.isolate_documents=False"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
