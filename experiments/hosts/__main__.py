@@ -1,7 +1,7 @@
 """Runs third-party models and trainers with our layers in them, and prints a table.
 
     make hosts
-    .venv-hosts/bin/python -m experiments.hosts --only=gemma,maxtext
+    .venv-hosts/bin/python -m experiments.hosts --hosts=gemma,maxtext
 
 Hardware: two CPU cores. Time: 6 minutes, and 2 to install. Needs Python 3.12.
 """
@@ -19,7 +19,7 @@ from absl import flags
 from experiments import _program
 
 HOSTS = ("minigpt", "gemma", "maxtext", "tunix")
-_ONLY = flags.DEFINE_list("only", list(HOSTS), "which hosts")
+_NAMES = flags.DEFINE_list("hosts", list(HOSTS), "which hosts")
 _DEVICES = flags.DEFINE_integer("devices", 1, "CPU devices; with several, hosts make a mesh")
 _HERE = flags.DEFINE_string("here", None, "one host, in this process; prints its rows as JSON")
 _MARK = "experiments.hosts: "
@@ -30,9 +30,9 @@ def main() -> None:
     if _HERE.value is not None:
         _run_here(_HERE.value)
         return
-    if unknown := set(_ONLY.value) - set(HOSTS):
+    if unknown := set(_NAMES.value) - set(HOSTS):
         raise ValueError(f"the hosts are {', '.join(HOSTS)}, got {', '.join(unknown)}")
-    rows = [row for host in _ONLY.value for row in _run(host)]
+    rows = [row for host in _NAMES.value for row in _run(host)]
     print(table(rows))
     if any(row["result"].startswith("failed") for row in rows):
         sys.exit(1)
