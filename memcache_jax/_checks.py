@@ -164,12 +164,6 @@ def check_arguments(
     v = jnp.shape(value)[-1]
     if 0 in jnp.shape(key):
         raise ValueError(f"key must not be empty, got shape (b, t, h, k) = {jnp.shape(key)}")
-    varying = getattr(getattr(jax.typeof(key), "manual_axis_type", None), "varying", ())
-    if varying:
-        raise ValueError(
-            f"within jax.shard_map, key varies over {sorted(varying)}, which memories do not "
-            "follow: pass check_vma=False to that shard_map"
-        )
     check_shape("key", key, (b, t, h, k), "b, t, h, k")
     check_shape("query", query, (b, t, h, k), "b, t, h, k")
     check_shape("value", value, (b, t, h, v), "b, t, h, v")

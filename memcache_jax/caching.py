@@ -5,6 +5,7 @@ from typing import Any, get_args
 
 from memcache_jax._checks import check_arguments, check_choice
 from memcache_jax._typing import Array, Exchange, Float, Implementation, Int, Start
+from memcache_jax._varying import alike
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.engine.one_pass import one_pass
 from memcache_jax.engine.types import Tokens
@@ -113,6 +114,7 @@ def memory_caching(
     )
     rows = (query, key, value, connector)
     division = Division.of(*((x, "b t h .") for x in rows), (document_ids, "b t"))
+    tokens, weights, document_ids = alike((tokens, weights, document_ids))
     if division is None:
         return one_pass(tokens, weights, document_ids, **how)
     return over_mesh(division, tokens, weights, document_ids, exchange, **how)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from memcache_jax._typing import Array, Float, Int, State
+from memcache_jax._varying import vary, varying
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.engine.bank import bucket_states, document_states
 from memcache_jax.engine.documents import begun_in_chunk, document_candidates
@@ -105,7 +106,8 @@ def writing(
 
     def initial(shape: tuple[int, ...]) -> State:
         sizes = tokens.key.shape[-1], tokens.value.shape[-1]
-        return initial_states(memory, weights, shape, *sizes, tokens.key.dtype)
+        states = initial_states(memory, weights, shape, *sizes, tokens.key.dtype)
+        return vary(states, varying(tokens.key))
 
     return Writing(memory, needs_of(aggregation, memory), initial, implementation)
 

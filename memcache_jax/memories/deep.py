@@ -294,6 +294,6 @@ class DeepMemory(Memory):
 
             return self.loss(self.forward(apply, key), value), tuple(inputs)
 
-        zeros = tuple(jnp.zeros((key.shape[0], w.shape[1]), key.dtype) for w in weights)
+        zeros = tuple(jnp.zeros_like(key, shape=(key.shape[0], w.shape[1])) for w in weights)
         deltas, inputs = jax.grad(loss, has_aux=True)(zeros)
         return inputs, deltas

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from memcache_jax import _checks
 from memcache_jax._typing import Array
@@ -62,7 +63,8 @@ class MixerCall(ModelCall, total=False):
 
     Attributes:
       inputs_q: the input, where it is given by this name.
-      inputs_k: None or the input itself; also as the second positional argument.
+      inputs_k: None or the input itself; also as the second positional argument. Rows of another
+        traced value have outputs of NaN.
       inputs_v: likewise, also as the third.
       is_causal: True lets the mask be one of padding alone; the layer is causal without it too.
       decode: None or False; streams go through ``cache``.
@@ -108,10 +110,7 @@ def read_mixer_call(
         inputs_k, document_ids = document_ids, None  # as hosts call attention: attn(x, x)
     for name, inputs in (("inputs_k", inputs_k), ("inputs_v", inputs_v)):
         if inputs is not None and inputs is not x:
-            raise ValueError(
-                f"{name} must be None or the input itself, got an array of shape "
-                f"{jnp.shape(inputs)}: the layer has no cross-attention"
-            )
+            x = _only_same(name, inputs, x)
     if decode:
         raise ValueError("decode=True is not for this layer: pass cache=layer.init_cache(...)")
     if sow_weights:
@@ -124,6 +123,23 @@ def read_mixer_call(
     _checks.check_input(x, in_features)
     read = read_call(x.shape[:2], document_ids, num_heads=num_heads, **call)
     return x, read._replace(is_causal=bool(is_causal))
+
+
+def _only_same(name: str, inputs: Array, x: Array) -> Array:
+    """``x`` where ``inputs`` are the same, or ValueError; traced rows with another value are NaN.
+
+    Under ``jax.checkpoint`` one array that was given twice is two.
+    """
+    if jnp.shape(inputs) == jnp.shape(x):
+        same = jnp.all(like(x, jnp.asarray(inputs)) == x, axis=(1, 2))
+        if isinstance(same, Tracer):
+            return jnp.where(same[:, None, None], x, jnp.nan)
+        if same.all():
+            return x
+    raise ValueError(
+        f"{name} must be None or the input itself, got another array of shape "
+        f"{jnp.shape(inputs)}: the layer has no cross-attention"
+    )
 
 
 def read_call(

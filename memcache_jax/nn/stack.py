@@ -66,10 +66,11 @@ def scan_stack(
 
     def body(carry: Any, layer: tuple) -> tuple[Any, tuple]:
         state, given = layer
-        own = jax.tree.map(lambda x: x, attached)  # variables of its own, with the same arrays
-        module = nnx.merge(graph, state, own)
+        before = nnx.merge_state(state, attached)
+        own = jax.tree.map(lambda x: x, before)  # variables of its own, with the same arrays
+        module = nnx.merge(graph, own)
         carry, out = apply(module, carry, given)
-        return carry, (out, _captured(module, attached) if attached else None)
+        return carry, (out, _captured(module, before))
 
     carry = _settled(body, carry, (stacked, inputs)) if settle else carry
     carry, (outputs, captured) = lax.scan(wrap(body), carry, (stacked, inputs))

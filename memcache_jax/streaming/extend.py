@@ -11,12 +11,14 @@ from jax import lax
 from memcache_jax import _checks
 from memcache_jax._checks import check_arguments
 from memcache_jax._typing import Array, Float, Int, Start
+from memcache_jax._varying import alike
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.engine.run import exact_chunk, full_controls, widen
 from memcache_jax.engine.types import Tokens
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Segmentation
 from memcache_jax.sharding.division import Division
+from memcache_jax.sharding.layout import check_not_mapped_over
 from memcache_jax.streaming.cache import Cache
 from memcache_jax.streaming.piece import take_piece
 
@@ -99,7 +101,7 @@ def extend(
     cache = cache if weights is None else cache.with_weights(weights)
     lengths = jnp.full(len(query), query.shape[1]) if lengths is None else jnp.asarray(lengths)
     some: Any = connector  # or None, which has no arrays to divide
-    tokens = Tokens(query, key, value, some, controls)
+    cache, tokens, lengths = alike((cache, Tokens(query, key, value, some, controls), lengths))
     rows = ((x, "b . h .") for x in (query, key, value, connector))
     division = Division.of(*rows, (cache.position, "b"), (cache.key_sum, "b h . ."))
     if division is None:
@@ -117,6 +119,7 @@ def extend(
 
 def _extend(cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]) -> tuple[Array, Cache]:
     """``extend`` on one device."""
+    check_not_mapped_over()
     config, memory, value = cache.config, cache.config.memory, tokens.value
     full = full_controls(memory, tokens.controls, tokens.key)
     tokens = widen(**tokens._replace(controls=full)._asdict(), dtype=cache.key_sum.dtype)
@@ -126,8 +129,8 @@ def _extend(cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]) -> tuple[Arr
     chunk = memory.gradient_chunk
     if chunk is None:
         chunk = exact_chunk(block, config.max_length or 2 * block, memory.largest_chunk)
-    y = jnp.zeros((batch, heads, count, value.shape[-1]), cache.key_sum.dtype)
-    carry = (cache, jnp.zeros(batch, jnp.int32), y)
+    y = jnp.zeros_like(cache.key_sum, shape=(batch, heads, count, value.shape[-1]))
+    carry = (cache, jnp.zeros_like(lengths, jnp.int32), y)
     single = functools.partial(_advance, tokens, lengths, chunk, 1)
     if count >= chunk > 1:
         whole = functools.partial(_advance, tokens, lengths, chunk, chunk)

@@ -134,6 +134,17 @@ def test_swap_of_one_line():
         assert_close(y, wanted, 1e-6)
 
 
+def test_one_array_given_twice_through_a_checkpoint():
+    layer, x = make("ssd"), tokens(13)
+    call = jax.checkpoint(lambda x, same: layer(x, same))
+    assert_close(call(x, x), layer(x), 1e-6)
+    assert_close(layer(x, x + 0), layer(x), 1e-6)
+    other = x.at[1, 5].add(1)
+    y = jax.jit(layer)(x, other)
+    assert_close(y[0], layer(x)[0], 1e-6)
+    assert jnp.isnan(y[1]).all()
+
+
 @pytest.mark.parametrize("build", [lambda: make("ssd"), lambda: LAYERS["attention"](nnx.Rngs(0))])
 @pytest.mark.parametrize(
     ("call", "message"),
