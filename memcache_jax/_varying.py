@@ -11,8 +11,7 @@ import jax
 
 def alike(tree: Any) -> Any:
     """Marks all arrays of a tree as varying over the axes over which any of them does."""
-    axes = varying(tree)
-    return vary(tree, axes) if axes else tree
+    return vary(tree, varying(tree))
 
 
 def vary(tree: Any, axes: frozenset[str]) -> Any:
@@ -22,7 +21,7 @@ def vary(tree: Any, axes: frozenset[str]) -> Any:
         missing = axes - varying(x)
         return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
-    return jax.tree.map(mark, tree)
+    return jax.tree.map(mark, tree) if axes else tree
 
 
 def varying(tree: Any) -> frozenset[str]:

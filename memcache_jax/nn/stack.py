@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from memcache_jax._varying import vary, varying
 from memcache_jax.sharding.layout import as_axes, axes_of, context_mesh, explicit_axes, lay_out
 from memcache_jax.sharding.names import partition_name
 
@@ -72,6 +73,7 @@ def scan_stack(
         carry, out = apply(module, carry, given)
         return carry, (out, _captured(module, before))
 
+    carry = vary(carry, varying((carry, stacked, inputs)))
     carry = _settled(body, carry, (stacked, inputs)) if settle else carry
     carry, (outputs, captured) = lax.scan(wrap(body), carry, (stacked, inputs))
     if captured:

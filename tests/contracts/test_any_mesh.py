@@ -214,6 +214,7 @@ def test_a_shard_map_that_checks_what_varies(name, kind, options, types):
 
 def test_a_model_and_its_stream_in_a_shard_map_that_checks_what_varies():
     model, tokens = model_and_tokens()
+    tokens = jnp.asarray(tokens)
     graph, state = nnx.split(model)
 
     def whole(state, tokens):
