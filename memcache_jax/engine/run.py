@@ -14,6 +14,7 @@ from memcache_jax._varying import vary, varying
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.engine.bank import bucket_states, document_states
 from memcache_jax.engine.documents import begun_in_chunk, document_candidates
+from memcache_jax.engine.finite import cleaned
 from memcache_jax.engine.read import ArrayBank, Bank, Live
 from memcache_jax.engine.types import (
     Blocks,
@@ -27,7 +28,7 @@ from memcache_jax.engine.types import (
 )
 from memcache_jax.engine.write import initial_states, write_blocks
 from memcache_jax.gating import gates_by_state, pooled_keys, running_keys
-from memcache_jax.memories import Memory
+from memcache_jax.memories import Control, Memory
 from memcache_jax.segmentation import ReadPlan, Segmentation
 
 
@@ -158,7 +159,7 @@ def gates_of_tokens(
     connector = jnp.zeros_like(key) if connector is None else connector
     dtype = jnp.promote_types(jnp.result_type(key, connector), jnp.float32)
     tokens = widen(key, key, key, connector, {}, dtype)
-    blocks = cut(tokens, None, plan, min(plan.block_size, length), chunk=1)
+    blocks = cut(tokens, {}, None, plan, min(plan.block_size, length), chunk=1)
     candidates = candidates_of(plan, blocks.tokens.key)
     selection = aggregation.select(blocks.tokens.connector, candidates)
     cached = gates_by_state(selection, len(plan.buckets))
@@ -210,11 +211,16 @@ def cut_for(
     chunk = memory.gradient_chunk or exact_chunk(block, length, memory.largest_chunk)
     if length <= block:  # nothing reads the state at its end
         block = -(-length // chunk) * chunk
-    return cut(tokens, document, plan, block, chunk)
+    return cut(tokens, memory.controls, document, plan, block, chunk)
 
 
 def cut(
-    tokens: Tokens, document: Int[Array, "b t"] | None, plan: ReadPlan, block: int, chunk: int
+    tokens: Tokens,
+    controls: Mapping[str, Control],
+    document: Int[Array, "b t"] | None,
+    plan: ReadPlan,
+    block: int,
+    chunk: int,
 ) -> Blocks:
     """Cuts tokens (b, h, t, ...) into the plan's blocks, of ``block`` tokens, and chunks."""
     padding = plan.num_blocks * block - tokens.key.shape[2]
@@ -223,14 +229,14 @@ def cut(
         x = jnp.pad(x, [(0, padding if axis == 2 else 0) for axis in range(x.ndim)])
         return x.reshape(*x.shape[:2], plan.num_blocks, block, *x.shape[3:])
 
-    tokens = jax.tree.map(split, tokens)
+    tokens, bad = cleaned(jax.tree.map(split, tokens), controls)
     begun = None
     if document is not None:
         document = jnp.pad(document, ((0, 0), (0, padding)), mode="edge")
         document = document.reshape(-1, plan.num_blocks, block)
         begun = begun_in_chunk(document, chunk).astype(tokens.key.dtype)
         begun = jnp.broadcast_to(begun[:, None], tokens.key.shape[:4])
-    rows = Rows(tokens.query, tokens.key, tokens.value, tokens.controls, begun)
+    rows = Rows(tokens.query, tokens.key, tokens.value, tokens.controls, begun, bad)
     rows = jax.tree.map(lambda x: x.reshape(*x.shape[:3], -1, chunk, *x.shape[4:]), rows)
     return Blocks(tokens, document, rows)
 

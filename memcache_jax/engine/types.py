@@ -26,6 +26,7 @@ class Rows(NamedTuple):
     Attributes:
       begun: number of documents that have begun in the chunk up to and with each token; a float, so
         that it has a cotangent. None without packed documents.
+      bad: the tokens of which a number was not finite, now zero; None for none. See ``finite``.
     """
 
     query: Float[Array, "b h n chunks m k"]
@@ -33,6 +34,7 @@ class Rows(NamedTuple):
     value: Float[Array, "b h n chunks m v"]
     controls: Controls
     begun: Float[Array, "b h n chunks m"] | None = None
+    bad: Bool[Array, "b h n chunks m"] | None = None
 
 
 class Blocks(NamedTuple):

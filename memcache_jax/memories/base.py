@@ -75,6 +75,9 @@ class Memory(abc.ABC):
     reads_query: ClassVar[bool] = True
     """Whether a read depends on the query; if not, it is the state's one matrix, a row."""
 
+    accumulates: ClassVar[bool] = True
+    """Whether a state depends on tokens before its last."""
+
     zeros_add_nothing: ClassVar[bool] = False
     """Whether padding with zeros does not change the gradient of a deep memory's loss."""
 
@@ -91,7 +94,7 @@ class Memory(abc.ABC):
         super().__init_subclass__(**options)
         bases = [base for base in cls.__bases__ if issubclass(base, Memory)]
         if not all(base.__abstractmethods__ for base in bases):  # derives from a finished rule
-            for name in ("form", "merges", "reads_query", "zeros_add_nothing"):
+            for name in ("form", "merges", "reads_query", "accumulates", "zeros_add_nothing"):
                 if name not in vars(cls):
                     setattr(cls, name, getattr(Memory, name))
         if cls.form not in get_args(Form):

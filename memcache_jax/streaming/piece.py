@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from memcache_jax._typing import Array, Bool, Float, Int, State
+from memcache_jax.engine.finite import cleaned, spoil, spoilt
 from memcache_jax.engine.read import ArrayBank, Bank
 from memcache_jax.engine.run import Layout, needs_of, run
 from memcache_jax.engine.types import (
@@ -41,8 +42,8 @@ def take_piece(
     block, into_block = jnp.divmod(cache.position, segment)
     cache = _begun(cache, block, into_block)
 
-    tokens = jax.tree.map(lambda x: x[:, :, None], piece)
-    rows = Rows(tokens.query, tokens.key, tokens.value, tokens.controls)
+    tokens, bad = cleaned(jax.tree.map(lambda x: x[:, :, None], piece), memory.controls)
+    rows = Rows(tokens.query, tokens.key, tokens.value, tokens.controls, bad=bad)
     rows = jax.tree.map(lambda x: x[:, :, None], rows)
     how = Writing(memory, needs_of(aggregation, memory), lambda shape: None, None)
     layout = Piece(cache, block)
@@ -60,7 +61,7 @@ def take_piece(
         cache,
         position=cache.position + size * active,
         state=jax.tree.map(keep, ends, cache.state),
-        key_sum=keep(cache.key_sum + piece.key.sum(axis=2)[:, :, None], cache.key_sum),
+        key_sum=keep(cache.key_sum + tokens.key.sum(axis=3), cache.key_sum),
         record=slots.count_reads(cache.record, selection, active),
     )
     return _store(cache, block, complete, after=y), y
@@ -98,6 +99,7 @@ class Piece(Layout):
 
     def write(self, how: Writing, rows: Rows) -> tuple[State, Views]:
         """Writes the tokens into each track. Only track 0, the live one, is read."""
+        bad, rows = rows.bad, rows._replace(bad=None)
         chunk = jax.tree.map(lambda x: x[:, :, 0, 0], rows)
         states = self.cache.state, self.cache.anchor
 
@@ -113,7 +115,9 @@ class Piece(Layout):
             state, anchor = jax.tree.map(lambda x: x[:, :, 1:], states)
             later, _ = jax.vmap(jax.vmap(tracks))(state, anchor, chunk)
             ends = jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=2), ends, later)
-        return ends, jax.tree.map(lambda x: x[:, :, None, None], kept)
+        kept = jax.tree.map(lambda x: x[:, :, None, None], kept)
+        lost = spoilt(how.memory, bad, None, np.array([True]))
+        return spoil(lost, ends, kept)
 
     def cached(self, how: Writing, ends: State, blocks: Blocks) -> tuple[Bank, Candidates]:
         """The states in the slots of each row."""
