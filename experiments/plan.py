@@ -60,15 +60,15 @@ def plan(config: Any, topology: str, *, quick: bool = False) -> dict[str, Any]:
     from experiments._flops import count_flops
     from experiments._hlo import collectives
     from memcache_jax.sharding import batch_sharding
-    from memcache_jax.training.config import check_config
-    from memcache_jax.training.documents import separator, with_isolation_decided
+    from memcache_jax.training.config import check_config, with_choices_made
+    from memcache_jax.training.documents import separator
     from memcache_jax.training.loop import config_mesh
     from memcache_jax.training.models import model_config
     from memcache_jax.training.optimizer import make_optimizer
     from memcache_jax.training.step import abstract_state, make_train_step
 
     check_config(config)
-    config = with_isolation_decided(config)
+    config = with_choices_made(config)
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as e:  # libtpu raises several kinds

@@ -61,15 +61,15 @@ def spoilt(
     restarts = restarts | (np.arange(blocks) == 0)
     if begun is not None:
         before = jnp.pad(begun[..., :-1], [(0, 0)] * 4 + [(1, 0)])
-        begins = (begun != before).reshape(tokens.shape) | _firsts(restarts, size)
+        begins = (begun != before).reshape(tokens.shape) | _firsts(restarts, size)[None, None]
         flat = (x.reshape(*bad.shape[:2], -1) for x in (tokens, begins))
         return _since_the_last(*flat).reshape(bad.shape)
-    place = np.arange(size)
+    place = np.arange(size)[None, None, None]
     lost = place >= jnp.where(tokens, place, size).min(axis=-1)[..., None]
     if not restarts.all():
-        by_block = _since_the_last(lost[..., -1], jnp.asarray(restarts))
+        by_block = _since_the_last(lost[..., -1], jnp.asarray(restarts)[None, None])
         before = jnp.pad(by_block[..., :-1], ((0, 0), (0, 0), (1, 0)))
-        lost |= (before & ~restarts)[..., None]
+        lost |= (before & ~restarts[None, None])[..., None]
     return lost.reshape(bad.shape)
 
 
@@ -81,7 +81,7 @@ def _since_the_last(
     bad: Bool[Array, "b h t"], begins: Bool[Array, "*bh t"]
 ) -> Bool[Array, "b h t"]:
     """Whether there was a bad one since the last that begins anew, itself included."""
-    place = np.arange(1, bad.shape[-1] + 1)
+    place = np.arange(1, bad.shape[-1] + 1)[None, None]
     last_bad, last_begin = (
         lax.cummax(jnp.where(x, place, 0), axis=x.ndim - 1) for x in (bad, begins)
     )

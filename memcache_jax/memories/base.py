@@ -23,7 +23,8 @@ class Control:
       activation: from logits to the coefficient; decays travel as logs (<= 0).
       bias: what the logits are before training.
       scale: a constant factor.
-      optional: whether a caller may leave it out, which means zero. Layers leave it out.
+      optional: whether a caller may leave it out, which means zero.
+      learned: whether layers make it; by default unless it is optional.
       per_head: for the axes ``"h"``, makes a layer's constants from the number of heads.
       forget: the value with which a token makes the memory forget everything before it, as at the
         beginning of a document: -inf for the log of a decay. None if no value does.
@@ -34,8 +35,14 @@ class Control:
     bias: float = 0.0
     scale: float = 1.0
     optional: bool = False
+    learned: bool | None = None
     per_head: Callable[[int], Array] | None = None
     forget: float | None = None
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether layers make it."""
+        return not self.optional if self.learned is None else self.learned
 
 
 NEAR_ONE = Control(activation=jax.nn.log_sigmoid, bias=5.0, forget=-jnp.inf)
@@ -110,6 +117,10 @@ class Memory(abc.ABC):
                 f"{cls.__name__} overrides {', '.join(own)}, which the fast paths of form="
                 f"{cls.form!r} do not call: state form = 'scan' in it"
             )
+
+    def bounded(self) -> "Memory":
+        """The rule as layers use it: with a bound on its state, if it needs one."""
+        return self
 
     @property
     def gradient_chunk(self) -> int | None:

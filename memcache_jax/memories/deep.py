@@ -8,6 +8,7 @@ matrix products.
 
 import abc
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -107,10 +108,18 @@ class DeepMemory(Memory):
     f = ``expansion`` * k and k = v; ``depth=1`` is M(x) = W x, with weight ``W`` (v, k). A rule
     gives ``loss`` and the controls ``eta`` and ``log_alpha``, and ``log_beta`` for momentum.
 
+    With ``max_step_norm`` r, a token's step -eta_t grad l_t that is longer than r (1 - beta_t) is
+    shortened to that, beta_t = 0 without momentum; lengths are over the weights of all layers.
+    Then, whatever the tokens and coefficients, the momentum is never longer than r, and the weights
+    are never longer than |W_0| + r min(t, 1 / (1 - alpha)), alpha the largest decay. Without a
+    bound two layers whose gradients grow with each other may diverge.
+
     Attributes:
       chunk_size: tokens that share the point at which gradients are taken.
       expansion: hidden width over key dimension.
       depth: number of layers, 1 or 2.
+      max_step_norm: the length that momentum, or without it a token's step, never exceeds; None for
+        the bare equation. Layers set 1 where it is None, unless they are told not to.
     """
 
     form: ClassVar[Form] = "descent"
@@ -121,6 +130,7 @@ class DeepMemory(Memory):
     chunk_size: int = 64
     expansion: int = 4
     depth: int = 2
+    max_step_norm: float | None = None
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -131,6 +141,16 @@ class DeepMemory(Memory):
                 f"{name} needs chunk_size >= 1 and expansion >= 1, got "
                 f"chunk_size={self.chunk_size}, expansion={self.expansion}"
             )
+        if self.max_step_norm is not None and not 0 < self.max_step_norm < math.inf:
+            raise ValueError(
+                f"max_step_norm must be positive and finite, or None, got {self.max_step_norm}"
+            )
+
+    def bounded(self) -> "DeepMemory":
+        """The rule with a bound on its steps, 1 if it has none yet."""
+        if self.max_step_norm is not None:
+            return self
+        return dataclasses.replace(self, max_step_norm=1.0)
 
     @abc.abstractmethod
     def loss(self, prediction: Float[Array, "rows v"], value: Float[Array, "rows v"]) -> Array:
@@ -184,7 +204,8 @@ class DeepMemory(Memory):
             return self.loss(self.read(weights, key[None]), value[None])
 
         gradient = jax.grad(loss)(anchor.weights)
-        change = jax.tree.map(lambda g: -controls["eta"] * g, gradient)
+        eta = self._bounded_rate(controls, sum(jnp.sum(g**2) for g in gradient))
+        change = jax.tree.map(lambda g: -eta * g, gradient)
         momentum = state.momentum
         if momentum:
             beta = jnp.exp(controls["log_beta"])
@@ -230,6 +251,9 @@ class DeepMemory(Memory):
     ) -> tuple[DeepState, DeepChunk]:
         """``write``, where only tokens of the same document see each other."""
         inputs, deltas = self._inner_gradient(anchor.weights, key, value)
+        pairs = zip(inputs, deltas, strict=True)
+        squares = sum(jnp.sum(x**2, axis=1) * jnp.sum(delta**2, axis=1) for x, delta in pairs)
+        controls = {**controls, "eta": self._bounded_rate(controls, squares)}
         of_weights, *of_momentum = self._coefficients(controls, same)
         chunk = DeepChunk(start=state, inputs=inputs, deltas=deltas, **of_weights._asdict())
         momentum = (chunk._replace(**changed._asdict()).end() for changed in of_momentum)
@@ -248,6 +272,18 @@ class DeepMemory(Memory):
             decay=jnp.stack([jnp.stack(row) for row in decays]),
             mixing=jnp.stack([part.mixing[-1] for part in parts]),
         )
+
+    def _bounded_rate(self, controls: Controls, squares: Float[Array, "*m"]) -> Float[Array, "*m"]:
+        """eta, or less where a step, eta times a gradient of squared length, would be too long."""
+        eta = controls["eta"]
+        if self.max_step_norm is None:
+            return eta
+        limit = jnp.full_like(eta, self.max_step_norm)
+        if "log_beta" in self.controls:
+            limit *= -jnp.expm1(controls["log_beta"])
+        squares = eta**2 * squares
+        long = squares > limit**2
+        return jnp.where(long, eta * limit * jax.lax.rsqrt(jnp.where(long, squares, 1)), eta)
 
     def _coefficients(
         self, controls: Controls, same: Bool[Array, "m m"] | None

@@ -31,6 +31,7 @@ class Titans(DeepMemory):
       chunk_size: tokens that share the point at which gradients are taken.
       expansion: hidden width over key dimension.
       depth: 2 for M(x) = x + W1 gelu(W2 x), 1 for M(x) = W x.
+      max_step_norm: the longest momentum, as in ``DeepMemory``.
 
     Raises:
       ValueError: for a depth other than 1 or 2, or sizes below 1.

@@ -39,6 +39,7 @@ class MemoryCachingMixer:
     start: Start = "independent"
     connector: Literal["learned", "query"] = "learned"
     distances: int = 64
+    bounded: bool = True
     implementation: Implementation | None = None
     exchange: Exchange = "gather"
 

@@ -46,6 +46,8 @@ class MemoryCaching(Projections):
         the ``"query"``.
       distances: for position gates, the number of distances that have their own logit.
       conv_width: taps of the convolution.
+      bounded: whether a deep memory without a ``max_step_norm`` gets one of 1, so that no input,
+        however large, makes it diverge; False for the bare equation.
       implementation: as in ``memory_caching``.
       exchange: on a mesh that splits sequences, how the parts get each other's states:
         ``"gather"`` fetches all at once, ``"ring"`` one part's at a time, in less memory.
@@ -88,6 +90,7 @@ class MemoryCaching(Projections):
         connector: Literal["learned", "query"] = "learned",
         distances: int = 64,
         conv_width: int = 4,
+        bounded: bool = True,
         implementation: Implementation | None = None,
         exchange: Exchange = "gather",
         dtype: DTypeLike | None = None,
@@ -101,6 +104,7 @@ class MemoryCaching(Projections):
         if distances < 2:
             raise ValueError(f"distances must be at least 2, got {distances}")
         _checks.check_choice("exchange", exchange, get_args(Exchange))
+        memory = memory.bounded() if bounded else memory
         name = type(self).__name__
         head_dim, projections = read_host_options(name, in_features, num_heads, head_dim, **host)
         with naming(axis_names):

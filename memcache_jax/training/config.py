@@ -1,6 +1,8 @@
 """The configuration of a run: defaults, checks, and the differences between two of them."""
 
+import functools
 import json
+import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,8 @@ if TYPE_CHECKING:
     Config = Any  # ConfigDict says of every attribute that it may be anything but a ConfigDict
 else:
     Config = ConfigDict
+
+_log = logging.getLogger(__name__)
 
 # Keys that may change when a run resumes: no step's result depends on them, except through the
 # schedule, whose length is `steps`.
@@ -50,8 +54,15 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "be in (0, 1]": (lambda x: 0 < x <= 1, ("sample.top_p",)),
 }
 
+# Keys that may be left open: new runs take True, and runs from before there was the key go on
+# without what it does.
+_OPEN = {
+    "data.isolate_documents": "documents that are packed into one row see each other",
+    "model.bounded": "the steps of deep memories have no bound",
+    "model.memory.decay": "DLA forgets nothing",
+}
 # Keys that runs of earlier versions lack, with the values they used.
-_ADDED = {"data.streams": 1, "data.isolate_documents": False, "optimizer.name": "adamw"}
+_ADDED = {"data.streams": 1, "optimizer.name": "adamw"} | dict.fromkeys(_OPEN, False)
 
 
 def default_config() -> Config:
@@ -106,6 +117,8 @@ def default_config() -> Config:
     config.model.connector = "learned"  # compared with keys by content gates, or "query"
     config.model.distances = 64  # number of distances that position gates distinguish
     config.model.implementation = config_dict.placeholder(str)  # "pallas_tpu", "pallas_gpu", "xla"
+    # Whether deep memories bound their steps (`max_step_norm`). If not set: as isolate_documents.
+    config.model.bounded = config_dict.placeholder(bool)
     config.model.exchange = "gather"  # of states between parts of a sequence, or "ring"
     config.model.window = 256  # tokens seen by sliding-window attention
     config.model.rope_base = 10_000.0  # of attention's rotary embeddings
@@ -166,6 +179,35 @@ def check_config(config: Config) -> None:
 def to_json(config: Config) -> dict[str, Any]:
     """Returns the configuration as plain JSON types, from which ``ConfigDict`` restores it."""
     return json.loads(config.to_json())
+
+
+def with_choices_made(config: Config, notes: Mapping[str, Any] | None = None) -> Config:
+    """Returns the configuration with those keys set that may be left open.
+
+    They are ``data.isolate_documents``, ``model.bounded`` and, for DLA, ``model.memory.decay``. New
+    runs have all three. A run that goes on keeps what it has, and one from before there was a key
+    goes on without.
+
+    Args:
+      config: of the run.
+      notes: those of the checkpoint from which the run goes on; None for a new run.
+    """
+    config = config.copy_and_resolve_references()
+    flat = flatten_dict(to_json(config), sep=".")
+    before = None if notes is None else flatten_dict(notes["config"], sep=".")
+    for key, without in _OPEN.items():
+        *path, name = key.split(".")
+        if flat.get(key) is not None or (
+            name == "decay" and flat.get("model.memory.name") != "DLA"
+        ):
+            continue
+        made = True if before is None else before.get(key, False)
+        if before is not None and key not in before:
+            _log.info("This run began before there was %s, and goes on without: %s.", key, without)
+        part = functools.reduce(lambda tree, step: tree[step], path, config)
+        with part.unlocked():
+            part[name] = made
+    return config
 
 
 def config_differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:

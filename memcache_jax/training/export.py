@@ -20,7 +20,7 @@ from memcache_jax.training.checkpoint import (
     on_default_device,
     root_cause,
 )
-from memcache_jax.training.config import Config
+from memcache_jax.training.config import Config, with_choices_made
 from memcache_jax.training.distributed import is_main_process, wait_for_all, whole_arrays
 from memcache_jax.training.models import model_config
 from memcache_jax.training.step import Params, abstract_state
@@ -99,7 +99,8 @@ def _read_config(workdir: Path) -> Config:
     path = workdir / "config.json"
     if not path.is_file():
         raise ValueError(f"expected the workdir of a training run, got {workdir}: no config.json")
-    return ConfigDict(json.loads(path.read_text()))
+    saved = json.loads(path.read_text())
+    return with_choices_made(ConfigDict(saved), {"config": saved})
 
 
 def _load_params(workdir: Path, target: Params) -> Params:

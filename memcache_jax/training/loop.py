@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from memcache_jax.sharding import AXES, make_mesh
 from memcache_jax.training.checkpoint import Checkpoints
-from memcache_jax.training.config import Config, check_config, to_json
+from memcache_jax.training.config import Config, check_config, to_json, with_choices_made
 from memcache_jax.training.corpus import ReplacedDocuments, load_corpus
 from memcache_jax.training.distributed import (
     all_agree,
@@ -26,7 +26,7 @@ from memcache_jax.training.distributed import (
     should_stop,
     wait_for_all,
 )
-from memcache_jax.training.documents import separator, with_isolation_decided
+from memcache_jax.training.documents import separator
 from memcache_jax.training.export import TOKENIZER_FILE
 from memcache_jax.training.metrics import MetricsWriter, Progress, read_metrics
 from memcache_jax.training.models import model_config
@@ -116,6 +116,7 @@ class _Run:
 
     def __init__(self, config: Config, workdir: Path, mesh: Mesh | None) -> None:
         self.workdir, self.mesh = workdir, mesh
+        config = self.config = with_choices_made(config, Checkpoints.notes_in(workdir))
         model = model_config(config.model)
         device = jax.local_devices()[0]
         memories = sorted(memory.kind for memory in device.addressable_memories())
@@ -143,7 +144,6 @@ class _Run:
         self.target = target
         # Checked before anything in the workdir changes.
         found = check_workdir(workdir, resume=config.resume)
-        config = self.config = with_isolation_decided(config, Checkpoints.notes_in(workdir))
         end_token = self.corpus.tokenizer.eos_id
         self.end_token = separator(config, end_token, self.graph, target.params)
         self.eval_step = make_eval_step(self.graph, self.end_token)

@@ -60,6 +60,7 @@ def model_options(model: LanguageModelConfig) -> Config:
             names.append("memory_caching")
             for name in _LAYER:
                 options[name] = getattr(mixer, name)
+            options.bounded = mixer.bounded
             for part in ("memory", "aggregation", "segmentation"):
                 options[part] = _described(getattr(mixer, part))
         elif isinstance(mixer, AttentionMixer):
@@ -121,6 +122,7 @@ def _mixer(name: str, options: Config) -> Mixer:
         aggregation=_build("aggregation", options, _concrete(mc, mc.Aggregation)),
         segmentation=_build("segmentation", options, _concrete(mc, mc.Segmentation)),
         **{name: options[name] for name in _LAYER if name in options},
+        bounded=options.get("bounded") is not False,
     )
 
 

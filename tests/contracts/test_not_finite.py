@@ -1,0 +1,134 @@
+"""A token that is not finite changes no token before it, of another document, row or head."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import memcache_jax as mc
+from memcache_jax.kernels._dispatch import interpret_kernels
+from tests.cases import FAMILIES, MEMORIES, combine, make_inputs, run_all
+
+LENGTH, SIZE = 22, 8
+IDS = np.repeat([0, 1, 2], [9, 5, 8]).astype(np.int32)[None].repeat(2, axis=0)
+EACH = combine(["grm"], [("constant", "independent")]) + combine(
+    ["ssc_soup"], [("logarithmic", "checkpoint")]
+)
+DOCUMENTS = combine(["residual"], [("constant", "checkpoint")]) + combine(
+    ["grm"], [("logarithmic", "independent")]
+)
+CHANGES = (("value", np.nan), ("key", np.inf), ("control", np.nan), ("value", -np.inf))
+
+
+def broken_at(inputs, memory, token, argument, number):
+    """The inputs with a number in one token of the first row and head."""
+    changed = inputs | {"controls": dict(inputs["controls"])}
+    of_tokens = [n for n, control in memory.controls.items() if control.axes != "h"]
+    if argument == "control" and of_tokens:
+        holder, argument = changed["controls"], of_tokens[0]
+    else:
+        holder, argument = changed, "value" if argument == "control" else argument
+    holder[argument] = holder[argument].copy()
+    holder[argument][(0, token, 0, 1)[: holder[argument].ndim]] = number
+    return changed
+
+
+def check(run, inputs, memory, ids=None, tokens=(5, 10, 15)):
+    """Compares all outputs that a broken token must not reach."""
+    wanted = jax.tree.map(np.asarray, run(inputs))
+    for token, (argument, number) in zip(tokens, CHANGES, strict=False):
+        got = run(broken_at(inputs, memory, token, argument, number))
+        same = np.ones((2, LENGTH, inputs["key"].shape[2]), bool)
+        same[0, :, 0] = np.arange(LENGTH) < token
+        if ids is not None:
+            same[0, :, 0] |= ids[0] != ids[0, token]
+        for case, y in jax.tree.leaves_with_path(got):
+            y = np.asarray(y)
+            assert np.isnan(y[0, token, 0]).any(), (case, token, argument)
+            clean = functools.reduce(lambda tree, key: tree[key.key], case, wanted)
+            np.testing.assert_allclose(y[same], clean[same], atol=2e-5, err_msg=str(case))
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_one_pass(name):
+    memory = MEMORIES[name]
+    inputs = make_inputs(memory, LENGTH, heads=2, dtype=np.float32)
+    check(lambda inputs: run_all(inputs, memory, size=SIZE, cases=EACH), inputs, memory)
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_documents(name):
+    memory = MEMORIES[name]
+    inputs = make_inputs(memory, LENGTH, heads=2, dtype=np.float32)
+    run = functools.partial(run_all, memory=memory, size=SIZE, cases=DOCUMENTS, document_ids=IDS)
+    check(run, inputs, memory, IDS, tokens=(8, 5, 12))
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "swla", "vector"])
+@pytest.mark.parametrize("start", ["independent", "checkpoint"])
+def test_streams(name, start):
+    memory = MEMORIES[name]
+    kind = mc.SSC(top_k=1) if start == "independent" else mc.GRM()
+    how: Any = dict(memory=memory, aggregation=kind, segmentation=mc.Constant(SIZE), start=start)
+    inputs = make_inputs(memory, LENGTH, heads=2, dtype=np.float32)
+
+    @jax.jit
+    def run(inputs):
+        cache = mc.init_cache(2, 2, 4, 4, **how, weights=inputs["weights"], max_length=LENGTH)
+        outputs = []
+        for begin, end in ((0, 6), (6, 7), (7, LENGTH)):
+            piece = {n: x for n, x in inputs.items() if n != "weights"}
+            piece = jax.tree.map(lambda x, b=begin, e=end: x[:, b:e] if x.ndim > 1 else x, piece)
+            y, cache = mc.extend(cache, **piece)
+            outputs.append(y)
+        return {"stream": jnp.concatenate(outputs, axis=1)}
+
+    check(run, inputs, memory)
+
+
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+@pytest.mark.parametrize(
+    ("name", "start"), [("ssd", "checkpoint"), ("gated_deltanet", "independent")]
+)
+def test_parts_of_a_mesh(name, start, exchange):
+    memory = MEMORIES[name]
+    mesh = jax.make_mesh((2,), ("context",), axis_types=(AxisType.Explicit,))
+    inputs = make_inputs(memory, LENGTH, heads=2, dtype=np.float32)
+    how: Any = dict(aggregation=mc.GRM(), segmentation=mc.Constant(4), start=start)
+
+    @jax.jit
+    def run(inputs):
+        return {"mesh": mc.memory_caching(**inputs, memory=memory, **how, exchange=exchange)}
+
+    def over_time(inputs):
+        with jax.set_mesh(mesh):
+            return run(
+                jax.tree.map(
+                    lambda x: jax.device_put(
+                        x, NamedSharding(mesh, P(None, "context") if x.ndim > 1 else P())
+                    ),
+                    inputs,
+                )
+            )
+
+    check(over_time, inputs, memory)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_kernels(name):
+    memory = MEMORIES[name]
+    how: Any = dict(aggregation=mc.SSC(top_k=1), segmentation=mc.Constant(SIZE))
+    inputs = make_inputs(memory, LENGTH, heads=2, dtype=np.float32)
+
+    @jax.jit
+    def run(inputs):
+        kernel = dict(implementation="pallas_tpu")
+        return {"kernel": mc.memory_caching(**inputs, memory=memory, **how, **kernel)}
+
+    with interpret_kernels():
+        check(run, inputs, memory)
