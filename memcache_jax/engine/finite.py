@@ -5,8 +5,6 @@ that are not finite are set to zero before anything is computed, and what depend
 NaN by selection: the reads of the tokens from there on, and the states that they leave.
 """
 
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,12 +12,10 @@ from jax import lax
 
 from memcache_jax._typing import Array, Bool, Float, State
 from memcache_jax.engine.types import Tokens, Views
-from memcache_jax.memories import Control, Memory
+from memcache_jax.memories import Memory
 
 
-def cleaned(
-    tokens: Tokens, controls: Mapping[str, Control]
-) -> tuple[Tokens, Bool[Array, "b h n c"]]:
+def cleaned(tokens: Tokens) -> tuple[Tokens, Bool[Array, "b h n c"]]:
     """Returns tokens (b, h, n, c, ...) whose writes are finite, and which of them were not.
 
     Queries and connectors are as they were: they reach no other token.
@@ -27,7 +23,7 @@ def cleaned(
     written = {"key": tokens.key, "value": tokens.value}
     fine = {name: jnp.isfinite(x) for name, x in written.items()}
     clean = {name: jnp.where(fine[name], x, 0) for name, x in written.items()}
-    of_controls = {name: _is_fine(controls[name], x) for name, x in tokens.controls.items()}
+    of_controls = {name: _is_fine(name, x) for name, x in tokens.controls.items()}
     clean["controls"] = {n: jnp.where(of_controls[n], x, 0) for n, x in tokens.controls.items()}
     bad = jnp.zeros(tokens.key.shape[:4], bool)
     for each in (*fine.values(), *of_controls.values()):
@@ -35,9 +31,9 @@ def cleaned(
     return tokens._replace(**clean), bad
 
 
-def _is_fine(control: Control, x: Array) -> Array:
-    fine = jnp.isfinite(x)
-    return fine if control.forget is None else fine | (x == control.forget)
+def _is_fine(name: str, x: Array) -> Array:
+    """Whether numbers are finite, or the logarithm of zero."""
+    return jnp.isfinite(x) | (x == -jnp.inf) if name.startswith("log_") else jnp.isfinite(x)
 
 
 def spoilt(

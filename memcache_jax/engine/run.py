@@ -28,7 +28,7 @@ from memcache_jax.engine.types import (
 )
 from memcache_jax.engine.write import initial_states, write_blocks
 from memcache_jax.gating import gates_by_state, pooled_keys, running_keys
-from memcache_jax.memories import Control, Memory
+from memcache_jax.memories import Memory
 from memcache_jax.segmentation import ReadPlan, Segmentation
 
 
@@ -159,7 +159,7 @@ def gates_of_tokens(
     connector = jnp.zeros_like(key) if connector is None else connector
     dtype = jnp.promote_types(jnp.result_type(key, connector), jnp.float32)
     tokens = widen(key, key, key, connector, {}, dtype)
-    blocks = cut(tokens, {}, None, plan, min(plan.block_size, length), chunk=1)
+    blocks = cut(tokens, None, plan, min(plan.block_size, length), chunk=1)
     candidates = candidates_of(plan, blocks.tokens.key)
     selection = aggregation.select(blocks.tokens.connector, candidates)
     cached = gates_by_state(selection, len(plan.buckets))
@@ -211,12 +211,11 @@ def cut_for(
     chunk = memory.gradient_chunk or exact_chunk(block, length, memory.largest_chunk)
     if length <= block:  # nothing reads the state at its end
         block = -(-length // chunk) * chunk
-    return cut(tokens, memory.controls, document, plan, block, chunk)
+    return cut(tokens, document, plan, block, chunk)
 
 
 def cut(
     tokens: Tokens,
-    controls: Mapping[str, Control],
     document: Int[Array, "b t"] | None,
     plan: ReadPlan,
     block: int,
@@ -229,7 +228,7 @@ def cut(
         x = jnp.pad(x, [(0, padding if axis == 2 else 0) for axis in range(x.ndim)])
         return x.reshape(*x.shape[:2], plan.num_blocks, block, *x.shape[3:])
 
-    tokens, bad = cleaned(jax.tree.map(split, tokens), controls)
+    tokens, bad = cleaned(jax.tree.map(split, tokens))
     begun = None
     if document is not None:
         document = jnp.pad(document, ((0, 0), (0, padding)), mode="edge")

@@ -42,7 +42,7 @@ def take_piece(
     block, into_block = jnp.divmod(cache.position, segment)
     cache = _begun(cache, block, into_block)
 
-    tokens, bad = cleaned(jax.tree.map(lambda x: x[:, :, None], piece), memory.controls)
+    tokens, bad = cleaned(jax.tree.map(lambda x: x[:, :, None], piece))
     rows = Rows(tokens.query, tokens.key, tokens.value, tokens.controls, bad=bad)
     rows = jax.tree.map(lambda x: x[:, :, None], rows)
     how = Writing(memory, needs_of(aggregation, memory), lambda shape: None, None)
