@@ -32,7 +32,8 @@ class Attention(nnx.Module):
       in_features: model dimension d.
       num_heads: heads h.
       head_dim: dimension of a head, even; ``in_features // num_heads`` by default.
-      window: how many tokens a token sees, itself included; None for all.
+      window: how many tokens a token sees, itself included; None for all. Its memory grows as the
+        tokens do.
       rope_base: wavelength base of the rotary embedding.
       implementation: of whole sequences, ``"xla"`` or ``"cudnn"``, which is for bfloat16 on NVIDIA
         GPUs and needs no memory that is quadratic in their length; JAX's default where it is None.
