@@ -45,6 +45,21 @@ def test_state_is_plain_and_the_model_comes_back(tokens):
     assert not np.array_equal(other.params["head"]["kernel"], state.params["head"]["kernel"])
 
 
+def test_the_loss_of_bfloat16_is_that_of_logits_in_float32(tokens):
+    config = attention(dtype=jnp.bfloat16, tie_embeddings=True)
+    optimizer = make_optimizer(OPTIONS, 10)
+    graph, _ = abstract_state(config, optimizer)
+    state = create_state(config, optimizer, 0)
+    model = nnx.merge(graph, state.params)
+    matrix = model.embedding.embedding[...].T
+    hidden = np.asarray(jax.jit(model.hidden)(tokens[:, :-1]), np.float64)
+    logits = hidden @ np.asarray(matrix.astype(jnp.bfloat16), np.float64)
+    chosen = np.take_along_axis(logits, np.asarray(tokens)[:, 1:, None], axis=-1)[..., 0]
+    wanted = (np.log(np.exp(logits).sum(-1)) - chosen).mean()
+    _, metrics = make_train_step(graph, optimizer)(state, tokens)
+    assert metrics["loss"] == pytest.approx(wanted, rel=1e-6)
+
+
 def test_state_can_be_sharded_as_it_is_made():
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
