@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from memcache_jax import _checks
 from memcache_jax._typing import Array, Bool, Float, Int
 from memcache_jax.nn.rotary import rotate
 from memcache_jax.nn.windows import attend_window, block_size
@@ -123,9 +124,12 @@ def attend_stream(
     (batch, length), past = query.shape[:2], cache.key.shape[-2]
     place = cache.position[:, None] + jnp.arange(length)[None]
     query, key = (rotate(rows, rope_base, place) for rows in (query, key))
+    most = past if window is None else _checks.MOST_TOKENS
+    token = jnp.arange(length)[None]
+    counts, fits = token < lengths[:, None], token < most - cache.position[:, None]
     if window is None:
         # Tokens that do not count are put out of range, and dropped.
-        there = jnp.where(jnp.arange(length)[None] < lengths[:, None], place, past)
+        there = jnp.where(counts & fits, place, past)
         layer = () if cache.first is None else (cache.first,)
         own = *layer, jnp.arange(batch)[:, None], slice(None), there
         kept = tuple(
@@ -135,8 +139,6 @@ def attend_stream(
         keys, values = (cache.own_rows(row) for row in kept)
         seen = jnp.arange(past)[None, None] <= place[..., None]
         y = _attend(query, keys, values, seen[:, None])
-        beyond = (place >= past) & (jnp.arange(length)[None] < lengths[:, None])
-        y = jnp.where(beyond[..., None, None], jnp.nan, y)
     else:
         old = (cache.own_rows(row) for row in cache.states)
         new = (jnp.moveaxis(rows, 2, 1) for rows in (key, value))
@@ -155,7 +157,10 @@ def attend_stream(
             cache.put_rows(old, last(row, lengths))
             for old, row in zip(cache.states, (keys, values), strict=True)
         )
-    return y, cache.replace(key=kept[0], value=kept[1], position=cache.position + lengths)
+    y = jnp.where((counts & ~fits)[..., None, None], jnp.nan, y)
+    return y, cache.replace(
+        key=kept[0], value=kept[1], position=_checks.advanced(cache.position, lengths)
+    )
 
 
 def _attend(

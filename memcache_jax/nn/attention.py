@@ -200,10 +200,12 @@ class Attention(nnx.Module):
           lengths: how many of each row's tokens count, from the first on; all by default.
 
         Returns:
-          The outputs, and the cache after these tokens. Tokens beyond a row's room give NaN.
+          The outputs, and the cache after these tokens. Tokens beyond a row's room, which without
+          a ``max_length`` is 2^31 - 1 tokens, give NaN.
 
         Raises:
-          ValueError: for an input that is not (b, t, in_features), or does not fit the cache.
+          ValueError: for an input that is not (b, t, in_features), or does not fit the cache or,
+            outside ``jit``, the room of its rows.
         """
         _checks.check_input(x, self.in_features)
         _checks.check_cache(cache, AttentionCache, (self.num_heads, self.head_dim))

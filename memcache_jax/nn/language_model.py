@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from memcache_jax import _checks
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.kernels._dispatch import WRITTEN
 from memcache_jax.nn.block import Period
@@ -241,8 +242,8 @@ class LanguageModel(nnx.Module):
         inputs = cache.layers, jnp.arange(self.config.repeats)
         (x, states), layers = self._scan(extend, carry, inputs, settle=True)
         taken = tokens.shape[1] if lengths is None else lengths
-        cache = LanguageModelCache(layers, states, cache.position + taken, cache.max_length)
-        return self.norm(x), cache
+        position = _checks.advanced(cache.position, taken)
+        return self.norm(x), LanguageModelCache(layers, states, position, cache.max_length)
 
     def _check_cache(self, cache: Any) -> None:
         if not isinstance(cache, LanguageModelCache):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from memcache_jax import _checks
 from memcache_jax._typing import Array, Bool, Float, Int, State
 from memcache_jax.engine.read import ArrayBank, Bank
 from memcache_jax.engine.run import Layout, needs_of, run
@@ -58,7 +59,7 @@ def take_piece(
     keep = functools.partial(_where, active[:, None])
     cache = dataclasses.replace(
         cache,
-        position=cache.position + size * active,
+        position=_checks.advanced(cache.position, size * active),
         state=jax.tree.map(keep, ends, cache.state),
         key_sum=keep(cache.key_sum + piece.key.sum(axis=2)[:, :, None], cache.key_sum),
         record=slots.count_reads(cache.record, selection, active),

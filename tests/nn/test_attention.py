@@ -32,6 +32,24 @@ def test_equals_its_equation(window):
     assert_close(layer(x), equation(layer, x), 1e-5)
 
 
+@pytest.mark.parametrize(("window", "length"), [(4, 10), (4, 140), (None, 10)])
+def test_a_stream_ends_where_positions_do(window, length):
+    layer = mc.nn.Attention(16, 2, window=window, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, length, 16))
+    extend = jax.jit(layer.extend)
+    wanted, empty = layer(x), layer.init_cache(2, length)
+    far = 2**31 - 1 - (0 if window is None else length - 2)
+    last = empty.replace(position=jnp.array([far, 0], jnp.int32))
+    with pytest.raises(ValueError, match="a row"):
+        layer.extend(x, last)
+    y, ended = extend(x, last)
+    some = slice(3, -2) if window else slice(0)  # before it, a window has keys of zero
+    assert_close(y[0, some], wanted[0, some], 1e-5)
+    assert jnp.isnan(y[0, -2:]).all()
+    assert_close(y[1], wanted[1], 1e-5)
+    assert jnp.isnan(extend(x, ended)[0][0]).all()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
