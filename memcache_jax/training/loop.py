@@ -146,7 +146,7 @@ class _Run:
         config = self.config = with_isolation_decided(config, Checkpoints.notes_in(workdir))
         end_token = self.corpus.tokenizer.eos_id
         self.end_token = separator(config, end_token, self.graph, target.params)
-        self.eval_step = make_eval_step(self.graph, self.end_token)
+        self.eval_step = make_eval_step(self.graph, self.end_token, config.accumulate)
         check_agreement("configuration, data, or workdir", config, self.corpus.identity, found)
         workdir.mkdir(parents=True, exist_ok=True)
         self._lock = lock_run(workdir)

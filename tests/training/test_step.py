@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -191,3 +192,24 @@ def test_evaluation_does_not_depend_on_the_batches(batch_size):
     assert result["heldout_loss"] == pytest.approx(float(loss), rel=1e-5)
     assert result["heldout_bits_per_byte"] == pytest.approx(float(loss) / math.log(2) / 2, rel=1e-5)
     assert result["heldout_perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+
+
+def test_an_evaluation_in_parts_needs_no_more_memory_than_an_update():
+    config, optimizer = attention(vocab_size=256), optax.sgd(1.0)
+    graph, target = abstract_state(config, optimizer)
+    rows = jax.ShapeDtypeStruct((8, 33), jnp.int32)
+
+    def temporaries(step, *given):
+        return step.lower(*given).compile().memory_analysis().temp_size_in_bytes
+
+    update: Any = make_train_step(graph, optimizer, accumulate=8)
+    most = temporaries(update, target, rows)
+    given = target.params, rows, jax.ShapeDtypeStruct((8,), jnp.float32)
+    parts, whole = (make_eval_step(graph, accumulate=count) for count in (8, 1))
+    assert temporaries(parts, *given) <= most < temporaries(whole, *given)
+
+    params = create_state(config, optimizer, 0).params
+    tokens = np.random.default_rng(0).integers(0, 256, (8, 33)).astype(np.int32)
+    mask = np.array([1, 1, 0, 1, 1, 1, 1, 0], np.float32)
+    tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)
+    np.testing.assert_allclose(parts(params, tokens, mask), whole(params, tokens, mask), rtol=1e-6)
