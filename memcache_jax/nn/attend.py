@@ -66,7 +66,8 @@ def attend_causally(
     if division is not None and parts > 1:
         first = lax.axis_index(division.time_axis) * length
     position = first + jnp.arange(length)
-    query, key = (rotate(rows, rope_base, position[None]) for rows in (query, key))
+    place = None if parts == 1 else position[None]
+    query, key = (rotate(rows, rope_base, place) for rows in (query, key))
     every = document
     if division is not None and parts > 1:
         gather = functools.partial(lax.all_gather, axis_name=division.time_axis, tiled=True)

@@ -23,6 +23,11 @@ def test_rotations_are_those_of_exact_angles(base):
     assert_close(got[0, :, 0], wanted.astype(np.float32), 2e-6)
 
 
+def test_tables_are_the_same_rotations():
+    x = jax.random.normal(jax.random.key(0), (1, 300, 1, 8))
+    assert_close(rotate(x, 1e4), rotate(x, 1e4, jnp.arange(300)[None]), 2e-6)
+
+
 def test_scores_depend_on_distance_alone():
     query, key = jax.random.normal(jax.random.key(0), (2, 8))
     here = lambda x: rotate(jnp.tile(x[None, None, None], (1, 30, 1, 1)), 100.0)[0, :, 0]  # noqa: E731
