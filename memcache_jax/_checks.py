@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+MOST_TOKENS = 2**31 - 1
+"""Most tokens of a stream's row: positions are int32."""
+
 
 def check_choice(name: str, got: Any, choices: tuple) -> None:
     """Raises ValueError unless ``got`` is one of ``choices``."""
@@ -16,10 +19,12 @@ def check_choice(name: str, got: Any, choices: tuple) -> None:
 
 
 def check_sizes(**sizes: int | None) -> None:
-    """Raises ValueError for a size below 1."""
+    """Raises ValueError for a size below 1, or beyond int32."""
     for name, size in sizes.items():
         if size is not None and size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
+        if size is not None and size > MOST_TOKENS:
+            raise ValueError(f"{name} must be at most {MOST_TOKENS}, got {size}")
 
 
 def check_names(what: str, got: Mapping, wanted: Mapping, optional: tuple = ()) -> None:
@@ -120,7 +125,8 @@ def check_room(
 ) -> None:
     """Raises ValueError unless tokens (b, t) continue the rows at ``position``, and have room.
 
-    ``lengths`` of them count in each row; None for all. Traced values are not checked.
+    ``lengths`` of them count in each row; None for all. Traced values are not checked. Without a
+    ``max_length`` there is room for ``MOST_TOKENS``.
     """
     batch, count = shape
     if position.shape != (batch,):
@@ -128,14 +134,25 @@ def check_room(
     if not count:
         raise ValueError("give at least one token, got none")
     lengths = check_lengths(lengths, shape)
-    if max_length is None or isinstance(lengths, Tracer) or isinstance(position, Tracer):
+    if isinstance(lengths, Tracer) or isinstance(position, Tracer):
         return
-    most = int((np.asarray(position) + lengths).max())
-    if most > max_length:
+    most = int((np.asarray(position, np.int64) + lengths).max())
+    if max_length is None and most > MOST_TOKENS:
+        raise ValueError(
+            f"a row of a stream takes at most {MOST_TOKENS} tokens and would have {most}: reset "
+            "the row, or begin another cache"
+        )
+    if max_length is not None and most > max_length:
         raise ValueError(
             f"the cache holds {max_length} tokens in a row and would have {most}: init_cache makes "
             "more room with a larger max_length or max_segments, or a policy"
         )
+
+
+def advanced(position: jax.Array, taken: Any) -> jax.Array:
+    """Positions after more tokens. They stop at ``MOST_TOKENS``, before int32 would overflow."""
+    taken = jnp.minimum(taken, MOST_TOKENS - position).astype(position.dtype)
+    return position + taken
 
 
 def check_arguments(

@@ -32,7 +32,8 @@ class Attention(nnx.Module):
       in_features: model dimension d.
       num_heads: heads h.
       head_dim: dimension of a head, even; ``in_features // num_heads`` by default.
-      window: how many tokens a token sees, itself included; None for all.
+      window: how many tokens a token sees, itself included; None for all. Its memory grows as the
+        tokens do.
       rope_base: wavelength base of the rotary embedding.
       implementation: of whole sequences, ``"xla"`` or ``"cudnn"``, which is for bfloat16 on NVIDIA
         GPUs and needs no memory that is quadratic in their length; JAX's default where it is None.
@@ -199,10 +200,12 @@ class Attention(nnx.Module):
           lengths: how many of each row's tokens count, from the first on; all by default.
 
         Returns:
-          The outputs, and the cache after these tokens. Tokens beyond a row's room give NaN.
+          The outputs, and the cache after these tokens. Tokens beyond a row's room, which without
+          a ``max_length`` is 2^31 - 1 tokens, give NaN.
 
         Raises:
-          ValueError: for an input that is not (b, t, in_features), or does not fit the cache.
+          ValueError: for an input that is not (b, t, in_features), or does not fit the cache or,
+            outside ``jit``, the room of its rows.
         """
         _checks.check_input(x, self.in_features)
         _checks.check_cache(cache, AttentionCache, (self.num_heads, self.head_dim))

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from memcache_jax import _checks
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.kernels._dispatch import WRITTEN
 from memcache_jax.nn.block import Period
 from memcache_jax.nn.calls import ModelCall, answer, read_call
 from memcache_jax.nn.config import LanguageModelConfig
-from memcache_jax.nn.layers import Linear, product_sharding
+from memcache_jax.nn.layers import Embed, Linear
 from memcache_jax.nn.memory_caching import MemoryCaching
 from memcache_jax.nn.model_cache import LanguageModelCache
 from memcache_jax.nn.stack import layer_of, make_stack, scan_stack
@@ -64,10 +65,12 @@ class LanguageModel(nnx.Module):
         size = config.vocab_size, config.features
         with naming(axis_names):
             init = partitioned(jax.nn.initializers.normal(0.02), "vocab", "embed")
-            self.embedding = nnx.Embed(*size, embedding_init=init, rngs=rngs, **options)
+            self.embedding = Embed(*size, embedding_init=init, rngs=rngs, **options)
             self.layers = make_stack(lambda rngs: Period(config, rngs=rngs), config.repeats, rngs)
             self.norm = nnx.RMSNorm(config.features, rngs=rngs, **options)
             if not config.tie_embeddings:
+                # Products in a narrower dtype would make ties of logits.
+                options["preferred_element_type"] = jnp.promote_types(config.dtype, jnp.float32)
                 self.head = Linear(*size[::-1], axes=("embed", "vocab"), rngs=rngs, **options)
 
     def __call__(
@@ -239,8 +242,8 @@ class LanguageModel(nnx.Module):
         inputs = cache.layers, jnp.arange(self.config.repeats)
         (x, states), layers = self._scan(extend, carry, inputs, settle=True)
         taken = tokens.shape[1] if lengths is None else lengths
-        cache = LanguageModelCache(layers, states, cache.position + taken, cache.max_length)
-        return self.norm(x), cache
+        position = _checks.advanced(cache.position, taken)
+        return self.norm(x), LanguageModelCache(layers, states, position, cache.max_length)
 
     def _check_cache(self, cache: Any) -> None:
         if not isinstance(cache, LanguageModelCache):
@@ -254,11 +257,7 @@ class LanguageModel(nnx.Module):
 
     def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
         """Returns the output layer's logits, in float32 or wider."""
-        if self.config.tie_embeddings:
-            table = self.embedding.embedding[...]
-            logits = self.embedding.attend(hidden, product_sharding(hidden, table, 0))
-        else:
-            logits = self.head(hidden)
+        logits = self.embedding.attend(hidden) if self.config.tie_embeddings else self.head(hidden)
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 

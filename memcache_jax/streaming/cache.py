@@ -147,7 +147,7 @@ def init_cache(
       start: what a segment's memory begins with.
       max_segments: most cached segments. With ``policy="error"`` a row takes the tokens of one
         segment more, or ``max_length`` if that is less.
-      max_length: most tokens per row.
+      max_length: most tokens per row, at most 2^31 - 1, where every row ends.
       policy: for ``Constant`` segments, what happens when a segment ends while ``max_segments``
         are cached. ``"error"`` raises. ``"drop_oldest"`` drops the oldest state,
         ``"drop_least_read"`` the one with the smallest mean gate. ``"merge"`` replaces the two

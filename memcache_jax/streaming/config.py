@@ -122,4 +122,5 @@ class CacheConfig:
         kept = -(-min(bounds) // segmentation.size) - 1 if same_size else None
         if kept and self.aggregation.merges_exactly(self.memory):
             kept, policy = 1, "merge"
-        return dataclasses.replace(self, max_length=min(bounds), max_segments=kept, policy=policy)
+        most = min(*bounds, _checks.MOST_TOKENS)
+        return dataclasses.replace(self, max_length=most, max_segments=kept, policy=policy)

@@ -70,7 +70,8 @@ def extend(
     Raises:
       ValueError: for a cache of another configuration, arguments that do not fit each other or the
         cache, or more tokens than a row has room for. The cache is then unchanged. Under ``jit``
-        room cannot be checked: outputs beyond it are NaN.
+        room cannot be checked: outputs beyond it are NaN. Any row has room for 2^31 - 1 tokens at
+        most, then it must be reset.
 
     Example:
       >>> import jax, memcache_jax as mc
@@ -142,6 +143,10 @@ def _extend(cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]) -> tuple[Arr
         cache, _, y = _repeat(some, 2, carry)
     else:
         cache, _, y = _repeat(single, count, carry)
+    # Where positions end nothing advances: what is left of a call has not been taken.
+    token, room = jnp.arange(count)[None], _checks.MOST_TOKENS - carry[0].position[:, None]
+    beyond = (token >= room) & (token < lengths[:, None])
+    y = jnp.where(beyond[:, None, :, None], jnp.nan, y)
     return jnp.moveaxis(y, 1, 2).astype(value.dtype), cache
 
 

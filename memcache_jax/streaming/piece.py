@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from memcache_jax import _checks
 from memcache_jax._typing import Array, Bool, Float, Int, State
 from memcache_jax.engine.finite import cleaned, spoil, spoilt
 from memcache_jax.engine.read import ArrayBank, Bank
@@ -59,7 +60,7 @@ def take_piece(
     keep = functools.partial(_where, active[:, None])
     cache = dataclasses.replace(
         cache,
-        position=cache.position + size * active,
+        position=_checks.advanced(cache.position, size * active),
         state=jax.tree.map(keep, ends, cache.state),
         key_sum=keep(cache.key_sum + tokens.key.sum(axis=3), cache.key_sum),
         record=slots.count_reads(cache.record, selection, active),

@@ -146,7 +146,7 @@ class _Run:
         found = check_workdir(workdir, resume=config.resume)
         end_token = self.corpus.tokenizer.eos_id
         self.end_token = separator(config, end_token, self.graph, target.params)
-        self.eval_step = make_eval_step(self.graph, self.end_token)
+        self.eval_step = make_eval_step(self.graph, self.end_token, config.accumulate)
         check_agreement("configuration, data, or workdir", config, self.corpus.identity, found)
         workdir.mkdir(parents=True, exist_ok=True)
         self._lock = lock_run(workdir)
