@@ -10,6 +10,7 @@ from jax import lax
 
 from memcache_jax import _checks
 from memcache_jax._typing import Array, Bool, Float, Int
+from memcache_jax.nn import spoilt
 from memcache_jax.nn.rotary import rotate
 from memcache_jax.nn.windows import attend_window, block_size
 from memcache_jax.sharding.division import Division
@@ -91,6 +92,10 @@ def attend_causally(
         before = jnp.minimum(first, past)[None]
         rows = query, near(key), near(value), before, near(every), near(mask, axis=3)
         return attend_window(*rows, window=window, **options)
+    key, value, bad = spoilt.cleaned(key, value)
+    ago = position[:, None] - jnp.arange(parts * length)[None]
+    causal = ((ago >= 0) & (window is None or ago < window))[None, None]
+    lost = spoilt.by_place(bad, document, window) if parts == 1 and mask is None else None
     if document is not None and every is not None:
         mask = _both(_same(document, every), mask)
     if parts == 1:
@@ -98,9 +103,11 @@ def attend_causally(
             is_causal=True, local_window_size=None if window is None else (window - 1, 0)
         )
     else:
-        ago = position[:, None] - jnp.arange(parts * length)[None]
-        mask = _both(((ago >= 0) & (window is None or ago < window))[None, None], mask)
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, **options)
+        mask = _both(causal, mask)
+    if lost is None:
+        lost = spoilt.by_mask(_both(causal, mask), bad)
+    y = jax.nn.dot_product_attention(query, key, value, mask=mask, **options)
+    return jnp.where(lost[..., None], jnp.nan, y)
 
 
 def _both(seen: Bool[Array, "_ _ t s"], mask: Bool[Array, "_ _ t s"] | None) -> Array:
@@ -171,8 +178,11 @@ def _attend(
     seen: Bool[Array, "b 1 t s"],
 ) -> Float[Array, "b t h k"]:
     """Attention over heads-first keys, which ``jax.nn.dot_product_attention`` would transpose."""
-    key, value = key.astype(query.dtype), value.astype(query.dtype)
+    key, value = (jnp.moveaxis(x, 1, 2).astype(query.dtype) for x in (key, value))
+    key, value, bad = spoilt.cleaned(key, value)
+    key, value = (jnp.moveaxis(x, 2, 1) for x in (key, value))
     wide = jnp.promote_types(query.dtype, jnp.float32)
     scores = jnp.einsum("bthk,bhsk->bhts", query, key, preferred_element_type=wide)
     weights = jax.nn.softmax(jnp.where(seen, scores * query.shape[-1] ** -0.5, -jnp.inf))
-    return jnp.einsum("bhts,bhsk->bthk", weights.astype(value.dtype), value)
+    y = jnp.einsum("bhts,bhsk->bthk", weights.astype(value.dtype), value)
+    return jnp.where(spoilt.by_mask(seen, bad)[..., None], jnp.nan, y)

@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 
 from memcache_jax._typing import Array, Bool, Float, Int
+from memcache_jax.nn import spoilt
 
 _LEAST = 64  # queries in a block: smaller products take longer
 
@@ -46,6 +47,7 @@ def attend_window(
     count = -(-length // block)
     fill = count * block - length
     query, key, value = (_padded(x, 1, 0, fill) for x in (query, key, value))
+    key, value, bad = spoilt.cleaned(key, value)
     if document is not None:
         document = _padded(document, 1, 0, fill)
     if mask is not None:
@@ -53,7 +55,7 @@ def attend_window(
     here, there = np.arange(block)[:, None], np.arange(past + block)[None]
     begins = jnp.arange(count) * block
 
-    def attend(begin: Array, query: Array, key: Array, value: Array) -> Array:
+    def attend(begin: Array, query: Array, key: Array, value: Array, bad: Array) -> Array:
         ago = here + past - there
         seen = jnp.asarray((ago >= 0) & (ago < window))[None]
         seen = (seen & (begin + there >= past - before[:, None])[:, None])[:, None]
@@ -63,19 +65,22 @@ def attend_window(
         if mask is not None:
             rows = lax.dynamic_slice_in_dim(mask, begin, block, axis=2)
             seen &= lax.dynamic_slice_in_dim(rows, begin, past + block, axis=3)
-        return jax.nn.dot_product_attention(
+        y = jax.nn.dot_product_attention(
             query, key, value, mask=seen, implementation=implementation
         )
+        return jnp.where(spoilt.by_mask(seen, bad)[..., None], jnp.nan, y)
 
     if count == 1:
-        return attend(begins[0], query, key, value)
+        return attend(begins[0], query, key, value, bad)
     query = query.reshape(query.shape[0], count, block, *query.shape[2:])
-    key, value = (_overlapping(x, past, block) for x in (key, value))
-    y = jax.vmap(attend, in_axes=(0, 1, 1, 1), out_axes=1)(begins, query, key, value)
+    rows = (_overlapping(x, past, block) for x in (key, value, bad))
+    y = jax.vmap(attend, in_axes=(0, 1, 1, 1, 1), out_axes=1)(begins, query, *rows)
     return y.reshape(y.shape[0], count * block, *y.shape[3:])[:, :length]
 
 
-def _overlapping(x: Float[Array, "b s h k"], past: int, block: int) -> Array:
+def _overlapping(
+    x: Float[Array, "b s h *k"] | Bool[Array, "b s h"], past: int, block: int
+) -> Array:
     """Each block of tokens with the ``past`` tokens before it, (b, blocks, past + block, h, k)."""
     x = _padded(x, 1, block - past, 0)
     x = x.reshape(x.shape[0], -1, block, *x.shape[2:])

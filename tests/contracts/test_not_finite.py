@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -132,3 +133,40 @@ def test_kernels(name):
 
     with interpret_kernels():
         check(run, inputs, memory)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("path", ["whole", "mask", "stream"])
+def test_attention(window, documents, path):
+    if path == "stream" and documents:
+        pytest.skip("a stream's row is one document")
+    layer = mc.nn.Attention(8, 2, window=window, rngs=nnx.Rngs(0))
+    ids = jnp.asarray(IDS) if documents else None
+    mask = np.tril(np.ones((1, 1, LENGTH, LENGTH), bool))
+
+    @nnx.jit
+    def run(layer, x):
+        if path == "stream":
+            cache = layer.init_cache(2, None if window else LENGTH)
+            outputs = []
+            for begin, end in ((0, 6), (6, 7), (7, LENGTH)):
+                y, cache = layer.extend(x[:, begin:end], cache)
+                outputs.append(y)
+            return jnp.concatenate(outputs, axis=1)
+        return layer(x, ids, **({"mask": mask} if path == "mask" else {}))
+
+    x = np.array(jax.random.normal(jax.random.key(0), (2, LENGTH, 8)))
+    wanted = run(layer, x)
+    for token, number in ((5, np.nan), (10, np.inf)):
+        broken = x.copy()
+        broken[0, token, 3] = number
+        y = np.asarray(run(layer, broken))
+        same = np.ones((2, LENGTH), bool)
+        same[0] = np.arange(LENGTH) < token
+        if window:
+            same[0] |= np.arange(LENGTH) >= token + window
+        if ids is not None:
+            same[0] |= ids[0] != ids[0, token]
+        np.testing.assert_allclose(y[same], np.asarray(wanted)[same], atol=1e-5)
+        assert np.isnan(y[~same]).all()
