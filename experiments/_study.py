@@ -19,7 +19,8 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from memcache_jax.training.config import to_json
-from memcache_jax.training.workdir import lock_workdir, replace_file
+from memcache_jax.training.durable import replace_file
+from memcache_jax.training.workdir import lock_workdir
 
 Case = dict[str, Any]
 Row = dict[str, Any]

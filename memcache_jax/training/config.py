@@ -21,6 +21,7 @@ _MAY_CHANGE = (
     "eval_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "wait_for_checkpoints",
     "tensorboard",
     "sample.",
     "model.implementation",
@@ -83,6 +84,9 @@ def default_config() -> Config:
     config.eval_every = 250  # steps between evaluations on held-out text
     config.checkpoint_every = 250  # steps between checkpoints
     config.keep_checkpoints = 2  # how many of the newest to keep
+    # Whether steps wait until a checkpoint is on disk: a kill costs `checkpoint_every` steps at
+    # most. If False, they go on while it is written, and a kill before its end costs them too.
+    config.wait_for_checkpoints = True
     config.tensorboard = False  # also write metrics for TensorBoard (extra `tensorboard`)
 
     config.model = ConfigDict()

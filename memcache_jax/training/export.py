@@ -22,6 +22,7 @@ from memcache_jax.training.checkpoint import (
 )
 from memcache_jax.training.config import Config
 from memcache_jax.training.distributed import is_main_process, wait_for_all, whole_arrays
+from memcache_jax.training.durable import check_digests, write_digests
 from memcache_jax.training.models import model_config
 from memcache_jax.training.step import Params, abstract_state
 from memcache_jax.training.tokenizers import Tokenizer, make_tokenizer
@@ -55,6 +56,8 @@ def export_params(workdir: str | os.PathLike[str], params: Params) -> Path:
     try:
         with orbax.checkpoint.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(str(new), whole_arrays(params))
+        if is_main_process():
+            write_digests(new)
     except Exception as e:  # Orbax raises many kinds
         raise CheckpointError(f"could not write the parameters to {new}: {root_cause(e)}") from e
     if is_main_process():
@@ -108,9 +111,11 @@ def _load_params(workdir: Path, target: Params) -> Params:
     for place in places:
         try:
             if place in checkpoints:
+                check_digests(place, only=("_", "params/"))  # the optimizer's state is not read
                 saved = with_saved_names(target, ocp.metadata(str(place), "params").metadata)
                 found = ocp.load_checkpointables(str(place), {"params": saved})
                 return upgrade_params(found["params"])
+            check_digests(place)
             saved = with_saved_names(target, ocp.metadata(str(place)).metadata)
             return upgrade_params(ocp.load(str(place), saved))
         except Exception as e:  # Orbax raises many kinds on damaged files

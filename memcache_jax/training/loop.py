@@ -27,6 +27,7 @@ from memcache_jax.training.distributed import (
     wait_for_all,
 )
 from memcache_jax.training.documents import separator, with_isolation_decided
+from memcache_jax.training.durable import replace_file
 from memcache_jax.training.export import TOKENIZER_FILE
 from memcache_jax.training.metrics import MetricsWriter, Progress, read_metrics
 from memcache_jax.training.models import model_config
@@ -46,7 +47,6 @@ from memcache_jax.training.workdir import (
     check_workdir,
     lock_run,
     read_results,
-    replace_file,
 )
 
 _log = logging.getLogger(__name__)
@@ -260,6 +260,8 @@ class _Run:
             "since_line": self.since_line,
         }
         self.checkpoints.save(self.step, self.state, self.batches, notes)
+        if self.config.wait_for_checkpoints:
+            self.checkpoints.wait(for_digests=False)
 
     def _evaluate(self) -> dict[str, float]:
         return evaluate(

@@ -1,10 +1,9 @@
-"""The folder of a run: which run it holds, who writes to it, files replaced in one step."""
+"""The folder of a run: which run it holds, and who writes to it."""
 
 import contextlib
 import fcntl
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,16 +22,6 @@ def read_results(workdir: Path, step: int) -> dict[str, Any] | None:
     path = workdir / RESULTS_FILE
     results = json.loads(path.read_text()) if path.exists() else None
     return results if results and results["step"] == step else None
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes a file in one step, so that a kill leaves the old one or the new one."""
-    new = path.with_name(f"{path.name}.new")
-    with new.open("w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    new.replace(path)
 
 
 def lock_workdir(workdir: Path, who: str = "run") -> TextIO:

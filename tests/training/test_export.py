@@ -173,6 +173,12 @@ def test_a_model_loads_from_every_state_of_a_workdir(config, tmp_path):
     # A damaged newest checkpoint is passed over.
     truncate("params/**/d/*")(workdir / "checkpoints" / "6")
     assert not np.array_equal(load_model(workdir)[0].head.kernel[...], expected)
+    # And so is one of which a bit has flipped.
+    kernel = next((workdir / "checkpoints" / "3" / "params").rglob("d/*"))
+    kernel.write_bytes(bytes([kernel.read_bytes()[0] ^ 1]) + kernel.read_bytes()[1:])
+    shutil.move(workdir / "params.moved", workdir / "params")
+    np.testing.assert_array_equal(load_model(workdir)[0].head.kernel[...], expected)
+    shutil.move(workdir / "params", workdir / "params.moved")
     # Someone took only the export along, or a kill came between its two renames.
     shutil.rmtree(workdir / "checkpoints")
     for name in ("params", "params.new", "params.old"):
@@ -180,6 +186,11 @@ def test_a_model_loads_from_every_state_of_a_workdir(config, tmp_path):
         np.testing.assert_array_equal(load_model(workdir)[0].head.kernel[...], expected)
         shutil.move(workdir / name, workdir / "params.moved")
     with pytest.raises(ValueError, match=r"holds no parameters .*no checkpoint and no export yet"):
+        load_model(workdir)
+    flipped = next((workdir / "params.moved").rglob("d/*"))
+    flipped.write_bytes(flipped.read_bytes()[:-1] + bytes([flipped.read_bytes()[-1] ^ 1]))
+    shutil.move(workdir / "params.moved", workdir / "params")
+    with pytest.raises(ValueError, match=r"holds no parameters that can be read: tried .*params"):
         load_model(workdir)
 
 
