@@ -29,6 +29,7 @@ _MAY_CHANGE = (
     "model.offload_states",
     "mesh.",
     "accumulate",
+    "data.skip_bad_lines",  # lines that were read before are the same with and without it
 )
 
 _LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
@@ -116,8 +117,9 @@ def default_config() -> Config:
 
     config.data = ConfigDict()
     config.data.files = ()  # folders, files or globs: text, .jsonl, .parquet (extra `data`)
+    config.data.skip_bad_lines = False  # of .jsonl files: those without text; else an error
     config.data.exclude = ()  # fnmatch patterns of full paths to skip
-    config.data.heldout_files = ()  # as files; if empty, a fraction of the files
+    config.data.heldout_files = ()  # as files; if empty, a fraction of them, or of one file's text
     config.data.heldout_fraction = 0.05
     config.data.heldout_tokens = 65_536  # at most, per evaluation
     config.data.text_field = "text"  # of .jsonl and .parquet files

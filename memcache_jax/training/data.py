@@ -7,7 +7,8 @@ import grain
 import grain.experimental
 import numpy as np
 
-from memcache_jax.training.files import Records, stable_fraction
+from memcache_jax.training.files import stable_fraction
+from memcache_jax.training.records import Records
 from memcache_jax.training.tokenizers import Tokenizer
 
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from memcache_jax.sharding import AXES, make_mesh
 from memcache_jax.training.checkpoint import Checkpoints
 from memcache_jax.training.config import Config, check_config, to_json
-from memcache_jax.training.corpus import ReplacedDocuments, load_corpus
+from memcache_jax.training.corpus import ReadingTroubles, load_corpus
 from memcache_jax.training.distributed import (
     all_agree,
     check_agreement,
@@ -127,7 +127,7 @@ class _Run:
         self.optimizer = make_optimizer(config.optimizer, config.steps)
         self.graph, target = abstract_state(model, self.optimizer, mesh)
         self.corpus = load_corpus(config)
-        self.replaced = ReplacedDocuments(self.corpus.tokenizer)
+        self.troubles = ReadingTroubles(self.corpus)
         self.batches = Streams(
             self.corpus.train,
             self.corpus.tokenizer,
@@ -223,7 +223,7 @@ class _Run:
                             f"{row['heldout_bits_per_byte']:.3f} bits per byte, "
                             f"perplexity {row['heldout_perplexity']:.2f} per token"
                         )
-                        self.replaced.tell()
+                        self.troubles.tell()
                     if row and self.metrics is not None:
                         self.metrics.write(self.step, row)
                     # After the metrics: a run that resumes here does not write this line again.

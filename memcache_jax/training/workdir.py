@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 from memcache_jax.training.checkpoint import Checkpoints
 from memcache_jax.training.config import Config, config_differences, to_json
+from memcache_jax.training.corpus import mended_files
 from memcache_jax.training.distributed import all_agree, is_main_process
 from memcache_jax.training.export import EXPORTS
 
@@ -93,10 +94,22 @@ def check_same_run(
             f"{workdir} holds a run with another configuration: {'; '.join(different)}. "
             "Restore the old values, or give another --workdir"
         )
-    if notes["data"] != identity:
+    mended = mended_files(notes["data"], identity)
+    if mended is None:
+        before, now = (
+            {key: x[key] for key in x.keys() - {"lines"} if x[key] != y.get(key)}
+            for x, y in ((notes["data"], identity), (identity, notes["data"]))
+        )
         raise ValueError(
-            f"the data of the run in {workdir} has changed from {notes['data']} to {identity}. "
-            "Bring the old files back, or give another --workdir"
+            f"the data of the run in {workdir} has changed from {before} to {now}. "
+            "Bring the old files back, or give another --workdir; lines of .jsonl files may be "
+            "mended, if they stay as many and the held-out text stays the same"
+        )
+    if mended:
+        _log.warning(
+            "%s changed since the checkpoint, with as many lines: the run goes on at the same "
+            "place, and reads the new text from there on.",
+            ", ".join(mended),
         )
     before = notes["config"]["steps"]
     if before != config.steps:

@@ -16,9 +16,10 @@ from memcache_jax.nn.upgrade import with_saved_names
 from memcache_jax.training import CheckpointError, load_model
 from memcache_jax.training.checkpoint import Checkpoints
 from memcache_jax.training.durable import DIGESTS_FILE, check_digests
-from memcache_jax.training.files import Records, find_files
+from memcache_jax.training.files import find_files
 from memcache_jax.training.models import model_config
 from memcache_jax.training.optimizer import make_optimizer
+from memcache_jax.training.records import Records
 from memcache_jax.training.step import TrainState, abstract_state, create_state
 from memcache_jax.training.streams import Streams
 from memcache_jax.training.tokenizers import ByteTokenizer

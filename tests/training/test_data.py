@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from memcache_jax.training.data import heldout_rows, training_iterator
-from memcache_jax.training.files import Records, find_files
+from memcache_jax.training.files import find_files
+from memcache_jax.training.records import Records
 from memcache_jax.training.tokenizers import ByteTokenizer
 from tests.training.texts import letters, write
 
