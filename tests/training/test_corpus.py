@@ -100,9 +100,9 @@ def test_what_counts_as_mended(config, lines):
     assert mended_files(stored, load_corpus(config).identity) is None
     mend(lines / "2.jsonl", 3, "")
     assert mended_files(stored, load_corpus(config).identity) == ["1.jsonl", "2.jsonl"]
-    mend(lines / "0.jsonl", 4, '{"body": "Beyond the rows that are measured."}')
+    mend(lines / "0.jsonl", 1, '{"body": "Beyond the rows that are measured."}')
     assert mended_files(stored, load_corpus(config).identity) is not None
-    mend(lines / "0.jsonl", 0, '{"body": "Held out."}')
+    mend(lines / "0.jsonl", 4, json.dumps({"body": "Held out. " * 30}))
     assert mended_files(stored, load_corpus(config).identity) is None
 
 
