@@ -71,6 +71,42 @@ def test_file_pickles(bpe_file):
     np.testing.assert_array_equal(copy.encode(b"the cat"), tokenizer.encode(b"the cat"))
 
 
+def test_text_of_the_end_token_stays_text(hf, bpe_file):
+    text = "a<|endoftext|>b <|endoftext|>"
+    for tokenizer in (FileTokenizer(bpe_file), pickle.loads(pickle.dumps(FileTokenizer(bpe_file)))):
+        ids = tokenizer.encode(text.encode())
+        assert tokenizer.eos_id not in ids
+        assert tokenizer.decode(np.append(ids, tokenizer.eos_id)) == text
+    # A token that was added as a word of text.
+    inner = hf.Tokenizer.from_file(str(bpe_file))
+    inner.add_tokens(["END"])
+    inner.save(str(bpe_file))
+    tokenizer = FileTokenizer(bpe_file, eos_token="END")
+    assert tokenizer.eos_id == inner.token_to_id("END")
+    assert tokenizer.eos_id not in tokenizer.encode(b"the END")
+    assert tokenizer.decode(tokenizer.encode(b"the END")) == "the END"
+
+
+@pytest.mark.parametrize("bytes_of", ["", ">"])
+def test_text_of_an_end_token_that_is_a_word_of_the_vocabulary(hf, tmp_path, bytes_of):
+    pieces = ["?", "</s>", *sorted(set("▁abc</s>") - set(bytes_of))]
+    pieces += [f"<0x{ord(character):02X}>" for character in bytes_of]
+    tokenizer = hf.Tokenizer(
+        hf.models.Unigram([(piece, -1.0) for piece in pieces], 0, bool(bytes_of))
+    )
+    tokenizer.pre_tokenizer = hf.pre_tokenizers.Metaspace()
+    tokenizer.decoder = hf.decoders.Sequence(
+        [hf.decoders.ByteFallback(), hf.decoders.Metaspace(), hf.decoders.Fuse()]
+    )
+    tokenizer.save(str(tmp_path / "unigram.json"))
+    assert 1 in tokenizer.encode("a</s>b").ids
+    tokenizer = FileTokenizer(tmp_path / "unigram.json")
+    ids = tokenizer.encode(b"a</s>b </s>c")
+    assert tokenizer.eos_id == 1
+    assert tokenizer.eos_id not in ids
+    assert tokenizer.decode(ids) == "a</s>b </s>c"
+
+
 def test_file_replaces_and_counts_invalid_bytes(bpe_file):
     tokenizer = FileTokenizer(bpe_file)
     ids = tokenizer.encode(b"caf\xe9 and \xff")
