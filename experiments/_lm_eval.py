@@ -19,7 +19,7 @@ from tqdm import tqdm
 import memcache_jax as mc
 from memcache_jax._typing import Array, Bool, Float, Int
 from memcache_jax.generation.prompts import buffer_size
-from memcache_jax.training.tokenizers import Tokenizer
+from memcache_jax.training.tokenizers import Tokenizer, added_text
 
 _SHORT = 32  # continuations up to this length have a program of their own
 _LOGITS = 1 << 25  # maximum number of logits in memory
@@ -211,7 +211,7 @@ class TrainedLM(TemplateLM):
         )
         new = np.asarray(out)
         return [
-            self._text(new[i, len(prompt) : len(prompt) + count].tolist(), until)
+            self._text(prompt, new[i, len(prompt) : len(prompt) + count].tolist(), until)
             for i, prompt in enumerate(prompts)
         ]
 
@@ -230,10 +230,10 @@ class TrainedLM(TemplateLM):
     def _texts(self) -> list[str]:
         return [self._tokenizer.decode([i]) for i in range(self._tokenizer.vocab_size)]
 
-    def _text(self, tokens: list[int], until: tuple[str, ...]) -> str:
+    def _text(self, prompt: list[int], tokens: list[int], until: tuple[str, ...]) -> str:
         if self.eot_token_id in tokens:
             tokens = tokens[: tokens.index(self.eot_token_id)]
-        text = self.tok_decode(tokens)
+        text = added_text(self._tokenizer, prompt, tokens)
         for stop in until:
             text = text.split(stop)[0]
         return text

@@ -16,7 +16,7 @@ from absl import flags
 import memcache_jax as mc
 from experiments._program import run
 from memcache_jax.training import load_model
-from memcache_jax.training.tokenizers import Tokenizer
+from memcache_jax.training.tokenizers import Tokenizer, added_text
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a training run.", required=True)
 _PROMPT = flags.DEFINE_string("prompt", "", "The text to continue; empty starts a new document.")
@@ -53,7 +53,7 @@ def program() -> None:
     )
     if not _INTERACTIVE.value:
         decoder.feed(prompt[None])
-        _print(tokenizer, _continuation(decoder, tokenizer), prompt.tolist())
+        _print(tokenizer, _continuation(decoder, tokenizer), prompt, with_prompt=True)
         return
     if _PROMPT.value:
         decoder.feed(prompt[None])
@@ -61,8 +61,9 @@ def program() -> None:
     for line in map(str.rstrip, sys.stdin):
         if not line:
             break
-        decoder.feed(tokenizer.encode(f"{line}\n".encode())[None])
-        _print(tokenizer, _continuation(decoder, tokenizer), [])
+        tokens = tokenizer.encode(f"{line}\n".encode())
+        decoder.feed(tokens[None])
+        _print(tokenizer, _continuation(decoder, tokenizer), tokens)
 
 
 def _continuation(decoder: mc.Decoder, tokenizer: Tokenizer) -> Iterator[int]:
@@ -73,17 +74,24 @@ def _continuation(decoder: mc.Decoder, tokenizer: Tokenizer) -> Iterator[int]:
             return
 
 
-def _print(tokenizer: Tokenizer, continuation: Iterator[int], tokens: list[int]) -> None:
-    """Prints tokens and their continuation as text while it is generated, then the speed."""
+def _print(
+    tokenizer: Tokenizer,
+    continuation: Iterator[int],
+    prompt: np.ndarray,
+    *,
+    with_prompt: bool = False,
+) -> None:
+    """Prints the continuation of a prompt as text while it is generated, then the speed."""
+    before, tokens = ([], prompt.tolist()) if with_prompt else (prompt, [])
     printed, times = "", []
     for token in continuation:
         times.append(time.perf_counter())
         tokens.append(token)
-        text = tokenizer.decode(tokens)
+        text = added_text(tokenizer, before, tokens)
         if not text.endswith("\ufffd"):  # an incomplete character
             print(text[len(printed) :], end="", flush=True)
             printed = text
-    print(tokenizer.decode(tokens)[len(printed) :], flush=True)
+    print(added_text(tokenizer, before, tokens)[len(printed) :], flush=True)
     if len(times) > 2:  # the first two include compilation
         rate = (len(times) - 2) / (times[-1] - times[1])
         print(f"{len(times)} tokens, {rate:.0f} tokens/s", file=sys.stderr)

@@ -33,8 +33,9 @@ def generate(
 
     An ``nn.LanguageModel`` reads the prompt at once, then one token at a time from its cache. Any
     other model reads, for every token, a buffer with the prompt and all new tokens. Sizes of
-    buffers and caches are rounded up to powers of two, at least 64; each combination of these sizes
-    and a batch size is compiled once. A row's tokens do not depend on other rows.
+    buffers and caches are rounded up to powers of two, at least 64, and so is the number of stop
+    tokens, at least 8; each combination of these sizes and a batch size is compiled once. A row's
+    tokens do not depend on other rows.
 
     Args:
       model: a causal model (b, t) int -> logits (b, t, vocab): an ``nn.LanguageModel``, another NNX

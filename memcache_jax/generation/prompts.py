@@ -11,6 +11,7 @@ from jax.core import Tracer
 from memcache_jax._typing import Array, Int
 
 _SMALLEST_BUFFER = 64
+_SMALLEST_STOPS = 8
 
 
 def buffer_size(tokens: int) -> int:
@@ -33,11 +34,15 @@ def check_prompt(prompt: jax.typing.ArrayLike, model: Any) -> Int[Array, "b t"]:
 
 
 def check_stop(stop_token: int | Sequence[int] | None, model: Any) -> Int[Array, "stops"]:
-    """Returns the tokens that end a row, or raises ValueError."""
+    """Returns the tokens that end a row, or raises ValueError.
+
+    They are filled up with -1, which is no token, so that few numbers of them are compiled.
+    """
     stops = [] if stop_token is None else np.atleast_1d(stop_token).tolist()
     if stops:
         _check_ids("stop_token", min(stops), max(stops), model)
-    return jnp.array(stops, jnp.int32)
+    size = max(_SMALLEST_STOPS, 1 << (len(stops) - 1).bit_length())
+    return jnp.array(stops + [-1] * (size - len(stops)), jnp.int32)
 
 
 def _check_ids(name: str, smallest: int, largest: int, model: Any) -> None:

@@ -146,6 +146,25 @@ class FileTokenizer:
         return self._tokenizer.decode(kept, skip_special_tokens=False)
 
 
+def added_text(
+    tokenizer: Tokenizer, before: Iterable[int] | np.ndarray, ids: Iterable[int] | np.ndarray
+) -> str:
+    """Returns the text that ids add to those before them.
+
+    That is not the text of the ids alone where words begin with a space, which many tokenizers drop
+    at the beginning of a text, or where a character is spread over both.
+
+    Example:
+      >>> added_text(ByteTokenizer(), [110, 195], [169, 101])
+      'ée'
+    """
+    told = tokenizer.decode(before)
+    whole = tokenizer.decode([*map(int, before), *map(int, ids)])
+    if not whole.startswith(told):
+        told = told.rstrip("\ufffd")  # of a character that the ids complete
+    return whole[len(told) :]
+
+
 def make_tokenizer(
     name: str, *, eos_token: str | None = None, vocab_size: int | None = None
 ) -> Tokenizer:

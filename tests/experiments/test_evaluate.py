@@ -155,7 +155,7 @@ def test_a_tokenizer_of_several_letters(model, tmp_path):
     lm = TrainedLM(model, tokenizer, max_length=8)
     assert lm._stop_tokens(("\n",)) == [0, 3, 4, 5]
     assert lm.tok_encode("a") == [1]
-    assert lm._text([1, 0, 2], ()) == "a"
+    assert lm._text([2], [1, 0, 2], ()) == " a"  # words are joined by spaces
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,9 @@ def test_one_trace_for_equal_buffer_lengths():
     assert traces == 2 * [(2, 64)]  # for the prompt and for the tokens after it
     mc.generate(model, prompt, 60, key=jax.random.key(0))
     assert traces == 2 * [(2, 64)] + 2 * [(2, 128)]
+    for stops in ([], 3, [3, 1], [1, 2, 3], range(8)):
+        mc.generate(model, prompt, 60, key=jax.random.key(0), stop_token=stops)
+    assert len(traces) == 4
 
 
 def test_an_updated_model_is_read_anew():

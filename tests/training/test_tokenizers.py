@@ -6,7 +6,12 @@ import sys
 import numpy as np
 import pytest
 
-from memcache_jax.training.tokenizers import ByteTokenizer, FileTokenizer, make_tokenizer
+from memcache_jax.training.tokenizers import (
+    ByteTokenizer,
+    FileTokenizer,
+    added_text,
+    make_tokenizer,
+)
 
 TEXT = "The cat sat on the mat; the mätress was flat.\n"
 
@@ -140,6 +145,17 @@ def test_eos_token_by_name(hf, tmp_path):
         FileTokenizer(path)
     with pytest.raises(ValueError, match="looked for STOP"):
         FileTokenizer(path, eos_token="STOP")
+
+
+def test_added_text_keeps_the_space_before_a_word(hf, tmp_path):
+    tokenizer = hf.Tokenizer(hf.models.WordLevel({"?": 0, "</s>": 1, "▁the": 2, "▁cat": 3}, "?"))
+    tokenizer.pre_tokenizer = hf.pre_tokenizers.Metaspace()
+    tokenizer.decoder = hf.decoders.Metaspace()
+    tokenizer.save(str(tmp_path / "words.json"))
+    tokenizer = FileTokenizer(tmp_path / "words.json")
+    assert tokenizer.decode([3]) == "cat"
+    assert added_text(tokenizer, np.array([1, 2]), [3, 3, 1]) == " cat cat"
+    assert added_text(tokenizer, [1], [3]) == "cat"
 
 
 def test_refuses_a_missing_file():
