@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import memcache_jax as mc
 from memcache_jax._typing import Array, Bool, Float, Int
-from memcache_jax.generation.prompts import buffer_size
+from memcache_jax.generation.prompts import buffer_size, longest
 from memcache_jax.training.tokenizers import Tokenizer, added_text
 
 _SHORT = 32  # continuations up to this length have a program of their own
@@ -68,6 +68,7 @@ class TrainedLM(TemplateLM):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.max_length, self.batch_size, self.truncate = max_length, batch_size, truncate
         self._model, self._tokenizer = model, tokenizer
+        self._most = min(max_length, longest(model) or max_length)
         self._graph, self._state = nnx.split(model)
 
     @property
@@ -130,7 +131,7 @@ class TrainedLM(TemplateLM):
         return _Row(whole[-(self.max_length + 1) :][:-1], continuation)
 
     def _score(self, batch: Sequence[_Row]) -> list[tuple[float, bool]]:
-        size = min(buffer_size(max(len(row.tokens) for row in batch)), self.max_length)
+        size = buffer_size(max(len(row.tokens) for row in batch), self._most)
         most = max(len(row.targets) for row in batch)
         # The largest power of two of positions whose logits fit.
         vocab = self._model.config.vocab_size
@@ -191,7 +192,7 @@ class TrainedLM(TemplateLM):
             )
         prompts = [self._cut(prompt, self.max_length - count) for prompt in prompts]
         # Prompt and continuation together fill a buffer of generate.
-        size = buffer_size(max(map(len, prompts)) + count) - count
+        size = buffer_size(max(map(len, prompts)) + count, self._most) - count
         # Copies of the last row fill up the batch, and end when it does.
         rows = prompts + prompts[-1:] * (self.batch_size - len(prompts))
         tokens = np.zeros((self.batch_size, size), np.int32)

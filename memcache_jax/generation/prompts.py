@@ -1,4 +1,4 @@
-"""Checks of token ids, before any compilation."""
+"""Checks of token ids, and sizes of buffers, before any compilation."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,14 +9,27 @@ import numpy as np
 from jax.core import Tracer
 
 from memcache_jax._typing import Array, Int
+from memcache_jax.segmentation import Segmentation
 
 _SMALLEST_BUFFER = 64
 _SMALLEST_STOPS = 8
 
 
-def buffer_size(tokens: int) -> int:
-    """Rounds up to a power of two, at least 64, so that few sizes are compiled."""
-    return max(_SMALLEST_BUFFER, 1 << (tokens - 1).bit_length())
+def buffer_size(tokens: int, most: int | None = None) -> int:
+    """Rounds up to a power of two, at least 64, so that few sizes are compiled.
+
+    Does not round beyond ``most``, as from ``longest``.
+    """
+    size = max(_SMALLEST_BUFFER, 1 << (tokens - 1).bit_length())
+    return size if most is None else max(tokens, min(size, most))
+
+
+def longest(model: Any) -> int | None:
+    """Returns how many tokens the segments of a model's layers hold; None for any number."""
+    mixers = getattr(getattr(model, "config", None), "mixers", ())
+    parts = [getattr(mixer, "segmentation", None) for mixer in mixers]
+    limits = [part.longest for part in parts if isinstance(part, Segmentation)]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def check_prompt(prompt: jax.typing.ArrayLike, model: Any) -> Int[Array, "b t"]:
