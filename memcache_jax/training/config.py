@@ -49,6 +49,7 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         ),
     ),
     "be in [0, 1)": (lambda x: 0 <= x < 1, ("optimizer.b1", "optimizer.b2")),
+    "be in [0, 2**32)": (lambda x: 0 <= x < 2**32, ("seed",)),
     "be in (0, 1]": (lambda x: 0 < x <= 1, ("sample.top_p",)),
 }
 
@@ -161,6 +162,10 @@ def check_config(config: Config) -> None:
         for name in names:
             if not good(values[name]):
                 raise ValueError(f"{name} must {wanted}, got {values[name]}")
+    try:
+        config.sample.prompt.encode()  # at the end of a run it would be too late
+    except (AttributeError, UnicodeEncodeError) as e:
+        raise ValueError(f"sample.prompt must be text, got {config.sample.prompt!r}") from e
     for name in ("accumulate", "data.streams"):
         if config.batch_size % values[name]:
             raise ValueError(

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 DIGESTS_FILE = "digests.json"
 
@@ -17,6 +18,14 @@ def replace_file(path: Path, text: str) -> None:
         f.flush()
         os.fsync(f.fileno())
     new.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Returns what a file holds, or raises ValueError that names it."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is damaged, or no JSON: {e}") from e
 
 
 def write_digests(folder: Path) -> int:
@@ -44,14 +53,11 @@ def check_digests(
     Raises:
       ValueError: if a file is missing or changed.
     """
-    try:
-        text = (folder / DIGESTS_FILE).read_bytes()
-    except FileNotFoundError:
+    if not (folder / DIGESTS_FILE).exists():
         return None
-    try:
-        listed = {str(name): digest for name, digest in json.loads(text).items()}
-    except (ValueError, AttributeError) as e:
-        raise ValueError(f"{folder / DIGESTS_FILE} is damaged: {e}") from e
+    listed = read_json(folder / DIGESTS_FILE)
+    if not isinstance(listed, dict):
+        raise ValueError(f"{folder / DIGESTS_FILE} is damaged: it holds no digests")
     index, count = share
     names = [name for name in sorted(listed) if name.startswith(only)][index::count]
     for name in names:

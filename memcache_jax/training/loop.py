@@ -260,7 +260,7 @@ class _Run:
             "since_line": self.since_line,
         }
         self.checkpoints.save(self.step, self.state, self.batches, notes)
-        if self.config.wait_for_checkpoints:
+        if self.config.get("wait_for_checkpoints", True):
             self.checkpoints.wait(for_digests=False)
 
     def _evaluate(self) -> dict[str, float]:

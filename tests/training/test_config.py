@@ -22,6 +22,9 @@ from memcache_jax.training.models import model_config
         ("optimizer.learning_rate", float("nan")),
         ("optimizer.z_loss", -1.0),
         ("sample.max_new_tokens", -1),
+        ("sample.prompt", "\udcff"),
+        ("seed", -1),
+        ("seed", 2**32),
     ],
 )
 def test_bad_numbers_are_refused(key, value):

@@ -199,6 +199,22 @@ def test_no_workdir(tmp_path):
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"model": {"vocab', "config.json is damaged, or no JSON: "),
+        ("\xff", "config.json is damaged, or no JSON: "),
+        ('{"model_type": "llama"}', "config.json is not that of a training run: it has no model"),
+        ('{"model": {"features": 3}, "data": {}}', "config.json describes no model: "),
+    ],
+)
+def test_a_config_that_is_torn_or_of_something_else(tmp_path, text, message):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=message) as error:
+        load_model(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 # A run of 3 steps: its ``config.json`` and ``params``, written while the parameter was ``gate``.
 BEFORE = Path(__file__).parents[1] / "data" / "before_output_gate"
 
