@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterable
@@ -13,6 +14,8 @@ import numpy as np
 
 from memcache_jax.training.compressed import is_compressed, kind, unpacked
 from memcache_jax.training.parquet import read_row_group, rows_of_groups
+
+_log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 24  # bytes of a .jsonl file scanned at once
 
@@ -184,7 +187,12 @@ class Records:
             with file.open("rb") as f:
                 return _Lines(0, _line_starts(f, 0, file.stat().st_size))
         # One file for all: a process may open only so many.
-        self._unpacked = self._unpacked or _Unpacked()
+        if self._unpacked is None:
+            _log.info(
+                "Unpacking compressed lines into a temporary file in %s (TMPDIR).",
+                tempfile.gettempdir(),
+            )
+            self._unpacked = _Unpacked()
         packed = self._unpacked.file
         begin = packed.seek(0, os.SEEK_END)
         try:
