@@ -117,7 +117,7 @@ def default_config() -> Config:
     config.model.rope_base = 10_000.0  # of attention's rotary embeddings
 
     config.data = ConfigDict()
-    # Folders, files or globs: text and .jsonl, also .gz, .bz2, .xz or .zst; .parquet (extra `data`).
+    # Folders, files, globs: text and .jsonl, also in .gz, .bz2, .xz, .zst; .parquet (extra `data`).
     config.data.files = ()
     config.data.skip_bad_lines = False  # of .jsonl files: those without text; else an error
     config.data.exclude = ()  # fnmatch patterns of full paths to skip
