@@ -97,7 +97,7 @@ def check_same_run(
     mended = mended_files(notes["data"], identity)
     if mended is None:
         before, now = (
-            {key: x[key] for key in x.keys() - {"lines"} if x[key] != y.get(key)}
+            {key: x[key] for key in sorted(x.keys() - {"lines"}) if x[key] != y.get(key)}
             for x, y in ((notes["data"], identity), (identity, notes["data"]))
         )
         raise ValueError(
