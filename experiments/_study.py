@@ -19,7 +19,8 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from memcache_jax.training.config import to_json
-from memcache_jax.training.workdir import lock_workdir, replace_file
+from memcache_jax.training.durable import read_json, replace_file
+from memcache_jax.training.workdir import lock_workdir
 
 Case = dict[str, Any]
 Row = dict[str, Any]
@@ -139,8 +140,8 @@ def _timed(
 def _read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    rows = json.loads(path.read_text())
-    if not isinstance(rows, list) or not all("case" in row for row in rows):
+    rows = read_json(path)
+    if not isinstance(rows, list) or not all(isinstance(r, dict) and "case" in r for r in rows):
         raise ValueError(f"{path} holds results of something else: give another --workdir")
     return rows
 

@@ -94,7 +94,7 @@ def program() -> None:
         raise ImportError(f"{e}: pip install 'memcache_jax[eval]'") from e
     from experiments._lm_eval import TrainedLM
     from memcache_jax.training import load_model
-    from memcache_jax.training.workdir import replace_file
+    from memcache_jax.training.durable import replace_file
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax logs every step it takes

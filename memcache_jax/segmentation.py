@@ -112,6 +112,11 @@ class Segmentation(abc.ABC):
         """Tokens in the first ``segments`` segments."""
         return segments * self.size
 
+    @property
+    def longest(self) -> int | None:
+        """Tokens in the longest sequence that can be split; None for any number."""
+        return None
+
 
 def _check_size(segmentation: Segmentation, size: int) -> None:
     if not isinstance(size, int) or size < 1:
@@ -220,12 +225,15 @@ class Lengths(Segmentation):
         """Tokens in the first ``segments`` segments, at most all."""
         return sum(self.lengths[:segments])
 
+    @property
+    def longest(self) -> int:
+        """Tokens in all segments."""
+        return sum(self.lengths)
+
     def plan(self, length: int) -> ReadPlan:
         """The read plan of a sequence of ``length`` tokens."""
-        if length > sum(self.lengths):
-            raise ValueError(
-                f"the segments of {self} hold {sum(self.lengths)} tokens, got {length}"
-            )
+        if length > self.longest:
+            raise ValueError(f"the segments of {self} hold {self.longest} tokens, got {length}")
         borders = np.cumsum([0, *self.lengths]) // self.size
         blocks = np.arange(-(-length // self.size))
         segment = np.searchsorted(borders, blocks, side="right") - 1

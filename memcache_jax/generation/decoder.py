@@ -12,7 +12,7 @@ from flax import nnx
 from memcache_jax._checks import check_lengths
 from memcache_jax._typing import Array, Int
 from memcache_jax.generation.generate import extend_logits
-from memcache_jax.generation.prompts import buffer_size, check_prompt
+from memcache_jax.generation.prompts import buffer_size, check_prompt, longest
 from memcache_jax.generation.sampling import Sampling, sample
 from memcache_jax.nn import LanguageModel
 from memcache_jax.nn.model_cache import LanguageModelCache
@@ -119,7 +119,7 @@ class Decoder:
     def _extend(self, tokens: Array, lengths: Array | None) -> None:
         self._cache.check_room(tokens.shape, lengths)
         if lengths is not None:
-            padding = buffer_size(tokens.shape[1]) - tokens.shape[1]
+            padding = buffer_size(tokens.shape[1], longest(self._model)) - tokens.shape[1]
             tokens = jnp.pad(tokens, ((0, 0), (0, padding)))
         self._cache, logits = _extend(self._state, tokens, lengths, self._cache, graph=self._graph)
         if lengths is not None and self._logits is not None:

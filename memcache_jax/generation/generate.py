@@ -11,7 +11,7 @@ from jax import lax
 
 from memcache_jax._checks import check_lengths
 from memcache_jax._typing import Array, Float, Int
-from memcache_jax.generation.prompts import buffer_size, check_prompt, check_stop
+from memcache_jax.generation.prompts import buffer_size, check_prompt, check_stop, longest
 from memcache_jax.generation.sampling import Sampling, sample
 from memcache_jax.nn import LanguageModel
 
@@ -33,8 +33,9 @@ def generate(
 
     An ``nn.LanguageModel`` reads the prompt at once, then one token at a time from its cache. Any
     other model reads, for every token, a buffer with the prompt and all new tokens. Sizes of
-    buffers and caches are rounded up to powers of two, at least 64; each combination of these sizes
-    and a batch size is compiled once. A row's tokens do not depend on other rows.
+    buffers and caches are rounded up to powers of two, at least 64 but at most what the segments of
+    ``mc.Lengths`` hold, and so is the number of stop tokens, at least 8; each combination of these
+    sizes and a batch size is compiled once. A row's tokens do not depend on other rows.
 
     Args:
       model: a causal model (b, t) int -> logits (b, t, vocab): an ``nn.LanguageModel``, another NNX
@@ -80,9 +81,11 @@ def generate(
     stops = check_stop(stop_token, model)
     length = tokens.shape[1]
     total = length + max_new_tokens
+    most = longest(model)
+    size = buffer_size(total - 1, most)  # the last token is drawn, but not appended
     if cache is not None:
-        _check_cache(model, cache, tokens.shape, int(counts.max()), max_new_tokens)
-    padding = buffer_size(length) - length
+        _check_cache(model, cache, len(tokens), size, int(counts.max()), max_new_tokens)
+    padding = buffer_size(length, most) - length
     graph, state = nnx.split(model) if isinstance(model, nnx.Module) else (model, None)
     new = _continue(
         jnp.pad(tokens, ((0, 0), (0, padding))),
@@ -92,7 +95,7 @@ def generate(
         sampling.numbers,
         stops,
         max_new_tokens,
-        size=buffer_size(total),
+        size=size,
         model=graph,
         cache=tuple(sorted((cache or {}).items())),
         **sampling.static,
@@ -107,21 +110,20 @@ def generate(
 
 
 def _check_cache(
-    model: Any, options: Mapping[str, Any], shape: tuple[int, ...], longest: int, new: int
+    model: Any, options: Mapping[str, Any], batch: int, size: int, prompt: int, new: int
 ) -> None:
     """Raises ValueError unless a cache with these options has room for prompts and new tokens.
 
-    The prompts have shape (b, t), and up to ``longest`` tokens in a row.
+    The cache is for ``size`` tokens, and a prompt has up to ``prompt`` of them.
     """
     if not isinstance(model, LanguageModel):
         raise ValueError(f"cache={dict(options)} is for an nn.LanguageModel, got {type(model)}")
-    batch, length = shape
-    taken = longest + new - 1  # the last token is drawn, but not appended
-    empty = jax.eval_shape(lambda: model.init_cache(batch, buffer_size(length + new), **options))
+    taken = prompt + new - 1
+    empty = jax.eval_shape(lambda: model.init_cache(batch, size, **options))
     if empty.max_length is not None and taken > empty.max_length:
         raise ValueError(
             f"cache={dict(options)} has room for {empty.max_length} tokens in a row; a prompt of "
-            f"{longest} and max_new_tokens={new} need {taken}: give a larger max_segments or a "
+            f"{prompt} and max_new_tokens={new} need {taken}: give a larger max_segments or a "
             "policy that makes room"
         )
 

@@ -1,4 +1,4 @@
-"""Checks of token ids, before any compilation."""
+"""Checks of token ids, and sizes of buffers, before any compilation."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,13 +9,27 @@ import numpy as np
 from jax.core import Tracer
 
 from memcache_jax._typing import Array, Int
+from memcache_jax.segmentation import Segmentation
 
 _SMALLEST_BUFFER = 64
+_SMALLEST_STOPS = 8
 
 
-def buffer_size(tokens: int) -> int:
-    """Rounds up to a power of two, at least 64, so that few sizes are compiled."""
-    return max(_SMALLEST_BUFFER, 1 << (tokens - 1).bit_length())
+def buffer_size(tokens: int, most: int | None = None) -> int:
+    """Rounds up to a power of two, at least 64, so that few sizes are compiled.
+
+    Does not round beyond ``most``, as from ``longest``.
+    """
+    size = max(_SMALLEST_BUFFER, 1 << (tokens - 1).bit_length())
+    return size if most is None else max(tokens, min(size, most))
+
+
+def longest(model: Any) -> int | None:
+    """Returns how many tokens the segments of a model's layers hold; None for any number."""
+    mixers = getattr(getattr(model, "config", None), "mixers", ())
+    parts = [getattr(mixer, "segmentation", None) for mixer in mixers]
+    limits = [part.longest for part in parts if isinstance(part, Segmentation)]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def check_prompt(prompt: jax.typing.ArrayLike, model: Any) -> Int[Array, "b t"]:
@@ -33,11 +47,15 @@ def check_prompt(prompt: jax.typing.ArrayLike, model: Any) -> Int[Array, "b t"]:
 
 
 def check_stop(stop_token: int | Sequence[int] | None, model: Any) -> Int[Array, "stops"]:
-    """Returns the tokens that end a row, or raises ValueError."""
+    """Returns the tokens that end a row, or raises ValueError.
+
+    They are filled up with -1, which is no token, so that few numbers of them are compiled.
+    """
     stops = [] if stop_token is None else np.atleast_1d(stop_token).tolist()
     if stops:
         _check_ids("stop_token", min(stops), max(stops), model)
-    return jnp.array(stops, jnp.int32)
+    size = max(_SMALLEST_STOPS, 1 << (len(stops) - 1).bit_length())
+    return jnp.array(stops + [-1] * (size - len(stops)), jnp.int32)
 
 
 def _check_ids(name: str, smallest: int, largest: int, model: Any) -> None:

@@ -25,6 +25,7 @@ _MAY_CHANGE = (
     "eval_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "wait_for_checkpoints",
     "tensorboard",
     "sample.",
     "model.implementation",
@@ -32,6 +33,7 @@ _MAY_CHANGE = (
     "model.offload_states",
     "mesh.",
     "accumulate",
+    "data.skip_bad_lines",  # lines that were read before are the same with and without it
 )
 
 _LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
@@ -51,6 +53,7 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         ),
     ),
     "be in [0, 1)": (lambda x: 0 <= x < 1, ("optimizer.b1", "optimizer.b2")),
+    "be in [0, 2**32)": (lambda x: 0 <= x < 2**32, ("seed",)),
     "be in (0, 1]": (lambda x: 0 < x <= 1, ("sample.top_p",)),
 }
 
@@ -94,6 +97,9 @@ def default_config() -> Config:
     config.eval_every = 250  # steps between evaluations on held-out text
     config.checkpoint_every = 250  # steps between checkpoints
     config.keep_checkpoints = 2  # how many of the newest to keep
+    # Whether steps wait until a checkpoint is on disk: a kill costs `checkpoint_every` steps at
+    # most. If False, they go on while it is written, and a kill before its end costs them too.
+    config.wait_for_checkpoints = True
     config.tensorboard = False  # also write metrics for TensorBoard (extra `tensorboard`)
 
     config.model = ConfigDict()
@@ -124,9 +130,11 @@ def default_config() -> Config:
     config.model.rope_base = 10_000.0  # of attention's rotary embeddings
 
     config.data = ConfigDict()
-    config.data.files = ()  # folders, files or globs: text, .jsonl, .parquet (extra `data`)
+    # Folders, files, globs: text and .jsonl, also in .gz, .bz2, .xz, .zst; .parquet (extra `data`).
+    config.data.files = ()
+    config.data.skip_bad_lines = False  # of .jsonl files: those without text; else an error
     config.data.exclude = ()  # fnmatch patterns of full paths to skip
-    config.data.heldout_files = ()  # as files; if empty, a fraction of the files
+    config.data.heldout_files = ()  # as files; if empty, a fraction of them, or of one file's text
     config.data.heldout_fraction = 0.05
     config.data.heldout_tokens = 65_536  # at most, per evaluation
     config.data.text_field = "text"  # of .jsonl and .parquet files
@@ -168,6 +176,10 @@ def check_config(config: Config) -> None:
         for name in names:
             if not good(values[name]):
                 raise ValueError(f"{name} must {wanted}, got {values[name]}")
+    try:
+        config.sample.prompt.encode()  # at the end of a run it would be too late
+    except (AttributeError, UnicodeEncodeError) as e:
+        raise ValueError(f"sample.prompt must be text, got {config.sample.prompt!r}") from e
     for name in ("accumulate", "data.streams"):
         if config.batch_size % values[name]:
             raise ValueError(

@@ -3,8 +3,7 @@
 An end token closes a document as a target and opens the next one as an input: the first token of a
 document is predicted from the end token alone, as in ``generate`` where the prompt is empty. So
 every target stays in the loss, none is predicted from another document, and losses are means over
-the same targets as those of a run whose documents see each other. Where a tokenizer's file turns
-text into the end token, that text parts documents too.
+the same targets as those of a run whose documents see each other.
 """
 
 from typing import Any

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from memcache_jax.sharding import AXES, make_mesh
 from memcache_jax.training.checkpoint import Checkpoints
 from memcache_jax.training.config import Config, check_config, to_json, with_choices_made
-from memcache_jax.training.corpus import ReplacedDocuments, load_corpus
+from memcache_jax.training.corpus import ReadingTroubles, load_corpus
 from memcache_jax.training.distributed import (
     all_agree,
     check_agreement,
@@ -27,6 +27,7 @@ from memcache_jax.training.distributed import (
     wait_for_all,
 )
 from memcache_jax.training.documents import separator
+from memcache_jax.training.durable import replace_file
 from memcache_jax.training.export import TOKENIZER_FILE
 from memcache_jax.training.metrics import MetricsWriter, Progress, read_metrics
 from memcache_jax.training.models import model_config
@@ -46,7 +47,6 @@ from memcache_jax.training.workdir import (
     check_workdir,
     lock_run,
     read_results,
-    replace_file,
 )
 
 _log = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ class _Run:
         self.optimizer = make_optimizer(config.optimizer, config.steps)
         self.graph, target = abstract_state(model, self.optimizer, mesh)
         self.corpus = load_corpus(config)
-        self.replaced = ReplacedDocuments(self.corpus.tokenizer)
+        self.troubles = ReadingTroubles(self.corpus)
         self.batches = Streams(
             self.corpus.train,
             self.corpus.tokenizer,
@@ -223,7 +223,7 @@ class _Run:
                             f"{row['heldout_bits_per_byte']:.3f} bits per byte, "
                             f"perplexity {row['heldout_perplexity']:.2f} per token"
                         )
-                        self.replaced.tell()
+                        self.troubles.tell()
                     if row and self.metrics is not None:
                         self.metrics.write(self.step, row)
                     # After the metrics: a run that resumes here does not write this line again.
@@ -260,6 +260,8 @@ class _Run:
             "since_line": self.since_line,
         }
         self.checkpoints.save(self.step, self.state, self.batches, notes)
+        if self.config.get("wait_for_checkpoints", True):
+            self.checkpoints.wait(for_digests=False)
 
     def _evaluate(self) -> dict[str, float]:
         return evaluate(

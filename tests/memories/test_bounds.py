@@ -1,6 +1,7 @@
 """Deep memories with a bound on their steps stay within it, whatever they are given."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +91,7 @@ def test_chunks_equal_tokens_where_steps_are_shortened(name):
 def test_a_long_bound_changes_no_bit():
     memory = mc.memories.Titans(4, expansion=2)
     inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 21, dim=DIM))
-    how = dict(aggregation=mc.GRM(), segmentation=mc.Constant(8))
+    how: Any = dict(aggregation=mc.GRM(), segmentation=mc.Constant(8))
     bare = mc.memory_caching(**inputs, memory=memory, **how)
     long = mc.memories.Titans(4, expansion=2, max_step_norm=1e6)
     np.testing.assert_array_equal(mc.memory_caching(**inputs, memory=long, **how), bare)
@@ -116,7 +117,8 @@ def test_a_layer_is_bounded_unless_told_otherwise():
             **options,
         )
 
-    bounded, bare = layer(), layer(bounded=False)
+    bounded: Any = layer()
+    bare: Any = layer(bounded=False)
     assert bounded.memory.max_step_norm == 1
     assert bare.memory.max_step_norm is None
     assert jnp.isfinite(nnx.jit(lambda layer, x: layer(x))(bounded, x)).all()
@@ -142,7 +144,7 @@ def test_a_layer_of_dla_forgets_unless_told_otherwise():
 
     @nnx.jit
     def reads(layer, x):
-        how = dict(memory=layer.memory, aggregation=mc.Residual(), start="checkpoint")
+        how: Any = dict(memory=layer.memory, aggregation=mc.Residual(), start="checkpoint")
         return mc.memory_caching(**layer.operands(x), **how, segmentation=mc.Constant(20_480))
 
     assert jnp.abs(reads(forgetting, x)).max() < 5

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from typing import Any
 
 import pytest
 from flax import nnx
@@ -30,6 +31,9 @@ from memcache_jax.training.models import model_config
         ("optimizer.learning_rate", float("nan")),
         ("optimizer.z_loss", -1.0),
         ("sample.max_new_tokens", -1),
+        ("sample.prompt", "\udcff"),
+        ("seed", -1),
+        ("seed", 2**32),
     ],
 )
 def test_bad_numbers_are_refused(key, value):
@@ -125,5 +129,6 @@ def test_a_configuration_of_before_there_were_the_keys(caplog):
     assert caplog.text.count("goes on without") == 3
     assert not config_differences(to_json(old), to_json(decided))
     (mixer,) = model_config(decided.model).mixers
-    assert "log_alpha" not in mixer.build(8, 2, rngs=nnx.Rngs(0)).controls
-    assert mixer.build(8, 2, rngs=nnx.Rngs(0)).memory.max_step_norm is None
+    layer: Any = mixer.build(8, 2, rngs=nnx.Rngs(0))
+    assert "log_alpha" not in layer.controls
+    assert layer.memory.max_step_norm is None

@@ -15,6 +15,7 @@ from memcache_jax.sharding import make_mesh
 from memcache_jax.training import default_config, train
 from memcache_jax.training.config import with_choices_made
 from memcache_jax.training.documents import document_ids, separator
+from memcache_jax.training.durable import DIGESTS_FILE
 from memcache_jax.training.models import model_options
 from memcache_jax.training.step import abstract_state
 from tests.training.runs import rows
@@ -106,7 +107,9 @@ def short_documents(config, tmp_path):
 
 
 def forget_the_key(workdir):
-    """Makes a run one of before there was the key."""
+    """Makes a run one of before there was the key, or digests."""
+    for path in workdir.rglob(DIGESTS_FILE):
+        path.unlink()
     for path in (workdir / "config.json", *workdir.glob("checkpoints/*/_CHECKPOINT_METADATA")):
         stored = json.loads(path.read_text())
         config = stored["custom_metadata"]["config"] if "custom_metadata" in stored else stored
