@@ -7,6 +7,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from memcache_jax.kernels._dispatch import interpreted
+from memcache_jax.kernels._platform import only_on_its_platform
 
 _SCOPED_VMEM = 16 * 2**20  # what a TPU kernel may use unless it asks for more
 _VMEM = 60 * 2**20  # what it may ask for: the smallest TPUs have 64
@@ -31,7 +32,7 @@ def tpu_call(
       **options: as for ``pl.pallas_call``.
     """
     limit = min(max(vmem_bytes, _SCOPED_VMEM), _VMEM)
-    return pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=tuple(dimension_semantics), vmem_limit_bytes=limit
@@ -39,6 +40,7 @@ def tpu_call(
         interpret=interpreted(),
         **options,
     )
+    return only_on_its_platform("pallas_tpu", call)
 
 
 def vmem_reason(*needs: tuple[str, int]) -> tuple[bool, str]:

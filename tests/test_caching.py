@@ -105,7 +105,7 @@ class TestErrors:
             )
         sizes: Any = (0, 4.0)
         for size in sizes:
-            with pytest.raises(ValueError, match=f"at least 1 token, got .*size={size}"):
+            with pytest.raises(ValueError, match=f"segment size must be .*, got {size}"):
                 mc.Constant(size)
         good: Any = dict(memory=self.MEMORY, aggregation=mc.GRM(), segmentation=mc.Constant(8))
         wrong: Any = dict(memory=mc.memories.Titans, aggregation=mc.GRM, segmentation=4)

@@ -27,6 +27,8 @@ class Control:
       per_head: for the axes ``"h"``, makes a layer's constants from the number of heads.
       forget: the value with which a token makes the memory forget everything before it, as at the
         beginning of a document: -inf for the log of a decay. None if no value does.
+      most: the largest value that has a meaning, such as 0 for the log of a decay. NumPy arrays are
+        checked; other arrays are not, for the host would have to wait for the device.
     """
 
     axes: str = "b t h"
@@ -36,9 +38,10 @@ class Control:
     optional: bool = False
     per_head: Callable[[int], Array] | None = None
     forget: float | None = None
+    most: float | None = None
 
 
-NEAR_ONE = Control(activation=jax.nn.log_sigmoid, bias=5.0, forget=-jnp.inf)
+NEAR_ONE = Control(activation=jax.nn.log_sigmoid, bias=5.0, forget=-jnp.inf, most=0.0)
 """The log of a decay per token and head that starts near one."""
 
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from memcache_jax._checks import check_integer, set_fields
 from memcache_jax._typing import Apply, Array, Bool, Controls, Float, Int, Matrices
 from memcache_jax.kernels.bands import gated, gelu
 from memcache_jax.kernels.decay import decay_matrix, start_decay
@@ -124,13 +125,13 @@ class DeepMemory(Memory):
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        if self.depth not in (1, 2):
+        sizes = {
+            size: check_integer(f"{size} of {name}", getattr(self, size))
+            for size in ("chunk_size", "expansion", "depth")
+        }
+        if sizes["depth"] > 2:
             raise ValueError(f"{name} has depth 1 or 2, got depth={self.depth}")
-        if self.chunk_size < 1 or self.expansion < 1:
-            raise ValueError(
-                f"{name} needs chunk_size >= 1 and expansion >= 1, got "
-                f"chunk_size={self.chunk_size}, expansion={self.expansion}"
-            )
+        set_fields(self, **sizes)
 
     @abc.abstractmethod
     def loss(self, prediction: Float[Array, "rows v"], value: Float[Array, "rows v"]) -> Array:
