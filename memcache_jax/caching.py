@@ -118,10 +118,10 @@ def memory_caching(
     )
     rows = (query, key, value, connector)
     division = Division.of(*((x, "b t h .") for x in rows), (document_ids, "b t"))
-    operands = alike((tokens, weights, document_ids))
+    tokens, initial, document_ids = alike((tokens, weights, document_ids))
     if division is None:
-        return one_pass(*operands, **how)
-    return over_mesh(division, *operands, exchange, **how)
+        return one_pass(tokens, initial, document_ids, **how)
+    return over_mesh(division, tokens, initial, document_ids, exchange, **how)
 
 
 def check_configuration(

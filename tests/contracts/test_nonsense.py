@@ -59,8 +59,7 @@ def language_model_config():
         mc.nn.MemoryCachingMixer(mc.memories.SSD(), mc.GRM(), mc.Constant(8)),
         mc.nn.AttentionMixer(window=8),
     )
-    shape: dict[str, Any] = dict(vocab_size=17, num_layers=2, features=8, num_heads=2, mlp_features=8)
-    return mc.nn.LanguageModelConfig(**shape, mixers=mixers)
+    return mc.nn.LanguageModelConfig(17, 2, features=8, num_heads=2, mlp_features=8, mixers=mixers)
 
 
 def constructors():
@@ -103,7 +102,8 @@ def constructors():
 def calls():
     """Public functions of arrays, and arguments that are right; within a trace."""
     whole = core()
-    rule: dict[str, Any] = {name: whole[name] for name in ("memory", "aggregation", "segmentation", "start")}
+    names = ("memory", "aggregation", "segmentation", "start")
+    rule: dict[str, Any] = {name: whole[name] for name in names}
     tokens = {name: whole[name] for name in ("query", "key", "value", "connector", "controls")}
     cached = rule | dict(weights=whole["weights"], max_segments=3, max_length=None)
     bounds = dict(policy="error", dtype="float32", cache_dtype=None, placement="device")
@@ -115,19 +115,20 @@ def calls():
     yield cache.reset, dict(rows=np.array([True, False]))
     yield cache.take, dict(rows=np.array([1, 0]))
 
-    host: dict[str, Any] = dict(use_bias=False, kernel_init=nnx.initializers.zeros, qkv_features=8, num_kv_heads=2)
+    host: dict[str, Any] = dict(use_bias=False, kernel_init=nnx.initializers.zeros)
+    host |= dict(qkv_features=8, num_kv_heads=2)
     host |= dict(dropout_rate=0.0, decode=False, kernel_metadata={}, qkv_dot_general=None)
-    made: dict[str, Any] = dict(in_features=8, num_heads=2, head_dim=4, dtype=None, param_dtype=jnp.float32)
-    made |= dict(axis_names=None, **host)
-    layers: dict[str, Any] = dict(connector="learned", distances=4, conv_width=4, implementation=None)
-    layers |= rule | dict(exchange="gather")
+    made: dict[str, Any] = dict(in_features=8, num_heads=2, head_dim=4, dtype=None)
+    made |= dict(param_dtype=jnp.float32, axis_names=None, **host)
+    layers: dict[str, Any] = dict(connector="learned", distances=4, conv_width=4)
+    layers |= rule | dict(implementation=None, exchange="gather")
     rngs = nnx.Rngs(0)
     yield (lambda **options: mc.nn.MemoryCaching(**options, rngs=rngs)), made | layers
     attention = dict(window=8, rope_base=1e4, implementation=None)
     yield (lambda **options: mc.nn.Attention(**options, rngs=rngs)), made | attention
 
-    x: dict[str, Any] = dict(x=rows(2, 16, 8), document_ids=None, inputs_v=None, inputs_k=None, cache=None)
-    x |= dict(segment_ids=None, positions=None, mask=None, is_causal=None, decode=None)
+    x: dict[str, Any] = dict(x=rows(2, 16, 8), document_ids=None, inputs_v=None, inputs_k=None)
+    x |= dict(cache=None, segment_ids=None, positions=None, mask=None, is_causal=None, decode=None)
     options: dict[str, Any] = dict(batch_size=2, max_length=32, sharding=None, max_segments=None)
     options |= dict(policy="error", cache_dtype=None, placement="device")
     for layer in (
