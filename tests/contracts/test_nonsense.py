@@ -4,6 +4,7 @@ Each argument of a call that is right is replaced in turn by values of all kinds
 run within one trace, so that nothing is compiled.
 """
 
+import functools
 import inspect
 import math
 import re
@@ -15,11 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from ml_collections import ConfigDict
 
 import memcache_jax as mc
 from memcache_jax.generation.sampling import Sampling
 from memcache_jax.memories import Memory
-from memcache_jax.training import preset_config
+from memcache_jax.training import default_config, model_config, preset_config
+from memcache_jax.training.config import check_config
+from memcache_jax.training.optimizer import make_optimizer
 
 LIBRARY = Path(mc.__file__).resolve().parent
 KERNELS = LIBRARY / "kernels"
@@ -215,6 +219,38 @@ def is_ours(error: Exception) -> bool:
         frame = frame.tb_next
     file = Path(frame.tb_frame.f_code.co_filename).resolve()
     return file == Path(__file__) or LIBRARY in file.parents or KERNELS.resolve() in file.parents
+
+
+def leaves(config, path=()):
+    """The paths of all keys of a configuration, those of its parts too."""
+    for key in config:
+        yield (*path, key)
+        if isinstance(config[key], ConfigDict):
+            yield from leaves(config[key], (*path, key))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_configurations():
+    """Each key of a configuration in turn."""
+    tally = Tally()
+    for i, (*parts, key) in enumerate(leaves(default_config())):
+        for value in (*NONSENSE[i % 2 :: 2], leaves):
+            plain = default_config().to_dict()
+            part = functools.reduce(dict.__getitem__, parts, plain)
+            part[key] = value
+            if value is leaves:
+                del part[key]
+            config = ConfigDict(plain)
+
+            def build(config=config):
+                check_config(config)
+                model_config(config.model)
+                make_optimizer(config.optimizer, config.steps)
+
+            tally.call(build, {}, f"{'.'.join((*parts, key))} = {value!r:.60}")
+    assert not tally.foreign, "\n".join(tally.foreign)
+    assert tally.made > 1500, tally.made
+    assert tally.refused > 0.8 * tally.made, tally.refused
 
 
 @pytest.mark.usefixtures("unchecked")
