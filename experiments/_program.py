@@ -31,8 +31,8 @@ def run(program: Callable[[], None], expected: tuple[type[Exception], ...] = EXP
             lacks = _of_ml_collections(e)
             if _DEBUG.value or not (lacks or isinstance(e, expected)):
                 raise
-            what = "the configuration lacks a key: " if lacks else ""
-            print(f"error: {what}{e}", file=sys.stderr, flush=True)
+            told = f"the configuration lacks the key {_one_line(e)}" if lacks else e
+            print(f"error: {told}", file=sys.stderr, flush=True)
             sys.exit(1)
 
     app.run(main, flags_parser=parse_flags)
@@ -53,16 +53,24 @@ def parse_flags(argv: list[str]) -> list[str]:
     except Exception as e:
         if "--debug" in argv:
             raise
-        what = type(e).__name__ if isinstance(e, (SyntaxError, ArithmeticError)) else ""
-        sys.exit(f"error: in the flags {' '.join(argv[1:])}: {what and f'{what}: '}{e}")
+        flags_given = " ".join(argv[1:])
+        sys.exit(f"error: in the flags {flags_given}: {type(e).__name__}: {_one_line(e)}")
+
+
+def _one_line(error: Any) -> str:
+    """What an error says, or the one that it holds, as those of ml_collections do."""
+    while isinstance(error, (AttributeError, KeyError)) and error.args:
+        error = error.args[0]
+    return " ".join(str(error).split())
 
 
 class ConfigFlag:
     """The flag ``--config=FILE``, and ``--config.KEY=VALUE`` for each key."""
 
-    def __init__(self) -> None:
-        self._flag = config_flags.DEFINE_config_file("config", lock_config=True)
-        flags.mark_flag_as_required("config")
+    def __init__(self, flag_values: flags.FlagValues = flags.FLAGS) -> None:
+        options: dict[str, Any] = dict(lock_config=True, flag_values=flag_values)
+        self._flag = config_flags.DEFINE_config_file("config", **options)
+        flags.mark_flag_as_required("config", flag_values)
 
     @property
     def value(self) -> Any:

@@ -55,7 +55,7 @@ _TRUNCATE = flags.DEFINE_enum(
 _CONTEXT_LENGTH = flags.DEFINE_integer(
     "context_length",
     None,
-    "Tokens of a context in the cloze tasks; the tasks' default if unset.",
+    "Tokens of a context in the cloze tasks; the tasks' own if unset.",
     1,
 )
 _METADATA = flags.DEFINE_string("metadata", "{}", "Options of tasks that generate data, as JSON.")
