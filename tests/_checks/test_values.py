@@ -1,6 +1,7 @@
 """Single values: what is taken as it is, what is made Python's own, and what is refused."""
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -23,7 +24,7 @@ def test_integers_of_arrays_are_integers(number):
         (mc.memories.Titans(number, expansion=number), mc.memories.Titans(8, expansion=8)),
         (mc.nn.AttentionMixer(window=number), mc.nn.AttentionMixer(window=8)),
     ]
-    shape = dict(num_layers=8, features=8, mlp_features=8)
+    shape: dict[str, Any] = dict(num_layers=8, features=8, mlp_features=8)
     made = mc.nn.LanguageModelConfig(number, number, number, number, mlp_features=number)
     pairs.append((made, mc.nn.LanguageModelConfig(8, num_heads=8, **shape)))
     for got, wanted in pairs:

@@ -240,7 +240,7 @@ def test_configurations():
             part[key] = value
             if value is leaves:
                 del part[key]
-            config = ConfigDict(plain)
+            config: Any = ConfigDict(plain)
 
             def build(config=config):
                 check_config(config)

@@ -2,6 +2,7 @@
 
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from absl import app, flags
@@ -96,14 +97,15 @@ def test_a_configuration_may_be_a_dict(start):
     told, (config,) = start("def get_config(): return {'steps': 3, 'model': {'window': 2}}")
     assert told == "error: the configuration lacks the key accumulate"
     assert isinstance(config, ConfigDict)
-    assert config.model.window == 2
+    assert config.to_dict() == {"steps": 3, "model": {"window": 2}}
 
 
 def test_what_a_program_asks_of_a_configuration_and_is_not_there(monkeypatch, capsys):
     monkeypatch.setattr(app, "run", lambda main, flags_parser: main(["program"]))
     monkeypatch.setattr(_program, "_DEBUG", SimpleNamespace(value=False))
+    config: Any = ConfigDict(dict(width=3))
     with pytest.raises(SystemExit):
-        _program.run(lambda: ConfigDict(dict(width=3)).widths)
+        _program.run(lambda: config.widths)
     assert capsys.readouterr().err.startswith("error: the configuration lacks the key 'widths'")
     with pytest.raises(AttributeError):  # a bug is shown as one
         _program.run(lambda: object().widths)  # pyright: ignore
