@@ -27,7 +27,7 @@ def check_attention(window: Any, rope_base: Any, implementation: Any) -> tuple[A
     _checks.check_choice("implementation", implementation, (None, "xla", "cudnn"))
     window = _checks.check_integer("window", window, optional=True)
     wanted = "a finite number > 0"
-    return window, _checks.check_number("rope_base", rope_base, wanted, lambda x: x > 0)
+    return window, float(_checks.check_number("rope_base", rope_base, wanted, lambda x: x > 0))
 
 
 class Attention(nnx.Module):

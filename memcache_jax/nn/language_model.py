@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from memcache_jax._checks import check_instance, check_integer, check_tokens
+from memcache_jax._checks import check_array, check_instance, check_integer, check_tokens
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.kernels._dispatch import WRITTEN
 from memcache_jax.nn.block import Period
@@ -261,6 +261,11 @@ class LanguageModel(nnx.Module):
 
     def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
         """Returns the output layer's logits, in float32 or wider."""
+        shape, _ = check_array("hidden", hidden)
+        if shape[-1:] != (self.config.features,):
+            raise ValueError(
+                f"hidden must be (..., d) with d = features = {self.config.features}, got {shape}"
+            )
         if self.config.tie_embeddings:
             table = self.embedding.embedding[...]
             logits = self.embedding.attend(hidden, product_sharding(hidden, table, 0))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import memcache_jax as mc
-from memcache_jax._checks import check_choice
+from memcache_jax._checks import check_choice, check_instance
 from memcache_jax.memories import Memory
 from memcache_jax.nn import AttentionMixer, LanguageModelConfig, MemoryCachingMixer, Mixer
 from memcache_jax.training.config import Config, check_keys, default_config
@@ -54,6 +54,7 @@ def model_options(model: LanguageModelConfig) -> Config:
     Raises:
       ValueError: if the mixers have different memories or attention windows.
     """
+    check_instance("model", model, LanguageModelConfig, "an mc.nn.LanguageModelConfig")
     options = default_config().model
     for name in _MODEL:
         options[name] = getattr(model, name)

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 import memcache_jax as mc
 from memcache_jax.generation.sampling import Sampling
 from memcache_jax.memories import Memory
-from memcache_jax.training import default_config, model_config, preset_config
+from memcache_jax.training import default_config, model_config, model_options, preset_config
 from memcache_jax.training.config import check_config
 from memcache_jax.training.optimizer import make_optimizer
 
@@ -97,6 +97,7 @@ def constructors():
         dict(name="titans_ssc", size="tiny", segment=8, vocab_size=17, mlp_features=0),
     )
     yield preset_config, dict(name="titans_ssc", size="tiny")
+    yield model_options, dict(model=mc.presets.language_model("titans", "tiny"))
     yield mc.sharding.make_mesh, dict(sizes=dict(data=-1), slices=1, devices=jax.devices())
     for axis in mc.sharding.AXES:
         yield (lambda size, axis=axis: mc.sharding.make_mesh({axis: size})), dict(size=-1)
@@ -146,11 +147,17 @@ def calls():
     ids = dict(tokens=np.ones((2, 16), np.int32))
     yield (lambda config: mc.nn.LanguageModel(config, rngs=rngs)), dict(config=model.config)
     yield model, ids | dict(document_ids=None, cache=None, segment_ids=None, positions=None)
+    yield model.logits, dict(hidden=rows(2, 16, 8))
     yield model.hidden, ids | dict(document_ids=None)
     yield model.gates, ids
     yield model.init_cache, options
     streams = model.init_cache(2, 32)
     yield model.extend, ids | dict(cache=streams, lengths=None)
+    yield mc.nn.cache_table, dict(model=model, cache=streams, tokens=10)
+    yield mc.nn.cache_bytes, dict(cache=streams)
+    mesh = mc.sharding.make_mesh(dict(data=-1))
+    yield mc.sharding.batch_sharding, dict(mesh=mesh)
+    yield mc.sharding.param_shardings, dict(state=nnx.state(model), mesh=mesh)
     yield streams.reset, dict(rows=np.array([True, False]))
     yield streams.take, dict(rows=np.array([1, 0]))
     yield (
