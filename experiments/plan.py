@@ -21,18 +21,18 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
 from experiments._advice import changes
+from experiments._compilers import check_topology
+from experiments._program import ConfigFlag, run
 
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+_CONFIG = ConfigFlag()
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Kind of TPU and shape of the slice, such as v5e:16x16.", required=True
 )
 _JSON = flags.DEFINE_string("json", None, "File to write the numbers to.")
 _QUICK = flags.DEFINE_bool("quick", False, "Compile with less effort: faster, with similar memory.")
-flags.mark_flag_as_required("config")
 
 GIB = 2**30
 HBM = {"v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB, "v4": 32 * GIB}
@@ -71,6 +71,7 @@ def plan(config: Any, topology: str, *, quick: bool = False) -> dict[str, Any]:
     from memcache_jax.training.step import abstract_state, make_eval_step, make_train_step
 
     check_config(config)
+    check_topology(topology)
     config = with_choices_made(config)
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
@@ -191,15 +192,10 @@ def describe(config: Any, report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> None:
+def program() -> None:
     """Prints the report."""
-    if len(argv) > 1:
-        raise app.UsageError(f"expected only flags, got {' '.join(argv[1:])}")
     config = _CONFIG.value
-    try:
-        report = plan(config, _TOPOLOGY.value, quick=_QUICK.value)
-    except ValueError as e:
-        sys.exit(f"error: {e}")
+    report = plan(config, _TOPOLOGY.value, quick=_QUICK.value)
     print(describe(config, report), flush=True)
     if _JSON.value:
         with open(_JSON.value, "w") as file:
@@ -209,4 +205,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(program)

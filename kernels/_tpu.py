@@ -8,6 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from memcache_jax.kernels._dispatch import interpreted
+from memcache_jax.kernels._platform import only_on_its_platform
 
 _SCOPED_VMEM = 16 * 2**20  # what a TPU kernel may use unless it asks for more
 _VMEM = 60 * 2**20  # what it may ask for: the smallest TPUs have 64
@@ -44,6 +45,7 @@ def tpu_call(
         interpret=interpreted(),
         **options,
     )
+    return only_on_its_platform("pallas_tpu", call)
 
     def call(*args: Any) -> Any:
         config: Any = jax.config

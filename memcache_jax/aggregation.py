@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from memcache_jax._checks import check_choice
+from memcache_jax._checks import check_choice, check_integer, set_fields, shown
 from memcache_jax._typing import Array, Float, Matrices
 from memcache_jax.engine.read import Bank, Live
 from memcache_jax.engine.types import Candidates, LivePart, OfBlocks, OfTokens, Selection
@@ -184,9 +184,11 @@ class GRM(Aggregation):
     pooling: str = "mean"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.gate, Gate) and self.gate not in GATES:
+        known = isinstance(self.gate, str) and self.gate in GATES
+        if not known and not isinstance(self.gate, Gate):
             raise ValueError(
-                f"gate must be one of {list(GATES)} or an instance of mc.Gate, got {self.gate!r}"
+                f"gate must be one of {list(GATES)} or an instance of mc.Gate, got "
+                f"{shown(self.gate)}"
             )
         check_choice("pooling", self.pooling, ("mean", "sum"))
 
@@ -241,8 +243,7 @@ class SSC(GRM):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("inner", self.inner, ("grm", "soup"))
-        if self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        set_fields(self, top_k=check_integer("top_k", self.top_k))
 
     @property
     def mixes(self) -> bool:

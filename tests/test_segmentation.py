@@ -46,5 +46,5 @@ def test_lengths_are_segments_of_several_blocks():
         mc.Lengths((8, 4, 12)).plan(25)
     with pytest.raises(ValueError, match="at least one segment"):
         mc.Lengths(())
-    with pytest.raises(ValueError, match="at least 1 token"):
+    with pytest.raises(ValueError, match="length must be at least 1, got 0"):
         mc.Lengths((8, 0))

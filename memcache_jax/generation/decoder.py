@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from memcache_jax._checks import check_lengths
+from memcache_jax._checks import check_instance, check_lengths, check_mapping
 from memcache_jax._typing import Array, Int
 from memcache_jax.generation.generate import extend_logits
 from memcache_jax.generation.prompts import buffer_size, check_prompt, longest
@@ -64,11 +64,12 @@ class Decoder:
         key: Array | None = None,
         cache: Mapping[str, Any] | None = None,
     ) -> None:
+        check_instance("model", model, LanguageModel, "an mc.nn.LanguageModel")
         self._sampling = Sampling(temperature, top_k, top_p)
         self._key = self._sampling.check_key(key)
         self._model = model
         self._graph, self._state = nnx.split(model)
-        self._cache = model.init_cache(batch_size, max_length, **(cache or {}))
+        self._cache = model.init_cache(batch_size, max_length, **check_mapping("cache", cache))
         self._logits: Array | None = None
         self._drawn = 0
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from memcache_jax._checks import check_lengths
+from memcache_jax._checks import check_integer, check_lengths, check_mapping, shown
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.generation.prompts import buffer_size, check_prompt, check_stop, longest
 from memcache_jax.generation.sampling import Sampling, sample
@@ -72,10 +72,11 @@ def generate(
       >>> mc.generate(model, jnp.array([[72, 105]]), max_new_tokens=5, temperature=0).shape
       (1, 7)
     """
+    if not callable(model):
+        raise ValueError(f"model must be a module or a function of tokens, got {shown(model)}")
     tokens = check_prompt(prompt, model)
     counts = jnp.asarray(check_lengths(lengths, tokens.shape, least=1), jnp.int32)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    max_new_tokens = check_integer("max_new_tokens", max_new_tokens)
     sampling = Sampling(temperature, top_k, top_p)
     key = sampling.check_key(key)
     stops = check_stop(stop_token, model)
@@ -83,8 +84,9 @@ def generate(
     total = length + max_new_tokens
     most = longest(model)
     size = buffer_size(total - 1, most)  # the last token is drawn, but not appended
+    options = check_mapping("cache", cache)
     if cache is not None:
-        _check_cache(model, cache, len(tokens), size, int(counts.max()), max_new_tokens)
+        _check_cache(model, options, len(tokens), size, int(counts.max()), max_new_tokens)
     padding = buffer_size(length, most) - length
     graph, state = nnx.split(model) if isinstance(model, nnx.Module) else (model, None)
     new = _continue(
@@ -97,7 +99,7 @@ def generate(
         max_new_tokens,
         size=size,
         model=graph,
-        cache=tuple(sorted((cache or {}).items())),
+        cache=tuple(sorted(options.items())),
         **sampling.static,
     )
     result = jnp.pad(tokens, ((0, 0), (0, max_new_tokens)))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from memcache_jax._checks import as_numpy, check_ids, shown
 from memcache_jax._typing import Array, Int
 from memcache_jax.segmentation import Segmentation
 
@@ -35,14 +36,14 @@ def longest(model: Any) -> int | None:
 def check_prompt(prompt: jax.typing.ArrayLike, model: Any) -> Int[Array, "b t"]:
     """Returns the prompt as int32, or raises ValueError."""
     traced = isinstance(prompt, Tracer)
-    array: Any = prompt if traced else np.asarray(prompt)
+    array: Any = prompt if traced else as_numpy("prompt", prompt)
     shape, dtype = array.shape, array.dtype
     if len(shape) != 2 or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(f"prompt must be integers of shape (b, t), got {dtype} {shape}")
     if 0 in shape:
         raise ValueError(f"prompt must not be empty, got shape {shape}")
     if not traced:
-        _check_ids("prompt", int(array.min()), int(array.max()), model)
+        check_ids("prompt", int(array.min()), int(array.max()), _vocabulary(model))
     return jnp.asarray(array.astype(jnp.int32))
 
 
@@ -51,18 +52,16 @@ def check_stop(stop_token: int | Sequence[int] | None, model: Any) -> Int[Array,
 
     They are filled up with -1, which is no token, so that few numbers of them are compiled.
     """
-    stops = [] if stop_token is None else np.atleast_1d(stop_token).tolist()
-    if stops:
-        _check_ids("stop_token", min(stops), max(stops), model)
-    size = max(_SMALLEST_STOPS, 1 << (len(stops) - 1).bit_length())
-    return jnp.array(stops + [-1] * (size - len(stops)), jnp.int32)
+    stops = np.zeros(0, int) if stop_token is None else as_numpy("stop_token", stop_token)
+    if stops.ndim > 1 or (stops.size and not np.issubdtype(stops.dtype, np.integer)):
+        raise ValueError(f"stop_token must be a token id or several, got {shown(stop_token)}")
+    if stops.size:
+        check_ids("stop_token", int(stops.min()), int(stops.max()), _vocabulary(model))
+    size = max(_SMALLEST_STOPS, 1 << (stops.size - 1).bit_length())
+    stops = np.pad(stops.reshape(-1), (0, size - stops.size), constant_values=-1)
+    return jnp.asarray(stops, jnp.int32)
 
 
-def _check_ids(name: str, smallest: int, largest: int, model: Any) -> None:
-    """Raises ValueError for ids outside the model's vocabulary."""
-    limit = getattr(getattr(model, "config", None), "vocab_size", 2**31)
-    if smallest < 0 or largest >= limit:
-        raise ValueError(
-            f"{name} must hold token ids from 0 to {limit - 1}, "
-            f"got {smallest if smallest < 0 else largest}"
-        )
+def _vocabulary(model: Any) -> int:
+    """The number of token ids, of models that tell it."""
+    return getattr(getattr(model, "config", None), "vocab_size", 2**31)

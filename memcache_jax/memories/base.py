@@ -28,6 +28,8 @@ class Control:
       per_head: for the axes ``"h"``, makes a layer's constants from the number of heads.
       forget: the value with which a token makes the memory forget everything before it, as at the
         beginning of a document: -inf for the log of a decay. None if no value does.
+      most: the largest value that has a meaning, such as 0 for the log of a decay. NumPy arrays are
+        checked; other arrays are not, for the host would have to wait for the device.
     """
 
     axes: str = "b t h"
@@ -38,6 +40,7 @@ class Control:
     learned: bool | None = None
     per_head: Callable[[int], Array] | None = None
     forget: float | None = None
+    most: float | None = None
 
     @property
     def is_learned(self) -> bool:
@@ -45,7 +48,7 @@ class Control:
         return not self.optional if self.learned is None else self.learned
 
 
-NEAR_ONE = Control(activation=jax.nn.log_sigmoid, bias=5.0, forget=-jnp.inf)
+NEAR_ONE = Control(activation=jax.nn.log_sigmoid, bias=5.0, forget=-jnp.inf, most=0.0)
 """The log of a decay per token and head that starts near one."""
 
 

@@ -8,13 +8,14 @@ matrix products.
 
 import abc
 import dataclasses
-import math
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from memcache_jax._checks import check_integer, set_fields
 from memcache_jax._typing import Apply, Array, Bool, Controls, Float, Int, Matrices
 from memcache_jax.kernels.bands import gated, gelu
 from memcache_jax.kernels.decay import decay_matrix, start_decay
@@ -134,17 +135,17 @@ class DeepMemory(Memory):
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        if self.depth not in (1, 2):
+        sizes = {
+            size: check_integer(f"{size} of {name}", getattr(self, size))
+            for size in ("chunk_size", "expansion", "depth")
+        }
+        if sizes["depth"] > 2:
             raise ValueError(f"{name} has depth 1 or 2, got depth={self.depth}")
-        if self.chunk_size < 1 or self.expansion < 1:
-            raise ValueError(
-                f"{name} needs chunk_size >= 1 and expansion >= 1, got "
-                f"chunk_size={self.chunk_size}, expansion={self.expansion}"
-            )
-        if self.max_step_norm is not None and not 0 < self.max_step_norm < math.inf:
-            raise ValueError(
-                f"max_step_norm must be positive and finite, or None, got {self.max_step_norm}"
-            )
+        set_fields(self, **sizes)
+        if self.max_step_norm is not None:
+            name = f"max_step_norm of {name}"
+            bound = check_number(name, self.max_step_norm, "positive, or None", lambda x: x > 0)
+            set_fields(self, max_step_norm=bound)
 
     def bounded(self) -> "DeepMemory":
         """The rule with a bound on its steps, 1 if it has none yet."""
@@ -204,7 +205,7 @@ class DeepMemory(Memory):
             return self.loss(self.read(weights, key[None]), value[None])
 
         gradient = jax.grad(loss)(anchor.weights)
-        eta = self._bounded_rate(controls, sum(jnp.sum(g**2) for g in gradient))
+        eta = self._bounded_rate(controls, [jnp.sum(g**2) for g in gradient])
         change = jax.tree.map(lambda g: -eta * g, gradient)
         momentum = state.momentum
         if momentum:
@@ -252,7 +253,7 @@ class DeepMemory(Memory):
         """``write``, where only tokens of the same document see each other."""
         inputs, deltas = self._inner_gradient(anchor.weights, key, value)
         pairs = zip(inputs, deltas, strict=True)
-        squares = sum(jnp.sum(x**2, axis=1) * jnp.sum(delta**2, axis=1) for x, delta in pairs)
+        squares = [jnp.sum(x**2, axis=1) * jnp.sum(delta**2, axis=1) for x, delta in pairs]
         controls = {**controls, "eta": self._bounded_rate(controls, squares)}
         of_weights, *of_momentum = self._coefficients(controls, same)
         chunk = DeepChunk(start=state, inputs=inputs, deltas=deltas, **of_weights._asdict())
@@ -273,17 +274,19 @@ class DeepMemory(Memory):
             mixing=jnp.stack([part.mixing[-1] for part in parts]),
         )
 
-    def _bounded_rate(self, controls: Controls, squares: Float[Array, "*m"]) -> Float[Array, "*m"]:
-        """eta, or less where a step, eta times a gradient of squared length, would be too long."""
+    def _bounded_rate(
+        self, controls: Controls, squares: Sequence[Float[Array, "*m"]]
+    ) -> Float[Array, "*m"]:
+        """eta, or less where steps would be too long, from each layer's squared gradients."""
         eta = controls["eta"]
         if self.max_step_norm is None:
             return eta
         limit = jnp.full_like(eta, self.max_step_norm)
         if "log_beta" in self.controls:
             limit *= -jnp.expm1(controls["log_beta"])
-        squares = eta**2 * squares
-        long = squares > limit**2
-        return jnp.where(long, eta * limit * jax.lax.rsqrt(jnp.where(long, squares, 1)), eta)
+        square = eta**2 * functools.reduce(jnp.add, squares)
+        long = square > limit**2
+        return jnp.where(long, eta * limit * jax.lax.rsqrt(jnp.where(long, square, 1)), eta)
 
     def _coefficients(
         self, controls: Controls, same: Bool[Array, "m m"] | None

@@ -49,7 +49,7 @@ class Titans(DeepMemory):
         """log_alpha (weight decay, near 0), log_beta (momentum), eta (step size)."""
         return {
             "log_alpha": NEAR_ONE,
-            "log_beta": Control(activation=jax.nn.log_sigmoid, bias=0.0),
+            "log_beta": Control(activation=jax.nn.log_sigmoid, bias=0.0, most=0.0),
             "eta": Control(activation=jax.nn.softplus, bias=-2.0, scale=1.0 / self.chunk_size),
         }
 

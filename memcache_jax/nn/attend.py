@@ -132,7 +132,7 @@ def attend_stream(
     (batch, length), past = query.shape[:2], cache.key.shape[-2]
     place = cache.position[:, None] + jnp.arange(length)[None]
     query, key = (rotate(rows, rope_base, place) for rows in (query, key))
-    most = past if window is None else _checks.MOST_TOKENS
+    most = past if window is None else _checks.LARGEST
     token = jnp.arange(length)[None]
     counts, fits = token < lengths[:, None], token < most - cache.position[:, None]
     if window is None:

@@ -25,6 +25,21 @@ from memcache_jax.streaming import check_options, extend, init_cache
 from memcache_jax.streaming.protocol import placed
 
 
+def check_layer(
+    memory: Any,
+    aggregation: Any,
+    segmentation: Any,
+    start: Any,
+    connector: Any,
+    implementation: Any,
+    exchange: Any,
+) -> None:
+    """Raises ValueError for arguments of ``MemoryCaching`` that no layer can have."""
+    check_configuration(memory, aggregation, segmentation, start, implementation)
+    _checks.check_choice("connector", connector, ("learned", "query"))
+    _checks.check_choice("exchange", exchange, get_args(Exchange))
+
+
 class MemoryCaching(Projections):
     """A recurrent memory with cached segment states, as a token mixer.
 
@@ -99,12 +114,13 @@ class MemoryCaching(Projections):
         rngs: nnx.Rngs,
         **host: Unpack[HostOptions],
     ) -> None:
-        check_configuration(memory, aggregation, segmentation, start, implementation)
-        _checks.check_choice("connector", connector, ("learned", "query"))
-        if distances < 2:
-            raise ValueError(f"distances must be at least 2, got {distances}")
-        _checks.check_choice("exchange", exchange, get_args(Exchange))
-        memory = memory.bounded() if bounded else memory
+        check_layer(memory, aggregation, segmentation, start, connector, implementation, exchange)
+        memory = memory.bounded() if _checks.check_flag("bounded", bounded) else memory
+        distances = _checks.check_integer("distances", distances, 2)
+        conv_width = _checks.check_integer("conv_width", conv_width)
+        _checks.check_dtype("dtype", dtype, optional=True)
+        _checks.check_dtype("param_dtype", param_dtype)
+        in_features, num_heads = _checks.check_sizes(in_features=in_features, num_heads=num_heads)
         name = type(self).__name__
         head_dim, projections = read_host_options(name, in_features, num_heads, head_dim, **host)
         with naming(axis_names):
@@ -247,7 +263,7 @@ class MemoryCaching(Projections):
         Raises:
           ValueError: as ``mc.init_cache``.
         """
-        _checks.check_sizes(batch_size=batch_size)
+        batch_size = _checks.check_integer("batch_size", batch_size)
         check_options(options)
         dtype = self.param_dtype if self.dtype is None else self.dtype
 
@@ -291,7 +307,9 @@ class MemoryCaching(Projections):
         rows = [linear(x) for linear, _ in self._paths]
         tokens: Any = *((row, "b . h") for row in rows), (cache.tails[0], "b . h")
         division = Division.of(*tokens, heads=self.num_heads)
-        counts = jnp.full(len(x), x.shape[1]) if lengths is None else lengths
+        counts = jnp.full(len(x), x.shape[1])
+        if lengths is not None:
+            lengths = counts = jnp.asarray(_checks.check_lengths(lengths, x.shape[:2]))
         paths = zip(self._paths, rows, cache.tails, strict=True)
         new = [conv.extend(row, tail, counts, division) for (_, conv), row, tail in paths]
         (query, key, value), tails = zip(*new, strict=True)

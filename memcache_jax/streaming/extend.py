@@ -85,11 +85,12 @@ def extend(
       >>> bool(abs(rest - whole[:, 90:]).max() < 1e-4)
       True
     """
+    _checks.check_instance("cache", cache, Cache, "what mc.init_cache or mc.extend returns")
     config = cache.config
     config.check_same(
         memory=memory, aggregation=aggregation, segmentation=segmentation, start=start
     )
-    memory, controls = config.memory, dict(controls or {})
+    memory, controls = config.memory, _checks.check_mapping("controls", controls)
     check_arguments(
         *(query, key, value, connector, memory, controls, None),
         *(config.aggregation, config.segmentation, None),
@@ -99,14 +100,15 @@ def extend(
         axes = f"b, t, h, {name[0]} of the cache"
         _checks.check_shape(name, rows, (*key.shape[:2], heads, dim), axes)
     _checks.check_room(cache.position, key.shape[:2], lengths, config.max_length)
-    cache = cache if weights is None else cache.with_weights(weights)
-    lengths = jnp.full(len(query), query.shape[1]) if lengths is None else jnp.asarray(lengths)
+    if weights is not None:
+        cache = cache.with_weights(_checks.check_mapping("weights", weights))
+    counts = jnp.full(len(query), query.shape[1]) if lengths is None else jnp.asarray(lengths)
     some: Any = connector  # or None, which has no arrays to divide
-    cache, tokens, lengths = alike((cache, Tokens(query, key, value, some, controls), lengths))
+    cache, tokens, counts = alike((cache, Tokens(query, key, value, some, controls), counts))
     rows = ((x, "b . h .") for x in (query, key, value, connector))
     division = Division.of(*rows, (cache.position, "b"), (cache.key_sum, "b h . ."))
     if division is None:
-        return _extend(cache, tokens, lengths)
+        return _extend(cache, tokens, counts)
     if config.placement == "host":  # where a row's heads lie side by side
         division = division.whole("h")
     row: Any = "b . h ."
@@ -115,7 +117,7 @@ def extend(
     }
     of_cache = cache.letters()
     letters = of_cache, Tokens(row, row, row, row, of_controls), "b"
-    return division.run(_extend, (cache, tokens, lengths), letters, (row, of_cache))
+    return division.run(_extend, (cache, tokens, counts), letters, (row, of_cache))
 
 
 def _extend(cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]) -> tuple[Array, Cache]:
@@ -144,7 +146,7 @@ def _extend(cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]) -> tuple[Arr
     else:
         cache, _, y = _repeat(single, count, carry)
     # Where positions end nothing advances: what is left of a call has not been taken.
-    token, room = jnp.arange(count)[None], _checks.MOST_TOKENS - carry[0].position[:, None]
+    token, room = jnp.arange(count)[None], _checks.LARGEST - carry[0].position[:, None]
     beyond = (token >= room) & (token < lengths[:, None])
     y = jnp.where(beyond[:, None, :, None], jnp.nan, y)
     return jnp.moveaxis(y, 1, 2).astype(value.dtype), cache

@@ -101,6 +101,7 @@ class Piece(Layout):
     def write(self, how: Writing, rows: Rows) -> tuple[State, Views]:
         """Writes the tokens into each track. Only track 0, the live one, is read."""
         bad, rows = rows.bad, rows._replace(bad=None)
+        assert bad is not None
         chunk = jax.tree.map(lambda x: x[:, :, 0, 0], rows)
         states = self.cache.state, self.cache.anchor
 

@@ -3,11 +3,19 @@
 import functools
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_dict
+
+from memcache_jax._checks import (
+    check_flag,
+    check_instance,
+    check_integer,
+    check_number,
+    shown,
+)
 
 if TYPE_CHECKING:
     Config = Any  # ConfigDict says of every attribute that it may be anything but a ConfigDict
@@ -64,6 +72,9 @@ _OPEN = {
     "model.bounded": "the steps of deep memories have no bound",
     "model.memory.decay": "DLA forgets nothing",
 }
+# Parts whose keys depend on what they name.
+_FREE = ("model.memory", "model.aggregation", "model.segmentation", "optimizer.arguments")
+
 # Keys that runs of earlier versions lack, with the values they used.
 _ADDED = {"data.streams": 1, "optimizer.name": "adamw"} | dict.fromkeys(_OPEN, False)
 
@@ -166,11 +177,12 @@ def default_config() -> Config:
 
 
 def check_config(config: Config) -> None:
-    """Checks the values that no later code checks.
+    """Checks the keys, the kinds of all values, and the values that no later code checks.
 
     Raises:
-      ValueError: if a value is out of range.
+      ValueError: for a key that is unknown or missing, or a value of another kind or out of range.
     """
+    check_keys(config, default_config())
     values = flatten_dict(to_json(config), sep=".")
     for wanted, (good, names) in _LIMITS.items():
         for name in names:
@@ -188,9 +200,75 @@ def check_config(config: Config) -> None:
             )
 
 
+def check_keys(
+    config: Any,
+    default: Config,
+    prefix: str = "",
+    *,
+    optional: Collection[str] = (),
+    others: bool = False,
+) -> None:
+    """Raises ValueError unless a configuration has the keys of the default one, and their kinds.
+
+    Args:
+      config: the configuration, or a part of it.
+      default: the default one, or the same part.
+      prefix: what names of keys begin with, such as ``"model."``.
+      optional: keys that may be missing.
+      others: whether there may be keys that the default one has not.
+    """
+    if not isinstance(config, (ConfigDict, Mapping)):
+        what = f"{prefix[:-1]} " if prefix else "the configuration "
+        raise ValueError(f"{what}must be a ConfigDict, got {shown(config)}")
+    unknown = sorted(map(str, set(config) - set(default)))
+    if unknown and not others:
+        raise ValueError(
+            f"the configuration has the unknown key {prefix}{unknown[0]}; known are "
+            f"{', '.join(prefix + key for key in default)}"
+        )
+    for key in default:
+        name = prefix + key
+        if key not in config:
+            if key in optional:
+                continue
+            raise ValueError(f"the configuration lacks the key {name}")
+        value = config[key]
+        if name in _FREE and not isinstance(value, (ConfigDict, Mapping)):
+            raise ValueError(f"{name} must be a ConfigDict, got {shown(value)}")
+        if name in _FREE:
+            continue
+        if isinstance(default[key], ConfigDict):
+            check_keys(value, default[key], f"{name}.")
+        elif value is not None or default[key] is not None:
+            _check_kind(name, value, default.get_type(key))
+
+
+def _check_kind(name: str, value: Any, kind: type) -> None:
+    """Raises ValueError unless a value is of the kind that a key has."""
+    if kind is bool:
+        check_flag(name, value)
+    elif kind is int:
+        check_integer(name, value, -(2**63), most=2**63 - 1)
+    elif kind is float:
+        check_number(name, value)
+    elif kind is str:
+        check_instance(name, value, str, "a string")
+    else:
+        strings = isinstance(value, (tuple, list)) and all(isinstance(x, str) for x in value)
+        if not strings:
+            raise ValueError(f"{name} must be a tuple of strings, got {shown(value)}")
+
+
 def to_json(config: Config) -> dict[str, Any]:
-    """Returns the configuration as plain JSON types, from which ``ConfigDict`` restores it."""
-    return json.loads(config.to_json())
+    """Returns the configuration as plain JSON types, from which ``ConfigDict`` restores it.
+
+    Raises:
+      ValueError: for values that are none.
+    """
+    try:
+        return json.loads(config.to_json())
+    except TypeError as e:
+        raise ValueError(f"the configuration must hold numbers, strings and the like: {e}") from e
 
 
 def with_choices_made(config: Config, notes: Mapping[str, Any] | None = None) -> Config:

@@ -124,12 +124,12 @@ def test_parts_of_a_mesh(name, start, exchange):
 def test_kernels(name):
     memory = MEMORIES[name]
     how: Any = dict(aggregation=mc.SSC(top_k=1), segmentation=mc.Constant(SIZE))
+    how["implementation"] = "pallas_tpu"
     inputs = make_inputs(memory, LENGTH, heads=2, dtype=np.float32)
 
     @jax.jit
     def run(inputs):
-        kernel = dict(implementation="pallas_tpu")
-        return {"kernel": mc.memory_caching(**inputs, memory=memory, **how, **kernel)}
+        return {"kernel": mc.memory_caching(**inputs, memory=memory, **how)}
 
     with interpret_kernels():
         check(run, inputs, memory)

@@ -71,7 +71,7 @@ def test_chunks_equal_tokens_where_steps_are_shortened(name):
     inputs["value"] *= 10
     inputs = jax.tree.map(jnp.asarray, inputs)
 
-    def run(memory, implementation=None, start="checkpoint"):
+    def run(memory, implementation=None, start: Any = "checkpoint"):
         return mc.memory_caching(
             **inputs,
             memory=memory,

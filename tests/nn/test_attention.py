@@ -55,7 +55,7 @@ def test_a_stream_ends_where_positions_do(window, length):
     [
         (dict(num_heads=3), "num_heads=3 must divide in_features=16"),
         (dict(head_dim=5), "even head_dim, got 5"),
-        (dict(window=0), "window must be at least 1 token, got 0"),
+        (dict(window=0), "window must be at least 1, got 0"),
     ],
 )
 def test_arguments_that_do_not_fit(options, message):

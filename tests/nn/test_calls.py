@@ -176,7 +176,7 @@ def test_an_unknown_keyword_or_no_input():
     with pytest.raises(TypeError, match="unexpected keyword argument 'bias'"):
         layer(tokens(9), bias=1)
     for call in (dict(), dict(x=tokens(9), inputs_q=tokens(9))):
-        with pytest.raises(TypeError, match="give the input once"):
+        with pytest.raises(ValueError, match="give the input once"):
             layer(**call)
     with pytest.raises(TypeError, match="unexpected keyword argument 'decode'"):
         language_model()(jnp.zeros((1, 3), int), decode=False)  # pyright: ignore

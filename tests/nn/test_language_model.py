@@ -201,3 +201,24 @@ def test_a_model_sees_one_document(mixers, options, tolerance):
     tokens = np.random.default_rng(0).integers(0, 19, (1, length))
     together = outputs(params, tokens, ids)
     assert_close(together, outputs(params, tokens[:, border:], None), tolerance)
+
+
+@pytest.mark.parametrize("types", ["Auto", "Explicit"])
+def test_ids_outside_the_vocabulary(types):
+    model = make(num_layers=1, mixers=(mc.nn.AttentionMixer(),))
+    wrong = jnp.tile(ids(), (2, 1)).at[0, 5].set(-1).at[1, 3].set(19)
+    hidden = jax.jit(lambda model, tokens: model.hidden(tokens))
+    for outside, calls in ((wrong[:1], "got -1"), (wrong[1:2], "got 19")):
+        for call in (model, model.hidden):
+            with pytest.raises(ValueError, match=f"ids from 0 to 18, {calls}"):
+                call(outside)
+    if types == "Explicit":
+        mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+        with jax.set_mesh(mesh):
+            got = hidden(model, jax.device_put(wrong, P("data")))
+    else:
+        got = hidden(model, wrong)
+    finite = np.isfinite(got).all(axis=-1)
+    assert not finite[0, 5:].any()
+    assert not finite[1, 3:].any()
+    assert finite[2:].all()
