@@ -30,7 +30,7 @@ _TOP_K = flags.DEFINE_integer("top_k", None, "Samples from this many most likely
 _TOP_P = flags.DEFINE_float(
     "top_p", 0.95, "Samples from the fewest most likely tokens whose probabilities sum to this."
 )
-_SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.")
+_SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.", -(2**63), 2**63 - 1)
 _STOP = flags.DEFINE_bool("stop", True, "Stop at the end of the document.")
 
 
