@@ -5,6 +5,8 @@ that are not finite are set to zero before anything is computed, and what depend
 NaN by selection: the reads of the tokens from there on, and the states that they leave.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,7 @@ def cleaned(tokens: Tokens) -> tuple[Tokens, Bool[Array, "b h n c"]]:
     """
     written = {"key": tokens.key, "value": tokens.value}
     fine = {name: jnp.isfinite(x) for name, x in written.items()}
-    clean = {name: jnp.where(fine[name], x, 0) for name, x in written.items()}
+    clean: dict[str, Any] = {name: jnp.where(fine[name], x, 0) for name, x in written.items()}
     of_controls = {name: _is_fine(name, x) for name, x in tokens.controls.items()}
     clean["controls"] = {n: jnp.where(of_controls[n], x, 0) for n, x in tokens.controls.items()}
     bad = jnp.zeros(tokens.key.shape[:4], bool)
@@ -60,7 +62,7 @@ def spoilt(
         begins = (begun != before).reshape(tokens.shape) | _firsts(restarts, size)[None, None]
         flat = (x.reshape(*bad.shape[:2], -1) for x in (tokens, begins))
         return _since_the_last(*flat).reshape(bad.shape)
-    place = np.arange(size)[None, None, None]
+    place = jnp.arange(size)[None, None, None]
     lost = place >= jnp.where(tokens, place, size).min(axis=-1)[..., None]
     if not restarts.all():
         by_block = _since_the_last(lost[..., -1], jnp.asarray(restarts)[None, None])

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memcache_jax._checks import check_integer, set_fields
+from memcache_jax._checks import check_integer, check_number, set_fields
 from memcache_jax._typing import Apply, Array, Bool, Controls, Float, Int, Matrices
 from memcache_jax.kernels.bands import gated, gelu
 from memcache_jax.kernels.decay import decay_matrix, start_decay

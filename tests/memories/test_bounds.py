@@ -99,7 +99,7 @@ def test_a_long_bound_changes_no_bit():
 
 @pytest.mark.parametrize("bound", [0, -1.0, float("inf"), float("nan")])
 def test_bounds_that_are_none(bound):
-    with pytest.raises(ValueError, match="max_step_norm must be positive and finite, or None"):
+    with pytest.raises(ValueError, match="max_step_norm of Titans must be positive, or None"):
         mc.memories.Titans(max_step_norm=bound)
 
 
