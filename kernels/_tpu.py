@@ -45,7 +45,6 @@ def tpu_call(
         interpret=interpreted(),
         **options,
     )
-    return only_on_its_platform("pallas_tpu", call)
 
     def call(*args: Any) -> Any:
         config: Any = jax.config
@@ -53,7 +52,7 @@ def tpu_call(
         with jax.default_matmul_precision(wanted if wanted in _PRECISIONS else "highest"):
             return run(*args)
 
-    return call
+    return only_on_its_platform("pallas_tpu", call)
 
 
 def vmem_reason(*needs: tuple[str, int]) -> tuple[bool, str]:

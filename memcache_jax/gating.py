@@ -68,10 +68,7 @@ def running_keys(
     before = block - plan.first
     if np.any(before):
         same = (plan.first[:, None] <= block[None]) & (block[None] < block[:, None])
-        blocks, broken = finite_rows(key.sum(axis=1))
-        earlier = jnp.tensordot(same.astype(key.dtype), blocks, axes=1)
-        spoilt = jnp.any(jnp.where(same, broken[None], False), axis=1)
-        sums += jnp.where(spoilt[:, None], jnp.nan, earlier)[:, None]
+        sums += jnp.tensordot(same.astype(key.dtype), key.sum(axis=1), axes=1)[:, None]
     if pooling == "sum":
         return sums
     counts = before[:, None] * plan.block_size + np.arange(1, key.shape[1] + 1)[None]
@@ -130,7 +127,6 @@ class Gate(abc.ABC):
         live_keys, keys = jnp.zeros((*connector.shape[:4], 1)), jnp.zeros((*shape, 1))
         if self.reads_keys:
             live_keys, keys = candidates.keys(pooling).by_slot(slots)
-        keys, broken = finite_rows(keys)  # as in _products
         of_states = jax.vmap(self.score, in_axes=(None, 0, 0))
         cached, live = of_states, self.score
         for in_axes in ((0, None, None), (0, 0, 0), (0, 0, 0), (0, 0, 0)):  # c, n, h, b
@@ -139,8 +135,7 @@ class Gate(abc.ABC):
             live = jax.vmap(live)
         here = jnp.zeros(connector.shape[:4], jnp.int32)
         distances = jnp.broadcast_to(distances, shape)
-        cached = jnp.where(broken[..., None, :], jnp.nan, cached(connector, keys, distances))
-        return cached, live(connector, live_keys, here)
+        return cached(connector, keys, distances), live(connector, live_keys, here)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,24 +226,17 @@ def visible(candidates: Candidates) -> Bool[Array, "_ n _ r"]:
 def _products(
     connector: Float[Array, "b h n c u"], keys: Keys, candidates: Candidates
 ) -> Float[Array, "b h n c r"]:
-    """The products of connectors and pooled keys by slot, NaN where a key is not finite."""
-    # 0 * NaN is NaN: keys of unread states that are not finite would spoil gradients.
+    """The products of connectors and pooled keys by slot."""
     if keys.slots is not None:
-        pooled, broken = finite_rows(keys.slots)
-        cached = jnp.einsum("bhnck,bhnrk->bhncr", connector, pooled, precision="highest")
-        return jnp.where(broken[..., None, :], jnp.nan, cached)
+        return jnp.einsum("bhnck,bhnrk->bhncr", connector, keys.slots, precision="highest")
     assert keys.states is not None
-    pooled, broken = keys.states, None
-    if candidates.held is None:
-        pooled, broken = finite_rows(pooled)
-    else:
+    pooled = keys.states
+    if candidates.held is not None:
         pooled = jnp.where(candidates.held[:, None, :, None], pooled, 0)
     # All tokens as one axis: with two, XLA's CPU backend transposes the keys of a stream.
     rows = connector.reshape(*connector.shape[:2], -1, connector.shape[-1])
     cached = jnp.einsum("bhtk,bhrk->bhtr", rows, pooled, precision="highest")
     cached = cached.reshape(*connector.shape[:4], -1)
-    if broken is not None:
-        cached = jnp.where(broken[:, :, None, None], jnp.nan, cached)
     if in_order(candidates.states, pooled.shape[2]):
         return cached
     slots = jnp.maximum(jnp.asarray(candidates.states), 0)
@@ -260,9 +248,3 @@ def in_order(states: np.ndarray | Array, count: int) -> bool:
     if not isinstance(states, np.ndarray) or states.shape[-1] != count:
         return False
     return not np.any((states >= 0) & (states != np.arange(count)))
-
-
-def finite_rows(rows: Float[Array, "*r k"]) -> tuple[Float[Array, "*r k"], Bool[Array, "*r"]]:
-    """Returns the rows with zeros for each that is not finite, and a mask of those."""
-    finite = jnp.isfinite(rows).all(axis=-1)
-    return jnp.where(finite[..., None], rows, 0), ~finite

@@ -8,7 +8,7 @@ import numpy as np
 
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.engine.types import Candidates, Keys
-from memcache_jax.gating import finite_rows, pooled_keys
+from memcache_jax.gating import pooled_keys
 from memcache_jax.segmentation import ReadPlan
 
 
@@ -132,16 +132,14 @@ def _slot_keys(
 ) -> Float[Array, "n r k"]:
     """``pooled_keys`` of the bucket in each slot, zero where there is none."""
     same = document == document[:, -1:]
-    sums, broken = finite_rows(jnp.sum(key, axis=1, where=same[..., None]))
+    sums = jnp.sum(key, axis=1, where=same[..., None])
     block = np.arange(len(key))[None, None]
     inside = (slots.first[..., None] <= block) & (block < slots.after[..., None])
 
     def of_buckets(x: Array) -> Array:
         return jnp.tensordot(inside.astype(key.dtype), x, axes=1, precision="highest")
 
-    pooled = jnp.where(
-        (inside & broken[None, None]).any(axis=-1)[..., None], jnp.nan, of_buckets(sums)
-    )
+    pooled = of_buckets(sums)
     if pooling == "sum":
         return pooled
     counts = of_buckets(same.sum(axis=1).astype(key.dtype))

@@ -283,7 +283,7 @@ class DeepMemory(Memory):
             return eta
         limit = jnp.full_like(eta, self.max_step_norm)
         if "log_beta" in self.controls:
-            limit *= -jnp.expm1(controls["log_beta"])
+            limit *= 1 - jnp.exp(controls["log_beta"])
         square = eta**2 * functools.reduce(jnp.add, squares)
         long = square > limit**2
         return jnp.where(long, eta * limit * jax.lax.rsqrt(jnp.where(long, square, 1)), eta)
