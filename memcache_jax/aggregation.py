@@ -12,7 +12,7 @@ from memcache_jax._checks import check_choice, check_integer, set_fields, shown
 from memcache_jax._typing import Array, Float, Matrices
 from memcache_jax.engine.read import Bank, Live
 from memcache_jax.engine.types import Candidates, LivePart, OfBlocks, OfTokens, Selection
-from memcache_jax.gating import GATES, ContentGate, Gate, scores
+from memcache_jax.gating import GATES, ContentGate, Gate, finite_rows, scores
 from memcache_jax.kernels._largest import largest
 from memcache_jax.kernels.gate_softmax import softmax_gates
 from memcache_jax.kernels.ssc_route import ssc_route
@@ -277,10 +277,14 @@ class SSC(GRM):
         if routed and by_block and isinstance(states, np.ndarray):
             keys = candidates.keys(self.pooling)
             assert keys.states is not None
+            pooled, broken = finite_rows(keys.states)
             live = jnp.vecdot(connector, keys.live, precision="highest")
             gates, live, chosen = ssc_route(
-                connector, keys.states, live, states[0], self.top_k, implementation=implementation
+                connector, pooled, live, states[0], self.top_k, implementation=implementation
             )
+            # Which states to select is unknown where a relevance is.
+            broken = broken[:, :, np.maximum(states[0], 0)] & (states >= 0)[None]
+            gates = jnp.where(broken.any(axis=-1)[..., None, None], jnp.nan, gates)
             return OfTokens(chosen, gates, live)
         cached, live = scores(connector, candidates, self.relevance, self.pooling)
         _, slots = largest(lax.stop_gradient(cached), self.top_k)

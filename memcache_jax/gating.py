@@ -68,7 +68,10 @@ def running_keys(
     before = block - plan.first
     if np.any(before):
         same = (plan.first[:, None] <= block[None]) & (block[None] < block[:, None])
-        sums += jnp.tensordot(same.astype(key.dtype), key.sum(axis=1), axes=1)[:, None]
+        blocks, broken = finite_rows(key.sum(axis=1))
+        earlier = jnp.tensordot(same.astype(key.dtype), blocks, axes=1)
+        spoilt = jnp.any(jnp.where(same, broken[None], False), axis=1)
+        sums += jnp.where(spoilt[:, None], jnp.nan, earlier)[:, None]
     if pooling == "sum":
         return sums
     counts = before[:, None] * plan.block_size + np.arange(1, key.shape[1] + 1)[None]
@@ -127,6 +130,7 @@ class Gate(abc.ABC):
         live_keys, keys = jnp.zeros((*connector.shape[:4], 1)), jnp.zeros((*shape, 1))
         if self.reads_keys:
             live_keys, keys = candidates.keys(pooling).by_slot(slots)
+        keys, broken = finite_rows(keys)  # as in _products
         of_states = jax.vmap(self.score, in_axes=(None, 0, 0))
         cached, live = of_states, self.score
         for in_axes in ((0, None, None), (0, 0, 0), (0, 0, 0), (0, 0, 0)):  # c, n, h, b
@@ -135,7 +139,8 @@ class Gate(abc.ABC):
             live = jax.vmap(live)
         here = jnp.zeros(connector.shape[:4], jnp.int32)
         distances = jnp.broadcast_to(distances, shape)
-        return cached(connector, keys, distances), live(connector, live_keys, here)
+        cached = jnp.where(broken[..., None, :], jnp.nan, cached(connector, keys, distances))
+        return cached, live(connector, live_keys, here)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,17 +231,24 @@ def visible(candidates: Candidates) -> Bool[Array, "_ n _ r"]:
 def _products(
     connector: Float[Array, "b h n c u"], keys: Keys, candidates: Candidates
 ) -> Float[Array, "b h n c r"]:
-    """The products of connectors and pooled keys by slot."""
+    """The products of connectors and pooled keys by slot, NaN where a key is not finite."""
+    # 0 * NaN is NaN: keys of unread states that are not finite would spoil gradients.
     if keys.slots is not None:
-        return jnp.einsum("bhnck,bhnrk->bhncr", connector, keys.slots, precision="highest")
+        pooled, broken = finite_rows(keys.slots)
+        cached = jnp.einsum("bhnck,bhnrk->bhncr", connector, pooled, precision="highest")
+        return jnp.where(broken[..., None, :], jnp.nan, cached)
     assert keys.states is not None
-    pooled = keys.states
-    if candidates.held is not None:
+    pooled, broken = keys.states, None
+    if candidates.held is None:
+        pooled, broken = finite_rows(pooled)
+    else:
         pooled = jnp.where(candidates.held[:, None, :, None], pooled, 0)
     # All tokens as one axis: with two, XLA's CPU backend transposes the keys of a stream.
     rows = connector.reshape(*connector.shape[:2], -1, connector.shape[-1])
     cached = jnp.einsum("bhtk,bhrk->bhtr", rows, pooled, precision="highest")
     cached = cached.reshape(*connector.shape[:4], -1)
+    if broken is not None:
+        cached = jnp.where(broken[:, :, None, None], jnp.nan, cached)
     if in_order(candidates.states, pooled.shape[2]):
         return cached
     slots = jnp.maximum(jnp.asarray(candidates.states), 0)
@@ -248,3 +260,9 @@ def in_order(states: np.ndarray | Array, count: int) -> bool:
     if not isinstance(states, np.ndarray) or states.shape[-1] != count:
         return False
     return not np.any((states >= 0) & (states != np.arange(count)))
+
+
+def finite_rows(rows: Float[Array, "*r k"]) -> tuple[Float[Array, "*r k"], Bool[Array, "*r"]]:
+    """Returns the rows with zeros for each that is not finite, and a mask of those."""
+    finite = jnp.isfinite(rows).all(axis=-1)
+    return jnp.where(finite[..., None], rows, 0), ~finite

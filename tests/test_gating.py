@@ -20,7 +20,7 @@ def keys(blocks, size=5):
 
 def relevance(connector, key, plan, gate="content"):
     """The scores of one head's blocks (n, c, ...)."""
-    candidates = candidates_of(plan, key[None, None])
+    candidates = candidates_of(plan, key[None, None], key[None, None])
     cached, live = scores(connector[None, None], candidates, GATES[gate])
     return cached[0, 0], live[0, 0]
 
@@ -41,6 +41,17 @@ def test_running_mean_goes_on_over_the_blocks_of_a_segment():
     for pooling, pool in (("mean", jnp.mean), ("sum", jnp.sum)):
         wanted = jnp.stack([pool(flat[begins[t] : t + 1], axis=0) for t in range(10)])
         assert_close(running_keys(key, plan, pooling).reshape(10, 3), wanted, 1e-12)
+
+
+def test_a_later_key_reaches_no_earlier_block():
+    key = jnp.asarray(np.random.default_rng(0).standard_normal((3, 8, 2)))  # segments of 8 and 16
+    broken = key.at[2, -1].set(jnp.nan)
+    plan = mc.Lengths((8, 16)).plan(24)
+    assert plan.num_blocks == 3
+    got, wanted = (running_keys(x, plan) for x in (broken, key))
+    np.testing.assert_array_equal(got[:2], wanted[:2])
+    assert not np.isfinite(got[2, -1]).any()
+    assert not np.isfinite(running_keys(key.at[1, 0].set(jnp.inf), plan)[2]).any()
 
 
 def test_pooled_keys_of_longer_buckets():

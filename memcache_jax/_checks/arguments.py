@@ -133,7 +133,7 @@ def check_room(
     if not count:
         raise ValueError("give at least one token, got none")
     lengths = check_lengths(lengths, shape)
-    if isinstance(lengths, Tracer) or isinstance(position, Tracer):
+    if isinstance(lengths, Tracer) or not is_known(position):
         return
     most = int((np.asarray(position, np.int64) + lengths).max())
     if max_length is None and most > LARGEST:

@@ -8,7 +8,7 @@ import numpy as np
 
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.engine.types import Candidates, Keys
-from memcache_jax.gating import pooled_keys
+from memcache_jax.gating import finite_rows, pooled_keys
 from memcache_jax.segmentation import ReadPlan
 
 
@@ -74,7 +74,10 @@ def _blocks_of_last_document(document: Int[Array, "n c"]) -> Int[Array, "n"]:
 
 
 def document_candidates(
-    plan: ReadPlan, key: Float[Array, "b h n c k"], document: Int[Array, "b n c"]
+    plan: ReadPlan,
+    key: Float[Array, "b h n c k"],
+    pooled: Float[Array, "b h n c k"],
+    document: Int[Array, "b n c"],
 ) -> Candidates:
     """The buckets that a plan's blocks may read where documents are packed.
 
@@ -95,14 +98,14 @@ def document_candidates(
         same = document[..., None] == of_state[:, :, None]
 
     def keys(pooling: str) -> Keys:
-        def of_head(key: Any, slots: Any, document: Any) -> Keys:
+        def of_head(key: Any, pooled: Any, slots: Any, document: Any) -> Keys:
             live = running_document_keys(key, plan, pooling, document)
             if slots is None:
-                return Keys(live, states=pooled_keys(key, plan, pooling, document))
-            return Keys(live, slots=_slot_keys(key, slots, pooling, document))
+                return Keys(live, states=pooled_keys(pooled, plan, pooling, document))
+            return Keys(live, slots=_slot_keys(pooled, slots, pooling, document))
 
-        of_row = jax.vmap(of_head, in_axes=(0, None, None))
-        return jax.vmap(of_row)(key, slots, document)
+        of_row = jax.vmap(of_head, in_axes=(0, 0, None, None))
+        return jax.vmap(of_row)(key, pooled, slots, document)
 
     return Candidates(states, distances, keys, same_document=same)
 
@@ -132,14 +135,16 @@ def _slot_keys(
 ) -> Float[Array, "n r k"]:
     """``pooled_keys`` of the bucket in each slot, zero where there is none."""
     same = document == document[:, -1:]
-    sums = jnp.sum(key, axis=1, where=same[..., None])
+    sums, broken = finite_rows(jnp.sum(key, axis=1, where=same[..., None]))
     block = np.arange(len(key))[None, None]
     inside = (slots.first[..., None] <= block) & (block < slots.after[..., None])
 
     def of_buckets(x: Array) -> Array:
         return jnp.tensordot(inside.astype(key.dtype), x, axes=1, precision="highest")
 
-    pooled = of_buckets(sums)
+    pooled = jnp.where(
+        (inside & broken[None, None]).any(axis=-1)[..., None], jnp.nan, of_buckets(sums)
+    )
     if pooling == "sum":
         return pooled
     counts = of_buckets(same.sum(axis=1).astype(key.dtype))

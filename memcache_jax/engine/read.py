@@ -12,7 +12,7 @@ import numpy as np
 
 from memcache_jax._typing import Array, Float, Matrices
 from memcache_jax.engine.types import OfBlocks, OfTokens, Selection
-from memcache_jax.gating import in_order
+from memcache_jax.gating import finite_rows, in_order
 from memcache_jax.kernels.bands import (
     Band,
     Fits,
@@ -233,7 +233,6 @@ def _weighted_rows(
     gates: Float[Array, "b h n c r"], rows: Float[Array, "b h r v"]
 ) -> Float[Array, "b h n c v"]:
     """The gated sum of rows; NaN wherever a row that is not finite has a gate."""
-    finite = jnp.isfinite(rows).all(axis=-1)
-    rows, broken = jnp.where(finite[..., None], rows, 0), ~finite
+    rows, broken = finite_rows(rows)
     broken = jnp.einsum("bhncr,bhr->bhnc", gates, broken.astype(gates.dtype)) > 0
     return jnp.where(broken[..., None], jnp.nan, jnp.einsum("bhncr,bhrv->bhncv", gates, rows))

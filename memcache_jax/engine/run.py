@@ -78,11 +78,11 @@ class OnePass(Layout):
 
     def cached(self, how: Writing, ends: State, blocks: Blocks) -> tuple[Bank, Candidates]:
         """The states at the ends of buckets, and the buckets that each block may read."""
-        plan, document, key = self.plan, blocks.document, blocks.tokens.key
+        plan, document, keys = self.plan, blocks.document, (blocks.tokens.key, blocks.pooled)
         if document is None:
-            candidates = candidates_of(plan, key)
+            candidates = candidates_of(plan, *keys)
         else:
-            candidates = document_candidates(plan, key, document)
+            candidates = document_candidates(plan, *keys, document)
         if document is not None and plan.spans_segments.any():
             states, reads = document_states(
                 how, ends, blocks.rows, plan, document, carries=self.carries
@@ -123,14 +123,16 @@ def needs_of(aggregation: Aggregation, memory: Memory) -> tuple[LivePart, ...]:
     return tuple(needs)
 
 
-def candidates_of(plan: ReadPlan, key: Float[Array, "b h n c k"]) -> Candidates:
-    """The buckets that a plan's blocks may read, and their pooled keys."""
+def candidates_of(
+    plan: ReadPlan, key: Float[Array, "b h n c k"], pooled: Float[Array, "b h n c k"]
+) -> Candidates:
+    """The buckets that a plan's blocks may read, and their keys, running and ``pooled`` ones."""
 
     def keys(pooling: str) -> Keys:
-        def of_head(key: Float[Array, "n c k"]) -> tuple[Array, Array]:
-            return running_keys(key, plan, pooling), pooled_keys(key, plan, pooling)
+        def of_head(key: Float[Array, "n c k"], pooled: Float[Array, "n c k"]) -> tuple:
+            return running_keys(key, plan, pooling), pooled_keys(pooled, plan, pooling)
 
-        return Keys(*jax.vmap(jax.vmap(of_head))(key))
+        return Keys(*jax.vmap(jax.vmap(of_head))(key, pooled))
 
     return Candidates(plan.reads[None], plan.distances[None], keys)
 
@@ -160,7 +162,7 @@ def gates_of_tokens(
     dtype = jnp.promote_types(jnp.result_type(key, connector), jnp.float32)
     tokens = widen(key, key, key, connector, {}, dtype)
     blocks = cut(tokens, None, plan, min(plan.block_size, length), chunk=1)
-    candidates = candidates_of(plan, blocks.tokens.key)
+    candidates = candidates_of(plan, blocks.tokens.key, blocks.pooled)
     selection = aggregation.select(blocks.tokens.connector, candidates)
     cached = gates_by_state(selection, len(plan.buckets))
     gates = jnp.concatenate([cached, selection.live[..., None]], axis=-1)
@@ -228,7 +230,8 @@ def cut(
         x = jnp.pad(x, [(0, padding if axis == 2 else 0) for axis in range(x.ndim)])
         return x.reshape(*x.shape[:2], plan.num_blocks, block, *x.shape[3:])
 
-    tokens, bad = cleaned(jax.tree.map(split, tokens))
+    raw = jax.tree.map(split, tokens)
+    tokens, bad = cleaned(raw)
     begun = None
     if document is not None:
         document = jnp.pad(document, ((0, 0), (0, padding)), mode="edge")
@@ -237,7 +240,7 @@ def cut(
         begun = jnp.broadcast_to(begun[:, None], tokens.key.shape[:4])
     rows = Rows(tokens.query, tokens.key, tokens.value, tokens.controls, begun, bad)
     rows = jax.tree.map(lambda x: x.reshape(*x.shape[:3], -1, chunk, *x.shape[4:]), rows)
-    return Blocks(tokens, document, rows)
+    return Blocks(tokens, document, rows, raw.key)
 
 
 def exact_chunk(block: int, length: int, most: int) -> int:

@@ -44,11 +44,14 @@ class Blocks(NamedTuple):
       tokens: (b, h, n, c, ...).
       document: the number of each token's document; None without packed documents.
       rows: the same tokens chunk by chunk.
+      pooled: the keys of which cached states have pooled ones, as they came: where a number is not
+        finite, no gate of that state is known.
     """
 
     tokens: Tokens
     document: Int[Array, "b n c"] | None
     rows: Rows
+    pooled: Float[Array, "b h n c k"]
 
 
 class Carry(NamedTuple):

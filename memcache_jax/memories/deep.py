@@ -8,7 +8,6 @@ matrix products.
 
 import abc
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -205,7 +204,7 @@ class DeepMemory(Memory):
             return self.loss(self.read(weights, key[None]), value[None])
 
         gradient = jax.grad(loss)(anchor.weights)
-        eta = self._bounded_rate(controls, [jnp.sum(g**2) for g in gradient])
+        eta = self._bounded_rate(controls, [_length(g.reshape(-1)) for g in gradient])
         change = jax.tree.map(lambda g: -eta * g, gradient)
         momentum = state.momentum
         if momentum:
@@ -253,8 +252,8 @@ class DeepMemory(Memory):
         """``write``, where only tokens of the same document see each other."""
         inputs, deltas = self._inner_gradient(anchor.weights, key, value)
         pairs = zip(inputs, deltas, strict=True)
-        squares = [jnp.sum(x**2, axis=1) * jnp.sum(delta**2, axis=1) for x, delta in pairs]
-        controls = {**controls, "eta": self._bounded_rate(controls, squares)}
+        lengths = [_length(x) * _length(delta) for x, delta in pairs]
+        controls = {**controls, "eta": self._bounded_rate(controls, lengths)}
         of_weights, *of_momentum = self._coefficients(controls, same)
         chunk = DeepChunk(start=state, inputs=inputs, deltas=deltas, **of_weights._asdict())
         momentum = (chunk._replace(**changed._asdict()).end() for changed in of_momentum)
@@ -275,18 +274,18 @@ class DeepMemory(Memory):
         )
 
     def _bounded_rate(
-        self, controls: Controls, squares: Sequence[Float[Array, "*m"]]
+        self, controls: Controls, lengths: Sequence[Float[Array, "*m"]]
     ) -> Float[Array, "*m"]:
-        """eta, or less where steps would be too long, from each layer's squared gradients."""
+        """eta, or less where steps would be too long, from the lengths of gradients by layer."""
         eta = controls["eta"]
         if self.max_step_norm is None:
             return eta
         limit = jnp.full_like(eta, self.max_step_norm)
         if "log_beta" in self.controls:
-            limit *= 1 - jnp.exp(controls["log_beta"])
-        square = eta**2 * functools.reduce(jnp.add, squares)
-        long = square > limit**2
-        return jnp.where(long, eta * limit * jax.lax.rsqrt(jnp.where(long, square, 1)), eta)
+            limit *= jnp.maximum(1 - jnp.exp(controls["log_beta"]), 0)
+        length = _length(jnp.stack(lengths, axis=-1))
+        long = eta * length > limit
+        return jnp.where(long, limit / jnp.where(long, length, 1), eta)
 
     def _coefficients(
         self, controls: Controls, same: Bool[Array, "m m"] | None
@@ -336,3 +335,12 @@ class DeepMemory(Memory):
         zeros = tuple(jnp.zeros_like(key, shape=(key.shape[0], w.shape[1])) for w in weights)
         deltas, inputs = jax.grad(loss, has_aux=True)(zeros)
         return inputs, deltas
+
+
+def _length(x: Float[Array, "*m in"]) -> Float[Array, "*m"]:
+    """The Euclidean length of rows, whose squares may be out of range."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+    largest = jnp.where(largest > 0, largest, 1)
+    square = jnp.sum((x / largest) ** 2, axis=-1)
+    length = largest[..., 0] * jnp.sqrt(jnp.where(square > 0, square, 1))
+    return jnp.where(square > 0, length, 0)

@@ -178,11 +178,13 @@ def _attend(
     seen: Bool[Array, "b 1 t s"],
 ) -> Float[Array, "b t h k"]:
     """Attention over heads-first keys, which ``jax.nn.dot_product_attention`` would transpose."""
-    key, value = (jnp.moveaxis(x, 1, 2).astype(query.dtype) for x in (key, value))
-    key, value, bad = spoilt.cleaned(key, value)
-    key, value = (jnp.moveaxis(x, 2, 1) for x in (key, value))
+    key, value, bad = key.astype(query.dtype), value.astype(query.dtype), None
+    if query.shape[1] > 1:  # one token sees all that there are
+        key, value = (jnp.moveaxis(x, 1, 2) for x in (key, value))
+        key, value, bad = spoilt.cleaned(key, value)
+        key, value = (jnp.moveaxis(x, 2, 1) for x in (key, value))
     wide = jnp.promote_types(query.dtype, jnp.float32)
     scores = jnp.einsum("bthk,bhsk->bhts", query, key, preferred_element_type=wide)
     weights = jax.nn.softmax(jnp.where(seen, scores * query.shape[-1] ** -0.5, -jnp.inf))
     y = jnp.einsum("bhts,bhsk->bthk", weights.astype(value.dtype), value)
-    return jnp.where(spoilt.by_mask(seen, bad)[..., None], jnp.nan, y)
+    return y if bad is None else jnp.where(spoilt.by_mask(seen, bad)[..., None], jnp.nan, y)

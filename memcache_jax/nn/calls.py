@@ -136,8 +136,9 @@ def _only_same(name: str, inputs: Array, x: Array) -> Array:
 
     Under ``jax.checkpoint`` one array that was given twice is two.
     """
-    if _checks.check_array(name, inputs)[0] == jnp.shape(x):
-        same = jnp.all(like(x, jnp.asarray(inputs)) == x, axis=(1, 2))
+    if _checks.check_array(name, inputs)[0] == jnp.shape(x) and jnp.ndim(x) == 3:
+        other = like(x, jnp.asarray(inputs))
+        same = jnp.all((other == x) | (jnp.isnan(other) & jnp.isnan(x)), axis=(1, 2))
         if isinstance(same, Tracer):
             return jnp.where(same[:, None, None], x, jnp.nan)
         if same.all():

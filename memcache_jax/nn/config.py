@@ -56,6 +56,7 @@ class MemoryCachingMixer:
             *(self.memory, self.aggregation, self.segmentation, self.start, self.connector),
             *(self.implementation, self.exchange),
         )
+        check_flag("bounded", self.bounded)
         set_fields(self, distances=check_integer("distances", self.distances, 2))
 
     def build(self, in_features: int, num_heads: int, **options: Any) -> MemoryCaching:

@@ -48,7 +48,7 @@ def take_piece(
     rows = jax.tree.map(lambda x: x[:, :, None], rows)
     how = Writing(memory, needs_of(aggregation, memory), lambda shape: None, None)
     layout = Piece(cache, block)
-    y, ends, selection = run(layout, how, aggregation, Blocks(tokens, None, rows))
+    y, ends, selection = run(layout, how, aggregation, Blocks(tokens, None, rows, tokens.key))
     y = y[:, :, 0]
 
     complete = active & (into_block + size == segment)
@@ -62,7 +62,7 @@ def take_piece(
         cache,
         position=_checks.advanced(cache.position, size * active),
         state=jax.tree.map(keep, ends, cache.state),
-        key_sum=keep(cache.key_sum + tokens.key.sum(axis=3), cache.key_sum),
+        key_sum=keep(cache.key_sum + piece.key.sum(axis=2)[:, :, None], cache.key_sum),
         record=slots.count_reads(cache.record, selection, active),
     )
     return _store(cache, block, complete, after=y), y

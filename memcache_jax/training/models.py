@@ -20,7 +20,7 @@ _MODEL = (
     *("tie_embeddings", "remat", "offload_states"),
 )
 # Keys that runs of earlier versions lack.
-_LATER = ("offload_states", "connector", "distances", "implementation", "exchange")
+_LATER = ("offload_states", "connector", "distances", "bounded", "implementation", "exchange")
 MIXERS = ("memory_caching", "attention", "sliding_window")
 # Keys that are fields of ``MemoryCachingMixer``.
 _LAYER = ("start", "connector", "distances", "implementation", "exchange")

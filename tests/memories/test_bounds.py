@@ -97,6 +97,32 @@ def test_a_long_bound_changes_no_bit():
     np.testing.assert_array_equal(mc.memory_caching(**inputs, memory=long, **how), bare)
 
 
+@pytest.mark.parametrize("name", RULES)
+def test_steps_and_gradients_of_huge_tokens_are_finite_in_float32(name):
+    memory = RULES[name]
+    small = type(memory)(4, expansion=2, depth=memory.depth, max_step_norm=0.5)
+    inputs = make_inputs(small, 12, dim=DIM, dtype=np.float32)
+    inputs["value"] *= np.float32(1e20)
+
+    @jax.jit
+    def both(inputs):
+        def outputs(inputs):
+            return mc.memory_caching(
+                **inputs,
+                memory=small,
+                aggregation=mc.Residual(),
+                segmentation=mc.Constant(12),
+            )
+
+        y, pull = jax.vjp(outputs, inputs)
+        return y, pull(jnp.cos(y))[0]
+
+    results = both(inputs)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(results))
+    initial = inputs | {"value": np.zeros_like(inputs["value"])}
+    assert np.abs(results[0] - both(initial)[0]).max() > 0.1  # shortened, not left out
+
+
 @pytest.mark.parametrize("bound", [0, -1.0, float("inf"), float("nan")])
 def test_bounds_that_are_none(bound):
     with pytest.raises(ValueError, match="max_step_norm of Titans must be positive, or None"):
