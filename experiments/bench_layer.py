@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from absl import flags
+from absl import app, flags
 
 from experiments._program import run
 

@@ -204,6 +204,7 @@ def _store(cache: Cache, block: Int[Array, "b"], ends: Bool[Array, "b"], after: 
         states = jax.tree.map(lambda x: jnp.broadcast_to(x, (*shape, *x.shape[3:])), states)
     if config.aggregation.pooling == "mean":
         pooled /= slots.tokens(block).astype(pooled.dtype)[:, None, :, None]
+    pooled = jnp.where(jnp.isfinite(pooled), pooled, jnp.nan)  # as in one pass: no gate is known
     states, bank, keys = config.memory.matrices(states), cache.bank, cache.pooled
     of_states, of_keys = cache.storages
     if merge is not None:

@@ -84,7 +84,7 @@ def load_model(workdir: str | os.PathLike[str]) -> tuple[LanguageModel, Tokenize
     config.model.implementation = None  # chosen for the machine that trained it
     try:
         model = model_config(config.model)
-    except (AttributeError, KeyError, TypeError) as e:
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{workdir / 'config.json'} describes no model: {root_cause(e)}") from e
     graph, target = abstract_state(model, optax.identity())
     params = _load_params(workdir, on_default_device(target).params)
