@@ -111,7 +111,10 @@ class Checkpoints:
     def _add_digests(self, step: int, written: Future[bool]) -> None:
         if written.exception() is None and is_main_process():
             began = time.monotonic()
-            write_digests(self.folder / str(step))
+            try:
+                write_digests(self.folder / str(step))
+            except OSError as e:  # the checkpoint itself is on disk
+                _log.warning("Could not write the digests of step %d: %s", step, e)
             self._seconds += time.monotonic() - began
 
     def wait(self, *, only_if_done: bool = False, for_digests: bool = True) -> None:
