@@ -103,8 +103,9 @@ def check_same_run(
         raise ValueError(
             f"the data of the run in {workdir} has changed from {before} to {now}. "
             "Bring the old files back, or give another --workdir; lines of .jsonl files may be "
-            "mended, if they stay as many and the held-out text stays the same. Earlier versions read a "
-            "file once for each of its links, and packed files as they were: such runs cannot go on"
+            "mended, if they stay as many and the held-out text stays the same. Earlier versions "
+            "read a file once for each of its links, and packed files as they were: such runs "
+            "cannot go on"
         )
     if mended:
         _log.warning(
