@@ -53,9 +53,9 @@ def _memory_mixers(config: Any) -> list[Any]:
 
 def _divides_time(config: Any, mixers: list[Any], parts: int) -> bool:
     from memcache_jax.sharding.memory_caching import check_parts
-    from memcache_jax.training.documents import with_isolation_decided
+    from memcache_jax.training.config import with_choices_made
 
-    isolates = with_isolation_decided(config).data.isolate_documents
+    isolates = with_choices_made(config).data.isolate_documents
     try:
         for mixer in mixers:
             check_parts(

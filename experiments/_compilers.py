@@ -65,6 +65,17 @@ device_description_str: "NVIDIA H200"
 """
 
 
+def check_topology(topology: str) -> None:
+    """Raises ValueError for no chips, with which libtpu ends the process."""
+    shape = re.fullmatch(r"[\w ]+[=_:]([0-9x]+)(_twisted|_untwisted)?", topology)
+    sizes = [] if shape is None else shape[1].split("x")
+    if not topology or any(size.strip("0") == "" for size in sizes if size):
+        raise ValueError(
+            "a topology needs a kind of TPU and at least one chip along each axis, such as "
+            f"v5e:16x16, got {topology!r}"
+        )
+
+
 class NoCompilerError(ImportError):
     """A chip's compiler is not installed; the message says how to install it."""
 

@@ -130,7 +130,7 @@ def fit(
 
         return jax.jit(jax.vmap(update, in_axes=(0, 0, 0, None)), donate_argnums=0)
 
-    seeds = jnp.array([replica.seed for replica in replicas])
+    seeds = jnp.array([replica.seed for replica in replicas], jnp.uint32)
     keys = jax.vmap(jax.random.key)(seeds)
     peaks = np.array([replica.learning_rate for replica in replicas], np.float32)
     # lax.map, because vmap over the random initialization takes twice as long to compile.

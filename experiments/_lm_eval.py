@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 import memcache_jax as mc
 from memcache_jax._typing import Array, Bool, Float, Int
-from memcache_jax.generation.prompts import buffer_size
-from memcache_jax.training.tokenizers import Tokenizer
+from memcache_jax.generation.prompts import buffer_size, longest
+from memcache_jax.training.tokenizers import Tokenizer, added_text
 
 _SHORT = 32  # continuations up to this length have a program of their own
 _LOGITS = 1 << 25  # maximum number of logits in memory
@@ -68,6 +68,7 @@ class TrainedLM(TemplateLM):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.max_length, self.batch_size, self.truncate = max_length, batch_size, truncate
         self._model, self._tokenizer = model, tokenizer
+        self._most = min(max_length, longest(model) or max_length)
         self._graph, self._state = nnx.split(model)
 
     @property
@@ -130,7 +131,7 @@ class TrainedLM(TemplateLM):
         return _Row(whole[-(self.max_length + 1) :][:-1], continuation)
 
     def _score(self, batch: Sequence[_Row]) -> list[tuple[float, bool]]:
-        size = min(buffer_size(max(len(row.tokens) for row in batch)), self.max_length)
+        size = buffer_size(max(len(row.tokens) for row in batch), self._most)
         most = max(len(row.targets) for row in batch)
         # The largest power of two of positions whose logits fit.
         vocab = self._model.config.vocab_size
@@ -191,7 +192,7 @@ class TrainedLM(TemplateLM):
             )
         prompts = [self._cut(prompt, self.max_length - count) for prompt in prompts]
         # Prompt and continuation together fill a buffer of generate.
-        size = buffer_size(max(map(len, prompts)) + count) - count
+        size = buffer_size(max(map(len, prompts)) + count, self._most) - count
         # Copies of the last row fill up the batch, and end when it does.
         rows = prompts + prompts[-1:] * (self.batch_size - len(prompts))
         tokens = np.zeros((self.batch_size, size), np.int32)
@@ -211,7 +212,7 @@ class TrainedLM(TemplateLM):
         )
         new = np.asarray(out)
         return [
-            self._text(new[i, len(prompt) : len(prompt) + count].tolist(), until)
+            self._text(prompt, new[i, len(prompt) : len(prompt) + count].tolist(), until)
             for i, prompt in enumerate(prompts)
         ]
 
@@ -230,10 +231,10 @@ class TrainedLM(TemplateLM):
     def _texts(self) -> list[str]:
         return [self._tokenizer.decode([i]) for i in range(self._tokenizer.vocab_size)]
 
-    def _text(self, tokens: list[int], until: tuple[str, ...]) -> str:
+    def _text(self, prompt: list[int], tokens: list[int], until: tuple[str, ...]) -> str:
         if self.eot_token_id in tokens:
             tokens = tokens[: tokens.index(self.eot_token_id)]
-        text = self.tok_decode(tokens)
+        text = added_text(self._tokenizer, prompt, tokens)
         for stop in until:
             text = text.split(stop)[0]
         return text

@@ -1,21 +1,90 @@
-"""Runs programs from the command line."""
+"""Runs programs from the command line: errors that a user can fix take one line."""
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from absl import app
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+_DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+
+EXPECTED = (ValueError, NotImplementedError, OSError, ImportError, FloatingPointError)
+"""Errors that a user can fix; any other is a bug, and shows its traceback."""
 
 
-def run(program: Callable[[], None]) -> None:
-    """Runs a program whose arguments are flags; shows errors that a user can fix in one line."""
+def run(program: Callable[[], None], expected: tuple[type[Exception], ...] = EXPECTED) -> None:
+    """Runs a program whose arguments are flags, and exits with 1 after an error.
+
+    Args:
+      program: the program.
+      expected: the errors that take one line.
+    """
 
     def main(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"expected only flags, got {' '.join(argv[1:])}")
         try:
             program()
-        except (ValueError, OSError, ImportError) as e:
-            print(f"error: {e}", file=sys.stderr)
+        except Exception as e:
+            lacks = _of_ml_collections(e)
+            if _DEBUG.value or not (lacks or isinstance(e, expected)):
+                raise
+            told = f"the configuration lacks the key {_one_line(e)}" if lacks else e
+            print(f"error: {told}", file=sys.stderr, flush=True)
             sys.exit(1)
 
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)
+
+
+def _of_ml_collections(error: Exception) -> bool:
+    """Whether a configuration raised the error, for a key that it has not."""
+    if not isinstance(error, (AttributeError, KeyError)):
+        return False
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return frames[-1][0].f_globals["__name__"].startswith("ml_collections")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses the flags; what a configuration's file raises takes one line too."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except Exception as e:
+        if "--debug" in argv:
+            raise
+        flags_given = " ".join(argv[1:])
+        sys.exit(f"error: in the flags {flags_given}: {type(e).__name__}: {_one_line(e)}")
+
+
+def _one_line(error: Any) -> str:
+    """What an error says, or the one that it holds, as those of ml_collections do."""
+    while isinstance(error, (AttributeError, KeyError)) and error.args:
+        error = error.args[0]
+    return " ".join(str(error).split())
+
+
+class ConfigFlag:
+    """The flag ``--config=FILE``, and ``--config.KEY=VALUE`` for each key."""
+
+    def __init__(self, flag_values: flags.FlagValues = flags.FLAGS) -> None:
+        options: dict[str, Any] = dict(lock_config=True, flag_values=flag_values)
+        self._flag = config_flags.DEFINE_config_file("config", **options)
+        flags.mark_flag_as_required("config", flag_values)
+
+    @property
+    def value(self) -> Any:
+        """The configuration: what the file's ``get_config`` returns, also as a dict.
+
+        Raises:
+          ValueError: for anything else.
+        """
+        config = self._flag.value
+        if isinstance(config, dict):
+            config = ConfigDict(config)
+        if not isinstance(config, ConfigDict):
+            raise ValueError(
+                "the configuration's file must have a function get_config that returns a "
+                f"ConfigDict, such as memcache_jax.training.default_config(), got {config!r}"
+            )
+        return config.lock()

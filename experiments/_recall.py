@@ -103,6 +103,8 @@ def groups(
             raise ValueError(f"{name} must not be empty")
         if isinstance(value, int) and not isinstance(value, bool) and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if bad := [seed for seed in config.seeds if not 0 <= seed < 2**32]:
+        raise ValueError(f"seeds must be in [0, 2**32), got {bad}")
     task = {name: to_json(config)[name] for name in task_keys}
     found = []
     for name, options in models.items():

@@ -15,11 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from absl import flags
+from ml_collections import ConfigDict
 
+from experiments._program import ConfigFlag
+from experiments._program import run as run_program
 from memcache_jax.training.config import to_json
-from memcache_jax.training.workdir import lock_workdir, replace_file
+from memcache_jax.training.durable import read_json, replace_file
+from memcache_jax.training.workdir import lock_workdir
 
 Case = dict[str, Any]
 Row = dict[str, Any]
@@ -139,8 +142,8 @@ def _timed(
 def _read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    rows = json.loads(path.read_text())
-    if not isinstance(rows, list) or not all("case" in row for row in rows):
+    rows = read_json(path)
+    if not isinstance(rows, list) or not all(isinstance(r, dict) and "case" in r for r in rows):
         raise ValueError(f"{path} holds results of something else: give another --workdir")
     return rows
 
@@ -185,14 +188,10 @@ def run(program: Callable[[Any, Study], None]) -> None:
     Args:
       program: takes the configuration and the study.
     """
-    config = config_flags.DEFINE_config_file("config", lock_config=True)
+    config = ConfigFlag()
     workdir = flags.DEFINE_string("workdir", None, "The study's folder.", required=True)
-    debug = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
-    flags.mark_flag_as_required("config")
 
-    def main(argv: Sequence[str]) -> None:
-        if len(argv) > 1:
-            raise app.UsageError(f"expected only flags, got {' '.join(argv[1:])}")
+    def main() -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             study = Study(workdir.value, config.value)
@@ -200,11 +199,7 @@ def run(program: Callable[[Any, Study], None]) -> None:
                 program(config.value, study)
             finally:
                 study.close()
-        except (ValueError, OSError, ImportError, FloatingPointError) as e:
-            if debug.value:
-                raise
-            sys.exit(f"\nerror: {e}")
         except KeyboardInterrupt:
             sys.exit("\nstopped; the same command continues with the remaining cases")
 
-    app.run(main)
+    run_program(main)

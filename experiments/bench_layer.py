@@ -24,18 +24,20 @@ from collections.abc import Callable
 
 from absl import app, flags
 
+from experiments._program import run
+
 FLAGS = flags.FLAGS
 flags.DEFINE_list("only", None, "Parts of the names of layers to time, such as Titans+GRM.")
-flags.DEFINE_integer("length", 1024, "Tokens T.")
-flags.DEFINE_integer("features", 256, "Model dimension d.")
-flags.DEFINE_integer("heads", 4, "Heads h.")
-flags.DEFINE_integer("segment", 128, "Segment size C.")
-flags.DEFINE_integer("chunk", 32, "Chunk size m of deep memories.")
-flags.DEFINE_integer("batch", 1, "Sequences.")
-flags.DEFINE_integer("rounds", 15, "Timed rounds.")
-flags.DEFINE_integer("cores", 1, "CPU cores to run on; 0 for all.")
+flags.DEFINE_integer("length", 1024, "Tokens T.", 1)
+flags.DEFINE_integer("features", 256, "Model dimension d.", 1)
+flags.DEFINE_integer("heads", 4, "Heads h.", 1)
+flags.DEFINE_integer("segment", 128, "Segment size C.", 1)
+flags.DEFINE_integer("chunk", 32, "Chunk size m of deep memories.", 1)
+flags.DEFINE_integer("batch", 1, "Sequences.", 1)
+flags.DEFINE_integer("rounds", 15, "Timed rounds.", 1)
+flags.DEFINE_integer("cores", 1, "CPU cores to run on; 0 for all.", 0)
 flags.DEFINE_bool("keep_memory", True, "Keep freed memory in the process (glibc only).")
-flags.DEFINE_string("start", "independent", "Start of a segment: independent or checkpoint.")
+flags.DEFINE_enum("start", "independent", ["independent", "checkpoint"], "Start of a segment.")
 flags.DEFINE_enum("segmentation", "constant", ["constant", "logarithmic"], "Segmentation.")
 flags.DEFINE_string("json", None, "File to write the table to.")
 
@@ -125,9 +127,8 @@ def keep_freed_memory() -> bool:
     return mallopt is not None and bool(mallopt(m_trim_threshold, 2**30) * mallopt(m_mmap_max, 0))
 
 
-def main(argv: list[str]) -> None:
+def program() -> None:
     """Compiles all programs, times them in interleaved rounds, and prints the table."""
-    del argv
     kept = FLAGS.keep_memory and keep_freed_memory()
     if FLAGS.cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-FLAGS.cores :])
@@ -195,4 +196,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(program)

@@ -22,15 +22,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from experiments._compilers import apart
 from experiments._kernel_cases import Case, cases, passes
+from experiments._program import run
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("only", None, "Parts of the names of cases to run, such as bank_read.")
-flags.DEFINE_integer("rounds", 15, "Timed rounds.")
-flags.DEFINE_float("minutes", 7.5, "Stop after this many minutes.")
+flags.DEFINE_integer("rounds", 15, "Timed rounds.", 1)
+flags.DEFINE_float("minutes", 7.5, "Stop after this many minutes.", 0)
 flags.DEFINE_string("json", None, "File to write the table to.")
 
 # Relative to the largest output; twice as much for gradients.
@@ -212,9 +213,8 @@ def show(row: dict[str, Any]) -> str:
     return "  ".join([*parts, row.get("failed", "")])
 
 
-def main(argv: list[str]) -> None:
+def program() -> None:
     """Prints errors and times as they are measured; exits with 1 if a kernel is wrong."""
-    del argv
     import jax
     import jax.numpy as jnp
 
@@ -244,4 +244,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(program)

@@ -43,17 +43,20 @@ _TASKS = flags.DEFINE_list("tasks", None, "Names of tasks, groups or sets.", req
 _INCLUDE_PATH = flags.DEFINE_list("include_path", [], "Folders with additional task files.")
 _LIMIT = flags.DEFINE_integer("limit", None, "Examples per task; all by default.", 1)
 _NUM_FEWSHOT = flags.DEFINE_integer(
-    "num_fewshot", None, "Few-shot examples; the task's by default."
+    "num_fewshot", None, "Few-shot examples; the task's by default.", 0
 )
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows per batch.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows per batch.", 1)
 _MAX_LENGTH = flags.DEFINE_integer(
-    "max_length", None, "Maximum tokens that the model reads; its training length by default."
+    "max_length", None, "Maximum tokens that the model reads; its training length by default.", 1
 )
 _TRUNCATE = flags.DEFINE_enum(
     "truncate", "left", ["left", "middle"], "Which part of a too long prompt to drop."
 )
 _CONTEXT_LENGTH = flags.DEFINE_integer(
-    "context_length", None, "Tokens of a context in the cloze tasks; the tasks' default if unset."
+    "context_length",
+    None,
+    "Tokens of a context in the cloze tasks; the tasks' own if unset.",
+    1,
 )
 _METADATA = flags.DEFINE_string("metadata", "{}", "Options of tasks that generate data, as JSON.")
 _OUTPUT = flags.DEFINE_string("output", None, "Results; WORKDIR/eval/results.json by default.")
@@ -94,7 +97,7 @@ def program() -> None:
         raise ImportError(f"{e}: pip install 'memcache_jax[eval]'") from e
     from experiments._lm_eval import TrainedLM
     from memcache_jax.training import load_model
-    from memcache_jax.training.workdir import replace_file
+    from memcache_jax.training.durable import replace_file
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax logs every step it takes

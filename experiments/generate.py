@@ -2,21 +2,21 @@
 
 ``FOLDER`` is the workdir of ``experiments.train``, which may still be running; the program loads
 its newest checkpoint. With ``--interactive`` it continues every line you type, with one cache for
-the whole conversation.
+the whole conversation; a line that it cannot read ends nothing.
 """
 
 import sys
-import time
-from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
 
 import memcache_jax as mc
+from experiments._conversation import continuation, converse, print_continuation
 from experiments._program import run
+from memcache_jax.generation.prompts import longest
 from memcache_jax.training import load_model
-from memcache_jax.training.tokenizers import Tokenizer
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a training run.", required=True)
 _PROMPT = flags.DEFINE_string("prompt", "", "The text to continue; empty starts a new document.")
@@ -30,7 +30,7 @@ _TOP_K = flags.DEFINE_integer("top_k", None, "Samples from this many most likely
 _TOP_P = flags.DEFINE_float(
     "top_p", 0.95, "Samples from the fewest most likely tokens whose probabilities sum to this."
 )
-_SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.")
+_SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.", -(2**63), 2**63 - 1)
 _STOP = flags.DEFINE_bool("stop", True, "Stop at the end of the document.")
 
 
@@ -38,55 +38,34 @@ def program() -> None:
     """Prints the prompt and its continuation as they are generated."""
     if _MAX_NEW_TOKENS.value < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {_MAX_NEW_TOKENS.value}")
+    try:
+        prompt = _PROMPT.value.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"prompt must be UTF-8 text: {e}") from e
     model, tokenizer, _ = load_model(_WORKDIR.value)
-    prompt = tokenizer.encode(_PROMPT.value.encode())
-    if not prompt.size:
-        prompt = np.array([tokenizer.eos_id], np.int32)  # precedes every document in training
-    length = _MAX_LENGTH.value if _INTERACTIVE.value else len(prompt) + _MAX_NEW_TOKENS.value
+    tokens = tokenizer.encode(prompt)
+    if not tokens.size:
+        tokens = np.array([tokenizer.eos_id], np.int32)  # precedes every document in training
+    length = len(tokens) + _MAX_NEW_TOKENS.value
+    if _INTERACTIVE.value:
+        length = min(_MAX_LENGTH.value, longest(model) or _MAX_LENGTH.value)
     decoder = mc.Decoder(
         model,
         max_length=length,
         temperature=_TEMPERATURE.value,
         top_k=_TOP_K.value,
         top_p=_TOP_P.value,
-        key=jax.random.key(_SEED.value),
+        key=jax.random.key(_SEED.value % 2**32),
     )
-    if not _INTERACTIVE.value:
-        decoder.feed(prompt[None])
-        _print(tokenizer, _continuation(decoder, tokenizer), prompt.tolist())
-        return
-    if _PROMPT.value:
-        decoder.feed(prompt[None])
-    print("Type a line; an empty line or the end of input quits.", file=sys.stderr)
-    for line in map(str.rstrip, sys.stdin):
-        if not line:
-            break
-        decoder.feed(tokenizer.encode(f"{line}\n".encode())[None])
-        _print(tokenizer, _continuation(decoder, tokenizer), [])
-
-
-def _continuation(decoder: mc.Decoder, tokenizer: Tokenizer) -> Iterator[int]:
-    for _ in range(_MAX_NEW_TOKENS.value):
-        token = int(decoder.next()[0])
-        yield token
-        if _STOP.value and token == tokenizer.eos_id:
-            return
-
-
-def _print(tokenizer: Tokenizer, continuation: Iterator[int], tokens: list[int]) -> None:
-    """Prints tokens and their continuation as text while it is generated, then the speed."""
-    printed, times = "", []
-    for token in continuation:
-        times.append(time.perf_counter())
-        tokens.append(token)
-        text = tokenizer.decode(tokens)
-        if not text.endswith("\ufffd"):  # an incomplete character
-            print(text[len(printed) :], end="", flush=True)
-            printed = text
-    print(tokenizer.decode(tokens)[len(printed) :], flush=True)
-    if len(times) > 2:  # the first two include compilation
-        rate = (len(times) - 2) / (times[-1] - times[1])
-        print(f"{len(times)} tokens, {rate:.0f} tokens/s", file=sys.stderr)
+    answer: dict[str, Any] = dict(max_new_tokens=_MAX_NEW_TOKENS.value, stop=_STOP.value)
+    if _PROMPT.value or not _INTERACTIVE.value:
+        decoder.feed(tokens[None])
+    if _INTERACTIVE.value:
+        print("Type a line; an empty line or the end of input quits.", file=sys.stderr)
+        converse(decoder, tokenizer, sys.stdin.buffer, **answer)
+    else:
+        following = continuation(decoder, tokenizer, **answer)
+        print_continuation(tokenizer, following, tokens, with_prompt=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from experiments._gates_page import as_json, page
 from experiments._program import run
 from experiments._reads import inspect
 from memcache_jax.training import load_model
-from memcache_jax.training.workdir import replace_file
+from memcache_jax.training.durable import replace_file
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a training run.", required=True)
 _TEXT = flags.DEFINE_string("text", None, "The file to read.", required=True)

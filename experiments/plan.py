@@ -1,11 +1,12 @@
-"""Compiles the train step for a TPU pod, without one, and reports what each chip needs.
+"""Compiles a run's programs for a TPU pod, without one, and reports what each chip needs.
 
     python -m experiments.plan --config=configs/lm_760m.py --topology=v5e:16x16 \
         --config.mesh.fsdp=-1 --config.mesh.tensor=2
 
-Needs libtpu (``pip install libtpu``) but no TPU. Memory is the compiler's own analysis for one
-chip. Collectives are counted in the compiled program, once per trip inside loops; their bytes are
-those that a chip receives or sums.
+The programs are the train step and the held-out evaluation. Needs libtpu (``pip install libtpu``)
+but no TPU. Memory is the compiler's own analysis for one chip (``_memory.py``). Collectives are
+counted in the compiled train step, once per trip inside loops; their bytes are those that a chip
+receives or sums.
 """
 
 import json
@@ -20,25 +21,25 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
 from experiments._advice import changes
+from experiments._compilers import check_topology
+from experiments._program import ConfigFlag, run
 
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+_CONFIG = ConfigFlag()
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Kind of TPU and shape of the slice, such as v5e:16x16.", required=True
 )
 _JSON = flags.DEFINE_string("json", None, "File to write the numbers to.")
 _QUICK = flags.DEFINE_bool("quick", False, "Compile with less effort: faster, with similar memory.")
-flags.mark_flag_as_required("config")
 
 GIB = 2**30
 HBM = {"v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB, "v4": 32 * GIB}
 
 
 def plan(config: Any, topology: str, *, quick: bool = False) -> dict[str, Any]:
-    """Compiles the train step of a configuration for a topology.
+    """Compiles the train step of a configuration, and its evaluation, for a topology.
 
     Args:
       config: as from ``memcache_jax.training.default_config``, with the mesh's sizes.
@@ -46,7 +47,8 @@ def plan(config: Any, topology: str, *, quick: bool = False) -> dict[str, Any]:
       quick: compile with less effort.
 
     Returns:
-      The figures of the report, by name. If the program does not fit, ``overflow`` has the
+      The figures of the report, by name; ``evaluation`` has those of the held-out evaluation's
+      memory. If a program does not fit, ``overflow`` has the
       compiler's message; if its text cannot be read back, ``unlisted`` has the error in place of
       ``collectives``.
 
@@ -59,16 +61,18 @@ def plan(config: Any, topology: str, *, quick: bool = False) -> dict[str, Any]:
 
     from experiments._flops import count_flops
     from experiments._hlo import collectives
+    from experiments._memory import memory_of
     from memcache_jax.sharding import batch_sharding
-    from memcache_jax.training.config import check_config
-    from memcache_jax.training.documents import separator, with_isolation_decided
+    from memcache_jax.training.config import check_config, with_choices_made
+    from memcache_jax.training.documents import separator
     from memcache_jax.training.loop import config_mesh
     from memcache_jax.training.models import model_config
     from memcache_jax.training.optimizer import make_optimizer
-    from memcache_jax.training.step import abstract_state, make_train_step
+    from memcache_jax.training.step import abstract_state, make_eval_step, make_train_step
 
     check_config(config)
-    config = with_isolation_decided(config)
+    check_topology(topology)
+    config = with_choices_made(config)
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as e:  # libtpu raises several kinds
@@ -97,31 +101,38 @@ def plan(config: Any, topology: str, *, quick: bool = False) -> dict[str, Any]:
         hbm=HBM.get(topology.split(":")[0]),
     )
     graph, target = abstract_state(model, optimizer, mesh)
-    report["state_bytes"] = sum(
-        x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape))
-        for x in jax.tree.leaves(target)
-    )
+
+    def bytes_per_chip(tree: Any) -> int:
+        return sum(
+            x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape))
+            for x in jax.tree.leaves(tree)
+        )
+
+    report["state_bytes"] = bytes_per_chip(target)
     with jax.set_mesh(mesh):
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
         separator(config, 0, graph, target.params)
         train_step: Any = make_train_step(graph, optimizer, *options, target, end_token)
-        lowered = train_step.lower(target, tokens)
+        mask = jax.ShapeDtypeStruct(shape[:1], jnp.float32, sharding=batch_sharding(mesh))
+        eval_step: Any = make_eval_step(graph, end_token, config.accumulate)
+        lowered = [
+            train_step.lower(target, tokens),
+            eval_step.lower(target.params, tokens, mask),
+        ]
         begin = time.perf_counter()
         try:
             effort = {"exec_time_optimization_effort": -1.0} if quick else {}
-            compiled = lowered.compile(compiler_options=effort)
+            compiled, evaluation = (each.compile(compiler_options=effort) for each in lowered)
         except jax.errors.JaxRuntimeError as e:
             if "RESOURCE_EXHAUSTED" not in str(e):
                 raise
             report["overflow"] = _first_lines(str(e))
             return report
         report["compile_seconds"] = time.perf_counter() - begin
-    memory: Any = compiled.memory_analysis()
-    report["argument_bytes"] = memory.argument_size_in_bytes
-    report["temporary_bytes"] = memory.temp_size_in_bytes
-    # The new state replaces the old one in place.
-    own = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    report["peak_bytes"] = memory.argument_size_in_bytes + memory.temp_size_in_bytes + own
+    report |= memory_of(compiled)
+    # While it runs, the optimizer's state is there too.
+    report["evaluation"] = memory_of(evaluation)
+    report["evaluation"]["peak_bytes"] += bytes_per_chip(target.opt_state)
     try:
         report["collectives"] = collectives(compiled.as_text())
     except jax.errors.JaxRuntimeError as e:
@@ -162,8 +173,13 @@ def describe(config: Any, report: dict[str, Any]) -> str:
         f"temporaries         {gib(report['temporary_bytes'])}",
         f"peak                {gib(report['peak_bytes'])}",
     ]
+    lines += [
+        f"evaluation          {gib(report['evaluation']['temporary_bytes'])} of temporaries",
+        f"its peak            {gib(report['evaluation']['peak_bytes'])}",
+    ]
     if report["hbm"] is not None:
-        lines.append(f"left                {gib(report['hbm'] - report['peak_bytes'])}")
+        peak = max(report["peak_bytes"], report["evaluation"]["peak_bytes"])
+        lines.append(f"left                {gib(report['hbm'] - peak)}")
     lines.append(f"compiled in         {report['compile_seconds']:8.1f} s")
     if "unlisted" in report:
         lines += ["", f"Collectives cannot be listed: {report['unlisted']}"]
@@ -176,15 +192,10 @@ def describe(config: Any, report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> None:
+def program() -> None:
     """Prints the report."""
-    if len(argv) > 1:
-        raise app.UsageError(f"expected only flags, got {' '.join(argv[1:])}")
     config = _CONFIG.value
-    try:
-        report = plan(config, _TOPOLOGY.value, quick=_QUICK.value)
-    except ValueError as e:
-        sys.exit(f"error: {e}")
+    report = plan(config, _TOPOLOGY.value, quick=_QUICK.value)
     print(describe(config, report), flush=True)
     if _JSON.value:
         with open(_JSON.value, "w") as file:
@@ -194,4 +205,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(program)

@@ -21,22 +21,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
 import memcache_jax as mc
+from experiments._program import run
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "Folder of the results.", required=True)
-flags.DEFINE_integer("length", 1 << 20, "Tokens of history.")
-flags.DEFINE_integer("attention", 1 << 15, "Tokens of history for the Transformer.")
-flags.DEFINE_integer("first", 1 << 12, "Tokens of history at the first measurement.")
-flags.DEFINE_integer("features", 128, "Model dimension d.")
-flags.DEFINE_integer("heads", 4, "Heads h.")
-flags.DEFINE_integer("layers", 1, "Layers.")
-flags.DEFINE_integer("segment", 256, "Segment size C.")
-flags.DEFINE_integer("piece", 2048, "Tokens of history taken at once.")
-flags.DEFINE_integer("rounds", 100, "Timed tokens at each position.")
+flags.DEFINE_integer("length", 1 << 20, "Tokens of history.", 1)
+flags.DEFINE_integer("attention", 1 << 15, "Tokens of history for the Transformer.", 1)
+flags.DEFINE_integer("first", 1 << 12, "Tokens of history at the first measurement.", 1)
+flags.DEFINE_integer("features", 128, "Model dimension d.", 1)
+flags.DEFINE_integer("heads", 4, "Heads h.", 1)
+flags.DEFINE_integer("layers", 1, "Layers.", 1)
+flags.DEFINE_integer("segment", 256, "Segment size C.", 1)
+flags.DEFINE_integer("piece", 2048, "Tokens of history taken at once.", 1)
+flags.DEFINE_integer("rounds", 100, "Timed tokens at each position.", 1)
 
 
 def mixers() -> dict[str, Any]:
@@ -193,11 +194,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def main(_: list[str]) -> None:
+def program() -> None:
     """Measures the models, then writes stream.json and stream.png."""
-    for name in ("length", "attention", "first", "piece", "rounds"):
-        if getattr(FLAGS, name) < 1:
-            raise app.UsageError(f"--{name} must be at least 1, got {getattr(FLAGS, name)}")
     workdir = Path(FLAGS.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -220,4 +218,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(program)

@@ -10,28 +10,21 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
-from absl import app, flags
+from absl import flags
 from absl import logging as absl_logging
-from ml_collections import config_flags
 
+from experiments._program import EXPECTED, ConfigFlag, run
 from memcache_jax.training import CheckpointError, StoppedError, initialize, train
 from memcache_jax.training.distributed import is_main_process
 
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+_CONFIG = ConfigFlag()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run's folder; created if it does not exist.", required=True
 )
-_DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
-flags.mark_flag_as_required("config")
-
-# Errors that a user can fix; any other is a bug, and shows its traceback.
-_EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, CheckpointError)
 
 
-def main(argv: Sequence[str]) -> None:
+def program() -> None:
     """Trains, then prints the results and suggestions for what to try next."""
-    if len(argv) > 1:
-        raise app.UsageError(f"expected only flags, got {' '.join(argv[1:])}")
     _log_to_stdout()
     config, workdir = _CONFIG.value, _WORKDIR.value
     try:
@@ -40,11 +33,6 @@ def main(argv: Sequence[str]) -> None:
     except StoppedError as e:
         print(f"\n{e}", flush=True)
         sys.exit(128 + e.signal_number)
-    except _EXPECTED as e:
-        if _DEBUG.value:
-            raise
-        print(f"\nerror: {e}", file=sys.stderr, flush=True)
-        sys.exit(1)
     if is_main_process():
         print(_summary(results, workdir, sys.argv[1:]), flush=True)
 
@@ -103,14 +91,5 @@ def _summary(results: dict, workdir: str, argv: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as e:
-        if "--debug" in argv:
-            raise
-        sys.exit(f"error: in the flags {' '.join(argv[1:])}: {e}")
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    run(program, (*EXPECTED, CheckpointError))

@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from experiments._kernel_cases import Case, cases, passes
+from experiments._program import run
 from experiments.check_kernels import reported, seconds
 
 FLAGS = flags.FLAGS
@@ -120,9 +121,8 @@ def show(row: dict[str, Any]) -> str:
     return f"{row['name']:34} {row.get('operation', ''):25} {sizes:44} {came}"
 
 
-def main(argv: list[str]) -> None:
+def program() -> None:
     """Prints times as they are measured, and writes the best after each case."""
-    del argv
     import jax
     import jax.numpy as jnp
 
@@ -152,4 +152,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(program)

@@ -136,7 +136,8 @@ def written(tree: Any) -> Any:
 def interpret_kernels() -> Iterator[None]:
     """Traces Triton and TPU kernels so that they run on a CPU, for tests of their numbers.
 
-    ``pltpu.force_tpu_interpret_mode`` simulates a TPU's memories too, and takes much longer.
+    With ``pltpu.force_tpu_interpret_mode`` too, TPU kernels run on a simulation of a TPU's
+    memories, which takes much longer.
     """
     token = _INTERPRETED.set(True)
     try:

@@ -3,14 +3,17 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from memcache_jax.kernels._dispatch import interpreted
+from memcache_jax.kernels._platform import only_on_its_platform
 
 _SCOPED_VMEM = 16 * 2**20  # what a TPU kernel may use unless it asks for more
 _VMEM = 60 * 2**20  # what it may ask for: the smallest TPUs have 64
 _SMEM = 2**20 - 2**14  # a TPU's scalar memory, less what kernels take for themselves
+_PRECISIONS = (None, "default", "fastest", "bfloat16", "highest", "float32")
 LANES = 128
 """Lanes of a TPU's vector register."""
 
@@ -24,6 +27,9 @@ def tpu_call(
 ) -> Callable[..., Any]:
     """``pl.pallas_call`` for a TPU.
 
+    The compiler of kernels has products in one pass of bfloat16 and in float32. Where
+    ``jax.default_matmul_precision`` asks for anything else, such as ``"high"``, it is float32.
+
     Args:
       kernel: the kernel.
       dimension_semantics: ``"parallel"`` or ``"arbitrary"`` for each axis of the grid.
@@ -31,7 +37,7 @@ def tpu_call(
       **options: as for ``pl.pallas_call``.
     """
     limit = min(max(vmem_bytes, _SCOPED_VMEM), _VMEM)
-    return pl.pallas_call(
+    run = pl.pallas_call(
         kernel,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=tuple(dimension_semantics), vmem_limit_bytes=limit
@@ -39,6 +45,14 @@ def tpu_call(
         interpret=interpreted(),
         **options,
     )
+
+    def call(*args: Any) -> Any:
+        config: Any = jax.config
+        wanted = config.jax_default_matmul_precision
+        with jax.default_matmul_precision(wanted if wanted in _PRECISIONS else "highest"):
+            return run(*args)
+
+    return only_on_its_platform("pallas_tpu", call)
 
 
 def vmem_reason(*needs: tuple[str, int]) -> tuple[bool, str]:

@@ -12,6 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from memcache_jax._typing import Matrices
 from memcache_jax.kernels._dispatch import check_served, interpreted
+from memcache_jax.kernels._platform import only_on_its_platform
 from memcache_jax.kernels._shapes import padded_size
 
 try:
@@ -35,12 +36,13 @@ def triton_call(
     """
     if num_warps not in (1, 2, 4, 8, 16):
         raise ValueError(f"num_warps must be 1, 2, 4, 8 or 16, got {num_warps}")
-    return pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
         compiler_params=CompilerParams(num_warps=num_warps, num_stages=num_stages),
         interpret=interpreted(),
         **options,
     )
+    return only_on_its_platform("pallas_gpu", call)
 
 
 def triton_barrier() -> None:

@@ -4,11 +4,16 @@ import jax
 import jax.numpy as jnp
 
 from memcache_jax._typing import Array, Float, Int
+from memcache_jax._varying import alike
+
+
+def conv_silu(x: Float[Array, "b t d"], kernel: Float[Array, "w d"]) -> Float[Array, "b t d"]:
+    """y_t = silu(sum over j of kernel[j] x_{t - w + 1 + j}), x zero before the first token."""
+    return _conv_silu(*alike((x, kernel)))
 
 
 @jax.custom_vjp
-def conv_silu(x: Float[Array, "b t d"], kernel: Float[Array, "w d"]) -> Float[Array, "b t d"]:
-    """y_t = silu(sum over j of kernel[j] x_{t - w + 1 + j}), x zero before the first token."""
+def _conv_silu(x: Array, kernel: Array) -> Array:
     return jax.nn.silu(_weighted_shifts(x, kernel, before=kernel.shape[0] - 1))
 
 
@@ -41,7 +46,7 @@ def _weighted_shifts(x: Array, kernel: Array, before: int) -> Array:
 
 
 def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return conv_silu(x, kernel), (x, kernel)
+    return _conv_silu(x, kernel), (x, kernel)
 
 
 def _backward(residuals: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
@@ -56,4 +61,4 @@ def _backward(residuals: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]
     return _weighted_shifts(d_y, kernel[::-1], before=0), jnp.stack(taps)
 
 
-conv_silu.defvjp(_forward, _backward)
+_conv_silu.defvjp(_forward, _backward)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from memcache_jax._checks import check_choice
-from memcache_jax._typing import Array, Float, Matrices
+from memcache_jax._checks import check_choice, check_integer, set_fields, shown
+from memcache_jax._typing import Array, Bool, Float, Matrices
 from memcache_jax.engine.read import Bank, Live
 from memcache_jax.engine.types import Candidates, LivePart, OfBlocks, OfTokens, Selection
 from memcache_jax.gating import GATES, ContentGate, Gate, finite_rows, scores
@@ -184,9 +184,11 @@ class GRM(Aggregation):
     pooling: str = "mean"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.gate, Gate) and self.gate not in GATES:
+        known = isinstance(self.gate, str) and self.gate in GATES
+        if not known and not isinstance(self.gate, Gate):
             raise ValueError(
-                f"gate must be one of {list(GATES)} or an instance of mc.Gate, got {self.gate!r}"
+                f"gate must be one of {list(GATES)} or an instance of mc.Gate, got "
+                f"{shown(self.gate)}"
             )
         check_choice("pooling", self.pooling, ("mean", "sum"))
 
@@ -241,8 +243,7 @@ class SSC(GRM):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("inner", self.inner, ("grm", "soup"))
-        if self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        set_fields(self, top_k=check_integer("top_k", self.top_k))
 
     @property
     def mixes(self) -> bool:
@@ -251,12 +252,13 @@ class SSC(GRM):
 
     def gates(self, cached: Array, live: Array) -> tuple[Array, Array]:
         """Softmax over the selected states and the live one; zero for the others."""
+        unknown = _unknown(cached)
         if self.top_k < cached.shape[-1]:
             _, chosen = largest(lax.stop_gradient(cached), self.top_k)
             selected = jnp.zeros(cached.shape, bool)
             selected = jnp.put_along_axis(selected, chosen, True, axis=-1, inplace=False)
             cached = jnp.where(selected, cached, -jnp.inf)
-        return softmax_gates(cached, live)
+        return softmax_gates(jnp.where(unknown, jnp.nan, cached), live)
 
     def select(
         self,
@@ -287,7 +289,7 @@ class SSC(GRM):
             return OfTokens(chosen, gates, live)
         cached, live = scores(connector, candidates, self.relevance, self.pooling)
         _, slots = largest(lax.stop_gradient(cached), self.top_k)
-        cached = jnp.take_along_axis(cached, slots, axis=-1)
+        cached = jnp.where(_unknown(cached), jnp.nan, jnp.take_along_axis(cached, slots, axis=-1))
         chosen = jnp.take_along_axis(jnp.asarray(states)[:, None, :, None], slots, axis=-1)
         gates, live = self.gates(cached, live)
         return OfTokens(jnp.where(gates != 0, chosen, -1), gates, live)
@@ -299,3 +301,8 @@ class SSC(GRM):
         if not isinstance(states, np.ndarray):
             return False
         return bool(np.sum(states >= 0) <= self.top_k * states.shape[1])
+
+
+def _unknown(cached: Float[Array, "*r states"]) -> Bool[Array, "*r 1"]:
+    """Whether it is unknown which states to select: the relevance of one is not a number."""
+    return jnp.isnan(cached).any(axis=-1, keepdims=True)

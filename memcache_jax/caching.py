@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from memcache_jax._checks import check_arguments, check_choice
+from memcache_jax._checks import check_arguments, check_choice, check_mapping, shown
 from memcache_jax._typing import Array, Exchange, Float, Implementation, Int, Start
+from memcache_jax._varying import alike
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.engine.one_pass import one_pass
 from memcache_jax.engine.types import Tokens
+from memcache_jax.kernels._platform import check_platform
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Segmentation
 from memcache_jax.sharding.division import Division
@@ -50,7 +52,8 @@ def memory_caching(
         first. Not needed by ``Residual`` and uniform gates.
       memory: the write rule, such as ``memories.Titans(chunk_size=64)``.
       controls: the rule's per-token coefficients by name, shapes as ``memory.controls`` says.
-        Decays are given as logs, <= 0. Constants of a head have shape (h,).
+        Decays are given as logs, <= 0: larger ones are refused in NumPy arrays, and elsewhere are
+        growth. Constants of a head have shape (h,).
       weights: initial weights of a deep memory by name, one per head: (h, out, in).
       aggregation: how reads become one output: ``Residual()``, ``GRM()``, ``Soup()`` or ``SSC()``.
       segmentation: where states are cached: ``Constant(C)``, ``Logarithmic(C)`` or ``Lengths``.
@@ -85,7 +88,8 @@ def memory_caching(
         With time divided, also for fewer segments than devices, segments of several lengths, the
         reference, packed documents or rules whose states cannot be merged with checkpoint starts or
         ``Logarithmic``, and a ring unless blocks read the states of all segments before them.
-      NotImplementedError: for kernels asked for by name that cannot serve.
+      NotImplementedError: for kernels asked for by name that cannot serve, or that are not for the
+        platform that the program is compiled for.
 
     Example:
       >>> import jax, memcache_jax as mc
@@ -95,13 +99,14 @@ def memory_caching(
       >>> y.shape
       (2, 100, 4, 16)
     """
-    controls, weights = dict(controls or {}), dict(weights or {})
+    controls, weights = check_mapping("controls", controls), check_mapping("weights", weights)
     check_configuration(memory, aggregation, segmentation, start, implementation)
     check_choice("exchange", exchange, get_args(Exchange))
     check_arguments(
         *(query, key, value, connector, memory, controls, weights),
         *(aggregation, segmentation, document_ids),
     )
+    check_platform(implementation, query)
     some: Any = connector  # or None, which has no arrays to divide
     tokens = Tokens(query, key, value, some, controls)
     how: dict[str, Any] = dict(
@@ -113,9 +118,10 @@ def memory_caching(
     )
     rows = (query, key, value, connector)
     division = Division.of(*((x, "b t h .") for x in rows), (document_ids, "b t"))
+    tokens, initial, document_ids = alike((tokens, weights, document_ids))
     if division is None:
-        return one_pass(tokens, weights, document_ids, **how)
-    return over_mesh(division, tokens, weights, document_ids, exchange, **how)
+        return one_pass(tokens, initial, document_ids, **how)
+    return over_mesh(division, tokens, initial, document_ids, exchange, **how)
 
 
 def check_configuration(
@@ -136,7 +142,7 @@ def check_configuration(
         ("segmentation", segmentation, Segmentation, "mc.Constant(256)"),
     ):
         if not isinstance(got, wanted):
-            raise ValueError(f"{what} must be an object such as {example}, got {got!r}")
+            raise ValueError(f"{what} must be an object such as {example}, got {shown(got)}")
     if memory.gradient_chunk and segmentation.size % memory.gradient_chunk:
         raise ValueError(
             f"the chunk size of {type(memory).__name__}, {memory.gradient_chunk}, must divide the "

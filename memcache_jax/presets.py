@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from memcache_jax import memories
-from memcache_jax._checks import check_choice
+from memcache_jax._checks import check_choice, check_integer
 from memcache_jax.aggregation import GRM, SSC, Aggregation, Residual, Soup
 from memcache_jax.memories import Memory
 from memcache_jax.nn import AttentionMixer, LanguageModelConfig, MemoryCachingMixer, Mixer
@@ -97,12 +97,13 @@ def mixers(name: str, *, segment: int = 256, top_k: int = 4) -> tuple[Mixer, ...
       SSC(gate='content', pooling='mean', top_k=2, inner='grm')
     """
     check_choice("name", name, NAMES)
+    segment = check_integer("segment", segment)
     if name == "transformer":
         return (AttentionMixer(),)
     base, variant = _PARTS[name]
     memory = (_RULES | _HYBRIDS)[base]
     if isinstance(memory, memories.DeepMemory):
-        chunk = math.gcd(memory.chunk_size, Constant(segment).size)
+        chunk = math.gcd(memory.chunk_size, segment)
         memory = dataclasses.replace(memory, chunk_size=chunk)
     if variant is None:
         aggregation, segmentation = Residual(), Constant(_ONE_SEGMENT)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from memcache_jax._checks import check_integer, set_fields, shown
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReadPlan:
@@ -29,11 +31,27 @@ class ReadPlan:
     first: np.ndarray
 
     def __post_init__(self) -> None:
+        set_fields(self, block_size=check_integer("block_size", self.block_size))
         for name in ("buckets", "reads", "first"):
             array = getattr(self, name)
             if not (isinstance(array, np.ndarray) and np.issubdtype(array.dtype, np.integer)):
-                raise ValueError(f"{name} must be a NumPy array of integers, got {array!r}")
+                raise ValueError(f"{name} must be a NumPy array of integers, got {shown(array)}")
+        blocks, count = len(self.first), len(self.buckets)
+        shapes = [x.shape for x in (self.buckets, self.reads, self.first)]
+        if shapes != [(count, 2), (blocks, *self.reads.shape[1:2]), (blocks,)]:
+            raise ValueError(
+                f"buckets, reads and first must be (buckets, 2), (blocks, r) and (blocks,), got "
+                f"{', '.join(map(str, shapes))}"
+            )
         begin, end = self.buckets.T
+        if np.any(begin < 0) or np.any(end <= begin) or np.any(end > blocks):
+            raise ValueError(
+                f"buckets must be runs of the {blocks} blocks, got {self.buckets.tolist()}"
+            )
+        if np.any(self.reads < -1) or np.any(self.reads >= count):
+            raise ValueError(
+                f"reads must be numbers of the {count} buckets, or -1, got {self.reads.tolist()}"
+            )
         if np.any(self.first[begin] != begin):
             raise ValueError(f"buckets must begin where segments do, got {self.buckets.tolist()}")
         if np.any(np.append(end, 0)[self.reads] > self.first[:, None]):
@@ -49,7 +67,7 @@ class ReadPlan:
         """The plan in which each block reads these buckets, (first block, block after the last)."""
         buckets = sorted({bucket for row in reads for bucket in row})
         place = {bucket: i for i, bucket in enumerate(buckets)}
-        width = max(map(len, reads))
+        width = max(map(len, reads), default=0)
         table = [[place[bucket] for bucket in row] + [-1] * (width - len(row)) for row in reads]
         return cls(
             size,
@@ -110,12 +128,15 @@ class Segmentation(abc.ABC):
 
     def span(self, segments: int) -> int:
         """Tokens in the first ``segments`` segments."""
-        return segments * self.size
+        return check_integer("segments", segments, 0) * self.size
 
+    @property
+    def longest(self) -> int | None:
+        """Tokens in the longest sequence that can be split; None for any number."""
+        return None
 
-def _check_size(segmentation: Segmentation, size: int) -> None:
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"a segment needs at least 1 token, got {segmentation}")
+    def _blocks(self, length: int) -> int:
+        return -(-check_integer("the length of a sequence", length, 0) // self.size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,11 +158,11 @@ class Constant(Segmentation):
     size: int
 
     def __post_init__(self) -> None:
-        _check_size(self, self.size)
+        set_fields(self, size=check_integer("the segment size", self.size))
 
     def plan(self, length: int) -> ReadPlan:
         """The read plan of a sequence of ``length`` tokens."""
-        blocks = np.arange(-(-length // self.size))
+        blocks = np.arange(self._blocks(length))
         bucket = blocks[:-1]
         reads = np.where(bucket[None] < blocks[:, None], bucket[None], -1)
         return ReadPlan(self.size, np.stack([bucket, bucket + 1], axis=1), reads, blocks)
@@ -172,11 +193,11 @@ class Logarithmic(Segmentation):
     size: int
 
     def __post_init__(self) -> None:
-        _check_size(self, self.size)
+        set_fields(self, size=check_integer("the segment size", self.size))
 
     def plan(self, length: int) -> ReadPlan:
         """The read plan of a sequence of ``length`` tokens."""
-        blocks = -(-length // self.size)
+        blocks = self._blocks(length)
         reads = []
         for block in range(blocks):
             row, begin = [], 0
@@ -209,25 +230,30 @@ class Lengths(Segmentation):
     size: int = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "lengths", tuple(self.lengths))
-        if not self.lengths:
+        given = self.lengths.tolist() if isinstance(self.lengths, np.ndarray) else self.lengths
+        if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
+            raise ValueError(f"Lengths needs a tuple of lengths, got {shown(given)}")
+        lengths = tuple(check_integer("a segment's length", length) for length in given)
+        if not lengths:
             raise ValueError("Lengths needs at least one segment, got none")
-        for length in self.lengths:
-            _check_size(self, length)
-        object.__setattr__(self, "size", math.gcd(*self.lengths))
+        set_fields(self, lengths=lengths, size=math.gcd(*lengths))
 
     def span(self, segments: int) -> int:
         """Tokens in the first ``segments`` segments, at most all."""
-        return sum(self.lengths[:segments])
+        return sum(self.lengths[: check_integer("segments", segments, 0)])
+
+    @property
+    def longest(self) -> int:
+        """Tokens in all segments."""
+        return sum(self.lengths)
 
     def plan(self, length: int) -> ReadPlan:
         """The read plan of a sequence of ``length`` tokens."""
-        if length > sum(self.lengths):
-            raise ValueError(
-                f"the segments of {self} hold {sum(self.lengths)} tokens, got {length}"
-            )
+        count = self._blocks(length)
+        if length > self.longest:
+            raise ValueError(f"the segments of {self} hold {self.longest} tokens, got {length}")
         borders = np.cumsum([0, *self.lengths]) // self.size
-        blocks = np.arange(-(-length // self.size))
+        blocks = np.arange(count)
         segment = np.searchsorted(borders, blocks, side="right") - 1
         buckets = list(zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True))
         return ReadPlan.of(self.size, [buckets[:s] for s in segment], borders[segment])

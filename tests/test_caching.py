@@ -1,5 +1,6 @@
 """One call: under JAX's transformations, for each platform, and with arguments that do not fit."""
 
+import functools
 from typing import Any
 
 import jax
@@ -83,6 +84,15 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"unknown: \['gamma'\]"):
             run(inputs, self.MEMORY, mc.GRM())
         inputs = make_inputs(self.MEMORY, 21)
+        inputs["controls"]["log_beta"][1, 2, 0] = 0.25
+        call = functools.partial(
+            mc.memory_caching,
+            memory=self.MEMORY,
+            aggregation=mc.GRM(),
+            segmentation=mc.Constant(8),
+        )
+        with pytest.raises(ValueError, match=r"control log_beta must be at most 0, got 0\.25"):
+            call(**inputs)
         inputs["weights"]["W2"] = jnp.ones((4, 8, 4))
         with pytest.raises(ValueError, match=r"weight W2 must have shape \(h, out, in\)"):
             run(inputs, self.MEMORY, mc.GRM())
@@ -105,7 +115,7 @@ class TestErrors:
             )
         sizes: Any = (0, 4.0)
         for size in sizes:
-            with pytest.raises(ValueError, match=f"at least 1 token, got .*size={size}"):
+            with pytest.raises(ValueError, match=f"segment size must be .*, got {size}"):
                 mc.Constant(size)
         good: Any = dict(memory=self.MEMORY, aggregation=mc.GRM(), segmentation=mc.Constant(8))
         wrong: Any = dict(memory=mc.memories.Titans, aggregation=mc.GRM, segmentation=4)
@@ -116,5 +126,5 @@ class TestErrors:
             mc.GRM(gate="loud")
         with pytest.raises(ValueError, match="depth=3"):
             mc.memories.Titans(depth=3)
-        with pytest.raises(ValueError, match="chunk_size=0"):
+        with pytest.raises(ValueError, match="chunk_size of Titans must be at least 1, got 0"):
             mc.memories.Titans(chunk_size=0)

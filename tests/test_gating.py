@@ -20,7 +20,7 @@ def keys(blocks, size=5):
 
 def relevance(connector, key, plan, gate="content"):
     """The scores of one head's blocks (n, c, ...)."""
-    candidates = candidates_of(plan, key[None, None])
+    candidates = candidates_of(plan, key[None, None], key[None, None])
     cached, live = scores(connector[None, None], candidates, GATES[gate])
     return cached[0, 0], live[0, 0]
 

@@ -40,9 +40,11 @@ def test_lengths_are_segments_of_several_blocks():
     assert plan.buckets.tolist() == [[0, 2], [2, 3]]
     assert plan.reads.tolist() == [[-1, -1]] * 2 + [[0, -1]] + [[0, 1]] * 3
     assert plan.distances[5].tolist() == [2, 1]
+    assert mc.Lengths((8, 4, 12)).longest == 24
+    assert mc.Constant(4).longest is mc.Logarithmic(4).longest is None
     with pytest.raises(ValueError, match="hold 24 tokens, got 25"):
         mc.Lengths((8, 4, 12)).plan(25)
     with pytest.raises(ValueError, match="at least one segment"):
         mc.Lengths(())
-    with pytest.raises(ValueError, match="at least 1 token"):
+    with pytest.raises(ValueError, match="length must be at least 1, got 0"):
         mc.Lengths((8, 0))

@@ -34,7 +34,7 @@ def bank_read(
         jax.ShapeDtypeStruct(query.shape[3:], query.dtype),
     )
     if not reads.shape[-1]:
-        return jnp.zeros((*query.shape[:3], *row.shape), row.dtype)
+        return jnp.zeros_like(query, row.dtype, (*query.shape[:3], *row.shape))
     static = isinstance(reads, np.ndarray)
     if static and query.shape[2:4] == (1, 1):
         return _read_by_token(read, bank, query, gates, reads)
@@ -58,7 +58,8 @@ def bank_read(
             rows = pairs(*take(bank, query, gates, group))
             return total.at[group[0]].add(rows, mode="drop"), None
 
-        return lax.scan(visit, jnp.zeros((query.shape[0], *row.shape), row.dtype), groups)[0]
+        zeros = jnp.zeros_like(query, row.dtype, (query.shape[0], *row.shape))
+        return lax.scan(visit, zeros, groups)[0]
 
     def backward_unit(groups, bank, query, gates, cotangent):
         def visit(totals, group):

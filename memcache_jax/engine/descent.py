@@ -93,6 +93,11 @@ def _reasons(memory: DeepMemory, rows: Rows) -> list[tuple[bool, str]]:
     filled = any(size != power_of_two(size) for size in sizes)
     return [
         (
+            memory.max_step_norm is not None,
+            f"the steps of {type(memory).__name__} have a bound: max_step_norm must be None, and a "
+            "layer's bounded False",
+        ),
+        (
             filled and not memory.zeros_add_nothing,
             f"the loss of {type(memory).__name__} is taken of chunks that are not filled up: rows, "
             f"key and value dimension, {sizes}, must be powers of two from 16 on",

@@ -74,7 +74,10 @@ def _blocks_of_last_document(document: Int[Array, "n c"]) -> Int[Array, "n"]:
 
 
 def document_candidates(
-    plan: ReadPlan, key: Float[Array, "b h n c k"], document: Int[Array, "b n c"]
+    plan: ReadPlan,
+    key: Float[Array, "b h n c k"],
+    pooled: Float[Array, "b h n c k"],
+    document: Int[Array, "b n c"],
 ) -> Candidates:
     """The buckets that a plan's blocks may read where documents are packed.
 
@@ -95,14 +98,14 @@ def document_candidates(
         same = document[..., None] == of_state[:, :, None]
 
     def keys(pooling: str) -> Keys:
-        def of_head(key: Any, slots: Any, document: Any) -> Keys:
+        def of_head(key: Any, pooled: Any, slots: Any, document: Any) -> Keys:
             live = running_document_keys(key, plan, pooling, document)
             if slots is None:
-                return Keys(live, states=pooled_keys(key, plan, pooling, document))
-            return Keys(live, slots=_slot_keys(key, slots, pooling, document))
+                return Keys(live, states=pooled_keys(pooled, plan, pooling, document))
+            return Keys(live, slots=_slot_keys(pooled, slots, pooling, document))
 
-        of_row = jax.vmap(of_head, in_axes=(0, None, None))
-        return jax.vmap(of_row)(key, slots, document)
+        of_row = jax.vmap(of_head, in_axes=(0, 0, None, None))
+        return jax.vmap(of_row)(key, pooled, slots, document)
 
     return Candidates(states, distances, keys, same_document=same)
 

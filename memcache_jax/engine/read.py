@@ -77,6 +77,8 @@ class Live:
         return self._by_token(y)
 
     def _by_token(self, x: Float[Array, "b h n chunks m v"]) -> Float[Array, "b h n c v"]:
+        if "spoilt" in self.kept:
+            x = jnp.where(self.kept["spoilt"][..., None], jnp.nan, x)
         return x.reshape(*x.shape[:3], -1, x.shape[-1])
 
 

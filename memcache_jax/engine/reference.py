@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 
 from memcache_jax._typing import Array, Float, Int, State
+from memcache_jax._varying import vary, varying
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.engine.types import Tokens
 from memcache_jax.memories import Memory
@@ -52,6 +53,7 @@ def _one_head(
     segment_begins = jnp.asarray(np.isin(np.arange(length), plan.first * segment))
     document_begins = document != jnp.pad(document[:-1], (1, 0))
     initial = memory.init(weights, key.shape[-1], value.shape[-1], key.dtype)
+    initial = vary(initial, varying(key))
 
     def run(first: Any, count: int, restarts: bool) -> State:
         """The states after each of ``count`` tokens, from the initial state at ``first``."""

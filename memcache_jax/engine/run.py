@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from memcache_jax._typing import Array, Float, Int, State
+from memcache_jax._varying import vary, varying
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.engine.bank import bucket_states, document_states
 from memcache_jax.engine.documents import begun_in_chunk, document_candidates
+from memcache_jax.engine.finite import cleaned
 from memcache_jax.engine.read import ArrayBank, Bank, Live
 from memcache_jax.engine.types import (
     Blocks,
@@ -76,11 +78,11 @@ class OnePass(Layout):
 
     def cached(self, how: Writing, ends: State, blocks: Blocks) -> tuple[Bank, Candidates]:
         """The states at the ends of buckets, and the buckets that each block may read."""
-        plan, document, key = self.plan, blocks.document, blocks.tokens.key
+        plan, document, keys = self.plan, blocks.document, (blocks.tokens.key, blocks.pooled)
         if document is None:
-            candidates = candidates_of(plan, key)
+            candidates = candidates_of(plan, *keys)
         else:
-            candidates = document_candidates(plan, key, document)
+            candidates = document_candidates(plan, *keys, document)
         if document is not None and plan.spans_segments.any():
             states, reads = document_states(
                 how, ends, blocks.rows, plan, document, carries=self.carries
@@ -105,7 +107,8 @@ def writing(
 
     def initial(shape: tuple[int, ...]) -> State:
         sizes = tokens.key.shape[-1], tokens.value.shape[-1]
-        return initial_states(memory, weights, shape, *sizes, tokens.key.dtype)
+        states = initial_states(memory, weights, shape, *sizes, tokens.key.dtype)
+        return vary(states, varying(tokens.key))
 
     return Writing(memory, needs_of(aggregation, memory), initial, implementation)
 
@@ -120,14 +123,16 @@ def needs_of(aggregation: Aggregation, memory: Memory) -> tuple[LivePart, ...]:
     return tuple(needs)
 
 
-def candidates_of(plan: ReadPlan, key: Float[Array, "b h n c k"]) -> Candidates:
-    """The buckets that a plan's blocks may read, and their pooled keys."""
+def candidates_of(
+    plan: ReadPlan, key: Float[Array, "b h n c k"], pooled: Float[Array, "b h n c k"]
+) -> Candidates:
+    """The buckets that a plan's blocks may read, and their keys, running and ``pooled`` ones."""
 
     def keys(pooling: str) -> Keys:
-        def of_head(key: Float[Array, "n c k"]) -> tuple[Array, Array]:
-            return running_keys(key, plan, pooling), pooled_keys(key, plan, pooling)
+        def of_head(key: Float[Array, "n c k"], pooled: Float[Array, "n c k"]) -> tuple:
+            return running_keys(key, plan, pooling), pooled_keys(pooled, plan, pooling)
 
-        return Keys(*jax.vmap(jax.vmap(of_head))(key))
+        return Keys(*jax.vmap(jax.vmap(of_head))(key, pooled))
 
     return Candidates(plan.reads[None], plan.distances[None], keys)
 
@@ -157,7 +162,7 @@ def gates_of_tokens(
     dtype = jnp.promote_types(jnp.result_type(key, connector), jnp.float32)
     tokens = widen(key, key, key, connector, {}, dtype)
     blocks = cut(tokens, None, plan, min(plan.block_size, length), chunk=1)
-    candidates = candidates_of(plan, blocks.tokens.key)
+    candidates = candidates_of(plan, blocks.tokens.key, blocks.pooled)
     selection = aggregation.select(blocks.tokens.connector, candidates)
     cached = gates_by_state(selection, len(plan.buckets))
     gates = jnp.concatenate([cached, selection.live[..., None]], axis=-1)
@@ -212,7 +217,11 @@ def cut_for(
 
 
 def cut(
-    tokens: Tokens, document: Int[Array, "b t"] | None, plan: ReadPlan, block: int, chunk: int
+    tokens: Tokens,
+    document: Int[Array, "b t"] | None,
+    plan: ReadPlan,
+    block: int,
+    chunk: int,
 ) -> Blocks:
     """Cuts tokens (b, h, t, ...) into the plan's blocks, of ``block`` tokens, and chunks."""
     padding = plan.num_blocks * block - tokens.key.shape[2]
@@ -221,16 +230,17 @@ def cut(
         x = jnp.pad(x, [(0, padding if axis == 2 else 0) for axis in range(x.ndim)])
         return x.reshape(*x.shape[:2], plan.num_blocks, block, *x.shape[3:])
 
-    tokens = jax.tree.map(split, tokens)
+    raw = jax.tree.map(split, tokens)
+    tokens, bad = cleaned(raw)
     begun = None
     if document is not None:
         document = jnp.pad(document, ((0, 0), (0, padding)), mode="edge")
         document = document.reshape(-1, plan.num_blocks, block)
         begun = begun_in_chunk(document, chunk).astype(tokens.key.dtype)
         begun = jnp.broadcast_to(begun[:, None], tokens.key.shape[:4])
-    rows = Rows(tokens.query, tokens.key, tokens.value, tokens.controls, begun)
+    rows = Rows(tokens.query, tokens.key, tokens.value, tokens.controls, begun, bad)
     rows = jax.tree.map(lambda x: x.reshape(*x.shape[:3], -1, chunk, *x.shape[4:]), rows)
-    return Blocks(tokens, document, rows)
+    return Blocks(tokens, document, rows, raw.key)
 
 
 def exact_chunk(block: int, length: int, most: int) -> int:

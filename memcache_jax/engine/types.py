@@ -26,6 +26,7 @@ class Rows(NamedTuple):
     Attributes:
       begun: number of documents that have begun in the chunk up to and with each token; a float, so
         that it has a cotangent. None without packed documents.
+      bad: the tokens of which a number was not finite, now zero; None for none. See ``finite``.
     """
 
     query: Float[Array, "b h n chunks m k"]
@@ -33,6 +34,7 @@ class Rows(NamedTuple):
     value: Float[Array, "b h n chunks m v"]
     controls: Controls
     begun: Float[Array, "b h n chunks m"] | None = None
+    bad: Bool[Array, "b h n chunks m"] | None = None
 
 
 class Blocks(NamedTuple):
@@ -42,11 +44,14 @@ class Blocks(NamedTuple):
       tokens: (b, h, n, c, ...).
       document: the number of each token's document; None without packed documents.
       rows: the same tokens chunk by chunk.
+      pooled: the keys of which cached states have pooled ones, as they came: where a number is not
+        finite, no gate of that state is known.
     """
 
     tokens: Tokens
     document: Int[Array, "b n c"] | None
     rows: Rows
+    pooled: Float[Array, "b h n c k"]
 
 
 class Carry(NamedTuple):

@@ -12,6 +12,7 @@ from jax import lax
 from memcache_jax._typing import Array, Bool, State
 from memcache_jax.engine.affine import write_affine
 from memcache_jax.engine.descent import write_descent
+from memcache_jax.engine.finite import spoil, spoilt
 from memcache_jax.engine.read import keep
 from memcache_jax.engine.types import Carry, Rows, Views, Writing
 from memcache_jax.kernels.chunk_update import chunk_update
@@ -49,6 +50,15 @@ def write_blocks(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> t
     Returns:
       The states at the end of each block (b, h, n, ...), and what was kept of its chunks.
     """
+    memory, bad, rows = how.memory, rows.bad, rows._replace(bad=None)
+    ends, kept = _write_finite(how, rows, restarts)
+    if bad is None:
+        return ends, kept
+    return spoil(spoilt(memory, bad, rows.begun, restarts), ends, kept)
+
+
+def _write_finite(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> tuple[State, Views]:
+    """``write_blocks`` of rows that are all finite."""
     memory, implementation = how.memory, how.implementation
     # XLA gains where chunks add to the memory without reading it; measured on CPUs.
     gains = implementation in (None, "xla") and memory.merges and restarts.all()

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from memcache_jax._checks import check_lengths
+from memcache_jax._checks import check_instance, check_lengths, check_mapping
 from memcache_jax._typing import Array, Int
 from memcache_jax.generation.generate import extend_logits
-from memcache_jax.generation.prompts import buffer_size, check_prompt
+from memcache_jax.generation.prompts import buffer_size, check_prompt, longest
 from memcache_jax.generation.sampling import Sampling, sample
 from memcache_jax.nn import LanguageModel
 from memcache_jax.nn.model_cache import LanguageModelCache
@@ -64,11 +64,12 @@ class Decoder:
         key: Array | None = None,
         cache: Mapping[str, Any] | None = None,
     ) -> None:
+        check_instance("model", model, LanguageModel, "an mc.nn.LanguageModel")
         self._sampling = Sampling(temperature, top_k, top_p)
         self._key = self._sampling.check_key(key)
         self._model = model
         self._graph, self._state = nnx.split(model)
-        self._cache = model.init_cache(batch_size, max_length, **(cache or {}))
+        self._cache = model.init_cache(batch_size, max_length, **check_mapping("cache", cache))
         self._logits: Array | None = None
         self._drawn = 0
 
@@ -119,7 +120,7 @@ class Decoder:
     def _extend(self, tokens: Array, lengths: Array | None) -> None:
         self._cache.check_room(tokens.shape, lengths)
         if lengths is not None:
-            padding = buffer_size(tokens.shape[1]) - tokens.shape[1]
+            padding = buffer_size(tokens.shape[1], longest(self._model)) - tokens.shape[1]
             tokens = jnp.pad(tokens, ((0, 0), (0, padding)))
         self._cache, logits = _extend(self._state, tokens, lengths, self._cache, graph=self._graph)
         if lengths is not None and self._logits is not None:

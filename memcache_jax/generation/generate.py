@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from memcache_jax._checks import check_lengths
+from memcache_jax._checks import check_integer, check_lengths, check_mapping, shown
 from memcache_jax._typing import Array, Float, Int
-from memcache_jax.generation.prompts import buffer_size, check_prompt, check_stop
+from memcache_jax.generation.prompts import buffer_size, check_prompt, check_stop, longest
 from memcache_jax.generation.sampling import Sampling, sample
 from memcache_jax.nn import LanguageModel
 
@@ -33,8 +33,9 @@ def generate(
 
     An ``nn.LanguageModel`` reads the prompt at once, then one token at a time from its cache. Any
     other model reads, for every token, a buffer with the prompt and all new tokens. Sizes of
-    buffers and caches are rounded up to powers of two, at least 64; each combination of these sizes
-    and a batch size is compiled once. A row's tokens do not depend on other rows.
+    buffers and caches are rounded up to powers of two, at least 64 but at most what the segments of
+    ``mc.Lengths`` hold, and so is the number of stop tokens, at least 8; each combination of these
+    sizes and a batch size is compiled once. A row's tokens do not depend on other rows.
 
     Args:
       model: a causal model (b, t) int -> logits (b, t, vocab): an ``nn.LanguageModel``, another NNX
@@ -71,18 +72,22 @@ def generate(
       >>> mc.generate(model, jnp.array([[72, 105]]), max_new_tokens=5, temperature=0).shape
       (1, 7)
     """
+    if not callable(model):
+        raise ValueError(f"model must be a module or a function of tokens, got {shown(model)}")
     tokens = check_prompt(prompt, model)
     counts = jnp.asarray(check_lengths(lengths, tokens.shape, least=1), jnp.int32)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    max_new_tokens = check_integer("max_new_tokens", max_new_tokens)
     sampling = Sampling(temperature, top_k, top_p)
     key = sampling.check_key(key)
     stops = check_stop(stop_token, model)
     length = tokens.shape[1]
     total = length + max_new_tokens
+    most = longest(model)
+    size = buffer_size(total - 1, most)  # the last token is drawn, but not appended
+    options = check_mapping("cache", cache)
     if cache is not None:
-        _check_cache(model, cache, tokens.shape, int(counts.max()), max_new_tokens)
-    padding = buffer_size(length) - length
+        _check_cache(model, options, len(tokens), size, int(counts.max()), max_new_tokens)
+    padding = buffer_size(length, most) - length
     graph, state = nnx.split(model) if isinstance(model, nnx.Module) else (model, None)
     new = _continue(
         jnp.pad(tokens, ((0, 0), (0, padding))),
@@ -92,9 +97,9 @@ def generate(
         sampling.numbers,
         stops,
         max_new_tokens,
-        size=buffer_size(total),
+        size=size,
         model=graph,
-        cache=tuple(sorted((cache or {}).items())),
+        cache=tuple(sorted(options.items())),
         **sampling.static,
     )
     result = jnp.pad(tokens, ((0, 0), (0, max_new_tokens)))
@@ -107,21 +112,20 @@ def generate(
 
 
 def _check_cache(
-    model: Any, options: Mapping[str, Any], shape: tuple[int, ...], longest: int, new: int
+    model: Any, options: Mapping[str, Any], batch: int, size: int, prompt: int, new: int
 ) -> None:
     """Raises ValueError unless a cache with these options has room for prompts and new tokens.
 
-    The prompts have shape (b, t), and up to ``longest`` tokens in a row.
+    The cache is for ``size`` tokens, and a prompt has up to ``prompt`` of them.
     """
     if not isinstance(model, LanguageModel):
         raise ValueError(f"cache={dict(options)} is for an nn.LanguageModel, got {type(model)}")
-    batch, length = shape
-    taken = longest + new - 1  # the last token is drawn, but not appended
-    empty = jax.eval_shape(lambda: model.init_cache(batch, buffer_size(length + new), **options))
+    taken = prompt + new - 1
+    empty = jax.eval_shape(lambda: model.init_cache(batch, size, **options))
     if empty.max_length is not None and taken > empty.max_length:
         raise ValueError(
             f"cache={dict(options)} has room for {empty.max_length} tokens in a row; a prompt of "
-            f"{longest} and max_new_tokens={new} need {taken}: give a larger max_segments or a "
+            f"{prompt} and max_new_tokens={new} need {taken}: give a larger max_segments or a "
             "policy that makes room"
         )
 

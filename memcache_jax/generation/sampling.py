@@ -1,13 +1,13 @@
 """Sampling of tokens from logits."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from memcache_jax._checks import check_array, check_integer, check_number, set_fields
 from memcache_jax._typing import Array, Float, Int
 
 
@@ -30,12 +30,15 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be a finite number >= 0, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        wanted = "a finite number >= 0"
+        set_fields(
+            self,
+            temperature=float(
+                check_number("temperature", self.temperature, wanted, lambda x: x >= 0)
+            ),
+            top_k=check_integer("top_k", self.top_k, optional=True),
+            top_p=check_number("top_p", self.top_p, "in (0, 1]", lambda x: 0 < x <= 1),
+        )
 
     def check_key(self, key: Array | None) -> Array:
         """Returns the key, or raises ValueError if one is needed and missing."""
@@ -44,7 +47,13 @@ class Sampling:
                 f"sampling at temperature {self.temperature} needs key=jax.random.key(...); "
                 "temperature=0 takes the most likely token and needs none"
             )
-        return jax.random.key(0) if key is None else key
+        if key is None:
+            return jax.random.key(0)
+        shape, dtype = check_array("key", key)
+        typed = jnp.issubdtype(dtype, jax.dtypes.prng_key)
+        if shape != () if typed else (len(shape) != 1 or dtype != jnp.uint32):
+            raise ValueError(f"key must be one key, jax.random.key(...), got {dtype} {shape}")
+        return key
 
     @property
     def static(self) -> dict[str, Any]:

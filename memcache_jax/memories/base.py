@@ -23,10 +23,13 @@ class Control:
       activation: from logits to the coefficient; decays travel as logs (<= 0).
       bias: what the logits are before training.
       scale: a constant factor.
-      optional: whether a caller may leave it out, which means zero. Layers leave it out.
+      optional: whether a caller may leave it out, which means zero.
+      learned: whether layers make it; by default unless it is optional.
       per_head: for the axes ``"h"``, makes a layer's constants from the number of heads.
       forget: the value with which a token makes the memory forget everything before it, as at the
         beginning of a document: -inf for the log of a decay. None if no value does.
+      most: the largest value that has a meaning, such as 0 for the log of a decay. NumPy arrays are
+        checked; other arrays are not, for the host would have to wait for the device.
     """
 
     axes: str = "b t h"
@@ -34,11 +37,18 @@ class Control:
     bias: float = 0.0
     scale: float = 1.0
     optional: bool = False
+    learned: bool | None = None
     per_head: Callable[[int], Array] | None = None
     forget: float | None = None
+    most: float | None = None
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether layers make it."""
+        return not self.optional if self.learned is None else self.learned
 
 
-NEAR_ONE = Control(activation=jax.nn.log_sigmoid, bias=5.0, forget=-jnp.inf)
+NEAR_ONE = Control(activation=jax.nn.log_sigmoid, bias=5.0, forget=-jnp.inf, most=0.0)
 """The log of a decay per token and head that starts near one."""
 
 
@@ -75,6 +85,9 @@ class Memory(abc.ABC):
     reads_query: ClassVar[bool] = True
     """Whether a read depends on the query; if not, it is the state's one matrix, a row."""
 
+    accumulates: ClassVar[bool] = True
+    """Whether a state depends on tokens before its last."""
+
     zeros_add_nothing: ClassVar[bool] = False
     """Whether padding with zeros does not change the gradient of a deep memory's loss."""
 
@@ -91,7 +104,7 @@ class Memory(abc.ABC):
         super().__init_subclass__(**options)
         bases = [base for base in cls.__bases__ if issubclass(base, Memory)]
         if not all(base.__abstractmethods__ for base in bases):  # derives from a finished rule
-            for name in ("form", "merges", "reads_query", "zeros_add_nothing"):
+            for name in ("form", "merges", "reads_query", "accumulates", "zeros_add_nothing"):
                 if name not in vars(cls):
                     setattr(cls, name, getattr(Memory, name))
         if cls.form not in get_args(Form):
@@ -107,6 +120,10 @@ class Memory(abc.ABC):
                 f"{cls.__name__} overrides {', '.join(own)}, which the fast paths of form="
                 f"{cls.form!r} do not call: state form = 'scan' in it"
             )
+
+    def bounded(self) -> "Memory":
+        """The rule as layers use it: with a bound on its state, if it needs one."""
+        return self
 
     @property
     def gradient_chunk(self) -> int | None:

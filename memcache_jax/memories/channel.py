@@ -75,7 +75,12 @@ class GLA(MatrixMemory):
         """log_alpha, near 0: log sigmoid over 16, as in the paper."""
         return {
             "log_alpha": Control(
-                "b t h k", activation=jax.nn.log_sigmoid, scale=1 / 16, bias=1.0, forget=-jnp.inf
+                "b t h k",
+                activation=jax.nn.log_sigmoid,
+                scale=1 / 16,
+                bias=1.0,
+                forget=-jnp.inf,
+                most=0.0,
             )
         }
 

@@ -8,12 +8,13 @@ matrix products.
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from memcache_jax._checks import check_integer, check_number, set_fields
 from memcache_jax._typing import Apply, Array, Bool, Controls, Float, Int, Matrices
 from memcache_jax.kernels.bands import gated, gelu
 from memcache_jax.kernels.decay import decay_matrix, start_decay
@@ -107,10 +108,18 @@ class DeepMemory(Memory):
     f = ``expansion`` * k and k = v; ``depth=1`` is M(x) = W x, with weight ``W`` (v, k). A rule
     gives ``loss`` and the controls ``eta`` and ``log_alpha``, and ``log_beta`` for momentum.
 
+    With ``max_step_norm`` r, a token's step -eta_t grad l_t that is longer than r (1 - beta_t) is
+    shortened to that, beta_t = 0 without momentum; lengths are over the weights of all layers.
+    Then, whatever the tokens and coefficients, the momentum is never longer than r, and the weights
+    are never longer than |W_0| + r min(t, 1 / (1 - alpha)), alpha the largest decay. Without a
+    bound two layers whose gradients grow with each other may diverge.
+
     Attributes:
       chunk_size: tokens that share the point at which gradients are taken.
       expansion: hidden width over key dimension.
       depth: number of layers, 1 or 2.
+      max_step_norm: the length that momentum, or without it a token's step, never exceeds; None for
+        the bare equation. Layers set 1 where it is None, unless they are told not to.
     """
 
     form: ClassVar[Form] = "descent"
@@ -121,16 +130,27 @@ class DeepMemory(Memory):
     chunk_size: int = 64
     expansion: int = 4
     depth: int = 2
+    max_step_norm: float | None = None
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        if self.depth not in (1, 2):
+        sizes = {
+            size: check_integer(f"{size} of {name}", getattr(self, size))
+            for size in ("chunk_size", "expansion", "depth")
+        }
+        if sizes["depth"] > 2:
             raise ValueError(f"{name} has depth 1 or 2, got depth={self.depth}")
-        if self.chunk_size < 1 or self.expansion < 1:
-            raise ValueError(
-                f"{name} needs chunk_size >= 1 and expansion >= 1, got "
-                f"chunk_size={self.chunk_size}, expansion={self.expansion}"
-            )
+        set_fields(self, **sizes)
+        if self.max_step_norm is not None:
+            name = f"max_step_norm of {name}"
+            bound = check_number(name, self.max_step_norm, "positive, or None", lambda x: x > 0)
+            set_fields(self, max_step_norm=bound)
+
+    def bounded(self) -> "DeepMemory":
+        """The rule with a bound on its steps, 1 if it has none yet."""
+        if self.max_step_norm is not None:
+            return self
+        return dataclasses.replace(self, max_step_norm=1.0)
 
     @abc.abstractmethod
     def loss(self, prediction: Float[Array, "rows v"], value: Float[Array, "rows v"]) -> Array:
@@ -184,7 +204,8 @@ class DeepMemory(Memory):
             return self.loss(self.read(weights, key[None]), value[None])
 
         gradient = jax.grad(loss)(anchor.weights)
-        change = jax.tree.map(lambda g: -controls["eta"] * g, gradient)
+        eta = self._bounded_rate(controls, [_length(g.reshape(-1)) for g in gradient])
+        change = jax.tree.map(lambda g: -eta * g, gradient)
         momentum = state.momentum
         if momentum:
             beta = jnp.exp(controls["log_beta"])
@@ -230,6 +251,9 @@ class DeepMemory(Memory):
     ) -> tuple[DeepState, DeepChunk]:
         """``write``, where only tokens of the same document see each other."""
         inputs, deltas = self._inner_gradient(anchor.weights, key, value)
+        pairs = zip(inputs, deltas, strict=True)
+        lengths = [_length(x) * _length(delta) for x, delta in pairs]
+        controls = {**controls, "eta": self._bounded_rate(controls, lengths)}
         of_weights, *of_momentum = self._coefficients(controls, same)
         chunk = DeepChunk(start=state, inputs=inputs, deltas=deltas, **of_weights._asdict())
         momentum = (chunk._replace(**changed._asdict()).end() for changed in of_momentum)
@@ -248,6 +272,20 @@ class DeepMemory(Memory):
             decay=jnp.stack([jnp.stack(row) for row in decays]),
             mixing=jnp.stack([part.mixing[-1] for part in parts]),
         )
+
+    def _bounded_rate(
+        self, controls: Controls, lengths: Sequence[Float[Array, "*m"]]
+    ) -> Float[Array, "*m"]:
+        """eta, or less where steps would be too long, from the lengths of gradients by layer."""
+        eta = controls["eta"]
+        if self.max_step_norm is None:
+            return eta
+        limit = jnp.full_like(eta, self.max_step_norm)
+        if "log_beta" in self.controls:
+            limit *= jnp.maximum(1 - jnp.exp(controls["log_beta"]), 0)
+        length = _length(jnp.stack(lengths, axis=-1))
+        long = eta * length > limit
+        return jnp.where(long, limit / jnp.where(long, length, 1), eta)
 
     def _coefficients(
         self, controls: Controls, same: Bool[Array, "m m"] | None
@@ -294,6 +332,15 @@ class DeepMemory(Memory):
 
             return self.loss(self.forward(apply, key), value), tuple(inputs)
 
-        zeros = tuple(jnp.zeros((key.shape[0], w.shape[1]), key.dtype) for w in weights)
+        zeros = tuple(jnp.zeros_like(key, shape=(key.shape[0], w.shape[1])) for w in weights)
         deltas, inputs = jax.grad(loss, has_aux=True)(zeros)
         return inputs, deltas
+
+
+def _length(x: Float[Array, "*m in"]) -> Float[Array, "*m"]:
+    """The Euclidean length of rows, whose squares may be out of range."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+    largest = jnp.where(largest > 0, largest, 1)
+    square = jnp.sum((x / largest) ** 2, axis=-1)
+    length = largest[..., 0] * jnp.sqrt(jnp.where(square > 0, square, 1))
+    return jnp.where(square > 0, length, 0)

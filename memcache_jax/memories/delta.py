@@ -142,7 +142,7 @@ class RWKV7(MatrixMemory):
     def controls(self) -> Mapping[str, Control]:
         """log_w (decay, above -exp(-1/2)), a (how much is erased), kappa (where)."""
         return {
-            "log_w": Control("b t h k", scale=-0.606531, bias=-3.0, forget=-jnp.inf),
+            "log_w": Control("b t h k", scale=-0.606531, bias=-3.0, forget=-jnp.inf, most=0.0),
             "a": Control("b t h k"),
             "kappa": Control("b t h k", activation=_unit, forget=0.0),
         }

@@ -25,6 +25,8 @@ class DLA(DeepMemory):
       chunk_size: tokens that share the point at which gradients are taken.
       expansion: hidden width over key dimension.
       depth: 2 for M(x) = x + W1 gelu(W2 x), 1 for M(x) = W x.
+      max_step_norm: the longest step of a token, as in ``DeepMemory``.
+      decay: whether a layer learns ``log_alpha``; without, nothing is ever forgotten.
 
     Raises:
       ValueError: for a depth other than 1 or 2, or sizes below 1.
@@ -37,12 +39,14 @@ class DLA(DeepMemory):
 
     zeros_add_nothing: ClassVar[bool] = True
 
+    decay: bool = True
+
     @property
     def controls(self) -> Mapping[str, Control]:
         """The step size eta, and the weight decay log_alpha."""
         return {
             "eta": Control(activation=jax.nn.softplus, bias=-2.0, scale=1.0 / self.chunk_size),
-            "log_alpha": dataclasses.replace(NEAR_ONE, optional=True),
+            "log_alpha": dataclasses.replace(NEAR_ONE, optional=True, learned=self.decay),
         }
 
     def loss(self, prediction: Float[Array, "rows v"], value: Float[Array, "rows v"]) -> Array:

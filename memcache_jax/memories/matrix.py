@@ -145,6 +145,7 @@ class RetNet(ScalarDecayMemory):
                 axes="h",
                 per_head=lambda heads: jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(heads)))),
                 forget=-jnp.inf,
+                most=0.0,
             )
         }
 

@@ -31,6 +31,7 @@ class Titans(DeepMemory):
       chunk_size: tokens that share the point at which gradients are taken.
       expansion: hidden width over key dimension.
       depth: 2 for M(x) = x + W1 gelu(W2 x), 1 for M(x) = W x.
+      max_step_norm: the longest momentum, as in ``DeepMemory``.
 
     Raises:
       ValueError: for a depth other than 1 or 2, or sizes below 1.
@@ -48,7 +49,7 @@ class Titans(DeepMemory):
         """log_alpha (weight decay, near 0), log_beta (momentum), eta (step size)."""
         return {
             "log_alpha": NEAR_ONE,
-            "log_beta": Control(activation=jax.nn.log_sigmoid, bias=0.0),
+            "log_beta": Control(activation=jax.nn.log_sigmoid, bias=0.0, most=0.0),
             "eta": Control(activation=jax.nn.softplus, bias=-2.0, scale=1.0 / self.chunk_size),
         }
 

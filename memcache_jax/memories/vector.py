@@ -34,6 +34,7 @@ class Vector(Memory):
     """
 
     reads_query: ClassVar[bool] = False
+    accumulates: ClassVar[bool] = False
 
     def init(
         self, weights: Mapping[str, Array], key_dim: int, value_dim: int, dtype: Any

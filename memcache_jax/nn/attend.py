@@ -1,13 +1,18 @@
 """Softmax attention of rotated queries and keys, in one pass and over a stream's cache."""
 
 import dataclasses
+import functools
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from memcache_jax import _checks
 from memcache_jax._typing import Array, Bool, Float, Int
+from memcache_jax.nn import spoilt
+from memcache_jax.nn.rotary import rotate
+from memcache_jax.nn.windows import attend_window, block_size
 from memcache_jax.sharding.division import Division
 from memcache_jax.streaming.protocol import MixerCache
 
@@ -58,26 +63,51 @@ def attend_causally(
     """
     parts, length = 1 if division is None else division.parts, query.shape[1]
     options: dict[str, Any] = dict(implementation=implementation)
+    first: Any = 0
+    if division is not None and parts > 1:
+        first = lax.axis_index(division.time_axis) * length
+    position = first + jnp.arange(length)
+    place = None if parts == 1 else position[None]
+    query, key = (rotate(rows, rope_base, place) for rows in (query, key))
+    every = document
+    if division is not None and parts > 1:
+        gather = functools.partial(lax.all_gather, axis_name=division.time_axis, tiled=True)
+        key, value = (gather(rows, axis=1) for rows in (key, value))
+        every = None if document is None else gather(document, axis=1)
+
+    if (
+        window is not None
+        and implementation != "cudnn"
+        and (parts > 1 or block_size(window, length) < length)
+    ):
+        past = min(window - 1, parts * length)
+
+        def near(x: Array | None, axis: int = 1) -> Any:
+            """The last tokens before ours, then ours."""
+            if x is None:
+                return None
+            x = jnp.pad(x, [(past * (i == axis), 0) for i in range(x.ndim)])
+            return lax.dynamic_slice_in_dim(x, first, past + length, axis)
+
+        before = jnp.minimum(first, past)[None]
+        rows = query, near(key), near(value), before, near(every), near(mask, axis=3)
+        return attend_window(*rows, window=window, **options)
+    key, value, bad = spoilt.cleaned(key, value)
+    ago = position[:, None] - jnp.arange(parts * length)[None]
+    causal = ((ago >= 0) & (window is None or ago < window))[None, None]
+    lost = spoilt.by_place(bad, document, window) if parts == 1 and mask is None else None
+    if document is not None and every is not None:
+        mask = _both(_same(document, every), mask)
     if parts == 1:
-        query, key = (rotate(rows, rope_base) for rows in (query, key))
-        if document is not None:
-            mask = _both(_same(document, document), mask)
         options |= dict(
             is_causal=True, local_window_size=None if window is None else (window - 1, 0)
         )
-        return jax.nn.dot_product_attention(query, key, value, mask=mask, **options)
-    assert division is not None
-    axis = division.time_axis
-    position = lax.axis_index(axis) * length + jnp.arange(length)
-    query, key = (rotate(rows, rope_base, position[None]) for rows in (query, key))
-    ago = position[:, None] - jnp.arange(parts * length)[None]
-    seen = (ago >= 0) & (window is None or ago < window)
-    mask = _both(seen[None, None], mask)
-    key, value = (lax.all_gather(rows, axis, axis=1, tiled=True) for rows in (key, value))
-    if document is not None:
-        every = lax.all_gather(document, axis, axis=1, tiled=True)
-        mask = mask & _same(document, every)
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, **options)
+    else:
+        mask = _both(causal, mask)
+    if lost is None:
+        lost = spoilt.by_mask(_both(causal, mask), bad)
+    y = jax.nn.dot_product_attention(query, key, value, mask=mask, **options)
+    return jnp.where(lost[..., None], jnp.nan, y)
 
 
 def _both(seen: Bool[Array, "_ _ t s"], mask: Bool[Array, "_ _ t s"] | None) -> Array:
@@ -102,9 +132,12 @@ def attend_stream(
     (batch, length), past = query.shape[:2], cache.key.shape[-2]
     place = cache.position[:, None] + jnp.arange(length)[None]
     query, key = (rotate(rows, rope_base, place) for rows in (query, key))
+    most = past if window is None else _checks.LARGEST
+    token = jnp.arange(length)[None]
+    counts, fits = token < lengths[:, None], token < most - cache.position[:, None]
     if window is None:
         # Tokens that do not count are put out of range, and dropped.
-        there = jnp.where(jnp.arange(length)[None] < lengths[:, None], place, past)
+        there = jnp.where(counts & fits, place, past)
         layer = () if cache.first is None else (cache.first,)
         own = *layer, jnp.arange(batch)[:, None], slice(None), there
         kept = tuple(
@@ -113,23 +146,29 @@ def attend_stream(
         )
         keys, values = (cache.own_rows(row) for row in kept)
         seen = jnp.arange(past)[None, None] <= place[..., None]
+        y = _attend(query, keys, values, seen[:, None])
     else:
         old = (cache.own_rows(row) for row in cache.states)
         new = (jnp.moveaxis(rows, 2, 1) for rows in (key, value))
         keys, values = (jnp.concatenate(pair, axis=2) for pair in zip(old, new, strict=True))
-        of_key = (cache.position - past)[:, None] + jnp.arange(past + length)[None]
-        ago = place[..., None] - of_key[:, None]
-        seen = (ago >= 0) & (ago < window) & (of_key >= 0)[:, None]
+        before = jnp.minimum(cache.position, past)
+        if block_size(window, length) < length:
+            near, nearby = (jnp.moveaxis(x, 1, 2).astype(query.dtype) for x in (keys, values))
+            y = attend_window(query, near, nearby, before, window=window)
+        else:
+            there = jnp.arange(past + length)[None]
+            ago = past + jnp.arange(length)[:, None] - there
+            seen = ((ago >= 0) & (ago < window))[None] & (there >= past - before[:, None])[:, None]
+            y = _attend(query, keys, values, seen[:, None])
         last = jax.vmap(lambda row, begin: lax.dynamic_slice_in_dim(row, begin, past, axis=1))
         kept = tuple(
             cache.put_rows(old, last(row, lengths))
             for old, row in zip(cache.states, (keys, values), strict=True)
         )
-    y = _attend(query, keys, values, seen[:, None])
-    if window is None:
-        beyond = (place >= past) & (jnp.arange(length)[None] < lengths[:, None])
-        y = jnp.where(beyond[..., None, None], jnp.nan, y)
-    return y, cache.replace(key=kept[0], value=kept[1], position=cache.position + lengths)
+    y = jnp.where((counts & ~fits)[..., None, None], jnp.nan, y)
+    return y, cache.replace(
+        key=kept[0], value=kept[1], position=_checks.advanced(cache.position, lengths)
+    )
 
 
 def _attend(
@@ -139,21 +178,13 @@ def _attend(
     seen: Bool[Array, "b 1 t s"],
 ) -> Float[Array, "b t h k"]:
     """Attention over heads-first keys, which ``jax.nn.dot_product_attention`` would transpose."""
-    key, value = key.astype(query.dtype), value.astype(query.dtype)
+    key, value, bad = key.astype(query.dtype), value.astype(query.dtype), None
+    if query.shape[1] > 1:  # one token sees all that there are
+        key, value = (jnp.moveaxis(x, 1, 2) for x in (key, value))
+        key, value, bad = spoilt.cleaned(key, value)
+        key, value = (jnp.moveaxis(x, 2, 1) for x in (key, value))
     wide = jnp.promote_types(query.dtype, jnp.float32)
     scores = jnp.einsum("bthk,bhsk->bhts", query, key, preferred_element_type=wide)
     weights = jax.nn.softmax(jnp.where(seen, scores * query.shape[-1] ** -0.5, -jnp.inf))
-    return jnp.einsum("bhts,bhsk->bthk", weights.astype(value.dtype), value)
-
-
-def rotate(
-    x: Float[Array, "b t h k"], base: float, position: Int[Array, "_ t"] | None = None
-) -> Float[Array, "b t h k"]:
-    """Rotary embedding (arXiv:2104.09864): the pair (i, i + k/2) turns by t base^(-2i/k)."""
-    position = jnp.arange(x.shape[1])[None] if position is None else position
-    half = x.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = position.astype(jnp.float32)[..., None] * frequency[None, None]
-    cos, sin = (f(angle)[:, :, None].astype(x.dtype) for f in (jnp.cos, jnp.sin))
-    first, second = x[..., :half], x[..., half:]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    y = jnp.einsum("bhts,bhsk->bthk", weights.astype(value.dtype), value)
+    return y if bad is None else jnp.where(spoilt.by_mask(seen, bad)[..., None], jnp.nan, y)

@@ -22,6 +22,14 @@ from memcache_jax.streaming import check_options
 from memcache_jax.streaming.protocol import placed
 
 
+def check_attention(window: Any, rope_base: Any, implementation: Any) -> tuple[Any, Any]:
+    """Returns the window and the base, or raises ValueError for what no layer can have."""
+    _checks.check_choice("implementation", implementation, (None, "xla", "cudnn"))
+    window = _checks.check_integer("window", window, optional=True)
+    wanted = "a finite number > 0"
+    return window, float(_checks.check_number("rope_base", rope_base, wanted, lambda x: x > 0))
+
+
 class Attention(nnx.Module):
     """Causal softmax attention with RoPE, over all past tokens or a sliding window.
 
@@ -32,7 +40,8 @@ class Attention(nnx.Module):
       in_features: model dimension d.
       num_heads: heads h.
       head_dim: dimension of a head, even; ``in_features // num_heads`` by default.
-      window: how many tokens a token sees, itself included; None for all.
+      window: how many tokens a token sees, itself included; None for all. Its memory grows as the
+        tokens do.
       rope_base: wavelength base of the rotary embedding.
       implementation: of whole sequences, ``"xla"`` or ``"cudnn"``, which is for bfloat16 on NVIDIA
         GPUs and needs no memory that is quadratic in their length; JAX's default where it is None.
@@ -71,16 +80,16 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
         **host: Unpack[HostOptions],
     ) -> None:
+        in_features, num_heads = _checks.check_sizes(in_features=in_features, num_heads=num_heads)
         self.in_features, self.num_heads = in_features, num_heads
+        _checks.check_dtype("dtype", dtype, optional=True)
+        _checks.check_dtype("param_dtype", param_dtype)
         name = type(self).__name__
         self.head_dim, of = read_host_options(name, in_features, num_heads, head_dim, **host)
         if self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, got {self.head_dim}")
-        if window is not None and window < 1:
-            raise ValueError(f"window must be at least 1 token, got {window}")
-        _checks.check_choice("implementation", implementation, (None, "xla", "cudnn"))
+        self.window, self.rope_base = check_attention(window, rope_base, implementation)
         self.implementation: Literal["xla", "cudnn"] | None = implementation
-        self.window, self.rope_base = window, rope_base
         self.dtype, self.param_dtype = dtype, param_dtype
         inner = num_heads * self.head_dim
         options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -171,7 +180,8 @@ class Attention(nnx.Module):
         Raises:
           ValueError: for sizes below 1, or without both a window and ``max_length``.
         """
-        _checks.check_sizes(batch_size=batch_size, max_length=max_length)
+        batch_size = _checks.check_integer("batch_size", batch_size)
+        max_length = _checks.check_integer("max_length", max_length, optional=True)
         check_options(options)
         if self.window is None and max_length is None:
             raise ValueError("attention without a window keeps all tokens: give max_length")
@@ -199,10 +209,12 @@ class Attention(nnx.Module):
           lengths: how many of each row's tokens count, from the first on; all by default.
 
         Returns:
-          The outputs, and the cache after these tokens. Tokens beyond a row's room give NaN.
+          The outputs, and the cache after these tokens. Tokens beyond a row's room, which without
+          a ``max_length`` is 2^31 - 1 tokens, give NaN.
 
         Raises:
-          ValueError: for an input that is not (b, t, in_features), or does not fit the cache.
+          ValueError: for an input that is not (b, t, in_features), or does not fit the cache or,
+            outside ``jit``, the room of its rows.
         """
         _checks.check_input(x, self.in_features)
         _checks.check_cache(cache, AttentionCache, (self.num_heads, self.head_dim))

@@ -13,6 +13,7 @@ from flax.core import freeze
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from memcache_jax._checks import check_integer, shown
 from memcache_jax._typing import Array
 from memcache_jax.nn.host_options import HostOptions, Initializer
 from memcache_jax.nn.variables import (
@@ -105,7 +106,8 @@ class LinenMixer(linen.Module):
         if len(shape) != 3:
             raise ValueError(f"the input must be (b, t, d), got shape {shape}")
         batch, length, features = shape
-        features = features if self.in_features is None else self.in_features
+        own = check_integer("in_features", self.in_features, optional=True)
+        features = features if own is None else own
         layer = self._layer(features, self._params(features))
         if not self.decode or self.is_initializing():
             if self.decode:  # makes an empty cache, and takes no token
@@ -186,7 +188,13 @@ class LinenMixer(linen.Module):
     def _arguments(self, names: tuple[str, ...]) -> Arguments:
         # Linen freezes dictionaries, but not before a module is bound.
         fields = ((name, getattr(self, name)) for name in names)
-        return tuple((name, freeze(x) if isinstance(x, dict) else x) for name, x in fields)
+        arguments = tuple((name, freeze(x) if isinstance(x, dict) else x) for name, x in fields)
+        for name, x in arguments:  # by which built layers are kept
+            try:
+                hash(x)
+            except TypeError as error:
+                raise ValueError(f"{name} must have a hash, got {shown(x)}") from error
+        return arguments
 
     def _params(self, features: int) -> dict[str, Any]:
         """The parameters, made where they are not there yet."""

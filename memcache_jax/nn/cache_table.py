@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import GetAttrKey
 
+from memcache_jax._checks import check_instance, check_integer
 from memcache_jax.nn.language_model import LanguageModel
 from memcache_jax.nn.model_cache import LanguageModelCache
 from memcache_jax.streaming.protocol import MixerCache, count_bytes
@@ -24,6 +25,7 @@ _NAMES = dict(
 
 def cache_bytes(cache: LanguageModelCache) -> dict[str, int]:
     """Bytes of each part of a cache, of all layers and rows together, without the positions."""
+    check_instance("cache", cache, LanguageModelCache, "the cache of a LanguageModel")
     parts: dict[str, int] = {}
     for layers in cache.with_states(cache.layers):
         for path, x in jax.tree.leaves_with_path(layers):
@@ -52,6 +54,9 @@ def cache_table(model: LanguageModel, cache: LanguageModelCache, tokens: int) ->
       >>> print(mc.nn.cache_table(model, model.init_cache(1, 4096), 4096).splitlines()[-1])
       a KV cache of this model            4,194,304     1,024.0
     """
+    check_instance("model", model, LanguageModel, "an mc.nn.LanguageModel")
+    check_instance("cache", cache, LanguageModelCache, "the cache of a LanguageModel")
+    tokens = check_integer("tokens", tokens)
     config = model.config
     head_dim = config.head_dim or config.features // config.num_heads
     rows = len(cache.position)

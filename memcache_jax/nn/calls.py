@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from memcache_jax import _checks
 from memcache_jax._typing import Array
@@ -62,7 +63,8 @@ class MixerCall(ModelCall, total=False):
 
     Attributes:
       inputs_q: the input, where it is given by this name.
-      inputs_k: None or the input itself; also as the second positional argument.
+      inputs_k: None or the input itself; also as the second positional argument. Rows of another
+        traced value have outputs of NaN.
       inputs_v: likewise, also as the third.
       is_causal: True lets the mask be one of padding alone; the layer is causal without it too.
       decode: None or False; streams go through ``cache``.
@@ -102,16 +104,19 @@ def read_mixer_call(
     """Returns a layer's input and its call, or raises ValueError for what it does not do."""
     del rngs
     if (x is None) == (inputs_q is None):
-        raise TypeError("give the input once, as the first argument or as inputs_q")
+        raise ValueError(
+            "give the input once, as the first argument or as inputs_q, got "
+            f"{'neither' if x is None else 'both'}"
+        )
     x = inputs_q if x is None else x
-    if document_ids is not None and jnp.ndim(document_ids) == 3:
+    if document_ids is not None and len(_checks.check_array("document_ids", document_ids)[0]) == 3:
         inputs_k, document_ids = document_ids, None  # as hosts call attention: attn(x, x)
     for name, inputs in (("inputs_k", inputs_k), ("inputs_v", inputs_v)):
         if inputs is not None and inputs is not x:
-            raise ValueError(
-                f"{name} must be None or the input itself, got an array of shape "
-                f"{jnp.shape(inputs)}: the layer has no cross-attention"
-            )
+            x = _only_same(name, inputs, x)
+    for name, flag in (("decode", decode), ("sow_weights", sow_weights), ("is_causal", is_causal)):
+        if flag is not None:
+            _checks.check_flag(name, flag)
     if decode:
         raise ValueError("decode=True is not for this layer: pass cache=layer.init_cache(...)")
     if sow_weights:
@@ -124,6 +129,24 @@ def read_mixer_call(
     _checks.check_input(x, in_features)
     read = read_call(x.shape[:2], document_ids, num_heads=num_heads, **call)
     return x, read._replace(is_causal=bool(is_causal))
+
+
+def _only_same(name: str, inputs: Array, x: Array) -> Array:
+    """``x`` where ``inputs`` are the same, or ValueError; traced rows with another value are NaN.
+
+    Under ``jax.checkpoint`` one array that was given twice is two.
+    """
+    if _checks.check_array(name, inputs)[0] == jnp.shape(x) and jnp.ndim(x) == 3:
+        other = like(x, jnp.asarray(inputs))
+        same = jnp.all((other == x) | (jnp.isnan(other) & jnp.isnan(x)), axis=(1, 2))
+        if isinstance(same, Tracer):
+            return jnp.where(same[:, None, None], x, jnp.nan)
+        if same.all():
+            return x
+    raise ValueError(
+        f"{name} must be None or the input itself, got another array of shape "
+        f"{jnp.shape(inputs)}: the layer has no cross-attention"
+    )
 
 
 def read_call(
@@ -145,12 +168,15 @@ def read_call(
     if segment_ids is not None:
         _checks.check_documents(segment_ids, shape, "segment_ids")
     if positions is not None:
-        integers = jnp.issubdtype(jnp.result_type(positions), jnp.integer)
-        if jnp.shape(positions) not in (shape, (1, shape[1]), shape[1:]) or not integers:
+        of_positions, dtype = _checks.check_array("positions", positions)
+        integers = jnp.issubdtype(dtype, jnp.integer)
+        if of_positions not in (shape, (1, shape[1]), shape[1:]) or not integers:
             raise ValueError(
                 f"positions must be integers of shape (b, t) = {shape} or (t,), got "
-                f"{jnp.result_type(positions)} {jnp.shape(positions)}"
+                f"{dtype} {of_positions}"
             )
+    if mask is not None:
+        _checks.check_array("mask", mask)
     return Call(document_ids, segment_ids, positions, mask, num_heads=num_heads)
 
 

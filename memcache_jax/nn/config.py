@@ -6,11 +6,19 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import jax.numpy as jnp
 from flax import nnx
 
+from memcache_jax._checks import (
+    check_dtype,
+    check_flag,
+    check_instance,
+    check_integer,
+    set_fields,
+    shown,
+)
 from memcache_jax._typing import Exchange, Implementation, Start
 from memcache_jax.aggregation import GRM, Aggregation
 from memcache_jax.memories import Memory, Titans
-from memcache_jax.nn.attention import Attention
-from memcache_jax.nn.memory_caching import MemoryCaching
+from memcache_jax.nn.attention import Attention, check_attention
+from memcache_jax.nn.memory_caching import MemoryCaching, check_layer
 from memcache_jax.segmentation import Constant, Segmentation
 
 
@@ -39,8 +47,17 @@ class MemoryCachingMixer:
     start: Start = "independent"
     connector: Literal["learned", "query"] = "learned"
     distances: int = 64
+    bounded: bool = True
     implementation: Implementation | None = None
     exchange: Exchange = "gather"
+
+    def __post_init__(self) -> None:
+        check_layer(
+            *(self.memory, self.aggregation, self.segmentation, self.start, self.connector),
+            *(self.implementation, self.exchange),
+        )
+        check_flag("bounded", self.bounded)
+        set_fields(self, distances=check_integer("distances", self.distances, 2))
 
     def build(self, in_features: int, num_heads: int, **options: Any) -> MemoryCaching:
         """Returns the layer."""
@@ -54,6 +71,10 @@ class AttentionMixer:
     window: int | None = None
     rope_base: float = 10_000.0
     implementation: Literal["xla", "cudnn"] | None = None
+
+    def __post_init__(self) -> None:
+        window, rope_base = check_attention(self.window, self.rope_base, self.implementation)
+        set_fields(self, window=window, rope_base=rope_base)
 
     def build(self, in_features: int, num_heads: int, **options: Any) -> Attention:
         """Returns the layer."""
@@ -83,7 +104,7 @@ class LanguageModelConfig:
 
     Raises:
       ValueError: if ``num_layers`` is not a multiple of the number of mixers, a size is below 1,
-        or ``offload_states`` is set without ``remat``.
+        ``offload_states`` is set without ``remat``, or a value is of the wrong kind.
     """
 
     vocab_size: int
@@ -101,10 +122,25 @@ class LanguageModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_layers", "features", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.mlp_features is not None and self.mlp_features < 0:
-            raise ValueError(f"mlp_features must not be negative, got {self.mlp_features}")
+            set_fields(self, **{name: check_integer(name, getattr(self, name))})
+        set_fields(
+            self,
+            head_dim=check_integer("head_dim", self.head_dim, optional=True),
+            mlp_features=check_integer("mlp_features", self.mlp_features, 0, optional=True),
+        )
+        for name in ("tie_embeddings", "remat", "offload_states"):
+            set_fields(self, **{name: check_flag(name, getattr(self, name))})
+        for name in ("dtype", "param_dtype"):
+            check_dtype(name, getattr(self, name))
+        if isinstance(self.mixers, list):  # which has no hash
+            set_fields(self, mixers=tuple(self.mixers))
+        check_instance("mixers", self.mixers, tuple, "a tuple of mixers")
+        for mixer in self.mixers:
+            if isinstance(mixer, type) or not isinstance(mixer, Mixer):
+                raise ValueError(
+                    "mixers must be objects such as mc.nn.MemoryCachingMixer(), or others with "
+                    f"their method build, got {shown(mixer)}"
+                )
         if not self.mixers or self.num_layers % len(self.mixers):
             raise ValueError(
                 f"num_layers={self.num_layers} must be a multiple of the number of mixers, "

@@ -1,9 +1,10 @@
 """What hosts pass when they make an attention layer: taken where it has a meaning here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypedDict
 
 import jax
+import numpy as np
 from flax import nnx
 from flax.core import meta
 from flax.nnx.nn.dtypes import promote_dtype
@@ -122,17 +123,26 @@ def read_host_options(
         if name not in HostOptions.__annotations__:
             raise TypeError(f"{layer}.__init__() got an unexpected keyword argument {name!r}")
     for name, allowed, reason in _fixed(in_features, num_heads):
-        if name in host and host[name] not in allowed:
-            raise ValueError(f"{layer} takes no {name}={host[name]!r}: {reason}")
+        if name in host and not any(_is(host[name], value) for value in allowed):
+            raise ValueError(f"{layer} takes no {name}={_checks.shown(host[name])}: {reason}")
     for name in (name for name in host if name.endswith("_metadata")):
-        if host[name]:
+        metadata = host[name]
+        if metadata is not None and not (isinstance(metadata, Mapping) and not metadata):
             raise ValueError(
-                f"{layer} takes no {name}={host[name]!r}: its parameters carry the names of their "
-                "axes already"
+                f"{layer} takes no {name}={_checks.shown(metadata)}: its parameters "
+                "carry the names of their axes already"
             )
-    inner = host.get("qkv_features")
+    for name in ("kernel_init", "out_kernel_init", "bias_init", "out_bias_init"):
+        init = host.get(name)
+        if init is not None and (not callable(init) or isinstance(init, type)):
+            raise ValueError(
+                f"{name} must be an initializer, a function (key, shape, dtype), got "
+                f"{_checks.shown(init)}"
+            )
+    _checks.check_flag("use_bias", host.get("use_bias", False))
+    head_dim = _checks.check_integer("head_dim", head_dim, optional=True)
+    inner = _checks.check_integer("qkv_features", host.get("qkv_features"), optional=True)
     if inner is not None:
-        _checks.check_sizes(num_heads=num_heads, qkv_features=inner)
         if inner % num_heads or head_dim not in (None, inner // num_heads):
             wanted = "a multiple of it" if head_dim is None else num_heads * head_dim
             raise ValueError(
@@ -194,6 +204,11 @@ def _fixed(in_features: int, num_heads: int) -> list[tuple[str, tuple, str]]:
         for option in (name, f"{name}_cls"):
             fixed.append((option, (None,), "its products are jax.lax.dot_general"))
     return fixed
+
+
+def _is(got: Any, value: Any) -> bool:
+    """Whether a host's value is one that a layer follows, whatever it compares like."""
+    return got is value or (isinstance(got, (bool, int, float, np.generic)) and got == value)
 
 
 def _without_names(init: Initializer) -> Initializer:

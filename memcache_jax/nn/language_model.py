@@ -8,12 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from memcache_jax import _checks
+from memcache_jax._checks import check_array, check_instance, check_integer, check_tokens
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.kernels._dispatch import WRITTEN
 from memcache_jax.nn.block import Period
 from memcache_jax.nn.calls import ModelCall, answer, read_call
 from memcache_jax.nn.config import LanguageModelConfig
-from memcache_jax.nn.layers import Linear, product_sharding
+from memcache_jax.nn.layers import Embed, Linear
 from memcache_jax.nn.memory_caching import MemoryCaching
 from memcache_jax.nn.model_cache import LanguageModelCache
 from memcache_jax.nn.stack import layer_of, make_stack, scan_stack
@@ -33,6 +35,7 @@ _OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
     offload_src="device",
     offload_dst="pinned_host",
 )
+_NAN_OUTSIDE: dict[str, Any] = dict(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 class LanguageModel(nnx.Module):
@@ -59,15 +62,18 @@ class LanguageModel(nnx.Module):
     def __init__(
         self, config: LanguageModelConfig, *, axis_names: AxisNames | None = None, rngs: nnx.Rngs
     ) -> None:
+        check_instance("config", config, LanguageModelConfig, "an mc.nn.LanguageModelConfig")
         self.config = config
         options: dict[str, Any] = dict(dtype=config.dtype, param_dtype=config.param_dtype)
         size = config.vocab_size, config.features
         with naming(axis_names):
             init = partitioned(jax.nn.initializers.normal(0.02), "vocab", "embed")
-            self.embedding = nnx.Embed(*size, embedding_init=init, rngs=rngs, **options)
+            self.embedding = Embed(*size, embedding_init=init, rngs=rngs, **options)
             self.layers = make_stack(lambda rngs: Period(config, rngs=rngs), config.repeats, rngs)
             self.norm = nnx.RMSNorm(config.features, rngs=rngs, **options)
             if not config.tie_embeddings:
+                # Products in a narrower dtype would make ties of logits.
+                options["preferred_element_type"] = jnp.promote_types(config.dtype, jnp.float32)
                 self.head = Linear(*size[::-1], axes=("embed", "vocab"), rngs=rngs, **options)
 
     def __call__(
@@ -80,7 +86,8 @@ class LanguageModel(nnx.Module):
     ) -> Any:
         """Returns the logits of the next token at every position.
 
-        Ids must be below ``vocab_size``. They are not checked, and larger ones give NaN.
+        Ids outside the vocabulary, -1 among them, are refused where they are known, and give NaN
+        where they are traced under ``jit``.
 
         Args:
           tokens: token ids.
@@ -95,11 +102,11 @@ class LanguageModel(nnx.Module):
           traced positions ask for what the model does not do, NaN.
 
         Raises:
-          ValueError: for tokens or document_ids that are not integers of shape (b, t), both
-            document_ids and a cache, or what memories cannot follow, such as masks that are not
-            causal within documents.
+          ValueError: for tokens or document_ids that are not integers of shape (b, t), ids outside
+            the vocabulary, both document_ids and a cache, or what memories cannot follow, such as
+            masks that are not causal within documents.
         """
-        _check_tokens(tokens)
+        check_tokens(tokens, self.config.vocab_size)
         if cache is not None:
             self._check_cache(cache)
         read = read_call(tokens.shape, document_ids, num_heads=self.config.num_heads, **call)
@@ -113,7 +120,7 @@ class LanguageModel(nnx.Module):
         self, tokens: Int[Array, "b t"], document_ids: Int[Array, "b t"] | None = None
     ) -> Float[Array, "b t d"]:
         """Returns the last block's output after the final norm."""
-        _check_tokens(tokens)
+        check_tokens(tokens, self.config.vocab_size)
         wrap: Any = lambda body: body  # noqa: E731
         if self.config.remat:
             policy = _OFFLOAD if self.config.offload_states else None
@@ -135,7 +142,7 @@ class LanguageModel(nnx.Module):
         Raises:
           ValueError: for tokens that are not integers of shape (b, t).
         """
-        _check_tokens(tokens)
+        check_tokens(tokens, self.config.vocab_size)
 
         def gates_of(period: Period, x: Array, _: None) -> tuple[Array, list]:
             gates = []
@@ -158,13 +165,13 @@ class LanguageModel(nnx.Module):
         table, mesh = self.embedding.embedding[...], context_mesh(tokens)
         if mesh is None or not explicit_axes(mesh):
             table = constrain(table, "vocab", None)
-            x = jnp.take(table.astype(self.config.dtype), tokens, axis=0)
+            x = table.astype(self.config.dtype).at[tokens].get(**_NAN_OUTSIDE)
             return constrain(x, "batch", "time", None)
         rows, used = axes_of(tokens), {axis for axes in axes_of(tokens) for axis in axes}
         vocab = tuple(axis for axis in axes_of(table)[0] if axis not in used)
         table = lay_out(table, mesh, [vocab, ()]).astype(self.config.dtype)
         rows = NamedSharding(mesh, as_spec([*rows, ()]))
-        return table.at[tokens].get(mode="fill", fill_value=jnp.nan, out_sharding=rows)
+        return table.at[tokens].get(**_NAN_OUTSIDE, out_sharding=rows)
 
     def init_cache(
         self,
@@ -186,6 +193,8 @@ class LanguageModel(nnx.Module):
         Raises:
           ValueError: for sizes below 1, or options that do not fit the layers.
         """
+        batch_size = check_integer("batch_size", batch_size)
+        max_length = check_integer("max_length", max_length, optional=True)
 
         def empty() -> LanguageModelCache:
             def init(period: Period, carry: None, _: None) -> tuple[None, list]:
@@ -222,9 +231,10 @@ class LanguageModel(nnx.Module):
           ValueError: for tokens that are not integers of shape (b, t), or exceed the cache's rows
             or room. Room cannot be checked under ``jit``: outputs beyond it are NaN.
         """
-        _check_tokens(tokens)
+        check_tokens(tokens, self.config.vocab_size)
         self._check_cache(cache)
         cache.check_room(tokens.shape, lengths)
+        lengths = None if lengths is None else jnp.asarray(lengths)
 
         def extend(period: Period, carry: tuple, layer: tuple) -> tuple[tuple, list]:
             (x, states), (small, number) = carry, layer
@@ -239,8 +249,8 @@ class LanguageModel(nnx.Module):
         inputs = cache.layers, jnp.arange(self.config.repeats)
         (x, states), layers = self._scan(extend, carry, inputs, settle=True)
         taken = tokens.shape[1] if lengths is None else lengths
-        cache = LanguageModelCache(layers, states, cache.position + taken, cache.max_length)
-        return self.norm(x), cache
+        position = _checks.advanced(cache.position, taken)
+        return self.norm(x), LanguageModelCache(layers, states, position, cache.max_length)
 
     def _check_cache(self, cache: Any) -> None:
         if not isinstance(cache, LanguageModelCache):
@@ -254,21 +264,15 @@ class LanguageModel(nnx.Module):
 
     def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
         """Returns the output layer's logits, in float32 or wider."""
-        if self.config.tie_embeddings:
-            table = self.embedding.embedding[...]
-            logits = self.embedding.attend(hidden, product_sharding(hidden, table, 0))
-        else:
-            logits = self.head(hidden)
+        shape, _ = check_array("hidden", hidden)
+        if shape[-1:] != (self.config.features,):
+            raise ValueError(
+                f"hidden must be (..., d) with d = features = {self.config.features}, got {shape}"
+            )
+        logits = self.embedding.attend(hidden) if self.config.tie_embeddings else self.head(hidden)
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
 def _without_states(caches: list) -> list:
     """The layers' caches without their shared arrays, which a scan would copy."""
     return [cache.with_states(jax.tree.map(lambda _: None, cache.states)) for cache in caches]
-
-
-def _check_tokens(tokens: Array) -> None:
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(
-            f"tokens must be integers of shape (b, t), got {tokens.dtype} {tokens.shape}"
-        )

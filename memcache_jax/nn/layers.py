@@ -63,6 +63,22 @@ class Linear(nnx.Linear):
         return super().__call__(inputs, out_sharding)
 
 
+class Embed(nnx.Embed):
+    """``nnx.Embed`` whose ``attend`` gives logits in float32 or wider."""
+
+    def attend(self, query: Float[Array, "... d"], out_sharding: Any = None) -> Array:
+        """Returns the products of the query and each embedding.
+
+        With Explicit axes they are divided as the query is and, along the last axis, as the table
+        is, unless ``out_sharding`` says otherwise.
+        """
+        rows, table = self.promote_dtype((query, self.embedding[...]), dtype=self.dtype)
+        wide = jnp.promote_types(rows.dtype, jnp.float32)
+        if out_sharding is None:
+            out_sharding = product_sharding(query, self.embedding[...], 0)
+        return jnp.dot(rows, table.T, preferred_element_type=wide, out_sharding=out_sharding)
+
+
 class CausalConv(nnx.Module):
     """Depthwise convolution over a token and the ``width - 1`` before it, then SiLU.
 

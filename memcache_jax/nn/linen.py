@@ -62,6 +62,7 @@ class MemoryCaching(LinenMixer):
     connector: Literal["learned", "query"] = "learned"
     distances: int = 64
     conv_width: int = 4
+    bounded: bool = True
     implementation: Implementation | None = None
     exchange: Exchange = "gather"
     max_segments: int | None = None

@@ -25,6 +25,21 @@ from memcache_jax.streaming import check_options, extend, init_cache
 from memcache_jax.streaming.protocol import placed
 
 
+def check_layer(
+    memory: Any,
+    aggregation: Any,
+    segmentation: Any,
+    start: Any,
+    connector: Any,
+    implementation: Any,
+    exchange: Any,
+) -> None:
+    """Raises ValueError for arguments of ``MemoryCaching`` that no layer can have."""
+    check_configuration(memory, aggregation, segmentation, start, implementation)
+    _checks.check_choice("connector", connector, ("learned", "query"))
+    _checks.check_choice("exchange", exchange, get_args(Exchange))
+
+
 class MemoryCaching(Projections):
     """A recurrent memory with cached segment states, as a token mixer.
 
@@ -46,7 +61,10 @@ class MemoryCaching(Projections):
         the ``"query"``.
       distances: for position gates, the number of distances that have their own logit.
       conv_width: taps of the convolution.
-      implementation: as in ``memory_caching``.
+      bounded: whether a deep memory without a ``max_step_norm`` gets one of 1, so that no input,
+        however large, makes it diverge; False for the bare equation.
+      implementation: as in ``memory_caching``; ``"pallas_gpu"`` has no bound on the steps of deep
+        memories, and needs ``bounded=False`` for them.
       exchange: on a mesh that splits sequences, how the parts get each other's states:
         ``"gather"`` fetches all at once, ``"ring"`` one part's at a time, in less memory.
       dtype: dtype of the projections and of the output; by default the wider of the input's and
@@ -88,6 +106,7 @@ class MemoryCaching(Projections):
         connector: Literal["learned", "query"] = "learned",
         distances: int = 64,
         conv_width: int = 4,
+        bounded: bool = True,
         implementation: Implementation | None = None,
         exchange: Exchange = "gather",
         dtype: DTypeLike | None = None,
@@ -96,11 +115,13 @@ class MemoryCaching(Projections):
         rngs: nnx.Rngs,
         **host: Unpack[HostOptions],
     ) -> None:
-        check_configuration(memory, aggregation, segmentation, start, implementation)
-        _checks.check_choice("connector", connector, ("learned", "query"))
-        if distances < 2:
-            raise ValueError(f"distances must be at least 2, got {distances}")
-        _checks.check_choice("exchange", exchange, get_args(Exchange))
+        check_layer(memory, aggregation, segmentation, start, connector, implementation, exchange)
+        memory = memory.bounded() if _checks.check_flag("bounded", bounded) else memory
+        distances = _checks.check_integer("distances", distances, 2)
+        conv_width = _checks.check_integer("conv_width", conv_width)
+        _checks.check_dtype("dtype", dtype, optional=True)
+        _checks.check_dtype("param_dtype", param_dtype)
+        in_features, num_heads = _checks.check_sizes(in_features=in_features, num_heads=num_heads)
         name = type(self).__name__
         head_dim, projections = read_host_options(name, in_features, num_heads, head_dim, **host)
         with naming(axis_names):
@@ -243,7 +264,7 @@ class MemoryCaching(Projections):
         Raises:
           ValueError: as ``mc.init_cache``.
         """
-        _checks.check_sizes(batch_size=batch_size)
+        batch_size = _checks.check_integer("batch_size", batch_size)
         check_options(options)
         dtype = self.param_dtype if self.dtype is None else self.dtype
 
@@ -287,7 +308,9 @@ class MemoryCaching(Projections):
         rows = [linear(x) for linear, _ in self._paths]
         tokens: Any = *((row, "b . h") for row in rows), (cache.tails[0], "b . h")
         division = Division.of(*tokens, heads=self.num_heads)
-        counts = jnp.full(len(x), x.shape[1]) if lengths is None else lengths
+        counts = jnp.full(len(x), x.shape[1])
+        if lengths is not None:
+            lengths = counts = jnp.asarray(_checks.check_lengths(lengths, x.shape[:2]))
         paths = zip(self._paths, rows, cache.tails, strict=True)
         new = [conv.extend(row, tail, counts, division) for (_, conv), row, tail in paths]
         (query, key, value), tails = zip(*new, strict=True)

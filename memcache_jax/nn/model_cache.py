@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from memcache_jax import _checks
 from memcache_jax.streaming.protocol import count_bytes, take_rows, zero_rows
@@ -50,7 +49,7 @@ class LanguageModelCache:
 
     def reset(self, rows: jax.typing.ArrayLike) -> "LanguageModelCache":
         """Returns the cache with the marked rows (b,) empty again."""
-        rows = jnp.asarray(rows)
+        rows = _checks.check_marks(rows, len(self.position))
         layers = jax.vmap(lambda caches: [cache.reset(rows) for cache in caches])(self.layers)
         states = [cache.reset_states(rows, axis=1) for cache in self._first_layers()]
         return LanguageModelCache(layers, states, zero_rows(self.position, rows), self.max_length)

@@ -78,7 +78,7 @@ class Projections(nnx.Module):
 
         self.controls = nnx.Dict()
         for name, control in memory.controls.items():
-            if not control.optional and control.per_head is None:
+            if control.is_learned and control.per_head is None:
                 size = num_heads * (self.head_dim if control.axes.endswith("k") else 1)
                 bias_init = jax.nn.initializers.constant(control.bias)
                 self.controls[name] = linear(
@@ -167,7 +167,7 @@ class Projections(nnx.Module):
         controls = {
             name: self._control(control, name, x, heads)
             for name, control in self.memory.controls.items()
-            if not control.optional
+            if control.is_learned
         }
         return dict(
             query=query,

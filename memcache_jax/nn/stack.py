@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from memcache_jax._varying import vary, varying
 from memcache_jax.sharding.layout import as_axes, axes_of, context_mesh, explicit_axes, lay_out
 from memcache_jax.sharding.names import partition_name
 
@@ -66,11 +67,13 @@ def scan_stack(
 
     def body(carry: Any, layer: tuple) -> tuple[Any, tuple]:
         state, given = layer
-        own = jax.tree.map(lambda x: x, attached)  # variables of its own, with the same arrays
-        module = nnx.merge(graph, state, own)
+        before = nnx.merge_state(state, attached)
+        own = jax.tree.map(lambda x: x, before)  # variables of its own, with the same arrays
+        module = nnx.merge(graph, own)
         carry, out = apply(module, carry, given)
-        return carry, (out, _captured(module, attached) if attached else None)
+        return carry, (out, _captured(module, before))
 
+    carry = vary(carry, varying((carry, stacked, inputs)))
     carry = _settled(body, carry, (stacked, inputs)) if settle else carry
     carry, (outputs, captured) = lax.scan(wrap(body), carry, (stacked, inputs))
     if captured:

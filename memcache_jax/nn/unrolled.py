@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import spmd
 
+from memcache_jax import _checks
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.nn.block import Period
 from memcache_jax.nn.calls import ModelCall, answer, read_call
@@ -78,7 +79,7 @@ class Unrolled(nnx.Module):
             x, caches = period.extend(x, caches, lengths)
             layers.append(caches)
         taken = tokens.shape[1] if lengths is None else lengths
-        return self.outer.norm(x), UnrolledCache(layers, cache.position + taken)
+        return self.outer.norm(x), UnrolledCache(layers, _checks.advanced(cache.position, taken))
 
     @property
     def _stacking(self) -> dict[str, Any]:

@@ -38,6 +38,19 @@ def explicit_axes(mesh: AbstractMesh) -> MeshAxes:
     return _of_type(mesh, AxisType.Explicit)
 
 
+def check_not_mapped_over() -> None:
+    """Raises ValueError within a ``run`` of a ``jax.vmap`` over an axis that a mesh divides.
+
+    Such an axis stays Explicit where all others have been divided by hand.
+    """
+    if left := explicit_axes(jax.sharding.get_abstract_mesh()):
+        raise ValueError(
+            f"jax.vmap goes over an axis of the arguments that the mesh divides over "
+            f"{', '.join(left)}: make it part of the rows b instead, or call jax.vmap within "
+            "jax.shard_map"
+        )
+
+
 def auto_axes(mesh: AbstractMesh) -> MeshAxes:
     """The axes over which the compiler divides."""
     return _of_type(mesh, AxisType.Auto)

@@ -22,6 +22,7 @@ from memcache_jax.gating import in_order
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Lengths, Segmentation
 from memcache_jax.sharding.division import Division
+from memcache_jax.sharding.layout import check_not_mapped_over
 from memcache_jax.sharding.parts import Part
 
 
@@ -65,7 +66,12 @@ def over_mesh(
         local = functools.partial(
             _one_part, division, ring=exchange == "ring", aggregation=aggregation, **how
         )
-    y = division.run(local, (tokens, weights, document), letters, row)
+
+    def own(*args: Any) -> Array:
+        check_not_mapped_over()
+        return local(*args)
+
+    y = division.run(own, (tokens, weights, document), letters, row)
     return y if y.shape[1] == length else division.compute(lambda y: y[:, :length], y, row)
 
 

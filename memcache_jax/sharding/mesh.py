@@ -5,8 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh
+
+from memcache_jax._checks import check_integer, check_mapping, shown
 
 AXES = ("data", "fsdp", "seq", "tensor")
 """Copies of the model; shards of it that are gathered for use; shards of time; shards of heads.
@@ -36,10 +39,15 @@ def make_mesh(
       >>> mc.sharding.make_mesh({"fsdp": -1}, devices=jax.devices()[:1]).axis_names
       ('data', 'fsdp', 'seq', 'tensor')
     """
-    devices = list(jax.devices() if devices is None else devices)
+    if devices is not None and not isinstance(devices, (Sequence, np.ndarray)):
+        raise ValueError(f"devices must be a list of devices, got {shown(devices)}")
+    devices = list(jax.devices() if devices is None else np.ravel(np.array(devices, object)))
+    if wrong := [device for device in devices if not hasattr(device, "platform")]:
+        raise ValueError(f"devices must be a list of devices, got {shown(wrong[0])} in it")
+    sizes, slices = check_mapping("the sizes of a mesh", sizes), check_integer("slices", slices)
     if unknown := sorted(set(sizes) - set(AXES)):
         raise ValueError(f"a mesh has the axes {', '.join(AXES)}, got {', '.join(unknown)}")
-    shape = [sizes.get(axis, 1) for axis in AXES]
+    shape = [check_integer(f"the mesh's {axis}", sizes.get(axis, 1), -1) for axis in AXES]
     known = math.prod(size for size in shape if size != -1)
     if shape.count(-1) == 1 and known > 0:
         shape = [len(devices) // known if size == -1 else size for size in shape]

@@ -15,6 +15,7 @@ from flax import nnx
 from flax.core.spmd import get_logical_axis_rules
 from jax.sharding import AbstractMesh
 
+from memcache_jax._checks import check_mapping, shown
 from memcache_jax._typing import Array
 from memcache_jax.sharding.layout import (
     MeshAxes,
@@ -106,10 +107,18 @@ def naming(names: AxisNames | None) -> Iterator[None]:
       ValueError: for the name of an axis that parameters do not have.
     """
     known = [name for name in RULES if name not in ("batch", "time")]
-    if unknown := sorted(set(names or ()) - set(known)):
+    given = check_mapping("axis_names", names)
+    if unknown := sorted(set(given) - set(known)):
         raise ValueError(f"axis_names are for {', '.join(known)}; got {', '.join(unknown)}")
+    for ours, theirs in given.items():
+        of_strings = isinstance(theirs, tuple) and all(isinstance(name, str) for name in theirs)
+        if not (theirs is None or isinstance(theirs, str) or of_strings):
+            raise ValueError(
+                f"axis_names[{ours!r}] must be a name, a tuple of names or None, got "
+                f"{shown(theirs)}"
+            )
     before = _naming.names
-    _naming.names = before if names is None else dict(names)
+    _naming.names = before if names is None else given
     try:
         yield
     finally:

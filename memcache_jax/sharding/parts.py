@@ -98,16 +98,16 @@ class Part(Layout):
             buckets, none = np.stack([block, block + 1], axis=1), np.full((count, 1), -1)
             each = ReadPlan(own.block_size, buckets, none, block)
 
-            def of_head(key: Float[Array, "n c k"], document: Any) -> Keys:
-                pooled = pooled_keys(key, each, pooling, document)
+            def of_head(key: Float[Array, "n c k"], pooled: Array, document: Any) -> Keys:
+                pooled = pooled_keys(pooled, each, pooling, document)
                 pooled = lax.all_gather(pooled, self.axis, axis=0, tiled=True)
                 pooled = pooled_keys(pooled[:, None], plan, pooling)
                 if document is None:
                     return Keys(running_keys(key, own, pooling), pooled)
                 return Keys(running_document_keys(key, own, pooling, document), pooled)
 
-            of_row = jax.vmap(of_head, in_axes=(0, None))
-            return jax.vmap(of_row)(blocks.tokens.key, blocks.document)
+            of_row = jax.vmap(of_head, in_axes=(0, 0, None))
+            return jax.vmap(of_row)(blocks.tokens.key, blocks.pooled, blocks.document)
 
         states, same = mine(plan.reads), None
         if self.document is not None:

@@ -6,6 +6,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from memcache_jax._checks import check_instance
 from memcache_jax.sharding.layout import as_axes, as_spec, dividing
 from memcache_jax.sharding.names import mesh_axes
 
@@ -22,6 +23,8 @@ def param_shardings(state: nnx.State, mesh: Mesh) -> Any:
       state: parameters or their shapes, as ``nnx.split`` returns them.
       mesh: as from ``make_mesh``; or any other, for which the logical rules in context hold.
     """
+    check_instance("state", state, nnx.State, "an nnx.State, as nnx.split returns it")
+    _check_mesh(mesh)
     # A mesh in context tells the parameters' names apart from those of other meshes.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         layouts = nnx.to_pure_dict(nnx.get_partition_spec(state))
@@ -51,6 +54,7 @@ def state_shardings(
     """
     import optax  # from the extra `train`
 
+    _check_mesh(mesh)
     return optax.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,
@@ -62,4 +66,9 @@ def state_shardings(
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of a batch of rows (b, ...)."""
+    _check_mesh(mesh)
     return NamedSharding(mesh, as_spec([mesh_axes("batch", mesh.abstract_mesh)]))
+
+
+def _check_mesh(mesh: Any) -> None:
+    check_instance("mesh", mesh, Mesh, "a jax.sharding.Mesh, as from make_mesh")

@@ -147,7 +147,7 @@ def init_cache(
       start: what a segment's memory begins with.
       max_segments: most cached segments. With ``policy="error"`` a row takes the tokens of one
         segment more, or ``max_length`` if that is less.
-      max_length: most tokens per row.
+      max_length: most tokens per row, at most 2^31 - 1, where every row ends.
       policy: for ``Constant`` segments, what happens when a segment ends while ``max_segments``
         are cached. ``"error"`` raises. ``"drop_oldest"`` drops the oldest state,
         ``"drop_least_read"`` the one with the smallest mean gate. ``"merge"`` replaces the two
@@ -176,18 +176,20 @@ def init_cache(
       >>> cache.position.tolist(), cache.pooled.shape
       ([0, 0], (2, 4, 7, 16))
     """
-    _checks.check_sizes(
-        batch=batch, heads=heads, key_dim=key_dim, value_dim=value_dim, max_length=max_length
+    batch, heads, key_dim, value_dim = _checks.check_sizes(
+        batch=batch, heads=heads, key_dim=key_dim, value_dim=value_dim
     )
-    _checks.check_choice("dtype", jnp.dtype(dtype).name, ("float32", "float64"))
-    cache_dtype = jnp.dtype(dtype if cache_dtype is None else cache_dtype).name
+    dtype = _checks.as_dtype("dtype", dtype)
+    _checks.check_choice("dtype", dtype.name, ("float32", "float64"))
+    cache_dtype = dtype if cache_dtype is None else _checks.as_dtype("cache_dtype", cache_dtype)
+    weights = _checks.check_mapping("weights", weights)
     config = CacheConfig(
         *(memory, aggregation, segmentation, start),
-        *(max_length, max_segments, policy, cache_dtype, placement),
+        *(max_length, max_segments, policy, cache_dtype.name, placement),
     ).checked(dtype)
-    check_weights(memory, weights or {}, heads, key_dim, value_dim)
+    check_weights(memory, weights, heads, key_dim, value_dim)
     sizes = batch, heads, key_dim, value_dim
-    return placed(lambda: _empty(config, *sizes, weights or {}, dtype), sharding)
+    return placed(lambda: _empty(config, *sizes, weights, dtype), sharding)
 
 
 def _empty(

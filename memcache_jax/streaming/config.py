@@ -53,12 +53,20 @@ class CacheConfig:
     cache_dtype: str
     placement: storage.Placement
 
+    def __post_init__(self) -> None:
+        fewest = 0 if isinstance(self.policy, str) and self.policy == "error" else 1
+        segments = _checks.check_integer("max_segments", self.max_segments, fewest, optional=True)
+        length = _checks.check_integer("max_length", self.max_length, optional=True)
+        _checks.set_fields(self, max_segments=segments, max_length=length)
+
     def check_same(self, **given: Any) -> None:
         """Raises ValueError if an argument is neither None nor what the cache was made for."""
         for name, got in given.items():
             made = getattr(self, name)
-            if got is not None and got != made:
-                raise ValueError(f"the cache was made for {name}={made!r}, got {got!r}")
+            if got is not None and (not isinstance(got, type(made)) or got != made):
+                raise ValueError(
+                    f"the cache was made for {name}={made!r}, got {_checks.shown(got)}"
+                )
 
     @property
     def eviction(self) -> Eviction | None:
@@ -99,14 +107,13 @@ class CacheConfig:
 
     def _bounded(self) -> "CacheConfig":
         segmentation, max_segments, policy = self.segmentation, self.max_segments, self.policy
-        if not isinstance(policy, Eviction) and policy not in POLICIES:
+        known = isinstance(policy, str) and policy in POLICIES
+        if not known and not isinstance(policy, Eviction):
             raise ValueError(
                 f"policy must be one of {list(POLICIES)} or an instance of mc.Eviction, got "
-                f"{policy!r}"
+                f"{_checks.shown(policy)}"
             )
         same_size = type(segmentation) is Constant  # which reads all segments
-        if max_segments is not None and max_segments < (0 if policy == "error" else 1):
-            raise ValueError(f"max_segments is too small for policy={policy!r}, got {max_segments}")
         if policy != "error":
             if not same_size:
                 raise ValueError(
@@ -122,4 +129,5 @@ class CacheConfig:
         kept = -(-min(bounds) // segmentation.size) - 1 if same_size else None
         if kept and self.aggregation.merges_exactly(self.memory):
             kept, policy = 1, "merge"
-        return dataclasses.replace(self, max_length=min(bounds), max_segments=kept, policy=policy)
+        most = min(*bounds, _checks.LARGEST)
+        return dataclasses.replace(self, max_length=most, max_segments=kept, policy=policy)

@@ -11,12 +11,14 @@ from jax import lax
 from memcache_jax import _checks
 from memcache_jax._checks import check_arguments
 from memcache_jax._typing import Array, Float, Int, Start
+from memcache_jax._varying import alike
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.engine.run import exact_chunk, full_controls, widen
 from memcache_jax.engine.types import Tokens
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Segmentation
 from memcache_jax.sharding.division import Division
+from memcache_jax.sharding.layout import check_not_mapped_over
 from memcache_jax.streaming.cache import Cache
 from memcache_jax.streaming.piece import take_piece
 
@@ -68,7 +70,8 @@ def extend(
     Raises:
       ValueError: for a cache of another configuration, arguments that do not fit each other or the
         cache, or more tokens than a row has room for. The cache is then unchanged. Under ``jit``
-        room cannot be checked: outputs beyond it are NaN.
+        room cannot be checked: outputs beyond it are NaN. Any row has room for 2^31 - 1 tokens at
+        most, then it must be reset.
 
     Example:
       >>> import jax, memcache_jax as mc
@@ -82,11 +85,12 @@ def extend(
       >>> bool(abs(rest - whole[:, 90:]).max() < 1e-4)
       True
     """
+    _checks.check_instance("cache", cache, Cache, "what mc.init_cache or mc.extend returns")
     config = cache.config
     config.check_same(
         memory=memory, aggregation=aggregation, segmentation=segmentation, start=start
     )
-    memory, controls = config.memory, dict(controls or {})
+    memory, controls = config.memory, _checks.check_mapping("controls", controls)
     check_arguments(
         *(query, key, value, connector, memory, controls, None),
         *(config.aggregation, config.segmentation, None),
@@ -96,14 +100,15 @@ def extend(
         axes = f"b, t, h, {name[0]} of the cache"
         _checks.check_shape(name, rows, (*key.shape[:2], heads, dim), axes)
     _checks.check_room(cache.position, key.shape[:2], lengths, config.max_length)
-    cache = cache if weights is None else cache.with_weights(weights)
-    lengths = jnp.full(len(query), query.shape[1]) if lengths is None else jnp.asarray(lengths)
+    if weights is not None:
+        cache = cache.with_weights(_checks.check_mapping("weights", weights))
+    counts = jnp.full(len(query), query.shape[1]) if lengths is None else jnp.asarray(lengths)
     some: Any = connector  # or None, which has no arrays to divide
-    tokens = Tokens(query, key, value, some, controls)
+    cache, tokens, counts = alike((cache, Tokens(query, key, value, some, controls), counts))
     rows = ((x, "b . h .") for x in (query, key, value, connector))
     division = Division.of(*rows, (cache.position, "b"), (cache.key_sum, "b h . ."))
     if division is None:
-        return _extend(cache, tokens, lengths)
+        return _extend(cache, tokens, counts)
     if config.placement == "host":  # where a row's heads lie side by side
         division = division.whole("h")
     row: Any = "b . h ."
@@ -112,11 +117,12 @@ def extend(
     }
     of_cache = cache.letters()
     letters = of_cache, Tokens(row, row, row, row, of_controls), "b"
-    return division.run(_extend, (cache, tokens, lengths), letters, (row, of_cache))
+    return division.run(_extend, (cache, tokens, counts), letters, (row, of_cache))
 
 
 def _extend(cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]) -> tuple[Array, Cache]:
     """``extend`` on one device."""
+    check_not_mapped_over()
     config, memory, value = cache.config, cache.config.memory, tokens.value
     full = full_controls(memory, tokens.controls, tokens.key)
     tokens = widen(**tokens._replace(controls=full)._asdict(), dtype=cache.key_sum.dtype)
@@ -126,8 +132,8 @@ def _extend(cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]) -> tuple[Arr
     chunk = memory.gradient_chunk
     if chunk is None:
         chunk = exact_chunk(block, config.max_length or 2 * block, memory.largest_chunk)
-    y = jnp.zeros((batch, heads, count, value.shape[-1]), cache.key_sum.dtype)
-    carry = (cache, jnp.zeros(batch, jnp.int32), y)
+    y = jnp.zeros_like(cache.key_sum, shape=(batch, heads, count, value.shape[-1]))
+    carry = (cache, jnp.zeros_like(lengths, jnp.int32), y)
     single = functools.partial(_advance, tokens, lengths, chunk, 1)
     if count >= chunk > 1:
         whole = functools.partial(_advance, tokens, lengths, chunk, chunk)
@@ -139,6 +145,10 @@ def _extend(cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]) -> tuple[Arr
         cache, _, y = _repeat(some, 2, carry)
     else:
         cache, _, y = _repeat(single, count, carry)
+    # Where positions end nothing advances: what is left of a call has not been taken.
+    token, room = jnp.arange(count)[None], _checks.LARGEST - carry[0].position[:, None]
+    beyond = (token >= room) & (token < lengths[:, None])
+    y = jnp.where(beyond[:, None, :, None], jnp.nan, y)
     return jnp.moveaxis(y, 1, 2).astype(value.dtype), cache
 
 

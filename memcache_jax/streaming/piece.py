@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from memcache_jax import _checks
 from memcache_jax._typing import Array, Bool, Float, Int, State
+from memcache_jax.engine.finite import cleaned, spoil, spoilt
 from memcache_jax.engine.read import ArrayBank, Bank
 from memcache_jax.engine.run import Layout, needs_of, run
 from memcache_jax.engine.types import (
@@ -41,12 +43,12 @@ def take_piece(
     block, into_block = jnp.divmod(cache.position, segment)
     cache = _begun(cache, block, into_block)
 
-    tokens = jax.tree.map(lambda x: x[:, :, None], piece)
-    rows = Rows(tokens.query, tokens.key, tokens.value, tokens.controls)
+    tokens, bad = cleaned(jax.tree.map(lambda x: x[:, :, None], piece))
+    rows = Rows(tokens.query, tokens.key, tokens.value, tokens.controls, bad=bad)
     rows = jax.tree.map(lambda x: x[:, :, None], rows)
     how = Writing(memory, needs_of(aggregation, memory), lambda shape: None, None)
     layout = Piece(cache, block)
-    y, ends, selection = run(layout, how, aggregation, Blocks(tokens, None, rows))
+    y, ends, selection = run(layout, how, aggregation, Blocks(tokens, None, rows, tokens.key))
     y = y[:, :, 0]
 
     complete = active & (into_block + size == segment)
@@ -58,7 +60,7 @@ def take_piece(
     keep = functools.partial(_where, active[:, None])
     cache = dataclasses.replace(
         cache,
-        position=cache.position + size * active,
+        position=_checks.advanced(cache.position, size * active),
         state=jax.tree.map(keep, ends, cache.state),
         key_sum=keep(cache.key_sum + piece.key.sum(axis=2)[:, :, None], cache.key_sum),
         record=slots.count_reads(cache.record, selection, active),
@@ -98,6 +100,8 @@ class Piece(Layout):
 
     def write(self, how: Writing, rows: Rows) -> tuple[State, Views]:
         """Writes the tokens into each track. Only track 0, the live one, is read."""
+        bad, rows = rows.bad, rows._replace(bad=None)
+        assert bad is not None
         chunk = jax.tree.map(lambda x: x[:, :, 0, 0], rows)
         states = self.cache.state, self.cache.anchor
 
@@ -113,7 +117,9 @@ class Piece(Layout):
             state, anchor = jax.tree.map(lambda x: x[:, :, 1:], states)
             later, _ = jax.vmap(jax.vmap(tracks))(state, anchor, chunk)
             ends = jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=2), ends, later)
-        return ends, jax.tree.map(lambda x: x[:, :, None, None], kept)
+        kept = jax.tree.map(lambda x: x[:, :, None, None], kept)
+        lost = spoilt(how.memory, bad, None, np.array([True]))
+        return spoil(lost, ends, kept)
 
     def cached(self, how: Writing, ends: State, blocks: Blocks) -> tuple[Bank, Candidates]:
         """The states in the slots of each row."""
@@ -198,6 +204,7 @@ def _store(cache: Cache, block: Int[Array, "b"], ends: Bool[Array, "b"], after: 
         states = jax.tree.map(lambda x: jnp.broadcast_to(x, (*shape, *x.shape[3:])), states)
     if config.aggregation.pooling == "mean":
         pooled /= slots.tokens(block).astype(pooled.dtype)[:, None, :, None]
+    pooled = jnp.where(jnp.isfinite(pooled), pooled, jnp.nan)  # as in one pass: no gate is known
     states, bank, keys = config.memory.matrices(states), cache.bank, cache.pooled
     of_states, of_keys = cache.storages
     if merge is not None:

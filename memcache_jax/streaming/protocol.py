@@ -86,8 +86,11 @@ class MixerCache:
         """Returns the cache with the marked rows (b,) empty again.
 
         It shares unchanged arrays with this cache: donating one invalidates the other.
+
+        Raises:
+          ValueError: for rows that are not booleans (b,), such as their numbers.
         """
-        rows = jnp.asarray(rows)
+        rows = _checks.check_marks(rows, self.batch_size)
         cache = self._reset_small(rows)
         shared = jax.tree.leaves(self.states)  # none in a layer of a stack
         return cache.with_states(self.reset_states(rows)) if shared else cache
@@ -96,6 +99,10 @@ class MixerCache:
         """Returns the cache of these rows, in this order; a row may be taken more than once.
 
         It shares no array with this cache, so either can be donated.
+
+        Raises:
+          ValueError: for rows that are not numbers from 0 to b - 1, where they are known. Rows that
+            are traced and out of range are those of ``jnp.take``: NaN, or counted from the end.
         """
         rows = _checks.check_rows(rows, self.batch_size)
         return self.take_small(rows).with_states(self.take_states(rows))

@@ -80,15 +80,38 @@ class Storage:
 
     def take(self, arrays: Any, slots: Int[Array, "b h n"]) -> Any:
         """The states (b, h, n, ...) in these slots of each head."""
-        own = *self._own_rows(*slots.shape[:2]), slots
-        return jax.tree.map(lambda kept: kept[own], arrays)
+
+        def take(kept: Array) -> Array:
+            one = self._one_state(kept)
+            numbers = lax.GatherDimensionNumbers(
+                offset_dims=tuple(range(3, 3 + len(one))),
+                collapsed_slice_dims=self._picked,
+                start_index_map=self._picked,
+                operand_batching_dims=self._divided,
+                start_indices_batching_dims=(0, 1),
+            )
+            sizes = *[1] * (kept.ndim - len(one)), *one
+            return lax.gather(kept, self._places(slots), numbers, sizes, mode="clip")
+
+        return jax.tree.map(take, arrays)
 
     def put(self, arrays: Any, states: Any, place: Int[Array, "b n"]) -> Any:
         """The arrays with states (b, h, n, ...) put into these slots; ``num_slots`` drops one."""
-        own = *self._own_rows(*jax.tree.leaves(states)[0].shape[:2]), place[:, None]
 
         def put(kept: Array, new: Array) -> Array:
-            return kept.at[own].set(new, mode="drop", unique_indices=True)
+            numbers = lax.ScatterDimensionNumbers(
+                update_window_dims=tuple(range(3, new.ndim)),
+                inserted_window_dims=self._picked,
+                scatter_dims_to_operand_dims=self._picked,
+                operand_batching_dims=self._divided,
+                scatter_indices_batching_dims=(0, 1),
+            )
+            slots = jnp.broadcast_to(place[:, None], new.shape[:3])
+            return lax.scatter(
+                *(kept, self._places(slots), new.astype(kept.dtype), numbers),
+                mode="drop",
+                unique_indices=True,
+            )
 
         return jax.tree.map(put, arrays, states)
 
@@ -96,9 +119,22 @@ class Storage:
         """The arrays of these rows alone, which are along ``axis``."""
         return take_rows(arrays, rows, axis)
 
-    def _own_rows(self, batch: int, heads: int) -> tuple[Array, ...]:
-        layer = () if self.first is None else (self.first,)
-        return *layer, jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, :, None]
+    # Rows and heads are batch axes of a gather, which the compiler can then divide.
+
+    @property
+    def _divided(self) -> tuple[int, ...]:
+        return (0, 1) if self.first is None else (1, 2)
+
+    @property
+    def _picked(self) -> tuple[int, ...]:
+        return (2,) if self.first is None else (0, 3)
+
+    def _one_state(self, kept: Array) -> tuple[int, ...]:
+        return kept.shape[self._picked[-1] + 1 :]
+
+    def _places(self, slots: Int[Array, "b h n"]) -> Int[Array, "b h n indices"]:
+        layer = () if self.first is None else (jnp.broadcast_to(self.first, slots.shape),)
+        return jnp.stack([*layer, slots], axis=-1)
 
 
 class HostStorage(Storage):

@@ -3,7 +3,9 @@
 import copy
 import logging
 import os
+import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +15,13 @@ from orbax.checkpoint import v1 as ocp
 from memcache_jax.nn import upgrade_params
 from memcache_jax.nn.upgrade import with_saved_names
 from memcache_jax.training.distributed import all_agree, is_main_process, wait_for_all
+from memcache_jax.training.durable import check_digests, write_digests
 from memcache_jax.training.step import TrainState
 from memcache_jax.training.streams import Streams
 
 _log = logging.getLogger(__name__)
+
+_NOTES = ("_CHECKPOINT_METADATA",)  # the file that holds them
 
 
 class CheckpointError(RuntimeError):
@@ -35,7 +40,8 @@ class Checkpoints:
     """A run's checkpoints: the state and the position in the data, saved asynchronously.
 
     Only one process may write to a workdir at a time. A killed save leaves a folder
-    ``*.orbax-checkpoint-tmp``, which is never read, and removed here.
+    ``*.orbax-checkpoint-tmp``, which is never read, and removed here. Once a checkpoint is written,
+    a thread adds the digests of its files, by which ``restore`` notices any change.
 
     Args:
       workdir: the run's folder; checkpoints go to its folder ``checkpoints``.
@@ -48,7 +54,10 @@ class Checkpoints:
         self._checkpointer = ocp.training.Checkpointer(
             str(self.folder), preservation_policy=policy, cleanup_tmp_directories=True
         )
-        self._saving: tuple[int, ocp.AsyncResponse[bool]] | None = None
+        # The step, and what is under way: the checkpoint, then its digests.
+        self._saving: tuple[int, Future[bool], Future[None]] | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoints")
+        self._seconds = 0.0
         self._failed = False
 
     @property
@@ -67,7 +76,9 @@ class Checkpoints:
         """Returns the notes of the newest readable checkpoint in a workdir, or None."""
         for step in cls.steps_in(workdir):
             try:
-                return _read_notes(Path(os.path.abspath(workdir)) / "checkpoints" / str(step))
+                path = Path(os.path.abspath(workdir)) / "checkpoints" / str(step)
+                check_digests(path, only=_NOTES)
+                return _read_notes(path)
             except Exception as e:  # Orbax raises many kinds on damaged files
                 _log.debug("no notes in the checkpoint of step %d: %s", step, e)
         return None
@@ -94,28 +105,42 @@ class Checkpoints:
         except Exception as e:
             raise self._error(step, e) from e
         assert response is not None, "a forced save is never skipped"
-        self._saving = step, response
+        written = self._thread.submit(response.result)
+        self._saving = step, written, self._thread.submit(self._add_digests, step, written)
 
-    def wait(self, *, only_if_done: bool = False) -> None:
+    def _add_digests(self, step: int, written: Future[bool]) -> None:
+        if written.exception() is None and is_main_process():
+            began = time.monotonic()
+            try:
+                write_digests(self.folder / str(step))
+            except OSError as e:  # the checkpoint itself is on disk
+                _log.warning("Could not write the digests of step %d: %s", step, e)
+            self._seconds += time.monotonic() - began
+
+    def wait(self, *, only_if_done: bool = False, for_digests: bool = True) -> None:
         """Waits for the save in progress.
 
         Args:
           only_if_done: return at once if the save has not finished.
+          for_digests: also wait for its digests; a checkpoint without them can be restored.
 
         Raises:
           CheckpointError: if it failed.
         """
         if self._saving is None:
             return
-        step, response = self._saving
+        step, written, digests = self._saving
+        if only_if_done and not digests.done():
+            return
         try:
-            response.result(timeout=0 if only_if_done else None)
+            written.result()
+            if for_digests:
+                digests.result()
         except Exception as e:
-            if only_if_done and isinstance(e, TimeoutError):
-                return
             self._saving = None
             raise self._error(step, e) from e
-        self._saving = None
+        if for_digests:
+            self._saving = None
 
     def _error(self, step: int, cause: Exception) -> CheckpointError:
         self._failed = True
@@ -145,11 +170,16 @@ class Checkpoints:
         for step in self.steps:
             state, notes = None, {}
             try:
-                notes = _read_notes(self.folder / str(step))
-                state = self._load(step, target, notes)
-                data.set_state(notes.pop("stream"))
-            except Exception as e:  # Orbax raises many kinds on damaged files
+                _check(self.folder / str(step))
+            except (ValueError, OSError) as e:
                 reasons[step] = root_cause(e)
+            if all_agree(step not in reasons):  # to read is to wait for all processes
+                try:
+                    notes = _read_notes(self.folder / str(step))
+                    state = self._load(step, target, notes)
+                    data.set_state(notes.pop("stream"))
+                except Exception as e:  # Orbax raises many kinds on damaged files
+                    reasons[step] = root_cause(e)
             if not all_agree(step not in reasons) or state is None:
                 reasons.setdefault(step, "another process cannot read it")
                 continue
@@ -191,7 +221,12 @@ class Checkpoints:
         """
         try:
             self.wait()
+            if self._seconds:
+                _log.info(
+                    "Digests of the checkpoints took %.1f s, beside the training.", self._seconds
+                )
         finally:
+            self._thread.shutdown()
             # Closing raises the error of a failed save a second time.
             try:
                 self._checkpointer.close()
@@ -217,6 +252,21 @@ def root_cause(error: BaseException) -> str:
         error = error.__cause__
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) < 300 else f"{text[:150]} ... {text[-150:]}"
+
+
+def _check(path: Path) -> None:
+    """Raises ValueError if a file of a checkpoint has changed; each process checks its share."""
+    began = time.monotonic()
+    count = check_digests(path, share=(jax.process_index(), jax.process_count()))
+    if count is None:
+        _log.info(
+            "The checkpoint in %s has no digests: damage to its files can go unnoticed. An earlier "
+            "version wrote it, or the run was killed before it wrote them.",
+            path,
+        )
+    else:
+        seconds = time.monotonic() - began
+        _log.info("Compared %d files in %s with their digests in %.1f s.", count, path, seconds)
 
 
 def _read_notes(path: Path) -> dict[str, Any]:

@@ -1,16 +1,28 @@
 """The configuration of a run: defaults, checks, and the differences between two of them."""
 
+import functools
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_dict
 
+from memcache_jax._checks import (
+    check_flag,
+    check_instance,
+    check_integer,
+    check_number,
+    shown,
+)
+
 if TYPE_CHECKING:
     Config = Any  # ConfigDict says of every attribute that it may be anything but a ConfigDict
 else:
     Config = ConfigDict
+
+_log = logging.getLogger(__name__)
 
 # Keys that may change when a run resumes: no step's result depends on them, except through the
 # schedule, whose length is `steps`.
@@ -21,6 +33,7 @@ _MAY_CHANGE = (
     "eval_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "wait_for_checkpoints",
     "tensorboard",
     "sample.",
     "model.implementation",
@@ -28,6 +41,7 @@ _MAY_CHANGE = (
     "model.offload_states",
     "mesh.",
     "accumulate",
+    "data.skip_bad_lines",  # lines that were read before are the same with and without it
 )
 
 _LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
@@ -47,11 +61,22 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         ),
     ),
     "be in [0, 1)": (lambda x: 0 <= x < 1, ("optimizer.b1", "optimizer.b2")),
+    "be in [0, 2**32)": (lambda x: 0 <= x < 2**32, ("seed",)),
     "be in (0, 1]": (lambda x: 0 < x <= 1, ("sample.top_p",)),
 }
 
+# Keys that may be left open: new runs take True, and runs from before there was the key go on
+# without what it does.
+_OPEN = {
+    "data.isolate_documents": "documents that are packed into one row see each other",
+    "model.bounded": "the steps of deep memories have no bound",
+    "model.memory.decay": "DLA forgets nothing",
+}
+# Parts whose keys depend on what they name.
+_FREE = ("model.memory", "model.aggregation", "model.segmentation", "optimizer.arguments")
+
 # Keys that runs of earlier versions lack, with the values they used.
-_ADDED = {"data.streams": 1, "data.isolate_documents": False, "optimizer.name": "adamw"}
+_ADDED = {"data.streams": 1, "optimizer.name": "adamw"} | dict.fromkeys(_OPEN, False)
 
 
 def default_config() -> Config:
@@ -83,6 +108,9 @@ def default_config() -> Config:
     config.eval_every = 250  # steps between evaluations on held-out text
     config.checkpoint_every = 250  # steps between checkpoints
     config.keep_checkpoints = 2  # how many of the newest to keep
+    # Whether steps wait until a checkpoint is on disk: a kill costs `checkpoint_every` steps at
+    # most. If False, they go on while it is written, and a kill before its end costs them too.
+    config.wait_for_checkpoints = True
     config.tensorboard = False  # also write metrics for TensorBoard (extra `tensorboard`)
 
     config.model = ConfigDict()
@@ -106,14 +134,18 @@ def default_config() -> Config:
     config.model.connector = "learned"  # compared with keys by content gates, or "query"
     config.model.distances = 64  # number of distances that position gates distinguish
     config.model.implementation = config_dict.placeholder(str)  # "pallas_tpu", "pallas_gpu", "xla"
+    # Whether deep memories bound their steps (`max_step_norm`). If not set: as isolate_documents.
+    config.model.bounded = config_dict.placeholder(bool)
     config.model.exchange = "gather"  # of states between parts of a sequence, or "ring"
     config.model.window = 256  # tokens seen by sliding-window attention
     config.model.rope_base = 10_000.0  # of attention's rotary embeddings
 
     config.data = ConfigDict()
-    config.data.files = ()  # folders, files or globs: text, .jsonl, .parquet (extra `data`)
+    # Folders, files, globs: text and .jsonl, also in .gz, .bz2, .xz, .zst; .parquet (extra `data`).
+    config.data.files = ()
+    config.data.skip_bad_lines = False  # of .jsonl files: those without text; else an error
     config.data.exclude = ()  # fnmatch patterns of full paths to skip
-    config.data.heldout_files = ()  # as files; if empty, a fraction of the files
+    config.data.heldout_files = ()  # as files; if empty, a fraction of them, or of one file's text
     config.data.heldout_fraction = 0.05
     config.data.heldout_tokens = 65_536  # at most, per evaluation
     config.data.text_field = "text"  # of .jsonl and .parquet files
@@ -145,16 +177,21 @@ def default_config() -> Config:
 
 
 def check_config(config: Config) -> None:
-    """Checks the values that no later code checks.
+    """Checks the keys, the kinds of all values, and the values that no later code checks.
 
     Raises:
-      ValueError: if a value is out of range.
+      ValueError: for a key that is unknown or missing, or a value of another kind or out of range.
     """
+    check_keys(config, default_config())
     values = flatten_dict(to_json(config), sep=".")
     for wanted, (good, names) in _LIMITS.items():
         for name in names:
             if not good(values[name]):
                 raise ValueError(f"{name} must {wanted}, got {values[name]}")
+    try:
+        config.sample.prompt.encode()  # at the end of a run it would be too late
+    except (AttributeError, UnicodeEncodeError) as e:
+        raise ValueError(f"sample.prompt must be text, got {config.sample.prompt!r}") from e
     for name in ("accumulate", "data.streams"):
         if config.batch_size % values[name]:
             raise ValueError(
@@ -163,9 +200,104 @@ def check_config(config: Config) -> None:
             )
 
 
+def check_keys(
+    config: Any,
+    default: Config,
+    prefix: str = "",
+    *,
+    optional: Collection[str] = (),
+    others: bool = False,
+) -> None:
+    """Raises ValueError unless a configuration has the keys of the default one, and their kinds.
+
+    Args:
+      config: the configuration, or a part of it.
+      default: the default one, or the same part.
+      prefix: what names of keys begin with, such as ``"model."``.
+      optional: keys that may be missing.
+      others: whether there may be keys that the default one has not.
+    """
+    if not isinstance(config, (ConfigDict, Mapping)):
+        what = f"{prefix[:-1]} " if prefix else "the configuration "
+        raise ValueError(f"{what}must be a ConfigDict, got {shown(config)}")
+    unknown = sorted(map(str, set(config) - set(default)))
+    if unknown and not others:
+        raise ValueError(
+            f"the configuration has the unknown key {prefix}{unknown[0]}; known are "
+            f"{', '.join(prefix + key for key in default)}"
+        )
+    for key in default:
+        name = prefix + key
+        if key not in config:
+            if key in optional:
+                continue
+            raise ValueError(f"the configuration lacks the key {name}")
+        value = config[key]
+        if name in _FREE and not isinstance(value, (ConfigDict, Mapping)):
+            raise ValueError(f"{name} must be a ConfigDict, got {shown(value)}")
+        if name in _FREE:
+            continue
+        if isinstance(default[key], ConfigDict):
+            check_keys(value, default[key], f"{name}.")
+        elif value is not None or default[key] is not None:
+            _check_kind(name, value, default.get_type(key))
+
+
+def _check_kind(name: str, value: Any, kind: type) -> None:
+    """Raises ValueError unless a value is of the kind that a key has."""
+    if kind is bool:
+        check_flag(name, value)
+    elif kind is int:
+        check_integer(name, value, -(2**63), most=2**63 - 1)
+    elif kind is float:
+        check_number(name, value)
+    elif kind is str:
+        check_instance(name, value, str, "a string")
+    else:
+        strings = isinstance(value, (tuple, list)) and all(isinstance(x, str) for x in value)
+        if not strings:
+            raise ValueError(f"{name} must be a tuple of strings, got {shown(value)}")
+
+
 def to_json(config: Config) -> dict[str, Any]:
-    """Returns the configuration as plain JSON types, from which ``ConfigDict`` restores it."""
-    return json.loads(config.to_json())
+    """Returns the configuration as plain JSON types, from which ``ConfigDict`` restores it.
+
+    Raises:
+      ValueError: for values that are none.
+    """
+    try:
+        return json.loads(config.to_json())
+    except TypeError as e:
+        raise ValueError(f"the configuration must hold numbers, strings and the like: {e}") from e
+
+
+def with_choices_made(config: Config, notes: Mapping[str, Any] | None = None) -> Config:
+    """Returns the configuration with those keys set that may be left open.
+
+    They are ``data.isolate_documents``, ``model.bounded`` and, for DLA, ``model.memory.decay``. New
+    runs have all three. A run that goes on keeps what it has, and one from before there was a key
+    goes on without.
+
+    Args:
+      config: of the run.
+      notes: those of the checkpoint from which the run goes on; None for a new run.
+    """
+    config = config.copy_and_resolve_references()
+    flat = flatten_dict(to_json(config), sep=".")
+    before = None if notes is None else flatten_dict(notes["config"], sep=".")
+    for key, without in _OPEN.items():
+        *path, name = key.split(".")
+        if flat.get(key) is not None or (
+            name == "decay" and flat.get("model.memory.name") != "DLA"
+        ):
+            continue
+        made = True if before is None else before.get(key, False)
+        if before is not None and key not in before:
+            _log.info("This run began before there was %s, and goes on without: %s.", key, without)
+        part = functools.reduce(lambda tree, step: tree[step], path, config)
+        with part.unlocked():
+            part[name] = made
+    return config
 
 
 def config_differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,8 @@ import grain
 import grain.experimental
 import numpy as np
 
-from memcache_jax.training.files import Records, stable_fraction
+from memcache_jax.training.files import stable_fraction
+from memcache_jax.training.records import Records
 from memcache_jax.training.tokenizers import Tokenizer
 
 
@@ -66,9 +67,9 @@ def training_iterator(
       ...     records, ByteTokenizer(), sequence_length=1024, batch_size=8, seed=0
       ... )
     """
-    if sequence_length < 1 or batch_size < 1 or seed < 0:
+    if sequence_length < 1 or batch_size < 1 or not 0 <= seed < 2**32:
         raise ValueError(
-            "sequence_length and batch_size must be positive and seed not negative, got "
+            "sequence_length and batch_size must be positive and seed in [0, 2**32), got "
             f"{sequence_length=}, {batch_size=}, {seed=}"
         )
     if not 0 <= stream_index < num_streams:

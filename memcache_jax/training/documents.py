@@ -3,12 +3,9 @@
 An end token closes a document as a target and opens the next one as an input: the first token of a
 document is predicted from the end token alone, as in ``generate`` where the prompt is empty. So
 every target stays in the loss, none is predicted from another document, and losses are means over
-the same targets as those of a run whose documents see each other. Where a tokenizer's file turns
-text into the end token, that text parts documents too.
+the same targets as those of a run whose documents see each other.
 """
 
-import logging
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,8 +14,6 @@ from flax import nnx
 
 from memcache_jax._typing import Array, Int
 from memcache_jax.training.config import Config
-
-_log = logging.getLogger(__name__)
 
 
 def document_ids(inputs: Int[Array, "b t"], end_token: int) -> Int[Array, "b t"]:
@@ -30,30 +25,6 @@ def document_ids(inputs: Int[Array, "b t"], end_token: int) -> Int[Array, "b t"]
       [[0, 0, 1, 1, 2, 3, 3]]
     """
     return jnp.cumsum(inputs == end_token, axis=1, dtype=jnp.int32)
-
-
-def with_isolation_decided(config: Config, notes: Mapping[str, Any] | None = None) -> Config:
-    """Returns the configuration with ``data.isolate_documents`` set, if it was left open.
-
-    New runs isolate documents. A run that goes on keeps what it has, and one from before there was
-    this key does not isolate them.
-
-    Args:
-      config: of the run.
-      notes: those of the checkpoint from which the run goes on; None for a new run.
-    """
-    if config.data.get("isolate_documents") is not None:
-        return config
-    config = config.copy_and_resolve_references()
-    before = {"isolate_documents": True} if notes is None else notes["config"]["data"]
-    with config.unlocked():
-        config.data.isolate_documents = before.get("isolate_documents", False)
-    if "isolate_documents" not in before:
-        _log.info(
-            "This run began before there was data.isolate_documents, and goes on without: "
-            "documents that are packed into one row see each other."
-        )
-    return config
 
 
 def separator(config: Config, end_token: int, graph: nnx.GraphDef, params: Any) -> int | None:

@@ -1,6 +1,5 @@
 """A run's parameters on their own: written when it ends, and read back into a model."""
 
-import json
 import logging
 import os
 import shutil
@@ -12,6 +11,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
+from memcache_jax._checks import check_instance
 from memcache_jax.nn import LanguageModel, upgrade_params
 from memcache_jax.nn.upgrade import with_saved_names
 from memcache_jax.training.checkpoint import (
@@ -20,8 +20,9 @@ from memcache_jax.training.checkpoint import (
     on_default_device,
     root_cause,
 )
-from memcache_jax.training.config import Config
+from memcache_jax.training.config import Config, with_choices_made
 from memcache_jax.training.distributed import is_main_process, wait_for_all, whole_arrays
+from memcache_jax.training.durable import check_digests, read_json, write_digests
 from memcache_jax.training.models import model_config
 from memcache_jax.training.step import Params, abstract_state
 from memcache_jax.training.tokenizers import Tokenizer, make_tokenizer
@@ -55,6 +56,8 @@ def export_params(workdir: str | os.PathLike[str], params: Params) -> Path:
     try:
         with orbax.checkpoint.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(str(new), whole_arrays(params))
+        if is_main_process():
+            write_digests(new)
     except Exception as e:  # Orbax raises many kinds
         raise CheckpointError(f"could not write the parameters to {new}: {root_cause(e)}") from e
     if is_main_process():
@@ -75,10 +78,15 @@ def load_model(workdir: str | os.PathLike[str]) -> tuple[LanguageModel, Tokenize
     Raises:
       ValueError: if the workdir holds no run, or no parameters.
     """
+    check_instance("workdir", workdir, (str, os.PathLike), "a path")
     workdir = Path(os.path.abspath(workdir))
     config = _read_config(workdir)
     config.model.implementation = None  # chosen for the machine that trained it
-    graph, target = abstract_state(model_config(config.model), optax.identity())
+    try:
+        model = model_config(config.model)
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{workdir / 'config.json'} describes no model: {root_cause(e)}") from e
+    graph, target = abstract_state(model, optax.identity())
     params = _load_params(workdir, on_default_device(target).params)
     return nnx.merge(graph, params), load_tokenizer(workdir), config
 
@@ -99,7 +107,11 @@ def _read_config(workdir: Path) -> Config:
     path = workdir / "config.json"
     if not path.is_file():
         raise ValueError(f"expected the workdir of a training run, got {workdir}: no config.json")
-    return ConfigDict(json.loads(path.read_text()))
+    found = read_json(path)
+    parts = ("model", "data")
+    if not isinstance(found, dict) or not all(isinstance(found.get(x), dict) for x in parts):
+        raise ValueError(f"{path} is not that of a training run: it has no {' and '.join(parts)}")
+    return with_choices_made(ConfigDict(found), {"config": found})
 
 
 def _load_params(workdir: Path, target: Params) -> Params:
@@ -108,9 +120,11 @@ def _load_params(workdir: Path, target: Params) -> Params:
     for place in places:
         try:
             if place in checkpoints:
+                check_digests(place, only=("_", "params/"))  # the optimizer's state is not read
                 saved = with_saved_names(target, ocp.metadata(str(place), "params").metadata)
                 found = ocp.load_checkpointables(str(place), {"params": saved})
                 return upgrade_params(found["params"])
+            check_digests(place)
             saved = with_saved_names(target, ocp.metadata(str(place)).metadata)
             return upgrade_params(ocp.load(str(place), saved))
         except Exception as e:  # Orbax raises many kinds on damaged files

@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 
 from memcache_jax.sharding import AXES, make_mesh
 from memcache_jax.training.checkpoint import Checkpoints
-from memcache_jax.training.config import Config, check_config, to_json
-from memcache_jax.training.corpus import ReplacedDocuments, load_corpus
+from memcache_jax.training.config import Config, check_config, to_json, with_choices_made
+from memcache_jax.training.corpus import ReadingTroubles, load_corpus
 from memcache_jax.training.distributed import (
     all_agree,
     check_agreement,
@@ -26,7 +26,8 @@ from memcache_jax.training.distributed import (
     should_stop,
     wait_for_all,
 )
-from memcache_jax.training.documents import separator, with_isolation_decided
+from memcache_jax.training.documents import separator
+from memcache_jax.training.durable import replace_file
 from memcache_jax.training.export import TOKENIZER_FILE
 from memcache_jax.training.metrics import MetricsWriter, Progress, read_metrics
 from memcache_jax.training.models import model_config
@@ -46,7 +47,6 @@ from memcache_jax.training.workdir import (
     check_workdir,
     lock_run,
     read_results,
-    replace_file,
 )
 
 _log = logging.getLogger(__name__)
@@ -116,6 +116,7 @@ class _Run:
 
     def __init__(self, config: Config, workdir: Path, mesh: Mesh | None) -> None:
         self.workdir, self.mesh = workdir, mesh
+        config = self.config = with_choices_made(config, Checkpoints.notes_in(workdir))
         model = model_config(config.model)
         device = jax.local_devices()[0]
         memories = sorted(memory.kind for memory in device.addressable_memories())
@@ -127,7 +128,7 @@ class _Run:
         self.optimizer = make_optimizer(config.optimizer, config.steps)
         self.graph, target = abstract_state(model, self.optimizer, mesh)
         self.corpus = load_corpus(config)
-        self.replaced = ReplacedDocuments(self.corpus.tokenizer)
+        self.troubles = ReadingTroubles(self.corpus)
         self.batches = Streams(
             self.corpus.train,
             self.corpus.tokenizer,
@@ -143,10 +144,9 @@ class _Run:
         self.target = target
         # Checked before anything in the workdir changes.
         found = check_workdir(workdir, resume=config.resume)
-        config = self.config = with_isolation_decided(config, Checkpoints.notes_in(workdir))
         end_token = self.corpus.tokenizer.eos_id
         self.end_token = separator(config, end_token, self.graph, target.params)
-        self.eval_step = make_eval_step(self.graph, self.end_token)
+        self.eval_step = make_eval_step(self.graph, self.end_token, config.accumulate)
         check_agreement("configuration, data, or workdir", config, self.corpus.identity, found)
         workdir.mkdir(parents=True, exist_ok=True)
         self._lock = lock_run(workdir)
@@ -223,7 +223,7 @@ class _Run:
                             f"{row['heldout_bits_per_byte']:.3f} bits per byte, "
                             f"perplexity {row['heldout_perplexity']:.2f} per token"
                         )
-                        self.replaced.tell()
+                        self.troubles.tell()
                     if row and self.metrics is not None:
                         self.metrics.write(self.step, row)
                     # After the metrics: a run that resumes here does not write this line again.
@@ -260,6 +260,8 @@ class _Run:
             "since_line": self.since_line,
         }
         self.checkpoints.save(self.step, self.state, self.batches, notes)
+        if self.config.get("wait_for_checkpoints", True):
+            self.checkpoints.wait(for_digests=False)
 
     def _evaluate(self) -> dict[str, float]:
         return evaluate(

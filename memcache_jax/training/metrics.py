@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from memcache_jax.training.workdir import replace_file
+from memcache_jax.training.durable import replace_file
 
 METRICS_FILE = "metrics.jsonl"
 

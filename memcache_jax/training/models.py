@@ -9,15 +9,18 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import memcache_jax as mc
+from memcache_jax._checks import check_choice, check_instance
 from memcache_jax.memories import Memory
 from memcache_jax.nn import AttentionMixer, LanguageModelConfig, MemoryCachingMixer, Mixer
-from memcache_jax.training.config import Config, default_config
+from memcache_jax.training.config import Config, check_keys, default_config
 
-# Keys that are fields of ``LanguageModelConfig``; runs of earlier versions lack the last one.
+# Keys that are fields of ``LanguageModelConfig``.
 _MODEL = (
     *("vocab_size", "num_layers", "features", "num_heads", "head_dim", "mlp_features"),
     *("tie_embeddings", "remat", "offload_states"),
 )
+# Keys that runs of earlier versions lack.
+_LATER = ("offload_states", "connector", "distances", "bounded", "implementation", "exchange")
 MIXERS = ("memory_caching", "attention", "sliding_window")
 # Keys that are fields of ``MemoryCachingMixer``.
 _LAYER = ("start", "connector", "distances", "implementation", "exchange")
@@ -34,8 +37,9 @@ def model_config(options: Config) -> LanguageModelConfig:
     Raises:
       ValueError: for an unknown name, or arguments that the class does not take.
     """
-    if options["dtype"] not in ("float32", "bfloat16"):
-        raise ValueError(f'model.dtype must be "float32" or "bfloat16", got {options["dtype"]!r}')
+    default = default_config().model
+    check_keys(options, default, "model.", optional=_LATER, others=True)
+    check_choice("model.dtype", options["dtype"], ("float32", "bfloat16"))
     unknown = sorted(set(options["mixers"]) - set(MIXERS))
     if unknown or not options["mixers"]:
         raise ValueError(f"model.mixers must be of {_list(MIXERS)}; got {_list(unknown)}")
@@ -50,6 +54,7 @@ def model_options(model: LanguageModelConfig) -> Config:
     Raises:
       ValueError: if the mixers have different memories or attention windows.
     """
+    check_instance("model", model, LanguageModelConfig, "an mc.nn.LanguageModelConfig")
     options = default_config().model
     for name in _MODEL:
         options[name] = getattr(model, name)
@@ -60,6 +65,7 @@ def model_options(model: LanguageModelConfig) -> Config:
             names.append("memory_caching")
             for name in _LAYER:
                 options[name] = getattr(mixer, name)
+            options.bounded = mixer.bounded
             for part in ("memory", "aggregation", "segmentation"):
                 options[part] = _described(getattr(mixer, part))
         elif isinstance(mixer, AttentionMixer):
@@ -121,6 +127,7 @@ def _mixer(name: str, options: Config) -> Mixer:
         aggregation=_build("aggregation", options, _concrete(mc, mc.Aggregation)),
         segmentation=_build("segmentation", options, _concrete(mc, mc.Segmentation)),
         **{name: options[name] for name in _LAYER if name in options},
+        bounded=options.get("bounded") is not False,
     )
 
 
@@ -132,7 +139,7 @@ def _concrete(module: Any, base: type) -> dict[str, type]:
 def _build(key: str, options: Config, classes: Mapping[str, type]) -> Any:
     arguments = dict(options[key])
     name = arguments.pop("name", None)
-    if name not in classes:
+    if not isinstance(name, str) or name not in classes:
         raise ValueError(f"model.{key}.name must be one of {_list(classes)}; got {name!r}")
     known = [field.name for field in dataclasses.fields(classes[name]) if field.init]
     if unknown := set(arguments) - set(known):

@@ -11,14 +11,16 @@ import numpy as np
 from flax import nnx
 
 from memcache_jax.generation import generate
+from memcache_jax.generation.prompts import longest
 from memcache_jax.nn import LanguageModel
 from memcache_jax.training.config import Config
 from memcache_jax.training.distributed import is_main_process
+from memcache_jax.training.durable import replace_file
 from memcache_jax.training.export import export_params
 from memcache_jax.training.metrics import plot_curve, read_metrics
 from memcache_jax.training.step import Params
 from memcache_jax.training.tokenizers import Tokenizer
-from memcache_jax.training.workdir import RESULTS_FILE, replace_file
+from memcache_jax.training.workdir import RESULTS_FILE
 
 
 def write_report(
@@ -65,10 +67,14 @@ def _sample(config: Config, model: LanguageModel, tokenizer: Tokenizer) -> str:
     prompt = tokenizer.encode(config.sample.prompt.encode())
     if not len(prompt):
         prompt = np.array([tokenizer.eos_id], np.int32)
+    count, most = config.sample.max_new_tokens, longest(model)
+    if most is not None:  # as many as there is room for; the last one is drawn, but not read
+        prompt = prompt[:most]
+        count = min(count, most - len(prompt) + 1)
     tokens = generate(
         model,
         jnp.asarray(prompt)[None],
-        max_new_tokens=config.sample.max_new_tokens,
+        max_new_tokens=count,
         temperature=config.sample.temperature,
         top_p=config.sample.top_p,
         stop_token=None,

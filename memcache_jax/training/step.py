@@ -119,8 +119,7 @@ def make_train_step(
         gradient = jax.grad(loss_fn, has_aux=True)
         if accumulate == 1:
             return gradient(params, tokens)
-        # Strided, so that every device has rows of each part.
-        parts = jnp.moveaxis(tokens.reshape(-1, accumulate, tokens.shape[1]), 1, 0)
+        parts = _parts(tokens, accumulate)
 
         def add(total: Any, part: Array) -> tuple[Any, None]:
             part = constrain(part, "batch", None)
@@ -141,18 +140,37 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
 
 
+def _parts(rows: Array, count: int) -> Array:
+    """Divides a batch: (parts, rows of each, ...)."""
+    # Strided, so that every device has rows of each part.
+    return jnp.moveaxis(rows.reshape(-1, count, *rows.shape[1:]), 1, 0)
+
+
 def make_eval_step(
-    graph: nnx.GraphDef, end_token: int | None = None
+    graph: nnx.GraphDef, end_token: int | None = None, accumulate: int = 1
 ) -> Callable[[Params, Int[Array, "b l"], Float[Array, "b"]], tuple[Array, Array]]:
     """Returns jitted (params, tokens, mask) -> (summed loss in nats, number of targets).
 
-    Rows with mask 0, which pad the last batch, do not count. ``end_token`` is as for
-    ``make_train_step``.
+    Rows with mask 0, which pad the last batch, do not count. ``end_token`` and ``accumulate`` are
+    as for ``make_train_step``: in the same parts it needs no more memory than an update.
     """
 
-    def eval_step(params: Params, tokens: Array, mask: Array) -> tuple[Array, Array]:
+    def summed(params: Params, tokens: Array, mask: Array) -> tuple[Array, Array]:
         loss, _ = _cross_entropy(graph, params, tokens, end_token)
         return jnp.sum(loss * mask[:, None]), jnp.sum(mask) * loss.shape[1]
+
+    def eval_step(params: Params, tokens: Array, mask: Array) -> tuple[Array, Array]:
+        if accumulate == 1:
+            return summed(params, tokens, mask)
+
+        def add(total: Any, part: tuple[Array, Array]) -> tuple[Any, None]:
+            tokens, mask = constrain(part[0], "batch", None), constrain(part[1], "batch")
+            return jax.tree.map(jnp.add, total, summed(params, tokens, mask)), None
+
+        parts = _parts(tokens, accumulate), _parts(mask, accumulate)
+        first = jax.tree.map(lambda x: x[0], parts)
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(summed, params, *first))
+        return lax.scan(add, zeros, parts)[0]
 
     return jax.jit(eval_step)
 

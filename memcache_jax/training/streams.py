@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from memcache_jax.sharding import batch_sharding
 from memcache_jax.training.data import training_iterator
 from memcache_jax.training.distributed import gather
-from memcache_jax.training.files import Records
+from memcache_jax.training.records import Records
 from memcache_jax.training.tokenizers import Tokenizer
 
 

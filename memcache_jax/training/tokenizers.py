@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -51,7 +51,8 @@ class ByteTokenizer:
 class FileTokenizer:
     """A tokenizer read from a Hugging Face ``tokenizers`` JSON file.
 
-    Ignores the file's truncation and padding, which would cut or pad documents.
+    Ignores the file's truncation and padding, which would cut or pad documents. Text that reads
+    like a special token stays text: no document holds the end token, and decoding gives it back.
 
     Attributes:
       num_replaced_documents: how many documents this process has encoded that were not UTF-8,
@@ -90,14 +91,39 @@ class FileTokenizer:
         # Not the number of tokens: ids may have gaps, and the embedding must hold the largest.
         self.vocab_size = max(vocab.values(), default=-1) + 1
         candidates = EOS_TOKENS if eos_token is None else (eos_token,)
-        found = [vocab[token] for token in candidates if token in vocab]
+        found = [token for token in candidates if token in vocab]
         if not found:
             raise ValueError(
                 f"{path} has no end-of-document token: looked for {', '.join(candidates)}; "
                 "pass eos_token= a token of its vocabulary"
             )
-        self.eos_id = found[0]
+        self._eos_token, self.eos_id = found[0], vocab[found[0]]
+        self._keep_text_text()
+        self._spelled = self._spell(self._eos_token)
         self.num_replaced_documents = 0
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Sets what a pickled tokenizer of the package forgets."""
+        self.__dict__.update(state)
+        self._keep_text_text()
+
+    def _keep_text_text(self) -> None:
+        self._tokenizer.add_special_tokens([self._eos_token])
+        self._tokenizer.encode_special_tokens = True
+
+    def _spell(self, token: str) -> list[int]:
+        """Returns ids of a token's characters, for vocabularies that hold it as a word of text."""
+        ids = []
+        for character in token:
+            found = [character, *(f"<0x{byte:02X}>" for byte in character.encode())]
+            known = [self._tokenizer.token_to_id(name) for name in found]
+            if known[0] is not None:
+                ids.append(known[0])
+            elif None not in known[1:]:
+                ids += known[1:]
+            else:
+                ids += self._tokenizer.encode(character, add_special_tokens=False).ids
+        return [i for i in ids if i != self.eos_id]
 
     def encode(self, text: bytes) -> np.ndarray:
         """Returns the int32 ids of ``text``, read as UTF-8 with invalid bytes replaced."""
@@ -106,12 +132,37 @@ class FileTokenizer:
         except UnicodeDecodeError:
             string = text.decode("utf-8", errors="replace")
             self.num_replaced_documents += 1
-        return np.asarray(self._tokenizer.encode(string, add_special_tokens=False).ids, np.int32)
+        ids = np.asarray(self._tokenizer.encode(string, add_special_tokens=False).ids, np.int32)
+        ends = np.flatnonzero(ids == self.eos_id)
+        if not ends.size:
+            return ids
+        parts = np.split(ids, np.stack([ends, ends + 1], axis=1).ravel())
+        parts[1::2] = [np.array(self._spelled, np.int32)] * len(ends)
+        return np.concatenate(parts)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """Returns the text of ``ids``, without the end-of-document tokens."""
         kept = [i for i in map(int, ids) if i != self.eos_id]
         return self._tokenizer.decode(kept, skip_special_tokens=False)
+
+
+def added_text(
+    tokenizer: Tokenizer, before: Iterable[int] | np.ndarray, ids: Iterable[int] | np.ndarray
+) -> str:
+    """Returns the text that ids add to those before them.
+
+    That is not the text of the ids alone where words begin with a space, which many tokenizers drop
+    at the beginning of a text, or where a character is spread over both.
+
+    Example:
+      >>> added_text(ByteTokenizer(), [110, 195], [169, 101])
+      'ée'
+    """
+    told = tokenizer.decode(before)
+    whole = tokenizer.decode([*map(int, before), *map(int, ids)])
+    if not whole.startswith(told):
+        told = told.rstrip("\ufffd")  # of a character that the ids complete
+    return whole[len(told) :]
 
 
 def make_tokenizer(

@@ -1,16 +1,16 @@
-"""The folder of a run: which run it holds, who writes to it, files replaced in one step."""
+"""The folder of a run: which run it holds, and who writes to it."""
 
 import contextlib
 import fcntl
-import json
 import logging
-import os
 from pathlib import Path
 from typing import Any, TextIO
 
 from memcache_jax.training.checkpoint import Checkpoints
 from memcache_jax.training.config import Config, config_differences, to_json
+from memcache_jax.training.corpus import mended_files
 from memcache_jax.training.distributed import all_agree, is_main_process
+from memcache_jax.training.durable import read_json
 from memcache_jax.training.export import EXPORTS
 
 _log = logging.getLogger(__name__)
@@ -21,18 +21,8 @@ RESULTS_FILE = "results.json"
 def read_results(workdir: Path, step: int) -> dict[str, Any] | None:
     """Returns the results of a run that finished at ``step``, or None."""
     path = workdir / RESULTS_FILE
-    results = json.loads(path.read_text()) if path.exists() else None
-    return results if results and results["step"] == step else None
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes a file in one step, so that a kill leaves the old one or the new one."""
-    new = path.with_name(f"{path.name}.new")
-    with new.open("w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    new.replace(path)
+    results = read_json(path) if path.exists() else None
+    return results if isinstance(results, dict) and results.get("step") == step else None
 
 
 def lock_workdir(workdir: Path, who: str = "run") -> TextIO:
@@ -104,10 +94,24 @@ def check_same_run(
             f"{workdir} holds a run with another configuration: {'; '.join(different)}. "
             "Restore the old values, or give another --workdir"
         )
-    if notes["data"] != identity:
+    mended = mended_files(notes["data"], identity)
+    if mended is None:
+        before, now = (
+            {key: x[key] for key in sorted(x.keys() - {"lines"}) if x[key] != y.get(key)}
+            for x, y in ((notes["data"], identity), (identity, notes["data"]))
+        )
         raise ValueError(
-            f"the data of the run in {workdir} has changed from {notes['data']} to {identity}. "
-            "Bring the old files back, or give another --workdir"
+            f"the data of the run in {workdir} has changed from {before} to {now}. "
+            "Bring the old files back, or give another --workdir; lines of .jsonl files may be "
+            "mended, if they stay as many and the held-out text stays the same. Earlier versions "
+            "read a file once for each of its links, and packed files as they were: such runs "
+            "cannot go on"
+        )
+    if mended:
+        _log.warning(
+            "%s changed since the checkpoint, with as many lines: the run goes on at the same "
+            "place, and reads the new text from there on.",
+            ", ".join(mended),
         )
     before = notes["config"]["steps"]
     if before != config.steps:

@@ -166,14 +166,98 @@ def test_rows_on_a_mesh_that_is_not_in_context_and_in_a_shard_map():
 
     with jax.set_mesh(mesh):
         assert_same(jax.jit(by_hand)(tokens, rows["weights"]), wanted)
-        checked = jax.shard_map(
-            lambda tokens: mc.memory_caching(**tokens, weights=inputs["weights"], **how),
-            in_specs=P("rows"),
-            out_specs=P("rows"),
-            axis_names={"rows"},
+
+
+@pytest.mark.parametrize("types", [(AUTO, AUTO), (EXPLICIT, AUTO)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "kind", "options"),
+    [
+        ("linear", mc.SSC(top_k=2), {}),
+        ("vector", mc.Soup(), dict(segmentation=mc.Logarithmic(4))),
+        ("gated_deltanet", mc.GRM(), dict(start="checkpoint")),
+        ("titans", mc.GRM(), dict(document_ids=DOCUMENTS)),
+        ("dla", mc.SSC(top_k=2, inner="soup"), dict(start="checkpoint")),
+        ("swla", mc.Residual(), dict(implementation="reference")),
+    ],
+    ids=str,
+)
+def test_a_shard_map_that_checks_what_varies(name, kind, options, types):
+    memory = MEMORIES[name]
+    how: Any = dict(memory=memory, aggregation=kind, segmentation=mc.Constant(8)) | options
+    inputs = float32_inputs(memory)
+    if "document_ids" in how:
+        inputs["document_ids"] = jnp.array(how.pop("document_ids"))
+    of_heads = {"weights": inputs.pop("weights")}
+    of_heads["constants"] = {n: x for n, x in inputs["controls"].items() if x.ndim == 1}
+    inputs["controls"] = {n: x for n, x in inputs["controls"].items() if x.ndim > 1}
+
+    def core(rows, of_heads):
+        controls = rows["controls"] | of_heads["constants"]
+        return mc.memory_caching(
+            **rows | {"controls": controls}, **how, weights=of_heads["weights"]
         )
-        with pytest.raises(ValueError, match=r"key varies over \['rows'\].* check_vma=False"):
-            jax.jit(checked)(tokens)
+
+    def both(core, rows, of_heads):
+        y, pull = jax.vjp(core, rows, of_heads)
+        return y, pull(jnp.cos(y))
+
+    wanted = jax.jit(functools.partial(both, core))(inputs, of_heads)
+    mesh = mesh_of((2, 2), ("rows", "other"), *types)
+    by_hand = jax.shard_map(core, in_specs=(P("rows"), P()), out_specs=P("rows"))
+    with jax.set_mesh(mesh):
+        rows = put(inputs, mesh, "rows" if types[0] == EXPLICIT else None)
+        got = jax.jit(functools.partial(both, by_hand))(rows, put(of_heads, mesh))
+    floats = jax.tree.map(lambda x: x.dtype != jax.dtypes.float0, wanted)
+    got, wanted = (jax.tree.map(lambda x, is_: x if is_ else 0, t, floats) for t in (got, wanted))
+    assert_same(got, wanted, 2e-5)
+
+
+def test_a_model_and_its_stream_in_a_shard_map_that_checks_what_varies():
+    model, tokens = model_and_tokens()
+    tokens = jnp.asarray(tokens)
+    graph, state = nnx.split(model)
+
+    def whole(state, tokens):
+        return nnx.merge(graph, state)(tokens)
+
+    def stream(state, tokens):
+        model = nnx.merge(graph, state)
+        cache, hidden = model.init_cache(len(tokens), tokens.shape[1]), []
+        for piece in (tokens[:, :7], tokens[:, 7:8], tokens[:, 8:]):
+            rows, cache = model.extend(piece, cache)
+            hidden.append(rows)
+        return model.logits(jnp.concatenate(hidden, axis=1))
+
+    def slopes(logits, state, tokens):
+        return jax.grad(lambda state: jnp.sum(jnp.cos(logits(state, tokens))))(state)
+
+    wanted = whole(state, tokens)
+    wanted_slopes = jax.jit(functools.partial(slopes, whole))(state, tokens)
+    mesh = mesh_of((4,), ("rows",), EXPLICIT)
+    with jax.set_mesh(mesh):
+        rows, everywhere = put(tokens, mesh, "rows"), put(state, mesh)
+        mapped = functools.partial(jax.shard_map, in_specs=(P(), P("rows")), out_specs=P("rows"))
+        for run in (whole, stream):
+            assert_same(jax.jit(mapped(run))(everywhere, rows), wanted)
+        got = jax.jit(functools.partial(slopes, mapped(whole)))(everywhere, rows)
+    assert_same(got, wanted_slopes, 2e-5)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_vmap_over_what_a_mesh_divides_is_refused(stream):
+    how: Any = dict(memory=MEMORIES["linear"], aggregation=mc.GRM(), segmentation=mc.Constant(8))
+    mesh = mesh_of((2,), ("models",), EXPLICIT)
+
+    def core(rows):
+        if not stream:
+            return mc.memory_caching(rows, rows, rows, rows, **how)
+        cache = mc.init_cache(2, 2, 4, 4, **how, max_segments=2)
+        return mc.extend(cache, rows, rows, rows, rows)[0]
+
+    with jax.set_mesh(mesh):
+        rows = put(jnp.ones((2, 2, 12, 2, 4)), mesh, "models")
+        with pytest.raises(ValueError, match=r"jax.vmap goes over .* divides over models"):
+            jax.vmap(core)(rows)
 
 
 def model_and_tokens(axis_names=None):
@@ -321,3 +405,27 @@ def test_nothing_gathers_a_batch(name, kind, rules):
         text = step.compile().as_text() or ""
     collectives = set(re.findall(r" (all-gather|all-to-all|collective-permute)[-(]", text))
     assert not collectives
+
+
+@pytest.mark.parametrize("name", ["linear", "titans"])
+def test_no_state_is_gathered_in_a_stream_that_the_compiler_divides(name):
+    memory = MEMORIES[name]
+    for kind in (mc.GRM(), mc.SSC(top_k=2)):
+        how: Any = dict(memory=memory, aggregation=kind, segmentation=mc.Constant(4))
+        inputs = float32_inputs(memory, 1)
+        mesh = mesh_of((2, 2), ("x", "y"), AUTO)
+        with jax.set_mesh(mesh):
+            cache = mc.init_cache(
+                ROWS,
+                HEADS,
+                4,
+                4,
+                **how,
+                max_segments=6,
+                weights=inputs["weights"],
+                sharding=P("x", "y"),
+            )
+            tokens = laid(inputs, memory, mesh, "x", "y")
+            del tokens["weights"]
+            text = jax.jit(mc.extend).lower(cache, **tokens).compile().as_text() or ""
+        assert not re.findall(r" (all-gather|all-to-all|collective-permute)[-(]", text)

@@ -104,5 +104,5 @@ def test_another_loss():
     ids=["loss of rows filled up", "loss of values filled up", "network"],
 )
 def test_other_rules_are_refused(memory, message):
-    with pytest.raises(NotImplementedError, match=message):
+    with interpret_kernels(), pytest.raises(NotImplementedError, match=message):
         layer(memory, 16, "pallas_gpu", value_dim=24 if memory.depth == 1 else None)

@@ -1,5 +1,6 @@
 """The command that measures a trained model, and the model as lm-evaluation-harness sees it."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -137,6 +138,19 @@ def test_generation_samples_where_a_task_asks_for_it(lm, model):
     )
 
 
+def test_nothing_is_padded_beyond_listed_segments(model):
+    mixer = mc.nn.MemoryCachingMixer(mc.memories.LinearAttention(), mc.GRM(), mc.Lengths((48, 48)))
+    config = dataclasses.replace(model.config, mixers=(mixer,))
+    listed = mc.nn.LanguageModel(config, rngs=nnx.Rngs(0))
+    nnx.update(listed, nnx.state(model))
+    lm = TrainedLM(listed, ByteTokenizer(), max_length=200, batch_size=1)
+    prompt = TEXT[:20]
+    (text,) = lm.generate_until(requests("generate_until", (prompt, {"max_gen_toks": 60})), True)
+    assert len(text) == 60
+    ((_, greedy),) = lm.loglikelihood(requests("loglikelihood", (prompt, text)), True)
+    assert greedy
+
+
 def test_the_middle_may_be_left_out(model):
     options: dict[str, Any] = dict(max_length=10, batch_size=1)
     tokens = list(range(20))
@@ -155,7 +169,7 @@ def test_a_tokenizer_of_several_letters(model, tmp_path):
     lm = TrainedLM(model, tokenizer, max_length=8)
     assert lm._stop_tokens(("\n",)) == [0, 3, 4, 5]
     assert lm.tok_encode("a") == [1]
-    assert lm._text([1, 0, 2], ()) == "a"
+    assert lm._text([2], [1, 0, 2], ()) == " a"  # words are joined by spaces
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from experiments._compilers import check_topology
 from experiments._hlo import collectives
 from memcache_jax.sharding import make_mesh
 from memcache_jax.training import default_config
@@ -98,3 +100,11 @@ def test_parts_of_a_sequence_are_advised_where_documents_allow_them():
     assert not parts()
     config.data.isolate_documents = False
     assert parts()
+
+
+@pytest.mark.parametrize("topology", ["", "v5e:0x0", "v5e:4x0", "v5p=2x2x0", "v4_00x4_twisted"])
+def test_a_topology_of_no_chips(topology):
+    with pytest.raises(ValueError, match="at least one chip along each axis"):
+        check_topology(topology)
+    for some in ("v5e:16x16", "v5p:10x20x2", "v5e:2x4_untwisted"):
+        check_topology(some)

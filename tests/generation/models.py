@@ -17,6 +17,9 @@ MIXERS = {
         memory=mc.memories.Titans(chunk_size=8), segmentation=mc.Constant(16)
     ),
     "attention": mc.nn.AttentionMixer(),
+    "listed": mc.nn.MemoryCachingMixer(
+        memory=mc.memories.LinearAttention(), segmentation=mc.Lengths((48, 48))
+    ),
 }
 
 

@@ -50,8 +50,11 @@ def test_one_trace_for_equal_buffer_lengths():
         prompt = jnp.zeros((2, length), jnp.int32)
         mc.generate(model, prompt, new, temperature=temperature, key=jax.random.key(length))
     assert traces == 2 * [(2, 64)]  # for the prompt and for the tokens after it
-    mc.generate(model, prompt, 60, key=jax.random.key(0))
+    mc.generate(model, prompt, 61, key=jax.random.key(0))
     assert traces == 2 * [(2, 64)] + 2 * [(2, 128)]
+    for stops in ([], 3, [3, 1], [1, 2, 3], range(8)):
+        mc.generate(model, prompt, 61, key=jax.random.key(0), stop_token=stops)
+    assert len(traces) == 4
 
 
 def test_an_updated_model_is_read_anew():
@@ -118,6 +121,15 @@ def test_bounded_memory():
     np.testing.assert_array_equal(alike[:, :33], full[:, :33])
     with pytest.raises(ValueError, match=r"is for an nn\.LanguageModel"):
         mc.generate(count_up, prompts(), 2, **options)
+
+
+def test_as_many_tokens_as_listed_segments_hold():
+    model, tokens = language_model("listed"), prompts(batch=1, length=20)
+    got = mc.generate(model, tokens, 77, temperature=0)
+    following = jnp.argmax(nnx.jit(lambda model, tokens: model(tokens))(model, got[:, :96]), -1)
+    np.testing.assert_array_equal(got[:, 20:], following[:, 19:])
+    with pytest.raises(ValueError, match="hold 96 tokens, got 97"):
+        mc.generate(model, tokens, 78, temperature=0)
 
 
 def test_generation_ends_when_all_rows_have_stopped():

@@ -44,7 +44,7 @@ def finds_races(function, *arguments):
     """Whether a simulated TPU of two cores finds one, or a block visited anew after others."""
     pltpu.reset_tpu_interpret_mode_state()
     params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
-    with pltpu.force_tpu_interpret_mode(params):
+    with interpret_kernels(), pltpu.force_tpu_interpret_mode(params):
         try:
             jax.block_until_ready(function(*arguments))
         except jax.errors.JaxRuntimeError as error:

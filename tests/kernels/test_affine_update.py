@@ -112,7 +112,8 @@ def test_wrong_blocks_are_found(monkeypatch):
 
 def test_no_races():
     pltpu.reset_tpu_interpret_mode_state()
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+    params = pltpu.InterpretParams(detect_races=True)
+    with interpret_kernels(), pltpu.force_tpu_interpret_mode(params):
         jax.block_until_ready(value_and_vjp(update, *make_form()))
     races: Any = interpret_pallas_call.races
     assert not races.races_found

@@ -15,6 +15,7 @@ import pytest
 import memcache_jax as mc
 from experiments._compilers import TPUS
 from experiments._schedules import changes
+from experiments._tpu_cases import tpu_cases
 from memcache_jax.kernels.bank_read import bank_read
 
 ROOT = Path(__file__).parents[2]
@@ -100,3 +101,17 @@ def test_what_does_not_fit_is_told():
             query,
             gates,
         )
+
+
+def test_a_precision_that_kernels_lack_becomes_float32():
+    function, shapes = tpu_cases()["grouped_read"]
+
+    def traced(precision):
+        with jax.default_matmul_precision(precision):
+            # Another function each time, for JAX remembers what it has traced.
+            return jax.jit(lambda *arguments: function(*arguments)).trace(*shapes)
+
+    every = [traced(precision) for precision in ("high", "highest", "default")]
+    counts = [str(each.jaxpr).count("Precision.HIGHEST") for each in every]
+    assert counts[0] == counts[1] > counts[2] == 0
+    every[0].lower(lowering_platforms=("tpu",))

@@ -1,13 +1,12 @@
-"""Attention: against its equation, its window, and rotary positions."""
+"""Attention against its equation."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 
 import memcache_jax as mc
-from memcache_jax.nn.attend import rotate
+from memcache_jax.nn.rotary import rotate
 from tests.cases import assert_close
 
 
@@ -33,21 +32,22 @@ def test_equals_its_equation(window):
     assert_close(layer(x), equation(layer, x), 1e-5)
 
 
-def test_rotary_scores_depend_on_distance_alone():
-    query, key = jax.random.normal(jax.random.key(0), (2, 8))
-    here = lambda x: rotate(jnp.tile(x[None, None, None], (1, 30, 1, 1)), 100.0)[0, :, 0]  # noqa: E731
-    scores = np.asarray(here(query) @ here(key).T)
-    for distance in range(5):
-        diagonal = np.diagonal(scores, -distance)
-        np.testing.assert_allclose(diagonal, diagonal[0], atol=1e-5)
-    assert abs(scores[1, 0] - scores[2, 0]) > 1e-3
-
-
-def test_rotation_keeps_precision_far_from_the_start():
-    x = jnp.ones((1, 5000, 1, 4), jnp.bfloat16)
-    y = rotate(x, 10_000.0)
-    assert y.dtype == jnp.bfloat16
-    assert_close(y.astype(jnp.float32), rotate(x.astype(jnp.float32), 10_000.0), 1e-2)
+@pytest.mark.parametrize(("window", "length"), [(4, 10), (4, 140), (None, 10)])
+def test_a_stream_ends_where_positions_do(window, length):
+    layer = mc.nn.Attention(16, 2, window=window, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, length, 16))
+    extend = jax.jit(layer.extend)
+    wanted, empty = layer(x), layer.init_cache(2, length)
+    far = 2**31 - 1 - (0 if window is None else length - 2)
+    last = empty.replace(position=jnp.array([far, 0], jnp.int32))
+    with pytest.raises(ValueError, match="a row"):
+        layer.extend(x, last)
+    y, ended = extend(x, last)
+    some = slice(3, -2) if window else slice(0)  # before it, a window has keys of zero
+    assert_close(y[0, some], wanted[0, some], 1e-5)
+    assert jnp.isnan(y[0, -2:]).all()
+    assert_close(y[1], wanted[1], 1e-5)
+    assert jnp.isnan(extend(x, ended)[0][0]).all()
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_rotation_keeps_precision_far_from_the_start():
     [
         (dict(num_heads=3), "num_heads=3 must divide in_features=16"),
         (dict(head_dim=5), "even head_dim, got 5"),
-        (dict(window=0), "window must be at least 1 token, got 0"),
+        (dict(window=0), "window must be at least 1, got 0"),
     ],
 )
 def test_arguments_that_do_not_fit(options, message):

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 import memcache_jax as mc
-from memcache_jax.nn.attend import rotate
 from memcache_jax.nn.call_documents import Call, documents
+from memcache_jax.nn.rotary import rotate
 from tests.cases import assert_close
 from tests.nn.caches import language_model
 from tests.nn.layer import make, tokens

@@ -134,6 +134,17 @@ def test_swap_of_one_line():
         assert_close(y, wanted, 1e-6)
 
 
+def test_one_array_given_twice_through_a_checkpoint():
+    layer, x = make("ssd"), tokens(13)
+    call = jax.checkpoint(lambda x, same: layer(x, same))
+    assert_close(call(x, x), layer(x), 1e-6)
+    assert_close(layer(x, x + 0), layer(x), 1e-6)
+    other = x.at[1, 5].add(1)
+    y = jax.jit(layer)(x, other)
+    assert_close(y[0], layer(x)[0], 1e-6)
+    assert jnp.isnan(y[1]).all()
+
+
 @pytest.mark.parametrize("build", [lambda: make("ssd"), lambda: LAYERS["attention"](nnx.Rngs(0))])
 @pytest.mark.parametrize(
     ("call", "message"),
@@ -165,7 +176,7 @@ def test_an_unknown_keyword_or_no_input():
     with pytest.raises(TypeError, match="unexpected keyword argument 'bias'"):
         layer(tokens(9), bias=1)
     for call in (dict(), dict(x=tokens(9), inputs_q=tokens(9))):
-        with pytest.raises(TypeError, match="give the input once"):
+        with pytest.raises(ValueError, match="give the input once"):
             layer(**call)
     with pytest.raises(TypeError, match="unexpected keyword argument 'decode'"):
         language_model()(jnp.zeros((1, 3), int), decode=False)  # pyright: ignore

@@ -19,7 +19,7 @@ CONFIG = mc.nn.LanguageModelConfig(
     ("changes", "message"),
     [
         (dict(num_layers=0), "num_layers must be at least 1, got 0"),
-        (dict(mlp_features=-1), "mlp_features must not be negative, got -1"),
+        (dict(mlp_features=-1), "mlp_features must be at least 0, got -1"),
         (dict(mixers=()), "multiple of the number of mixers, got 0"),
         (dict(mixers=(CACHING,) * 3), "num_layers=4 must be a multiple .* got 3"),
     ],

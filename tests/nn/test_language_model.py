@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import memcache_jax as mc
 from tests.cases import assert_close, scheduled
@@ -64,6 +66,30 @@ def test_logits_see_no_later_token(mixers):
     changed = call(model, tokens.at[:, 9:].set((tokens[:, 9:] + 1) % 19))
     assert_close(changed[:, :9], y[:, :9], 1e-5)
     assert float(jnp.abs(changed[:, 9:] - y[:, 9:]).max()) > 1e-3
+
+
+@pytest.mark.parametrize("mesh", [None, (2, 2)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_of_bfloat16_are_products_in_float32(tied, mesh):
+    narrow = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, tie_embeddings=tied)
+    model = make(**narrow, vocab_size=512, num_layers=1, mixers=MIXERS["attention"])
+    hidden = jax.random.normal(jax.random.key(1), (2, 32, 16), jnp.bfloat16)
+    matrix = model.embedding.embedding[...].T if tied else model.head.kernel[...]
+    wanted = np.asarray(hidden, np.float64) @ np.asarray(matrix, np.float64)
+    if mesh is None:
+        logits = model.logits(hidden)
+    else:
+        devices, explicit = jax.devices()[:4], (AxisType.Explicit,) * 2
+        mesh = jax.make_mesh(mesh, ("rows", "model"), explicit, devices=devices)
+        variable = model.embedding.embedding if tied else model.head.kernel
+        with jax.set_mesh(mesh):
+            divided = P("model", None) if tied else P(None, "model")
+            variable.set_value(jax.device_put(variable[...], NamedSharding(mesh, divided)))
+            logits = model.logits(jax.device_put(hidden, NamedSharding(mesh, P("rows"))))
+        assert jax.typeof(logits).sharding.spec == P("rows", None, "model")
+    assert logits.dtype == jnp.float32
+    assert_close(logits, wanted.astype(np.float32), 1e-6)
+    np.testing.assert_array_equal(logits.argmax(-1), wanted.argmax(-1))
 
 
 def test_no_two_layers_start_alike():
@@ -175,3 +201,24 @@ def test_a_model_sees_one_document(mixers, options, tolerance):
     tokens = np.random.default_rng(0).integers(0, 19, (1, length))
     together = outputs(params, tokens, ids)
     assert_close(together, outputs(params, tokens[:, border:], None), tolerance)
+
+
+@pytest.mark.parametrize("types", ["Auto", "Explicit"])
+def test_ids_outside_the_vocabulary(types):
+    model = make(num_layers=1, mixers=(mc.nn.AttentionMixer(),))
+    wrong = jnp.tile(ids(), (2, 1)).at[0, 5].set(-1).at[1, 3].set(19)
+    hidden = jax.jit(lambda model, tokens: model.hidden(tokens))
+    for outside, calls in ((wrong[:1], "got -1"), (wrong[1:2], "got 19")):
+        for call in (model, model.hidden):
+            with pytest.raises(ValueError, match=f"ids from 0 to 18, {calls}"):
+                call(outside)
+    if types == "Explicit":
+        mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+        with jax.set_mesh(mesh):
+            got = hidden(model, jax.device_put(wrong, P("data")))
+    else:
+        got = hidden(model, wrong)
+    finite = np.isfinite(got).all(axis=-1)
+    assert not finite[0, 5:].any()
+    assert not finite[1, 3:].any()
+    assert finite[2:].all()

@@ -1,5 +1,6 @@
 """What others attach to layers, alone and in a stack, is none of their weights."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -44,6 +45,32 @@ def test_captures_of_a_model(remat):
     np.testing.assert_allclose(model(TOKENS), wanted, atol=1e-5)
     hidden, _ = model.extend(TOKENS, model.init_cache(2, 16))
     np.testing.assert_allclose(model.logits(hidden), wanted, atol=1e-5)
+
+
+class Counting(nnx.Module):
+    """A host's mixer that counts the tokens it has seen."""
+
+    def __init__(self, features):
+        self.seen = nnx.BatchStat(jnp.zeros(()))
+        self.scale = nnx.Param(jnp.ones(features))
+
+    def __call__(self, x, document_ids=None):
+        self.seen[...] += x.shape[1] * self.scale[0]
+        return x * self.scale[None, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class CountingMixer:
+    def build(self, features, num_heads, **options):
+        return Counting(features)
+
+
+def test_what_a_hosts_mixer_keeps_of_each_layer():
+    model: Any = model_of(mixers=(CountingMixer(),), num_layers=3)
+    model(TOKENS)
+    model.layers.blocks[0].mixer.scale[...] *= jnp.array([1.0, 2.0, 3.0])[:, None]
+    nnx.jit(lambda model: model(TOKENS))(model)
+    np.testing.assert_array_equal(model.layers.blocks[0].mixer.seen[...], [24, 36, 48])
 
 
 def test_captures_of_a_layer():

@@ -15,7 +15,7 @@ LENGTH = 37
 @pytest.mark.parametrize(
     ("message", "options"),
     {
-        "max_segments is too small for policy='error', got -1": dict(max_segments=-1),
+        "max_segments must be at least 0, got -1": dict(max_segments=-1),
         "policy='merge' is for segments of one size": dict(
             segmentation=mc.Logarithmic(8), policy="merge", max_segments=4
         ),

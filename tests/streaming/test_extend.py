@@ -74,6 +74,29 @@ def test_rows_that_are_full():
     assert jnp.isnan(y).all()
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("memory", ["linear", "titans"])
+def test_rows_end_where_positions_do(memory):
+    memory, plan = MEMORIES[memory], (mc.GRM(), mc.Constant(8))
+    inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 20))
+    cache = empty(inputs, memory, *plan, segments=2, policy="drop_oldest")
+    last = cache.replace(position=jnp.array([2**31 - 16, 0], jnp.int32))  # a segment begins
+    wanted, step = whole(inputs, memory, *plan), jax.jit(mc.extend)
+    part = over_time(inputs, memory, lambda x: x)
+    with pytest.raises(ValueError, match="most 2147483647 tokens and would have 2147483652: reset"):
+        mc.extend(last, **part)
+    y, ended = step(last, **part)
+    assert_close(y[0, :15], wanted[0, :15], 1e-5)
+    assert jnp.isnan(y[0, 15:]).all()
+    assert_close(y[1], wanted[1], 1e-5)
+    again, ended = step(ended, **part)
+    assert jnp.isnan(again[0]).all()
+    assert not jnp.isnan(again[1]).any()
+    assert_close(step(ended.reset(jnp.array([True, True])), **part)[0], wanted, 1e-5)
+    with pytest.raises(ValueError, match="max_length must be at most 2147483647, got 2147483648"):
+        empty(inputs, memory, *plan, max_length=2**31)
+
+
 def test_a_step_costs_the_same_however_many_segments_are_cached():
     from experiments._flops import count_flops
 

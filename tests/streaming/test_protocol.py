@@ -150,6 +150,9 @@ def test_rows_of_a_cache_alone():
     assert reset.total[:, 0].tolist() == reset.inputs[:, 0, 0].tolist() == [0, 2, 0]
     with pytest.raises(ValueError, match="the cache has the rows 0 to 2, got"):
         cache.take(np.array([3]))
+    for marks in ([0, 2], [True, False], [1, 0, 0], None):
+        with pytest.raises(ValueError, match=r"marked by booleans \(b,\) = \(3,\), got"):
+            cache.reset(np.array(marks))
     with pytest.raises(TypeError, match=r"Forgetful.count must be in one of \['common', 'nested'"):
 
         class Forgetful(DeclaredCache):

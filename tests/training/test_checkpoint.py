@@ -1,6 +1,7 @@
 """Checkpoints: what comes back, from what damage, and what a failed save says."""
 
 import json
+import logging
 import shutil
 from typing import Any
 
@@ -14,9 +15,11 @@ from orbax.checkpoint import v1 as ocp
 from memcache_jax.nn.upgrade import with_saved_names
 from memcache_jax.training import CheckpointError, load_model
 from memcache_jax.training.checkpoint import Checkpoints
-from memcache_jax.training.files import Records, find_files
+from memcache_jax.training.durable import DIGESTS_FILE, check_digests
+from memcache_jax.training.files import find_files
 from memcache_jax.training.models import model_config
 from memcache_jax.training.optimizer import make_optimizer
+from memcache_jax.training.records import Records
 from memcache_jax.training.step import TrainState, abstract_state, create_state
 from memcache_jax.training.streams import Streams
 from memcache_jax.training.tokenizers import ByteTokenizer
@@ -119,6 +122,21 @@ def flip_a_byte(checkpoint):
         file.write_bytes(content)
 
 
+def flip_a_bit_of_the_notes(checkpoint):
+    """The file stays JSON: a loss of 1 becomes 0."""
+    file = checkpoint / "_CHECKPOINT_METADATA"
+    before = file.read_bytes()
+    place = before.index(b'"losses": [1') + len(b'"losses": [')
+    file.write_bytes(before[:place] + b"0" + before[place + 1 :])
+
+
+def flip_a_bit_of_the_digests(checkpoint):
+    file = checkpoint / DIGESTS_FILE
+    content = bytearray(file.read_bytes())
+    content[-10] ^= 1
+    file.write_bytes(content)
+
+
 DAMAGES = {
     "arrays cut short": truncate("params/**/d/*"),
     "optimizer cut short": truncate("opt_state/**/d/*"),
@@ -127,6 +145,8 @@ DAMAGES = {
     "no optimizer": remove("opt_state"),
     "nothing in it": empty,
     "a wrong byte": flip_a_byte,
+    "a wrong bit in the notes": flip_a_bit_of_the_notes,
+    "a wrong bit in the digests": flip_a_bit_of_the_digests,
 }
 
 
@@ -147,6 +167,35 @@ def test_damage_falls_back_to_the_last_good_one(saved, batches, damage, caplog):
     next(fresh)
     next(fresh)
     np.testing.assert_array_equal(next(data), next(fresh))
+
+
+def test_a_flipped_bit_in_any_file_is_noticed(saved):
+    checkpoint = saved[0] / "checkpoints" / "3"
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    assert check_digests(checkpoint) == len(files) - 1 > 9
+    for number, file in enumerate(files):
+        good = file.read_bytes()
+        bad = bytearray(good)
+        bad[number * 37 % len(good)] ^= 1 << number % 8
+        file.write_bytes(bad)
+        with pytest.raises(ValueError, match=r"is damaged|is missing"):
+            check_digests(checkpoint)
+        file.write_bytes(good)
+
+
+def test_notes_with_a_flipped_bit_are_not_read(saved):
+    flip_a_bit_of_the_notes(saved[0] / "checkpoints" / "3")
+    notes: Any = Checkpoints.notes_in(saved[0])
+    assert notes["losses"] == [2 / 3]
+
+
+def test_a_checkpoint_without_digests_is_restored_and_told(saved, batches, caplog):
+    caplog.set_level(logging.INFO, "memcache_jax")
+    (saved[0] / "checkpoints" / "3" / DIGESTS_FILE).unlink()
+    restored, _ = restore(saved[0], batches())
+    assert restored.step == 3
+    assert_is(restored.state, 3)
+    assert "3 has no digests: damage to its files can go unnoticed" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore")

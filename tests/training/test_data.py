@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from memcache_jax.training.data import heldout_rows, training_iterator
-from memcache_jax.training.files import Records, find_files
+from memcache_jax.training.files import find_files
+from memcache_jax.training.records import Records
 from memcache_jax.training.tokenizers import ByteTokenizer
 from tests.training.texts import letters, write
 
@@ -126,6 +127,9 @@ def test_stream_errors_come_at_once(tmp_path):
         batches(records, stream_index=2, num_streams=2)
     with pytest.raises(ValueError, match="batch_size=0"):
         batches(records, batch_size=0)
+    for seed in (-1, 2**32):
+        with pytest.raises(ValueError, match=f"seed in .*, got .*seed={seed}"):
+            batches(records, seed=seed)
     write(tmp_path, {"blank.jsonl": ' \n{"text": ""}\n'})
     with pytest.raises(ValueError, match="records with text, got 2 without any"):
         batches(Records([tmp_path / "blank.jsonl"]))

@@ -13,8 +13,9 @@ from flax import nnx
 import memcache_jax as mc
 from memcache_jax.sharding import make_mesh
 from memcache_jax.training import default_config, train
-from memcache_jax.training.config import to_json
-from memcache_jax.training.documents import document_ids, separator, with_isolation_decided
+from memcache_jax.training.config import with_choices_made
+from memcache_jax.training.documents import document_ids, separator
+from memcache_jax.training.durable import DIGESTS_FILE
 from memcache_jax.training.models import model_options
 from memcache_jax.training.step import abstract_state
 from tests.training.runs import rows
@@ -37,7 +38,7 @@ def caching(memory=None, segmentation=None, **options):
 
 
 def parted(model, length=32, mesh=None, **options):
-    config = with_isolation_decided(default_config())
+    config = with_choices_made(default_config())
     config.batch_size, config.sequence_length = 2, length
     config.data.update(options)
     graph, target = abstract_state(model, optax.identity(), mesh)
@@ -47,35 +48,6 @@ def parted(model, length=32, mesh=None, **options):
 def test_an_end_token_opens_the_next_document():
     inputs = jnp.array([[EOS, 1, 2, EOS, 3], [1, EOS, EOS, 2, 2]])
     assert document_ids(inputs, EOS).tolist() == [[1, 1, 1, 2, 2], [0, 1, 2, 2, 2]]
-
-
-def test_new_runs_isolate_unless_told_otherwise():
-    config = default_config().lock()
-    decided = with_isolation_decided(config)
-    assert decided.data.isolate_documents is True
-    assert config.data.isolate_documents is None
-    config.data.isolate_documents = False
-    assert with_isolation_decided(config).data.isolate_documents is False
-
-
-@pytest.mark.parametrize("had", [True, False])
-@pytest.mark.parametrize("given", [None, True, False])
-def test_a_run_that_goes_on_keeps_what_it_had(had, given):
-    config, before = default_config(), default_config()
-    before.data.isolate_documents, config.data.isolate_documents = had, given
-    decided = with_isolation_decided(config, {"config": to_json(before)})
-    assert decided.data.isolate_documents is (had if given is None else given)
-
-
-def test_a_configuration_of_before_there_was_the_key(caplog):
-    caplog.set_level(logging.INFO, "memcache_jax")
-    old = default_config()
-    del old.data.isolate_documents
-    assert with_isolation_decided(old).data.isolate_documents is True
-    assert not caplog.text
-    decided = with_isolation_decided(default_config(), {"config": to_json(old)})
-    assert decided.data.isolate_documents is False
-    assert "goes on without" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -135,7 +107,9 @@ def short_documents(config, tmp_path):
 
 
 def forget_the_key(workdir):
-    """Makes a run one of before there was the key."""
+    """Makes a run one of before there was the key, or digests."""
+    for path in workdir.rglob(DIGESTS_FILE):
+        path.unlink()
     for path in (workdir / "config.json", *workdir.glob("checkpoints/*/_CHECKPOINT_METADATA")):
         stored = json.loads(path.read_text())
         config = stored["custom_metadata"]["config"] if "custom_metadata" in stored else stored

@@ -173,6 +173,12 @@ def test_a_model_loads_from_every_state_of_a_workdir(config, tmp_path):
     # A damaged newest checkpoint is passed over.
     truncate("params/**/d/*")(workdir / "checkpoints" / "6")
     assert not np.array_equal(load_model(workdir)[0].head.kernel[...], expected)
+    # And so is one of which a bit has flipped.
+    kernel = next((workdir / "checkpoints" / "3" / "params").rglob("d/*"))
+    kernel.write_bytes(bytes([kernel.read_bytes()[0] ^ 1]) + kernel.read_bytes()[1:])
+    shutil.move(workdir / "params.moved", workdir / "params")
+    np.testing.assert_array_equal(load_model(workdir)[0].head.kernel[...], expected)
+    shutil.move(workdir / "params", workdir / "params.moved")
     # Someone took only the export along, or a kill came between its two renames.
     shutil.rmtree(workdir / "checkpoints")
     for name in ("params", "params.new", "params.old"):
@@ -181,11 +187,32 @@ def test_a_model_loads_from_every_state_of_a_workdir(config, tmp_path):
         shutil.move(workdir / name, workdir / "params.moved")
     with pytest.raises(ValueError, match=r"holds no parameters .*no checkpoint and no export yet"):
         load_model(workdir)
+    flipped = next((workdir / "params.moved").rglob("d/*"))
+    flipped.write_bytes(flipped.read_bytes()[:-1] + bytes([flipped.read_bytes()[-1] ^ 1]))
+    shutil.move(workdir / "params.moved", workdir / "params")
+    with pytest.raises(ValueError, match=r"holds no parameters that can be read: tried .*params"):
+        load_model(workdir)
 
 
 def test_no_workdir(tmp_path):
     with pytest.raises(ValueError, match=r"expected the workdir of a training run.*no config.json"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"model": {"vocab', "config.json is damaged, or no JSON: "),
+        ("\xff", "config.json is damaged, or no JSON: "),
+        ('{"model_type": "llama"}', "config.json is not that of a training run: it has no model"),
+        ('{"model": {"features": 3}, "data": {}}', "config.json describes no model: "),
+    ],
+)
+def test_a_config_that_is_torn_or_of_something_else(tmp_path, text, message):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=message) as error:
+        load_model(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 # A run of 3 steps: its ``config.json`` and ``params``, written while the parameter was ``gate``.

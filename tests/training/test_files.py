@@ -1,11 +1,10 @@
-"""Files, how they are split, and their records."""
+"""Files: which are found, and how they are split."""
 
-import pickle
-import sys
+import os
 
 import pytest
 
-from memcache_jax.training.files import Records, find_files, split_files
+from memcache_jax.training.files import find_files, split_files
 from tests.training.texts import write
 
 
@@ -85,81 +84,24 @@ def test_split_refuses_one_file_and_bad_fractions(tmp_path):
         split_files(files, 0.0)
 
 
-def test_text_files_are_one_record_each_and_empty_ones_none(tmp_path):
-    folder = write(tmp_path, {"a.txt": "a\n\nb", "b.md": "", "c.bin": b"\xff\xfe", "d.py": "d"})
-    records = Records(find_files(str(folder)))
-    assert [records[i] for i in range(len(records))] == [[b"a\n\nb"], [b"\xff\xfe"], [b"d"]]
-    with pytest.raises(IndexError):
-        records[3]
+def test_find_files_names_a_file_once_whatever_links_there_are(tmp_path):
+    write(tmp_path, {"data.txt": "1", "other.txt": "2", "bare": "3"})
+    (tmp_path / "a_link.txt").symlink_to("data.txt")
+    (tmp_path / "named.txt").symlink_to("bare")
+    os.link(tmp_path / "other.txt", tmp_path / "same.txt")
+    assert names(find_files(str(tmp_path)), tmp_path) == ["data.txt", "named.txt", "other.txt"]
+    # Another name does not bring a held-out file back.
+    train, heldout = split_files(find_files(str(tmp_path)), 0.5, str(tmp_path / "a_link.txt"))
+    assert names(train, tmp_path) == ["named.txt", "other.txt"]
+    assert names(heldout, tmp_path) == ["a_link.txt"]
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
-@pytest.mark.parametrize("end", ["", "\n", "\n\n"])
-def test_jsonl_is_one_record_per_line(tmp_path, monkeypatch, chunk, end):
-    monkeypatch.setattr("memcache_jax.training.files._CHUNK", chunk)
-    lines = ['{"text": "é\\n1"}', "", '{"text": "2", "id": 2}', '{"text": "3"}']
-    folder = write(tmp_path, {"0.txt": "0", "a.jsonl": "\n".join(lines) + end, "b.txt": "b"})
-    records = pickle.loads(pickle.dumps(Records(find_files(str(folder)))))
-    read = [records[i] for i in range(len(records))]
-    assert read == [[b"0"], ["é\n1".encode()], [b"2"], [b"3"], [b"b"]]
-
-
-def test_jsonl_blank_empty_and_null_lines_are_no_documents(tmp_path):
-    folder = write(tmp_path, {"a.jsonl": '{"t": "1"}\r\n\r\n  \n{"t": ""}\n{"t": null}\n'})
-    records = Records(find_files(str(folder)), text_field="t")
-    assert [text for i in range(len(records)) for text in records[i]] == [b"1"]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"content": "x"}', "expected an object with the field 'text'"),
-        ('["text"]', "expected an object with the field 'text'"),
-        ('{"text": 3}', "expected text, got a int"),
-        ('{"text": "x"', "line 4: Expecting"),
-        (b'{"text": "\xff"}', "line 4: 'utf-8' codec"),
-    ],
-    ids=["no-field", "no-object", "no-text", "bad-json", "bad-utf8"],
-)
-def test_jsonl_errors_name_file_and_line(tmp_path, line, message):
-    line = line if isinstance(line, bytes) else line.encode()
-    folder = write(tmp_path, {"a.jsonl": b'{"text": "1"}\n\n{"text": "2"}\n' + line + b"\n"})
-    records = Records(find_files(str(folder)))
-    with pytest.raises(ValueError, match=message) as error:
-        records[2]
-    assert "a.jsonl, line 4" in str(error.value)
-
-
-def test_parquet_is_one_record_per_row_group(tmp_path):
-    pa = pytest.importorskip("pyarrow")
-    pq = pytest.importorskip("pyarrow.parquet")
-    table = pa.table({"text": ["0", "é", None, "", "4", "5", "6"], "id": list(range(7))})
-    pq.write_table(table, tmp_path / "a.parquet", row_group_size=3)
-    write(tmp_path, {"b.txt": "b"})
-    records = Records(find_files(str(tmp_path)))
-    read = [records[i] for i in range(len(records))]
-    assert read == [[b"0", "é".encode()], [b"4", b"5"], [b"6"], [b"b"]]
-    with pytest.raises(ValueError, match="no column 'body': it has text, id"):
-        Records(find_files(str(tmp_path)), text_field="body")
-    with pytest.raises(ValueError, match=r"a\.parquet, column 'id': expected text"):
-        Records([tmp_path / "a.parquet"], text_field="id")[0]
-
-
-def test_parquet_that_is_none(tmp_path):
-    pytest.importorskip("pyarrow")
-    write(tmp_path, {"a.parquet": "something else altogether"})
-    with pytest.raises(ValueError, match=r"a\.parquet is not a Parquet file"):
-        Records(find_files(str(tmp_path)))
-
-
-def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    write(tmp_path, {"a.parquet": "x"})
-    with pytest.raises(ImportError, match=r"memcache_jax\[data\]"):
-        Records(find_files(str(tmp_path)))
-
-
-def test_records_refuse_empty_files(tmp_path):
-    write(tmp_path, {"a.txt": "", "b.jsonl": "\n\n"})
-    with pytest.raises(ValueError, match=r"2 file\(s\), all empty"):
-        Records(find_files(str(tmp_path)))
+def test_find_files_in_a_cache_of_hugging_face(tmp_path):
+    cache = write(tmp_path / "datasets--x", {"blobs/1f": "{}", "blobs/2e": "x", "refs/main": "ab"})
+    for name, blob in {"data/train.jsonl": "1f", "README.md": "2e"}.items():
+        link = cache / "snapshots" / "ab" / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(cache / "blobs" / blob)
+    found = ["snapshots/ab/README.md", "snapshots/ab/data/train.jsonl"]
+    assert names(find_files(str(tmp_path)), cache) == found
+    assert names(find_files(str(cache / "**" / "*"), "*/refs/*"), cache) == found

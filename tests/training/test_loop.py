@@ -79,6 +79,24 @@ def test_a_run_that_died_goes_on_bit_for_bit(config, tmp_path, stop_before, monk
     assert_same_params(tmp_path / "parts", tmp_path / "whole")
 
 
+def test_no_step_before_the_last_checkpoint_is_on_disk(config, tmp_path, monkeypatch):
+    config.checkpoint_every, config.steps = 2, 6
+    make, on_disk = loop.make_train_step, []
+
+    def make_watched(*args):
+        train_step = make(*args)
+
+        def watched(*arguments):
+            on_disk.append(max(Checkpoints.steps_in(tmp_path), default=0))
+            return train_step(*arguments)
+
+        return watched
+
+    monkeypatch.setattr(loop, "make_train_step", make_watched)
+    train(config, tmp_path)
+    assert on_disk == [0, 0, 2, 2, 4, 4]
+
+
 def test_a_run_that_died_before_its_first_checkpoint_starts_anew(
     config, tmp_path, stop_before, monkeypatch
 ):

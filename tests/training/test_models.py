@@ -75,10 +75,10 @@ def test_a_new_rule_is_found(monkeypatch):
         ("memory", {"name": "Titans", "chunk_size": "8"}, "model.memory: cannot make Titans"),
         ("aggregation", {"name": "Sum"}, "model.aggregation.name must be one of GRM.*Residual"),
         ("segmentation", {"name": "Equal"}, "model.segmentation.name must be one of Constant"),
-        ("segmentation", {"name": "Constant", "size": 0}, "at least 1 token"),
+        ("segmentation", {"name": "Constant", "size": 0}, "size must be at least 1, got 0"),
         ("mixers", ("attention", "rnn"), "model.mixers must be of .*got rnn"),
         ("mixers", (), "model.mixers must be of .*got none"),
-        ("dtype", "float16", 'model.dtype must be "float32" or "bfloat16", got \'float16\''),
+        ("dtype", "float16", r"model.dtype must be one of \[.float32., .bfloat16.\], got"),
         ("num_layers", 0, "num_layers must be at least 1"),
     ],
 )

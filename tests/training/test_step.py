@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,21 @@ def test_state_is_plain_and_the_model_comes_back(tokens):
     again, other = (create_state(config, optimizer, seed) for seed in (3, 4))
     jax.tree.map(np.testing.assert_array_equal, again, state)
     assert not np.array_equal(other.params["head"]["kernel"], state.params["head"]["kernel"])
+
+
+def test_the_loss_of_bfloat16_is_that_of_logits_in_float32(tokens):
+    config = attention(dtype=jnp.bfloat16, tie_embeddings=True)
+    optimizer = make_optimizer(OPTIONS, 10)
+    graph, _ = abstract_state(config, optimizer)
+    state = create_state(config, optimizer, 0)
+    model = nnx.merge(graph, state.params)
+    matrix = model.embedding.embedding[...].T
+    hidden = np.asarray(jax.jit(model.hidden)(tokens[:, :-1]), np.float64)
+    logits = hidden @ np.asarray(matrix.astype(jnp.bfloat16), np.float64)
+    chosen = np.take_along_axis(logits, np.asarray(tokens)[:, 1:, None], axis=-1)[..., 0]
+    wanted = (np.log(np.exp(logits).sum(-1)) - chosen).mean()
+    _, metrics = make_train_step(graph, optimizer)(state, tokens)
+    assert metrics["loss"] == pytest.approx(wanted, rel=1e-6)
 
 
 def test_state_can_be_sharded_as_it_is_made():
@@ -176,3 +192,24 @@ def test_evaluation_does_not_depend_on_the_batches(batch_size):
     assert result["heldout_loss"] == pytest.approx(float(loss), rel=1e-5)
     assert result["heldout_bits_per_byte"] == pytest.approx(float(loss) / math.log(2) / 2, rel=1e-5)
     assert result["heldout_perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+
+
+def test_an_evaluation_in_parts_needs_no_more_memory_than_an_update():
+    config, optimizer = attention(vocab_size=256), optax.sgd(1.0)
+    graph, target = abstract_state(config, optimizer)
+    rows = jax.ShapeDtypeStruct((8, 33), jnp.int32)
+
+    def temporaries(step, *given):
+        return step.lower(*given).compile().memory_analysis().temp_size_in_bytes
+
+    update: Any = make_train_step(graph, optimizer, accumulate=8)
+    most = temporaries(update, target, rows)
+    given = target.params, rows, jax.ShapeDtypeStruct((8,), jnp.float32)
+    parts, whole = (make_eval_step(graph, accumulate=count) for count in (8, 1))
+    assert temporaries(parts, *given) <= most < temporaries(whole, *given)
+
+    params = create_state(config, optimizer, 0).params
+    tokens = np.random.default_rng(0).integers(0, 256, (8, 33)).astype(np.int32)
+    mask = np.array([1, 1, 0, 1, 1, 1, 1, 0], np.float32)
+    tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)
+    np.testing.assert_allclose(parts(params, tokens, mask), whole(params, tokens, mask), rtol=1e-6)

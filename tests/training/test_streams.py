@@ -11,7 +11,8 @@ import pytest
 from memcache_jax.sharding import make_mesh
 from memcache_jax.training import streams
 from memcache_jax.training.data import training_iterator
-from memcache_jax.training.files import Records, find_files
+from memcache_jax.training.files import find_files
+from memcache_jax.training.records import Records
 from memcache_jax.training.streams import Streams, streams_here
 from memcache_jax.training.tokenizers import ByteTokenizer
 

@@ -6,7 +6,12 @@ import sys
 import numpy as np
 import pytest
 
-from memcache_jax.training.tokenizers import ByteTokenizer, FileTokenizer, make_tokenizer
+from memcache_jax.training.tokenizers import (
+    ByteTokenizer,
+    FileTokenizer,
+    added_text,
+    make_tokenizer,
+)
 
 TEXT = "The cat sat on the mat; the mätress was flat.\n"
 
@@ -71,6 +76,42 @@ def test_file_pickles(bpe_file):
     np.testing.assert_array_equal(copy.encode(b"the cat"), tokenizer.encode(b"the cat"))
 
 
+def test_text_of_the_end_token_stays_text(hf, bpe_file):
+    text = "a<|endoftext|>b <|endoftext|>"
+    for tokenizer in (FileTokenizer(bpe_file), pickle.loads(pickle.dumps(FileTokenizer(bpe_file)))):
+        ids = tokenizer.encode(text.encode())
+        assert tokenizer.eos_id not in ids
+        assert tokenizer.decode(np.append(ids, tokenizer.eos_id)) == text
+    # A token that was added as a word of text.
+    inner = hf.Tokenizer.from_file(str(bpe_file))
+    inner.add_tokens(["END"])
+    inner.save(str(bpe_file))
+    tokenizer = FileTokenizer(bpe_file, eos_token="END")
+    assert tokenizer.eos_id == inner.token_to_id("END")
+    assert tokenizer.eos_id not in tokenizer.encode(b"the END")
+    assert tokenizer.decode(tokenizer.encode(b"the END")) == "the END"
+
+
+@pytest.mark.parametrize("bytes_of", ["", ">"])
+def test_text_of_an_end_token_that_is_a_word_of_the_vocabulary(hf, tmp_path, bytes_of):
+    pieces = ["?", "</s>", *sorted(set("▁abc</s>") - set(bytes_of))]
+    pieces += [f"<0x{ord(character):02X}>" for character in bytes_of]
+    tokenizer = hf.Tokenizer(
+        hf.models.Unigram([(piece, -1.0) for piece in pieces], 0, bool(bytes_of))
+    )
+    tokenizer.pre_tokenizer = hf.pre_tokenizers.Metaspace()
+    tokenizer.decoder = hf.decoders.Sequence(
+        [hf.decoders.ByteFallback(), hf.decoders.Metaspace(), hf.decoders.Fuse()]
+    )
+    tokenizer.save(str(tmp_path / "unigram.json"))
+    assert 1 in tokenizer.encode("a</s>b").ids
+    tokenizer = FileTokenizer(tmp_path / "unigram.json")
+    ids = tokenizer.encode(b"a</s>b </s>c")
+    assert tokenizer.eos_id == 1
+    assert tokenizer.eos_id not in ids
+    assert tokenizer.decode(ids) == "a</s>b </s>c"
+
+
 def test_file_replaces_and_counts_invalid_bytes(bpe_file):
     tokenizer = FileTokenizer(bpe_file)
     ids = tokenizer.encode(b"caf\xe9 and \xff")
@@ -104,6 +145,17 @@ def test_eos_token_by_name(hf, tmp_path):
         FileTokenizer(path)
     with pytest.raises(ValueError, match="looked for STOP"):
         FileTokenizer(path, eos_token="STOP")
+
+
+def test_added_text_keeps_the_space_before_a_word(hf, tmp_path):
+    tokenizer = hf.Tokenizer(hf.models.WordLevel({"?": 0, "</s>": 1, "▁the": 2, "▁cat": 3}, "?"))
+    tokenizer.pre_tokenizer = hf.pre_tokenizers.Metaspace()
+    tokenizer.decoder = hf.decoders.Metaspace()
+    tokenizer.save(str(tmp_path / "words.json"))
+    tokenizer = FileTokenizer(tmp_path / "words.json")
+    assert tokenizer.decode([3]) == "cat"
+    assert added_text(tokenizer, np.array([1, 2]), [3, 3, 1]) == " cat cat"
+    assert added_text(tokenizer, [1], [3]) == "cat"
 
 
 def test_refuses_a_missing_file():

@@ -1,6 +1,7 @@
 """Files of text, and records of one letter each."""
 
-from memcache_jax.training.files import Records, find_files
+from memcache_jax.training.files import find_files
+from memcache_jax.training.records import Records
 
 
 def write(folder, files):

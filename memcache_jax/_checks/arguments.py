@@ -1,4 +1,4 @@
-"""Checks of arguments, made before anything is traced."""
+"""Checks of what calls and layers get: arrays of the right shapes, and values that fit them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,43 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-
-def check_choice(name: str, got: Any, choices: tuple) -> None:
-    """Raises ValueError unless ``got`` is one of ``choices``."""
-    if got not in choices:
-        raise ValueError(f"{name} must be one of {list(choices)}, got {got!r}")
-
-
-def check_sizes(**sizes: int | None) -> None:
-    """Raises ValueError for a size below 1."""
-    for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+from memcache_jax._checks.values import (
+    LARGEST,
+    as_numpy,
+    check_array,
+    check_integer,
+    check_names,
+    check_shape,
+    check_sizes,
+    is_known,
+)
 
 
-def check_names(what: str, got: Mapping, wanted: Mapping, optional: tuple = ()) -> None:
-    """Raises ValueError unless ``got`` has the names of ``wanted`` (those optional may lack)."""
-    unknown = sorted(set(got) - set(wanted))
-    missing = sorted(set(wanted) - set(got) - set(optional))
-    if unknown or missing:
-        raise ValueError(
-            f"{what} must be {sorted(wanted) or 'empty'}"
-            + (f"; missing: {missing}" if missing else "")
-            + (f"; unknown: {unknown}" if unknown else "")
-        )
-
-
-def check_shape(what: str, array: jax.Array, wanted: tuple[int, ...], axes: str) -> None:
-    """Raises ValueError unless ``array`` is a floating-point array of the wanted shape."""
-    if jnp.shape(array) != wanted:
-        raise ValueError(f"{what} must have shape ({axes}) = {wanted}, got {jnp.shape(array)}")
-    if not jnp.issubdtype(jnp.result_type(array), jnp.floating):
-        raise ValueError(f"{what} must be floating point, got {jnp.result_type(array)}")
-
-
-def check_heads(in_features: int, num_heads: int, head_dim: int | None) -> int:
+def check_heads(in_features: Any, num_heads: Any, head_dim: Any) -> int:
     """Returns the dimension of a head, or raises ValueError."""
-    check_sizes(in_features=in_features, num_heads=num_heads, head_dim=head_dim)
+    in_features, num_heads = check_sizes(in_features=in_features, num_heads=num_heads)
+    head_dim = check_integer("head_dim", head_dim, optional=True)
     if head_dim is None and in_features % num_heads:
         raise ValueError(
             f"num_heads={num_heads} must divide in_features={in_features}, or give head_dim"
@@ -52,25 +31,39 @@ def check_heads(in_features: int, num_heads: int, head_dim: int | None) -> int:
     return in_features // num_heads if head_dim is None else head_dim
 
 
-def check_input(x: jax.Array, in_features: int) -> None:
+def check_input(x: Any, in_features: int) -> None:
     """Raises ValueError unless ``x`` is (b, t, in_features)."""
-    if x.ndim != 3 or x.shape[-1] != in_features:
+    shape, _ = check_array("the input", x)
+    if len(shape) != 3 or shape[-1] != in_features:
         raise ValueError(
-            f"the input must be (b, t, d) with d = in_features = {in_features}, got shape {x.shape}"
+            f"the input must be (b, t, d) with d = in_features = {in_features}, got shape {shape}"
         )
 
 
-def check_documents(
-    document_ids: jax.typing.ArrayLike, wanted: tuple[int, ...], name: str = "document_ids"
-) -> None:
+def check_tokens(tokens: Any, vocab_size: int) -> None:
+    """Raises ValueError unless ``tokens`` are (b, t) ids below ``vocab_size``, where known."""
+    shape, dtype = check_array("tokens", tokens)
+    if len(shape) != 2 or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"tokens must be integers of shape (b, t), got {dtype} {shape}")
+    if is_known(tokens) and 0 not in shape:
+        known = np.asarray(tokens)
+        check_ids("tokens", int(known.min()), int(known.max()), vocab_size)
+
+
+def check_ids(name: str, smallest: int, largest: int, vocab_size: int) -> None:
+    """Raises ValueError for token ids below 0 or outside the vocabulary."""
+    if smallest < 0 or largest >= vocab_size:
+        raise ValueError(
+            f"{name} must hold token ids from 0 to {vocab_size - 1}, "
+            f"got {smallest if smallest < 0 else largest}"
+        )
+
+
+def check_documents(document_ids: Any, wanted: tuple[int, ...], name: str = "document_ids") -> None:
     """Raises ValueError unless ``document_ids`` are integers of shape (b, t)."""
-    if jnp.shape(document_ids) != wanted or not jnp.issubdtype(
-        jnp.result_type(document_ids), jnp.integer
-    ):
-        raise ValueError(
-            f"{name} must be integers of shape (b, t) = {wanted}, got "
-            f"{jnp.result_type(document_ids)} {jnp.shape(document_ids)}"
-        )
+    shape, dtype = check_array(name, document_ids)
+    if shape != wanted or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers of shape (b, t) = {wanted}, got {dtype} {shape}")
 
 
 def check_cache(cache: Any, kind: type, wanted: tuple[int, int]) -> None:
@@ -87,11 +80,22 @@ def check_cache(cache: Any, kind: type, wanted: tuple[int, int]) -> None:
 def check_rows(rows: Any, batch: int) -> jax.Array:
     """Returns the numbers of rows, or raises ValueError for others than 0 to batch - 1."""
     if not isinstance(rows, Tracer):
-        known = np.asarray(rows)
+        known = as_numpy("rows", rows)
         if known.ndim != 1 or not np.issubdtype(known.dtype, np.integer):
             raise ValueError(f"rows must be integers (n,), got {known.dtype} {known.shape}")
         if known.size and (known.min() < 0 or known.max() >= batch):
             raise ValueError(f"the cache has the rows 0 to {batch - 1}, got {known.tolist()}")
+    return jnp.asarray(rows)
+
+
+def check_marks(rows: Any, batch: int) -> jax.Array:
+    """Returns a mask of rows, or raises ValueError unless it is booleans (b,)."""
+    marks = rows if isinstance(rows, Tracer) else as_numpy("rows", rows)
+    if marks.shape != (batch,) or marks.dtype != bool:
+        raise ValueError(
+            f"rows to reset are marked by booleans (b,) = ({batch},), got {marks.dtype} "
+            f"{marks.shape}"
+        )
     return jnp.asarray(rows)
 
 
@@ -103,7 +107,7 @@ def check_lengths(lengths: Any, shape: tuple[int, ...], least: int = 0) -> Any:
     batch, count = shape
     if lengths is None:
         return np.full(batch, count, np.int32)
-    lengths = lengths if isinstance(lengths, Tracer) else np.asarray(lengths)
+    lengths = lengths if isinstance(lengths, Tracer) else as_numpy("lengths", lengths)
     if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(
             f"lengths must be integers (b,) = ({batch},), got {lengths.dtype} {lengths.shape}"
@@ -120,7 +124,8 @@ def check_room(
 ) -> None:
     """Raises ValueError unless tokens (b, t) continue the rows at ``position``, and have room.
 
-    ``lengths`` of them count in each row; None for all. Traced values are not checked.
+    ``lengths`` of them count in each row; None for all. Traced values are not checked. Without a
+    ``max_length`` there is room for ``LARGEST``.
     """
     batch, count = shape
     if position.shape != (batch,):
@@ -128,53 +133,58 @@ def check_room(
     if not count:
         raise ValueError("give at least one token, got none")
     lengths = check_lengths(lengths, shape)
-    if max_length is None or isinstance(lengths, Tracer) or isinstance(position, Tracer):
+    if isinstance(lengths, Tracer) or not is_known(position):
         return
-    most = int((np.asarray(position) + lengths).max())
-    if most > max_length:
+    most = int((np.asarray(position, np.int64) + lengths).max())
+    if max_length is None and most > LARGEST:
+        raise ValueError(
+            f"a row of a stream takes at most {LARGEST} tokens and would have {most}: reset "
+            "the row, or begin another cache"
+        )
+    if max_length is not None and most > max_length:
         raise ValueError(
             f"the cache holds {max_length} tokens in a row and would have {most}: init_cache makes "
             "more room with a larger max_length or max_segments, or a policy"
         )
 
 
+def advanced(position: jax.Array, taken: Any) -> jax.Array:
+    """Positions after more tokens. They stop at ``LARGEST``, before int32 would overflow."""
+    taken = jnp.minimum(taken, LARGEST - position).astype(position.dtype)
+    return position + taken
+
+
 def check_arguments(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    connector: jax.Array | None,
+    query: Any,
+    key: Any,
+    value: Any,
+    connector: Any,
     memory: Any,
     controls: Mapping,
     weights: Mapping | None,
     aggregation: Any,
     segmentation: Any,
-    document_ids: jax.Array | None,
+    document_ids: Any,
 ) -> None:
     """Raises ValueError unless the arrays of ``memory_caching`` fit each other and the rule.
 
     Weights that are None have been checked before.
     """
-    name = type(memory).__name__
-    if jnp.ndim(key) != 4 or jnp.ndim(value) != 4:
+    (of_key, _), (of_value, _) = check_array("key", key), check_array("value", value)
+    if len(of_key) != 4 or len(of_value) != 4:
         raise ValueError(
-            "key must be (b, t, h, k) and value (b, t, h, v), got "
-            f"key {jnp.shape(key)}, value {jnp.shape(value)}"
+            f"key must be (b, t, h, k) and value (b, t, h, v), got key {of_key}, value {of_value}"
         )
-    b, t, h, k = jnp.shape(key)
-    v = jnp.shape(value)[-1]
-    if 0 in jnp.shape(key):
-        raise ValueError(f"key must not be empty, got shape (b, t, h, k) = {jnp.shape(key)}")
-    varying = getattr(getattr(jax.typeof(key), "manual_axis_type", None), "varying", ())
-    if varying:
-        raise ValueError(
-            f"within jax.shard_map, key varies over {sorted(varying)}, which memories do not "
-            "follow: pass check_vma=False to that shard_map"
-        )
+    (b, t, h, k), v = of_key, of_value[-1]
+    for name, shape, axes in (("key", of_key, "k"), ("value", of_value, "v")):
+        if 0 in shape:
+            raise ValueError(f"{name} must not be empty, got shape (b, t, h, {axes}) = {shape}")
     check_shape("key", key, (b, t, h, k), "b, t, h, k")
     check_shape("query", query, (b, t, h, k), "b, t, h, k")
     check_shape("value", value, (b, t, h, v), "b, t, h, v")
     if connector is not None and aggregation.relevance.connector == "distances":
-        wanted = (b, t, h, max(jnp.shape(connector)[-1:], default=0))
+        of_connector, _ = check_array("connector", connector)
+        wanted = (b, t, h, max(1, *of_connector[-1:]))
         check_shape("connector", connector, wanted, "b, t, h, distances")
     elif connector is not None:
         check_shape("connector", connector, (b, t, h, k), "b, t, h, k")
@@ -196,10 +206,14 @@ def check_arguments(
 
     sizes = dict(b=b, t=t, h=h, k=k, v=v)
     optional = tuple(n for n, control in memory.controls.items() if control.optional)
-    check_names(f"controls of {name}", controls, memory.controls, optional)
+    check_names(f"controls of {type(memory).__name__}", controls, memory.controls, optional)
     for control, array in controls.items():
         axes = memory.controls[control].axes.split()
         check_shape(f"control {control}", array, tuple(sizes[a] for a in axes), ", ".join(axes))
+        most = memory.controls[control].most
+        # Of others the host would have to wait for the device.
+        if most is not None and isinstance(array, np.ndarray) and np.any(array > most):
+            raise ValueError(f"control {control} must be at most {most:g}, got {array.max():g}")
 
     if weights is not None:
         check_weights(memory, weights, h, k, v)

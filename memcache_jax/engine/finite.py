@@ -1,0 +1,96 @@
+"""Numbers that are not finite spoil what depends on them, and nothing else.
+
+A chunk is written and read in products over all of its tokens, in which 0 * NaN is NaN. So numbers
+that are not finite are set to zero before anything is computed, and what depends on them becomes
+NaN by selection: the reads of the tokens from there on, and the states that they leave.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from memcache_jax._typing import Array, Bool, Float, State
+from memcache_jax.engine.types import Tokens, Views
+from memcache_jax.memories import Memory
+
+
+def cleaned(tokens: Tokens) -> tuple[Tokens, Bool[Array, "b h n c"]]:
+    """Returns tokens (b, h, n, c, ...) whose writes are finite, and which of them were not.
+
+    Queries and connectors are as they were: they reach no other token.
+    """
+    written = {"key": tokens.key, "value": tokens.value}
+    fine = {name: jnp.isfinite(x) for name, x in written.items()}
+    clean: dict[str, Any] = {name: jnp.where(fine[name], x, 0) for name, x in written.items()}
+    of_controls = {name: _is_fine(name, x) for name, x in tokens.controls.items()}
+    clean["controls"] = {n: jnp.where(of_controls[n], x, 0) for n, x in tokens.controls.items()}
+    bad = jnp.zeros(tokens.key.shape[:4], bool)
+    for each in (*fine.values(), *of_controls.values()):
+        bad |= ~each.reshape(*bad.shape, -1).all(axis=-1)
+    return tokens._replace(**clean), bad
+
+
+def _is_fine(name: str, x: Array) -> Array:
+    """Whether numbers are finite, or the logarithm of zero."""
+    return jnp.isfinite(x) | (x == -jnp.inf) if name.startswith("log_") else jnp.isfinite(x)
+
+
+def spoilt(
+    memory: Memory,
+    bad: Bool[Array, "b h n chunks m"],
+    begun: Float[Array, "b h n chunks m"] | None,
+    restarts: Bool[np.ndarray, "n"],
+) -> Bool[Array, "b h n chunks m"]:
+    """The tokens after which the live memory depends on one that was not finite.
+
+    Args:
+      memory: the rule.
+      bad: the tokens that were not finite.
+      begun: as of ``Rows``.
+      restarts: as for ``write_blocks``.
+    """
+    if not memory.accumulates:
+        return bad
+    blocks, size = bad.shape[2], bad.shape[3] * bad.shape[4]
+    tokens = bad.reshape(*bad.shape[:3], size)
+    restarts = restarts | (np.arange(blocks) == 0)
+    if begun is not None:
+        before = jnp.pad(begun[..., :-1], [(0, 0)] * 4 + [(1, 0)])
+        begins = (begun != before).reshape(tokens.shape) | _firsts(restarts, size)[None, None]
+        flat = (x.reshape(*bad.shape[:2], -1) for x in (tokens, begins))
+        return _since_the_last(*flat).reshape(bad.shape)
+    place = jnp.arange(size)[None, None, None]
+    lost = place >= jnp.where(tokens, place, size).min(axis=-1)[..., None]
+    if not restarts.all():
+        by_block = _since_the_last(lost[..., -1], jnp.asarray(restarts)[None, None])
+        before = jnp.pad(by_block[..., :-1], ((0, 0), (0, 0), (1, 0)))
+        lost |= (before & ~restarts[None, None])[..., None]
+    return lost.reshape(bad.shape)
+
+
+def _firsts(restarts: Bool[np.ndarray, "n"], size: int) -> Bool[np.ndarray, "n size"]:
+    return np.outer(restarts, np.arange(size) == 0)
+
+
+def _since_the_last(
+    bad: Bool[Array, "b h t"], begins: Bool[Array, "*bh t"]
+) -> Bool[Array, "b h t"]:
+    """Whether there was a bad one since the last that begins anew, itself included."""
+    place = np.arange(1, bad.shape[-1] + 1)[None, None]
+    last_bad, last_begin = (
+        lax.cummax(jnp.where(x, place, 0), axis=x.ndim - 1) for x in (bad, begins)
+    )
+    return (last_bad > 0) & (last_bad >= last_begin)
+
+
+def spoil(lost: Bool[Array, "b h n chunks m"], ends: State, kept: Views) -> tuple[State, Views]:
+    """Makes the states of spoilt blocks NaN, and notes the spoilt tokens for ``Live``."""
+
+    def of_state(x: Array) -> Array:
+        at_end = lost[..., -1, -1]
+        return jnp.where(at_end.reshape(*at_end.shape, *[1] * (x.ndim - 3)), jnp.nan, x)
+
+    return jax.tree.map(of_state, ends), kept | ({"spoilt": lost} if kept else {})

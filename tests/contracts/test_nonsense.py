@@ -1,0 +1,285 @@
+"""Nonsense for every argument of every public function: an error of ours says what is wanted.
+
+Each argument of a call that is right is replaced in turn by values of all kinds. Calls with arrays
+run within one trace, so that nothing is compiled.
+"""
+
+import functools
+import inspect
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from ml_collections import ConfigDict
+
+import memcache_jax as mc
+from memcache_jax.generation.sampling import Sampling
+from memcache_jax.memories import Memory
+from memcache_jax.training import default_config, model_config, model_options, preset_config
+from memcache_jax.training.config import check_config
+from memcache_jax.training.optimizer import make_optimizer
+
+LIBRARY = Path(mc.__file__).resolve().parent
+KERNELS = LIBRARY / "kernels"
+# Python's own errors, of keywords.
+KEYWORDS = re.compile("unexpected keyword|required (positional|keyword)|multiple values|positional")
+NONSENSE: tuple[Any, ...] = (
+    *(None, True, False, "", "nonsense", b"bytes", (), [], {}, set(), object(), int, lambda: 1),
+    *(0, -1, -7, 2**31, 10**30, 0.5, 3.0, -2.5, math.nan, math.inf, -math.inf, 1j),
+    *([1, 2], [1, [2, 3]], (1, "x"), [None], {"name": 1}, {1: 2}, range(3)),
+    *(np.int64(-3), np.float32("nan"), np.bool_(True), np.str_("x"), np.float64(2.5)),
+    *(np.ones((2, 3)), np.ones((2, 16, 2, 8), int), np.array(["a"]), np.array([None, {}])),
+    *(np.zeros(0), np.array(math.nan), np.array([-1]), np.array([True, False])),
+    *(np.zeros((2, 16), complex), np.dtype("int32"), jnp.bfloat16, "float128", ...),
+)
+
+
+def rows(*shape):
+    return np.ones(shape, np.float32)
+
+
+def core() -> dict[str, Any]:
+    """Arguments of ``memory_caching``."""
+    memory = mc.memories.Titans(chunk_size=4, expansion=1)
+    controls = {name: -rows(2, 16, 2) for name in memory.controls}
+    weights = {name: rows(2, *shape) for name, shape in memory.weight_shapes(8, 8).items()}
+    names = ("query", "key", "value", "connector")
+    return dict(
+        **{name: rows(2, 16, 2, 8) for name in names},
+        **dict(memory=memory, controls=controls, weights=weights, aggregation=mc.GRM()),
+        **dict(segmentation=mc.Constant(8), start="independent", document_ids=None),
+        **dict(implementation=None, exchange="gather"),
+    )
+
+
+def language_model_config():
+    mixers = (
+        mc.nn.MemoryCachingMixer(mc.memories.SSD(), mc.GRM(), mc.Constant(8)),
+        mc.nn.AttentionMixer(window=8),
+    )
+    return mc.nn.LanguageModelConfig(17, 2, features=8, num_heads=2, mlp_features=8, mixers=mixers)
+
+
+def constructors():
+    """Public functions without arrays, and arguments that are right."""
+    deep = dict(chunk_size=16, expansion=2, depth=2)
+    plan = mc.Constant(8).plan(20)
+    mixer = vars(mc.nn.MemoryCachingMixer())
+    attention = vars(mc.nn.AttentionMixer(window=8))
+    config = {f: getattr(language_model_config(), f) for f in vars(language_model_config())}
+    for memory in vars(mc.memories).values():
+        rule = inspect.isclass(memory) and issubclass(memory, Memory)
+        if rule and not inspect.isabstract(memory):
+            yield memory, deep if issubclass(memory, mc.memories.DeepMemory) else {}
+    yield mc.Constant, dict(size=8)
+    yield mc.Logarithmic, dict(size=8)
+    yield mc.Lengths, dict(lengths=(8, 16))
+    for segmentation in (mc.Constant(8), mc.Logarithmic(8), mc.Lengths((8, 16))):
+        yield segmentation.plan, dict(length=20)
+        yield segmentation.span, dict(segments=2)
+    yield mc.ReadPlan, vars(plan)
+    yield mc.Residual, {}
+    yield mc.GRM, dict(gate="content", pooling="mean")
+    yield mc.Soup, dict(gate="content", pooling="mean")
+    yield mc.SSC, dict(gate="content", pooling="mean", top_k=2, inner="grm")
+    yield mc.nn.MemoryCachingMixer, mixer
+    yield mc.nn.AttentionMixer, attention
+    yield mc.nn.LanguageModelConfig, config
+    yield mc.presets.mixers, dict(name="titans_ssc", segment=8, top_k=2)
+    yield (
+        mc.presets.language_model,
+        dict(name="titans_ssc", size="tiny", segment=8, vocab_size=17, mlp_features=0),
+    )
+    yield preset_config, dict(name="titans_ssc", size="tiny")
+    yield model_options, dict(model=mc.presets.language_model("titans", "tiny"))
+    yield mc.sharding.make_mesh, dict(sizes=dict(data=-1), slices=1, devices=jax.devices())
+    for axis in mc.sharding.AXES:
+        yield (lambda size, axis=axis: mc.sharding.make_mesh({axis: size})), dict(size=-1)
+    yield Sampling, dict(temperature=1.0, top_k=3, top_p=0.5)
+
+
+def calls():
+    """Public functions of arrays, and arguments that are right; within a trace."""
+    whole = core()
+    names = ("memory", "aggregation", "segmentation", "start")
+    rule: dict[str, Any] = {name: whole[name] for name in names}
+    tokens = {name: whole[name] for name in ("query", "key", "value", "connector", "controls")}
+    cached = rule | dict(weights=whole["weights"], max_segments=3, max_length=None)
+    bounds = dict(policy="error", dtype="float32", cache_dtype=None, placement="device")
+    sizes = dict(batch=2, heads=2, key_dim=8, value_dim=8, sharding=None)
+    yield mc.memory_caching, whole
+    yield mc.init_cache, sizes | cached | bounds
+    cache = mc.init_cache(2, 2, 8, 8, **cached)
+    yield mc.extend, dict(cache=cache, lengths=None, weights=whole["weights"]) | tokens | rule
+    yield cache.reset, dict(rows=np.array([True, False]))
+    yield cache.take, dict(rows=np.array([1, 0]))
+
+    host: dict[str, Any] = dict(use_bias=False, kernel_init=nnx.initializers.zeros)
+    host |= dict(qkv_features=8, num_kv_heads=2)
+    host |= dict(dropout_rate=0.0, decode=False, kernel_metadata={}, qkv_dot_general=None)
+    made: dict[str, Any] = dict(in_features=8, num_heads=2, head_dim=4, dtype=None)
+    made |= dict(param_dtype=jnp.float32, axis_names=None, **host)
+    layers: dict[str, Any] = dict(connector="learned", distances=4, conv_width=4)
+    layers |= rule | dict(implementation=None, exchange="gather")
+    rngs = nnx.Rngs(0)
+    yield (lambda **options: mc.nn.MemoryCaching(**options, rngs=rngs)), made | layers
+    attention = dict(window=8, rope_base=1e4, implementation=None)
+    yield (lambda **options: mc.nn.Attention(**options, rngs=rngs)), made | attention
+
+    x: dict[str, Any] = dict(x=rows(2, 16, 8), document_ids=None, inputs_v=None, inputs_k=None)
+    x |= dict(cache=None, segment_ids=None, positions=None, mask=None, is_causal=None, decode=None)
+    options: dict[str, Any] = dict(batch_size=2, max_length=32, sharding=None, max_segments=None)
+    options |= dict(policy="error", cache_dtype=None, placement="device")
+    for layer in (
+        mc.nn.MemoryCaching(8, 2, **rule, rngs=rngs),
+        mc.nn.Attention(8, 2, window=8, rngs=rngs),
+    ):
+        yield layer, x
+        yield layer.init_cache, options
+        yield layer.extend, dict(x=x["x"], cache=layer.init_cache(2, 32), lengths=None)
+    model = mc.nn.LanguageModel(language_model_config(), rngs=rngs)
+    ids = dict(tokens=np.ones((2, 16), np.int32))
+    yield (lambda config: mc.nn.LanguageModel(config, rngs=rngs)), dict(config=model.config)
+    yield model, ids | dict(document_ids=None, cache=None, segment_ids=None, positions=None)
+    yield model.logits, dict(hidden=rows(2, 16, 8))
+    yield model.hidden, ids | dict(document_ids=None)
+    yield model.gates, ids
+    yield model.init_cache, options
+    streams = model.init_cache(2, 32)
+    yield model.extend, ids | dict(cache=streams, lengths=None)
+    yield mc.nn.cache_table, dict(model=model, cache=streams, tokens=10)
+    yield mc.nn.cache_bytes, dict(cache=streams)
+    mesh = mc.sharding.make_mesh(dict(data=-1))
+    yield mc.sharding.batch_sharding, dict(mesh=mesh)
+    yield mc.sharding.param_shardings, dict(state=nnx.state(model), mesh=mesh)
+    yield streams.reset, dict(rows=np.array([True, False]))
+    yield streams.take, dict(rows=np.array([1, 0]))
+    yield (
+        mc.nn.with_memory_caching,
+        dict(model=model, segmentation=mc.Constant(8), aggregation=mc.Residual()),
+    )
+    yield (
+        mc.Decoder,
+        dict(model=model, batch_size=2, max_length=32, temperature=0.5, top_k=3, top_p=0.5)
+        | dict(key=jax.random.key(0), cache=dict(policy="error")),
+    )
+    for name, value in dict(max_segments=3, policy="error", cache_dtype="int8").items():
+
+        def with_option(value, name=name):
+            return mc.Decoder(model, max_length=32, temperature=0, cache={name: value})
+
+        yield with_option, dict(value=value)
+    yield (
+        mc.generate,
+        dict(model=reached, prompt=np.ones((2, 4), int), max_new_tokens=3, lengths=None)
+        | dict(
+            temperature=0.5, top_k=3, top_p=0.5, stop_token=2, key=jax.random.key(0), cache=None
+        ),
+    )
+
+
+def reached(tokens):
+    """A model for calls that are right up to it."""
+    raise ValueError(f"the model was called with {tokens.shape}")
+
+
+class Tally:
+    """Makes calls, and keeps what is raised that is not ours."""
+
+    def __init__(self) -> None:
+        self.made, self.refused, self.foreign = 0, 0, []
+
+    def call(self, function: Any, arguments: dict[str, Any], what: str) -> None:
+        self.made += 1
+        try:
+            function(**arguments)
+        except (ValueError, NotImplementedError, TypeError) as error:
+            self.refused += 1
+            if not is_ours(error):
+                self.foreign.append(f"{what}: {type(error).__name__}: {error}"[:300])
+        except Exception as error:
+            self.foreign.append(f"{what}: {type(error).__name__}: {error}"[:300])
+
+    def replace_each(self, function: Any, right: dict[str, Any], every: int = 1) -> None:
+        """Calls with each argument replaced by nonsense, left out, and with one too many."""
+        label = getattr(function, "__qualname__", type(function).__name__)
+        for i, name in enumerate(right):
+            for value in NONSENSE[i % every :: every]:
+                self.call(function, right | {name: value}, f"{label}({name}={value!r:.60})")
+            fewer = {other: right[other] for other in right if other != name}
+            self.call(function, fewer, f"{label} without {name}")
+        self.call(function, right | {"nonsense": 1}, f"{label}(nonsense=1)")
+
+
+def is_ours(error: Exception) -> bool:
+    """Whether the library raised the error itself, or Python for the names of arguments."""
+    if isinstance(error, TypeError):
+        return KEYWORDS.search(str(error)) is not None
+    frame: Any = error.__traceback__
+    while frame.tb_next is not None:
+        frame = frame.tb_next
+    file = Path(frame.tb_frame.f_code.co_filename).resolve()
+    return file == Path(__file__) or LIBRARY in file.parents or KERNELS.resolve() in file.parents
+
+
+def leaves(config, path=()):
+    """The paths of all keys of a configuration, those of its parts too."""
+    for key in config:
+        yield (*path, key)
+        if isinstance(config[key], ConfigDict):
+            yield from leaves(config[key], (*path, key))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_configurations():
+    """Each key of a configuration in turn."""
+    tally = Tally()
+    for i, (*parts, key) in enumerate(leaves(default_config())):
+        for value in (*NONSENSE[i % 2 :: 2], leaves):
+            plain = default_config().to_dict()
+            part = functools.reduce(dict.__getitem__, parts, plain)
+            part[key] = value
+            if value is leaves:
+                del part[key]
+            config: Any = ConfigDict(plain)
+
+            def build(config=config):
+                check_config(config)
+                model_config(config.model)
+                make_optimizer(config.optimizer, config.steps)
+
+            tally.call(build, {}, f"{'.'.join((*parts, key))} = {value!r:.60}")
+    assert not tally.foreign, "\n".join(tally.foreign)
+    assert tally.made > 1500, tally.made
+    assert tally.refused > 0.8 * tally.made, tally.refused
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_constructors():
+    tally = Tally()
+    for function, right in constructors():
+        function(**right)
+        tally.replace_each(function, right)
+    assert not tally.foreign, "\n".join(tally.foreign)
+    assert tally.made > 2000, tally.made
+    assert tally.refused > 0.8 * tally.made, tally.refused
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_calls():
+    tally = Tally()
+
+    def inside():
+        for function, right in calls():
+            tally.replace_each(function, right, every=3)
+
+    jax.eval_shape(inside)
+    assert not tally.foreign, "\n".join(tally.foreign)
+    assert tally.made > 2000, tally.made
+    assert tally.refused > 0.8 * tally.made, tally.refused
