@@ -252,13 +252,13 @@ class SSC(GRM):
 
     def gates(self, cached: Array, live: Array) -> tuple[Array, Array]:
         """Softmax over the selected states and the live one; zero for the others."""
-        unknown = _unknown(cached)
         if self.top_k < cached.shape[-1]:
             _, chosen = largest(lax.stop_gradient(cached), self.top_k)
             selected = jnp.zeros(cached.shape, bool)
             selected = jnp.put_along_axis(selected, chosen, True, axis=-1, inplace=False)
-            cached = jnp.where(selected, cached, -jnp.inf)
-        return softmax_gates(jnp.where(unknown, jnp.nan, cached), live)
+            others = jnp.where(_unknown(cached), jnp.nan, -jnp.inf)
+            cached = jnp.where(selected, cached, others)
+        return softmax_gates(cached, live)
 
     def select(
         self,

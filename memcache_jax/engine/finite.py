@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from memcache_jax._typing import Array, Bool, Float, State
-from memcache_jax.engine.types import Tokens, Views
+from memcache_jax.engine.types import Rows, Tokens, Views
 from memcache_jax.memories import Memory
 
 
@@ -38,7 +38,7 @@ def _is_fine(name: str, x: Array) -> Array:
     return jnp.isfinite(x) | (x == -jnp.inf) if name.startswith("log_") else jnp.isfinite(x)
 
 
-def spoilt(
+def _spoilt(
     memory: Memory,
     bad: Bool[Array, "b h n chunks m"],
     begun: Float[Array, "b h n chunks m"] | None,
@@ -59,7 +59,8 @@ def spoilt(
     restarts = restarts | (np.arange(blocks) == 0)
     if begun is not None:
         before = jnp.pad(begun[..., :-1], [(0, 0)] * 4 + [(1, 0)])
-        begins = (begun != before).reshape(tokens.shape) | _firsts(restarts, size)[None, None]
+        firsts = np.outer(restarts, np.arange(size) == 0)
+        begins = (begun != before).reshape(tokens.shape) | firsts[None, None]
         flat = (x.reshape(*bad.shape[:2], -1) for x in (tokens, begins))
         return _since_the_last(*flat).reshape(bad.shape)
     place = jnp.arange(size)[None, None, None]
@@ -69,10 +70,6 @@ def spoilt(
         before = jnp.pad(by_block[..., :-1], ((0, 0), (0, 0), (1, 0)))
         lost |= (before & ~restarts[None, None])[..., None]
     return lost.reshape(bad.shape)
-
-
-def _firsts(restarts: Bool[np.ndarray, "n"], size: int) -> Bool[np.ndarray, "n size"]:
-    return np.outer(restarts, np.arange(size) == 0)
 
 
 def _since_the_last(
@@ -86,8 +83,13 @@ def _since_the_last(
     return (last_bad > 0) & (last_bad >= last_begin)
 
 
-def spoil(lost: Bool[Array, "b h n chunks m"], ends: State, kept: Views) -> tuple[State, Views]:
+def spoil(
+    memory: Memory, rows: Rows, restarts: Bool[np.ndarray, "n"], ends: State, kept: Views
+) -> tuple[State, Views]:
     """Makes the states of spoilt blocks NaN, and notes the spoilt tokens for ``Live``."""
+    if rows.bad is None:
+        return ends, kept
+    lost = _spoilt(memory, rows.bad, rows.begun, restarts)
 
     def of_state(x: Array) -> Array:
         at_end = lost[..., -1, -1]

@@ -217,11 +217,7 @@ def cut_for(
 
 
 def cut(
-    tokens: Tokens,
-    document: Int[Array, "b t"] | None,
-    plan: ReadPlan,
-    block: int,
-    chunk: int,
+    tokens: Tokens, document: Int[Array, "b t"] | None, plan: ReadPlan, block: int, chunk: int
 ) -> Blocks:
     """Cuts tokens (b, h, t, ...) into the plan's blocks, of ``block`` tokens, and chunks."""
     padding = plan.num_blocks * block - tokens.key.shape[2]

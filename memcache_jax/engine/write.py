@@ -12,7 +12,7 @@ from jax import lax
 from memcache_jax._typing import Array, Bool, State
 from memcache_jax.engine.affine import write_affine
 from memcache_jax.engine.descent import write_descent
-from memcache_jax.engine.finite import spoil, spoilt
+from memcache_jax.engine.finite import spoil
 from memcache_jax.engine.read import keep
 from memcache_jax.engine.types import Carry, Rows, Views, Writing
 from memcache_jax.kernels.chunk_update import chunk_update
@@ -50,11 +50,8 @@ def write_blocks(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> t
     Returns:
       The states at the end of each block (b, h, n, ...), and what was kept of its chunks.
     """
-    memory, bad, rows = how.memory, rows.bad, rows._replace(bad=None)
-    ends, kept = _write_finite(how, rows, restarts)
-    if bad is None:
-        return ends, kept
-    return spoil(spoilt(memory, bad, rows.begun, restarts), ends, kept)
+    ends, kept = _write_finite(how, rows._replace(bad=None), restarts)
+    return spoil(how.memory, rows, restarts, ends, kept)
 
 
 def _write_finite(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> tuple[State, Views]:

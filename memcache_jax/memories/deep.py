@@ -204,7 +204,9 @@ class DeepMemory(Memory):
             return self.loss(self.read(weights, key[None]), value[None])
 
         gradient = jax.grad(loss)(anchor.weights)
-        eta = self._bounded_rate(controls, [_length(g.reshape(-1)) for g in gradient])
+        eta = controls["eta"]
+        if self.max_step_norm is not None:
+            eta = self._bounded_rate(controls, [_length(g.reshape(-1)) for g in gradient])
         change = jax.tree.map(lambda g: -eta * g, gradient)
         momentum = state.momentum
         if momentum:
@@ -251,9 +253,10 @@ class DeepMemory(Memory):
     ) -> tuple[DeepState, DeepChunk]:
         """``write``, where only tokens of the same document see each other."""
         inputs, deltas = self._inner_gradient(anchor.weights, key, value)
-        pairs = zip(inputs, deltas, strict=True)
-        lengths = [_length(x) * _length(delta) for x, delta in pairs]
-        controls = {**controls, "eta": self._bounded_rate(controls, lengths)}
+        if self.max_step_norm is not None:
+            pairs = zip(inputs, deltas, strict=True)
+            lengths = [_length(x) * _length(delta) for x, delta in pairs]
+            controls = {**controls, "eta": self._bounded_rate(controls, lengths)}
         of_weights, *of_momentum = self._coefficients(controls, same)
         chunk = DeepChunk(start=state, inputs=inputs, deltas=deltas, **of_weights._asdict())
         momentum = (chunk._replace(**changed._asdict()).end() for changed in of_momentum)
@@ -277,9 +280,8 @@ class DeepMemory(Memory):
         self, controls: Controls, lengths: Sequence[Float[Array, "*m"]]
     ) -> Float[Array, "*m"]:
         """eta, or less where steps would be too long, from the lengths of gradients by layer."""
+        assert self.max_step_norm is not None
         eta = controls["eta"]
-        if self.max_step_norm is None:
-            return eta
         limit = jnp.full_like(eta, self.max_step_norm)
         if "log_beta" in self.controls:
             limit *= jnp.maximum(1 - jnp.exp(controls["log_beta"]), 0)

@@ -93,19 +93,20 @@ def attend_causally(
         rows = query, near(key), near(value), before, near(every), near(mask, axis=3)
         return attend_window(*rows, window=window, **options)
     key, value, bad = spoilt.cleaned(key, value)
-    ago = position[:, None] - jnp.arange(parts * length)[None]
-    causal = ((ago >= 0) & (window is None or ago < window))[None, None]
-    lost = spoilt.by_place(bad, document, window) if parts == 1 and mask is None else None
+    plain = parts == 1 and mask is None
     if document is not None and every is not None:
         mask = _both(_same(document, every), mask)
+    if plain:
+        lost = spoilt.by_place(bad, document, window)
+    else:
+        ago = position[:, None] - jnp.arange(parts * length)[None]
+        seen = _both(((ago >= 0) & (window is None or ago < window))[None, None], mask)
+        lost = spoilt.by_mask(seen, bad)
+        mask = mask if parts == 1 else seen
     if parts == 1:
         options |= dict(
             is_causal=True, local_window_size=None if window is None else (window - 1, 0)
         )
-    else:
-        mask = _both(causal, mask)
-    if lost is None:
-        lost = spoilt.by_mask(_both(causal, mask), bad)
     y = jax.nn.dot_product_attention(query, key, value, mask=mask, **options)
     return jnp.where(lost[..., None], jnp.nan, y)
 

@@ -11,7 +11,7 @@ from jax import lax
 
 from memcache_jax import _checks
 from memcache_jax._typing import Array, Bool, Float, Int, State
-from memcache_jax.engine.finite import cleaned, spoil, spoilt
+from memcache_jax.engine.finite import cleaned, spoil
 from memcache_jax.engine.read import ArrayBank, Bank
 from memcache_jax.engine.run import Layout, needs_of, run
 from memcache_jax.engine.types import (
@@ -100,9 +100,7 @@ class Piece(Layout):
 
     def write(self, how: Writing, rows: Rows) -> tuple[State, Views]:
         """Writes the tokens into each track. Only track 0, the live one, is read."""
-        bad, rows = rows.bad, rows._replace(bad=None)
-        assert bad is not None
-        chunk = jax.tree.map(lambda x: x[:, :, 0, 0], rows)
+        chunk = jax.tree.map(lambda x: x[:, :, 0, 0], rows._replace(bad=None))
         states = self.cache.state, self.cache.anchor
 
         def write(how: Writing, state: State, anchor: State, rows: Rows) -> tuple[State, Views]:
@@ -118,8 +116,7 @@ class Piece(Layout):
             later, _ = jax.vmap(jax.vmap(tracks))(state, anchor, chunk)
             ends = jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=2), ends, later)
         kept = jax.tree.map(lambda x: x[:, :, None, None], kept)
-        lost = spoilt(how.memory, bad, None, np.array([True]))
-        return spoil(lost, ends, kept)
+        return spoil(how.memory, rows, np.array([True]), ends, kept)
 
     def cached(self, how: Writing, ends: State, blocks: Blocks) -> tuple[Bank, Candidates]:
         """The states in the slots of each row."""
