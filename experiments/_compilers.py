@@ -66,7 +66,7 @@ device_description_str: "NVIDIA H200"
 
 
 def check_topology(topology: str) -> None:
-    """Raises ValueError for no chips, with which libtpu ends the process."""
+    """Raises ValueError for a topology without chips, on which libtpu ends the process."""
     shape = re.fullmatch(r"[\w ]+[=_:]([0-9x]+)(_twisted|_untwisted)?", topology)
     sizes = [] if shape is None else shape[1].split("x")
     if not topology or any(size.strip("0") == "" for size in sizes if size):

@@ -20,7 +20,7 @@ def check_integer(
 ) -> Any:
     """Returns an integer, of Python's or of NumPy's types, as an ``int``; or raises ValueError.
 
-    Booleans are none. Where it is ``optional``, None stays None.
+    Booleans are refused. Where it is ``optional``, None stays None.
     """
     if got is None and optional:
         return None
@@ -90,7 +90,7 @@ def check_dtype(name: str, got: Any, *, optional: bool = False) -> Any:
 
 
 def as_dtype(name: str, got: Any) -> np.dtype:
-    """Returns a dtype, or raises ValueError for what is none."""
+    """Returns the dtype, or raises ValueError for anything else."""
     try:
         # To NumPy None is float64, and an array its own dtype.
         if got is not None and not isinstance(got, (np.generic, np.ndarray, jax.Array)):
@@ -101,7 +101,7 @@ def as_dtype(name: str, got: Any) -> np.dtype:
 
 
 def check_mapping(what: str, got: Mapping[str, T] | None) -> dict[str, T]:
-    """Returns a mapping by name as a dict, of None an empty one, or raises ValueError."""
+    """Returns a dict of a mapping by name, empty for None, or raises ValueError."""
     if got is None:
         return {}
     if not isinstance(got, Mapping) or not all(isinstance(name, str) for name in got):
@@ -122,7 +122,7 @@ def check_names(what: str, got: Mapping, wanted: Mapping, optional: tuple = ()) 
 
 
 def check_array(what: str, got: Any) -> tuple[tuple[int, ...], Any]:
-    """Returns the shape and the dtype of an array, or raises ValueError for what is none."""
+    """Returns an array's shape and dtype, or raises ValueError for anything else."""
     if isinstance(got, (jax.Array, np.ndarray, np.generic)) or hasattr(got, "__jax_array__"):
         try:
             return jnp.shape(got), jnp.result_type(got)
@@ -156,7 +156,7 @@ def shown(got: Any) -> str:
 
 
 def as_numpy(what: str, got: Any) -> np.ndarray:
-    """Returns known values as a NumPy array, or raises ValueError for what is none."""
+    """Returns known values as a NumPy array, or raises ValueError if they do not form one."""
     try:
         return np.asarray(got)
     except (TypeError, ValueError) as error:
@@ -171,7 +171,7 @@ def is_known(array: Any) -> bool:
 
 
 def _plain(got: Any) -> Any:
-    """A number of NumPy's or JAX's as one of Python's; None for a boolean and what is no number."""
+    """A NumPy or JAX number as a Python number; None for booleans and anything else."""
     of_arrays = isinstance(got, (np.ndarray, np.generic, jax.Array)) and is_known(got)
     if of_arrays and got.ndim == 0 and jnp.issubdtype(got.dtype, jnp.number):
         got = got.item()

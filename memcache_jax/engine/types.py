@@ -26,7 +26,8 @@ class Rows(NamedTuple):
     Attributes:
       begun: number of documents that have begun in the chunk up to and with each token; a float, so
         that it has a cotangent. None without packed documents.
-      bad: the tokens of which a number was not finite, now zero; None for none. See ``finite``.
+      bad: the tokens with a number that was not finite and is zero now, see ``finite``; None if
+        there are none.
     """
 
     query: Float[Array, "b h n chunks m k"]
@@ -44,8 +45,8 @@ class Blocks(NamedTuple):
       tokens: (b, h, n, c, ...).
       document: the number of each token's document; None without packed documents.
       rows: the same tokens chunk by chunk.
-      pooled: the keys of which cached states have pooled ones, as they came: where a number is not
-        finite, no gate of that state is known.
+      pooled: the keys to pool for cached states, as they came: the gate of a state is unknown if
+        one of its keys is not finite.
     """
 
     tokens: Tokens

@@ -63,8 +63,8 @@ class MemoryCaching(Projections):
       conv_width: taps of the convolution.
       bounded: whether a deep memory without a ``max_step_norm`` gets one of 1, so that no input,
         however large, makes it diverge; False for the bare equation.
-      implementation: as in ``memory_caching``; ``"pallas_gpu"`` has no bound on the steps of deep
-        memories, and needs ``bounded=False`` for them.
+      implementation: as in ``memory_caching``; ``"pallas_gpu"`` cannot bound the steps of deep
+        memories: give ``bounded=False`` with them.
       exchange: on a mesh that splits sequences, how the parts get each other's states:
         ``"gather"`` fetches all at once, ``"ring"`` one part's at a time, in less memory.
       dtype: dtype of the projections and of the output; by default the wider of the input's and

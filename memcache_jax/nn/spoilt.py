@@ -1,4 +1,4 @@
-"""Keys and values that are not finite spoil the outputs of the queries that see them, and no other.
+"""Keys and values that are not finite spoil the outputs of queries that see them, and no others.
 
 A weight of 0 times NaN is NaN, so that they would reach queries before them and of other documents.
 """

@@ -233,11 +233,10 @@ def check_keys(
                 continue
             raise ValueError(f"the configuration lacks the key {name}")
         value = config[key]
-        if name in _FREE and not isinstance(value, (ConfigDict, Mapping)):
-            raise ValueError(f"{name} must be a ConfigDict, got {shown(value)}")
         if name in _FREE:
-            continue
-        if isinstance(default[key], ConfigDict):
+            if not isinstance(value, (ConfigDict, Mapping)):
+                raise ValueError(f"{name} must be a ConfigDict, got {shown(value)}")
+        elif isinstance(default[key], ConfigDict):
             check_keys(value, default[key], f"{name}.")
         elif value is not None or default[key] is not None:
             _check_kind(name, value, default.get_type(key))
@@ -263,7 +262,7 @@ def to_json(config: Config) -> dict[str, Any]:
     """Returns the configuration as plain JSON types, from which ``ConfigDict`` restores it.
 
     Raises:
-      ValueError: for values that are none.
+      ValueError: for values that JSON cannot hold.
     """
     try:
         return json.loads(config.to_json())

@@ -1,4 +1,4 @@
-"""Files that outlive a kill, and show damage: replaced in one step, and told by digests."""
+"""Files that survive a kill and reveal damage: replaced in one step, checked by digests."""
 
 import hashlib
 import json

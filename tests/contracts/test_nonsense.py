@@ -216,6 +216,12 @@ class Tally:
             self.call(function, fewer, f"{label} without {name}")
         self.call(function, right | {"nonsense": 1}, f"{label}(nonsense=1)")
 
+    def check(self, more_than):
+        """Asserts that so many calls were made, most of them refused, and none by others."""
+        assert not self.foreign, "\n".join(self.foreign)
+        assert self.made > more_than, self.made
+        assert self.refused > 0.8 * self.made, self.refused
+
 
 def is_ours(error: Exception) -> bool:
     """Whether the library raised the error itself, or Python for the names of arguments."""
@@ -255,9 +261,7 @@ def test_configurations():
                 make_optimizer(config.optimizer, config.steps)
 
             tally.call(build, {}, f"{'.'.join((*parts, key))} = {value!r:.60}")
-    assert not tally.foreign, "\n".join(tally.foreign)
-    assert tally.made > 1500, tally.made
-    assert tally.refused > 0.8 * tally.made, tally.refused
+    tally.check(more_than=1500)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -266,9 +270,7 @@ def test_constructors():
     for function, right in constructors():
         function(**right)
         tally.replace_each(function, right)
-    assert not tally.foreign, "\n".join(tally.foreign)
-    assert tally.made > 2000, tally.made
-    assert tally.refused > 0.8 * tally.made, tally.refused
+    tally.check(more_than=2000)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -280,6 +282,4 @@ def test_calls():
             tally.replace_each(function, right, every=3)
 
     jax.eval_shape(inside)
-    assert not tally.foreign, "\n".join(tally.foreign)
-    assert tally.made > 2000, tally.made
-    assert tally.refused > 0.8 * tally.made, tally.refused
+    tally.check(more_than=2000)
