@@ -317,6 +317,32 @@ def test_a_language_model(shape, names, types, rows, axis_names):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), *pure)
 
 
+@pytest.mark.parametrize("kind", [EXPLICIT, AUTO], ids=str)
+@pytest.mark.parametrize("name", ["gated_deltanet", "titans"])
+def test_gradients_in_bfloat16(name, kind):
+    layer = mc.nn.MemoryCaching(
+        8,
+        2,
+        memory=MEMORIES[name],
+        aggregation=mc.GRM(),
+        segmentation=mc.Constant(4),
+        dtype=jnp.bfloat16,
+        rngs=nnx.Rngs(0),
+    )
+
+    @nnx.jit
+    def gradients(layer, x):
+        # The gradient of a sum over rows is one of another part of them on every device.
+        return nnx.grad(lambda layer: jnp.sum(layer(x).astype(jnp.float32) ** 2))(layer)
+
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 12, 8)), jnp.bfloat16)
+    wanted = gradients(layer, x)
+    mesh = mesh_of((2, 1), ("rows", "stage"), kind)
+    with jax.set_mesh(mesh), logical_axis_rules((("batch", "rows"), ("heads", "model"))):
+        got = gradients(layer, put(x, mesh, "rows"))
+    assert_same(nnx.to_pure_dict(nnx.state(got)), nnx.to_pure_dict(nnx.state(wanted)), 5e-2)
+
+
 @pytest.mark.parametrize("sharding", [None, P("dp"), P("dp", "tp")], ids=str)
 @pytest.mark.parametrize("kind", [EXPLICIT, AUTO], ids=str)
 def test_streams(kind, sharding):
