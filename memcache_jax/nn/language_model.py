@@ -16,7 +16,7 @@ from memcache_jax.nn.block import Period
 from memcache_jax.nn.calls import ModelCall, answer, read_call
 from memcache_jax.nn.config import LanguageModelConfig
 from memcache_jax.nn.layers import Embed, Linear
-from memcache_jax.nn.memory_caching import MemoryCaching
+from memcache_jax.nn.memory_layer import MemoryLayer
 from memcache_jax.nn.model_cache import LanguageModelCache
 from memcache_jax.nn.stack import layer_of, make_stack, scan_stack
 from memcache_jax.sharding.layout import (
@@ -148,7 +148,7 @@ class LanguageModel(nnx.Module):
             gates = []
             for block in period.blocks:
                 mixer: Any = block.mixer
-                caches = isinstance(mixer, MemoryCaching)
+                caches = isinstance(mixer, MemoryLayer)
                 gates.append(mixer.gates(block.mixer_norm(x)) if caches else None)
                 x = block(x)
             return x, gates

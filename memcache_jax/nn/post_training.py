@@ -9,7 +9,7 @@ from memcache_jax.aggregation import GRM, Aggregation
 from memcache_jax.caching import check_configuration
 from memcache_jax.nn.config import MemoryCachingMixer
 from memcache_jax.nn.language_model import LanguageModel
-from memcache_jax.nn.memory_caching import MemoryCaching
+from memcache_jax.nn.memory_layer import MemoryLayer
 from memcache_jax.segmentation import Segmentation
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -52,9 +52,9 @@ def with_memory_caching(
     """
     aggregation = GRM(gate="uniform") if aggregation is None else aggregation
     new = nnx.merge(*nnx.split(model))
-    layers = [m for _, m in nnx.iter_modules(new) if isinstance(m, MemoryCaching)]
+    layers = [m for _, m in nnx.iter_modules(new) if isinstance(m, MemoryLayer)]
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no MemoryCaching layer")
+        raise ValueError(f"{type(model).__name__} has no layer of memory caching")
     for layer in layers:
         check_configuration(layer.memory, aggregation, segmentation)
         trained = layer.aggregation
