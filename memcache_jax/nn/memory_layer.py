@@ -63,9 +63,16 @@ class MemoryLayer(nnx.Module):
         raise NotImplementedError
 
     def _next_tokens(
-        self, x: Float[Array, "b t d"], tails: tuple, counts: Int[Array, "b"]
+        self,
+        x: Float[Array, "b t d"],
+        tails: tuple,
+        counts: Int[Array, "b"],
+        position: Int[Array, "b"],
     ) -> tuple[dict[str, Any], tuple]:
-        """The same of a stream's next tokens, ``counts`` of which count; and the next tails."""
+        """The same of a stream's next tokens, ``counts`` of which count; and the next tails.
+
+        ``position`` is the number of tokens before them.
+        """
         raise NotImplementedError
 
     def _empty_tails(self, batch_size: int, dtype: DTypeLike) -> tuple:
@@ -275,7 +282,7 @@ class MemoryLayer(nnx.Module):
         counts = jnp.full(len(x), x.shape[1])
         if lengths is not None:
             lengths = counts = jnp.asarray(_checks.check_lengths(lengths, x.shape[:2]))
-        tokens, tails = self._next_tokens(x, cache.tails, counts)
+        tokens, tails = self._next_tokens(x, cache.tails, counts, cache.position)
         y, memory = extend(
             cache.memory,
             **tokens,

@@ -7,9 +7,11 @@ from flax import nnx
 
 from memcache_jax.aggregation import GRM, Aggregation
 from memcache_jax.caching import check_configuration
-from memcache_jax.nn.config import MemoryCachingMixer
+from memcache_jax.nn.block import Block
+from memcache_jax.nn.config import MemoryCachingMixer, Mixer
 from memcache_jax.nn.language_model import LanguageModel
 from memcache_jax.nn.memory_layer import MemoryLayer
+from memcache_jax.nn.recurrent import RecurrentMixer
 from memcache_jax.segmentation import Segmentation
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -64,13 +66,16 @@ def with_memory_caching(
                 f'{aggregation}; gate="uniform" needs none'
             )
         layer.aggregation, layer.segmentation = aggregation, segmentation
+
+    def cached(mixer: Mixer) -> Mixer:
+        if not isinstance(mixer, MemoryCachingMixer | RecurrentMixer):
+            return mixer
+        return dataclasses.replace(mixer, aggregation=aggregation, segmentation=segmentation)
+
     for _, module in nnx.iter_modules(new):
         if isinstance(module, LanguageModel):
-            mixers = tuple(
-                dataclasses.replace(mixer, aggregation=aggregation, segmentation=segmentation)
-                if isinstance(mixer, MemoryCachingMixer)
-                else mixer
-                for mixer in module.config.mixers
-            )
-            module.config = dataclasses.replace(module.config, mixers=mixers)
+            module.config = module.config.with_mixers(cached)
+        elif isinstance(module, Block):
+            mixer = cached(module.config.mixer)
+            module.config = dataclasses.replace(module.config, mixer=mixer)
     return new

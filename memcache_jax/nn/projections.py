@@ -112,7 +112,11 @@ class Projections(MemoryLayer):
         return self._arguments(x, query, key, value, division)
 
     def _next_tokens(
-        self, x: Float[Array, "b t d"], tails: tuple, counts: Int[Array, "b"]
+        self,
+        x: Float[Array, "b t d"],
+        tails: tuple,
+        counts: Int[Array, "b"],
+        position: Int[Array, "b"],
     ) -> tuple[dict[str, Any], tuple]:
         rows = [linear(x) for linear, _ in self._paths]
         tokens: Any = *((row, "b . h") for row in rows), (tails[0], "b . h")
