@@ -79,5 +79,5 @@ def test_errors():
         mc.nn.with_memory_caching(trained, segmentation=mc.Constant(16), aggregation=mc.GRM())
     with pytest.raises(ValueError, match="must divide the segment size"):
         mc.nn.with_memory_caching(trained, segmentation=mc.Constant(6))
-    with pytest.raises(ValueError, match="Linear has no MemoryCaching layer"):
+    with pytest.raises(ValueError, match="Linear has no layer of memory caching"):
         mc.nn.with_memory_caching(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), segmentation=mc.Constant(6))

@@ -1,7 +1,7 @@
 """The families of published models that are served, each in a file of names and shapes."""
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from memcache_jax.nn import LanguageModelConfig
 from memcache_jax.pretrained.families import (
@@ -20,6 +20,7 @@ from memcache_jax.pretrained.given import Given
 from memcache_jax.pretrained.tensors import Tensor
 
 
+@runtime_checkable
 class Family(Protocol):
     """A file of this folder."""
 
