@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -92,13 +93,16 @@ def _with_connectors(model: Any) -> Any:
     """The model with the parameters that its configuration asks for, new ones zero."""
     if not isinstance(model, LanguageModel):
         return model
-    new = nnx.eval_shape(lambda: LanguageModel(model.config, rngs=nnx.Rngs(0)))
+    graph, state = jax.eval_shape(
+        lambda: nnx.split(LanguageModel(model.config, rngs=nnx.Rngs(0)), nnx.Param)
+    )
     there = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
-    wanted = nnx.to_flat_state(nnx.state(new, nnx.Param))
+    wanted = nnx.to_flat_state(state)
     if all(path in there for path, _ in wanted):
         return model
     for path, param in wanted:
         value = there[path][...] if path in there else jnp.zeros(param.shape, param.dtype)
         param.set_value(value)
+    new = nnx.merge(graph, state)
     new.published = model.published
     return new

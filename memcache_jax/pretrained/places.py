@@ -19,7 +19,11 @@ class Place:
 
 
 class Places:
-    """Finds the places of parts in a model."""
+    """Finds the places of parts in a model.
+
+    Attributes:
+      params: the model's parameters, by path.
+    """
 
     def __init__(self, model: LanguageModel) -> None:
         stacks = model.config.stacks
@@ -29,9 +33,8 @@ class Places:
             for repeat in range(repeats):
                 own = ((*stack, "blocks", block) for block in range(len(blocks)))
                 self._layers += [(path, repeat) for path in own]
-        self.shapes = {
-            tuple(path): param.shape
-            for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))
+        self.params = {
+            tuple(path): param for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))
         }
 
     def of(self, tensor: Tensor, part: Part) -> Place:
@@ -45,11 +48,11 @@ class Places:
 
     def shape(self, place: Place) -> tuple[int, ...]:
         """The shape of what is there."""
-        return self.shapes[place.path][len(place.index) :]
+        return self.params[place.path].shape[len(place.index) :]
 
     def uses(self, tensors: Iterable[Tensor]) -> dict[tuple, list[tuple[Tensor, int, Place]]]:
         """For each parameter the tensors that it is in, as which part, and where."""
-        found: dict[tuple, list[tuple[Tensor, int, Place]]] = {path: [] for path in self.shapes}
+        found: dict[tuple, list[tuple[Tensor, int, Place]]] = {path: [] for path in self.params}
         for tensor in tensors:
             for number, part in enumerate(tensor.parts):
                 place = self.of(tensor, part)

@@ -1,6 +1,7 @@
 """A published folder as a language model."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict
 
 from memcache_jax._checks import check_dtype
 from memcache_jax.nn import LanguageModel
@@ -16,13 +18,15 @@ from memcache_jax.pretrained.given import read_given
 from memcache_jax.pretrained.places import Places
 from memcache_jax.pretrained.tensors import Tensor
 from memcache_jax.pretrained.weights import Weights
+from memcache_jax.sharding import param_shardings
 
 
 def load(folder: str | Path, *, dtype: Any = None, param_dtype: Any = None) -> LanguageModel:
     """Reads a recurrent model as its own library saves it.
 
     Each parameter is read to where it lives before the next is: what is held at once is the model
-    and one parameter. Under ``jax.set_mesh`` parameters are divided as ``LanguageModel``'s are.
+    and one parameter. Under ``jax.set_mesh`` parameters are divided as ``sharding.param_shardings``
+    says.
 
     Args:
       folder: with ``config.json`` and ``model.safetensors``, or several files and their index.
@@ -52,36 +56,39 @@ def load(folder: str | Path, *, dtype: Any = None, param_dtype: Any = None) -> L
         param_dtype = jnp.dtype(given.get("dtype", given.get("torch_dtype", "float32")))
     dtype = param_dtype if dtype is None else dtype
     config = family.config(given, dtype=dtype, param_dtype=param_dtype)
-    model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+    # Not nnx.eval_shape, which under a mesh confuses logical axes with those of the mesh.
+    graph, state = jax.eval_shape(
+        lambda: nnx.split(LanguageModel(config, rngs=nnx.Rngs(0)), nnx.Param)
+    )
+    mesh = jax.sharding.get_mesh()
+    shardings = None if mesh.empty else flatten_dict(param_shardings(state, mesh))
+    model = nnx.merge(graph, state)
     model.published = json.dumps(dict(given.values))
-    _fill(model, list(family.tensors(given)), Weights(folder))
+    _fill(model, list(family.tensors(given)), Weights(folder), shardings)
     return model
 
 
-def _fill(model: LanguageModel, tensors: list[Tensor], weights: Weights) -> None:
+def _fill(
+    model: LanguageModel,
+    tensors: list[Tensor],
+    weights: Weights,
+    shardings: Mapping[tuple, Any] | None,
+) -> None:
     """Reads the parameters of an abstract model."""
     places, known = Places(model), {name for tensor in tensors for name in tensor.names}
     if left := sorted(weights.names - known):
         more = f" and {len(left) - 3} more" if len(left) > 3 else ""
         raise ValueError(f"{weights.folder} has unknown tensors: {', '.join(left[:3])}{more}")
-    uses = places.uses(tensors)
-    for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        value = np.empty(param.shape, param.dtype)
-        if not uses[tuple(path)]:
+    for path, uses in places.uses(tensors).items():
+        if not uses:
             raise ValueError(f"the family says nothing of the parameter {'/'.join(map(str, path))}")
-        for tensor, number, place in uses[tuple(path)]:
+        param = places.params[path]
+        value = np.empty(param.shape, param.dtype)
+        for tensor, number, place in uses:
             shapes = [places.shape(places.of(tensor, part)) for part in tensor.parts]
             value[place.index] = _cut(tensor, weights, shapes)[number].astype(param.dtype)
-        param.set_value(jnp.asarray(value) if _where(param) is None else _put(value, param))
-
-
-def _where(param: Any) -> Any:
-    sharding = getattr(param.get_value(), "sharding", None)
-    return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
-
-
-def _put(value: np.ndarray, param: Any) -> jax.Array:
-    return jax.device_put(value, _where(param))
+        sharding = None if shardings is None else shardings[path]
+        param.set_value(jax.device_put(value, sharding))
 
 
 def _cut(tensor: Tensor, weights: Weights, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:

@@ -1,6 +1,7 @@
 """A layer of memory caching that is composed of parts."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -219,7 +220,11 @@ class Recurrent(MemoryLayer):
         )
         repeats = self.num_heads // self.key.path.heads
         if repeats > 1:
-            query, key = (jnp.repeat(rows, repeats, axis=2) for rows in (query, key))
+            repeat = functools.partial(jnp.repeat, repeats=repeats, axis=2)
+            query, key = (
+                repeat(rows) if division is None else division.compute(repeat, rows, "b t h .")
+                for rows in (query, key)
+            )
         controls: dict[str, Array] = {}
         for part in self.coefficients:
             controls |= part(x, lambda x: lay(x, self.num_heads))
