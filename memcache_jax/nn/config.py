@@ -9,6 +9,7 @@ from flax import nnx
 
 from memcache_jax._checks import (
     check_dtype,
+    check_fields,
     check_flag,
     check_instance,
     check_integer,
@@ -104,7 +105,10 @@ class BlockConfig:
 
     def __post_init__(self) -> None:
         _check_mixer(self.mixer)
-        if self.mlp is not None and not isinstance(self.mlp, FeedForward):
+        check_instance("norm", self.norm, Norm, "an mc.nn.Norm")
+        check_fields(self, numbers=("residual_scale",), flags=("norm_last",))
+        wrong = isinstance(self.mlp, type) or not isinstance(self.mlp, FeedForward)
+        if self.mlp is not None and wrong:
             raise ValueError(f"mlp must be an object such as GatedMLP(64), got {shown(self.mlp)}")
 
 
@@ -169,15 +173,16 @@ class LanguageModelConfig:
     param_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "num_layers", "features", "num_heads"):
-            set_fields(self, **{name: check_integer(name, getattr(self, name))})
-        set_fields(
+        check_fields(
             self,
-            head_dim=check_integer("head_dim", self.head_dim, optional=True),
-            mlp_features=check_integer("mlp_features", self.mlp_features, 0, optional=True),
+            sizes=("vocab_size", "num_layers", "features", "num_heads", "head_dim"),
+            numbers=("embedding_scale", "logit_scale"),
+            flags=("tie_embeddings", "remat", "offload_states"),
+            optional=("head_dim",),
         )
-        for name in ("tie_embeddings", "remat", "offload_states"):
-            set_fields(self, **{name: check_flag(name, getattr(self, name))})
+        hidden = check_integer("mlp_features", self.mlp_features, 0, optional=True)
+        set_fields(self, mlp_features=hidden)
+        check_instance("norm", self.norm, Norm, "an mc.nn.Norm")
         for name in ("dtype", "param_dtype"):
             check_dtype(name, getattr(self, name))
         if isinstance(self.mixers, list):  # which has no hash
@@ -186,6 +191,7 @@ class LanguageModelConfig:
         for mixer in self.mixers:
             _check_mixer(mixer)
         if self.blocks is not None:
+            check_instance("blocks", self.blocks, (tuple, list), "BlockConfigs")
             blocks = tuple(self.blocks)
             for block in blocks:
                 check_instance("blocks", block, BlockConfig, "BlockConfigs")

@@ -29,7 +29,7 @@ class GatedMLP:
     hidden: int
 
     def __post_init__(self) -> None:
-        _checks.check_integer("hidden", self.hidden)
+        _checks.check_fields(self, sizes=("hidden",))
 
     def build(self, features: int, **options: Any) -> SwiGLU:
         """Returns the module."""
@@ -44,7 +44,7 @@ class SquaredMLP:
     use_bias: bool = False
 
     def __post_init__(self) -> None:
-        _checks.check_integer("hidden", self.hidden)
+        _checks.check_fields(self, sizes=("hidden",), flags=("use_bias",))
 
     def build(self, features: int, **options: Any) -> "SquaredReLU":
         """Returns the module."""
@@ -90,8 +90,16 @@ class Experts:
     shared_gate: bool = False
 
     def __post_init__(self) -> None:
-        _checks.check_sizes(num_experts=self.num_experts, top_k=self.top_k, hidden=self.hidden)
-        _checks.check_choice("probabilities", self.probabilities, ("softmax", "top"))
+        _checks.check_fields(
+            self,
+            sizes=("num_experts", "top_k", "hidden", "shared_hidden"),
+            flags=("normalize", "shared_gate"),
+            optional=("shared_hidden",),
+        )
+        if self.probabilities not in ("softmax", "top"):
+            raise ValueError(
+                f"probabilities must be 'softmax' or 'top', got {_checks.shown(self.probabilities)}"
+            )
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}")
 

@@ -49,16 +49,30 @@ class GroupedAttentionMixer:
     use_out_bias: bool = False
 
     def __post_init__(self) -> None:
-        _checks.check_sizes(
-            num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim
+        _checks.check_fields(
+            self,
+            sizes=("num_heads", "num_kv_heads", "head_dim", "window"),
+            numbers=("rope_base", "rope_fraction", "scale"),
+            flags=("gate", "use_bias", "use_out_bias"),
+            optional=("window", "rope_base", "scale"),
         )
+        if self.norm is not None:
+            _checks.check_instance("norm", self.norm, Norm, "an mc.nn.Norm")
+        if not 0 < self.rope_fraction <= 1:
+            raise ValueError(f"rope_fraction must be in (0, 1], got {self.rope_fraction}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}"
             )
-        _checks.check_choice("norm_over", self.norm_over, ("head", "all"))
-        if self.rope_base is not None and self.turned % 2:
-            raise ValueError(f"rotary positions need an even number of channels, got {self.turned}")
+        if self.norm_over not in ("head", "all"):
+            raise ValueError(
+                f"norm_over must be 'head' or 'all', got {_checks.shown(self.norm_over)}"
+            )
+        if self.rope_base is not None and (self.turned % 2 or self.rope_base <= 0):
+            raise ValueError(
+                f"rotary positions need an even number of channels and rope_base > 0, got "
+                f"{self.turned} and {self.rope_base}"
+            )
 
     @property
     def turned(self) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from memcache_jax._checks import check_dtype
+from memcache_jax._checks import check_dtype, check_instance
 from memcache_jax.nn import LanguageModel
 from memcache_jax.pretrained.families import family_of
 from memcache_jax.pretrained.given import read_given
@@ -47,6 +47,7 @@ def load(folder: str | Path, *, dtype: Any = None, param_dtype: Any = None) -> L
         model = mc.pretrained.load("Qwen3.5-2B")
         model = mc.nn.with_memory_caching(model, segmentation=mc.Constant(4096))
     """
+    check_instance("folder", folder, (str, Path), "a path")
     folder = Path(folder)
     check_dtype("dtype", dtype, optional=True)
     check_dtype("param_dtype", param_dtype, optional=True)

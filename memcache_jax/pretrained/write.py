@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from memcache_jax._checks import check_instance
 from memcache_jax.nn import LanguageModel
 from memcache_jax.pretrained.families import family_of
 from memcache_jax.pretrained.given import Given
@@ -30,6 +31,7 @@ def save(model: LanguageModel, folder: str | Path) -> None:
     published = getattr(model, "published", None)
     if published is None:
         raise ValueError("only models of mc.pretrained.load can be saved as published ones")
+    check_instance("folder", folder, (str, Path), "a path")
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} must be a new or an empty folder")

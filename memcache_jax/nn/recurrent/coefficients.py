@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from memcache_jax import _checks
 from memcache_jax._typing import Array, Float
 from memcache_jax.nn.layers import Linear
 from memcache_jax.sharding.names import partitioned
@@ -39,6 +40,10 @@ class Rate:
 
     name: str = "beta"
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _checks.check_instance("name", self.name, str, "the name of a control")
+        _checks.check_fields(self, numbers=("scale",))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -89,6 +94,13 @@ class TimeStep:
     least: float = 0.0
     most: float = float("inf")
 
+    def __post_init__(self) -> None:
+        _checks.check_fields(self, numbers=("least",))
+        if self.most != float("inf"):
+            _checks.check_fields(self, numbers=("most",))
+        if not self.least <= self.most:
+            raise ValueError(f"least must not exceed most, got {self.least} and {self.most}")
+
     @property
     def names(self) -> tuple[str, ...]:
         """The decay and the weight."""
@@ -133,6 +145,13 @@ class LowRankDecay:
     rank: int = 16
     divisor: float = 16.0
     least: float | None = None
+
+    def __post_init__(self) -> None:
+        _checks.check_fields(
+            self, sizes=("rank",), numbers=("divisor", "least"), optional=("least",)
+        )
+        if not self.divisor > 0:
+            raise ValueError(f"divisor must be > 0, got {self.divisor}")
 
     @property
     def names(self) -> tuple[str, ...]:

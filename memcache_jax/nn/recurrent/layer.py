@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,15 @@ class RecurrentMixer:
         check_configuration(
             self.memory, self.aggregation, self.segmentation, self.start, self.implementation
         )
+        for name in ("query", "key", "value"):
+            _checks.check_instance(name, getattr(self, name), Path, "a Path")
+        _checks.check_instance("output", self.output, Output, "an Output")
+        _checks.check_instance("coefficients", self.coefficients, tuple, "a tuple of coefficients")
+        for part in self.coefficients:
+            if isinstance(part, type) or not isinstance(part, Coefficient):
+                raise ValueError(f"coefficients must be such as Rate(), got {_checks.shown(part)}")
+        _checks.check_fields(self, flags=("skip",))
+        _checks.check_choice("exchange", self.exchange, get_args(Exchange))
         heads, sizes = self.value.heads, (self.query, self.key)
         if len({(path.heads, path.dim) for path in sizes}) > 1 or heads % self.key.heads:
             raise ValueError(

@@ -40,6 +40,13 @@ class Output:
 
     def __post_init__(self) -> None:
         _checks.check_choice("gate", self.gate, (None, *_GATES))
+        if not isinstance(self.norm_groups, str):
+            _checks.check_fields(self, sizes=("norm_groups",), optional=("norm_groups",))
+        else:
+            _checks.check_choice("norm_groups", self.norm_groups, ("heads",))
+        _checks.check_fields(
+            self, numbers=("epsilon",), flags=("shared_scale", "gate_first", "use_bias")
+        )
 
     def build(self, features: int, heads: int, dim: int, **options: Any) -> "OutputOf":
         """Returns the module."""

@@ -46,11 +46,22 @@ class Path:
     rope_base: float | None = None
 
     def __post_init__(self) -> None:
-        _checks.check_sizes(heads=self.heads, dim=self.dim)
+        _checks.check_fields(
+            self,
+            sizes=("heads", "dim", "conv_width"),
+            numbers=("scale", "rope_base"),
+            flags=("use_bias", "conv_bias"),
+            optional=("conv_width", "rope_base"),
+        )
         _checks.check_choice("activation", self.activation, (None, *_ACTIVATIONS))
         _checks.check_choice("norm", self.norm, (None, "l2", "sum"))
-        if self.rope_base is not None and self.dim % 2:
-            raise ValueError(f"rotary positions need an even dim, got {self.dim}")
+        if self.rope_base is not None and (self.dim % 2 or self.rope_base <= 0):
+            raise ValueError(
+                f"rotary positions need an even dim and rope_base > 0, got {self.dim} and "
+                f"{self.rope_base}"
+            )
+        if self.conv_bias and self.conv_width is None:
+            raise ValueError("conv_bias needs a conv_width, got None")
 
     def build(self, in_features: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> "Rows":
         """Returns the module."""
