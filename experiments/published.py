@@ -8,6 +8,7 @@ reads that, and the logits of both are compared. Then tiny Qwen3.5 and a made-up
 parameters read a prompt and decode by both libraries in turn, on the same cores.
 """
 
+import importlib
 import statistics
 import tempfile
 import time
@@ -32,9 +33,7 @@ _PARTS = flags.DEFINE_list("parts", ["logits", "tiny", "200M"], "What to do, of 
 
 def program() -> None:
     """Prints both tables."""
-    import torch
-    import transformers
-
+    torch, transformers = _load("torch"), _load("transformers")
     print(f"transformers {transformers.__version__}, torch {torch.__version__}, {jax.__version__=}")
     if "logits" in _PARTS.value:
         print(f"{'model':<20} {'error of the largest logit':>28}")
@@ -51,8 +50,7 @@ def program() -> None:
 
 def _error(folder: Path) -> float:
     """The difference of both libraries' logits, relative to the largest."""
-    import torch
-
+    torch = _load("torch")
     model = mc.pretrained.load(folder)
     with tempfile.TemporaryDirectory() as made:
         saved = Path(made) / "saved"
@@ -67,17 +65,12 @@ def _error(folder: Path) -> float:
 
 
 def _theirs(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
+    return _load("transformers").AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 def _make(folder: Path) -> Path:
     """A Qwen3.5 of 200M parameters with random weights, as its library saves it."""
-    from transformers import AutoModelForCausalLM
-    from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
-
-    config = Qwen3_5TextConfig(
+    config = _load("transformers.models.qwen3_5.configuration_qwen3_5").Qwen3_5TextConfig(
         vocab_size=32_000,
         hidden_size=1024,
         intermediate_size=2816,
@@ -91,14 +84,13 @@ def _make(folder: Path) -> Path:
         linear_value_head_dim=128,
         tie_word_embeddings=True,
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    _load("transformers").AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 
 def _time(size: str, folder: Path) -> None:
     """Prints tokens per second of both libraries, and their ratio."""
-    import torch
-
+    torch = _load("torch")
     length, new = _PROMPT.value, _NEW.value
     theirs, model = _theirs(folder), mc.pretrained.load(folder)
     parameters = sum(p.numel() for p in theirs.parameters())
@@ -173,6 +165,11 @@ def _time(size: str, folder: Path) -> None:
         print(
             f"  {what:<8} ours {ours:10,.1f} tokens/s, theirs {other:10,.1f}, {ours / other:.2f}x"
         )
+
+
+def _load(name: str) -> Any:
+    """A package that this project does not need."""
+    return importlib.import_module(name)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from flax import nnx
 from memcache_jax import _checks
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.nn.layers import Linear, SwiGLU
+from memcache_jax.sharding.division import Division
 from memcache_jax.sharding.names import partitioned
 
 
@@ -136,22 +137,20 @@ class SparseExperts(nnx.Module):
         if experts.shared_hidden is not None:
             self.shared = SwiGLU(features, experts.shared_hidden, **options)
             if experts.shared_gate:
-                self.shared_gate = Linear(features, 1, axes=("embed", "one"), **options)
+                self.shared_gate = Linear(features, 1, axes=("embed", None), **options)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Applies to every token the experts that it is routed to."""
-        weights, chosen = self._route(x.reshape(-1, x.shape[-1]))
-        kernels = (kernel[...] for kernel in (self.gate, self.up, self.down))
-        dtype = self.dtype or jnp.result_type(x.dtype, self.gate[...].dtype)
-        gate, up, down = (kernel.astype(dtype) for kernel in kernels)
-        rows = x.reshape(-1, x.shape[-1]).astype(dtype)
-
-        def mlp(rows: Array, expert: Array) -> Array:
-            hidden = jax.nn.silu(rows @ gate[expert]) * (rows @ up[expert])
-            return hidden @ down[expert]
-
-        routed = over_groups(mlp, rows, chosen, self.experts.num_experts)
-        y = jnp.einsum("nkd,nk->nd", routed, weights.astype(dtype)).reshape(x.shape)
+        kernels = [kernel[...] for kernel in (self.gate, self.up, self.down)]
+        dtype = self.dtype or jnp.result_type(x.dtype, kernels[0].dtype)
+        args = x.astype(dtype), self.router(x), *(kernel.astype(dtype) for kernel in kernels)
+        division = Division.of((x, "b t ."))
+        division = None if division is None else division.even(x.shape[1])
+        if division is None:
+            y = self._routed(*args)
+        else:  # each device has all experts, and its own tokens
+            row, kernel = "b t .", ". . ."
+            y = division.run(self._routed, args, (row, row, kernel, kernel, kernel), row)
         if self.experts.shared_hidden is None:
             return y
         shared = self.shared(x)
@@ -159,9 +158,25 @@ class SparseExperts(nnx.Module):
             shared = shared * jax.nn.sigmoid(self.shared_gate(x))
         return y + shared
 
-    def _route(self, x: Float[Array, "n d"]) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
+    def _routed(
+        self,
+        x: Float[Array, "b t d"],
+        logits: Float[Array, "b t e"],
+        gate: Float[Array, "e d f"],
+        up: Float[Array, "e d f"],
+        down: Float[Array, "e f d"],
+    ) -> Float[Array, "b t d"]:
+        weights, chosen = self._route(logits.reshape(-1, logits.shape[-1]))
+
+        def mlp(rows: Array, expert: Array) -> Array:
+            hidden = jax.nn.silu(rows @ gate[expert]) * (rows @ up[expert])
+            return hidden @ down[expert]
+
+        out = over_groups(mlp, x.reshape(-1, x.shape[-1]), chosen, self.experts.num_experts)
+        return jnp.einsum("nkd,nk->nd", out, weights.astype(out.dtype)).reshape(x.shape)
+
+    def _route(self, logits: Float[Array, "n e"]) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
         """The weight of each token's experts, and which they are."""
-        logits = self.router(x)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         experts = self.experts
         if experts.probabilities == "top":

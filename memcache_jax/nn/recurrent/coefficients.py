@@ -168,8 +168,8 @@ class DecaysOf(nnx.Module):
 
     def __init__(self, decay: LowRankDecay, in_features: int, inner: int, **options: Any) -> None:
         self.decay = decay
-        self.down = Linear(in_features, decay.rank, axes=("embed", "rank"), **options)
-        self.up = Linear(decay.rank, inner, axes=("rank", "heads"), use_bias=True, **options)
+        self.down = Linear(in_features, decay.rank, axes=("embed", None), **options)
+        self.up = Linear(decay.rank, inner, axes=(None, "heads"), use_bias=True, **options)
 
     def __call__(self, x: Float[Array, "b t d"], heads: Heads) -> dict[str, Array]:
         """Returns the decays."""
