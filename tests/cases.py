@@ -60,6 +60,8 @@ SCHEDULES = {
     "side_by_side": lambda *args, default, **others: default(*args),
 }
 
+EVERY_PLATFORM = jax.lax.platform_dependent  # as the library imports it
+
 
 def combine(aggregations=AGGREGATIONS, plans=PLANS):
     """These aggregations with these segmentations and starts, for ``run_all``."""
@@ -231,11 +233,9 @@ class Together(Aggregation):
 
 @contextlib.contextmanager
 def scheduled(schedule):
-    """What is traced meanwhile has this schedule alone, not one for every platform (for None)."""
-    if schedule is None:
-        yield
-        return
-    with mock.patch("jax.lax.platform_dependent", SCHEDULES[schedule]):
+    """What is traced meanwhile has this schedule alone, or one for every platform (for None)."""
+    way = EVERY_PLATFORM if schedule is None else SCHEDULES[schedule]
+    with mock.patch("jax.lax.platform_dependent", way):
         yield
 
 

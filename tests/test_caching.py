@@ -31,6 +31,7 @@ def test_works_under_other_transformations():
     assert_close(scanned(stacked), loss(inputs) + loss(half), 1e-5)
 
 
+@pytest.mark.usefixtures("every_platform")
 def test_schedule_follows_the_platform_lowered_for():
     memory = MEMORIES["titans"]
     traced = jax.jit(

@@ -51,7 +51,9 @@ def test_schedules_agree(start):
                 inputs,
             )
 
-    assert_close(outputs("side_by_side"), outputs("in_turn"), 1e-12)
+    wanted = outputs("in_turn")
+    for other in ("side_by_side", None):
+        assert_close(outputs(other), wanted, 1e-12)
 
 
 @pytest.mark.usefixtures("x64")

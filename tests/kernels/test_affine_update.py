@@ -151,6 +151,7 @@ def test_transformations(implementation):
     assert_close(got[1], update(state, form, "reference"), 1e-6)
 
 
+@pytest.mark.usefixtures("every_platform")
 @pytest.mark.parametrize("erasing", [None, 64])
 def test_lowers_to_triton(erasing):
     state, form = jax.eval_shape(lambda: make_form(keys=96, values=64, writes=65))

@@ -63,6 +63,7 @@ def test_memory_caching(monkeypatch, case):
     assert_close(got[1], wanted[1], 1e-5)
 
 
+@pytest.mark.usefixtures("every_platform")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("key_dim", [96, 128])
 def test_usual_heads_of_deep_memories_lower_to_triton(key_dim, dtype):

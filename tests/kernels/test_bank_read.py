@@ -302,6 +302,7 @@ def test_triton_tells_of_states_too_large():
         operation("deep", RAGGED)(*make_case(*case), implementation="pallas_gpu")
 
 
+@pytest.mark.usefixtures("every_platform")
 @pytest.mark.parametrize("k", [32, 64, 96, 128])
 def test_triton_kernels_lower(k):
     reads = mc.Constant(256).plan(4 * 256).reads

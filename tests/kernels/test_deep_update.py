@@ -130,6 +130,7 @@ def test_wrong_tiles_are_found(monkeypatch, name):
         compare(memory, make(memory, 16, 8), 1e-2)
 
 
+@pytest.mark.usefixtures("every_platform")
 @pytest.mark.parametrize("rule", [mc.memories.Titans, mc.memories.DLA])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_lowers_to_triton(rule, depth):
@@ -146,6 +147,7 @@ def test_lowers_to_triton(rule, depth):
     assert str(jax.make_jaxpr(both)(*arrays)).count("debug_barrier") == 2 * (depth + 1)
 
 
+@pytest.mark.usefixtures("every_platform")
 def test_transformations_lower_to_triton():
     """A barrier is an effect, which scans, remat and ``vmap`` must let pass."""
     memory = mc.memories.Titans(expansion=1)

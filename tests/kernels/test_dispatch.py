@@ -16,6 +16,8 @@ from memcache_jax.kernels import _dispatch
 from memcache_jax.kernels._dispatch import check_served, choose, implementations
 from memcache_jax.kernels.bank_read import bank_read
 
+pytestmark = pytest.mark.usefixtures("every_platform")
+
 
 def double(x, index, scale):
     return 2 * scale * x[index]

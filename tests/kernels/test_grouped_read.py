@@ -179,6 +179,7 @@ def test_kernels_take_no_float64(implementation):
             grouped_read(memory.read, *arguments, chosen, implementation=implementation)
 
 
+@pytest.mark.usefixtures("every_platform")
 def test_triton_kernels_lower():
     operation, arrays = make_case(256, 4, 16, 1, 96, 96, "matrix", "bfloat16")
     function = jax.jit(

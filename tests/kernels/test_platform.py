@@ -8,6 +8,8 @@ import memcache_jax as mc
 from memcache_jax.kernels._triton import lowered_for_gpu
 from tests.kernels.interpreters import KERNELS
 
+pytestmark = pytest.mark.usefixtures("every_platform")
+
 OTHERS = {"pallas_tpu": ("cpu", "cuda"), "pallas_gpu": ("cpu", "tpu")}
 X = jnp.ones((1, 128, 1, 128))
 

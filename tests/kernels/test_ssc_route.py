@@ -154,6 +154,7 @@ def lowered(states):
     ).as_text()
 
 
+@pytest.mark.usefixtures("every_platform")
 def test_as_many_states_as_a_gpus_registers_hold():
     assert "ssc_route_backward_keys" in lowered(512)
     with pytest.raises(NotImplementedError, match=r"1024 slots, filled up, where .* 512"):
@@ -171,6 +172,7 @@ def test_refusals():
         operation(*arrays, implementation="cuda")
 
 
+@pytest.mark.usefixtures("every_platform")
 def test_triton_kernels_lower():
     operation, arrays = make_case(mc.Constant(256).plan(17 * 256).reads, 1, 256, 128, 4)
     function = jax.jit(

@@ -18,6 +18,8 @@ from experiments._schedules import changes
 from experiments._tpu_cases import tpu_cases
 from memcache_jax.kernels.bank_read import bank_read
 
+pytestmark = pytest.mark.usefixtures("every_platform")
+
 ROOT = Path(__file__).parents[2]
 KERNELS = {
     "bank_read": ("forward", "backward_rows", "backward_bank"),

@@ -189,6 +189,7 @@ def test_nnx_loop(name):
     assert losses[-1] < losses[0] / 3
 
 
+@pytest.mark.usefixtures("every_platform")
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer(name):
     layer, x = LAYERS[name](nnx.Rngs(0)), inputs()
