@@ -14,7 +14,9 @@ from tests.cases import (
     FAMILIES,
     MEMORIES,
     assert_close,
+    assert_slopes,
     make_inputs,
+    normals,
     scheduled,
     value_and_vjp,
 )
@@ -95,20 +97,23 @@ def test_every_aggregation_equals_the_recurrence(aggregation, segmentation, star
         ("gated_deltanet", "logarithmic"),  # written once more
     ],
 )
-def test_gradients_equal_the_recurrence(name, segmentation):
+def test_gradients_are_slopes_of_the_recurrence(name, segmentation):
     memory = MEMORIES[name]
     segmentation = SEGMENTATIONS[segmentation]
     inputs = make_inputs(memory, LENGTH, batch=2, heads=1)
 
-    def gradients(implementation):
-        return value_and_vjp(
-            lambda inputs: packed(
-                inputs, IDS, memory, mc.Soup(), segmentation, implementation=implementation
-            ),
-            inputs,
-        )
+    normal = normals(9)
+    mask = normal(*inputs["value"].shape)
 
-    assert_close(gradients(None), gradients("reference"), 1e-8, scale=1.0)
+    @jax.jit
+    @jax.value_and_grad
+    def loss(inputs):
+        return jnp.vdot(mask, packed(inputs, IDS, memory, mc.Soup(), segmentation))
+
+    value, gradients = loss(inputs)
+    recurrence = packed(inputs, IDS, memory, mc.Soup(), segmentation, implementation="reference")
+    assert_close(value, jnp.vdot(mask, recurrence), 1e-10)
+    assert_slopes(lambda x: loss(x)[0], inputs, gradients, normal, 1e-8, directions=3)
 
 
 @pytest.mark.usefixtures("x64")

@@ -19,10 +19,12 @@ from tests.cases import (
     assert_close,
     combine,
     each_once,
+    kinds_of,
     make_inputs,
     run_all,
     scheduled,
     value_and_vjp,
+    with_slow,
 )
 from tests.streams import empty, over_time, whole
 from tests.vectors import RULES, SEGMENT, assert_agrees, vector_inputs
@@ -63,16 +65,20 @@ def named(cases):
 class TestEveryRule:
     """Streams of every rule, against tests/vectors.py where it has the outputs."""
 
-    @pytest.mark.parametrize("rule", MEMORIES)
+    @pytest.mark.parametrize("rule", with_slow([*MEMORIES], "linear"))
     def test_token_by_token(self, rule):
-        """Every aggregation, segmentation and start."""
-        self.compare(rule, combine(KINDS), count=1)
+        """Every aggregation; of two forms of rules with every segmentation and start."""
+        cases = combine(KINDS) if rule in ("linear", "titans") else self.few(rule, 0)
+        self.compare(rule, cases, count=1)
 
-    @pytest.mark.parametrize("rule", MEMORIES)
+    @pytest.mark.parametrize("rule", with_slow([*MEMORIES], "linear"))
     def test_in_pieces(self, rule):
         """Calls that end within segments and chunks, over borders of both."""
-        shift = list(MEMORIES).index(rule)
-        self.compare(rule, each_once(shift, KINDS), count=7)
+        self.compare(rule, self.few(rule, 2), count=7)
+
+    def few(self, rule, shift):
+        """Each aggregation once, with segmentations and starts that go round from rule to rule."""
+        return each_once(shift + list(MEMORIES).index(rule), kinds_of(MEMORIES[rule]))
 
     def compare(self, rule, cases, count):
         if rule in RULES:
