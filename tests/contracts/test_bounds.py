@@ -25,6 +25,7 @@ def length(matrices):
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.vmap, in_axes=(None, 0, 0, 0))
 def lengths(memory, scale, decay, momentum):
     """Of the weights before, and of weights and momentum after each chunk of random tokens."""
     shapes = memory.weight_shapes(DIM, DIM)
@@ -52,14 +53,17 @@ def lengths(memory, scale, decay, momentum):
 @pytest.mark.parametrize("name", RULES)
 def test_no_input_of_any_scale_exceeds_the_bound(name):
     tokens = CHUNK * np.arange(1, CHUNKS + 1)
-    for scale, decay, momentum in (
-        *((1.0, -0.01, -0.1), (1e3, -0.01, -1e-3), (1e20, -0.01, 0.0), (1e3, 0.0, -1e-12)),
-        *((1e3, -1e-12, -1e-3), (1e-3, -0.01, -2.0)),
-    ):
-        first, weights, moments = map(np.asarray, lengths(RULES[name], scale, decay, momentum))
-        longest = first + 0.5 * np.minimum(tokens, 1 / max(-np.expm1(decay), 1e-300))
-        assert (weights <= longest * (1 + 1e-9)).all()
-        assert (moments <= 0.5 * (1 + 1e-9)).all()
+    scale, decay, momentum = np.transpose(
+        [
+            *((1.0, -0.01, -0.1), (1e3, -0.01, -1e-3), (1e20, -0.01, 0.0), (1e3, 0.0, -1e-12)),
+            *((1e3, -1e-12, -1e-3), (1e-3, -0.01, -2.0)),
+        ]
+    )
+    first, weights, moments = map(np.asarray, lengths(RULES[name], scale, decay, momentum))
+    kept = 1 / np.maximum(-np.expm1(decay), 1e-300)
+    longest = first[:, None] + 0.5 * np.minimum(tokens, kept[:, None])
+    assert (weights <= longest * (1 + 1e-9)).all()
+    assert (moments <= 0.5 * (1 + 1e-9)).all()
 
 
 @pytest.mark.usefixtures("x64")
@@ -81,9 +85,11 @@ def test_chunks_equal_tokens_where_steps_are_shortened(name):
             implementation=implementation,
         )
 
-    wanted = run(small, "reference")
-    assert_close(run(small), wanted, 1e-12)
-    bare = run(type(memory)(4, expansion=2, depth=memory.depth), "reference")
+    other = type(memory)(4, expansion=2, depth=memory.depth)
+    wanted, got, bare = jax.jit(
+        lambda: (run(small, "reference"), run(small), run(other, "reference"))
+    )()
+    assert_close(got, wanted, 1e-12)
     assert np.abs(bare - wanted).max() > 0.1 * np.abs(wanted).max()
 
 

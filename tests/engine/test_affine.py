@@ -1,5 +1,7 @@
 """Blocks of affine memories: every implementation against chunks written in turn."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,22 +50,28 @@ def written(memory, restarts, rows, implementation):
     return ends, kept["reads"]
 
 
-@pytest.mark.parametrize("implementation", KERNELS)
-@pytest.mark.parametrize("memory", AFFINE.values(), ids=AFFINE)
-def test_kernels_equal_chunks_in_turn(memory, implementation):
-    # Three blocks of one chunk, of which the second goes on from the first.
+def three_blocks(memory, implementation):
+    """Ends, reads and gradients of blocks of one chunk; the second goes on from the first."""
     restarts = np.array([True, False, True])
     rows = jax.tree.map(lambda x: x[:, :, :, None], make_rows(memory, 3))
 
-    def outputs(implementation):
-        def run(*rows):
-            return written(memory, restarts, (*rows, None), implementation)
+    def run(*rows):
+        return written(memory, restarts, (*rows, None), implementation)
 
-        return value_and_vjp(run, *rows)
+    return value_and_vjp(run, *rows)
 
+
+@functools.cache
+def in_turn(memory):
+    return three_blocks(memory, "reference")
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("memory", AFFINE.values(), ids=AFFINE)
+def test_kernels_equal_chunks_in_turn(memory, implementation):
     with interpret_kernels():
-        got = outputs(implementation)
-    wanted = outputs("reference")
+        got = three_blocks(memory, implementation)
+    wanted = in_turn(memory)
     assert_close(got[0], wanted[0], 1e-6)
     assert_close(got[1], wanted[1], 2e-6)
 

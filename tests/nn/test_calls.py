@@ -59,7 +59,8 @@ def answers(layer, x, calls):
 @pytest.mark.parametrize("name", LAYERS)
 def test_documents_come_out_as_alone(name, traced):
     layer, x = LAYERS[name](nnx.Rngs(0)), inputs()
-    calls = CALLS if "attention" in name or "ssd" in name else {call: CALLS[call] for call in FEW}
+    every = name == "attention" or (name == "ssd, grm" and not traced)
+    calls = CALLS if every else {call: CALLS[call] for call in FEW}
     flags = {n: {k: v for k, v in call.items() if k in FLAGS} for n, call in calls.items()}
     arrays = {n: {k: v for k, v in call.items() if k not in FLAGS} for n, call in calls.items()}
 
@@ -136,12 +137,12 @@ def test_swap_of_one_line():
 
 def test_one_array_given_twice_through_a_checkpoint():
     layer, x = make("ssd"), tokens(13)
-    call = jax.checkpoint(lambda x, same: layer(x, same))
-    assert_close(call(x, x), layer(x), 1e-6)
-    assert_close(layer(x, x + 0), layer(x), 1e-6)
+    call, wanted = jax.checkpoint(lambda x, same: layer(x, same)), jax.jit(layer)(x)
+    assert_close(call(x, x), wanted, 1e-6)
+    assert_close(layer(x, x + 0), wanted, 1e-6)
     other = x.at[1, 5].add(1)
     y = jax.jit(layer)(x, other)
-    assert_close(y[0], layer(x)[0], 1e-6)
+    assert_close(y[0], wanted[0], 1e-6)
     assert jnp.isnan(y[1]).all()
 
 

@@ -1,6 +1,7 @@
 """The language model: a scanned stack of any mixers, remat, tied embeddings, precision."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -41,22 +42,43 @@ def call(model, tokens):
 
 
 def gradient(model, tokens):
+    """The logits, and the gradient of the sum of their squares."""
     graph, params = nnx.split(model)
-    return jax.jit(jax.grad(lambda p: jnp.sum(nnx.merge(graph, p)(tokens) ** 2)))(params)
+
+    @jax.jit
+    def both(params):
+        logits, pull = jax.vjp(lambda p: nnx.merge(graph, p)(tokens), params)
+        return logits, pull(2 * logits)[0]
+
+    return both(params)
+
+
+WIDE = dict(dtype=jnp.float64, param_dtype=jnp.float64)
+
+
+@functools.cache
+def with_remat():
+    """``gradient`` of a model with remat in float64."""
+    return gradient(make(**WIDE, remat=True), ids())
 
 
 @pytest.mark.parametrize("mixers", MIXERS.values(), ids=MIXERS)
 def test_scan_equals_the_blocks_one_by_one(mixers):
     model, tokens = make(mixers=mixers), ids()
-    graph, stacked = nnx.split(model.layers)
-    x = model.embedding(tokens)
-    for i in range(4 // len(mixers)):
-        period = nnx.merge(graph, jax.tree.map(lambda p, i=i: p[i], stacked))
-        assert len(period.blocks) == len(mixers)
-        for block in period.blocks:
-            x = x + block.mixer(block.mixer_norm(x))
-            x = x + block.mlp(block.mlp_norm(x))
-    assert_close(call(model, tokens), model.head(model.norm(x)), 1e-5)
+
+    @nnx.jit
+    def one_by_one(model, tokens):
+        graph, stacked = nnx.split(model.layers)
+        x = model.embedding(tokens)
+        for i in range(4 // len(mixers)):
+            period = nnx.merge(graph, jax.tree.map(lambda p, i=i: p[i], stacked))
+            assert len(period.blocks) == len(mixers)
+            for block in period.blocks:
+                x = x + block.mixer(block.mixer_norm(x))
+                x = x + block.mlp(block.mlp_norm(x))
+        return model.head(model.norm(x))
+
+    assert_close(call(model, tokens), one_by_one(model, tokens), 1e-5)
 
 
 @pytest.mark.parametrize("mixers", MIXERS.values(), ids=MIXERS)
@@ -101,11 +123,10 @@ def test_no_two_layers_start_alike():
 
 @pytest.mark.usefixtures("x64")
 def test_remat_changes_no_number_and_saves_less():
-    tokens = ids()
-    wide = dict(dtype=jnp.float64, param_dtype=jnp.float64)
-    plain, remat = make(**wide), make(**wide, remat=True)
-    assert_close(call(remat, tokens), call(plain, tokens), 1e-12)
-    assert_close(gradient(remat, tokens), gradient(plain, tokens), 1e-10)
+    tokens, plain, remat = ids(), make(**WIDE), make(**WIDE, remat=True)
+    (logits, slopes), wanted = with_remat(), gradient(plain, tokens)
+    assert_close(logits, wanted[0], 1e-12)
+    assert_close(slopes, wanted[1], 1e-10)
 
     def saved(model):
         pull = jax.eval_shape(lambda model: jax.vjp(lambda model: model(tokens), model)[1], model)
@@ -119,9 +140,8 @@ def test_states_on_the_host_change_no_number_and_are_not_written_anew():
     from experiments._flops import count_flops
 
     tokens = ids()
-    wide = dict(dtype=jnp.float64, param_dtype=jnp.float64, remat=True)
-    remat, offload = make(**wide), make(**wide, offload_states=True)
-    assert_close(gradient(offload, tokens), gradient(remat, tokens), 1e-12)
+    remat, offload = (make(**WIDE, remat=True, offload_states=moves) for moves in (False, True))
+    assert_close(gradient(offload, tokens), with_remat(), 1e-12)
 
     assert count_flops(gradient, offload, tokens) < count_flops(gradient, remat, tokens)
     # Here the host is the device: what a TPU program would move is told by the traced form alone.

@@ -151,6 +151,17 @@ def test_no_document_of_a_row_sees_another(model):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+@functools.cache
+def one_step(model, rows, **options):
+    """The state and the metrics after a step on four documents in so many rows."""
+    documents = np.reshape([[END, *words(15, seed)] for seed in range(4)], (rows, -1))
+    optimizer = optax.sgd(1.0)
+    graph, _ = abstract_state(model, optimizer)
+    update = make_train_step(graph, optimizer, **options)
+    tokens = jnp.asarray([[*row, END] for row in documents])
+    return jax.device_get(update(create_state(model, optimizer, 0), tokens))
+
+
 @pytest.mark.parametrize(
     ("model", "remat", "accumulate"),
     [(attention(), False, 1), (attention(), True, 1), (attention(), False, 2), (linear(), True, 2)],
@@ -158,19 +169,11 @@ def test_no_document_of_a_row_sees_another(model):
 )
 def test_a_step_on_packed_documents_is_one_on_each_alone(model, remat, accumulate):
     """They begin on borders of segments."""
-    model = dataclasses.replace(model, remat=remat)
-    documents = [[END, *words(15, seed)] for seed in range(4)]
-    optimizer = optax.sgd(1.0)
-
-    def step(rows, **options):
-        graph, _ = abstract_state(model, optimizer)
-        update = make_train_step(graph, optimizer, **options)
-        tokens = jnp.asarray([[*row, END] for row in rows])
-        return jax.device_get(update(create_state(model, optimizer, 0), tokens))
-
-    packed, metrics = step(np.reshape(documents, (2, 32)), end_token=END, accumulate=accumulate)
-    alone, metrics_alone = step(documents)
-    mixed, _ = step(np.reshape(documents, (2, 32)))
+    packed, metrics = one_step(
+        dataclasses.replace(model, remat=remat), 2, end_token=END, accumulate=accumulate
+    )
+    alone, metrics_alone = one_step(model, 4)
+    mixed, _ = one_step(model, 2)
     assert metrics["loss"] == pytest.approx(metrics_alone["loss"], rel=1e-5)
     close = 1e-5 * metrics_alone["gradient_norm"]
     same = functools.partial(np.testing.assert_allclose, rtol=0, atol=close)
