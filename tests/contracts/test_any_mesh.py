@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import memcache_jax as mc
 from memcache_jax.kernels._dispatch import interpret_kernels
-from tests.cases import MEMORIES, assert_close, make_inputs
+from tests.cases import MEMORIES, assert_close, make_inputs, with_slow
 
 EXPLICIT, AUTO = AxisType.Explicit, AxisType.Auto
 # The logical names and the mesh of a large public trainer, most of whose axes have one device.
@@ -81,7 +81,7 @@ def assert_same(got, wanted, tolerance=1e-5):
     jax.tree.map(lambda x, y: assert_close(np.asarray(x), np.asarray(y), tolerance), got, wanted)
 
 
-@pytest.mark.parametrize("name", MEMORIES)
+@pytest.mark.parametrize("name", with_slow([*MEMORIES], "linear"))
 def test_every_rule_where_explicit_axes_divide_rows_and_heads(name):
     memory = MEMORIES[name]
     kind = mc.SSC(top_k=2) if list(MEMORIES).index(name) % 2 else mc.GRM()
@@ -99,13 +99,17 @@ def test_every_rule_where_explicit_axes_divide_rows_and_heads(name):
     ("types", "options"),
     [
         ((AUTO, AUTO), dict(rules=RULES)),
-        ((AUTO, AUTO), {}),
-        ((EXPLICIT, AUTO), {}),
-        ((EXPLICIT, EXPLICIT), dict(document_ids=DOCUMENTS)),
-        ((EXPLICIT, EXPLICIT), dict(implementation="reference")),
-        ((EXPLICIT, EXPLICIT), dict(start="checkpoint", segmentation=mc.Logarithmic(4))),
-        ((EXPLICIT, EXPLICIT), dict(shape=(1, 2))),
-        ((EXPLICIT, EXPLICIT), dict(shape=(1, 1))),
+        pytest.param((AUTO, AUTO), {}, marks=slow),
+        pytest.param((EXPLICIT, AUTO), {}, marks=slow),
+        pytest.param((EXPLICIT, EXPLICIT), dict(document_ids=DOCUMENTS), marks=slow),
+        pytest.param((EXPLICIT, EXPLICIT), dict(implementation="reference"), marks=slow),
+        pytest.param(
+            (EXPLICIT, EXPLICIT),
+            dict(start="checkpoint", segmentation=mc.Logarithmic(4)),
+            marks=slow,
+        ),
+        pytest.param((EXPLICIT, EXPLICIT), dict(shape=(1, 2)), marks=slow),
+        pytest.param((EXPLICIT, EXPLICIT), dict(shape=(1, 1)), marks=slow),
     ],
     ids=str,
 )
@@ -141,7 +145,7 @@ def test_kernels_on_explicit_axes(implementation):
         assert_same(run(**rows), wanted)
 
 
-@pytest.mark.parametrize("exchange", ["gather", "ring"])
+@pytest.mark.parametrize("exchange", with_slow(["gather", "ring"], "ring"))
 def test_explicit_axes_divide_time(exchange):
     memory = MEMORIES["gated_deltanet"]
     how: Any = dict(memory=memory, aggregation=mc.GRM(), segmentation=mc.Constant(4))
@@ -155,6 +159,7 @@ def test_explicit_axes_divide_time(exchange):
     assert jax.typeof(got[0]).sharding.spec == P(None, "context", "model", None)
 
 
+@pytest.mark.slow
 def test_rows_on_a_mesh_that_is_not_in_context_and_in_a_shard_map():
     memory = MEMORIES["titans"]
     how: Any = dict(memory=memory, aggregation=mc.SSC(top_k=2), segmentation=mc.Constant(8))
@@ -225,6 +230,7 @@ def test_a_shard_map_that_checks_what_varies(name, kind, options):
         assert_same(*known, 2e-5)
 
 
+@pytest.mark.slow
 def test_a_model_and_its_stream_in_a_shard_map_that_checks_what_varies():
     model, tokens = model_and_tokens()
     tokens = jnp.asarray(tokens)
@@ -307,6 +313,7 @@ def step_of_one_device():
     return tokens, documents, step(model, tokens, documents)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "names", "types", "rows", "axis_names"),
     [
@@ -383,6 +390,7 @@ def test_streams(kind, sharding):
         )
 
 
+@pytest.mark.slow
 def test_a_cache_of_the_core_lies_as_it_is_told():
     memory = MEMORIES["titans"]
     how: Any = dict(memory=memory, aggregation=mc.GRM(), segmentation=mc.Constant(4))
@@ -420,7 +428,7 @@ def test_a_cache_of_the_core_lies_as_it_is_told():
 @pytest.mark.parametrize(
     ("kind", "rules"), [(EXPLICIT, ()), (AUTO, ()), (AUTO, (("batch", "dp"),))], ids=str
 )
-@pytest.mark.parametrize("name", ["gated_deltanet", "titans", "attention"])
+@pytest.mark.parametrize("name", with_slow(["gated_deltanet", "titans", "attention"], "attention"))
 def test_nothing_gathers_a_batch(name, kind, rules):
     mixer = mc.nn.AttentionMixer()
     if name != "attention":
@@ -440,7 +448,7 @@ def test_nothing_gathers_a_batch(name, kind, rules):
     assert not collectives
 
 
-@pytest.mark.parametrize("name", ["linear", "titans"])
+@pytest.mark.parametrize("name", with_slow(["linear", "titans"], "linear"))
 def test_no_state_is_gathered_in_a_stream_that_the_compiler_divides(name):
     memory = MEMORIES[name]
     for kind in (mc.GRM(), mc.SSC(top_k=2)):

@@ -19,6 +19,7 @@ from tests.cases import (
     normals,
     scheduled,
     value_and_vjp,
+    with_slow,
 )
 
 LENGTH, SEGMENT, BORDER = 37, 8, 24
@@ -58,7 +59,7 @@ packed = jax.jit(
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
+@pytest.mark.parametrize("memory", with_slow(MEMORIES, "linear"))
 def test_every_rule_equals_its_recurrence(memory):
     inputs = make_inputs(memory, LENGTH)
     run = functools.partial(
@@ -67,6 +68,7 @@ def test_every_rule_equals_its_recurrence(memory):
     assert_close(run(), run(implementation="reference"), 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("aggregation", "segmentation", "start"),
@@ -91,10 +93,10 @@ def test_every_aggregation_equals_the_recurrence(aggregation, segmentation, star
 @pytest.mark.parametrize(
     ("name", "segmentation"),
     [
-        ("rwkv7", "constant"),
-        ("titans", "constant"),
+        pytest.param("rwkv7", "constant", marks=pytest.mark.slow),
+        pytest.param("titans", "constant", marks=pytest.mark.slow),
         ("swla", "logarithmic"),  # merged
-        ("gated_deltanet", "logarithmic"),  # written once more
+        pytest.param("gated_deltanet", "logarithmic", marks=pytest.mark.slow),  # written once more
     ],
 )
 def test_gradients_are_slopes_of_the_recurrence(name, segmentation):
@@ -120,7 +122,7 @@ def test_gradients_are_slopes_of_the_recurrence(name, segmentation):
 @pytest.mark.parametrize(
     ("segmentation", "start"), [("constant", "checkpoint"), ("logarithmic", "independent")]
 )
-@pytest.mark.parametrize("memory", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("memory", with_slow(FAMILIES, "linear"))
 def test_a_document_on_a_segment_border_is_as_if_alone(memory, segmentation, start):
     segmentation = SEGMENTATIONS[segmentation]
     inputs = make_inputs(memory, LENGTH)
@@ -172,7 +174,7 @@ def test_one_document_is_the_sequence():
     assert_close(packed(inputs, ids, memory, mc.GRM()), wanted, 1e-12)
 
 
-@pytest.mark.parametrize("name", ["linear", "titans"])
+@pytest.mark.parametrize("name", with_slow(["linear", "titans"], "linear"))
 def test_a_document_on_a_segment_border_in_bfloat16(name):
     memory = MEMORIES[name]
     inputs = make_inputs(memory, LENGTH, batch=1, dtype=jnp.float32)

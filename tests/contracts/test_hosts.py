@@ -93,6 +93,7 @@ def test_explicit_axes_with_captures(wanted):
     assert spec_of(model.attn.query.kernel[...]) == P("fsdp", "tp")
 
 
+@pytest.mark.slow
 def test_logical_rules(wanted):
     """As Flax's guide to several devices creates a model."""
     mesh = mesh_of(AxisType.Auto)
@@ -142,6 +143,7 @@ class LinenDecoder(linen.Module):
         return x @ table.T
 
 
+@pytest.mark.slow
 def test_linen_with_rules_scan_remat_and_a_cache():
     model: Any = LinenDecoder()
     mesh = mesh_of(AxisType.Auto)

@@ -18,13 +18,15 @@ from tests.cases import (
     run_all,
     run_reference,
     scheduled,
+    slow_unless,
     value_and_vjp,
+    with_slow,
 )
 
 DECAYS = {"log_alpha", "log_beta", "log_w"}
 every_memory = pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
 every_family = pytest.mark.parametrize("memory", FAMILIES.values(), ids=FAMILIES)
-every_start = pytest.mark.parametrize("start", STARTS)
+every_start = pytest.mark.parametrize("start", with_slow(STARTS, "independent"))
 
 
 @pytest.mark.usefixtures("x64")
@@ -82,7 +84,10 @@ def test_checkpoint_carries_on_across_segments(memory):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", [n for n in MEMORIES if DECAYS & set(MEMORIES[n].controls)])
+@pytest.mark.parametrize(
+    "name",
+    with_slow([n for n in MEMORIES if DECAYS & set(MEMORIES[n].controls)], "gated_deltanet"),
+)
 def test_a_decay_of_zero_forgets_and_touches_nothing_before(name):
     memory = MEMORIES[name]
     inputs = make_inputs(memory, 21)
@@ -95,7 +100,12 @@ def test_a_decay_of_zero_forgets_and_touches_nothing_before(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "length"), [*((name, 20) for name in MEMORIES), *((name, 1) for name in FAMILIES)]
+    ("name", "length"),
+    [
+        pytest.param(name, length, marks=slow_unless(name == "linear"))
+        for length, names in ((20, MEMORIES), (1, FAMILIES))
+        for name in names
+    ],
 )
 def test_extreme_controls_stay_finite(name, length):
     inputs = make_inputs(MEMORIES[name], length)

@@ -12,7 +12,7 @@ import pytest
 import memcache_jax as mc
 from memcache_jax.sharding import AXES, batch_sharding, make_mesh
 from memcache_jax.training.step import abstract_state, create_state, make_train_step
-from tests.cases import slow_unless
+from tests.cases import slow_unless, with_slow
 
 MIXERS = {
     "titans grm": mc.nn.MemoryCachingMixer(mc.memories.Titans(4, 2), mc.GRM(), mc.Constant(4)),
@@ -105,7 +105,7 @@ def test_every_mesh_gives_the_gradient_of_one_device(name, shape):
     assert_same(got, on_one_device(name, jnp.float64), 1e-10)
 
 
-@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize("shape", with_slow({str(s): s for s in MESHES}, "(1, 2, 2, 2)"))
 def test_every_mesh_gives_the_gradient_of_attention(shape):
     """In float32, in which JAX has its softmax."""
     got = on_mesh("transformer", jnp.float32, shape)
@@ -151,6 +151,7 @@ def test_packed_documents_give_the_gradient_of_one_device(name, shape):
     assert abs(wanted[1]["loss"] - on_one_device(name, jnp.float32)[1]["loss"]) > 1e-4
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_with_documents_give_the_same_gradient():
     got = on_mesh("transformer", jnp.float32, (4, 1, 1, 2), accumulate=2, end_token=3)
     assert_same(got, on_one_device("transformer", jnp.float32, end_token=3), 1e-5)

@@ -14,7 +14,7 @@ from memcache_jax.kernels.affine_update import AffineChunk
 from memcache_jax.kernels.decay import decay_matrix, start_decay
 from memcache_jax.sharding import make_mesh
 from memcache_jax.streaming.eviction import Eviction
-from tests.cases import MEMORIES, assert_close, make_inputs, scheduled
+from tests.cases import MEMORIES, assert_close, make_inputs, scheduled, with_slow
 from tests.streams import over_time, streamed
 
 LENGTH, SEGMENTATION = 32, mc.Constant(4)
@@ -173,8 +173,9 @@ PARTS: dict[str, tuple[Any, Any]] = {
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("memory", "aggregation"), PARTS.values(), ids=PARTS)
-def test_one_effect_on_every_path(memory, aggregation):
+@pytest.mark.parametrize("part", with_slow(PARTS, "affine memory", "gate from a finished one"))
+def test_one_effect_on_every_path(part):
+    memory, aggregation = part
     inputs = make_inputs(memory, LENGTH, batch=1, heads=2)
     how: dict[str, Any] = dict(memory=memory, aggregation=aggregation, segmentation=SEGMENTATION)
 

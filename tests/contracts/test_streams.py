@@ -98,6 +98,7 @@ class TestEveryRule:
                 assert_close(y, wanted[name][:, : y.shape[1]], 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["linear", "titans"])
 def test_other_gates_and_segments(name):
@@ -139,7 +140,7 @@ def test_16384_tokens(kind):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("memory", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("memory", with_slow(FAMILIES, "linear"))
 def test_rows_at_positions_of_their_own(memory):
     kind, segmentation = mc.GRM(), mc.Constant(8)
     inputs = jax.tree.map(jnp.asarray, make_inputs(memory, LENGTH, batch=3))
@@ -173,8 +174,9 @@ def test_rows_at_positions_of_their_own(memory):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("memory", [FAMILIES["linear"], FAMILIES["titans"]], ids=repr)
-def test_gradients_pass_from_call_to_call(memory):
+@pytest.mark.parametrize("name", with_slow(["linear", "titans"], "linear"))
+def test_gradients_pass_from_call_to_call(name):
+    memory = MEMORIES[name]
     inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 21, batch=1, heads=1))
 
     plan: Any = (mc.GRM(), mc.Constant(8))
