@@ -220,9 +220,9 @@ def test_a_shard_map_that_checks_what_varies(name, kind, options):
 
     wanted = jax.jit(functools.partial(both, core))(inputs, of_heads)
     floats = jax.tree.map(lambda x: x.dtype != jax.dtypes.float0, wanted)
-    by_hand = jax.shard_map(core, in_specs=(P("rows"), P()), out_specs=P("rows"))
     for first in (AUTO, EXPLICIT):
         mesh = mesh_of((2, 2), ("rows", "other"), first, AUTO)
+        by_hand = jax.shard_map(core, in_specs=(P("rows"), P()), out_specs=P("rows"))
         with jax.set_mesh(mesh):
             rows = put(inputs, mesh, "rows" if first == EXPLICIT else None)
             got = jax.jit(functools.partial(both, by_hand))(rows, put(of_heads, mesh))

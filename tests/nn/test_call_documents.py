@@ -61,17 +61,19 @@ WRONG = {
 }
 
 
+@pytest.fixture(scope="module")
+def masked():
+    """A layer, and its outputs by a traced mask and by none in one program."""
+    layer = make("linear")
+    return layer, jax.jit(lambda x, mask: (layer(x, mask=mask), layer(x)))
+
+
 @pytest.mark.parametrize("name", WRONG)
-def test_a_known_mask_is_refused_and_a_traced_one_gives_nan(name):
+def test_a_known_mask_is_refused_and_a_traced_one_gives_nan(masked, name):
     mask, message, right = WRONG[name]
-    layer, x = make("linear"), tokens(LENGTH)
+    (layer, run), x = masked, tokens(LENGTH)
     with pytest.raises(ValueError, match=f"mask: {message}"):
         layer(x, mask=mask)
-
-    @jax.jit
-    def run(x, mask):
-        return layer(x, mask=mask), layer(x)
-
     y, causal = run(x, mask)
     nan = np.isnan(y)
     assert [t for t in range(LENGTH) if not nan[:, t].any()] == right
