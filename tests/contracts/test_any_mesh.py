@@ -350,14 +350,15 @@ def hidden_of_one_device():
     return np.asarray(nnx.jit(lambda model, tokens: model.hidden(tokens))(model, tokens))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "sharding"),
     [
         (EXPLICIT, None),
-        pytest.param(AUTO, None, marks=slow),
-        pytest.param(AUTO, P("dp"), marks=slow),
-        pytest.param(EXPLICIT, P("dp", "tp"), marks=slow),
-        pytest.param(AUTO, P("dp", "tp"), marks=slow),
+        (AUTO, None),
+        (AUTO, P("dp")),
+        (EXPLICIT, P("dp", "tp")),
+        (AUTO, P("dp", "tp")),
     ],
     ids=str,
 )

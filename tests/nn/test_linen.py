@@ -66,6 +66,7 @@ def prepared(module):
     return variables, y
 
 
+@functools.cache
 def zeros(module):
     """The variables of such a stream, all zero."""
     stream = module.clone(decode=True)
