@@ -11,7 +11,7 @@ from memcache_jax.engine.run import full_controls
 from memcache_jax.engine.types import Rows, Writing
 from memcache_jax.engine.write import initial_states, write_blocks
 from memcache_jax.kernels._dispatch import interpret_kernels
-from tests.cases import MEMORIES, assert_close, make_inputs, normals, value_and_vjp
+from tests.cases import MEMORIES, assert_close, make_inputs, normals, value_and_vjp, with_slow
 
 KERNELS = ("pallas_tpu", "pallas_gpu")
 AFFINE = {name: memory for name, memory in MEMORIES.items() if memory.form == "affine"}
@@ -67,7 +67,7 @@ def in_turn(memory):
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
-@pytest.mark.parametrize("memory", AFFINE.values(), ids=AFFINE)
+@pytest.mark.parametrize("memory", with_slow(AFFINE, "linear"))
 def test_kernels_equal_chunks_in_turn(memory, implementation):
     with interpret_kernels():
         got = three_blocks(memory, implementation)

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import memcache_jax as mc
-from tests.cases import assert_close
+from tests.cases import assert_close, with_slow
 from tests.nn.caches import language_model
 from tests.nn.hosts import (
     DOCUMENTS,
@@ -56,7 +56,7 @@ def answers(layer, x, calls):
 
 
 @pytest.mark.parametrize("traced", [False, True], ids=["known", "traced"])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", with_slow([*LAYERS], "attention"))
 def test_documents_come_out_as_alone(name, traced):
     layer, x = LAYERS[name](nnx.Rngs(0)), inputs()
     every = name == "attention" or (name == "ssd, grm" and not traced)
@@ -218,7 +218,7 @@ EMPTY = [(0, 5), (2, 0)]
 
 
 @pytest.mark.parametrize("shape", EMPTY)
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", with_slow([*LAYERS], "attention"))
 def test_empty_inputs_give_empty_outputs_of_a_layer(name, shape):
     layer, x = LAYERS[name](nnx.Rngs(0)), jnp.zeros((*shape, 16), jnp.bfloat16)
     y = layer(x, positions=np.zeros(shape, int))

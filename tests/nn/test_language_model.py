@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import memcache_jax as mc
-from tests.cases import assert_close, scheduled
+from tests.cases import assert_close, scheduled, with_slow
 
 CACHING = mc.nn.MemoryCachingMixer(
     mc.memories.Titans(chunk_size=4, expansion=2), mc.GRM(), mc.Constant(8)
@@ -63,7 +63,7 @@ def with_remat():
     return gradient(make(**WIDE, remat=True), ids())
 
 
-@pytest.mark.parametrize("mixers", MIXERS.values(), ids=MIXERS)
+@pytest.mark.parametrize("mixers", with_slow(MIXERS, "attention"))
 def test_scan_equals_the_blocks_one_by_one(mixers):
     model, tokens = make(mixers=mixers), ids()
 
@@ -82,7 +82,7 @@ def test_scan_equals_the_blocks_one_by_one(mixers):
     assert_close(call(model, tokens), one_by_one(model, tokens), 1e-5)
 
 
-@pytest.mark.parametrize("mixers", MIXERS.values(), ids=MIXERS)
+@pytest.mark.parametrize("mixers", with_slow(MIXERS, "attention"))
 def test_logits_see_no_later_token(mixers):
     model, tokens = make(mixers=mixers), ids()
     y = call(model, tokens)

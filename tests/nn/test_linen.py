@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import memcache_jax as mc
 from memcache_jax.nn.host_options import HostOptions
+from tests.cases import with_slow
 from tests.nn.loops import FEATURES, HEADS, OPTIONS, VOCAB, cross_entropy, repeating_tokens
 
 STREAMS = {
@@ -225,7 +226,7 @@ def test_boxed_and_unboxed_variables_give_the_same():
         np.testing.assert_allclose(y, full[:, :10], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", with_slow([*LAYERS], "linear attention, grm", "attention"))
 def test_stream_equals_the_full_pass(name):
     module = LAYERS[name]
     variables, full = prepared(module)

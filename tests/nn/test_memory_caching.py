@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import memcache_jax as mc
-from tests.cases import MEMORIES, assert_close
+from tests.cases import MEMORIES, assert_close, with_slow
 from tests.nn.caches import LAYERS, LENGTH, caching, inputs, stream
 from tests.nn.layer import call, make, randomized, tokens
 from tests.nn.loops import FEATURES, HEADS, OPTIONS, VOCAB, cross_entropy, repeating_tokens
@@ -37,7 +37,7 @@ def test_layer_is_causal_and_prefix_consistent(memory, aggregation, start):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("memory", with_slow([*MEMORIES], "linear"))
 def test_every_parameter_has_a_gradient(memory):
     layer, x = randomized(make(memory)), tokens(21, dtype=jnp.float64)
     graph, params = nnx.split(layer)
@@ -190,7 +190,7 @@ def test_nnx_loop(name):
 
 
 @pytest.mark.usefixtures("every_platform")
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", with_slow([*LAYERS], "position"))
 def test_layer(name):
     layer, x = LAYERS[name](nnx.Rngs(0)), inputs()
     graph, state = nnx.split(layer)
