@@ -12,6 +12,7 @@ import memcache_jax as mc
 from tests.cases import MEMORIES, assert_close, make_inputs, run
 
 
+@pytest.mark.slow
 def test_works_under_other_transformations():
     memory = MEMORIES["titans"]
     inputs = make_inputs(memory, 21)

@@ -132,6 +132,7 @@ def test_kinds_of_axes(types, options):
     assert shape == (1, 1) or "model" in spec
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
 def test_kernels_on_explicit_axes(implementation):
     memory = MEMORIES["linear"]

@@ -133,6 +133,7 @@ def test_a_document_on_a_segment_border_is_as_if_alone(memory, segmentation, sta
     assert_close(y[:1, BORDER:], wanted[:1], 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear", "deltanet"])
 def test_narrow_inputs_under_x64(name):
     inputs = make_inputs(MEMORIES[name], LENGTH, dtype=jnp.float32)
@@ -143,6 +144,7 @@ def test_narrow_inputs_under_x64(name):
     assert_close(y, wanted, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_side_by_side():
     memory = MEMORIES["titans"]
@@ -165,6 +167,7 @@ def test_other_gates(gate):
     assert_close(run(), run(implementation="reference"), 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_one_document_is_the_sequence():
     memory = MEMORIES["titans"]

@@ -81,6 +81,7 @@ def wanted():
     return losses
 
 
+@pytest.mark.slow
 def test_explicit_axes_with_captures(wanted):
     mesh = mesh_of(AxisType.Explicit)
     with jax.set_mesh(mesh):

@@ -71,6 +71,7 @@ def test_gated_read_is_the_read_times_the_gate(memory):
     assert_close(read(matrices, query, gate), wanted, 1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @every_memory
 def test_pieces_add_up_to_the_read(memory):

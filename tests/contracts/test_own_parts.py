@@ -208,6 +208,7 @@ def test_one_effect_on_every_path(part):
     assert_close(in_stream, one_pass, 1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("start", ["independent", "checkpoint"])
 def test_an_affine_memory_has_all_its_paths(start):
@@ -294,6 +295,7 @@ class Doubling(mc.Segmentation):
         return mc.ReadPlan.of(self.size, [spans[:s] for s in segment], borders[segment])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("segmentation", [Window(4), Doubling(4)], ids=["window", "doubling"])
 def test_a_segmentation_of_ones_own(segmentation):
@@ -360,6 +362,7 @@ def test_a_gate_of_ones_own_keeps_documents_apart_in_gradients(name):
     assert_close(gradient(broken)[:, 12:], gradient(inputs)[:, 12:], 1e-12)
 
 
+@pytest.mark.slow
 def test_a_layer_that_was_not_kept_is_named():
     class Later(mc.GRM):
         def read(self, bank, live, query, selection):
@@ -379,6 +382,7 @@ class DropNewest(Eviction):
         return -kept.newest.astype(jnp.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_policy_of_ones_own():
     memory = MEMORIES["linear"]

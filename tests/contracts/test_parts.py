@@ -78,6 +78,7 @@ def test_parts_of_a_sequence(case):
     assert_close(got[1], wanted[1], 1e-10, scale=1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_layer_keeps_documents_apart_over_parts():
     layer = mc.nn.MemoryCaching(

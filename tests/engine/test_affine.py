@@ -76,6 +76,7 @@ def test_kernels_equal_chunks_in_turn(memory, implementation):
     assert_close(got[1], wanted[1], 2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", [*KERNELS, "xla"])
 @pytest.mark.parametrize("name", ["swla", "gated_deltanet"])
 def test_documents(name, implementation):

@@ -172,6 +172,7 @@ def test_a_wrong_pair_is_seen(monkeypatch, implementation, error):
         compare_case(implementation, CASES["constant"])
 
 
+@pytest.mark.slow
 def test_no_two_cores_write_one_block(monkeypatch):
     def run(batch):
         reads = mc.Constant(1).plan(3).reads
@@ -187,6 +188,7 @@ def test_no_two_cores_write_one_block(monkeypatch):
     assert run(batch=1)
 
 
+@pytest.mark.slow
 def test_under_the_transformations():
     implementation = "pallas_tpu"
     reads, memory, *_ = CASES["ragged"]
@@ -227,6 +229,7 @@ def test_under_the_transformations():
             assert_close(got, wanted, 2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("implementation", ["xla", *KERNELS])
 def test_rows_that_are_blind_to_a_state(implementation, memory):
@@ -250,6 +253,7 @@ def test_rows_that_are_blind_to_a_state(implementation, memory):
     assert_close(got, outputs(read, 0.0, "reference"), 2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["ragged", "each row its own"])
 @pytest.mark.parametrize("implementation", KERNELS)

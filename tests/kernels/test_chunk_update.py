@@ -73,6 +73,7 @@ def written(memory, kind, implementation, states, rows):
     return chunk_update(chunk, states, rows, batch_dims=1, implementation=implementation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind", "group"),
     [
@@ -142,6 +143,7 @@ def traced(key_dim):
     return jax.eval_shape(jax.grad(y), arrays, controls, weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key_dim", [32, 64, 96, 128, 256])
 def test_tpu_takes_heads_of_any_usual_size(key_dim):
     assert {x.shape for x in traced(key_dim)} == {(1, 512, 2, key_dim)}

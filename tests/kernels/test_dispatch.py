@@ -107,6 +107,7 @@ print(loaded() - of_flax)
 """
 
 
+@pytest.mark.slow
 def test_no_backend_is_loaded_unasked():
     # Flax and JAX load some of Pallas themselves, though none of its backends.
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)

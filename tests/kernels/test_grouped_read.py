@@ -160,6 +160,7 @@ def test_units_are_read_in_parts_where_scalar_memory_is_small(monkeypatch):
         operation(*arrays, implementation="pallas_tpu")
 
 
+@pytest.mark.slow
 def test_no_two_cores_write_one_block(monkeypatch):
     operation, arrays = make_case(3, 2, 2, 1, 4, 4, "matrix", "float32")
 

@@ -34,6 +34,7 @@ def test_a_call_on_another_platform_is_refused_at_once(implementation):
         jax.jit(loss, static_argnums=1)(X, implementation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_the_platform_is_the_one_compiled_for(implementation):
     # Closed over, the array is a CPU's, which is no matter.

@@ -122,6 +122,7 @@ def test_a_wrong_mask_is_seen(monkeypatch, implementation, error):
         compare_case(implementation, CASES["constant"])
 
 
+@pytest.mark.slow
 def test_no_two_cores_write_one_block(monkeypatch):
     operation, arrays = make_case(mc.Constant(1).plan(3).reads, 1, 3, 4, 1)
 

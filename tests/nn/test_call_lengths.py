@@ -48,6 +48,7 @@ def next_step(call):
 FEW = ("positions, zeros and repeats", "mask", "segments")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("traced", [False, True], ids=["known", "traced"])
 @pytest.mark.parametrize("name", ["titans, grm", "attention", "window"])
 def test_a_padded_prompt_and_its_next_token(name, traced):
@@ -78,6 +79,7 @@ def test_a_padded_prompt_and_its_next_token(name, traced):
             assert_close(step[row, 0], wanted[row, count], 1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_goes_on_from_a_padded_prompt():
     model = language_model()
     rows = jax.random.randint(jax.random.key(0), (2, LENGTH), 0, 23)
@@ -159,6 +161,7 @@ def begun():
     return layer, run, run(tokens(7)[:, :4], layer.init_cache(2, 20), {})[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRONG)
 def test_a_call_that_does_not_continue_its_row(begun, name):
     call, message, nan = WRONG[name]
@@ -187,6 +190,7 @@ def test_what_no_cache_takes(call, message):
         layer(tokens(7), cache=layer.init_cache(2, 20), **call)
 
 
+@pytest.mark.slow
 def test_rows_of_padding_alone_stay_where_they_are():
     layer = make("linear")
     ids = np.array([[0] * 7, [1] * 7])

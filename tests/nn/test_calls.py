@@ -77,6 +77,7 @@ def test_documents_come_out_as_alone(name, traced):
         assert np.isfinite(y).all(), call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["titans, grm", "attention"])
 def test_segment_ids_are_document_ids(name):
     layer = LAYERS[name](nnx.Rngs(0))
@@ -90,6 +91,7 @@ def test_segment_ids_are_document_ids(name):
     assert_close(picked(one, DOCUMENTS[1:]), separate(whole, DOCUMENTS[1:]), 1e-5)
 
 
+@pytest.mark.slow
 def test_a_language_model_takes_them_too():
     model = language_model()
     rows = jax.random.randint(jax.random.key(0), (4, LENGTH), 0, 23)
@@ -104,6 +106,7 @@ def test_a_language_model_takes_them_too():
         assert_close(picked(y), separate(wanted), 2e-5)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_row_without_padding():
     layer, x = LAYERS["ssd, grm"](nnx.Rngs(0)), inputs()[:1]
 
@@ -117,6 +120,7 @@ def test_gradients_are_those_of_the_row_without_padding():
     assert_close(padded, row, 1e-5)
 
 
+@pytest.mark.slow
 def test_swap_of_one_line():
     x = tokens(13)
     mask = nnx.make_causal_mask(x[..., 0])
@@ -135,6 +139,7 @@ def test_swap_of_one_line():
         assert_close(y, wanted, 1e-6)
 
 
+@pytest.mark.slow
 def test_one_array_given_twice_through_a_checkpoint():
     layer, x = make("ssd"), tokens(13)
     call, wanted = jax.checkpoint(lambda x, same: layer(x, same)), jax.jit(layer)(x)
@@ -183,6 +188,7 @@ def test_an_unknown_keyword_or_no_input():
         language_model()(jnp.zeros((1, 3), int), decode=False)  # pyright: ignore
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear", "attention"])
 def test_rows_divided_by_explicit_axes(name):
     mesh = jax.make_mesh((2, 2), ("data", "model"), devices=jax.devices()[:4])
@@ -204,6 +210,7 @@ def test_rows_divided_by_explicit_axes(name):
         assert_close(picked(np.asarray(y)), picked(wanted[call]), 1e-5)
 
 
+@pytest.mark.slow
 def test_linen_takes_them_too():
     layer = mc.nn.linen.MemoryCaching(
         16, 2, memory=mc.memories.SSD(), aggregation=mc.GRM(), segmentation=mc.Constant(8)
@@ -234,6 +241,7 @@ def test_empty_inputs_give_empty_outputs_of_a_layer(name, shape):
     assert not any(np.any(slope) for slope in jax.tree.leaves(slopes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", EMPTY)
 @pytest.mark.parametrize("options", [dict(), dict(tie_embeddings=True, remat=True)], ids=str)
 def test_empty_inputs_give_empty_outputs_of_a_model(options, shape):

@@ -91,6 +91,7 @@ def test_logits_see_no_later_token(mixers):
     assert float(jnp.abs(changed[:, 9:] - y[:, 9:]).max()) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [None, (2, 2)])
 @pytest.mark.parametrize("tied", [False, True])
 def test_logits_of_bfloat16_are_products_in_float32(tied, mesh):
@@ -122,6 +123,7 @@ def test_no_two_layers_start_alike():
             assert not np.array_equal(leaf[0], leaf[1]), jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_remat_changes_no_number_and_saves_less():
     tokens, plain, remat = ids(), make(**WIDE), make(**WIDE, remat=True)
@@ -136,6 +138,7 @@ def test_remat_changes_no_number_and_saves_less():
     assert saved(remat) < saved(plain) / 3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_states_on_the_host_change_no_number_and_are_not_written_anew():
     from experiments._flops import count_flops
@@ -151,6 +154,7 @@ def test_states_on_the_host_change_no_number_and_are_not_written_anew():
         make(offload_states=True)
 
 
+@pytest.mark.slow
 def test_tied_embeddings_are_the_output_layer():
     model = make(mixers=LINEAR, tie_embeddings=True)
     assert not hasattr(model, "head")
@@ -165,6 +169,7 @@ def test_blocks_without_an_mlp():
     assert call(model, ids()).shape == (2, 13, 19)
 
 
+@pytest.mark.slow
 def test_bfloat16_has_float32_parameters_and_logits():
     model = make(mixers=LINEAR, dtype=jnp.bfloat16)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(nnx.state(model)))
@@ -174,6 +179,7 @@ def test_bfloat16_has_float32_parameters_and_logits():
     assert float(jnp.linalg.norm(logits - wanted) / jnp.linalg.norm(wanted)) < 0.1
 
 
+@pytest.mark.slow
 def test_compiled_program_does_not_grow_with_depth():
     def size(layers):
         model = make(num_layers=layers)
@@ -189,6 +195,7 @@ def test_tokens_that_are_none(tokens):
         make()(tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("mixers", "options", "tolerance"),

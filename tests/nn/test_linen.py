@@ -104,6 +104,7 @@ class LinenModel(nn.Module):
         return nn.Dense(VOCAB)(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_linen_loop(name):
     model, tokens = LinenModel(name), repeating_tokens()
@@ -126,6 +127,7 @@ def test_linen_loop(name):
     assert losses[-1] < losses[0] / 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_linen_and_nnx_forms_are_equal_for_equal_parameters(name):
     x = jax.random.normal(jax.random.key(1), (2, 21, FEATURES))
@@ -158,6 +160,7 @@ def test_fields_are_the_arguments_of_the_nnx_layer(name):
         assert fields[name].default == (dataclasses.MISSING if missing else arguments[name].default)
 
 
+@pytest.mark.slow
 def test_initial_parameters_are_those_of_the_nnx_layer():
     params = nn.meta.unbox(prepared(GRM)[0])["params"]
     assert shapes(params) == {
@@ -185,6 +188,7 @@ class Model(nn.Module):
         return self.mixer(nn.RMSNorm()(x))
 
 
+@pytest.mark.slow
 def test_axes_have_logical_names():
     model = Model(TITANS.clone())
     specs = nn.get_partition_spec(jax.eval_shape(model.init, jax.random.key(0), inputs()))
@@ -214,6 +218,7 @@ def test_axis_names_of_the_host():
     assert list(module.clone(in_features=8).init_cache(2, 13)) == ["max_length_13"]
 
 
+@pytest.mark.slow
 def test_boxed_and_unboxed_variables_give_the_same():
     boxed, full = prepared(GRM)
     plain = nn.meta.unbox(boxed)
@@ -254,6 +259,7 @@ def test_init_cache(name):
         module.init_cache(2, room)
 
 
+@pytest.mark.slow
 def test_fields_bound_a_cache():
     recent = GRM.clone(max_segments=2, policy="drop_oldest", cache_dtype="bfloat16")
     variables, _ = prepared(recent)
@@ -269,6 +275,7 @@ def test_fields_bound_a_cache():
     assert list(zeros(GRM.clone(max_length=24))["cache"]) == ["max_length_24"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [GRM, ATTENTION], ids=["memory caching", "attention"])
 def test_ragged_rows(module):
     (variables, full), x = prepared(module), inputs()
@@ -309,6 +316,7 @@ def test_packed_documents():
     np.testing.assert_array_equal(again, y)
 
 
+@pytest.mark.slow
 def test_in_the_place_of_attention():
     x, mask = inputs(), nn.make_causal_mask(jnp.ones((2, 13)))
     init = nn.with_logical_partitioning(nn.initializers.ones, ("host", None))
@@ -360,6 +368,7 @@ class Stack(nn.Module):
         return block(self.mixer.clone(), name="layers")(x, None)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "remat"),
     [("gated delta net, ssc, checkpoint", False), ("attention", True)],

@@ -16,6 +16,7 @@ from tests.nn.layer import call, make, randomized, tokens
 from tests.nn.loops import FEATURES, HEADS, OPTIONS, VOCAB, cross_entropy, repeating_tokens
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("memory", "aggregation", "start"),
@@ -49,6 +50,7 @@ def test_every_parameter_has_a_gradient(memory):
         assert float(jnp.abs(leaf).max()) > 1e-9, name
 
 
+@pytest.mark.slow
 def test_soup_is_not_grm_before_any_training():
     x = tokens(21)
     soup, grm = (call(make(aggregation=aggregation), x) for aggregation in ("soup", "grm"))
@@ -56,6 +58,7 @@ def test_soup_is_not_grm_before_any_training():
     assert jnp.abs(soup[:, 8:] - grm[:, 8:]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_bfloat16_inputs_keep_float32_parameters_and_return_bfloat16():
     layer = make(dtype=jnp.bfloat16)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(nnx.state(layer)))
@@ -66,11 +69,13 @@ def test_bfloat16_inputs_keep_float32_parameters_and_return_bfloat16():
     assert_close(y.astype(jnp.float32), call(make(), x), 3e-2)
 
 
+@pytest.mark.slow
 def test_reference_implementation_gives_the_same_layer():
     x = tokens(13)
     assert_close(call(make(implementation="reference"), x), call(make(), x), 1e-5)
 
 
+@pytest.mark.slow
 def test_head_dim_need_not_divide_the_features():
     layer = make(head_dim=12)
     assert call(layer, tokens(9)).shape == (2, 9, 16)
@@ -107,6 +112,7 @@ def test_input_of_another_shape(build, shape):
         build()(jnp.zeros(shape))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("aggregation", "segmentation"),
@@ -167,6 +173,7 @@ class Model(nnx.Module):
         return self.head(x + self.mixer(self.norm(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["attention", *OPTIONS])
 def test_nnx_loop(name):
     rngs = nnx.Rngs(0)
@@ -202,6 +209,7 @@ def test_layer(name):
     assert_close(y, nnx.jit(lambda layer, x: layer(x))(layer, x), 2e-5)
 
 
+@pytest.mark.slow
 def test_call_with_a_cache():
     layer = caching(nnx.Rngs(0), mc.memories.LinearAttention(), mc.GRM())
     x, outputs = inputs(), []
@@ -216,6 +224,7 @@ def test_call_with_a_cache():
         layer(x, jnp.zeros(x.shape[:2], int), cache=cache)
 
 
+@pytest.mark.slow
 def test_initial_weights_are_trained_where_the_cache_is_a_constant():
     layer = caching(nnx.Rngs(0), mc.memories.Titans(chunk_size=2, depth=1), mc.Residual())
 

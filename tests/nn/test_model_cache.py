@@ -12,6 +12,7 @@ from tests.cases import assert_close
 from tests.nn.caches import FEATURES, HOST, LAYERS, LENGTH, caching, inputs, language_model, stream
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", ["device", "host"])
 def test_language_model(placement):
     mixers = dict(device=language_model().config.mixers, host=HOST)[placement]
@@ -39,6 +40,7 @@ def test_language_model(placement):
     assert_close(hidden, wanted[rows, 9:18], 2e-5)
 
 
+@pytest.mark.slow
 def test_bounded_memory_of_a_model():
     model = language_model(mixers=(language_model().config.mixers[0],))
     cache = model.init_cache(1, max_segments=2, policy="drop_oldest", cache_dtype="int8")
@@ -50,6 +52,7 @@ def test_bounded_memory_of_a_model():
     assert cache.position.tolist() == [90]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "mixers"),
     [
@@ -80,6 +83,7 @@ def test_a_cache_is_saved_and_restored(tmp_path, options, mixers):
     assert_close(extend(tokens, restored)[0], extend(tokens, cache)[0], 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_errors():
     linear = mc.nn.MemoryCachingMixer(memory=mc.memories.LinearAttention())

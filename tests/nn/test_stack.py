@@ -40,6 +40,7 @@ def layer_of(memory):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", [False, True])
 def test_captures_of_a_model(remat):
     model = model_of(remat=remat)
@@ -83,6 +84,7 @@ def test_what_a_hosts_mixer_keeps_of_each_layer():
     np.testing.assert_array_equal(model.layers.blocks[0].mixer.seen[...], [24, 36, 48])
 
 
+@pytest.mark.slow
 def test_captures_of_a_layer():
     layer = layer_of(mc.memories.Titans(4, 2))
     x = jax.random.normal(jax.random.key(0), (2, 12, 16))
@@ -93,6 +95,7 @@ def test_captures_of_a_layer():
     assert rates.shape == (2, 12, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stacked", [False, True])
 def test_adapters_and_what_they_train(stacked):
     """Flax's LoRA around projections: alone, and one in each layer of a stack."""
@@ -135,6 +138,7 @@ def test_adapters_and_what_they_train(stacked):
     np.testing.assert_allclose(y, wanted, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_one_adapter_for_all_layers_of_the_rank_of_their_number():
     model = model_of(num_layers=8)
     wanted = call(model, TOKENS)
@@ -143,6 +147,7 @@ def test_one_adapter_for_all_layers_of_the_rank_of_their_number():
     np.testing.assert_allclose(call(model, TOKENS), wanted, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_attached_is_not_scanned():
     model = model_of()
     wanted = call(model, TOKENS)
