@@ -196,7 +196,6 @@ def test_nnx_loop(name):
     assert losses[-1] < losses[0] / 3
 
 
-@pytest.mark.usefixtures("every_platform")
 @pytest.mark.parametrize("name", with_slow([*LAYERS], "position"))
 def test_layer(name):
     layer, x = LAYERS[name](nnx.Rngs(0)), inputs()
@@ -209,6 +208,7 @@ def test_layer(name):
     assert_close(y, nnx.jit(lambda layer, x: layer(x))(layer, x), 2e-5)
 
 
+@pytest.mark.usefixtures("every_platform")
 @pytest.mark.slow
 def test_call_with_a_cache():
     layer = caching(nnx.Rngs(0), mc.memories.LinearAttention(), mc.GRM())

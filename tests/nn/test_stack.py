@@ -16,6 +16,11 @@ MIXERS = (
     mc.nn.MemoryCachingMixer(mc.memories.Titans(4, 2), mc.GRM(), mc.Constant(8)),
     mc.nn.AttentionMixer(),
 )
+# Without weights, which compiles faster.
+LIGHT = (
+    mc.nn.MemoryCachingMixer(mc.memories.GatedDeltaNet(), mc.GRM(), mc.Constant(8)),
+    mc.nn.AttentionMixer(),
+)
 TOKENS = jnp.zeros((2, 12), jnp.int32)
 
 
@@ -43,7 +48,7 @@ def layer_of(memory):
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", [False, True])
 def test_captures_of_a_model(remat):
-    model = model_of(remat=remat)
+    model = model_of(mixers=LIGHT, remat=remat)
     wanted = call(model, TOKENS)
     capture: Any = nnx.capture(model, nnx.Intermediate, method_outputs=nnx.Intermediate)
     got, captured = capture(TOKENS)
@@ -102,7 +107,7 @@ def test_adapters_and_what_they_train(stacked):
     model: Any
     rngs = nnx.Rngs(1)
     if stacked:
-        model, x = model_of(), TOKENS
+        model, x = model_of(mixers=LIGHT), TOKENS
         mixers = [block.mixer for block in model.layers.blocks]
 
         @nnx.split_rngs(splits=2)
@@ -140,7 +145,7 @@ def test_adapters_and_what_they_train(stacked):
 
 @pytest.mark.slow
 def test_one_adapter_for_all_layers_of_the_rank_of_their_number():
-    model = model_of(num_layers=8)
+    model = model_of(mixers=LIGHT, num_layers=8)
     wanted = call(model, TOKENS)
     mixer: Any = model.layers.blocks[0].mixer
     mixer.value = nnx.LoRA(16, 4, 16, base_module=mixer.value, rngs=nnx.Rngs(1))
