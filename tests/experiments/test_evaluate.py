@@ -307,7 +307,7 @@ def test_an_interrupted_run_goes_on(trained_run, tmp_path):
     assert first["n-samples"]["tiny_choice"]["effective"] == 3
 
     (tmp_path / "tasks/rolling.jsonl").write_text(json.dumps({"text": "the cat sat. " * 9}))
-    done = evaluate(tasks)
+    done = evaluate(tasks, "--batch_size=3")  # which is no other measurement
     assert done.returncode == 0, done.stderr
     assert "tiny_choice: measured before" in done.stdout
     entries = json.loads(output.read_text())
@@ -321,11 +321,6 @@ def test_an_interrupted_run_goes_on(trained_run, tmp_path):
     assert limited.returncode == 0, limited.stderr
     assert json.loads(output.read_text())[:3] == entries
     assert json.loads(output.read_text())[3]["n-samples"]["tiny_choice"]["effective"] == 1
-    unchanged = output.read_text()
-
-    again = evaluate("--tasks=tiny_choice", "--limit=1", "--batch_size=3")
-    assert "measured before" in again.stdout
-    assert output.read_text() == unchanged
 
 
 @pytest.mark.slow
