@@ -93,6 +93,14 @@ def with_slow(cases, *fast):
     return [pytest.param(x, id=name, marks=slow_unless(name in fast)) for name, x in named.items()]
 
 
+def twice_each(shift, aggregations):
+    """Each aggregation twice, with every segmentation and every start."""
+    pairs = PLANS[::3], PLANS[1:3]
+    return tuple(
+        (kind, *plan) for i, kind in enumerate(aggregations) for plan in pairs[(i + shift) % 2]
+    )
+
+
 def unit(x):
     """Rows of norm one."""
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
