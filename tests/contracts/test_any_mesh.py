@@ -146,6 +146,7 @@ def test_kernels_on_explicit_axes(implementation):
         assert_same(run(**rows), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchange", with_slow(["gather", "ring"], "ring"))
 def test_explicit_axes_divide_time(exchange):
     memory = MEMORIES["gated_deltanet"]
@@ -195,7 +196,7 @@ def test_rows_on_a_mesh_that_is_not_in_context_and_in_a_shard_map():
         pytest.param("gated_deltanet", mc.GRM(), dict(start="checkpoint"), marks=slow),
         pytest.param("titans", mc.GRM(), dict(document_ids=DOCUMENTS), marks=slow),
         pytest.param("dla", mc.SSC(top_k=2, inner="soup"), dict(start="checkpoint"), marks=slow),
-        ("swla", mc.Residual(), dict(implementation="reference")),
+        pytest.param("swla", mc.Residual(), dict(implementation="reference"), marks=slow),
     ],
     ids=str,
 )

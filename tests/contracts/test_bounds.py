@@ -49,6 +49,7 @@ def lengths(memory, scale, decay, momentum):
     return length(state.weights), *jax.lax.scan(chunk, state, keys)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", with_slow([*RULES], "titans_depth1"))
 def test_no_input_of_any_scale_exceeds_the_bound(name):
@@ -93,6 +94,7 @@ def test_chunks_equal_tokens_where_steps_are_shortened(name):
     assert np.abs(bare - wanted).max() > 0.1 * np.abs(wanted).max()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_long_bound_changes_no_bit():
     memory = mc.memories.Titans(4, expansion=2)
@@ -135,6 +137,7 @@ def test_bounds_that_are_none(bound):
         mc.memories.Titans(max_step_norm=bound)
 
 
+@pytest.mark.slow
 def test_a_layer_is_bounded_unless_told_otherwise():
     x = 1e6 * jax.random.normal(jax.random.key(0), (1, 100, 64))
 
@@ -157,6 +160,7 @@ def test_a_layer_is_bounded_unless_told_otherwise():
     assert not jnp.isfinite(nnx.jit(lambda layer, x: layer(x))(bare, x)).all()
 
 
+@pytest.mark.slow
 def test_a_layer_of_dla_forgets_unless_told_otherwise():
     def layer(memory):
         return mc.nn.MemoryCaching(

@@ -39,6 +39,7 @@ def test_chunks_of_one_token_equal_tokens(start):
     assert_close(run(inputs, memory, mc.GRM(), start=start), wanted, 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @every_start
 def test_schedules_agree(start):

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from memcache_jax.engine.read import bands_of
-from tests.cases import MEMORIES, assert_close, one_head
+from tests.cases import MEMORIES, assert_close, one_head, with_slow
 
-every_memory = pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
+every_memory = pytest.mark.parametrize("memory", with_slow(MEMORIES, "linear", "titans"))
 
 
 @functools.partial(jax.jit, static_argnums=0)

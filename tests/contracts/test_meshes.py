@@ -94,7 +94,7 @@ def assert_same(got, wanted, tolerance):
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        pytest.param(name, shape, marks=slow_unless(name == "titans grm" and min(shape[1:]) > 1))
+        pytest.param(name, shape, marks=slow_unless(name == DELTA and min(shape[1:]) > 1))
         for shape, names in MESHES.items()
         for name in names
     ],

@@ -182,7 +182,7 @@ def plain(memory):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("part", with_slow(PARTS, "affine memory", "gate from a finished one"))
+@pytest.mark.parametrize("part", with_slow(PARTS, "affine memory"))
 def test_one_effect_on_every_path(part):
     memory, aggregation = part
     inputs = make_inputs(memory, LENGTH, batch=1, heads=2)

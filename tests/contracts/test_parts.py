@@ -65,7 +65,7 @@ def both(function, inputs, **options):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("case", with_slow(CASES, "uniform", "ring, selected"))
+@pytest.mark.parametrize("case", with_slow(CASES, "uniform"))
 def test_parts_of_a_sequence(case):
     memory, aggregation, segmentation, options = case
     options = dict(memory=memory, aggregation=aggregation, segmentation=segmentation, **options)

@@ -117,6 +117,7 @@ def test_a_state_that_a_token_does_not_read(path):
     compare_where(earlier, inputs, (11, dict(key=np.inf, value=-np.inf)), name, options)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @every_path
 def test_another_document(path):

@@ -117,6 +117,7 @@ def compare_case(implementation, case):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_kernels_equal_reference(implementation, case):
