@@ -49,6 +49,7 @@ def compare_case(implementation, case):
     compare_to_reference(operation, implementation, *arrays, tolerance=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("implementation", ["xla", *KERNELS])
 def test_equals_reference(implementation, case):

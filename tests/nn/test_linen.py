@@ -245,6 +245,7 @@ def test_stream_equals_the_full_pass(name):
         np.testing.assert_allclose(y, full[:, i : i + 1], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_init_cache(name):
     module, (variables, _) = LAYERS[name], prepared(LAYERS[name])

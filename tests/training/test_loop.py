@@ -81,6 +81,7 @@ def test_a_run_that_died_goes_on_bit_for_bit(config, tmp_path, stop_before, monk
     assert_same_params(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_no_step_before_the_last_checkpoint_is_on_disk(config, tmp_path, monkeypatch):
     config.checkpoint_every, config.steps = 2, 6
     make, on_disk = loop.make_train_step, []
