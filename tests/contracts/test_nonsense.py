@@ -289,6 +289,7 @@ def test_constructors():
     tally.check(more_than=2000)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_calls():
     tally = Tally()

@@ -11,7 +11,7 @@ from flax import nnx
 
 import memcache_jax as mc
 from memcache_jax.nn import recurrent
-from tests.cases import assert_close
+from tests.cases import assert_close, with_slow
 
 CONV: dict[str, Any] = dict(conv_width=3, conv_bias=True)
 MIXERS = {
@@ -47,7 +47,7 @@ MIXERS = {
         output=recurrent.Output(gate=None),
     ),
 }
-every_mixer = pytest.mark.parametrize("name", MIXERS)
+every_mixer = pytest.mark.parametrize("name", with_slow(list(MIXERS), "state space"))
 
 
 def cached(mixer, **changes):

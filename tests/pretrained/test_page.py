@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 import memcache_jax as mc
 from tests.pretrained.test_read import FOLDERS, expected
@@ -12,6 +13,7 @@ from tests.pretrained.test_read import FOLDERS, expected
 PAGE = (Path(__file__).parents[2] / "docs" / "public_models.md").read_text()
 
 
+@pytest.mark.slow
 def test_its_code_gives_perplexity_with_and_without_caches():
     (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
     tokens, logits = expected("mamba2")

@@ -11,14 +11,11 @@ import pytest
 from flax import nnx
 
 import memcache_jax as mc
-from tests.cases import assert_close
+from tests.cases import assert_close, with_slow
 
 FOLDERS = Path(__file__).parents[1] / "data" / "pretrained"
 NAMES = sorted(path.name for path in FOLDERS.iterdir())
-FAST = ("mamba2", "qwen3_5_text")
-every_folder = pytest.mark.parametrize(
-    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
-)
+every_folder = pytest.mark.parametrize("name", with_slow(NAMES, "mamba2"))
 
 
 def expected(name):
@@ -66,7 +63,7 @@ def test_a_stream_in_pieces_gives_the_same_logits(name):
     assert_close(stream(model, tokens), wanted, 2e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every_folder
 def test_what_is_saved_is_what_was_read(name, tmp_path):
     from safetensors.numpy import load_file
 
@@ -186,6 +183,7 @@ def test_nothing_is_written_over(tmp_path):
     assert (tmp_path / "notes").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_caches_change_no_logit_of_the_first_segment():
     model = mc.pretrained.load(FOLDERS / "qwen3_5_text")
     tokens, wanted = expected("qwen3_5_text")
@@ -197,6 +195,7 @@ def test_caches_change_no_logit_of_the_first_segment():
     assert segmentations == {mc.Constant(16), None}
 
 
+@pytest.mark.slow
 def test_the_size_of_a_state_and_gates_that_begin_uniform():
     model = mc.pretrained.load(FOLDERS / "qwen3_5_text")
     tokens, _ = expected("qwen3_5_text")
