@@ -121,6 +121,7 @@ def test_reads_are_those_of_the_functional_core(name):
     assert_close(whole(layer, x), y, 1e-5)
 
 
+@pytest.mark.slow
 def test_content_gates_are_uniform_before_training():
     mixer = MIXERS["state space"]
     content, uniform = (
@@ -131,7 +132,7 @@ def test_content_gates_are_uniform_before_training():
     assert not np.any(content.connector.kernel[...])
     nnx.update(content, nnx.state(uniform))
     assert_close(whole(content, x), whole(uniform, x), 1e-6)
-    gradients = nnx.grad(lambda layer: jnp.sum(layer(x) ** 2))(content)
+    gradients = nnx.jit(nnx.grad(lambda layer: jnp.sum(layer(x) ** 2)))(content)
     assert np.abs(gradients.temperature[...]).max() > 0
     assert np.abs(gradients.connector.kernel[...]).max() > 0
 
