@@ -228,8 +228,10 @@ def test_a_shard_map_that_checks_what_varies(name, kind, options):
         with jax.set_mesh(mesh):
             rows = put(inputs, mesh, "rows" if first == EXPLICIT else None)
             got = jax.jit(functools.partial(both, by_hand))(rows, put(of_heads, mesh))
-        known = (jax.tree.map(lambda x, is_: x if is_ else 0, t, floats) for t in (got, wanted))
-        assert_same(*known, 2e-5)
+        got, known = (
+            jax.tree.map(lambda x, is_: x if is_ else 0, t, floats) for t in (got, wanted)
+        )
+        assert_same(got, known, 2e-5)
 
 
 @pytest.mark.slow

@@ -219,3 +219,7 @@ def test_the_size_of_a_state_and_gates_that_begin_uniform():
     state = layers * heads * key * value * 4
     sizes = (mc.nn.cache_bytes(m.init_cache(1, 48))["cached states"] for m in (uniform, content))
     assert tuple(sizes) == (state, 2 * state)
+    # Beside them: float32 keys and values of 48 tokens, of two heads of each in every layer.
+    table = mc.nn.cache_table(uniform, uniform.init_cache(1, 48), 48).splitlines()
+    kv = 48 * 4 * (layers * (2 * key + heads * value) + 2 * 2 * 16)
+    assert table[-1].split()[-2:] == [f"{kv:,}", f"{kv / 48:,.1f}"]
