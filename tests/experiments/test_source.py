@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import memcache_jax as mc
-from experiments._source import read_tokenizer
+from memcache_jax.training.tokenizers import FileTokenizer
 from tests.pretrained.test_read import FOLDERS
 
 pytestmark = pytest.mark.slow
@@ -43,7 +43,8 @@ def test_a_text_is_continued(folder):
     model = mc.pretrained.load(folder)
     cached = mc.nn.with_memory_caching(model, segmentation=mc.Constant(4))
     wanted = mc.generate(cached, np.array([[5, 7, 11]]), 9, temperature=0)
-    assert done.stdout.strip() == read_tokenizer(folder).decode(np.asarray(wanted[0])).strip()
+    tokenizer = FileTokenizer(folder / "tokenizer.json", eos_token="<end>")
+    assert done.stdout.strip() == tokenizer.decode(np.asarray(wanted[0])).strip()
 
 
 def test_its_reads_become_a_page(folder, tmp_path):

@@ -98,7 +98,7 @@ def test_errors():
         lambda: model.extend(tokens, cache.layers[0]): "a LanguageModel's, got LayerCache",
         lambda: model.extend(
             tokens, language_model().init_cache(2, 12)
-        ): r"\(num_layers, mixers\) = \(4, 2\), this model has \(1, 1\)",
+        ): r"made for 4 layers of 2 mixers, this model has 1 of 1",
         lambda: model.init_cache(0, 10): "batch_size must be at least 1",
         lambda: model.init_cache(2, 10, segments=3): r"no options \['segments'\]",
         lambda: language_model(mixers=(mc.nn.AttentionMixer(),)).init_cache(2): "give max_length",

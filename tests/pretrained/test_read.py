@@ -9,12 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.core.spmd import logical_axis_rules
+from jax.sharding import AxisType, NamedSharding
 
 import memcache_jax as mc
 from tests.cases import assert_close, with_slow
 
 FOLDERS = Path(__file__).parents[1] / "data" / "pretrained"
 NAMES = sorted(path.name for path in FOLDERS.iterdir())
+# Logical names of a mesh that is not ours.
+RULES = (("batch", "rows"), ("embed", "rows"), ("heads", "model"), ("mlp", "model"))
 every_folder = pytest.mark.parametrize("name", with_slow(NAMES, "mamba2"))
 
 
@@ -223,3 +227,26 @@ def test_the_size_of_a_state_and_gates_that_begin_uniform():
     table = mc.nn.cache_table(uniform, uniform.init_cache(1, 48), 48).splitlines()
     kv = 48 * 4 * (layers * (2 * key + heads * value) + 2 * 2 * 16)
     assert table[-1].split()[-2:] == [f"{kv:,}", f"{kv / 48:,.1f}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [None, AxisType.Explicit, AxisType.Auto], ids=str)
+@pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_next"])
+def test_parameters_are_divided_as_they_are_read(name, kind):
+    devices = jax.devices()[:4]
+    if kind is None:
+        mesh, rules = mc.sharding.make_mesh(dict(fsdp=2, tensor=2), devices=devices), ()
+    else:
+        types = (kind, kind)
+        mesh = jax.make_mesh((2, 2), ("rows", "model"), axis_types=types, devices=devices)
+        rules = RULES
+    tokens, wanted = expected(name)
+    with jax.set_mesh(mesh), logical_axis_rules(rules):
+        model = mc.pretrained.load(FOLDERS / name)
+        kernel = model.layers[0].blocks[0].mixer.key.linear.kernel.get_value()
+        assert isinstance(kernel.sharding, NamedSharding)
+        _, rows, heads = kernel.sharding.spec
+        assert heads in ("model", "tensor")
+        assert rows is not None
+        got = jax.jit(lambda model, tokens: model(tokens))(model, tokens)
+    assert_close(got, wanted, 2e-5)
