@@ -10,7 +10,10 @@ from flax import nnx
 from memcache_jax._typing import Array
 from memcache_jax.aggregation import Residual
 from memcache_jax.nn import LanguageModel, MemoryCachingMixer
+from memcache_jax.nn.recurrent import RecurrentMixer
 from memcache_jax.training.tokenizers import Tokenizer
+
+CACHING = (MemoryCachingMixer, RecurrentMixer)
 
 
 def inspect(model: LanguageModel, tokenizer: Tokenizer, tokens: np.ndarray) -> dict[str, Any]:
@@ -32,7 +35,7 @@ def inspect(model: LanguageModel, tokenizer: Tokenizer, tokens: np.ndarray) -> d
     """
     config = model.config
     mixers = [config.mixers[i % len(config.mixers)] for i in range(config.num_layers)]
-    caching = [mixer for mixer in mixers if isinstance(mixer, MemoryCachingMixer)]
+    caching = [mixer for mixer in mixers if isinstance(mixer, CACHING)]
     if not caching:
         raise ValueError(f"the model has no memory caching: its mixers are {mixers}")
     if all(isinstance(mixer.aggregation, Residual) for mixer in caching):
@@ -47,7 +50,7 @@ def inspect(model: LanguageModel, tokenizer: Tokenizer, tokens: np.ndarray) -> d
     layers = []
     for block, gates in enumerate(jax.jit(gates_of)(state, tokens[None])):
         mixer = mixers[block]
-        if gates is None or not isinstance(mixer, MemoryCachingMixer):
+        if gates is None or not isinstance(mixer, CACHING):
             continue
         plan = mixer.segmentation.plan(len(tokens))
         rule = type(mixer.memory).__name__

@@ -1,7 +1,8 @@
 """Continues a text with a trained model: ``python -m experiments.generate --workdir=FOLDER``.
 
 ``FOLDER`` is the workdir of ``experiments.train``, which may still be running; the program loads
-its newest checkpoint. With ``--interactive`` it continues every line you type, with one cache for
+its newest checkpoint. With ``--pretrained=FOLDER`` it is a public model, and with ``--segment`` it
+gets caches. With ``--interactive`` it continues every line you type, with one cache for
 the whole conversation; a line that it cannot read ends nothing.
 """
 
@@ -15,10 +16,9 @@ from absl import flags
 import memcache_jax as mc
 from experiments._conversation import continuation, converse, print_continuation
 from experiments._program import run
+from experiments._source import read_model
 from memcache_jax.generation.prompts import longest
-from memcache_jax.training import load_model
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a training run.", required=True)
 _PROMPT = flags.DEFINE_string("prompt", "", "The text to continue; empty starts a new document.")
 _INTERACTIVE = flags.DEFINE_bool("interactive", False, "Continue lines from standard input.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Maximum tokens to add.")
@@ -42,7 +42,7 @@ def program() -> None:
         prompt = _PROMPT.value.encode()
     except UnicodeEncodeError as e:
         raise ValueError(f"prompt must be UTF-8 text: {e}") from e
-    model, tokenizer, _ = load_model(_WORKDIR.value)
+    model, tokenizer = read_model()
     tokens = tokenizer.encode(prompt)
     if not tokens.size:
         tokens = np.array([tokenizer.eos_id], np.int32)  # precedes every document in training

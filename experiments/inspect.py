@@ -2,7 +2,8 @@
 
     python -m experiments.inspect --workdir=RUN --text=FILE
 
-``RUN`` is the workdir of ``experiments.train``. The model reads the text, and its gates over cached
+``RUN`` is the workdir of ``experiments.train``; a public model's folder is ``--pretrained``, and
+``--segment`` gives it caches. The model reads the text, and its gates over cached
 and live states become a page, ``inspect.html``, which needs no network. Pointing at a token shows
 what it read, in each layer and head, and colours the text by those gates. ``inspect.json`` has the
 numbers.
@@ -15,10 +16,9 @@ from absl import flags
 from experiments._gates_page import as_json, page
 from experiments._program import run
 from experiments._reads import inspect
-from memcache_jax.training import load_model
+from experiments._source import read_model, source
 from memcache_jax.training.durable import replace_file
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a training run.", required=True)
 _TEXT = flags.DEFINE_string("text", None, "The file to read.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder of the results; the workdir by default.")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 1024, "Maximum tokens to read from the text.")
@@ -28,14 +28,14 @@ def program() -> None:
     """Writes the page and the numbers."""
     if _MAX_TOKENS.value < 1:
         raise ValueError(f"max_tokens must be at least 1, got {_MAX_TOKENS.value}")
-    model, tokenizer, _ = load_model(_WORKDIR.value)
+    model, tokenizer = read_model()
     file = Path(_TEXT.value)
     tokens = tokenizer.encode(file.read_bytes())[: _MAX_TOKENS.value]
     found = inspect(model, tokenizer, tokens)
-    folder = Path(_OUTPUT.value or _WORKDIR.value)
+    folder = Path(_OUTPUT.value or source())
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / "inspect.json", as_json(found) + "\n")
-    title = f"{file.name} read by {Path(_WORKDIR.value).resolve().name}"
+    title = f"{file.name} read by {source().resolve().name}"
     replace_file(folder / "inspect.html", page(found, title))
     print(f"{len(tokens)} tokens")
     for layer in found["layers"]:

@@ -1,6 +1,6 @@
 """Memory Caching (arXiv:2602.24281) in JAX: recurrent sequence models whose memory grows."""
 
-from memcache_jax import memories, nn, presets, sharding
+from memcache_jax import memories, nn, presets, pretrained, sharding
 from memcache_jax.aggregation import GRM, SSC, Aggregation, Residual, Soup
 from memcache_jax.caching import memory_caching
 from memcache_jax.gating import Gate
@@ -33,5 +33,6 @@ __all__ = [
     "memory_caching",
     "nn",
     "presets",
+    "pretrained",
     "sharding",
 ]

@@ -11,6 +11,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import memcache_jax as mc
 from memcache_jax.aggregation import Aggregation
@@ -60,6 +61,13 @@ SCHEDULES = {
     "side_by_side": lambda *args, default, **others: default(*args),
 }
 
+EVERY_PLATFORM = jax.lax.platform_dependent  # as the library imports it
+
+
+def kinds_of(memory):
+    """The aggregations; of matrices soups are computed as GRM is."""
+    return {name: kind for name, kind in KINDS.items() if memory.depth > 1 or not kind.mixes}
+
 
 def combine(aggregations=AGGREGATIONS, plans=PLANS):
     """These aggregations with these segmentations and starts, for ``run_all``."""
@@ -72,6 +80,25 @@ CASES = combine()
 def each_once(shift, aggregations=AGGREGATIONS):
     """Each aggregation once; four shifts give each of them every segmentation and start."""
     return tuple((kind, *PLANS[(i + shift) % 4]) for i, kind in enumerate(aggregations))
+
+
+def slow_unless(fast):
+    """Marks of a case that only the whole suite runs, unless it is a fast one."""
+    return () if fast else pytest.mark.slow
+
+
+def with_slow(cases, *fast):
+    """Named cases for ``parametrize``, or names alone; all but these names are slow."""
+    named = cases if isinstance(cases, dict) else {name: name for name in cases}
+    return [pytest.param(x, id=name, marks=slow_unless(name in fast)) for name, x in named.items()]
+
+
+def twice_each(shift, aggregations):
+    """Each aggregation twice, with every segmentation and every start."""
+    pairs = PLANS[::3], PLANS[1:3]
+    return tuple(
+        (kind, *plan) for i, kind in enumerate(aggregations) for plan in pairs[(i + shift) % 2]
+    )
 
 
 def unit(x):
@@ -231,11 +258,9 @@ class Together(Aggregation):
 
 @contextlib.contextmanager
 def scheduled(schedule):
-    """What is traced meanwhile has this schedule alone, not one for every platform (for None)."""
-    if schedule is None:
-        yield
-        return
-    with mock.patch("jax.lax.platform_dependent", SCHEDULES[schedule]):
+    """What is traced meanwhile has this schedule alone, or one for every platform (for None)."""
+    way = EVERY_PLATFORM if schedule is None else SCHEDULES[schedule]
+    with mock.patch("jax.lax.platform_dependent", way):
         yield
 
 
@@ -252,10 +277,11 @@ def assert_close(got, wanted, tolerance, scale=None):
     jax.tree_util.tree_map_with_path(check, got, wanted)
 
 
-def assert_slopes(loss, inputs, gradients, normal, tolerance):
-    """Asserts that gradients of a loss are its slopes along a random direction of each argument."""
+def assert_slopes(loss, inputs, gradients, normal, tolerance, directions=1):
+    """Asserts that gradients of a loss are its slopes along random directions of each argument."""
     arguments, tree = jax.tree.flatten(inputs)
-    for i, (x, gradient) in enumerate(zip(arguments, jax.tree.leaves(gradients), strict=True)):
+    of_each = enumerate(zip(arguments, jax.tree.leaves(gradients), strict=True))
+    for (i, (x, gradient)), _ in itertools.product(of_each, range(directions)):
         direction = normal(*x.shape)
 
         def moved(distance, i=i, along=direction):

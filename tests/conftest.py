@@ -1,5 +1,6 @@
 """What every test runs under: 8 CPU devices, strict ranks, checked shapes."""
 
+import gc
 import importlib.metadata
 import os
 
@@ -19,6 +20,9 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 
+# Traces are millions of objects that live: looking through all of them takes a tenth of the time.
+gc.set_threshold(100_000, 50, 100)
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -37,6 +41,24 @@ def forgotten_programs():
     """
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_platform():
+    """Traces the branch of a CPU alone where the library has one for each platform."""
+    from tests.cases import scheduled
+
+    with scheduled("in_turn"):
+        yield
+
+
+@pytest.fixture
+def every_platform():
+    """Traces the branches of all platforms, as users do."""
+    from tests.cases import scheduled
+
+    with scheduled(None):
+        yield
 
 
 @pytest.fixture

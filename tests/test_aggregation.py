@@ -44,6 +44,7 @@ def test_the_cost_of_a_routed_read_does_not_grow_with_the_segments(kind):
     assert flops_per_token(32) - flops_per_token(16) <= 1.1 * relevance
 
 
+@pytest.mark.slow
 def test_an_aggregation_that_reads_the_live_memory_its_own_way():
     class Halved(mc.Residual):
         def needs(self, memory):

@@ -12,6 +12,7 @@ import memcache_jax as mc
 from tests.cases import MEMORIES, assert_close, make_inputs, run
 
 
+@pytest.mark.slow
 def test_works_under_other_transformations():
     memory = MEMORIES["titans"]
     inputs = make_inputs(memory, 21)
@@ -31,6 +32,7 @@ def test_works_under_other_transformations():
     assert_close(scanned(stacked), loss(inputs) + loss(half), 1e-5)
 
 
+@pytest.mark.usefixtures("every_platform")
 def test_schedule_follows_the_platform_lowered_for():
     memory = MEMORIES["titans"]
     traced = jax.jit(

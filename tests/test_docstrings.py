@@ -29,6 +29,7 @@ def examples():
                         yield pytest.param(module, docstring, id=label)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "docstring"), list(examples()))
 def test_example(module, docstring):
     names = dict(vars(importlib.import_module(module.removesuffix(".__init__"))))

@@ -25,6 +25,7 @@ def relevance(connector, key, plan, gate="content"):
     return cached[0, 0], live[0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 5, 16, 37])
 def test_running_mean(size):
     key, plan = keys(2, size), mc.Constant(size).plan(2 * size)
@@ -63,6 +64,7 @@ def test_pooled_keys_of_longer_buckets():
     assert_close(pooled_keys(key, plan, "sum"), jnp.stack(wanted) * sizes, 1e-12)
 
 
+@pytest.mark.slow
 def test_relevance_of_any_plan():
     key, connector = keys(3), 2 + keys(3)
     reads = np.array([[-1, -1], [0, -1], [1, 0]])

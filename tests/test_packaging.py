@@ -120,7 +120,8 @@ def test_metadata(built):
     assert fields["Name"] == "memcache_jax"
     assert fields["Requires-Python"] == ">=3.11"
     assert fields["License-Expression"] == "Apache-2.0"
-    extras = {"tpu", "cuda12", "cuda13", "train", "data", "eval", "tensorboard", "test", "dev"}
+    extras = {"tpu", "cuda12", "cuda13", "train", "data", "eval", "pretrained", "tensorboard"}
+    extras |= {"test", "dev"}
     assert set(fields.get_all("Provides-Extra") or ()) == extras
     assert any(k.endswith("licenses/LICENSE") for k in files)
 

@@ -25,6 +25,7 @@ def run(code, line):
     exec(compile("\n" * (line - 1) + code, "README.md", "exec"), {"__name__": "__main__"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("code", "line"), list(blocks(with_run=False)))
 def test_block(code, line):
     run(code, line)
@@ -41,6 +42,7 @@ def test_all_blocks_are_found():
     assert len(BLOCK.findall(README)) == README.count("```python")
 
 
+@pytest.mark.slow
 def test_write_your_own_memory():
     page = (ROOT / "docs/write_your_own_memory.md").read_text()
     rule, *others = (block for _, block in BLOCK.findall(page))

@@ -86,12 +86,14 @@ def mesh(
 ) -> contextlib.AbstractContextManager:
     """A mesh of all devices along the first axis, as ``jax.make_mesh`` makes it; none for one.
 
-    ``legacy`` is ``with mesh:``, the only way in which Tunix finds it.
+    ``legacy`` is ``with mesh:`` over Auto axes, the only mesh that Tunix finds and constrains by.
     """
     if devices == 1:
         return contextlib.nullcontext()
-    made = jax.make_mesh((devices, *[1] * (len(axes) - 1)), axes)
-    return made if legacy else jax.set_mesh(made)
+    sizes = (devices, *[1] * (len(axes) - 1))
+    if legacy:
+        return jax.make_mesh(sizes, axes, axis_types=(jax.sharding.AxisType.Auto,) * len(axes))
+    return jax.set_mesh(jax.make_mesh(sizes, axes))
 
 
 def code_blocks(page: str) -> list[str]:

@@ -146,6 +146,34 @@ def set_fields(config: Any, **values: Any) -> None:
         object.__setattr__(config, name, value)
 
 
+def check_fields(
+    config: Any,
+    *,
+    sizes: tuple[str, ...] = (),
+    numbers: tuple[str, ...] = (),
+    flags: tuple[str, ...] = (),
+    optional: tuple[str, ...] = (),
+) -> None:
+    """Checks fields of a frozen dataclass that is being made, and makes them Python's own.
+
+    Args:
+      config: the dataclass.
+      sizes: names of integers of at least 1.
+      numbers: names of finite numbers.
+      flags: names of booleans.
+      optional: those of them that may be None.
+
+    Raises:
+      ValueError: for a field of another kind.
+    """
+    checks = ((sizes, check_integer), (numbers, check_number), (flags, check_flag))
+    for names, check in checks:
+        for name in names:
+            value = getattr(config, name)
+            if value is not None or name not in optional:
+                set_fields(config, **{name: check(name, value)})
+
+
 def shown(got: Any) -> str:
     """What came, in at most 100 characters."""
     try:

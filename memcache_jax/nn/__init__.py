@@ -1,16 +1,20 @@
 """Flax modules: the layer, attention, and a language model of both."""
 
-from memcache_jax.nn import adapters, linen
+from memcache_jax.nn import adapters, linen, recurrent
 from memcache_jax.nn.attention import Attention
 from memcache_jax.nn.cache_table import cache_bytes, cache_table
 from memcache_jax.nn.config import (
     AttentionMixer,
+    BlockConfig,
     LanguageModelConfig,
     MemoryCachingMixer,
     Mixer,
 )
+from memcache_jax.nn.feed_forward import Experts, FeedForward, GatedMLP, SquaredMLP
+from memcache_jax.nn.grouped_attention import GroupedAttention, GroupedAttentionMixer
 from memcache_jax.nn.language_model import LanguageModel
 from memcache_jax.nn.memory_caching import MemoryCaching
+from memcache_jax.nn.norms import Norm
 from memcache_jax.nn.post_training import with_memory_caching
 from memcache_jax.nn.upgrade import upgrade_params
 from memcache_jax.streaming.protocol import MixerCache
@@ -18,16 +22,25 @@ from memcache_jax.streaming.protocol import MixerCache
 __all__ = [
     "Attention",
     "AttentionMixer",
+    "BlockConfig",
+    "Experts",
+    "FeedForward",
+    "GatedMLP",
+    "GroupedAttention",
+    "GroupedAttentionMixer",
     "LanguageModel",
     "LanguageModelConfig",
     "MemoryCaching",
     "MemoryCachingMixer",
     "Mixer",
     "MixerCache",
+    "Norm",
+    "SquaredMLP",
     "adapters",
     "cache_bytes",
     "cache_table",
     "linen",
+    "recurrent",
     "upgrade_params",
     "with_memory_caching",
 ]

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,12 @@ from jax import lax
 from memcache_jax import _checks
 from memcache_jax._typing import Array, Bool, Float, Int
 from memcache_jax.nn import spoilt
-from memcache_jax.nn.rotary import rotate
 from memcache_jax.nn.windows import attend_window, block_size
 from memcache_jax.sharding.division import Division
 from memcache_jax.streaming.protocol import MixerCache
+
+Turn: TypeAlias = Callable[[Array, Array | None], Array]
+"""Rotates rows (b, t, h, k) by their positions (b, t); None: each counts from its row's first."""
 
 
 @jax.tree_util.register_dataclass
@@ -46,20 +49,21 @@ class AttentionCache(MixerCache):
 
 def attend_causally(
     query: Float[Array, "b t h k"],
-    key: Float[Array, "b t h k"],
-    value: Float[Array, "b t h k"],
+    key: Float[Array, "b t g k"],
+    value: Float[Array, "b t g k"],
     document: Int[Array, "b t"] | None,
     mask: Bool[Array, "_ _ t s"] | None = None,
     *,
     window: int | None,
-    rope_base: float,
+    turn: Turn,
     implementation: Literal["xla", "cudnn"] | None,
     division: Division | None = None,
 ) -> Float[Array, "b t h k"]:
     """Attention of each token to itself and those before it, within ``window`` and its document.
 
-    A mask takes away more. Within a ``shard_map`` that divides time, the tokens are one part; keys
-    and values of all parts are gathered.
+    Each head of keys serves as many heads of queries. ``turn`` rotates queries and keys by their
+    positions. A mask takes away more. Within a ``shard_map`` that divides time, the tokens are one
+    part; keys and values of all parts are gathered.
     """
     parts, length = 1 if division is None else division.parts, query.shape[1]
     options: dict[str, Any] = dict(implementation=implementation)
@@ -68,7 +72,7 @@ def attend_causally(
         first = lax.axis_index(division.time_axis) * length
     position = first + jnp.arange(length)
     place = None if parts == 1 else position[None]
-    query, key = (rotate(rows, rope_base, place) for rows in (query, key))
+    query, key = (turn(rows, place) for rows in (query, key))
     every = document
     if division is not None and parts > 1:
         gather = functools.partial(lax.all_gather, axis_name=division.time_axis, tiled=True)
@@ -92,7 +96,7 @@ def attend_causally(
         before = jnp.minimum(first, past)[None]
         rows = query, near(key), near(value), before, near(every), near(mask, axis=3)
         return attend_window(*rows, window=window, **options)
-    key, value, bad = spoilt.cleaned(key, value)
+    key, value, bad = spoilt.cleaned(key, value, query.shape[2])
     plain = parts == 1 and mask is None
     if document is not None and every is not None:
         mask = _both(_same(document, every), mask)
@@ -122,17 +126,17 @@ def _same(document: Int[Array, "b t"], other: Int[Array, "b s"]) -> Bool[Array, 
 def attend_stream(
     cache: AttentionCache,
     query: Float[Array, "b t h k"],
-    key: Float[Array, "b t h k"],
-    value: Float[Array, "b t h k"],
+    key: Float[Array, "b t g k"],
+    value: Float[Array, "b t g k"],
     lengths: Int[Array, "b"],
     *,
     window: int | None,
-    rope_base: float,
+    turn: Turn,
 ) -> tuple[Float[Array, "b t h k"], AttentionCache]:
     """Attention of the next tokens to the past and to themselves; the cache after them."""
     (batch, length), past = query.shape[:2], cache.key.shape[-2]
     place = cache.position[:, None] + jnp.arange(length)[None]
-    query, key = (rotate(rows, rope_base, place) for rows in (query, key))
+    query, key = (turn(rows, place) for rows in (query, key))
     most = past if window is None else _checks.LARGEST
     token = jnp.arange(length)[None]
     counts, fits = token < lengths[:, None], token < most - cache.position[:, None]
@@ -174,18 +178,21 @@ def attend_stream(
 
 def _attend(
     query: Float[Array, "b t h k"],
-    key: Float[Array, "b h s k"],
-    value: Float[Array, "b h s k"],
+    key: Float[Array, "b g s k"],
+    value: Float[Array, "b g s k"],
     seen: Bool[Array, "b 1 t s"],
 ) -> Float[Array, "b t h k"]:
     """Attention over heads-first keys, which ``jax.nn.dot_product_attention`` would transpose."""
     key, value, bad = key.astype(query.dtype), value.astype(query.dtype), None
     if query.shape[1] > 1:  # one token sees all that there are
         key, value = (jnp.moveaxis(x, 1, 2) for x in (key, value))
-        key, value, bad = spoilt.cleaned(key, value)
+        key, value, bad = spoilt.cleaned(key, value, query.shape[2])
         key, value = (jnp.moveaxis(x, 2, 1) for x in (key, value))
     wide = jnp.promote_types(query.dtype, jnp.float32)
-    scores = jnp.einsum("bthk,bhsk->bhts", query, key, preferred_element_type=wide)
-    weights = jax.nn.softmax(jnp.where(seen, scores * query.shape[-1] ** -0.5, -jnp.inf))
-    y = jnp.einsum("bhts,bhsk->bthk", weights.astype(value.dtype), value)
+    batch, length, heads, dim = query.shape
+    rows = query.reshape(batch, length, key.shape[1], -1, dim)
+    scores = jnp.einsum("btgrk,bgsk->bgrts", rows, key, preferred_element_type=wide)
+    weights = jax.nn.softmax(jnp.where(seen[:, :, None], scores * dim**-0.5, -jnp.inf))
+    y = jnp.einsum("bgrts,bgsk->btgrk", weights.astype(value.dtype), value)
+    y = y.reshape(batch, length, heads, dim)
     return y if bad is None else jnp.where(spoilt.by_mask(seen, bad)[..., None], jnp.nan, y)

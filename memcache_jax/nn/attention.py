@@ -15,6 +15,7 @@ from memcache_jax.nn.attend import AttentionCache, attend_causally, attend_strea
 from memcache_jax.nn.calls import MixerCall, answer, read_mixer_call
 from memcache_jax.nn.host_options import HostOptions, read_host_options
 from memcache_jax.nn.layers import Linear, as_laid
+from memcache_jax.nn.rotary import rotate
 from memcache_jax.sharding.division import Division
 from memcache_jax.sharding.layout import axes_of, by_compiler
 from memcache_jax.sharding.names import AxisNames, naming
@@ -88,6 +89,7 @@ class Attention(nnx.Module):
         self.head_dim, of = read_host_options(name, in_features, num_heads, head_dim, **host)
         if self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, got {self.head_dim}")
+        self.num_kv_heads = num_heads
         self.window, self.rope_base = check_attention(window, rope_base, implementation)
         self.implementation: Literal["xla", "cudnn"] | None = implementation
         self.dtype, self.param_dtype = dtype, param_dtype
@@ -132,7 +134,7 @@ class Attention(nnx.Module):
             x, document_ids, inputs_v, self.num_heads, self.in_features, **call
         )
         if cache is not None:
-            _checks.check_cache(cache, AttentionCache, (self.num_heads, self.head_dim))
+            _checks.check_cache(cache, AttentionCache, (self.num_kv_heads, self.head_dim))
         return answer(read, x, cache, whole=self._whole, extend=self.extend, takes_masks=True)
 
     def _whole(
@@ -150,7 +152,7 @@ class Attention(nnx.Module):
         attend = functools.partial(
             attend_causally,
             window=self.window,
-            rope_base=self.rope_base,
+            turn=self._turn,
             implementation=self.implementation,
             division=division,
         )
@@ -159,7 +161,7 @@ class Attention(nnx.Module):
             of_mask = f"{'b' if len(mask) > 1 else '.'} {'h' if mask.shape[1] > 1 else '.'} t ."
         letters = row, row, row, "b t", of_mask
         y = attend(*args) if division is None else division.run(attend, args, letters, row)
-        return self.out(y.reshape(*x.shape[:2], -1), as_laid(x))
+        return self._output(x, y)
 
     def init_cache(
         self,
@@ -187,7 +189,7 @@ class Attention(nnx.Module):
             raise ValueError("attention without a window keeps all tokens: give max_length")
         past: Any = max_length if self.window is None else self.window - 1
         dtype = self.param_dtype if self.dtype is None else self.dtype
-        shape = (batch_size, self.num_heads, past, self.head_dim)
+        shape = (batch_size, self.num_kv_heads, past, self.head_dim)
 
         def empty() -> AttentionCache:
             key, value = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
@@ -217,7 +219,7 @@ class Attention(nnx.Module):
             outside ``jit``, the room of its rows.
         """
         _checks.check_input(x, self.in_features)
-        _checks.check_cache(cache, AttentionCache, (self.num_heads, self.head_dim))
+        _checks.check_cache(cache, AttentionCache, (self.num_kv_heads, self.head_dim))
         length, past = x.shape[1], cache.key.shape[-2]
         if self.window is not None and past != self.window - 1:
             raise ValueError(
@@ -228,7 +230,7 @@ class Attention(nnx.Module):
         _checks.check_room(cache.position, x.shape[:2], lengths, limit)
         lengths = jnp.full(len(x), length, jnp.int32) if lengths is None else jnp.asarray(lengths)
         (query, key, value), division = self._rows(x, (cache.position, "b"))
-        extend = functools.partial(attend_stream, window=self.window, rope_base=self.rope_base)
+        extend = functools.partial(attend_stream, window=self.window, turn=self._turn)
         args = cache, query, key, value, lengths
         if division is None:
             y, cache = extend(*args)
@@ -236,7 +238,15 @@ class Attention(nnx.Module):
             row, of_cache = "b . h .", cache.letters()
             letters = of_cache, row, row, row, "b"
             y, cache = division.run(extend, args, letters, (row, of_cache))
-        return self.out(y.reshape(*x.shape[:2], -1), as_laid(x)), cache
+        return self._output(x, y), cache
+
+    def _turn(
+        self, rows: Float[Array, "b t h k"], position: Int[Array, "_ t"] | None
+    ) -> Float[Array, "b t h k"]:
+        return rotate(rows, self.rope_base, position)
+
+    def _output(self, x: Float[Array, "b t d"], y: Float[Array, "b t h k"]) -> Array:
+        return self.out(y.reshape(*x.shape[:2], -1), as_laid(x))
 
     def _rows(
         self, x: Float[Array, "b t d"], *others: tuple[Any, str]
@@ -244,10 +254,9 @@ class Attention(nnx.Module):
         """Queries, keys and values, and how they and ``others`` lie on a mesh."""
         rows = [linear(x) for linear in (self.query, self.key, self.value)]
         tokens = ((row, "b t h") for row in rows)
-        division = Division.of(*tokens, *others, heads=self.num_heads)
+        division = Division.of(*tokens, *others, heads=self.num_kv_heads)
         if division is not None:
             division = division.even(x.shape[1])
         if division is not None:
             rows = [division.lay(row, "b t h") for row in rows]
-        shape = *x.shape[:2], self.num_heads, self.head_dim
-        return [row.reshape(shape) for row in rows], division
+        return [row.reshape(*x.shape[:2], -1, self.head_dim) for row in rows], division

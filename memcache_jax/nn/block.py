@@ -5,47 +5,61 @@ from typing import Any
 from flax import nnx
 
 from memcache_jax._typing import Array, Float, Int
-from memcache_jax.nn.config import LanguageModelConfig, Mixer
-from memcache_jax.nn.layers import SwiGLU
+from memcache_jax.nn.config import BlockConfig, LanguageModelConfig
 from memcache_jax.sharding.layout import like
 from memcache_jax.sharding.names import constrain
 
 
 class Block(nnx.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)), as a ``BlockConfig`` has it."""
 
-    def __init__(self, config: LanguageModelConfig, mixer: Mixer, *, rngs: nnx.Rngs) -> None:
-        options = dict(dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)
-        self.mixer_norm = nnx.RMSNorm(config.features, **options)
-        self.mixer = mixer.build(
+    def __init__(self, config: LanguageModelConfig, block: BlockConfig, *, rngs: nnx.Rngs) -> None:
+        options: dict[str, Any] = dict(
+            dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs
+        )
+        self.config = block
+        self.mixer_norm = block.norm.build(config.features, **options)
+        self.mixer = block.mixer.build(
             config.features, config.num_heads, head_dim=config.head_dim, **options
         )
-        hidden = config.mlp_features
-        if hidden is None:
-            hidden = -(-8 * config.features // (3 * 64)) * 64
-        self.has_mlp = hidden > 0
-        if self.has_mlp:
-            self.mlp_norm = nnx.RMSNorm(config.features, **options)
-            self.mlp = SwiGLU(config.features, hidden, **options)
+        if block.mlp is not None:
+            self.mlp_norm = block.norm.build(config.features, **options)
+            self.mlp = block.mlp.build(config.features, **options)
 
     def __call__(
         self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None = None
     ) -> Float[Array, "b t d"]:
         """Applies the mixer and the MLP."""
         documents = () if document_ids is None else (document_ids,)
-        mixed = _laid(x + self.mixer(self.mixer_norm(x), *documents), x)
+        mixer: Any = self.mixer
+        y = mixer(self.mixer_input(x), *documents)
+        mixed = _laid(x + self._residual(y, self.mixer_norm), x)
         return _laid(self._mix_features(mixed), x)
+
+    def mixer_input(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """What the mixer is given, of the block's input."""
+        norm: Any = self.mixer_norm
+        return x if self.config.norm_last else norm(x)
+
+    def _residual(self, y: Float[Array, "b t d"], norm: Any) -> Float[Array, "b t d"]:
+        y = norm(y) if self.config.norm_last else y
+        return y if self.config.residual_scale == 1 else self.config.residual_scale * y
 
     def extend(
         self, x: Float[Array, "b t d"], cache: Any, lengths: Int[Array, "b"] | None
     ) -> tuple[Float[Array, "b t d"], Any]:
         """Applies both to the next tokens of a stream; returns the mixer's next cache too."""
         mixer: Any = self.mixer
-        y, cache = mixer.extend(self.mixer_norm(x), cache, lengths)
-        return like(x, self._mix_features(like(x, x + y))), cache
+        y, cache = mixer.extend(self.mixer_input(x), cache, lengths)
+        y = like(x, x + self._residual(y, self.mixer_norm))
+        return like(x, self._mix_features(y)), cache
 
     def _mix_features(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        return x + self.mlp(self.mlp_norm(x)) if self.has_mlp else x
+        if self.config.mlp is None:
+            return x
+        mlp: Any = self.mlp
+        norm: Any = self.mlp_norm
+        return x + self._residual(mlp(x if self.config.norm_last else norm(x)), norm)
 
 
 def _laid(y: Float[Array, "b t d"], x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
@@ -54,10 +68,12 @@ def _laid(y: Float[Array, "b t d"], x: Float[Array, "b t d"]) -> Float[Array, "b
 
 
 class Period(nnx.Module):
-    """One block per mixer; the model repeats this."""
+    """A sequence of blocks; the model repeats this."""
 
-    def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs) -> None:
-        self.blocks = nnx.List([Block(config, mixer, rngs=rngs) for mixer in config.mixers])
+    def __init__(
+        self, config: LanguageModelConfig, blocks: tuple[BlockConfig, ...], *, rngs: nnx.Rngs
+    ) -> None:
+        self.blocks = nnx.List([Block(config, block, rngs=rngs) for block in blocks])
 
     def __call__(
         self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None

@@ -5,8 +5,11 @@ import jax.numpy as jnp
 from jax.tree_util import GetAttrKey
 
 from memcache_jax._checks import check_instance, check_integer
+from memcache_jax.nn.config import LanguageModelConfig, Mixer
+from memcache_jax.nn.grouped_attention import GroupedAttentionMixer
 from memcache_jax.nn.language_model import LanguageModel
 from memcache_jax.nn.model_cache import LanguageModelCache
+from memcache_jax.nn.recurrent import RecurrentMixer
 from memcache_jax.streaming.protocol import MixerCache, count_bytes
 
 _NAMES = dict(
@@ -38,6 +41,15 @@ def cache_bytes(cache: LanguageModelCache) -> dict[str, int]:
     return parts
 
 
+def _width(mixer: Mixer, config: LanguageModelConfig) -> int:
+    """Channels of a token's keys and values together, in one layer."""
+    if isinstance(mixer, GroupedAttentionMixer):
+        return 2 * mixer.num_kv_heads * mixer.head_dim
+    if isinstance(mixer, RecurrentMixer):
+        return sum(path.heads * path.dim for path in (mixer.key, mixer.value))
+    return 2 * config.num_heads * (config.head_dim or config.features // config.num_heads)
+
+
 def cache_table(model: LanguageModel, cache: LanguageModelCache, tokens: int) -> str:
     """A table of a cache's bytes, beside those of the keys and values of as many tokens.
 
@@ -58,9 +70,9 @@ def cache_table(model: LanguageModel, cache: LanguageModelCache, tokens: int) ->
     check_instance("cache", cache, LanguageModelCache, "the cache of a LanguageModel")
     tokens = check_integer("tokens", tokens)
     config = model.config
-    head_dim = config.head_dim or config.features // config.num_heads
     rows = len(cache.position)
-    keys_and_values = 2 * config.num_layers * config.num_heads * head_dim * rows * tokens
+    layers = [block.mixer for blocks, repeats in config.stacks for block in blocks * repeats]
+    keys_and_values = sum(_width(mixer, config) for mixer in layers) * rows * tokens
     parts = cache_bytes(cache)
     total = sum(parts.values())
     parts = dict(sorted(parts.items(), key=lambda part: -part[1]))

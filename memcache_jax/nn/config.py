@@ -1,13 +1,15 @@
 """Configuration of a language model: the mixers of its blocks, and its sizes."""
 
 import dataclasses
-from typing import Any, Literal, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import jax.numpy as jnp
 from flax import nnx
 
 from memcache_jax._checks import (
     check_dtype,
+    check_fields,
     check_flag,
     check_instance,
     check_integer,
@@ -18,7 +20,9 @@ from memcache_jax._typing import Exchange, Implementation, Start
 from memcache_jax.aggregation import GRM, Aggregation
 from memcache_jax.memories import Memory, Titans
 from memcache_jax.nn.attention import Attention, check_attention
+from memcache_jax.nn.feed_forward import FeedForward, GatedMLP
 from memcache_jax.nn.memory_caching import MemoryCaching, check_layer
+from memcache_jax.nn.norms import Norm
 from memcache_jax.segmentation import Constant, Segmentation
 
 
@@ -82,6 +86,45 @@ class AttentionMixer:
 
 
 @dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """A residual block: x + scale mixer(norm(x)), then x + scale mlp(norm(x)).
+
+    Attributes:
+      mixer: how tokens are mixed.
+      mlp: what is done to each token alone; None for nothing.
+      norm: of both.
+      norm_last: whether the norm is of the mixer's and the MLP's outputs: x + norm(mixer(x)).
+      residual_scale: the scale.
+    """
+
+    mixer: Mixer
+    mlp: FeedForward | None = None
+    norm: Norm = Norm()
+    norm_last: bool = False
+    residual_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_mixer(self.mixer)
+        check_instance("norm", self.norm, Norm, "an mc.nn.Norm")
+        check_fields(self, numbers=("residual_scale",), flags=("norm_last",))
+        wrong = isinstance(self.mlp, type) or not isinstance(self.mlp, FeedForward)
+        if self.mlp is not None and wrong:
+            raise ValueError(f"mlp must be an object such as GatedMLP(64), got {shown(self.mlp)}")
+
+
+def _check_mixer(mixer: Any) -> None:
+    if isinstance(mixer, type) or not isinstance(mixer, Mixer):
+        raise ValueError(
+            "mixers must be objects such as mc.nn.MemoryCachingMixer(), or others with "
+            f"their method build, got {shown(mixer)}"
+        )
+
+
+Stacks: TypeAlias = tuple[tuple[tuple[BlockConfig, ...], int], ...]
+"""Sequences of blocks, and how often each is repeated before the next begins."""
+
+
+@dataclasses.dataclass(frozen=True)
 class LanguageModelConfig:
     """The shape of a ``LanguageModel``.
 
@@ -94,6 +137,11 @@ class LanguageModelConfig:
       head_dim: dimension of a head; ``features // num_heads`` by default.
       mlp_features: hidden width of the SwiGLU MLP, by default 8/3 d rounded up to a multiple of
         64; 0 for blocks without an MLP.
+      blocks: all blocks one by one, ``num_layers`` of them, for models that ``mixers`` and
+        ``mlp_features`` cannot say; they have no effect then.
+      norm: of the last block's output.
+      embedding_scale: a factor of the embeddings.
+      logit_scale: a factor of the logits.
       tie_embeddings: whether the output layer is the embedding's transpose.
       remat: whether the backward pass recomputes each block's activations.
       offload_states: whether, with ``remat``, what the memories write (states before each chunk and
@@ -114,6 +162,10 @@ class LanguageModelConfig:
     mixers: tuple[Mixer, ...] = (MemoryCachingMixer(),)
     head_dim: int | None = None
     mlp_features: int | None = None
+    blocks: tuple[BlockConfig, ...] | None = None
+    norm: Norm = Norm()
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
     tie_embeddings: bool = False
     remat: bool = False
     offload_states: bool = False
@@ -121,26 +173,32 @@ class LanguageModelConfig:
     param_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "num_layers", "features", "num_heads"):
-            set_fields(self, **{name: check_integer(name, getattr(self, name))})
-        set_fields(
+        check_fields(
             self,
-            head_dim=check_integer("head_dim", self.head_dim, optional=True),
-            mlp_features=check_integer("mlp_features", self.mlp_features, 0, optional=True),
+            sizes=("vocab_size", "num_layers", "features", "num_heads", "head_dim"),
+            numbers=("embedding_scale", "logit_scale"),
+            flags=("tie_embeddings", "remat", "offload_states"),
+            optional=("head_dim",),
         )
-        for name in ("tie_embeddings", "remat", "offload_states"):
-            set_fields(self, **{name: check_flag(name, getattr(self, name))})
+        hidden = check_integer("mlp_features", self.mlp_features, 0, optional=True)
+        set_fields(self, mlp_features=hidden)
+        check_instance("norm", self.norm, Norm, "an mc.nn.Norm")
         for name in ("dtype", "param_dtype"):
             check_dtype(name, getattr(self, name))
         if isinstance(self.mixers, list):  # which has no hash
             set_fields(self, mixers=tuple(self.mixers))
         check_instance("mixers", self.mixers, tuple, "a tuple of mixers")
         for mixer in self.mixers:
-            if isinstance(mixer, type) or not isinstance(mixer, Mixer):
-                raise ValueError(
-                    "mixers must be objects such as mc.nn.MemoryCachingMixer(), or others with "
-                    f"their method build, got {shown(mixer)}"
-                )
+            _check_mixer(mixer)
+        if self.blocks is not None:
+            check_instance("blocks", self.blocks, (tuple, list), "BlockConfigs")
+            blocks = tuple(self.blocks)
+            for block in blocks:
+                check_instance("blocks", block, BlockConfig, "BlockConfigs")
+            if len(blocks) != self.num_layers:
+                raise ValueError(f"got {len(blocks)} blocks for num_layers={self.num_layers}")
+            mixers = tuple(block.mixer for block in blocks)
+            set_fields(self, blocks=blocks, mixers=mixers)
         if not self.mixers or self.num_layers % len(self.mixers):
             raise ValueError(
                 f"num_layers={self.num_layers} must be a multiple of the number of mixers, "
@@ -150,6 +208,44 @@ class LanguageModelConfig:
             raise ValueError("offload_states needs remat=True, got remat=False")
 
     @property
-    def repeats(self) -> int:
-        """How often the sequence of mixers is repeated."""
-        return self.num_layers // len(self.mixers)
+    def stacks(self) -> Stacks:
+        """The blocks, as sequences that are repeated."""
+        if self.blocks is not None:
+            return _stacks_of(self.blocks)
+        hidden = self.mlp_features
+        if hidden is None:
+            hidden = -(-8 * self.features // (3 * 64)) * 64
+        mlp = GatedMLP(hidden) if hidden else None
+        period = tuple(BlockConfig(mixer, mlp) for mixer in self.mixers)
+        return ((period, self.num_layers // len(self.mixers)),)
+
+    def with_mixers(self, change: Callable[[Mixer], Mixer]) -> "LanguageModelConfig":
+        """The configuration with each mixer changed."""
+        if self.blocks is None:
+            return dataclasses.replace(self, mixers=tuple(map(change, self.mixers)))
+        blocks = (dataclasses.replace(block, mixer=change(block.mixer)) for block in self.blocks)
+        return dataclasses.replace(self, blocks=tuple(blocks))
+
+
+def _stacks_of(blocks: tuple[BlockConfig, ...]) -> Stacks:
+    """Cuts a list where that makes the longest repetitions of the shortest sequences."""
+    stacks: list[tuple[tuple[BlockConfig, ...], int]] = []
+    while blocks:
+        period, repeats = _longest_repetition(blocks)
+        if repeats == 1 and stacks and stacks[-1][1] == 1:  # one by one: let them be one sequence
+            period = stacks.pop()[0] + period
+        stacks.append((period, repeats))
+        blocks = blocks[repeats * (len(period) if repeats > 1 else 1) :]
+    return tuple(stacks)
+
+
+def _longest_repetition(blocks: tuple[BlockConfig, ...]) -> tuple[tuple[BlockConfig, ...], int]:
+    """The sequence at the list's beginning whose repetitions cover most of it, or one block."""
+    best = blocks[:1], 1
+    for size in range(1, len(blocks) // 2 + 1):
+        repeats = 1
+        while blocks[repeats * size : (repeats + 1) * size] == blocks[:size]:
+            repeats += 1
+        if repeats > 1 and repeats * size > best[1] * len(best[0]):
+            best = blocks[:size], repeats
+    return best

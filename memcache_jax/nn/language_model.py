@@ -16,7 +16,7 @@ from memcache_jax.nn.block import Period
 from memcache_jax.nn.calls import ModelCall, answer, read_call
 from memcache_jax.nn.config import LanguageModelConfig
 from memcache_jax.nn.layers import Embed, Linear
-from memcache_jax.nn.memory_caching import MemoryCaching
+from memcache_jax.nn.memory_layer import MemoryLayer
 from memcache_jax.nn.model_cache import LanguageModelCache
 from memcache_jax.nn.stack import layer_of, make_stack, scan_stack
 from memcache_jax.sharding.layout import (
@@ -42,7 +42,8 @@ class LanguageModel(nnx.Module):
     """Token embedding, a stack of blocks, RMSNorm and an output layer.
 
     The blocks' parameters are stacked along a first axis and ``lax.scan`` runs over them, so
-    compile time does not grow with depth.
+    compile time does not grow with depth. Blocks that do not repeat one sequence make several
+    stacks.
 
     Args:
       config: the model's shape.
@@ -59,6 +60,9 @@ class LanguageModel(nnx.Module):
       (1, 16, 257)
     """
 
+    published: str | None = None
+    """The ``config.json`` that the model was read from, if it was."""
+
     def __init__(
         self, config: LanguageModelConfig, *, axis_names: AxisNames | None = None, rngs: nnx.Rngs
     ) -> None:
@@ -69,8 +73,12 @@ class LanguageModel(nnx.Module):
         with naming(axis_names):
             init = partitioned(jax.nn.initializers.normal(0.02), "vocab", "embed")
             self.embedding = Embed(*size, embedding_init=init, rngs=rngs, **options)
-            self.layers = make_stack(lambda rngs: Period(config, rngs=rngs), config.repeats, rngs)
-            self.norm = nnx.RMSNorm(config.features, rngs=rngs, **options)
+            stacks = [
+                make_stack(lambda rngs, own=blocks: Period(config, own, rngs=rngs), repeats, rngs)
+                for blocks, repeats in config.stacks
+            ]
+            self.layers = as_layers(stacks)
+            self.norm = config.norm.build(config.features, rngs=rngs, **options)
             if not config.tie_embeddings:
                 # Products in a narrower dtype would make ties of logits.
                 options["preferred_element_type"] = jnp.promote_types(config.dtype, jnp.float32)
@@ -125,13 +133,23 @@ class LanguageModel(nnx.Module):
         if self.config.remat:
             policy = _OFFLOAD if self.config.offload_states else None
             wrap = functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
-        x, _ = self._scan(
-            lambda period, x, _: (period(x, document_ids), None), self._embed(tokens), wrap=wrap
-        )
-        return self.norm(x)
+        x = self._embed(tokens)
+        for layers, repeats in self.stacks:
+            x, _ = scan_stack(
+                layers, repeats, lambda period, x, _: (period(x, document_ids), None), x, wrap=wrap
+            )
+        return self._normed(x)
 
-    def _scan(self, *args: Any, **options: Any) -> tuple[Any, Any]:
-        return scan_stack(self.layers, self.config.repeats, *args, **options)
+    @property
+    def stacks(self) -> list[tuple[Any, int]]:
+        """The blocks' modules with stacked parameters, and how many each stands for."""
+        repeats = [repeats for _, repeats in self.config.stacks]
+        layers: Any = [self.layers] if len(repeats) == 1 else self.layers
+        return list(zip(layers, repeats, strict=True))
+
+    def _normed(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        norm: Any = self.norm
+        return norm(x)
 
     def gates(self, tokens: Int[Array, "b t"]) -> list[Float[Array, "b t h states"] | None]:
         """Returns ``MemoryCaching.gates`` of every block, or None for blocks of other mixers.
@@ -148,19 +166,26 @@ class LanguageModel(nnx.Module):
             gates = []
             for block in period.blocks:
                 mixer: Any = block.mixer
-                caches = isinstance(mixer, MemoryCaching)
-                gates.append(mixer.gates(block.mixer_norm(x)) if caches else None)
+                caches = isinstance(mixer, MemoryLayer)
+                gates.append(mixer.gates(block.mixer_input(x)) if caches else None)
                 x = block(x)
             return x, gates
 
-        _, gates = self._scan(gates_of, self._embed(tokens))
-        return [
-            None if of_mixer is None else of_mixer[repeat]
-            for repeat in range(self.config.repeats)
-            for of_mixer in gates
-        ]
+        x, found = self._embed(tokens), []
+        for layers, repeats in self.stacks:
+            x, gates = scan_stack(layers, repeats, gates_of, x)
+            found += [
+                None if of_mixer is None else of_mixer[repeat]
+                for repeat in range(repeats)
+                for of_mixer in gates
+            ]
+        return found
 
     def _embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        x = self._rows_of(tokens)
+        return x if self.config.embedding_scale == 1 else self.config.embedding_scale * x
+
+    def _rows_of(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         # Gather the table's features first: on a mesh XLA would otherwise gather the batch.
         table, mesh = self.embedding.embedding[...], context_mesh(tokens)
         if mesh is None or not explicit_axes(mesh):
@@ -200,17 +225,16 @@ class LanguageModel(nnx.Module):
             def init(period: Period, carry: None, _: None) -> tuple[None, list]:
                 return None, _without_states(period.init_cache(batch_size, max_length, options))
 
-            first: Any = layer_of(self.layers, self.config.repeats, 0)
-            one = first.init_cache(batch_size, max_length, options)
-            bounds = [max_length, *(getattr(cache, "max_length", None) for cache in one)]
+            layers, states, bounds = [], [], [max_length]
+            for stack, repeats in self.stacks:
+                first: Any = layer_of(stack, repeats, 0)
+                one = first.init_cache(batch_size, max_length, options)
+                bounds += [getattr(cache, "max_length", None) for cache in one]
+                layers += scan_stack(stack, repeats, init, None)[1]
+                states += [cache.empty_states(batch_size, repeats) for cache in one]
             bounds = [bound for bound in bounds if bound is not None]
-            _, layers = self._scan(init, None)
-            return LanguageModelCache(
-                layers,
-                [cache.empty_states(batch_size, self.config.repeats) for cache in one],
-                jnp.zeros(batch_size, jnp.int32),
-                min(bounds, default=None),
-            )
+            position = jnp.zeros(batch_size, jnp.int32)
+            return LanguageModelCache(layers, states, position, min(bounds, default=None))
 
         return placed(empty, sharding)
 
@@ -245,21 +269,25 @@ class LanguageModel(nnx.Module):
             x, caches = period.extend(x, caches, lengths)
             return (x, [cache.states for cache in caches]), _without_states(caches)
 
-        carry = self._embed(tokens), cache.states
-        inputs = cache.layers, jnp.arange(self.config.repeats)
-        (x, states), layers = self._scan(extend, carry, inputs, settle=True)
+        x, layers, states = self._embed(tokens), [], []
+        for (stack, repeats), (blocks, _) in zip(self.stacks, self.config.stacks, strict=True):
+            own = slice(len(layers), len(layers) + len(blocks))
+            inputs = cache.layers[own], jnp.arange(repeats)
+            carry = x, cache.states[own]
+            (x, after), new = scan_stack(stack, repeats, extend, carry, inputs, settle=True)
+            layers, states = layers + new, states + after
         taken = tokens.shape[1] if lengths is None else lengths
         position = _checks.advanced(cache.position, taken)
-        return self.norm(x), LanguageModelCache(layers, states, position, cache.max_length)
+        return self._normed(x), LanguageModelCache(layers, states, position, cache.max_length)
 
     def _check_cache(self, cache: Any) -> None:
         if not isinstance(cache, LanguageModelCache):
             raise ValueError(f"the cache must be a LanguageModel's, got {type(cache).__name__}")
-        made = cache.repeats * len(cache.layers), len(cache.layers)
-        here = self.config.num_layers, len(self.config.mixers)
-        if made != here:
+        here = tuple(repeats for blocks, repeats in self.config.stacks for _ in blocks)
+        if cache.repeats != here:
             raise ValueError(
-                f"the cache was made for (num_layers, mixers) = {made}, this model has {here}"
+                f"the cache was made for {sum(cache.repeats)} layers of {len(cache.repeats)} mixers"
+                f", this model has {sum(here)} of {len(here)}"
             )
 
     def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
@@ -270,7 +298,13 @@ class LanguageModel(nnx.Module):
                 f"hidden must be (..., d) with d = features = {self.config.features}, got {shape}"
             )
         logits = self.embedding.attend(hidden) if self.config.tie_embeddings else self.head(hidden)
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        return logits if self.config.logit_scale == 1 else self.config.logit_scale * logits
+
+
+def as_layers(stacks: list) -> Any:
+    """What a model keeps of its stacks: the one, or a list of several."""
+    return stacks[0] if len(stacks) == 1 else nnx.List(stacks)
 
 
 def _without_states(caches: list) -> list:

@@ -1,5 +1,6 @@
 """Small layers used by several modules."""
 
+import functools
 from typing import Any
 
 import jax
@@ -24,7 +25,8 @@ class Linear(nnx.Linear):
     With separate batch and time axes XLA's CPU backend transposes every cotangent, which makes
     forward and backward 1.7 times slower. On a mesh they stay separate, since it may split both.
 
-    ``axes`` are the logical names of the kernel's two axes, as in ``sharding.names.RULES``.
+    ``axes`` are the logical names of the kernel's two axes, as in ``sharding.names.RULES``, or None
+    for an axis that is never divided.
     The other arguments are those of ``nnx.Linear``.
     """
 
@@ -33,7 +35,7 @@ class Linear(nnx.Linear):
         in_features: int,
         out_features: int,
         *,
-        axes: tuple[str, str],
+        axes: tuple[str | None, str | None],
         use_bias: bool = False,
         kernel_init: jax.nn.initializers.Initializer = _LECUN_NORMAL,
         bias_init: jax.nn.initializers.Initializer = jax.nn.initializers.zeros,
@@ -86,7 +88,8 @@ class CausalConv(nnx.Module):
       features: channels, d.
       width: taps; the last one multiplies the token itself.
       kernel_init: initialiser of the (width, d) kernel.
-      param_dtype: dtype of the kernel.
+      use_bias: whether channels have a bias, zero at first.
+      param_dtype: dtype of the parameters.
       rngs: random keys.
     """
 
@@ -96,11 +99,16 @@ class CausalConv(nnx.Module):
         width: int,
         *,
         kernel_init: jax.nn.initializers.Initializer,
+        use_bias: bool = False,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
         init = partitioned(kernel_init, None, "heads")
         self.kernel = nnx.Param(init(rngs.params(), (width, features), param_dtype))
+        self.use_bias = use_bias
+        if use_bias:
+            init = partitioned(jax.nn.initializers.zeros, "heads")
+            self.bias = nnx.Param(init(rngs.params(), (features,), param_dtype))
 
     def init_tail(self, batch_size: int, dtype: DTypeLike) -> Float[Array, "b past d"]:
         """Returns the inputs before the first token, all zero, for ``extend``."""
@@ -129,11 +137,11 @@ class CausalConv(nnx.Module):
         def extend(x: Array, tail: Array, lengths: Array, kernel: Array) -> tuple[Array, Array]:
             past = tail.shape[1]
             inputs = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
-            y = conv_silu(inputs, kernel.astype(x.dtype))[:, past:]
+            y = conv_silu(inputs, kernel.astype(x.dtype), self.use_bias)[:, past:]
             last = jax.vmap(lambda row, begin: jax.lax.dynamic_slice_in_dim(row, begin, past))
             return y, last(inputs, lengths).astype(tail.dtype)
 
-        args = x, tail, lengths, self.kernel[...]
+        args = x, tail, lengths, self._taps()
         if division is None:
             return extend(*args)
         letters = "b . h", "b . h", "b", ". h"
@@ -145,14 +153,17 @@ class CausalConv(nnx.Module):
         document_ids: Int[Array, "b t"] | None = None,
         division: Division | None = None,
     ) -> Float[Array, "b t d"]:
-        """y_t = silu(sum over j of kernel[j] x_{t - width + 1 + j}), within t's document."""
-        kernel = self.kernel[...].astype(x.dtype)
-        before = kernel.shape[0] - 1
-        if document_ids is None:
-            return over_time(conv_silu, x, kernel, before=before, division=division)
-        return over_time(
-            document_conv_silu, x, kernel, document_ids, before=before, division=division
-        )
+        """y_t = silu(sum over j of kernel[j] x_{t - width + 1 + j} + bias), within t's document."""
+        kernel, before = self._taps().astype(x.dtype), self.kernel.shape[0] - 1
+        rows = () if document_ids is None else (document_ids,)
+        conv = functools.partial(document_conv_silu if rows else conv_silu, biased=self.use_bias)
+        return over_time(conv, x, kernel, *rows, before=before, division=division)
+
+    def _taps(self) -> Float[Array, "w d"]:
+        """The kernel, with the bias as its last row."""
+        if not self.use_bias:
+            return self.kernel[...]
+        return jnp.concatenate([self.kernel[...], self.bias[...][None]])
 
 
 class SwiGLU(nnx.Module):

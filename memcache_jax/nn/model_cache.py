@@ -32,9 +32,9 @@ class LanguageModelCache:
         return count_bytes(self)
 
     @property
-    def repeats(self) -> int:
+    def repeats(self) -> tuple[int, ...]:
         """Number of layers of each mixer."""
-        return len(jax.tree.leaves(self.layers)[0])
+        return tuple(len(jax.tree.leaves(cache)[0]) for cache in self.layers)
 
     def check_room(self, shape: tuple[int, ...], lengths: Any = None) -> None:
         """Raises ValueError unless the rows have room for tokens (b, t).
@@ -50,14 +50,14 @@ class LanguageModelCache:
     def reset(self, rows: jax.typing.ArrayLike) -> "LanguageModelCache":
         """Returns the cache with the marked rows (b,) empty again."""
         rows = _checks.check_marks(rows, len(self.position))
-        layers = jax.vmap(lambda caches: [cache.reset(rows) for cache in caches])(self.layers)
+        layers = [jax.vmap(lambda cache: cache.reset(rows))(cache) for cache in self.layers]
         states = [cache.reset_states(rows, axis=1) for cache in self._first_layers()]
         return LanguageModelCache(layers, states, zero_rows(self.position, rows), self.max_length)
 
     def take(self, rows: jax.typing.ArrayLike) -> "LanguageModelCache":
         """Returns the cache of these rows, in this order; a row may be taken more than once."""
         rows = _checks.check_rows(rows, len(self.position))
-        layers = jax.vmap(lambda caches: [cache.take_small(rows) for cache in caches])(self.layers)
+        layers = [jax.vmap(lambda cache: cache.take_small(rows))(cache) for cache in self.layers]
         states = [cache.take_states(rows, axis=1) for cache in self._first_layers()]
         return LanguageModelCache(layers, states, take_rows(self.position, rows), self.max_length)
 

@@ -1,15 +1,19 @@
 """Memory caching for a model trained without it."""
 
 import dataclasses
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from memcache_jax.aggregation import GRM, Aggregation
 from memcache_jax.caching import check_configuration
-from memcache_jax.nn.config import MemoryCachingMixer
+from memcache_jax.nn.block import Block
+from memcache_jax.nn.config import MemoryCachingMixer, Mixer
 from memcache_jax.nn.language_model import LanguageModel
-from memcache_jax.nn.memory_caching import MemoryCaching
+from memcache_jax.nn.memory_layer import MemoryLayer
+from memcache_jax.nn.recurrent import Recurrent, RecurrentMixer
 from memcache_jax.segmentation import Segmentation
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -21,7 +25,7 @@ def with_memory_caching(
     segmentation: Segmentation,
     aggregation: Aggregation | None = None,
 ) -> Model:
-    """Adds caches to an already trained recurrent model, with no new parameters.
+    """Adds caches to an already trained recurrent model.
 
     Post-training memory caching (Sec. 4.3 of arXiv:2602.24281): on inputs longer than its training
     length, a recurrent model caches its memory after every training length and reads all of them
@@ -32,7 +36,9 @@ def with_memory_caching(
       model: any NNX module with ``MemoryCaching`` layers, such as a ``LanguageModel``.
       segmentation: where states are cached: ``Constant`` of the model's training length.
       aggregation: ``GRM(gate="uniform")`` by default. ``Soup(gate="uniform")`` and ``Residual``
-        need no parameters either; content gates are for layers that have a connector.
+        need no parameters either. Content gates are for layers that have a connector, and for
+        language models of ``Recurrent`` layers, which get one: it is zero, and so the gates are
+        uniform until it is trained.
 
     Returns:
       A new model with the same parameter arrays. The given model is unchanged.
@@ -52,25 +58,51 @@ def with_memory_caching(
     """
     aggregation = GRM(gate="uniform") if aggregation is None else aggregation
     new = nnx.merge(*nnx.split(model))
-    layers = [m for _, m in nnx.iter_modules(new) if isinstance(m, MemoryCaching)]
+    layers = [m for _, m in nnx.iter_modules(new) if isinstance(m, MemoryLayer)]
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no MemoryCaching layer")
+        raise ValueError(f"{type(model).__name__} has no layer of memory caching")
     for layer in layers:
         check_configuration(layer.memory, aggregation, segmentation)
         trained = layer.aggregation
-        if aggregation.relevance.connector not in (None, trained.relevance.connector):
+        wanted = aggregation.relevance.connector
+        can_get = (
+            wanted == "key" and isinstance(layer, Recurrent) and isinstance(new, LanguageModel)
+        )
+        if wanted not in (None, trained.relevance.connector) and not can_get:
             raise ValueError(
                 f"the model was trained with gate={trained.gate!r} and lacks the parameters for "
                 f'{aggregation}; gate="uniform" needs none'
             )
         layer.aggregation, layer.segmentation = aggregation, segmentation
+
+    def cached(mixer: Mixer) -> Mixer:
+        if not isinstance(mixer, MemoryCachingMixer | RecurrentMixer):
+            return mixer
+        return dataclasses.replace(mixer, aggregation=aggregation, segmentation=segmentation)
+
     for _, module in nnx.iter_modules(new):
         if isinstance(module, LanguageModel):
-            mixers = tuple(
-                dataclasses.replace(mixer, aggregation=aggregation, segmentation=segmentation)
-                if isinstance(mixer, MemoryCachingMixer)
-                else mixer
-                for mixer in module.config.mixers
-            )
-            module.config = dataclasses.replace(module.config, mixers=mixers)
+            module.config = module.config.with_mixers(cached)
+        elif isinstance(module, Block):
+            mixer = cached(module.config.mixer)
+            module.config = dataclasses.replace(module.config, mixer=mixer)
+    return _with_connectors(new)
+
+
+def _with_connectors(model: Any) -> Any:
+    """The model with the parameters that its configuration asks for, new ones zero."""
+    if not isinstance(model, LanguageModel):
+        return model
+    graph, state = jax.eval_shape(
+        lambda: nnx.split(LanguageModel(model.config, rngs=nnx.Rngs(0)), nnx.Param)
+    )
+    there = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    wanted = nnx.to_flat_state(state)
+    if all(path in there for path, _ in wanted):
+        return model
+    for path, param in wanted:
+        value = there[path][...] if path in there else jnp.zeros(param.shape, param.dtype)
+        param.set_value(value)
+    new = nnx.merge(graph, state)
+    new.published = model.published
     return new

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from memcache_jax import _checks
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.memories import Control, Memory
 from memcache_jax.nn.host_options import ProjectionOptions
 from memcache_jax.nn.layers import CausalConv, Linear, as_laid, l2_normalize
+from memcache_jax.nn.memory_layer import MemoryLayer
 from memcache_jax.sharding.division import Division
 from memcache_jax.sharding.names import partitioned
 
@@ -22,7 +22,7 @@ from memcache_jax.sharding.names import partitioned
 _SMALL = jax.nn.initializers.variance_scaling(0.01, "fan_in", "normal")
 
 
-class Projections(nnx.Module):
+class Projections(MemoryLayer):
     """Maps a layer's input to the memory's arguments, and what the memory returns to the output.
 
     The arguments are those of ``MemoryCaching``.
@@ -44,7 +44,8 @@ class Projections(nnx.Module):
         options_of: ProjectionOptions,
         rngs: nnx.Rngs,
     ) -> None:
-        self.in_features, self.num_heads, self.head_dim = in_features, num_heads, head_dim
+        self.in_features, self.num_heads = in_features, num_heads
+        self.head_dim = self.value_dim = head_dim
         self.memory, self.aggregation = memory, aggregation
         self.dtype, self.param_dtype = dtype, param_dtype
         inner = num_heads * head_dim
@@ -98,28 +99,9 @@ class Projections(nnx.Module):
         axes = ("heads", "embed")
         self.out = Linear(inner, in_features, axes=axes, dtype=dtype, **options, **options_of.out)
 
-    def operands(
-        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None = None
+    def _tokens(
+        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None
     ) -> dict[str, Any]:
-        """The arrays that a call passes to ``mc.memory_caching``, by argument name.
-
-        They are ``query``, ``key``, ``value``, ``connector`` (or None), ``controls`` and
-        ``weights``.
-
-        Example:
-          >>> import jax.numpy as jnp, memcache_jax as mc
-          >>> from flax import nnx
-          >>> layer = mc.nn.MemoryCaching(8, 2, memory=mc.memories.SSD(),
-          ...                             aggregation=mc.GRM(), segmentation=mc.Constant(4),
-          ...                             rngs=nnx.Rngs(0))
-          >>> operands = layer.operands(jnp.ones((1, 14, 8)))
-          >>> operands["query"].shape, sorted(operands["controls"])
-          ((1, 14, 2, 4), ['lam', 'log_alpha'])
-        """
-        _checks.check_input(x, self.in_features)
-        if document_ids is not None:
-            _checks.check_documents(document_ids, x.shape[:2])
-        x = x if self.dtype is None else x.astype(self.dtype)
         rows = [linear(x) for linear, _ in self._paths]
         tokens: Any = *((row, "b t h") for row in rows), (document_ids, "b t")
         division = Division.of(*tokens, heads=self.num_heads)
@@ -127,8 +109,25 @@ class Projections(nnx.Module):
             conv(row, document_ids, division)
             for (_, conv), row in zip(self._paths, rows, strict=True)
         )
-        tokens = self._tokens(x, query, key, value, division)
-        return tokens | {"weights": self._initial_weights()}
+        return self._arguments(x, query, key, value, division)
+
+    def _next_tokens(
+        self,
+        x: Float[Array, "b t d"],
+        tails: tuple,
+        counts: Int[Array, "b"],
+        position: Int[Array, "b"],
+    ) -> tuple[dict[str, Any], tuple]:
+        rows = [linear(x) for linear, _ in self._paths]
+        tokens: Any = *((row, "b . h") for row in rows), (tails[0], "b . h")
+        division = Division.of(*tokens, heads=self.num_heads)
+        paths = zip(self._paths, rows, tails, strict=True)
+        new = [conv.extend(row, tail, counts, division) for (_, conv), row, tail in paths]
+        (query, key, value), tails = zip(*new, strict=True)
+        return self._arguments(x, query, key, value, division), tails
+
+    def _empty_tails(self, batch_size: int, dtype: DTypeLike) -> tuple:
+        return tuple(conv.init_tail(batch_size, dtype) for _, conv in self._paths)
 
     @property
     def _paths(self) -> tuple[tuple[Any, CausalConv], ...]:
@@ -144,7 +143,7 @@ class Projections(nnx.Module):
         names = self.memory.weight_shapes(self.head_dim, self.head_dim)
         return {name: self.weights[name][...] for name in names}
 
-    def _tokens(
+    def _arguments(
         self, x: Array, query: Array, key: Array, value: Array, division: Division | None
     ) -> dict[str, Any]:
         """The per-token arguments of ``mc.memory_caching``, from convolved projections."""
@@ -177,7 +176,12 @@ class Projections(nnx.Module):
             controls=self.memory.coupled(controls),
         )
 
-    def _output(self, x: Float[Array, "b t d"], y: Float[Array, "b t h k"]) -> Array:
+    def _empty_output(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        return self.out(self.value(x))
+
+    def _output(
+        self, x: Float[Array, "b t d"], y: Float[Array, "b t h k"], tokens: dict[str, Any]
+    ) -> Float[Array, "b t d"]:
         y = self.norm(y).reshape(*x.shape[:2], -1)
         return self.out(y * jax.nn.silu(self.output_gate(x)), as_laid(x))
 

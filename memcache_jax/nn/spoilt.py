@@ -11,12 +11,16 @@ from memcache_jax._typing import Array, Bool, Float, Int
 
 
 def cleaned(
-    key: Float[Array, "b s h k"], value: Float[Array, "b s h k"]
-) -> tuple[Float[Array, "b s h k"], Float[Array, "b s h k"], Bool[Array, "b s h"]]:
-    """Keys and values with zeros for numbers that are not finite, and which tokens had any."""
+    key: Float[Array, "b s g k"], value: Float[Array, "b s g k"], heads: int
+) -> tuple[Float[Array, "b s g k"], Float[Array, "b s g k"], Bool[Array, "b s h"]]:
+    """Keys and values with zeros for numbers that are not finite, and which tokens had any.
+
+    The last is for each head of the queries; g heads of keys serve as many of them each.
+    """
     fine = [jnp.isfinite(x) for x in (key, value)]
     key, value = (jnp.where(mask, x, 0) for mask, x in zip(fine, (key, value), strict=True))
-    return key, value, ~(fine[0].all(axis=-1) & fine[1].all(axis=-1))
+    bad = ~(fine[0].all(axis=-1) & fine[1].all(axis=-1))
+    return key, value, bad if heads == bad.shape[2] else jnp.repeat(bad, heads // bad.shape[2], 2)
 
 
 def by_mask(seen: Bool[Array, "_ _ t s"], bad: Bool[Array, "b s h"]) -> Bool[Array, "b t h"]:

@@ -11,7 +11,7 @@ from memcache_jax import _checks
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.nn.block import Period
 from memcache_jax.nn.calls import ModelCall, answer, read_call
-from memcache_jax.nn.language_model import LanguageModel
+from memcache_jax.nn.language_model import LanguageModel, as_layers
 from memcache_jax.nn.stack import layer_of
 
 
@@ -31,11 +31,12 @@ class Unrolled(nnx.Module):
     def __init__(self, model: LanguageModel) -> None:
         self.config = model.config
         self.outer = nnx.merge(*nnx.split(model))
-        self.axis_name = _axis_name(self.outer.layers)
+        self.axis_name = _axis_name(self.outer.stacks[0][0])
         self.layers = nnx.List([])
-        for index in range(self.config.repeats):
-            graph, state = nnx.split(layer_of(self.outer.layers, self.config.repeats, index))
-            self.layers.append(nnx.merge(graph, spmd.remove_axis(state, 0, self._stacking)))
+        for layers, repeats in self.outer.stacks:
+            for index in range(repeats):
+                graph, state = nnx.split(layer_of(layers, repeats, index))
+                self.layers.append(nnx.merge(graph, spmd.remove_axis(state, 0, self._stacking)))
         del self.outer.layers
 
     def language_model(self) -> LanguageModel:
@@ -43,9 +44,13 @@ class Unrolled(nnx.Module):
         if any(isinstance(x, nnx.LoRAParam) for _, x in nnx.iter_graph(self)):
             raise ValueError("a LanguageModel has no place for the parameters of LoRA")
         model = nnx.merge(*nnx.split(self.outer))
-        stacked = jax.tree.map(lambda *x: jnp.stack(x), *map(nnx.state, self.layers))
-        graph = nnx.graphdef(self.layers[0])
-        model.layers = nnx.merge(graph, spmd.add_axis(stacked, 0, self._stacking))
+        stacks, layers = [], list(self.layers)
+        for _, repeats in self.config.stacks:
+            own, layers = layers[:repeats], layers[repeats:]
+            stacked = jax.tree.map(lambda *x: jnp.stack(x), *map(nnx.state, own))
+            graph = nnx.graphdef(own[0])
+            stacks.append(nnx.merge(graph, spmd.add_axis(stacked, 0, self._stacking)))
+        model.layers = as_layers(stacks)
         return model
 
     def __call__(
@@ -63,7 +68,7 @@ class Unrolled(nnx.Module):
         x = self.outer._embed(tokens)
         for period in self.layers:
             x = run(period, x, document_ids)
-        return self.outer.norm(x)
+        return self.outer._normed(x)
 
     def init_cache(self, batch_size: int, max_length: int, **options: Any) -> UnrolledCache:
         """As ``LanguageModel.init_cache``."""
@@ -79,7 +84,7 @@ class Unrolled(nnx.Module):
             x, caches = period.extend(x, caches, lengths)
             layers.append(caches)
         taken = tokens.shape[1] if lengths is None else lengths
-        return self.outer.norm(x), UnrolledCache(layers, _checks.advanced(cache.position, taken))
+        return self.outer._normed(x), UnrolledCache(layers, _checks.advanced(cache.position, taken))
 
     @property
     def _stacking(self) -> dict[str, Any]:

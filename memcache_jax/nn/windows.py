@@ -21,8 +21,8 @@ def block_size(window: int, length: int) -> int:
 
 def attend_window(
     query: Float[Array, "b t h k"],
-    key: Float[Array, "b s h k"],
-    value: Float[Array, "b s h k"],
+    key: Float[Array, "b s g k"],
+    value: Float[Array, "b s g k"],
     before: Int[Array, "_"],
     document: Int[Array, "b s"] | None = None,
     mask: Bool[Array, "_ _ t s"] | None = None,
@@ -47,7 +47,7 @@ def attend_window(
     count = -(-length // block)
     fill = count * block - length
     query, key, value = (_padded(x, 1, 0, fill) for x in (query, key, value))
-    key, value, bad = spoilt.cleaned(key, value)
+    key, value, bad = spoilt.cleaned(key, value, query.shape[2])
     if document is not None:
         document = _padded(document, 1, 0, fill)
     if mask is not None:

@@ -5,10 +5,12 @@ says nothing; there it is the logical rules in context that say it, or those of 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from memcache_jax._typing import Array
@@ -167,8 +169,15 @@ class Division:
             options["axis_names"] = {*explicit, *(axis for axis in auto if axis in ruled)}
         elif not jax.sharding.get_abstract_mesh().empty:
             options = {}  # all axes but those over which a vmap goes
+        divided = tuple(options.get("axis_names", self.mesh.axis_names))
+        dtypes = jax.tree.map(lambda x: x.dtype, args)
+        args = jax.tree.map(functools.partial(self._summable, axes=divided), letters, args)
+
+        def narrowed(*args: Any) -> Any:
+            return local(*jax.tree.map(lambda x, dtype: x.astype(dtype), args, dtypes))
+
         mapped = jax.shard_map(
-            local, in_specs=specs, out_specs=out_specs, check_vma=False, **options
+            narrowed, in_specs=specs, out_specs=out_specs, check_vma=False, **options
         )
         # Outside jit, JAX 0.10 does not take a mesh of which only some axes are manual.
         return jax.jit(mapped)(*args) if explicit else mapped(*args)
@@ -176,6 +185,22 @@ class Division:
     def compute(self, f: Callable[[Array], Array], x: Array, letters: str) -> Array:
         """Returns ``f(x)``, which the compiler divides as it will, laid out by its axes."""
         return by_compiler(f, x, axes=self._axes(letters))
+
+    def _summable(self, letters: str, tree: Any, axes: MeshAxes) -> Any:
+        """Makes what devices along these axes have alike float32: its gradient is their sum.
+
+        XLA on CPUs dies of such a sum in bfloat16, and it would round elsewhere.
+        """
+        own = {axis for each in self._axes(letters) for axis in each}
+        if num_devices(self.mesh, tuple(axis for axis in axes if axis not in own)) == 1:
+            return tree
+
+        def wide(x: Array) -> Array:
+            if not jnp.issubdtype(x.dtype, jnp.floating):
+                return x
+            return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+        return jax.tree.map(wide, tree)
 
     def _axes(self, letters: str) -> list[MeshAxes]:
         return [getattr(self, letter) if letter in _NAMES else () for letter in letters.split()]

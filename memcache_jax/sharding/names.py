@@ -37,6 +37,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "vocab": "tensor",
     "embed": ("fsdp", "seq"),  # of parameters; activations are whole along it
     "layers": None,
+    "experts": None,
 }
 """The axes of ``make_mesh``'s meshes for each name."""
 

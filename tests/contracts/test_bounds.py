@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import memcache_jax as mc
-from tests.cases import assert_close, make_inputs
+from tests.cases import assert_close, make_inputs, with_slow
 
 DIM, CHUNK, CHUNKS = 4, 64, 2048  # 131,072 tokens
 RULES = {
@@ -25,6 +25,7 @@ def length(matrices):
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.vmap, in_axes=(None, 0, 0, 0))
 def lengths(memory, scale, decay, momentum):
     """Of the weights before, and of weights and momentum after each chunk of random tokens."""
     shapes = memory.weight_shapes(DIM, DIM)
@@ -48,22 +49,26 @@ def lengths(memory, scale, decay, momentum):
     return length(state.weights), *jax.lax.scan(chunk, state, keys)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", with_slow([*RULES], "titans_depth1"))
 def test_no_input_of_any_scale_exceeds_the_bound(name):
     tokens = CHUNK * np.arange(1, CHUNKS + 1)
-    for scale, decay, momentum in (
-        *((1.0, -0.01, -0.1), (1e3, -0.01, -1e-3), (1e20, -0.01, 0.0), (1e3, 0.0, -1e-12)),
-        *((1e3, -1e-12, -1e-3), (1e-3, -0.01, -2.0)),
-    ):
-        first, weights, moments = map(np.asarray, lengths(RULES[name], scale, decay, momentum))
-        longest = first + 0.5 * np.minimum(tokens, 1 / max(-np.expm1(decay), 1e-300))
-        assert (weights <= longest * (1 + 1e-9)).all()
-        assert (moments <= 0.5 * (1 + 1e-9)).all()
+    scale, decay, momentum = np.transpose(
+        [
+            *((1.0, -0.01, -0.1), (1e3, -0.01, -1e-3), (1e20, -0.01, 0.0), (1e3, 0.0, -1e-12)),
+            *((1e3, -1e-12, -1e-3), (1e-3, -0.01, -2.0)),
+        ]
+    )
+    first, weights, moments = map(np.asarray, lengths(RULES[name], scale, decay, momentum))
+    kept = 1 / np.maximum(-np.expm1(decay), 1e-300)
+    longest = first[:, None] + 0.5 * np.minimum(tokens, kept[:, None])
+    assert (weights <= longest * (1 + 1e-9)).all()
+    assert (moments <= 0.5 * (1 + 1e-9)).all()
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", with_slow([*RULES], "titans_depth1"))
 def test_chunks_equal_tokens_where_steps_are_shortened(name):
     memory = RULES[name]
     small = type(memory)(4, expansion=2, depth=memory.depth, max_step_norm=0.05)
@@ -81,12 +86,15 @@ def test_chunks_equal_tokens_where_steps_are_shortened(name):
             implementation=implementation,
         )
 
-    wanted = run(small, "reference")
-    assert_close(run(small), wanted, 1e-12)
-    bare = run(type(memory)(4, expansion=2, depth=memory.depth), "reference")
+    other = type(memory)(4, expansion=2, depth=memory.depth)
+    wanted, got, bare = jax.jit(
+        lambda: (run(small, "reference"), run(small), run(other, "reference"))
+    )()
+    assert_close(got, wanted, 1e-12)
     assert np.abs(bare - wanted).max() > 0.1 * np.abs(wanted).max()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_long_bound_changes_no_bit():
     memory = mc.memories.Titans(4, expansion=2)
@@ -97,7 +105,7 @@ def test_a_long_bound_changes_no_bit():
     np.testing.assert_array_equal(mc.memory_caching(**inputs, memory=long, **how), bare)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", with_slow([*RULES], "titans_depth1"))
 def test_steps_and_gradients_of_huge_tokens_are_finite_in_float32(name):
     memory = RULES[name]
     small = type(memory)(4, expansion=2, depth=memory.depth, max_step_norm=0.5)
@@ -129,6 +137,7 @@ def test_bounds_that_are_none(bound):
         mc.memories.Titans(max_step_norm=bound)
 
 
+@pytest.mark.slow
 def test_a_layer_is_bounded_unless_told_otherwise():
     x = 1e6 * jax.random.normal(jax.random.key(0), (1, 100, 64))
 
@@ -151,6 +160,7 @@ def test_a_layer_is_bounded_unless_told_otherwise():
     assert not jnp.isfinite(nnx.jit(lambda layer, x: layer(x))(bare, x)).all()
 
 
+@pytest.mark.slow
 def test_a_layer_of_dla_forgets_unless_told_otherwise():
     def layer(memory):
         return mc.nn.MemoryCaching(

@@ -14,9 +14,12 @@ from tests.cases import (
     FAMILIES,
     MEMORIES,
     assert_close,
+    assert_slopes,
     make_inputs,
+    normals,
     scheduled,
     value_and_vjp,
+    with_slow,
 )
 
 LENGTH, SEGMENT, BORDER = 37, 8, 24
@@ -56,7 +59,7 @@ packed = jax.jit(
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
+@pytest.mark.parametrize("memory", with_slow(MEMORIES, "linear"))
 def test_every_rule_equals_its_recurrence(memory):
     inputs = make_inputs(memory, LENGTH)
     run = functools.partial(
@@ -65,6 +68,7 @@ def test_every_rule_equals_its_recurrence(memory):
     assert_close(run(), run(implementation="reference"), 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("aggregation", "segmentation", "start"),
@@ -89,33 +93,36 @@ def test_every_aggregation_equals_the_recurrence(aggregation, segmentation, star
 @pytest.mark.parametrize(
     ("name", "segmentation"),
     [
-        ("rwkv7", "constant"),
-        ("titans", "constant"),
+        pytest.param("rwkv7", "constant", marks=pytest.mark.slow),
+        pytest.param("titans", "constant", marks=pytest.mark.slow),
         ("swla", "logarithmic"),  # merged
-        ("gated_deltanet", "logarithmic"),  # written once more
+        pytest.param("gated_deltanet", "logarithmic", marks=pytest.mark.slow),  # written once more
     ],
 )
-def test_gradients_equal_the_recurrence(name, segmentation):
+def test_gradients_are_slopes_of_the_recurrence(name, segmentation):
     memory = MEMORIES[name]
     segmentation = SEGMENTATIONS[segmentation]
     inputs = make_inputs(memory, LENGTH, batch=2, heads=1)
 
-    def gradients(implementation):
-        return value_and_vjp(
-            lambda inputs: packed(
-                inputs, IDS, memory, mc.Soup(), segmentation, implementation=implementation
-            ),
-            inputs,
-        )
+    normal = normals(9)
+    mask = normal(*inputs["value"].shape)
 
-    assert_close(gradients(None), gradients("reference"), 1e-8, scale=1.0)
+    @jax.jit
+    @jax.value_and_grad
+    def loss(inputs):
+        return jnp.vdot(mask, packed(inputs, IDS, memory, mc.Soup(), segmentation))
+
+    value, gradients = loss(inputs)
+    recurrence = packed(inputs, IDS, memory, mc.Soup(), segmentation, implementation="reference")
+    assert_close(value, jnp.vdot(mask, recurrence), 1e-10)
+    assert_slopes(lambda x: loss(x)[0], inputs, gradients, normal, 1e-8, directions=3)
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("segmentation", "start"), [("constant", "checkpoint"), ("logarithmic", "independent")]
 )
-@pytest.mark.parametrize("memory", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("memory", with_slow(FAMILIES, "linear"))
 def test_a_document_on_a_segment_border_is_as_if_alone(memory, segmentation, start):
     segmentation = SEGMENTATIONS[segmentation]
     inputs = make_inputs(memory, LENGTH)
@@ -126,6 +133,7 @@ def test_a_document_on_a_segment_border_is_as_if_alone(memory, segmentation, sta
     assert_close(y[:1, BORDER:], wanted[:1], 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear", "deltanet"])
 def test_narrow_inputs_under_x64(name):
     inputs = make_inputs(MEMORIES[name], LENGTH, dtype=jnp.float32)
@@ -136,6 +144,7 @@ def test_narrow_inputs_under_x64(name):
     assert_close(y, wanted, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_side_by_side():
     memory = MEMORIES["titans"]
@@ -158,6 +167,7 @@ def test_other_gates(gate):
     assert_close(run(), run(implementation="reference"), 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_one_document_is_the_sequence():
     memory = MEMORIES["titans"]
@@ -167,7 +177,7 @@ def test_one_document_is_the_sequence():
     assert_close(packed(inputs, ids, memory, mc.GRM()), wanted, 1e-12)
 
 
-@pytest.mark.parametrize("name", ["linear", "titans"])
+@pytest.mark.parametrize("name", with_slow(["linear", "titans"], "linear"))
 def test_a_document_on_a_segment_border_in_bfloat16(name):
     memory = MEMORIES[name]
     inputs = make_inputs(memory, LENGTH, batch=1, dtype=jnp.float32)

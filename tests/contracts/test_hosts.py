@@ -81,6 +81,7 @@ def wanted():
     return losses
 
 
+@pytest.mark.slow
 def test_explicit_axes_with_captures(wanted):
     mesh = mesh_of(AxisType.Explicit)
     with jax.set_mesh(mesh):
@@ -93,6 +94,7 @@ def test_explicit_axes_with_captures(wanted):
     assert spec_of(model.attn.query.kernel[...]) == P("fsdp", "tp")
 
 
+@pytest.mark.slow
 def test_logical_rules(wanted):
     """As Flax's guide to several devices creates a model."""
     mesh = mesh_of(AxisType.Auto)
@@ -142,6 +144,7 @@ class LinenDecoder(linen.Module):
         return x @ table.T
 
 
+@pytest.mark.slow
 def test_linen_with_rules_scan_remat_and_a_cache():
     model: Any = LinenDecoder()
     mesh = mesh_of(AxisType.Auto)
@@ -178,16 +181,16 @@ def test_linen_with_rules_scan_remat_and_a_cache():
         rows = jax.device_put((tokens, targets), NamedSharding(mesh, P("fsdp")))
         np.testing.assert_allclose(losses_of(laid, *rows), wanted, rtol=1e-4)
 
-    whole: Any = model.apply({"params": params}, tokens)
+    whole: Any = jax.jit(model.apply)({"params": params}, tokens)
     stream = LinenDecoder(decode=True)
-    cache = stream.init(jax.random.key(0), tokens)["cache"]
+    cache = jax.jit(stream.init)(jax.random.key(0), tokens)["cache"]
 
     @jax.jit
     def decode(cache, piece):
         variables = {"params": params, "cache": cache}
         return stream.apply(variables, piece, mutable=["cache"])
 
-    for begin, end in ((0, 7), (7, 8), (8, 12)):
+    for begin, end in ((0, 5), (5, 6), (6, 11)):
         logits, changed = decode(cache, tokens[:, begin:end])
         cache = changed["cache"]
         np.testing.assert_allclose(logits, whole[:, begin:end], atol=2e-5)

@@ -1,7 +1,5 @@
 """Identities that hold for every memory: chunks, schedules, checkpoints, decays."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,13 +18,15 @@ from tests.cases import (
     run_all,
     run_reference,
     scheduled,
+    slow_unless,
     value_and_vjp,
+    with_slow,
 )
 
 DECAYS = {"log_alpha", "log_beta", "log_w"}
 every_memory = pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
 every_family = pytest.mark.parametrize("memory", FAMILIES.values(), ids=FAMILIES)
-every_start = pytest.mark.parametrize("start", STARTS)
+every_start = pytest.mark.parametrize("start", with_slow(STARTS, "independent"))
 
 
 @pytest.mark.usefixtures("x64")
@@ -39,6 +39,7 @@ def test_chunks_of_one_token_equal_tokens(start):
     assert_close(run(inputs, memory, mc.GRM(), start=start), wanted, 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @every_start
 def test_schedules_agree(start):
@@ -51,7 +52,9 @@ def test_schedules_agree(start):
                 inputs,
             )
 
-    assert_close(outputs("side_by_side"), outputs("in_turn"), 1e-12)
+    wanted = outputs("in_turn")
+    for other in ("side_by_side", None):
+        assert_close(outputs(other), wanted, 1e-12)
 
 
 @pytest.mark.usefixtures("x64")
@@ -82,7 +85,10 @@ def test_checkpoint_carries_on_across_segments(memory):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", [n for n in MEMORIES if DECAYS & set(MEMORIES[n].controls)])
+@pytest.mark.parametrize(
+    "name",
+    with_slow([n for n in MEMORIES if DECAYS & set(MEMORIES[n].controls)], "gated_deltanet"),
+)
 def test_a_decay_of_zero_forgets_and_touches_nothing_before(name):
     memory = MEMORIES[name]
     inputs = make_inputs(memory, 21)
@@ -94,7 +100,14 @@ def test_a_decay_of_zero_forgets_and_touches_nothing_before(name):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
 
 
-@pytest.mark.parametrize(("name", "length"), list(itertools.product(MEMORIES, (20, 1))))
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [
+        pytest.param(name, length, marks=slow_unless(name == "linear"))
+        for length, names in ((20, MEMORIES), (1, FAMILIES))
+        for name in names
+    ],
+)
 def test_extreme_controls_stay_finite(name, length):
     inputs = make_inputs(MEMORIES[name], length)
     inputs["key"] *= 0

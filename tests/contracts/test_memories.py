@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from memcache_jax.engine.read import bands_of
-from tests.cases import MEMORIES, assert_close, one_head
+from tests.cases import MEMORIES, assert_close, one_head, with_slow
 
-every_memory = pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
+every_memory = pytest.mark.parametrize("memory", with_slow(MEMORIES, "linear", "titans"))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -71,6 +71,7 @@ def test_gated_read_is_the_read_times_the_gate(memory):
     assert_close(read(matrices, query, gate), wanted, 1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @every_memory
 def test_pieces_add_up_to_the_read(memory):

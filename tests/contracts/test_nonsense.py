@@ -25,6 +25,7 @@ from memcache_jax.training import default_config, model_config, model_options, p
 from memcache_jax.training.config import check_config
 from memcache_jax.training.optimizer import make_optimizer
 
+PUBLISHED = Path(__file__).parents[1] / "data" / "pretrained" / "mamba2"
 LIBRARY = Path(mc.__file__).resolve().parent
 KERNELS = LIBRARY / "kernels"
 # Python's own errors, of keywords.
@@ -91,6 +92,21 @@ def constructors():
     yield mc.nn.MemoryCachingMixer, mixer
     yield mc.nn.AttentionMixer, attention
     yield mc.nn.LanguageModelConfig, config
+    parts, path = mc.nn.recurrent, mc.nn.recurrent.Path(2, 4, conv_width=3)
+    yield mc.nn.Norm, dict(kind="rms", epsilon=1e-6, offset=1.0)
+    yield mc.nn.GatedMLP, dict(hidden=8)
+    yield mc.nn.SquaredMLP, dict(hidden=8, use_bias=False)
+    yield mc.nn.Experts, vars(mc.nn.Experts(4, 2, 8, 8))
+    yield mc.nn.GroupedAttentionMixer, vars(mc.nn.GroupedAttentionMixer(4, 2, 8))
+    yield mc.nn.BlockConfig, vars(mc.nn.BlockConfig(mc.nn.AttentionMixer(), mc.nn.GatedMLP(8)))
+    yield parts.Path, vars(path)
+    yield parts.Rate, dict(name="beta", scale=1.0)
+    yield parts.TimeStep, dict(least=0.0, most=1.0)
+    yield parts.LowRankDecay, dict(rank=4, divisor=16.0, least=-1.0)
+    yield parts.Output, vars(parts.Output())
+    made = parts.RecurrentMixer(mc.memories.DeltaNet(), path, path, path, (parts.Rate(),))
+    yield parts.RecurrentMixer, vars(made)
+    yield mc.pretrained.load, dict(folder=PUBLISHED, dtype="float32", param_dtype="float32")
     yield mc.presets.mixers, dict(name="titans_ssc", segment=8, top_k=2)
     yield (
         mc.presets.language_model,
@@ -273,6 +289,7 @@ def test_constructors():
     tally.check(more_than=2000)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_calls():
     tally = Tally()

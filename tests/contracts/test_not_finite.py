@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import memcache_jax as mc
 from memcache_jax.kernels._dispatch import interpret_kernels
-from tests.cases import FAMILIES, MEMORIES, combine, make_inputs, run_all
+from tests.cases import FAMILIES, MEMORIES, combine, make_inputs, run_all, with_slow
 
 LENGTH, SIZE = 22, 8
 IDS = np.repeat([0, 1, 2], [9, 5, 8]).astype(np.int32)[None].repeat(2, axis=0)
@@ -63,14 +63,14 @@ def check(run, inputs, memory, ids=None, tokens=(5, 10, 15)):
             assert np.isnan(y[reached]).any(axis=-1).all(), (case, token, argument)
 
 
-@pytest.mark.parametrize("name", MEMORIES)
+@pytest.mark.parametrize("name", with_slow([*MEMORIES], "linear"))
 def test_one_pass(name):
     memory = MEMORIES[name]
     inputs = make_inputs(memory, LENGTH, heads=2, dtype=np.float32)
     check(lambda inputs: run_all(inputs, memory, size=SIZE, cases=EACH), inputs, memory)
 
 
-@pytest.mark.parametrize("name", MEMORIES)
+@pytest.mark.parametrize("name", with_slow([*MEMORIES], "linear"))
 def test_documents(name):
     memory = MEMORIES[name]
     inputs = make_inputs(memory, LENGTH, heads=2, dtype=np.float32)
@@ -78,7 +78,7 @@ def test_documents(name):
     check(run, inputs, memory, IDS, tokens=(8, 5, 12))
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "swla", "vector"])
+@pytest.mark.parametrize("name", with_slow([*FAMILIES, "swla", "vector"], "linear"))
 @pytest.mark.parametrize("start", ["independent", "checkpoint"])
 def test_streams(name, start):
     memory = MEMORIES[name]
@@ -100,7 +100,7 @@ def test_streams(name, start):
     check(run, inputs, memory)
 
 
-@pytest.mark.parametrize("exchange", ["gather", "ring"])
+@pytest.mark.parametrize("exchange", with_slow(["gather", "ring"], "gather"))
 @pytest.mark.parametrize(
     ("name", "start"), [("ssd", "checkpoint"), ("gated_deltanet", "independent")]
 )
@@ -128,7 +128,7 @@ def test_parts_of_a_mesh(name, start, exchange):
     check(over_time, inputs, memory)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", with_slow([*FAMILIES], "linear"))
 def test_kernels(name):
     memory = MEMORIES[name]
     how: Any = dict(aggregation=mc.SSC(top_k=1), segmentation=mc.Constant(SIZE))

@@ -7,7 +7,7 @@ from flax import nnx
 
 import memcache_jax as mc
 from memcache_jax.sharding import make_mesh
-from tests.cases import assert_close, make_inputs
+from tests.cases import assert_close, make_inputs, with_slow
 
 # One goes on over three parts of eight tokens, one begins with a part, an id comes again.
 DOCUMENTS = jnp.array([[7] * 3 + [0] * 17 + [7] * 2 + [5] * 2 + [9] * 8])
@@ -65,10 +65,9 @@ def both(function, inputs, **options):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(
-    ("memory", "aggregation", "segmentation", "options"), CASES.values(), ids=CASES
-)
-def test_parts_of_a_sequence(memory, aggregation, segmentation, options):
+@pytest.mark.parametrize("case", with_slow(CASES, "uniform"))
+def test_parts_of_a_sequence(case):
+    memory, aggregation, segmentation, options = case
     options = dict(memory=memory, aggregation=aggregation, segmentation=segmentation, **options)
     inputs = make_inputs(memory, 30, batch=1, heads=2)
     with jax.set_mesh(make_mesh(dict(seq=4, tensor=2))):
@@ -79,6 +78,7 @@ def test_parts_of_a_sequence(memory, aggregation, segmentation, options):
     assert_close(got[1], wanted[1], 1e-10, scale=1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_layer_keeps_documents_apart_over_parts():
     layer = mc.nn.MemoryCaching(

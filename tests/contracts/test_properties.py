@@ -134,6 +134,7 @@ def plain_attention(inputs, times: Any = 1):
     return np.einsum("bhts,bshv->bthv", np.tril(scores) * times, inputs["value"])
 
 
+@pytest.mark.slow
 @at_any_shape(4)
 @given(cases(["linear"], ["independent"]))
 def test_residual_of_linear_attention_is_linear_attention(case):
@@ -141,6 +142,7 @@ def test_residual_of_linear_attention_is_linear_attention(case):
     assert_close(y, plain_attention(case.inputs), 1e-12, scale=1.0)
 
 
+@pytest.mark.slow
 @at_any_shape(6)
 @given(cases(MATRICES), st.fixed_dictionaries(GATED))
 def test_soup_of_matrices_is_grm(case, options):
@@ -148,6 +150,7 @@ def test_soup_of_matrices_is_grm(case, options):
     assert_close(got, wanted, 1e-11, scale=1.0)
 
 
+@pytest.mark.slow
 @at_any_shape(4)
 @given(cases(DEEP))
 def test_soup_of_deep_memories_is_not_grm(case):
@@ -156,6 +159,7 @@ def test_soup_of_deep_memories_is_not_grm(case):
     assert abs(grm - soup).max() > 1e-13  # of a second order in small steps
 
 
+@pytest.mark.slow
 @at_any_shape(5)
 @given(cases(), st.sampled_from(["grm", "soup"]))
 def test_a_router_that_takes_all_is_what_it_routes_to(case, inner):
@@ -168,6 +172,7 @@ def test_a_router_that_takes_all_is_what_it_routes_to(case, inner):
     assert abs(fewer - wanted).max() > 1e-8
 
 
+@pytest.mark.slow
 @at_any_shape(5)
 @given(cases())
 def test_one_segment_is_the_base_rule(case):
@@ -177,6 +182,7 @@ def test_one_segment_is_the_base_rule(case):
     assert_close(got, kinds.scaled([base] * len(kinds.kinds)), 1e-11, scale=1.0)
 
 
+@pytest.mark.slow
 @at_any_shape(4)
 @given(cases(["vector"]))
 def test_vectors_in_segments_of_one_token_are_softmax_attention(case):
@@ -211,6 +217,7 @@ def test_logarithmic_buckets_end_at_prefix_sums(block, size, tokens):
     assert buckets.tolist() == [list(pair) for pair in itertools.pairwise([0, *ends])]
 
 
+@pytest.mark.slow
 @at_any_shape(4)
 @given(cases(["linear"], ["checkpoint"]))
 def test_logarithmic_checkpoints_lie_at_prefix_sums(case):
@@ -225,7 +232,7 @@ def test_logarithmic_checkpoints_lie_at_prefix_sums(case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MEMORIES)
-@at_any_shape(3)
+@at_any_shape(2)
 @given(st.data(), AGGREGATIONS, st.sampled_from([None, "xla"]))
 def test_chunks_equal_tokens(name, data, aggregation, implementation):
     case = data.draw(cases([name]))

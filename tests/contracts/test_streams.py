@@ -19,10 +19,12 @@ from tests.cases import (
     assert_close,
     combine,
     each_once,
+    kinds_of,
     make_inputs,
     run_all,
     scheduled,
     value_and_vjp,
+    with_slow,
 )
 from tests.streams import empty, over_time, whole
 from tests.vectors import RULES, SEGMENT, assert_agrees, vector_inputs
@@ -63,16 +65,20 @@ def named(cases):
 class TestEveryRule:
     """Streams of every rule, against tests/vectors.py where it has the outputs."""
 
-    @pytest.mark.parametrize("rule", MEMORIES)
+    @pytest.mark.parametrize("rule", with_slow([*MEMORIES], "linear"))
     def test_token_by_token(self, rule):
-        """Every aggregation, segmentation and start."""
-        self.compare(rule, combine(KINDS), count=1)
+        """Every aggregation; of two forms of rules with every segmentation and start."""
+        cases = combine(KINDS) if rule in ("linear", "titans") else self.few(rule, 0)
+        self.compare(rule, cases, count=1)
 
-    @pytest.mark.parametrize("rule", MEMORIES)
+    @pytest.mark.parametrize("rule", with_slow([*MEMORIES], "linear"))
     def test_in_pieces(self, rule):
         """Calls that end within segments and chunks, over borders of both."""
-        shift = list(MEMORIES).index(rule)
-        self.compare(rule, each_once(shift, KINDS), count=7)
+        self.compare(rule, self.few(rule, 2), count=7)
+
+    def few(self, rule, shift):
+        """Each aggregation once, with segmentations and starts that go round from rule to rule."""
+        return each_once(shift + list(MEMORIES).index(rule), kinds_of(MEMORIES[rule]))
 
     def compare(self, rule, cases, count):
         if rule in RULES:
@@ -92,6 +98,7 @@ class TestEveryRule:
                 assert_close(y, wanted[name][:, : y.shape[1]], 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["linear", "titans"])
 def test_other_gates_and_segments(name):
@@ -133,7 +140,7 @@ def test_16384_tokens(kind):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("memory", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("memory", with_slow(FAMILIES, "linear"))
 def test_rows_at_positions_of_their_own(memory):
     kind, segmentation = mc.GRM(), mc.Constant(8)
     inputs = jax.tree.map(jnp.asarray, make_inputs(memory, LENGTH, batch=3))
@@ -167,8 +174,9 @@ def test_rows_at_positions_of_their_own(memory):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("memory", [FAMILIES["linear"], FAMILIES["titans"]], ids=repr)
-def test_gradients_pass_from_call_to_call(memory):
+@pytest.mark.parametrize("name", with_slow(["linear", "titans"], "linear"))
+def test_gradients_pass_from_call_to_call(name):
+    memory = MEMORIES[name]
     inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 21, batch=1, heads=1))
 
     plan: Any = (mc.GRM(), mc.Constant(8))

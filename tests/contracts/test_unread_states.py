@@ -18,6 +18,7 @@ from tests.cases import (
     combine,
     make_inputs,
     run_all,
+    with_slow,
 )
 
 LENGTH, SIZE, BORDER = 21, 4, 12
@@ -31,11 +32,9 @@ CASES = {
 FEW = combine(["grm", "ssc"], [CONSTANT])
 # A document that ends on a segment's border, and one of which segments are cached and read.
 IDS = (np.arange(LENGTH) >= BORDER).astype(np.int32)[None]
-every_path = pytest.mark.parametrize(
-    ("name", "options"),
-    [("linear", ()), ("swla", ()), ("titans", ()), ("vector", ()), ("linear", REFERENCE)],
-    ids=["linear", "swla", "titans", "vector", "reference"],
-)
+PATHS = {name: (name, ()) for name in ("linear", "swla", "titans", "vector")}
+PATHS |= {"reference": ("linear", REFERENCE)}
+every_path = pytest.mark.parametrize("path", with_slow(PATHS, "linear"))
 
 
 @functools.partial(jax.jit, static_argnames=("memory", "cases", "options"))
@@ -103,7 +102,8 @@ def tokens_blind_to(segment, inputs, case):
 
 @pytest.mark.usefixtures("x64")
 @every_path
-def test_a_state_that_a_token_does_not_read(name, options):
+def test_a_state_that_a_token_does_not_read(path):
+    name, options = path
     inputs = make_inputs(MEMORIES[name], LENGTH, batch=1, heads=2)
     cases = FEW if options else CASES[name]
     masks = {case: tokens_blind_to(2, inputs, case) for case in cases}
@@ -117,9 +117,11 @@ def test_a_state_that_a_token_does_not_read(name, options):
     compare_where(earlier, inputs, (11, dict(key=np.inf, value=-np.inf)), name, options)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @every_path
-def test_another_document(name, options):
+def test_another_document(path):
+    name, options = path
     inputs = make_inputs(MEMORIES[name], LENGTH, batch=1, heads=2)
     cases = FEW if options else combine(["grm", "soup"], [CONSTANT])
     if name == "linear" and not options:

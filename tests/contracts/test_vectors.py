@@ -6,14 +6,20 @@ import numpy as np
 import pytest
 
 from tests.cases import (
+    AGGREGATIONS,
+    CASES,
+    FAMILIES,
     MEMORIES,
     PLANS,
     REFERENCE,
     assert_close,
     combine,
     each_once,
+    kinds_of,
     make_inputs,
     run_all,
+    twice_each,
+    with_slow,
 )
 from tests.vectors import RULES, assert_agrees, vector_inputs
 
@@ -22,22 +28,25 @@ from tests.vectors import RULES, assert_agrees, vector_inputs
 class TestVectors:
     """Outputs of every rule and combination against tests/vectors.py, to 1e-10."""
 
-    @pytest.mark.parametrize("rule", RULES)
+    @pytest.mark.parametrize("rule", with_slow([*RULES], "linear"))
     def test_agrees_and_sees_no_later_token(self, rule):
         memory, inputs = vector_inputs(rule)
-        outputs = run_all(inputs, memory)
-        assert len(outputs) == 16
+        kinds = [kind for kind in AGGREGATIONS if rule in FAMILIES or kind in kinds_of(memory)]
+        shift = list(RULES).index(rule)
+        cases = combine(kinds) if rule in FAMILIES else twice_each(shift, kinds)
+        outputs = run_all(inputs, memory, cases=cases)
+        assert len(outputs) == len(cases) >= 6
         for name, y in outputs.items():
             assert y.dtype == jnp.float64
             assert_agrees(rule, name, y)
-        sees_no_later_token(memory, inputs, outputs)
-        for plan in PLANS:
+        sees_no_later_token(memory, inputs, outputs, cases)
+        for plan in PLANS if rule in FAMILIES else ():
             soup, grm = (outputs["/".join((kind, *plan))] for kind in ("soup", "grm"))
             first = 22 if memory.depth == 1 else 4
             assert_close(soup[:, :first], grm[:, :first], 1e-12)
             assert first == 22 or np.abs(soup[:, first:] - grm[:, first:]).max() > 1e-3
 
-    @pytest.mark.parametrize("rule", RULES)
+    @pytest.mark.parametrize("rule", with_slow([*RULES], "linear"))
     def test_a_prefix_agrees(self, rule):
         memory, inputs = vector_inputs(rule)
         shift = list(RULES).index(rule)
@@ -46,7 +55,7 @@ class TestVectors:
             for name, y in run_all(prefix, memory, cases=cases).items():
                 assert_agrees(rule, name, y)
 
-    @pytest.mark.parametrize("rule", RULES)
+    @pytest.mark.parametrize("rule", with_slow([*RULES], "linear"))
     def test_reference_agrees(self, rule):
         memory, inputs = vector_inputs(rule)
         cases = combine(["ssc" if memory.depth == 1 else "soup"])
@@ -54,15 +63,16 @@ class TestVectors:
             assert_agrees(rule, name, y)
 
 
-def sees_no_later_token(memory, inputs, outputs):
+def sees_no_later_token(memory, inputs, outputs, cases):
     """Other tokens after one change all outputs after it, and none before."""
     for t in (3, 9):
         changed = over_time(lambda x, t=t: changed_after(x, t), inputs, memory)
-        for name, y in run_all(changed, memory).items():
+        for name, y in run_all(changed, memory, cases=cases).items():
             np.testing.assert_array_equal(y[:, : t + 1], outputs[name][:, : t + 1], name)
             assert not np.allclose(y[:, t + 1], outputs[name][:, t + 1]), name
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", sorted(MEMORIES.keys() - RULES.keys()))
 def test_others_agree_with_the_reference_and_see_no_later_token(name):
@@ -72,7 +82,7 @@ def test_others_agree_with_the_reference_and_see_no_later_token(name):
     outputs = run_all(inputs, memory)
     for name, y in run_all(inputs, memory, cases=each_once(0), options=REFERENCE).items():
         assert_close(outputs[name], y, 1e-12)
-    sees_no_later_token(memory, inputs, outputs)
+    sees_no_later_token(memory, inputs, outputs, CASES)
     for length, cases in (13, each_once(1)), (1, each_once(2)[:1]):
         prefix = over_time(lambda x, t=length: x[:, :t], inputs, memory)
         for name, y in run_all(prefix, memory, cases=cases).items():

@@ -1,5 +1,7 @@
 """Blocks of affine memories: every implementation against chunks written in turn."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from memcache_jax.engine.run import full_controls
 from memcache_jax.engine.types import Rows, Writing
 from memcache_jax.engine.write import initial_states, write_blocks
 from memcache_jax.kernels._dispatch import interpret_kernels
-from tests.cases import MEMORIES, assert_close, make_inputs, normals, value_and_vjp
+from tests.cases import MEMORIES, assert_close, make_inputs, normals, value_and_vjp, with_slow
 
 KERNELS = ("pallas_tpu", "pallas_gpu")
 AFFINE = {name: memory for name, memory in MEMORIES.items() if memory.form == "affine"}
@@ -48,26 +50,33 @@ def written(memory, restarts, rows, implementation):
     return ends, kept["reads"]
 
 
-@pytest.mark.parametrize("implementation", KERNELS)
-@pytest.mark.parametrize("memory", AFFINE.values(), ids=AFFINE)
-def test_kernels_equal_chunks_in_turn(memory, implementation):
-    # Three blocks of one chunk, of which the second goes on from the first.
+def three_blocks(memory, implementation):
+    """Ends, reads and gradients of blocks of one chunk; the second goes on from the first."""
     restarts = np.array([True, False, True])
     rows = jax.tree.map(lambda x: x[:, :, :, None], make_rows(memory, 3))
 
-    def outputs(implementation):
-        def run(*rows):
-            return written(memory, restarts, (*rows, None), implementation)
+    def run(*rows):
+        return written(memory, restarts, (*rows, None), implementation)
 
-        return value_and_vjp(run, *rows)
+    return value_and_vjp(run, *rows)
 
+
+@functools.cache
+def in_turn(memory):
+    return three_blocks(memory, "reference")
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("memory", with_slow(AFFINE, "linear"))
+def test_kernels_equal_chunks_in_turn(memory, implementation):
     with interpret_kernels():
-        got = outputs(implementation)
-    wanted = outputs("reference")
+        got = three_blocks(memory, implementation)
+    wanted = in_turn(memory)
     assert_close(got[0], wanted[0], 1e-6)
     assert_close(got[1], wanted[1], 2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", [*KERNELS, "xla"])
 @pytest.mark.parametrize("name", ["swla", "gated_deltanet"])
 def test_documents(name, implementation):

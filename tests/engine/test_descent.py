@@ -26,7 +26,7 @@ LAYERS = {
 @pytest.mark.parametrize(
     ("name", "aggregation", "segmentation", "start", "ids"),
     [
-        pytest.param(*case, id=name, marks=[pytest.mark.slow] * (case[0] == "titans"))
+        pytest.param(*case, id=name, marks=[pytest.mark.slow] * (case[0] != "titans_depth1"))
         for name, case in LAYERS.items()
     ],
 )
@@ -87,6 +87,7 @@ def layer(memory, dim, implementation, **sizes):
     )
 
 
+@pytest.mark.slow
 def test_another_loss():
     memory = Cubed(chunk_size=16, expansion=1)
     with interpret_kernels():

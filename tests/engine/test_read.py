@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import memcache_jax as mc
 from memcache_jax.engine import read
@@ -23,6 +24,7 @@ def test_a_read_of_ones_own_is_not_divided():
     assert len(bands) == 1
 
 
+@pytest.mark.slow
 def test_the_later_layers_of_soups_are_read_by_the_implementation(monkeypatch):
     asked = []
 

@@ -41,6 +41,7 @@ def test_small(tmp_path):
         assert f"{row['layer']:30} {row['kind']:9} {row['ms']:8.1f}" in done.stdout
 
 
+@pytest.mark.slow
 def test_every_rule_has_a_row_of_every_aggregation():
     done = bench("--only=no such layer")
     assert done.returncode

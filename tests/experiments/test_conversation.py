@@ -18,6 +18,7 @@ def model():
     return model
 
 
+@pytest.mark.slow
 def test_a_line_that_cannot_be_read_ends_nothing(model, capsys):
     decoder = mc.Decoder(model, max_length=40, temperature=0)
 

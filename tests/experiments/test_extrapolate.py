@@ -21,6 +21,7 @@ def test_bins():
     assert extrapolate.bin_edges(8, 32) == [(0, 8)]
 
 
+@pytest.mark.slow
 def test_the_mean_over_positions_is_the_loss_of_an_evaluation():
     config = mc.nn.LanguageModelConfig(
         vocab_size=19, num_layers=1, features=8, num_heads=1, mixers=(mc.nn.AttentionMixer(),)

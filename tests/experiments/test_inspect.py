@@ -49,6 +49,7 @@ def found():
     return inspect(model, tokenizer, tokenizer.encode(TEXT.encode()))
 
 
+@pytest.mark.slow
 def test_gates_are_of_the_states_that_a_token_can_read(found):
     assert "".join(found["tokens"]) == TEXT
     assert [layer["block"] for layer in found["layers"]] == [0, 2, 3, 5]

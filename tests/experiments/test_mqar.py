@@ -91,6 +91,7 @@ def copying(key):
     return Questions(tokens, np.array([1, 4]), tokens[np.array([1, 4])])
 
 
+@pytest.mark.slow
 def test_replicas_are_trained_as_if_alone():
     recipe = Recipe(steps=4, batch_size=4, warmup_steps=1, examples=(5,))
     replicas = [Replica(0, 1e-2), Replica(1, 3e-2)]
@@ -105,6 +106,7 @@ def test_replicas_are_trained_as_if_alone():
         )
 
 
+@pytest.mark.slow
 def test_a_model_learns_and_answers():
     recipe = Recipe(steps=150, batch_size=16, warmup_steps=5)
     fitted = fit(tiny_model(), [copying], [Replica(0, 2e-2), Replica(0, 1e30)], recipe)

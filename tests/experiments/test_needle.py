@@ -67,7 +67,7 @@ def test_the_programs(tmp_path, trained_run):
     study.close()
     assert (tmp_path / "light" / "table.md").read_text().count("ssd") == 2
 
-    config.trained, config.tasks, config.lengths = (str(trained_run),), (1, 3), (500, 520)
+    config.trained, config.tasks, config.lengths = (str(trained_run),), (1, 3), (500,)
     study = Study(tmp_path / "trained", config)
     program.program(config, study)
     study.close()

@@ -49,6 +49,7 @@ def test_rows_and_files(config, tmp_path, capsys):
     assert "6 of 6 cases" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_a_row_and_the_others_are_measured(config):
     config.lengths, config.tokens_per_batch, config.histories = (2**22,), 2**22, ()
     config.models, config.rounds = ("transformer",), 1

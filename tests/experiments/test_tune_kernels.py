@@ -44,6 +44,7 @@ def tuned():
         return list(tune(read_a_bank(), "pallas_gpu", fake_timer))
 
 
+@pytest.mark.slow
 def test_every_candidate_is_timed_and_the_fastest_is_found(tmp_path, monkeypatch):
     rows = tuned()
     assert [row["sizes"] for row in rows] == candidates("bank_read/pallas_gpu")

@@ -9,6 +9,7 @@ import memcache_jax as mc
 from tests.generation.models import VOCAB, language_model, prompts
 
 
+@pytest.mark.slow
 def test_decoder():
     model, tokens = language_model(), prompts(length=9)
     wanted = np.asarray(mc.generate(model, tokens, 6, temperature=0))
@@ -40,6 +41,7 @@ def test_decoder():
     decoder.next()
 
 
+@pytest.mark.slow
 def test_prompts_of_attention_alone_may_be_shorter_than_a_buffer():
     mixers = (mc.nn.AttentionMixer(), mc.nn.AttentionMixer(window=4))
     config = mc.nn.LanguageModelConfig(

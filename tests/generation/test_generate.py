@@ -12,6 +12,7 @@ import memcache_jax as mc
 from tests.generation.models import VOCAB, count_up, language_model, prompts
 
 
+@pytest.mark.slow
 def test_greedy_is_the_argmax_of_the_prefix_again_and_again():
     model, tokens = language_model(), prompts(length=16)  # a segment
     got = mc.generate(model, tokens, 2, temperature=0)
@@ -24,6 +25,7 @@ def test_greedy_is_the_argmax_of_the_prefix_again_and_again():
     np.testing.assert_array_equal(got, tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mixer", "length", "new"),
     [("linear attention", 1, 63), ("attention", 60, 8)],
@@ -80,6 +82,7 @@ def test_several_stop_tokens():
     assert got.tolist() == [[1, 2, 3, 4, 4, 4], [5, 6, 7, 7, 7, 7]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixer", ["titans", "attention"])
 def test_rows_of_their_own_lengths(mixer):
     model, tokens, lengths = language_model(mixer), prompts(length=20), np.array([20, 1, 13])
@@ -102,6 +105,7 @@ def test_a_cache_of_a_language_model_and_none_agree():
     np.testing.assert_array_equal(mc.generate(model, tokens, 30, **options), anew)
 
 
+@pytest.mark.slow
 def test_bounded_memory():
     model = language_model()
     options: dict[str, Any] = dict(temperature=0, cache=dict(max_segments=1, policy="drop_oldest"))
@@ -123,6 +127,7 @@ def test_bounded_memory():
         mc.generate(count_up, prompts(), 2, **options)
 
 
+@pytest.mark.slow
 def test_as_many_tokens_as_listed_segments_hold():
     model, tokens = language_model("listed"), prompts(batch=1, length=20)
     got = mc.generate(model, tokens, 77, temperature=0)
@@ -156,6 +161,7 @@ def test_same_key_same_tokens_and_another_key_others():
     np.testing.assert_array_equal(one[:, :5], tokens)
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_later_rows():
     model, tokens, key = language_model(), prompts(), jax.random.key(3)
     together = mc.generate(model, tokens, 10, key=key)
@@ -176,6 +182,7 @@ def test_inside_jit():
     assert generate(jnp.array([[4]])).tolist() == [[4, 5, 6, 7]]
 
 
+@pytest.mark.slow
 def test_in_float64(x64):
     got = mc.generate(language_model(), prompts(), 4, key=jax.random.key(0), top_p=0.9)
     assert got.dtype == jnp.int32

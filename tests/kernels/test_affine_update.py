@@ -44,6 +44,7 @@ def update(state, form, implementation="pallas_tpu", keep=3):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [1, 2, 6])
 @pytest.mark.parametrize("implementation", [*KERNELS, "xla"])
 def test_states_are_kept_between_runs(implementation, keep):
@@ -59,6 +60,7 @@ def test_states_are_kept_between_runs(implementation, keep):
     assert_close(got[1], wanted[1], 2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("erasing", [4, None])
 @pytest.mark.parametrize("implementation", [*KERNELS, "xla", "reference"])
 def test_no_state_is_zero(implementation, erasing):
@@ -110,6 +112,7 @@ def test_wrong_blocks_are_found(monkeypatch):
         assert_close(got, update(*make_form(), "reference"), 1e-2)
 
 
+@pytest.mark.slow
 def test_no_races():
     pltpu.reset_tpu_interpret_mode_state()
     params = pltpu.InterpretParams(detect_races=True)
@@ -119,6 +122,7 @@ def test_no_races():
     assert not races.races_found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_transformations(implementation):
     state, form = make_form(chunks=3)
@@ -151,6 +155,7 @@ def test_transformations(implementation):
     assert_close(got[1], update(state, form, "reference"), 1e-6)
 
 
+@pytest.mark.usefixtures("every_platform")
 @pytest.mark.parametrize("erasing", [None, 64])
 def test_lowers_to_triton(erasing):
     state, form = jax.eval_shape(lambda: make_form(keys=96, values=64, writes=65))

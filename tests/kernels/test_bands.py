@@ -40,6 +40,7 @@ def outputs(memory, aggregation, inputs, implementation, ids=None):
     return value_and_vjp(run, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_memory_caching(monkeypatch, case):
     memory, aggregation, dim, limit, *ids = case
@@ -63,8 +64,9 @@ def test_memory_caching(monkeypatch, case):
     assert_close(got[1], wanted[1], 1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("key_dim", [96, 128])
+@pytest.mark.slow
+@pytest.mark.usefixtures("every_platform")
+@pytest.mark.parametrize(("key_dim", "dtype"), [(96, "bfloat16"), (128, "float32")])
 def test_usual_heads_of_deep_memories_lower_to_triton(key_dim, dtype):
     memory = mc.memories.Titans(chunk_size=32)
     inputs = make_inputs(memory, 96, batch=1, heads=1, dim=key_dim)

@@ -64,22 +64,26 @@ def compare(memory, arrays, tolerance=1e-6):
     assert_close(got[1], wanted[1], 2 * tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("memory", "k", "m"), CASES.values(), ids=CASES)
 def test_kernels_equal_chunks_in_turn(memory, k, m):
     compare(memory, make(memory, k, m))
 
 
+@pytest.mark.slow
 def test_bfloat16():
     memory = mc.memories.Titans(expansion=1)
     compare(memory, make(memory, 16, 8, dtype=jnp.bfloat16), 1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_float32_where_integers_have_64_bits():
     memory = mc.memories.Titans(expansion=1)
     compare(memory, make(memory, 16, 8))
 
 
+@pytest.mark.slow
 def test_transformations():
     memory = mc.memories.Titans(expansion=1)
     form, given, goes_on = make(memory, 16, 4)
@@ -112,6 +116,7 @@ def test_transformations():
     assert_close(got[1], update(form, given, goes_on, "reference"), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["starts_of", "d_starts_of"])
 def test_wrong_tiles_are_found(monkeypatch, name):
     memory = mc.memories.Titans(expansion=2)
@@ -130,6 +135,8 @@ def test_wrong_tiles_are_found(monkeypatch, name):
         compare(memory, make(memory, 16, 8), 1e-2)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("every_platform")
 @pytest.mark.parametrize("rule", [mc.memories.Titans, mc.memories.DLA])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_lowers_to_triton(rule, depth):
@@ -146,6 +153,8 @@ def test_lowers_to_triton(rule, depth):
     assert str(jax.make_jaxpr(both)(*arrays)).count("debug_barrier") == 2 * (depth + 1)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("every_platform")
 def test_transformations_lower_to_triton():
     """A barrier is an effect, which scans, remat and ``vmap`` must let pass."""
     memory = mc.memories.Titans(expansion=1)

@@ -16,6 +16,8 @@ from memcache_jax.kernels import _dispatch
 from memcache_jax.kernels._dispatch import check_served, choose, implementations
 from memcache_jax.kernels.bank_read import bank_read
 
+pytestmark = pytest.mark.usefixtures("every_platform")
+
 
 def double(x, index, scale):
     return 2 * scale * x[index]
@@ -105,6 +107,7 @@ print(loaded() - of_flax)
 """
 
 
+@pytest.mark.slow
 def test_no_backend_is_loaded_unasked():
     # Flax and JAX load some of Pallas themselves, though none of its backends.
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)

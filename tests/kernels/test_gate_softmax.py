@@ -19,6 +19,7 @@ def test_gates_are_a_softmax_over_what_is_visible():
     np.testing.assert_allclose(gates[0].sum(axis=-1) + gates[1], 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("states", [0, 3])
 def test_gates_have_the_slopes_of_a_softmax(states):
     scores, tangents = jax.random.normal(jax.random.key(0), (2, 4, states + 1))

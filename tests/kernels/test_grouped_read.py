@@ -160,6 +160,7 @@ def test_units_are_read_in_parts_where_scalar_memory_is_small(monkeypatch):
         operation(*arrays, implementation="pallas_tpu")
 
 
+@pytest.mark.slow
 def test_no_two_cores_write_one_block(monkeypatch):
     operation, arrays = make_case(3, 2, 2, 1, 4, 4, "matrix", "float32")
 
@@ -179,6 +180,7 @@ def test_kernels_take_no_float64(implementation):
             grouped_read(memory.read, *arguments, chosen, implementation=implementation)
 
 
+@pytest.mark.usefixtures("every_platform")
 def test_triton_kernels_lower():
     operation, arrays = make_case(256, 4, 16, 1, 96, 96, "matrix", "bfloat16")
     function = jax.jit(

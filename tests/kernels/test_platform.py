@@ -8,6 +8,8 @@ import memcache_jax as mc
 from memcache_jax.kernels._triton import lowered_for_gpu
 from tests.kernels.interpreters import KERNELS
 
+pytestmark = pytest.mark.usefixtures("every_platform")
+
 OTHERS = {"pallas_tpu": ("cpu", "cuda"), "pallas_gpu": ("cpu", "tpu")}
 X = jnp.ones((1, 128, 1, 128))
 
@@ -32,6 +34,7 @@ def test_a_call_on_another_platform_is_refused_at_once(implementation):
         jax.jit(loss, static_argnums=1)(X, implementation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_the_platform_is_the_one_compiled_for(implementation):
     # Closed over, the array is a CPU's, which is no matter.

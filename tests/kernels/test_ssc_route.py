@@ -49,6 +49,7 @@ def compare_case(implementation, case):
     compare_to_reference(operation, implementation, *arrays, tolerance=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("implementation", ["xla", *KERNELS])
 def test_equals_reference(implementation, case):
@@ -122,6 +123,7 @@ def test_a_wrong_mask_is_seen(monkeypatch, implementation, error):
         compare_case(implementation, CASES["constant"])
 
 
+@pytest.mark.slow
 def test_no_two_cores_write_one_block(monkeypatch):
     operation, arrays = make_case(mc.Constant(1).plan(3).reads, 1, 3, 4, 1)
 
@@ -154,6 +156,7 @@ def lowered(states):
     ).as_text()
 
 
+@pytest.mark.usefixtures("every_platform")
 def test_as_many_states_as_a_gpus_registers_hold():
     assert "ssc_route_backward_keys" in lowered(512)
     with pytest.raises(NotImplementedError, match=r"1024 slots, filled up, where .* 512"):
@@ -171,6 +174,7 @@ def test_refusals():
         operation(*arrays, implementation="cuda")
 
 
+@pytest.mark.usefixtures("every_platform")
 def test_triton_kernels_lower():
     operation, arrays = make_case(mc.Constant(256).plan(17 * 256).reads, 1, 256, 128, 4)
     function = jax.jit(

@@ -24,6 +24,7 @@ def test_equals_lapack(size):
     assert_close(got, value_and_vjp(jax.vmap(lapack), system, sides), 1e-9)
 
 
+@pytest.mark.slow
 def test_equal_keys_stay_exact():
     # Keys that are all the same and are corrected in full: powers of L grow as binomials do.
     solved = solve_unit_lower(jnp.ones((128, 128)), jnp.arange(128.0)[:, None])

@@ -33,6 +33,7 @@ class Mixed(Both, mc.memories.SSD):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [Doubled(), FromOnes(), Mixed()], ids=lambda x: type(x).__name__)
 def test_a_class_that_does_something_its_own_way_is_served_by_its_own_methods(memory):
     assert mc.memories.SSD().form == "affine"

@@ -23,6 +23,7 @@ def test_writing_moves_reads_toward_the_value(depth):
     assert errors == sorted(errors, reverse=True)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["titans", "titans_depth1", "dla"])
 def test_a_chunk_ends_as_it_is_written(name):

@@ -25,6 +25,7 @@ def equation(layer, x):
     return layer.out(y.reshape(*x.shape[:2], -1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
 def test_equals_its_equation(window):
     layer = mc.nn.Attention(16, 2, window=window, rngs=nnx.Rngs(0))
@@ -32,6 +33,7 @@ def test_equals_its_equation(window):
     assert_close(layer(x), equation(layer, x), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("window", "length"), [(4, 10), (4, 140), (None, 10)])
 def test_a_stream_ends_where_positions_do(window, length):
     layer = mc.nn.Attention(16, 2, window=window, rngs=nnx.Rngs(0))

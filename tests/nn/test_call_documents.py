@@ -61,17 +61,20 @@ WRONG = {
 }
 
 
+@pytest.fixture(scope="module")
+def masked():
+    """A layer, and its outputs by a traced mask and by none in one program."""
+    layer = make("linear")
+    return layer, jax.jit(lambda x, mask: (layer(x, mask=mask), layer(x)))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRONG)
-def test_a_known_mask_is_refused_and_a_traced_one_gives_nan(name):
+def test_a_known_mask_is_refused_and_a_traced_one_gives_nan(masked, name):
     mask, message, right = WRONG[name]
-    layer, x = make("linear"), tokens(LENGTH)
+    (layer, run), x = masked, tokens(LENGTH)
     with pytest.raises(ValueError, match=f"mask: {message}"):
         layer(x, mask=mask)
-
-    @jax.jit
-    def run(x, mask):
-        return layer(x, mask=mask), layer(x)
-
     y, causal = run(x, mask)
     nan = np.isnan(y)
     assert [t for t in range(LENGTH) if not nan[:, t].any()] == right
@@ -99,6 +102,7 @@ def test_a_mask_that_is_added_to_scores():
     assert np.isnan(y).all()
 
 
+@pytest.mark.slow
 def test_a_model_refuses_them_too():
     model, rows = language_model(), jnp.zeros((2, LENGTH), int)
     with pytest.raises(ValueError, match="token 3 of row 0 does not see token 0"):
@@ -181,6 +185,7 @@ def test_documents_of_positions(positions, numbers, left, traced):
     assert left == (0 if padding is None else padding[0])
 
 
+@pytest.mark.slow
 def test_single_tokens_before_a_document_keep_their_outputs():
     # They stand where padding would, and move to the row's end and back.
     layer, x = make("titans"), tokens(LENGTH)

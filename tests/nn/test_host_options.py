@@ -86,6 +86,7 @@ def test_the_other_kernels_of_a_memory():
     assert jnp.abs(drawn.controls.lam.kernel[...]).max() < 0.5
 
 
+@pytest.mark.slow
 @BUILDS
 def test_biases(build):
     layer, plain = build(use_bias=True), build()
@@ -106,6 +107,7 @@ def test_biases(build):
     assert_close(moved - 1.0, call(layer, x), 1e-5)
 
 
+@pytest.mark.slow
 @BUILDS
 def test_biases_hold_in_documents_and_streams(build):
     layer, x = randomized(build(use_bias=True)), tokens(16)

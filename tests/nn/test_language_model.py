@@ -1,6 +1,7 @@
 """The language model: a scanned stack of any mixers, remat, tied embeddings, precision."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import memcache_jax as mc
-from tests.cases import assert_close, scheduled
+from tests.cases import assert_close, scheduled, with_slow
 
 CACHING = mc.nn.MemoryCachingMixer(
     mc.memories.Titans(chunk_size=4, expansion=2), mc.GRM(), mc.Constant(8)
@@ -41,25 +42,47 @@ def call(model, tokens):
 
 
 def gradient(model, tokens):
+    """The logits, and the gradient of the sum of their squares."""
     graph, params = nnx.split(model)
-    return jax.jit(jax.grad(lambda p: jnp.sum(nnx.merge(graph, p)(tokens) ** 2)))(params)
+
+    @jax.jit
+    def both(params):
+        logits, pull = jax.vjp(lambda p: nnx.merge(graph, p)(tokens), params)
+        return logits, pull(2 * logits)[0]
+
+    return both(params)
 
 
-@pytest.mark.parametrize("mixers", MIXERS.values(), ids=MIXERS)
+LINEAR = (mc.nn.MemoryCachingMixer(mc.memories.LinearAttention(), mc.GRM(), mc.Constant(8)),)
+WIDE: Any = dict(mixers=LINEAR, dtype=jnp.float64, param_dtype=jnp.float64)
+
+
+@functools.cache
+def with_remat():
+    """``gradient`` of a model with remat in float64."""
+    return gradient(make(**WIDE, remat=True), ids())
+
+
+@pytest.mark.parametrize("mixers", with_slow(MIXERS, "attention"))
 def test_scan_equals_the_blocks_one_by_one(mixers):
     model, tokens = make(mixers=mixers), ids()
-    graph, stacked = nnx.split(model.layers)
-    x = model.embedding(tokens)
-    for i in range(4 // len(mixers)):
-        period = nnx.merge(graph, jax.tree.map(lambda p, i=i: p[i], stacked))
-        assert len(period.blocks) == len(mixers)
-        for block in period.blocks:
-            x = x + block.mixer(block.mixer_norm(x))
-            x = x + block.mlp(block.mlp_norm(x))
-    assert_close(call(model, tokens), model.head(model.norm(x)), 1e-5)
+
+    @nnx.jit
+    def one_by_one(model, tokens):
+        graph, stacked = nnx.split(model.layers)
+        x = model.embedding(tokens)
+        for i in range(4 // len(mixers)):
+            period = nnx.merge(graph, jax.tree.map(lambda p, i=i: p[i], stacked))
+            assert len(period.blocks) == len(mixers)
+            for block in period.blocks:
+                x = x + block.mixer(block.mixer_norm(x))
+                x = x + block.mlp(block.mlp_norm(x))
+        return model.head(model.norm(x))
+
+    assert_close(call(model, tokens), one_by_one(model, tokens), 1e-5)
 
 
-@pytest.mark.parametrize("mixers", MIXERS.values(), ids=MIXERS)
+@pytest.mark.parametrize("mixers", with_slow(MIXERS, "attention"))
 def test_logits_see_no_later_token(mixers):
     model, tokens = make(mixers=mixers), ids()
     y = call(model, tokens)
@@ -68,6 +91,7 @@ def test_logits_see_no_later_token(mixers):
     assert float(jnp.abs(changed[:, 9:] - y[:, 9:]).max()) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [None, (2, 2)])
 @pytest.mark.parametrize("tied", [False, True])
 def test_logits_of_bfloat16_are_products_in_float32(tied, mesh):
@@ -99,13 +123,13 @@ def test_no_two_layers_start_alike():
             assert not np.array_equal(leaf[0], leaf[1]), jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_remat_changes_no_number_and_saves_less():
-    tokens = ids()
-    wide = dict(dtype=jnp.float64, param_dtype=jnp.float64)
-    plain, remat = make(**wide), make(**wide, remat=True)
-    assert_close(call(remat, tokens), call(plain, tokens), 1e-12)
-    assert_close(gradient(remat, tokens), gradient(plain, tokens), 1e-10)
+    tokens, plain, remat = ids(), make(**WIDE), make(**WIDE, remat=True)
+    (logits, slopes), wanted = with_remat(), gradient(plain, tokens)
+    assert_close(logits, wanted[0], 1e-12)
+    assert_close(slopes, wanted[1], 1e-10)
 
     def saved(model):
         pull = jax.eval_shape(lambda model: jax.vjp(lambda model: model(tokens), model)[1], model)
@@ -114,14 +138,14 @@ def test_remat_changes_no_number_and_saves_less():
     assert saved(remat) < saved(plain) / 3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_states_on_the_host_change_no_number_and_are_not_written_anew():
     from experiments._flops import count_flops
 
     tokens = ids()
-    wide = dict(dtype=jnp.float64, param_dtype=jnp.float64, remat=True)
-    remat, offload = make(**wide), make(**wide, offload_states=True)
-    assert_close(gradient(offload, tokens), gradient(remat, tokens), 1e-12)
+    remat, offload = (make(**WIDE, remat=True, offload_states=moves) for moves in (False, True))
+    assert_close(gradient(offload, tokens), with_remat(), 1e-12)
 
     assert count_flops(gradient, offload, tokens) < count_flops(gradient, remat, tokens)
     # Here the host is the device: what a TPU program would move is told by the traced form alone.
@@ -130,8 +154,9 @@ def test_states_on_the_host_change_no_number_and_are_not_written_anew():
         make(offload_states=True)
 
 
+@pytest.mark.slow
 def test_tied_embeddings_are_the_output_layer():
-    model = make(tie_embeddings=True)
+    model = make(mixers=LINEAR, tie_embeddings=True)
     assert not hasattr(model, "head")
     tokens = ids()
     wanted = model.hidden(tokens) @ model.embedding.embedding[...].T
@@ -139,20 +164,22 @@ def test_tied_embeddings_are_the_output_layer():
 
 
 def test_blocks_without_an_mlp():
-    model = make(mlp_features=0)
+    model = make(mixers=LINEAR, mlp_features=0)
     assert not any("mlp" in str(path) for path, _ in nnx.to_flat_state(nnx.state(model)))
     assert call(model, ids()).shape == (2, 13, 19)
 
 
+@pytest.mark.slow
 def test_bfloat16_has_float32_parameters_and_logits():
-    model = make(dtype=jnp.bfloat16)
+    model = make(mixers=LINEAR, dtype=jnp.bfloat16)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(nnx.state(model)))
     logits = call(model, ids())
     assert logits.dtype == jnp.float32
-    wanted = call(make(), ids())
+    wanted = call(make(mixers=LINEAR), ids())
     assert float(jnp.linalg.norm(logits - wanted) / jnp.linalg.norm(wanted)) < 0.1
 
 
+@pytest.mark.slow
 def test_compiled_program_does_not_grow_with_depth():
     def size(layers):
         model = make(num_layers=layers)
@@ -168,6 +195,7 @@ def test_tokens_that_are_none(tokens):
         make()(tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("mixers", "options", "tolerance"),

@@ -10,6 +10,7 @@ from memcache_jax.nn.layers import CausalConv, l2_normalize
 from tests.cases import assert_close
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("length", [1, 3, 11])
 def test_convolution_equals_its_sum(length):

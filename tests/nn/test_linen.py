@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import memcache_jax as mc
 from memcache_jax.nn.host_options import HostOptions
+from tests.cases import with_slow
 from tests.nn.loops import FEATURES, HEADS, OPTIONS, VOCAB, cross_entropy, repeating_tokens
 
 STREAMS = {
@@ -66,6 +67,7 @@ def prepared(module):
     return variables, y
 
 
+@functools.cache
 def zeros(module):
     """The variables of such a stream, all zero."""
     stream = module.clone(decode=True)
@@ -102,6 +104,7 @@ class LinenModel(nn.Module):
         return nn.Dense(VOCAB)(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_linen_loop(name):
     model, tokens = LinenModel(name), repeating_tokens()
@@ -124,6 +127,7 @@ def test_linen_loop(name):
     assert losses[-1] < losses[0] / 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_linen_and_nnx_forms_are_equal_for_equal_parameters(name):
     x = jax.random.normal(jax.random.key(1), (2, 21, FEATURES))
@@ -156,6 +160,7 @@ def test_fields_are_the_arguments_of_the_nnx_layer(name):
         assert fields[name].default == (dataclasses.MISSING if missing else arguments[name].default)
 
 
+@pytest.mark.slow
 def test_initial_parameters_are_those_of_the_nnx_layer():
     params = nn.meta.unbox(prepared(GRM)[0])["params"]
     assert shapes(params) == {
@@ -183,6 +188,7 @@ class Model(nn.Module):
         return self.mixer(nn.RMSNorm()(x))
 
 
+@pytest.mark.slow
 def test_axes_have_logical_names():
     model = Model(TITANS.clone())
     specs = nn.get_partition_spec(jax.eval_shape(model.init, jax.random.key(0), inputs()))
@@ -212,6 +218,7 @@ def test_axis_names_of_the_host():
     assert list(module.clone(in_features=8).init_cache(2, 13)) == ["max_length_13"]
 
 
+@pytest.mark.slow
 def test_boxed_and_unboxed_variables_give_the_same():
     boxed, full = prepared(GRM)
     plain = nn.meta.unbox(boxed)
@@ -224,7 +231,7 @@ def test_boxed_and_unboxed_variables_give_the_same():
         np.testing.assert_allclose(y, full[:, :10], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", with_slow([*LAYERS], "linear attention, grm", "attention"))
 def test_stream_equals_the_full_pass(name):
     module = LAYERS[name]
     variables, full = prepared(module)
@@ -238,6 +245,7 @@ def test_stream_equals_the_full_pass(name):
         np.testing.assert_allclose(y, full[:, i : i + 1], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_init_cache(name):
     module, (variables, _) = LAYERS[name], prepared(LAYERS[name])
@@ -252,6 +260,7 @@ def test_init_cache(name):
         module.init_cache(2, room)
 
 
+@pytest.mark.slow
 def test_fields_bound_a_cache():
     recent = GRM.clone(max_segments=2, policy="drop_oldest", cache_dtype="bfloat16")
     variables, _ = prepared(recent)
@@ -267,6 +276,7 @@ def test_fields_bound_a_cache():
     assert list(zeros(GRM.clone(max_length=24))["cache"]) == ["max_length_24"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [GRM, ATTENTION], ids=["memory caching", "attention"])
 def test_ragged_rows(module):
     (variables, full), x = prepared(module), inputs()
@@ -307,6 +317,7 @@ def test_packed_documents():
     np.testing.assert_array_equal(again, y)
 
 
+@pytest.mark.slow
 def test_in_the_place_of_attention():
     x, mask = inputs(), nn.make_causal_mask(jnp.ones((2, 13)))
     init = nn.with_logical_partitioning(nn.initializers.ones, ("host", None))
@@ -358,6 +369,7 @@ class Stack(nn.Module):
         return block(self.mixer.clone(), name="layers")(x, None)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "remat"),
     [("gated delta net, ssc, checkpoint", False), ("attention", True)],

@@ -10,12 +10,13 @@ import pytest
 from flax import nnx
 
 import memcache_jax as mc
-from tests.cases import MEMORIES, assert_close
+from tests.cases import MEMORIES, assert_close, with_slow
 from tests.nn.caches import LAYERS, LENGTH, caching, inputs, stream
 from tests.nn.layer import call, make, randomized, tokens
 from tests.nn.loops import FEATURES, HEADS, OPTIONS, VOCAB, cross_entropy, repeating_tokens
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("memory", "aggregation", "start"),
@@ -37,7 +38,7 @@ def test_layer_is_causal_and_prefix_consistent(memory, aggregation, start):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("memory", with_slow([*MEMORIES], "linear"))
 def test_every_parameter_has_a_gradient(memory):
     layer, x = randomized(make(memory)), tokens(21, dtype=jnp.float64)
     graph, params = nnx.split(layer)
@@ -49,6 +50,7 @@ def test_every_parameter_has_a_gradient(memory):
         assert float(jnp.abs(leaf).max()) > 1e-9, name
 
 
+@pytest.mark.slow
 def test_soup_is_not_grm_before_any_training():
     x = tokens(21)
     soup, grm = (call(make(aggregation=aggregation), x) for aggregation in ("soup", "grm"))
@@ -56,6 +58,7 @@ def test_soup_is_not_grm_before_any_training():
     assert jnp.abs(soup[:, 8:] - grm[:, 8:]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_bfloat16_inputs_keep_float32_parameters_and_return_bfloat16():
     layer = make(dtype=jnp.bfloat16)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(nnx.state(layer)))
@@ -66,11 +69,13 @@ def test_bfloat16_inputs_keep_float32_parameters_and_return_bfloat16():
     assert_close(y.astype(jnp.float32), call(make(), x), 3e-2)
 
 
+@pytest.mark.slow
 def test_reference_implementation_gives_the_same_layer():
     x = tokens(13)
     assert_close(call(make(implementation="reference"), x), call(make(), x), 1e-5)
 
 
+@pytest.mark.slow
 def test_head_dim_need_not_divide_the_features():
     layer = make(head_dim=12)
     assert call(layer, tokens(9)).shape == (2, 9, 16)
@@ -107,6 +112,7 @@ def test_input_of_another_shape(build, shape):
         build()(jnp.zeros(shape))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("aggregation", "segmentation"),
@@ -167,6 +173,7 @@ class Model(nnx.Module):
         return self.head(x + self.mixer(self.norm(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["attention", *OPTIONS])
 def test_nnx_loop(name):
     rngs = nnx.Rngs(0)
@@ -189,7 +196,7 @@ def test_nnx_loop(name):
     assert losses[-1] < losses[0] / 3
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", with_slow([*LAYERS], "position"))
 def test_layer(name):
     layer, x = LAYERS[name](nnx.Rngs(0)), inputs()
     graph, state = nnx.split(layer)
@@ -201,19 +208,23 @@ def test_layer(name):
     assert_close(y, nnx.jit(lambda layer, x: layer(x))(layer, x), 2e-5)
 
 
+@pytest.mark.usefixtures("every_platform")
+@pytest.mark.slow
 def test_call_with_a_cache():
     layer = caching(nnx.Rngs(0), mc.memories.LinearAttention(), mc.GRM())
     x, outputs = inputs(), []
     cache: Any = layer.init_cache(3, max_length=LENGTH)
+    step = nnx.jit(lambda layer, x, cache: layer(x, cache=cache))
     for begin, end in ((0, 30), (30, LENGTH)):
-        y, cache = layer(x[:, begin:end], cache=cache)
+        y, cache = step(layer, x[:, begin:end], cache)
         outputs.append(y)
-    assert_close(jnp.concatenate(outputs, axis=1), layer(x), 2e-5)
+    assert_close(jnp.concatenate(outputs, axis=1), call(layer, x), 2e-5)
     assert cache.nbytes == sum(a.nbytes for a in jax.tree.leaves(cache))
     with pytest.raises(ValueError, match="give no document_ids"):
         layer(x, jnp.zeros(x.shape[:2], int), cache=cache)
 
 
+@pytest.mark.slow
 def test_initial_weights_are_trained_where_the_cache_is_a_constant():
     layer = caching(nnx.Rngs(0), mc.memories.Titans(chunk_size=2, depth=1), mc.Residual())
 

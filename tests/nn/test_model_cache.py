@@ -12,6 +12,7 @@ from tests.cases import assert_close
 from tests.nn.caches import FEATURES, HOST, LAYERS, LENGTH, caching, inputs, language_model, stream
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", ["device", "host"])
 def test_language_model(placement):
     mixers = dict(device=language_model().config.mixers, host=HOST)[placement]
@@ -19,7 +20,7 @@ def test_language_model(placement):
     tokens = jax.random.randint(jax.random.key(1), (3, LENGTH), 0, 23)
     graph, state = nnx.split(model)
     extend = jax.jit(
-        lambda tokens, cache, lengths=None: nnx.merge(graph, state).extend(tokens, cache, lengths),
+        lambda tokens, cache, lengths: nnx.merge(graph, state).extend(tokens, cache, lengths),
         donate_argnums=1,
     )
     wanted = np.asarray(nnx.jit(lambda model, tokens: model.hidden(tokens))(model, tokens))
@@ -29,14 +30,17 @@ def test_language_model(placement):
     assert cache.position.tolist() == [LENGTH] * 3
     assert cache.nbytes == sum(a.nbytes for a in jax.tree.leaves(cache))
 
-    cache = cache.reset(np.array([False, True, True])).take(np.array([2, 1]))
-    hidden, cache = extend(tokens[1:, :20], cache)
-    assert_close(hidden, wanted[1:, :20], 2e-5)
-    cache = cache.take(np.array([1, 1, 0]))
-    hidden, cache = extend(tokens[np.array([2, 2, 1]), 20:], cache)
-    assert_close(hidden, wanted[np.array([2, 2, 1]), 20:], 2e-5)
+    # Two rows anew, in another order and one of them twice, in the program of the stream.
+    cache, every = cache.reset(np.array([False, True, True])).take(np.array([2, 1])), np.full(3, 9)
+    rows = np.array([1, 1, 2])
+    hidden, cache = extend(tokens[rows, :9], cache.take(np.array([1, 1, 0])), every)
+    assert_close(hidden, wanted[rows, :9], 2e-5)
+    rows = rows[::-1]
+    hidden, cache = extend(tokens[rows, 9:18], cache.take(np.array([2, 1, 0])), every)
+    assert_close(hidden, wanted[rows, 9:18], 2e-5)
 
 
+@pytest.mark.slow
 def test_bounded_memory_of_a_model():
     model = language_model(mixers=(language_model().config.mixers[0],))
     cache = model.init_cache(1, max_segments=2, policy="drop_oldest", cache_dtype="int8")
@@ -48,6 +52,7 @@ def test_bounded_memory_of_a_model():
     assert cache.position.tolist() == [90]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "mixers"),
     [
@@ -78,6 +83,7 @@ def test_a_cache_is_saved_and_restored(tmp_path, options, mixers):
     assert_close(extend(tokens, restored)[0], extend(tokens, cache)[0], 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_errors():
     linear = mc.nn.MemoryCachingMixer(memory=mc.memories.LinearAttention())
@@ -92,7 +98,7 @@ def test_errors():
         lambda: model.extend(tokens, cache.layers[0]): "a LanguageModel's, got LayerCache",
         lambda: model.extend(
             tokens, language_model().init_cache(2, 12)
-        ): r"\(num_layers, mixers\) = \(4, 2\), this model has \(1, 1\)",
+        ): r"made for 4 layers of 2 mixers, this model has 1 of 1",
         lambda: model.init_cache(0, 10): "batch_size must be at least 1",
         lambda: model.init_cache(2, 10, segments=3): r"no options \['segments'\]",
         lambda: language_model(mixers=(mc.nn.AttentionMixer(),)).init_cache(2): "give max_length",

@@ -24,6 +24,7 @@ def model(aggregation, segmentation, memory="titans"):
     return mc.nn.LanguageModel(config, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", ["titans", "gated_deltanet"])
 def test_it_is_the_model_that_was_made_with_caches(memory):
     trained = model(mc.Residual(), mc.Constant(1024), memory)
@@ -52,6 +53,7 @@ def test_parameters_are_shared_and_the_model_is_left_alone():
     assert [layer.aggregation for layer in layers] == [mc.Residual()]
 
 
+@pytest.mark.slow
 def test_soup_with_uniform_gates_decodes_in_constant_memory():
     trained = model(mc.Residual(), mc.Constant(1024))
     longer = mc.nn.with_memory_caching(
@@ -79,5 +81,5 @@ def test_errors():
         mc.nn.with_memory_caching(trained, segmentation=mc.Constant(16), aggregation=mc.GRM())
     with pytest.raises(ValueError, match="must divide the segment size"):
         mc.nn.with_memory_caching(trained, segmentation=mc.Constant(6))
-    with pytest.raises(ValueError, match="Linear has no MemoryCaching layer"):
+    with pytest.raises(ValueError, match="Linear has no layer of memory caching"):
         mc.nn.with_memory_caching(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), segmentation=mc.Constant(6))

@@ -11,6 +11,7 @@ from tests.cases import MEMORIES, normals, unit
 from tests.nn.layer import call, make, tokens
 
 
+@pytest.mark.slow
 def test_keys_and_connectors_start_as_copies_of_queries():
     layer = make()
     for name in ("key", "connector"):
@@ -25,6 +26,7 @@ def test_no_two_parameters_share_an_array():
     assert len({x.unsafe_buffer_pointer() for x in leaves}) == len(leaves)
 
 
+@pytest.mark.slow
 def test_attributes_of_other_tools_are_no_weights():
     layer, x = make(), tokens(9)
     expected = call(layer, x)
@@ -35,6 +37,7 @@ def test_attributes_of_other_tools_are_no_weights():
     np.testing.assert_array_equal(call(layer, x), expected)
 
 
+@pytest.mark.slow
 def test_connector_may_be_the_query_or_logits_of_positions():
     layer = make(connector="query")
     assert not hasattr(layer, "connector")
@@ -70,6 +73,7 @@ def test_titans_controls_start_near_keeping_and_small():
     assert 0 < float(eta.mean()) < 1 / 4  # a chunk has 4 tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", ["dla", "titans", "titans_depth1"])
 def test_a_deep_memory_stores_before_any_training(memory):
     layer = make(memory, segmentation=mc.Constant(64))

@@ -45,6 +45,7 @@ def test_bfloat16_keeps_precision_far_from_the_start():
     assert_close(y.astype(jnp.float32), rotate(x.astype(jnp.float32), 10_000.0), 1e-2)
 
 
+@pytest.mark.slow
 def test_a_window_gives_far_from_the_start_what_it_gives_at_the_start():
     layer = mc.nn.Attention(16, 2, window=8, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (4, 20, 16))

@@ -25,6 +25,7 @@ def plain(model, tokens):
     return model(tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [None, dict(embed="fsdp", layers="stage")], ids=["ours", "host"])
 def test_the_layers_are_a_list_and_come_back(names):
     original = language_model("memory", "attention", names=names, num_layers=4)
@@ -43,6 +44,7 @@ def test_the_layers_are_a_list_and_come_back(names):
     assert kernel.get_metadata()["out_sharding"] == wanted
 
 
+@pytest.mark.slow
 def test_recomputed_layers_have_the_same_gradients(x64):
     tokens, wide = random_tokens(2, 9), jnp.float64
     model = Unrolled(language_model("memory", dtype=wide, param_dtype=wide))

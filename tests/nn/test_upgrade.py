@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 import memcache_jax as mc
@@ -17,6 +18,7 @@ def with_earlier_names(tree) -> Any:
     return with_saved_names(tree, saved)
 
 
+@pytest.mark.slow
 def test_a_state_of_before():
     layer = mc.nn.MemoryCaching(
         8,

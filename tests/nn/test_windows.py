@@ -61,6 +61,7 @@ def test_values_and_gradients_are_those_of_all_at_once(of):
     assert_close(got, wanted, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [1, 100])
 def test_a_stream_takes_many_tokens_at_once(window):
     attention, x = layer(window), tokens(2 * LENGTH)

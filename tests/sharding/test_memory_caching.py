@@ -48,6 +48,7 @@ def test_what_cannot_be_divided_over_time(options, message):
         mc.memory_caching(**inputs, memory=memory, aggregation=mc.GRM(), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [dict(data=8), dict(tensor=8), dict(data=2, tensor=4)], ids=str)
 def test_rows_and_heads_that_do_not_divide_are_whole(mesh):
     memory = mc.memories.LinearAttention()
@@ -59,6 +60,7 @@ def test_rows_and_heads_that_do_not_divide_are_whole(mesh):
     np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchange", ["gather", "ring"])
 def test_no_token_crosses_the_mesh_within_the_memory(exchange):
 

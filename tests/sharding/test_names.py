@@ -97,6 +97,7 @@ def test_models_that_are_made_by_shape(kind):
             assert specs(nnx.state(nnx.eval_shape(make))) == WANTED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_parameters_and_their_moments_are_made_where_rules_say(kind):
     def create():
@@ -110,6 +111,7 @@ def test_parameters_and_their_moments_are_made_where_rules_say(kind):
     assert specs(nnx.state(optimizer)["opt_state"][0]["mu"]) == WANTED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_mapping_of_the_hosts_names(kind):
     names = dict(embed="fsdp", heads="tp")
@@ -129,6 +131,7 @@ def test_a_mapping_of_the_hosts_names(kind):
         make(axis_names=dict(features="fsdp"))
 
 
+@pytest.mark.slow
 def test_a_mesh_whose_axes_have_our_names():
     mesh = jax.make_mesh((2, 2), ("heads", "embed"), devices=jax.devices()[:4])
     with jax.set_mesh(mesh):
@@ -142,6 +145,7 @@ def test_a_mesh_whose_axes_have_our_names():
         assert laid.spec == P(None, "tp")
 
 
+@pytest.mark.slow
 def test_the_mesh_of_this_library_has_rules_of_its_own():
     mesh = mc.sharding.make_mesh(dict(fsdp=4, tensor=2))
     wanted = dict(query=P(("fsdp", "seq"), "tensor"), out=P("tensor", ("fsdp", "seq")))
@@ -154,6 +158,7 @@ def test_the_mesh_of_this_library_has_rules_of_its_own():
             assert specs(nnx.get_partition_spec(nnx.state(make())))["temperature"] == P("data")
 
 
+@pytest.mark.slow
 def test_layers_of_a_stack_have_a_name_too():
     config = mc.nn.LanguageModelConfig(vocab_size=8, num_layers=2, features=16, num_heads=2)
     with jax.set_mesh(foreign_mesh(AxisType.Auto)), logical_axis_rules((("layers", "dp"),)):

@@ -10,6 +10,7 @@ from tests.cases import MEMORIES, assert_close, make_inputs
 from tests.streams import empty, over_time, whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [mc.GRM(), mc.SSC(top_k=1)], ids=["grm", "ssc"])
 def test_a_row_that_begins_anew_forgets_what_is_not_a_number(kind):
     memory = MEMORIES["linear"]

@@ -35,6 +35,7 @@ def test_caches_that_are_none(message, options):
         mc.init_cache(1, 2, 4, 4, memory=mc.memories.LinearAttention(), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("name", "kind"),

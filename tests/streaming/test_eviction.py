@@ -51,6 +51,7 @@ def kept_by_hand(inputs, size, most, policy):
     return np.stack(outputs)[None, :, None]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("most", [1, 3])
 @pytest.mark.parametrize("policy", ["drop_oldest", "drop_least_read", "merge"])

@@ -12,6 +12,7 @@ from tests.cases import MEMORIES, assert_close, make_inputs
 from tests.streams import empty, over_time, whole
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_segments_begin_with_the_weights_that_are_given():
     memory, plan = MEMORIES["titans"], (mc.Residual(), mc.Constant(8))
@@ -37,6 +38,7 @@ def test_segments_begin_with_the_weights_that_are_given():
     np.testing.assert_allclose(slope, (up - down) / 2e-6, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("memory", "segmentation"),
@@ -53,6 +55,7 @@ def test_chunks_of_one_token(memory, segmentation):
     assert_close(got, whole(inputs, memory, mc.GRM(), segmentation), 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_rows_that_are_full():
     memory = MEMORIES["linear"]
@@ -74,6 +77,7 @@ def test_rows_that_are_full():
     assert jnp.isnan(y).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("memory", ["linear", "titans"])
 def test_rows_end_where_positions_do(memory):
@@ -112,6 +116,7 @@ def test_a_step_costs_the_same_however_many_segments_are_cached():
     assert flops(64) - flops(32) <= 1.1 * 2 * 4 * 32  # the router's own, of 32 more pooled keys
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_errors():
     memory = MEMORIES["linear"]

@@ -104,6 +104,7 @@ class SumsMixer:
         return Sums(in_features, self.kind, rngs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [DeclaredCache, WrittenOutCache])
 def test_a_cache_of_the_users_own(kind):
     caching = mc.nn.MemoryCachingMixer(mc.memories.RetNet(), mc.GRM(), mc.Constant(8))

@@ -16,6 +16,7 @@ from tests.cases import MEMORIES, make_inputs
 from tests.streams import empty, over_time, whole
 
 
+@pytest.mark.slow
 @pytest.mark.tpu
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
 def test_a_step_copies_a_few_states_to_the_device():
@@ -35,6 +36,7 @@ def test_a_step_copies_a_few_states_to_the_device():
         assert size["device"] < size["bank"] / 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind"), [("linear", mc.GRM()), ("titans", mc.SSC(top_k=2))], ids=["grm", "ssc"]
 )

@@ -150,6 +150,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Orbax leaves tasks and sockets behind when it fails
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_damage_falls_back_to_the_last_good_one(saved, batches, damage, caplog):
@@ -189,6 +190,7 @@ def test_notes_with_a_flipped_bit_are_not_read(saved):
     assert notes["losses"] == [2 / 3]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_digests_is_restored_and_told(saved, batches, caplog):
     caplog.set_level(logging.INFO, "memcache_jax")
     (saved[0] / "checkpoints" / "3" / DIGESTS_FILE).unlink()
@@ -210,6 +212,7 @@ def test_all_damaged_is_an_error_and_nothing_is_moved(saved, batches):
     assert Checkpoints.steps_in(workdir) == [3, 2]
 
 
+@pytest.mark.slow
 def test_an_unfinished_save_is_ignored_and_removed(saved, batches):
     workdir, _ = saved
     folder = workdir / "checkpoints"
@@ -219,6 +222,7 @@ def test_an_unfinished_save_is_ignored_and_removed(saved, batches):
     assert not (folder / "4.orbax-checkpoint-tmp").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("when", ["wait", "next save", "close"])
 def test_a_failed_save_is_told_and_earlier_ones_stay(saved, batches, when):
@@ -270,6 +274,7 @@ def with_earlier_names(tree) -> Any:
     return with_saved_names(tree, saved)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_before(tmp_path, config, state, corpus_folder):
     state, target = state
     before = with_earlier_names(state)

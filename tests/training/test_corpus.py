@@ -35,6 +35,7 @@ def word_tokenizer(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_text_that_is_not_utf8_is_counted(config, corpus_folder, tmp_path, word_tokenizer, caplog):
     for file in corpus_folder.iterdir():
         file.write_bytes(file.read_bytes() + b"\xff")
@@ -47,6 +48,7 @@ def test_text_that_is_not_utf8_is_counted(config, corpus_folder, tmp_path, word_
     assert (tmp_path / "run" / "tokenizer.json").read_bytes() == word_tokenizer.read_bytes()
 
 
+@pytest.mark.slow
 def test_bytes_that_are_not_utf8_are_fine(config, corpus_folder, tmp_path, caplog):
     for file in corpus_folder.iterdir():
         file.write_bytes(file.read_bytes() + b"\xff\xfe")
@@ -78,6 +80,7 @@ def lines(config, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_a_line_was_mended(config, lines, caplog):
     assert train(config, lines / "run")["step"] == 6
     mend(lines / "2.jsonl", 3, json.dumps({"body": "Mended."}))

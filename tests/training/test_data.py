@@ -84,6 +84,7 @@ def test_rows_change_places_within_windows(tmp_path):
     assert any(moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [1, 4])
 @pytest.mark.parametrize("through", ["dict", "json"])
 def test_resume_continues_bit_for_bit(tmp_path, through, window):

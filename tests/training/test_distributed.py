@@ -133,6 +133,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_with_a_checkpoint(
     assert losses(tmp_path / "run")[-1][0] <= saved
 
 
+@pytest.mark.slow
 def test_a_mesh_trains_as_one_device_does(config, tmp_path):
     train(config, tmp_path / "one")
     config.mesh.update(data=2, fsdp=2, seq=2, tensor=1)

@@ -117,6 +117,7 @@ def forget_the_key(workdir):
         path.write_text(json.dumps(stored))
 
 
+@pytest.mark.slow
 def test_a_new_run_isolates_its_documents(short_documents, tmp_path):
     config = short_documents
     config.steps, config.optimizer.warmup_steps = 2, 0
@@ -131,6 +132,7 @@ def test_a_new_run_isolates_its_documents(short_documents, tmp_path):
     assert new["heldout_loss"] != packed["heldout_loss"]
 
 
+@pytest.mark.slow
 def test_a_run_of_before_goes_on_as_it_was(short_documents, tmp_path, caplog):
     caplog.set_level(logging.INFO, "memcache_jax")
     config = short_documents

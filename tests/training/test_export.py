@@ -88,6 +88,7 @@ def python(script, *arguments, **environment):
     )
 
 
+@pytest.mark.slow
 def test_export_of_eight_devices_is_read_on_one(tmp_path):
     mesh = make_mesh(dict(fsdp=4, tensor=2))
     sharding = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
@@ -159,6 +160,7 @@ def test_what_a_killed_export_left_is_cleared(tmp_path, left):
     assert [path.name for path in tmp_path.iterdir()] == ["params"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_model_loads_from_every_state_of_a_workdir(config, tmp_path):
     workdir = tmp_path / "run"
@@ -219,6 +221,7 @@ def test_a_config_that_is_torn_or_of_something_else(tmp_path, text, message):
 BEFORE = Path(__file__).parents[1] / "data" / "before_output_gate"
 
 
+@pytest.mark.slow
 def test_an_export_of_before(tmp_path):
     shutil.copytree(BEFORE, tmp_path / "run")
     model, _, _ = load_model(tmp_path / "run")
@@ -229,6 +232,7 @@ def test_an_export_of_before(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_an_export_by_orbax_v1(config, tmp_path):
     """As versions before this one wrote it, on the run's devices."""
     workdir = tmp_path / "run"

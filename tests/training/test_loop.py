@@ -39,6 +39,7 @@ def stop_before(monkeypatch):
     return arrange
 
 
+@pytest.mark.slow
 def test_a_run_leaves_everything_behind(config, tmp_path, caplog):
     caplog.set_level(logging.INFO, "memcache_jax")
     config.sample.max_new_tokens = 5
@@ -65,6 +66,7 @@ def test_a_run_leaves_everything_behind(config, tmp_path, caplog):
     assert "files to train on" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_run_that_died_goes_on_bit_for_bit(config, tmp_path, stop_before, monkeypatch):
     # Lines come every 2 steps and checkpoints every 3, so that a line's mean spans the restart.
     train(config, tmp_path / "whole")
@@ -79,6 +81,7 @@ def test_a_run_that_died_goes_on_bit_for_bit(config, tmp_path, stop_before, monk
     assert_same_params(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_no_step_before_the_last_checkpoint_is_on_disk(config, tmp_path, monkeypatch):
     config.checkpoint_every, config.steps = 2, 6
     make, on_disk = loop.make_train_step, []
@@ -97,6 +100,7 @@ def test_no_step_before_the_last_checkpoint_is_on_disk(config, tmp_path, monkeyp
     assert on_disk == [0, 0, 2, 2, 4, 4]
 
 
+@pytest.mark.slow
 def test_a_run_that_died_before_its_first_checkpoint_starts_anew(
     config, tmp_path, stop_before, monkeypatch
 ):
@@ -110,6 +114,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_anew(
     assert [row["step"] for row in rows(tmp_path)] == [2, 4, 6]
 
 
+@pytest.mark.slow
 def test_a_complete_run_prints_its_results_again(config, tmp_path, caplog, monkeypatch):
     results = train(config, tmp_path)
     caplog.set_level(logging.INFO, "memcache_jax")
@@ -122,6 +127,7 @@ def test_a_complete_run_prints_its_results_again(config, tmp_path, caplog, monke
     assert train(config, tmp_path) == results
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path, monkeypatch):
     make = loop.make_train_step
 

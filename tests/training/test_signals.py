@@ -10,6 +10,7 @@ from memcache_jax.training.checkpoint import Checkpoints
 from tests.training.runs import assert_same_params, rows
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_stops(config, tmp_path, monkeypatch):
     make = loop.make_train_step
 
@@ -41,6 +42,7 @@ def test_a_signal_saves_and_stops(config, tmp_path, monkeypatch):
     assert_same_params(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_signal_after_the_last_look_for_one_is_not_lost(config, tmp_path, monkeypatch):
     class Interrupting(loop.Progress):
         pauses = 0

@@ -30,6 +30,7 @@ def tokens():
     return jnp.asarray(np.random.default_rng(0).integers(0, 11, (3, 10)), jnp.int32)
 
 
+@pytest.mark.slow
 def test_state_is_plain_and_the_model_comes_back(tokens):
     config, optimizer = attention(), make_optimizer(OPTIONS, 10)
     graph, target = abstract_state(config, optimizer)
@@ -46,6 +47,7 @@ def test_state_is_plain_and_the_model_comes_back(tokens):
     assert not np.array_equal(other.params["head"]["kernel"], state.params["head"]["kernel"])
 
 
+@pytest.mark.slow
 def test_the_loss_of_bfloat16_is_that_of_logits_in_float32(tokens):
     config = attention(dtype=jnp.bfloat16, tie_embeddings=True)
     optimizer = make_optimizer(OPTIONS, 10)
@@ -73,6 +75,7 @@ def test_state_can_be_sharded_as_it_is_made():
     assert all(leaf.sharding == sharding for leaf in jax.tree.leaves(state))
 
 
+@pytest.mark.slow
 def test_step_follows_the_equations(tokens):
     config, optimizer = attention(), make_optimizer(OPTIONS, 10)
     graph, _ = abstract_state(config, optimizer)
@@ -136,6 +139,7 @@ def summed_loss(model, row):
     return make_eval_step(graph, END)(params, jnp.asarray([row]), jnp.ones(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [attention(), titans()], ids=["attention", "titans"])
 def test_no_document_of_a_row_sees_another(model):
     """Wherever it begins: its losses are the same after other words."""
@@ -151,6 +155,18 @@ def test_no_document_of_a_row_sees_another(model):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+@functools.cache
+def one_step(model, rows, **options):
+    """The state and the metrics after a step on four documents in so many rows."""
+    documents = np.reshape([[END, *words(15, seed)] for seed in range(4)], (rows, -1))
+    optimizer = optax.sgd(1.0)
+    graph, _ = abstract_state(model, optimizer)
+    update = make_train_step(graph, optimizer, **options)
+    tokens = jnp.asarray([[*row, END] for row in documents])
+    return jax.device_get(update(create_state(model, optimizer, 0), tokens))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "remat", "accumulate"),
     [(attention(), False, 1), (attention(), True, 1), (attention(), False, 2), (linear(), True, 2)],
@@ -158,19 +174,11 @@ def test_no_document_of_a_row_sees_another(model):
 )
 def test_a_step_on_packed_documents_is_one_on_each_alone(model, remat, accumulate):
     """They begin on borders of segments."""
-    model = dataclasses.replace(model, remat=remat)
-    documents = [[END, *words(15, seed)] for seed in range(4)]
-    optimizer = optax.sgd(1.0)
-
-    def step(rows, **options):
-        graph, _ = abstract_state(model, optimizer)
-        update = make_train_step(graph, optimizer, **options)
-        tokens = jnp.asarray([[*row, END] for row in rows])
-        return jax.device_get(update(create_state(model, optimizer, 0), tokens))
-
-    packed, metrics = step(np.reshape(documents, (2, 32)), end_token=END, accumulate=accumulate)
-    alone, metrics_alone = step(documents)
-    mixed, _ = step(np.reshape(documents, (2, 32)))
+    packed, metrics = one_step(
+        dataclasses.replace(model, remat=remat), 2, end_token=END, accumulate=accumulate
+    )
+    alone, metrics_alone = one_step(model, 4)
+    mixed, _ = one_step(model, 2)
     assert metrics["loss"] == pytest.approx(metrics_alone["loss"], rel=1e-5)
     close = 1e-5 * metrics_alone["gradient_norm"]
     same = functools.partial(np.testing.assert_allclose, rtol=0, atol=close)
@@ -194,6 +202,7 @@ def test_evaluation_does_not_depend_on_the_batches(batch_size):
     assert result["heldout_perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_evaluation_in_parts_needs_no_more_memory_than_an_update():
     config, optimizer = attention(vocab_size=256), optax.sgd(1.0)
     graph, target = abstract_state(config, optimizer)

@@ -50,6 +50,7 @@ def test_streams_that_are_not_read_change_nothing(make, monkeypatch):
         assert (rows[:2] == -1).all()
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_goes_on_with_the_next_batch(make, monkeypatch):
     """As one process that reads both streams, and as two of which each reads one."""
     make = functools.partial(make, batch_size=4, num_streams=2, shuffle_window=6)

@@ -10,6 +10,7 @@ from memcache_jax.training.workdir import lock_workdir
 from tests.training.runs import rows
 
 
+@pytest.mark.slow
 def test_more_steps_go_on_and_the_new_schedule_is_told(config, tmp_path, caplog):
     train(config, tmp_path)
     caplog.set_level(logging.INFO, "memcache_jax")
@@ -31,6 +32,7 @@ def test_what_a_finished_run_left_is_not_replaced(config, tmp_path, left):
     assert [path.name for path in workdir.iterdir()] == [left]
 
 
+@pytest.mark.slow
 def test_a_workdir_that_another_run_writes_to(config, tmp_path):
     config.resume = True
     with lock_workdir(tmp_path), pytest.raises(ValueError, match="another run is writing to"):
@@ -38,6 +40,7 @@ def test_a_workdir_that_another_run_writes_to(config, tmp_path):
     train(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_workdir_with_a_run_is_not_overwritten(config, tmp_path):
     train(config, tmp_path)
     before = (tmp_path / "config.json").read_text()
@@ -53,6 +56,7 @@ def test_a_workdir_with_a_run_is_not_overwritten(config, tmp_path):
     assert Checkpoints.steps_in(tmp_path) == [6, 3]
 
 
+@pytest.mark.slow
 def test_changed_files_are_told(config, corpus_folder, tmp_path):
     train(config, tmp_path / "run")
     (corpus_folder / "new.txt").write_text("One file more. " * 9)

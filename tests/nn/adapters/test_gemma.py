@@ -74,6 +74,7 @@ def whole(model, tokens, mask):
     return model(tokens, positions(tokens != PAD), None, mask)[0]
 
 
+@pytest.mark.slow
 def test_packed_documents(model):
     segments = jnp.asarray([[1] * 6 + [2] * 9 + [0] * 3])
     tokens = jnp.where(segments > 0, random_tokens(1, 18), PAD)
@@ -88,6 +89,7 @@ def test_packed_documents(model):
     assert abs(whole_row[:, 6:15] - got[:, 6:15]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_the_samplers_loop(model):
     """Row by row of different prompts, token by token."""
     tokens, size = random_tokens(2, 11), 16
@@ -112,6 +114,7 @@ def test_the_samplers_loop(model):
     np.testing.assert_allclose(jnp.delete(got, 5, axis=1), expected, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_prefill_with_padding_on_the_left(model):
     tokens, size = random_tokens(2, 12), 16
     tokens = tokens.at[1, :5].set(PAD)
@@ -134,6 +137,7 @@ def test_a_prefill_with_padding_on_the_left(model):
         np.testing.assert_allclose(got[row : row + 1, padding:], expected, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_train_step():
     model = Transformer(MIXERS["memory"], nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adam(2e-2), wrt=nnx.Param)
@@ -162,6 +166,7 @@ def test_a_cache_goes_on_by_a_mask():
             attention(jnp.ones((1, 1, 16)), None, cache, mask)
 
 
+@pytest.mark.slow
 def test_masks_that_are_not_honoured():
     model = Transformer(MIXERS["memory"], nnx.Rngs(0))
     x, mask = jnp.ones((1, 6, 16)), jnp.ones((1, 6, 6), bool)

@@ -64,6 +64,7 @@ def inputs():
     return jax.random.normal(jax.random.key(1), (2, 18, 16), jnp.bfloat16), segments
 
 
+@pytest.mark.slow
 def test_segments_are_documents():
     layer = DecoderLayer(nnx.Rngs(0))
     x, segments = inputs()
@@ -78,6 +79,7 @@ def test_segments_are_documents():
     assert not np.array_equal(y[0, 7:], expected(layer, x, jnp.ones_like(segments))[0, 7:])
 
 
+@pytest.mark.slow
 def test_scanned_layers_have_gradients():
     """MaxText stacks its layers, and recomputes them in the backward pass."""
 

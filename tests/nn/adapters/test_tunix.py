@@ -54,6 +54,7 @@ def padded(tokens, padding):
     return jnp.asarray(rows)
 
 
+@pytest.mark.slow
 def test_padding_does_not_change_the_logits(original, model):
     tokens = random_tokens(3, 14)
     rows = padded(tokens, (0, 3, 6)).at[0, 10:].set(PAD)
@@ -63,6 +64,7 @@ def test_padding_does_not_change_the_logits(original, model):
         np.testing.assert_allclose(got[row, n:], expected[row, : 14 - n], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_the_samplers_loop(original, model):
     """A prefill of prompts that end together, then one token at a time."""
     tokens, prompt, steps, size = random_tokens(2, 9), 9, 5, 16
@@ -97,6 +99,7 @@ def test_the_samplers_loop(original, model):
         np.testing.assert_array_equal(alone[0, prompt - n :], best[0, prompt - n - 1 : -1])
 
 
+@pytest.mark.slow
 def test_documents_without_a_mask(original, model):
     tokens = random_tokens(1, 14)
     documents = jnp.asarray([[1] * 6 + [2] * 8])
@@ -108,6 +111,7 @@ def test_documents_without_a_mask(original, model):
         np.testing.assert_allclose(logits, expected, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_train_step():
     """The loss of Tunix's trainer falls, and the trained model generates as ours."""
     model = mc.nn.adapters.TunixModel(language_model("memory"))
@@ -134,6 +138,7 @@ def test_train_step():
     np.testing.assert_array_equal(drawn[:, 10:], word)
 
 
+@pytest.mark.slow
 def test_a_call_as_the_command_line_makes_it(model):
     logits, _ = model(**model.get_model_input())
     assert logits.shape == (2, 1, model.num_embed)

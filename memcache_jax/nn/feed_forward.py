@@ -1,0 +1,226 @@
+"""What blocks do to each token alone: gated and squared MLPs, and sparse experts."""
+
+import dataclasses
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from memcache_jax import _checks
+from memcache_jax._typing import Array, Float, Int
+from memcache_jax.nn.layers import Linear, SwiGLU
+from memcache_jax.sharding.division import Division
+from memcache_jax.sharding.names import partitioned
+
+
+@runtime_checkable
+class FeedForward(Protocol):
+    """Describes what a block does to each token alone."""
+
+    def build(self, features: int, **options: Any) -> nnx.Module:
+        """Returns a module (b, t, d) -> (b, t, d); options: dtype, param_dtype, rngs."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedMLP:
+    """W_down(silu(W_gate x) * W_up x) (arXiv:2002.05202) of ``hidden`` channels."""
+
+    hidden: int
+
+    def __post_init__(self) -> None:
+        _checks.check_fields(self, sizes=("hidden",))
+
+    def build(self, features: int, **options: Any) -> SwiGLU:
+        """Returns the module."""
+        return SwiGLU(features, self.hidden, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class SquaredMLP:
+    """W_down relu(W_up x)^2 (arXiv:2109.08668) of ``hidden`` channels."""
+
+    hidden: int
+    use_bias: bool = False
+
+    def __post_init__(self) -> None:
+        _checks.check_fields(self, sizes=("hidden",), flags=("use_bias",))
+
+    def build(self, features: int, **options: Any) -> "SquaredReLU":
+        """Returns the module."""
+        return SquaredReLU(self, features, **options)
+
+
+class SquaredReLU(nnx.Module):
+    """The module of a ``SquaredMLP``."""
+
+    def __init__(self, mlp: SquaredMLP, features: int, **options: Any) -> None:
+        options["use_bias"] = mlp.use_bias
+        self.up = Linear(features, mlp.hidden, axes=("embed", "mlp"), **options)
+        self.down = Linear(mlp.hidden, features, axes=("mlp", "embed"), **options)
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Applies the MLP to every token."""
+        return self.down(jnp.square(jax.nn.relu(self.up(x))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """Sparse experts: each token goes to ``top_k`` of them (arXiv:1701.06538), and to a shared one.
+
+    y = sum over the top experts of p_e(x) mlp_e(x) + s(x) shared(x), each a ``GatedMLP``.
+
+    Attributes:
+      num_experts: experts that the router chooses among.
+      top_k: how many it chooses for a token.
+      hidden: channels of each.
+      shared_hidden: channels of the shared one; None for no shared one.
+      probabilities: p is the ``"softmax"`` over all experts, or over the ``"top"`` alone, which
+        sums to one.
+      normalize: whether the probabilities of the top are divided by their sum.
+      shared_gate: whether s(x) = sigmoid(x w); else 1.
+    """
+
+    num_experts: int
+    top_k: int
+    hidden: int
+    shared_hidden: int | None = None
+    probabilities: Literal["softmax", "top"] = "softmax"
+    normalize: bool = True
+    shared_gate: bool = False
+
+    def __post_init__(self) -> None:
+        _checks.check_fields(
+            self,
+            sizes=("num_experts", "top_k", "hidden", "shared_hidden"),
+            flags=("normalize", "shared_gate"),
+            optional=("shared_hidden",),
+        )
+        if self.probabilities not in ("softmax", "top"):
+            raise ValueError(
+                f"probabilities must be 'softmax' or 'top', got {_checks.shown(self.probabilities)}"
+            )
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}")
+
+    def build(self, features: int, **options: Any) -> "SparseExperts":
+        """Returns the module."""
+        return SparseExperts(self, features, **options)
+
+
+class SparseExperts(nnx.Module):
+    """The module of ``Experts``; kernels of all experts are stacked, (e, in, out)."""
+
+    def __init__(
+        self,
+        experts: Experts,
+        features: int,
+        *,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.experts, self.dtype = experts, dtype
+        options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.router = Linear(features, experts.num_experts, axes=("embed", "experts"), **options)
+
+        def kernels(size_in: int, size_out: int, *axes: str) -> nnx.Param:
+            init = jax.nn.initializers.lecun_normal(batch_axis=(0,))
+            shape = experts.num_experts, size_in, size_out
+            init = partitioned(init, "experts", *axes)
+            return nnx.Param(init(rngs.params(), shape, param_dtype))
+
+        self.gate = kernels(features, experts.hidden, "embed", "mlp")
+        self.up = kernels(features, experts.hidden, "embed", "mlp")
+        self.down = kernels(experts.hidden, features, "mlp", "embed")
+        if experts.shared_hidden is not None:
+            self.shared = SwiGLU(features, experts.shared_hidden, **options)
+            if experts.shared_gate:
+                self.shared_gate = Linear(features, 1, axes=("embed", None), **options)
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Applies to every token the experts that it is routed to."""
+        kernels = [kernel[...] for kernel in (self.gate, self.up, self.down)]
+        dtype = self.dtype or jnp.result_type(x.dtype, kernels[0].dtype)
+        args = x.astype(dtype), self.router(x), *(kernel.astype(dtype) for kernel in kernels)
+        division = Division.of((x, "b t ."))
+        division = None if division is None else division.even(x.shape[1])
+        if division is None:
+            y = self._routed(*args)
+        else:  # each device has all experts, and its own tokens
+            row, kernel = "b t .", ". . ."
+            y = division.run(self._routed, args, (row, row, kernel, kernel, kernel), row)
+        if self.experts.shared_hidden is None:
+            return y
+        shared = self.shared(x)
+        if self.experts.shared_gate:
+            shared = shared * jax.nn.sigmoid(self.shared_gate(x))
+        return y + shared
+
+    def _routed(
+        self,
+        x: Float[Array, "b t d"],
+        logits: Float[Array, "b t e"],
+        gate: Float[Array, "e d f"],
+        up: Float[Array, "e d f"],
+        down: Float[Array, "e f d"],
+    ) -> Float[Array, "b t d"]:
+        weights, chosen = self._route(logits.reshape(-1, logits.shape[-1]))
+
+        def mlp(rows: Array, expert: Array) -> Array:
+            hidden = jax.nn.silu(rows @ gate[expert]) * (rows @ up[expert])
+            return hidden @ down[expert]
+
+        out = over_groups(mlp, x.reshape(-1, x.shape[-1]), chosen, self.experts.num_experts)
+        return jnp.einsum("nkd,nk->nd", out, weights.astype(out.dtype)).reshape(x.shape)
+
+    def _route(self, logits: Float[Array, "n e"]) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
+        """The weight of each token's experts, and which they are."""
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        experts = self.experts
+        if experts.probabilities == "top":
+            top, chosen = jax.lax.top_k(logits, experts.top_k)
+            return jax.nn.softmax(top), chosen
+        top, chosen = jax.lax.top_k(jax.nn.softmax(logits), experts.top_k)
+        if experts.normalize:
+            top = top / jnp.sum(top, axis=-1, keepdims=True)
+        return top, chosen
+
+
+def over_groups(
+    f: Any, rows: Float[Array, "n d"], groups: Int[Array, "n k"], count: int, block: int = 128
+) -> Float[Array, "n k d"]:
+    """Returns f(rows[i], groups[i, j]) for all i, j, in blocks of rows of one group.
+
+    The rows of a group fill whole blocks, so that the work is that of n k rows and at most one
+    block more for each group, wherever they go.
+
+    Args:
+      f: a function of rows (block, d) and the number of their group.
+      rows: the rows.
+      groups: the groups of each, in [0, count).
+      count: number of groups.
+      block: most rows in a block.
+    """
+    (n, k), flat = groups.shape, groups.reshape(-1)
+    block = min(block, max(n * k // count, 1))
+    blocks = -(-n * k // block) + min(count, n * k)
+    sizes = jnp.zeros(count, jnp.int32).at[flat].add(1)
+    needed = -(-sizes // block)  # blocks of each group
+    ends = jnp.cumsum(needed)
+    order = jnp.argsort(flat, stable=True)
+    rank = jnp.zeros(n * k, jnp.int32).at[order].set(jnp.arange(n * k))
+    within = rank - (jnp.cumsum(sizes) - sizes)[flat]
+    place = (ends - needed)[flat] * block + within
+    source = jnp.full(blocks * block, n).at[place].set(jnp.arange(n * k) // k)
+    filled = rows.at[source].get(mode="fill", fill_value=0).reshape(blocks, block, -1)
+    owner = jnp.minimum(jnp.searchsorted(ends, jnp.arange(blocks), side="right"), count - 1)
+    used = jnp.arange(blocks) < ends[-1]
+
+    def one(_: None, given: tuple) -> tuple[None, Array]:
+        x, group, is_used = given
+        return None, jax.lax.cond(is_used, f, lambda x, _: jnp.zeros_like(x), x, group)
+
+    _, out = jax.lax.scan(one, None, (filled, owner, used))
+    return out.reshape(blocks * block, -1)[place].reshape(n, k, -1)

@@ -1,0 +1,302 @@
+"""What every layer of memory caching does, whatever makes its queries, keys and values."""
+
+import functools
+from typing import Any, Unpack, overload
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from memcache_jax import _checks
+from memcache_jax._typing import Array, Exchange, Float, Implementation, Int, Start
+from memcache_jax.aggregation import Aggregation
+from memcache_jax.caching import memory_caching
+from memcache_jax.engine.run import gates_of_tokens
+from memcache_jax.memories import Memory
+from memcache_jax.nn.calls import MixerCall, answer, read_mixer_call
+from memcache_jax.nn.layer_cache import LayerCache
+from memcache_jax.segmentation import Segmentation
+from memcache_jax.sharding.division import Division
+from memcache_jax.streaming import check_options, extend, init_cache
+from memcache_jax.streaming.protocol import placed
+
+
+class MemoryLayer(nnx.Module):
+    """A token mixer (b, t, d) -> (b, t, d) of memory caching: the base of such layers.
+
+    A subclass sets the attributes, and makes the memory's arguments of the layer's input and the
+    layer's output of what is read, in the methods that raise ``NotImplementedError`` here.
+
+    Attributes:
+      in_features: model dimension d of the input and the output.
+      num_heads: heads h of states.
+      head_dim: key dimension of a head.
+      value_dim: value dimension of a head.
+      memory: the write rule.
+      aggregation: how reads of live and cached memories become one output.
+      segmentation: where states are cached.
+      start: what a segment's memory begins with.
+      implementation: as in ``memory_caching``.
+      exchange: how the parts of a sequence on a mesh get each other's states.
+      dtype: dtype of the arithmetic; None for the wider of the input's and ``param_dtype``.
+      param_dtype: dtype of the parameters.
+    """
+
+    in_features: int
+    num_heads: int
+    head_dim: int
+    value_dim: int
+    memory: Memory
+    aggregation: Aggregation
+    segmentation: Segmentation
+    start: Start
+    implementation: Implementation | None
+    exchange: Exchange
+    dtype: DTypeLike | None
+    param_dtype: DTypeLike
+
+    def _tokens(
+        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None
+    ) -> dict[str, Any]:
+        """The per-token arguments of ``mc.memory_caching``."""
+        raise NotImplementedError
+
+    def _next_tokens(
+        self,
+        x: Float[Array, "b t d"],
+        tails: tuple,
+        counts: Int[Array, "b"],
+        position: Int[Array, "b"],
+    ) -> tuple[dict[str, Any], tuple]:
+        """The same of a stream's next tokens, ``counts`` of which count; and the next tails.
+
+        ``position`` is the number of tokens before them.
+        """
+        raise NotImplementedError
+
+    def _empty_tails(self, batch_size: int, dtype: DTypeLike) -> tuple:
+        """What a stream keeps of the inputs before its first token."""
+        raise NotImplementedError
+
+    def _output(
+        self, x: Float[Array, "b t d"], y: Float[Array, "b t h v"], tokens: dict[str, Any]
+    ) -> Float[Array, "b t d"]:
+        """The layer's output, of its input, of what the memories return, and of ``_tokens``."""
+        raise NotImplementedError
+
+    def _empty_output(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """The output of an input without rows or tokens."""
+        raise NotImplementedError
+
+    def _initial_weights(self) -> dict[str, Array]:
+        """The initial weights of the memory."""
+        return {}
+
+    @overload
+    def __call__(
+        self,
+        x: Array | None = None,
+        document_ids: Array | None = None,
+        inputs_v: Array | None = None,
+        *,
+        cache: None = None,
+        **call: Unpack[MixerCall],
+    ) -> Array: ...
+
+    @overload
+    def __call__(
+        self,
+        x: Array | None = None,
+        document_ids: Array | None = None,
+        inputs_v: Array | None = None,
+        *,
+        cache: LayerCache,
+        **call: Unpack[MixerCall],
+    ) -> tuple[Array, LayerCache]: ...
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"] | None = None,
+        document_ids: Int[Array, "b t"] | Float[Array, "b t d"] | None = None,
+        inputs_v: Float[Array, "b t d"] | None = None,
+        *,
+        cache: LayerCache | None = None,
+        **call: Unpack[MixerCall],
+    ) -> Any:
+        """Mixes tokens causally.
+
+        Args:
+          x: the input; t need not be a multiple of the segment size.
+          document_ids: for documents packed into one sequence, an id per token: no document sees
+            another.
+          inputs_v: None or x, and ``document_ids`` may be x, for hosts that call attention so.
+          cache: continues a stream, as ``extend`` does.
+          call: what hosts pass to attention, such as ``segment_ids``, ``positions`` (also of rows
+            padded on the left), ``mask`` and ``deterministic``: see ``MixerCall``.
+
+        Returns:
+          The output, of x's shape, in ``dtype``; with a cache, also the cache after these tokens.
+          Where a traced mask or traced positions ask for what the layer does not do, NaN.
+
+        Raises:
+          ValueError: for an input that is not (b, t, in_features), document_ids that are not
+            integers (b, t), both document_ids and a cache, or what a memory cannot follow, such as
+            masks that are not causal within documents.
+        """
+        x, read = read_mixer_call(
+            x, document_ids, inputs_v, self.num_heads, self.in_features, **call
+        )
+        if cache is not None:
+            _checks.check_cache(cache, LayerCache, (self.num_heads, self.head_dim))
+        return answer(read, x, cache, whole=self._whole, extend=self.extend)
+
+    def _whole(
+        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None
+    ) -> Float[Array, "b t d"]:
+        wide = x if self.dtype is None else x.astype(self.dtype)
+        if 0 in x.shape[:2]:
+            return self._empty_output(wide)
+        tokens = self._tokens(wide, document_ids)
+        y = memory_caching(
+            **tokens,
+            **self._rules,
+            weights=self._initial_weights(),
+            document_ids=document_ids,
+            implementation=self.implementation,
+            exchange=self.exchange,
+        )
+        return self._output(wide, y, tokens)
+
+    def operands(
+        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None = None
+    ) -> dict[str, Any]:
+        """The arrays that a call passes to ``mc.memory_caching``, by argument name.
+
+        They are ``query``, ``key``, ``value``, ``connector`` (or None), ``controls`` and
+        ``weights``.
+
+        Example:
+          >>> import jax.numpy as jnp, memcache_jax as mc
+          >>> from flax import nnx
+          >>> layer = mc.nn.MemoryCaching(8, 2, memory=mc.memories.SSD(),
+          ...                             aggregation=mc.GRM(), segmentation=mc.Constant(4),
+          ...                             rngs=nnx.Rngs(0))
+          >>> operands = layer.operands(jnp.ones((1, 14, 8)))
+          >>> operands["query"].shape, sorted(operands["controls"])
+          ((1, 14, 2, 4), ['lam', 'log_alpha'])
+        """
+        _checks.check_input(x, self.in_features)
+        if document_ids is not None:
+            _checks.check_documents(document_ids, x.shape[:2])
+        x = x if self.dtype is None else x.astype(self.dtype)
+        return self._tokens(x, document_ids) | {"weights": self._initial_weights()}
+
+    def gates(self, x: Float[Array, "b t d"]) -> Float[Array, "b t h states"]:
+        """The weight that each token gives to each state it may read, for inspection.
+
+        In float32 or wider: one per cached state of ``segmentation.plan(t).buckets``, in that
+        order, then the live state's. It is 0 for states that a token does not read; ``Residual``
+        weighs all others with 1.
+
+        Example:
+          >>> import jax.numpy as jnp, memcache_jax as mc
+          >>> from flax import nnx
+          >>> layer = mc.nn.MemoryCaching(8, 2, memory=mc.memories.SSD(),
+          ...                             aggregation=mc.SSC(top_k=1), segmentation=mc.Constant(4),
+          ...                             rngs=nnx.Rngs(0))
+          >>> gates = layer.gates(jnp.ones((1, 14, 8)))  # 3 cached states and the live one
+          >>> gates.shape, (gates > 0).sum(axis=-1)[0, ::4, 0].tolist()
+          ((1, 14, 2, 4), [1, 2, 2, 2])
+        """
+        operands = self.operands(x)
+        rows = operands["key"], operands["connector"]
+        gates = functools.partial(
+            gates_of_tokens, aggregation=self.aggregation, segmentation=self.segmentation
+        )
+        division = Division.of(*((row, "b t h .") for row in rows))
+        if division is None:
+            return gates(*rows)
+        return division.whole("t").run(gates, rows, ("b t h .", "b t h ."), "b t h .")
+
+    def init_cache(
+        self,
+        batch_size: int,
+        max_length: int | None = None,
+        *,
+        sharding: NamedSharding | PartitionSpec | None = None,
+        **options: Any,
+    ) -> LayerCache:
+        """Returns an empty cache for ``extend``.
+
+        Args:
+          batch_size: number of rows.
+          max_length: most tokens per row; None if ``options`` bound the memory instead.
+          sharding: how rows and heads are divided, as in ``mc.init_cache``.
+          options: ``max_segments``, ``policy``, ``cache_dtype`` and ``placement`` of
+            ``mc.init_cache``.
+
+        Raises:
+          ValueError: as ``mc.init_cache``.
+        """
+        batch_size = _checks.check_integer("batch_size", batch_size)
+        check_options(options)
+        dtype = self.param_dtype if self.dtype is None else self.dtype
+
+        def empty() -> LayerCache:
+            cache = init_cache(
+                batch_size,
+                self.num_heads,
+                self.head_dim,
+                self.value_dim,
+                **self._rules,
+                weights=self._initial_weights(),
+                max_length=max_length,
+                dtype=jnp.promote_types(self.param_dtype, jnp.float32),
+                **options,
+            )
+            return LayerCache(cache, self._empty_tails(batch_size, dtype))
+
+        return placed(empty, sharding)
+
+    def extend(
+        self, x: Float[Array, "b t d"], cache: LayerCache, lengths: Int[Array, "b"] | None = None
+    ) -> tuple[Float[Array, "b t d"], LayerCache]:
+        """Continues a stream: its outputs are those of one call on the whole sequence.
+
+        Args:
+          x: the next tokens, any number of them.
+          cache: from ``init_cache`` or the previous call.
+          lengths: how many of each row's tokens count, from the first on; all by default.
+
+        Returns:
+          The outputs, and the cache after these tokens.
+
+        Raises:
+          ValueError: for an input that is not (b, t, in_features) or exceeds the cache's rows or
+            room, or for another layer's cache.
+        """
+        _checks.check_input(x, self.in_features)
+        _checks.check_cache(cache, LayerCache, (self.num_heads, self.head_dim))
+        x = x if self.dtype is None else x.astype(self.dtype)
+        counts = jnp.full(len(x), x.shape[1])
+        if lengths is not None:
+            lengths = counts = jnp.asarray(_checks.check_lengths(lengths, x.shape[:2]))
+        tokens, tails = self._next_tokens(x, cache.tails, counts, cache.position)
+        y, memory = extend(
+            cache.memory,
+            **tokens,
+            lengths=lengths,
+            **self._rules,
+            weights=self._initial_weights(),
+        )
+        return self._output(x, y, tokens), LayerCache(memory, tails)
+
+    @property
+    def _rules(self) -> dict[str, Any]:
+        return dict(
+            memory=self.memory,
+            aggregation=self.aggregation,
+            segmentation=self.segmentation,
+            start=self.start,
+        )

@@ -1,0 +1,258 @@
+"""A layer of memory caching that is composed of parts."""
+
+import dataclasses
+import functools
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from memcache_jax import _checks
+from memcache_jax._typing import Array, Exchange, Float, Implementation, Int, Start
+from memcache_jax.aggregation import Aggregation, Residual
+from memcache_jax.caching import check_configuration
+from memcache_jax.memories import Memory
+from memcache_jax.nn.layers import Linear, l2_normalize
+from memcache_jax.nn.memory_layer import MemoryLayer
+from memcache_jax.nn.recurrent.coefficients import Coefficient
+from memcache_jax.nn.recurrent.output import Output
+from memcache_jax.nn.recurrent.path import Path, Rows
+from memcache_jax.segmentation import Constant, Segmentation
+from memcache_jax.sharding.division import Division
+from memcache_jax.sharding.names import partitioned
+
+# Longer than any stream, so that there is one segment: the rule without caches.
+ENDLESS = Constant(2**30)
+
+
+@dataclasses.dataclass(frozen=True)
+class RecurrentMixer:
+    """Blocks mix tokens with ``Recurrent``, which is composed of these parts.
+
+    Attributes:
+      memory: the write rule.
+      query: how queries are made.
+      key: how keys are made; heads and dim are those of the queries.
+      value: how values are made; its heads are the layer's, which those of queries and keys divide.
+      coefficients: how the rule's coefficients are made.
+      output: what becomes of the memories' reads.
+      skip: whether D_h times the value is added to a read, D one learned number per head.
+      aggregation: how reads of live and cached memories become one output.
+      segmentation: where states are cached; by default nowhere.
+      start: what a segment's memory begins with.
+      implementation: as in ``memory_caching``.
+      exchange: as in ``MemoryCaching``.
+
+    Raises:
+      ValueError: for parts that do not fit each other or the rule.
+    """
+
+    memory: Memory
+    query: Path
+    key: Path
+    value: Path
+    coefficients: tuple[Coefficient, ...] = ()
+    output: Output = Output()
+    skip: bool = False
+    aggregation: Aggregation = Residual()
+    segmentation: Segmentation = ENDLESS
+    start: Start = "independent"
+    implementation: Implementation | None = None
+    exchange: Exchange = "gather"
+
+    def __post_init__(self) -> None:
+        check_configuration(
+            self.memory, self.aggregation, self.segmentation, self.start, self.implementation
+        )
+        for name in ("query", "key", "value"):
+            _checks.check_instance(name, getattr(self, name), Path, "a Path")
+        _checks.check_instance("output", self.output, Output, "an Output")
+        _checks.check_instance("coefficients", self.coefficients, tuple, "a tuple of coefficients")
+        for part in self.coefficients:
+            if isinstance(part, type) or not isinstance(part, Coefficient):
+                raise ValueError(f"coefficients must be such as Rate(), got {_checks.shown(part)}")
+        _checks.check_fields(self, flags=("skip",))
+        _checks.check_choice("exchange", self.exchange, get_args(Exchange))
+        heads, sizes = self.value.heads, (self.query, self.key)
+        if len({(path.heads, path.dim) for path in sizes}) > 1 or heads % self.key.heads:
+            raise ValueError(
+                "queries and keys must have the same heads and dim, and their heads must divide "
+                f"those of the values, got {self.query}, {self.key}, {self.value}"
+            )
+        made = [name for part in self.coefficients for name in part.names]
+        wanted = [
+            name for name, c in self.memory.controls.items() if c.is_learned and not c.per_head
+        ]
+        if sorted(made) != sorted(wanted):
+            raise ValueError(
+                f"{self.memory} needs the coefficients {wanted}, the parts make {made}"
+            )
+        if self.memory.weight_shapes(self.key.dim, self.value.dim):
+            raise ValueError(f"{self.memory} has initial weights: use mc.nn.MemoryCaching")
+
+    def build(
+        self,
+        in_features: int,
+        num_heads: int | None = None,
+        *,
+        head_dim: Any = None,
+        **options: Any,
+    ) -> "Recurrent":
+        """Returns the layer, whose heads are those of the parts."""
+        del num_heads, head_dim
+        return Recurrent(self, in_features, **options)
+
+
+class Recurrent(MemoryLayer):
+    """A recurrent memory with cached segment states, composed of a ``RecurrentMixer``'s parts.
+
+    Args:
+      mixer: the parts.
+      in_features: model dimension d of the input and the output.
+      dtype: dtype of the arithmetic; by default the wider of the input's and ``param_dtype``.
+      param_dtype: dtype of the parameters; learned constants of decays are always float32.
+      rngs: random keys.
+
+    Example:
+      >>> import jax.numpy as jnp, memcache_jax as mc
+      >>> from flax import nnx
+      >>> from memcache_jax.nn import recurrent
+      >>> keys = recurrent.Path(heads=2, dim=8, conv_width=4, norm="l2")
+      >>> mixer = recurrent.RecurrentMixer(
+      ...     mc.memories.GatedDeltaNet(), keys, keys, recurrent.Path(4, 16, conv_width=4),
+      ...     (recurrent.TimeStepDecay(), recurrent.Rate()), segmentation=mc.Constant(16))
+      >>> mixer.build(32, rngs=nnx.Rngs(0))(jnp.ones((1, 40, 32))).shape
+      (1, 40, 32)
+    """
+
+    def __init__(
+        self,
+        mixer: RecurrentMixer,
+        in_features: int,
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        _checks.check_instance("mixer", mixer, RecurrentMixer, "a RecurrentMixer")
+        _checks.check_dtype("dtype", dtype, optional=True)
+        _checks.check_dtype("param_dtype", param_dtype)
+        self.in_features = _checks.check_integer("in_features", in_features)
+        self.num_heads = heads = mixer.value.heads
+        self.head_dim, self.value_dim = mixer.key.dim, mixer.value.dim
+        self.memory, self.aggregation = mixer.memory, mixer.aggregation
+        self.segmentation, self.start = mixer.segmentation, mixer.start
+        self.implementation, self.exchange = mixer.implementation, mixer.exchange
+        self.dtype, self.param_dtype = dtype, param_dtype
+        options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.query, self.key, self.value = (
+            path.build(in_features, **options) for path in (mixer.query, mixer.key, mixer.value)
+        )
+        self.coefficients = nnx.List(
+            [
+                part.build(in_features, heads, self.head_dim, **options)
+                for part in mixer.coefficients
+            ]
+        )
+        if mixer.skip:
+            ones = partitioned(jax.nn.initializers.ones, "heads")
+            self.skip = nnx.Param(ones(rngs.params(), (heads,), param_dtype))
+        if mixer.aggregation.relevance.connector == "key":
+            # Zero, so that gates are uniform before training.
+            zeros = jax.nn.initializers.zeros
+            axes = ("embed", "heads")
+            inner = heads * self.head_dim
+            self.connector = Linear(in_features, inner, axes=axes, kernel_init=zeros, **options)
+            init = partitioned(zeros, "heads")
+            self.temperature = nnx.Param(init(rngs.params(), (heads,), param_dtype))
+        elif mixer.aggregation.relevance.connector is not None:
+            raise ValueError(
+                f"composed layers have no parameters for gate={mixer.aggregation.gate!r}: use "
+                '"content" or "uniform"'
+            )
+        self.output = mixer.output.build(in_features, heads, self.value_dim, **options)
+
+    @property
+    def _paths(self) -> tuple[Rows, Rows, Rows]:
+        return self.query, self.key, self.value
+
+    def _tokens(
+        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None
+    ) -> dict[str, Any]:
+        rows = [path.linear(x) for path in self._paths]
+        division = self._division([(row, "b t h") for row in rows], (document_ids, "b t"))
+        rows = [
+            path.conv(row, document_ids, division) if path.path.conv_width else row
+            for path, row in zip(self._paths, rows, strict=True)
+        ]
+        return self._arguments(x, rows, division, None)
+
+    def _next_tokens(
+        self,
+        x: Float[Array, "b t d"],
+        tails: tuple,
+        counts: Int[Array, "b"],
+        position: Int[Array, "b"],
+    ) -> tuple[dict[str, Any], tuple]:
+        rows = [path.linear(x) for path in self._paths]
+        pairs = [(row, "b . h") for row in (*rows, *tails)]
+        division = self._division(pairs)
+        new = list(tails)
+        for i, path in enumerate(self._paths):
+            if path.path.conv_width:
+                rows[i], new[i] = path.conv.extend(rows[i], tails[i], counts, division)
+        place = position[:, None] + jnp.arange(x.shape[1])[None]
+        return self._arguments(x, rows, division, place), tuple(new)
+
+    def _empty_tails(self, batch_size: int, dtype: DTypeLike) -> tuple:
+        return tuple(jnp.zeros((batch_size, *path.tail_shape), dtype) for path in self._paths)
+
+    def _division(self, rows: list[tuple[Any, str]], *others: Any) -> Division | None:
+        return Division.of(*rows, *others, heads=self.key.path.heads)
+
+    def _arguments(
+        self,
+        x: Float[Array, "b t d"],
+        rows: list[Array],
+        division: Division | None,
+        position: Int[Array, "b t"] | None,
+    ) -> dict[str, Any]:
+        def lay(x: Array, heads: int) -> Array:
+            x = x if division is None else division.lay(x, "b t h")
+            return x.reshape(*x.shape[:2], heads, -1)
+
+        query, key, value = (
+            path.finish(lay(row, path.path.heads), position)
+            for path, row in zip(self._paths, rows, strict=True)
+        )
+        repeats = self.num_heads // self.key.path.heads
+        if repeats > 1:
+            repeat = functools.partial(jnp.repeat, repeats=repeats, axis=2)
+            query, key = (
+                repeat(rows) if division is None else division.compute(repeat, rows, "b t h .")
+                for rows in (query, key)
+            )
+        controls: dict[str, Array] = {}
+        for part in self.coefficients:
+            controls |= part(x, lambda x: lay(x, self.num_heads))
+        for name, control in self.memory.controls.items():
+            if control.is_learned and control.per_head is not None:
+                controls[name] = control.per_head(self.num_heads)
+        connector = None
+        if hasattr(self, "connector"):
+            temperature = self.temperature[...].astype(query.dtype)[None, None, :, None]
+            connector = lay(self.connector(x), self.num_heads)
+            connector += temperature * l2_normalize(query)
+        return dict(query=query, key=key, value=value, connector=connector, controls=controls)
+
+    def _output(
+        self, x: Float[Array, "b t d"], y: Float[Array, "b t h v"], tokens: dict[str, Any]
+    ) -> Float[Array, "b t d"]:
+        if hasattr(self, "skip"):
+            y = y + self.skip[...].astype(y.dtype)[None, None, :, None] * tokens["value"]
+        return self.output(x, y)
+
+    def _empty_output(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        return self.output.out(self.value.linear(x))

@@ -1,0 +1,113 @@
+"""From a layer's input to its queries, keys or values."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from memcache_jax import _checks
+from memcache_jax._typing import Array, Float, Int
+from memcache_jax.nn.layers import CausalConv, Linear, l2_normalize
+from memcache_jax.nn.rotary import rotate
+
+_ACTIVATIONS = {"silu": jax.nn.silu, "relu": jax.nn.relu, "elu": lambda x: jax.nn.elu(x) + 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """How queries, keys or values are made: in this order, what is there of it.
+
+    A projection, a causal depthwise convolution with SiLU, an activation, a norm, a factor, rotary
+    positions.
+
+    Attributes:
+      heads: number of heads. Of queries and keys it may divide the layer's: head i of the layer
+        then has head i // (layer's heads / heads) of the path.
+      dim: dimension of a head.
+      use_bias: whether the projection has a bias.
+      conv_width: taps of the convolution; None for no convolution and no SiLU.
+      conv_bias: whether the convolution has a bias.
+      activation: ``"silu"``, ``"relu"`` or ``"elu"``, which is elu(x) + 1; None for none.
+      norm: ``"l2"``, x / sqrt(sum x^2 + 1e-6), or ``"sum"``, x / sum x; None for none.
+      scale: a constant factor.
+      rope_base: wavelength base of rotary positions; None for no positions.
+    """
+
+    heads: int
+    dim: int
+    use_bias: bool = False
+    conv_width: int | None = None
+    conv_bias: bool = False
+    activation: Literal["silu", "relu", "elu"] | None = None
+    norm: Literal["l2", "sum"] | None = None
+    scale: float = 1.0
+    rope_base: float | None = None
+
+    def __post_init__(self) -> None:
+        _checks.check_fields(
+            self,
+            sizes=("heads", "dim", "conv_width"),
+            numbers=("scale", "rope_base"),
+            flags=("use_bias", "conv_bias"),
+            optional=("conv_width", "rope_base"),
+        )
+        _checks.check_choice("activation", self.activation, (None, *_ACTIVATIONS))
+        _checks.check_choice("norm", self.norm, (None, "l2", "sum"))
+        if self.rope_base is not None and (self.dim % 2 or self.rope_base <= 0):
+            raise ValueError(
+                f"rotary positions need an even dim and rope_base > 0, got {self.dim} and "
+                f"{self.rope_base}"
+            )
+        if self.conv_bias and self.conv_width is None:
+            raise ValueError("conv_bias needs a conv_width, got None")
+
+    def build(self, in_features: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> "Rows":
+        """Returns the module."""
+        return Rows(self, in_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+
+class Rows(nnx.Module):
+    """The module of a ``Path``."""
+
+    def __init__(
+        self, path: Path, in_features: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs
+    ) -> None:
+        self.path = path
+        inner = path.heads * path.dim
+        options: dict[str, Any] = dict(param_dtype=param_dtype, rngs=rngs)
+        self.linear = Linear(
+            in_features,
+            inner,
+            axes=("embed", "heads"),
+            use_bias=path.use_bias,
+            dtype=dtype,
+            **options,
+        )
+        if path.conv_width:
+            init = jax.nn.initializers.normal(path.conv_width**-0.5)
+            self.conv = CausalConv(
+                inner, path.conv_width, kernel_init=init, use_bias=path.conv_bias, **options
+            )
+
+    @property
+    def tail_shape(self) -> tuple[int, int]:
+        """The tokens that a stream keeps for the convolution, and their channels."""
+        path = self.path
+        return max((path.conv_width or 1) - 1, 0), path.heads * path.dim
+
+    def finish(
+        self, rows: Float[Array, "b t h k"], position: Int[Array, "b t"] | None
+    ) -> Float[Array, "b t h k"]:
+        """What follows the convolution; positions count from each row's first token if None."""
+        path = self.path
+        if path.activation is not None:
+            rows = _ACTIVATIONS[path.activation](rows)
+        if path.norm == "l2":
+            rows = l2_normalize(rows)
+        elif path.norm == "sum":
+            rows = rows / jnp.sum(rows, axis=-1, keepdims=True)
+        if path.rope_base is not None:
+            rows = rotate(rows, path.rope_base, position)
+        return rows if path.scale == 1 else rows * path.scale

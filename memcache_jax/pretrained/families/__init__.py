@@ -1,0 +1,62 @@
+"""The families of published models that are served, each in a file of names and shapes."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
+
+from memcache_jax.nn import LanguageModelConfig
+from memcache_jax.pretrained.families import (
+    delta_net,
+    gated_deltanet,
+    gla,
+    granitemoehybrid,
+    mamba2,
+    nemotron_h,
+    olmo_hybrid,
+    qwen3_5_text,
+    qwen3_next,
+    retnet,
+)
+from memcache_jax.pretrained.given import Given
+from memcache_jax.pretrained.tensors import Tensor
+
+
+@runtime_checkable
+class Family(Protocol):
+    """A file of this folder."""
+
+    def config(self, given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig:
+        """The model's shape, of its ``config.json``; ValueError for what is not served."""
+        ...
+
+    def tensors(self, given: Given) -> Iterator[Tensor]:
+        """How the files' tensors are made of the model's parameters."""
+        ...
+
+
+FAMILIES: dict[str, Any] = {
+    "delta_net": delta_net,
+    "gated_deltanet": gated_deltanet,
+    "gla": gla,
+    "granitemoehybrid": granitemoehybrid,
+    "mamba2": mamba2,
+    "nemotron_h": nemotron_h,
+    "olmo_hybrid": olmo_hybrid,
+    "qwen3_5_text": qwen3_5_text,
+    "qwen3_next": qwen3_next,
+    "retnet": retnet,
+}
+"""By the ``model_type`` of ``config.json``."""
+
+
+def family_of(given: Given) -> Family:
+    """Returns the family of a model.
+
+    Raises:
+      ValueError: if it is not served.
+    """
+    kind = given["model_type"]
+    if kind not in FAMILIES:
+        raise ValueError(
+            f"{given.where}: model_type={kind!r} is not served, only {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[kind]

@@ -1,0 +1,54 @@
+"""The model around the mixers of flash-linear-attention."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from memcache_jax.nn import BlockConfig, GatedMLP, LanguageModelConfig, Mixer, Norm
+from memcache_jax.pretrained.families import _model
+from memcache_jax.pretrained.given import Given
+from memcache_jax.pretrained.tensors import Names, Tensor
+
+
+def model(given: Given, mixer: Mixer, heads: int, **options: Any) -> LanguageModelConfig:
+    """Blocks of one mixer and a gated MLP."""
+    given.only(
+        attn=None, attnres_block_size=None, hidden_act=("swish", "silu"), elementwise_affine=True
+    )
+    hidden = given.get("intermediate_size")
+    if hidden is None:
+        hidden = int(given["hidden_size"] * given.get("hidden_ratio", 4) * 2 / 3)
+        hidden = -(-hidden // 256) * 256
+    norm = Norm(epsilon=given.number("norm_eps", 1e-6))
+    blocks = [BlockConfig(mixer, GatedMLP(hidden), norm)] * given["num_hidden_layers"]
+    return _model.model(given, blocks, norm, heads, **options)
+
+
+def layers(given: Given) -> Iterator[Names]:
+    """The names of each layer's tensors."""
+    for layer in range(given["num_hidden_layers"]):
+        yield Names(f"model.layers.{layer}.", layer)
+
+
+def tensors(given: Given) -> Iterator[Tensor]:
+    """All tensors but those of the mixers."""
+    yield from _model.ends(given, "model.embeddings", "model.norm")
+    for names in layers(given):
+        yield names.same("attn_norm.weight", "mixer_norm/scale")
+        yield names.same("mlp_norm.weight", "mlp_norm/scale")
+        yield from _model.gated_mlp(names)
+
+
+def convolutions(given: Given, names: Names) -> Iterator[Tensor]:
+    """Those of queries, keys and values, where there are any."""
+    if given.get("use_short_conv", True):
+        bias = bool(given.get("conv_bias", False))
+        for letter, part in dict(q="query", k="key", v="value").items():
+            yield from names.conv(f"attn.{letter}_conv1d", f"mixer/{part}/conv", bias=bias)
+
+
+def conv_options(given: Given, default: bool = True) -> dict[str, Any]:
+    """The options of paths that say what convolution there is."""
+    if not given.get("use_short_conv", default):
+        return {}
+    bias = bool(given.get("conv_bias", False))
+    return dict(conv_width=given.get("conv_size", 4), conv_bias=bias)

@@ -1,0 +1,80 @@
+"""What families have in common: the model around the blocks, MLPs and attention."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from memcache_jax.nn import (
+    BlockConfig,
+    GroupedAttentionMixer,
+    LanguageModelConfig,
+    Norm,
+)
+from memcache_jax.pretrained.given import Given
+from memcache_jax.pretrained.tensors import Names, Part, Tensor
+
+
+def model(
+    given: Given, blocks: list[BlockConfig], norm: Norm, heads: int, **options: Any
+) -> LanguageModelConfig:
+    """A model of these blocks."""
+    return LanguageModelConfig(
+        vocab_size=given["vocab_size"],
+        num_layers=len(blocks),
+        features=given["hidden_size"],
+        num_heads=heads,
+        blocks=tuple(blocks),
+        norm=norm,
+        tie_embeddings=bool(given.get("tie_word_embeddings", False)),
+        **options,
+    )
+
+
+def ends(given: Given, embedding: str, norm: str) -> Iterator[Tensor]:
+    """The embedding, the last norm and the output layer."""
+    names = Names("")
+    yield names.same(f"{embedding}.weight", "embedding/embedding")
+    yield names.same(f"{norm}.weight", "norm/scale")
+    if not given.get("tie_word_embeddings", False):
+        yield from names.linear("lm_head", "head")
+
+
+def gated_mlp(names: Names, where: str = "mlp", path: str = "mlp") -> Iterator[Tensor]:
+    """A gated MLP of three projections."""
+    for part in ("gate", "up", "down"):
+        yield from names.linear(f"{where}.{part}_proj", f"{path}/{part}")
+
+
+def experts(names: Names, where: str, count: int, path: str = "mlp") -> Iterator[Tensor]:
+    """Sparse experts, each of three projections."""
+    yield from names.linear(f"{where}.gate", f"{path}/router")
+    for expert in range(count):
+        for part in ("gate", "up", "down"):
+            own = Part(f"{path}/{part}", "matrix", expert)
+            yield names.tensor(f"{where}.experts.{expert}.{part}_proj.weight", own)
+
+
+def attention(given: Given, **options: Any) -> GroupedAttentionMixer:
+    """Attention of a configuration's heads."""
+    heads = given["num_attention_heads"]
+    dim = given.get("head_dim", given["hidden_size"] // heads)
+    bias = bool(given.get("attention_bias", False))
+    return GroupedAttentionMixer(
+        heads,
+        given.get("num_key_value_heads", heads),
+        dim,
+        use_bias=bias,
+        use_out_bias=bias,
+        **options,
+    )
+
+
+def attention_tensors(names: Names, where: str, given: Given) -> Iterator[Tensor]:
+    """Its four projections."""
+    bias = bool(given.get("attention_bias", False))
+    for name, part in dict(q="query", k="key", v="value", o="out").items():
+        yield from names.linear(f"{where}.{name}_proj", f"mixer/{part}", bias=bias)
+
+
+def layer_types(given: Given) -> list[str]:
+    """What each layer mixes tokens by."""
+    return list(given["layer_types"])

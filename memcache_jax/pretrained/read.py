@@ -1,0 +1,104 @@
+"""A published folder as a language model."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.traverse_util import flatten_dict
+
+from memcache_jax._checks import check_dtype, check_instance
+from memcache_jax.nn import LanguageModel
+from memcache_jax.pretrained.families import family_of
+from memcache_jax.pretrained.given import read_given
+from memcache_jax.pretrained.places import Places
+from memcache_jax.pretrained.tensors import Tensor
+from memcache_jax.pretrained.weights import Weights
+from memcache_jax.sharding import param_shardings
+
+
+def load(folder: str | Path, *, dtype: Any = None, param_dtype: Any = None) -> LanguageModel:
+    """Reads a recurrent model as its own library saves it.
+
+    Each parameter is read to where it lives before the next is: what is held at once is the model
+    and one parameter. Under ``jax.set_mesh`` parameters are divided as ``sharding.param_shardings``
+    says.
+
+    Args:
+      folder: with ``config.json`` and ``model.safetensors``, or several files and their index.
+      dtype: dtype of the arithmetic; by default that of the parameters.
+      param_dtype: dtype of the parameters; by default the one of ``config.json``. Constants of
+        decays are always float32.
+
+    Returns:
+      The model. It has no caches; ``mc.nn.with_memory_caching`` gives it some.
+
+    Raises:
+      ImportError: without the package ``safetensors``.
+      ValueError: for a folder that is not one, a family or an option of it that is not served, or
+        tensors that are missing, left over or of other shapes.
+
+    Example::
+
+        model = mc.pretrained.load("Qwen3.5-2B")
+        model = mc.nn.with_memory_caching(model, segmentation=mc.Constant(4096))
+    """
+    check_instance("folder", folder, (str, Path), "a path")
+    folder = Path(folder)
+    check_dtype("dtype", dtype, optional=True)
+    check_dtype("param_dtype", param_dtype, optional=True)
+    given = read_given(folder)
+    family = family_of(given)
+    if param_dtype is None:
+        param_dtype = jnp.dtype(given.get("dtype", given.get("torch_dtype", "float32")))
+    dtype = param_dtype if dtype is None else dtype
+    config = family.config(given, dtype=dtype, param_dtype=param_dtype)
+    # Not nnx.eval_shape, which under a mesh confuses logical axes with those of the mesh.
+    graph, state = jax.eval_shape(
+        lambda: nnx.split(LanguageModel(config, rngs=nnx.Rngs(0)), nnx.Param)
+    )
+    mesh = jax.sharding.get_mesh()
+    shardings = None if mesh.empty else flatten_dict(param_shardings(state, mesh))
+    model = nnx.merge(graph, state)
+    model.published = json.dumps(dict(given.values))
+    _fill(model, list(family.tensors(given)), Weights(folder), shardings)
+    return model
+
+
+def _fill(
+    model: LanguageModel,
+    tensors: list[Tensor],
+    weights: Weights,
+    shardings: Mapping[tuple, Any] | None,
+) -> None:
+    """Reads the parameters of an abstract model."""
+    places, known = Places(model), {name for tensor in tensors for name in tensor.names}
+    if left := sorted(weights.names - known):
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        raise ValueError(f"{weights.folder} has unknown tensors: {', '.join(left[:3])}{more}")
+    for path, uses in places.uses(tensors).items():
+        if not uses:
+            raise ValueError(f"the family says nothing of the parameter {'/'.join(map(str, path))}")
+        param = places.params[path]
+        value = np.empty(param.shape, param.dtype)
+        for tensor, number, place in uses:
+            shapes = [places.shape(places.of(tensor, part)) for part in tensor.parts]
+            value[place.index] = _cut(tensor, weights, shapes)[number].astype(param.dtype)
+        sharding = None if shardings is None else shardings[path]
+        param.set_value(jax.device_put(value, sharding))
+
+
+def _cut(tensor: Tensor, weights: Weights, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
+    """A tensor's parts, of these shapes."""
+    read = [weights[name] for name in tensor.names]
+    joined = read[0] if len(read) == 1 else np.concatenate(read)
+    if joined.size != sum(int(np.prod(shape)) for shape in shapes):
+        raise ValueError(
+            f"{', '.join(tensor.names)} of {weights.folder} must be {shapes} together, "
+            f"got {joined.shape}"
+        )
+    return tensor.cut(joined, shapes)

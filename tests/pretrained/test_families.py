@@ -1,0 +1,33 @@
+"""docs/public_models.md: its code, and what it says of families."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import memcache_jax as mc
+from tests.pretrained.test_read import FOLDERS, expected
+
+PAGE = (Path(__file__).parents[2] / "docs" / "public_models.md").read_text()
+
+
+@pytest.mark.slow
+def test_its_code_gives_perplexity_with_and_without_caches():
+    (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
+    tokens, logits = expected("mamba2")
+    names: dict[str, Any] = dict(folder=FOLDERS / "mamba2", tokens=tokens)
+    exec(compile(code, "public_models.md", "exec"), names)
+    before, after = names["before"], names["after"]
+    assert before.shape == after.shape == (tokens.shape[1] - 1,)
+    np.testing.assert_allclose(before[:16], after[:16], rtol=1e-4)
+    assert np.abs(before[16:] - after[16:]).max() > 1e-3
+    likely = logits[:, :-1] - np.log(np.exp(logits[:, :-1]).sum(-1, keepdims=True))
+    loss = -np.take_along_axis(likely, np.asarray(tokens)[:, 1:, None], axis=-1)[..., 0]
+    np.testing.assert_allclose(before, np.exp(loss.mean(0)), rtol=1e-4)
+
+
+def test_it_names_the_families_that_are_served():
+    table = PAGE[PAGE.index("| `model_type`") : PAGE.index("The tests hold")]
+    assert set(re.findall(r"`(\w+)`", table)) - {"model_type"} == set(mc.pretrained.FAMILIES)
