@@ -25,17 +25,17 @@ def read_model() -> tuple[mc.nn.LanguageModel, Tokenizer]:
       ValueError: unless they name one, or if it cannot be read.
     """
     workdir, pretrained, segment = _WORKDIR.value, _PRETRAINED.value, _SEGMENT.value
-    if (workdir is None) == (pretrained is None):
-        raise ValueError("give --workdir, of a training run, or --pretrained, of a public model")
-    if workdir is not None:
+    if workdir is not None and pretrained is None:
         if segment is not None:
             raise ValueError("--segment is for --pretrained: a run's model has its own caches")
         model, tokenizer, _ = load_model(workdir)
         return model, tokenizer
-    model = mc.pretrained.load(pretrained or "")
-    if segment is not None:
-        model = mc.nn.with_memory_caching(model, segmentation=mc.Constant(segment))
-    return model, read_tokenizer(Path(pretrained or ""))
+    if pretrained is not None and workdir is None:
+        model = mc.pretrained.load(pretrained)
+        if segment is not None:
+            model = mc.nn.with_memory_caching(model, segmentation=mc.Constant(segment))
+        return model, read_tokenizer(Path(pretrained))
+    raise ValueError("give --workdir, of a training run, or --pretrained, of a public model")
 
 
 def source() -> Path:

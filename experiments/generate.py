@@ -1,9 +1,9 @@
 """Continues a text with a trained model: ``python -m experiments.generate --workdir=FOLDER``.
 
 ``FOLDER`` is the workdir of ``experiments.train``, which may still be running; the program loads
-its newest checkpoint. With ``--pretrained=FOLDER`` it is a public model, and with ``--segment`` it
-gets caches. With ``--interactive`` it continues every line you type, with one cache for
-the whole conversation; a line that it cannot read ends nothing.
+its newest checkpoint. ``--pretrained=FOLDER`` reads a public model instead, and ``--segment`` gives
+it caches. With ``--interactive`` it continues every line you type, with one cache for the whole
+conversation; a line that it cannot read ends nothing.
 """
 
 import sys

@@ -2,10 +2,10 @@
 
     python -m experiments.inspect --workdir=RUN --text=FILE
 
-``RUN`` is the workdir of ``experiments.train``; a public model's folder is ``--pretrained``, and
-``--segment`` gives it caches. The model reads the text, and its gates over cached
-and live states become a page, ``inspect.html``, which needs no network. Pointing at a token shows
-what it read, in each layer and head, and colours the text by those gates. ``inspect.json`` has the
+``RUN`` is the workdir of ``experiments.train``. ``--pretrained=FOLDER`` reads a public model
+instead, and ``--segment`` gives it caches. The model reads the text, and its gates over cached and
+live states become a page, ``inspect.html``, which needs no network. Pointing at a token shows what
+it read, in each layer and head, and colours the text by those gates. ``inspect.json`` has the
 numbers.
 """
 

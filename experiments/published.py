@@ -101,7 +101,7 @@ def _time(size: str, folder: Path) -> None:
         with torch.no_grad():
             return theirs(tokens, use_cache=True, logits_to_keep=1)
 
-    def decode_theirs() -> None:
+    def decode_theirs() -> float:
         with torch.no_grad():
             out = read_theirs()
             started = time.perf_counter()
@@ -109,9 +109,7 @@ def _time(size: str, folder: Path) -> None:
             for _ in range(new):
                 out = theirs(token, past_key_values=past, use_cache=True)
                 past, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
-            spent.append(time.perf_counter() - started)
-
-    spent: list[float] = []
+            return time.perf_counter() - started
 
     @jax.jit
     def read(model: mc.nn.LanguageModel, prompt: jax.Array) -> Any:
@@ -130,26 +128,22 @@ def _time(size: str, folder: Path) -> None:
     def read_ours() -> Any:
         return jax.block_until_ready(read(model, prompt))
 
-    def decode_ours() -> None:
+    def decode_ours() -> float:
         token, cache = read_ours()
         started = time.perf_counter()
         jax.block_until_ready(decode(model, token, cache))
-        spent.append(time.perf_counter() - started)
+        return time.perf_counter() - started
 
     def clocked(f: Callable[[], Any]) -> float:
         started = time.perf_counter()
         f()
         return time.perf_counter() - started
 
-    def decoding(f: Callable[[], None]) -> float:
-        f()
-        return spent.pop()
-
     kinds: dict[str, Callable[[], float]] = {
         "prefill, ours": lambda: clocked(read_ours),
         "prefill, theirs": lambda: clocked(read_theirs),
-        "decode, ours": lambda: decoding(decode_ours),
-        "decode, theirs": lambda: decoding(decode_theirs),
+        "decode, ours": decode_ours,
+        "decode, theirs": decode_theirs,
     }
     for time_one in kinds.values():
         time_one()

@@ -38,8 +38,7 @@ class Block(nnx.Module):
 
     def mixer_input(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """What the mixer is given, of the block's input."""
-        norm: Any = self.mixer_norm
-        return x if self.config.norm_last else norm(x)
+        return x if self.config.norm_last else self.mixer_norm(x)
 
     def _residual(self, y: Float[Array, "b t d"], norm: Any) -> Float[Array, "b t d"]:
         y = norm(y) if self.config.norm_last else y
@@ -58,8 +57,8 @@ class Block(nnx.Module):
         if self.config.mlp is None:
             return x
         mlp: Any = self.mlp
-        norm: Any = self.mlp_norm
-        return x + self._residual(mlp(x if self.config.norm_last else norm(x)), norm)
+        y = mlp(x if self.config.norm_last else self.mlp_norm(x))
+        return x + self._residual(y, self.mlp_norm)
 
 
 def _laid(y: Float[Array, "b t d"], x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:

@@ -137,8 +137,8 @@ class LanguageModelConfig:
       head_dim: dimension of a head; ``features // num_heads`` by default.
       mlp_features: hidden width of the SwiGLU MLP, by default 8/3 d rounded up to a multiple of
         64; 0 for blocks without an MLP.
-      blocks: all blocks one by one, ``num_layers`` of them, for models that ``mixers`` and
-        ``mlp_features`` cannot say; they have no effect then.
+      blocks: all ``num_layers`` blocks one by one; ``mixers`` and ``mlp_features`` are then
+        ignored.
       norm: of the last block's output.
       embedding_scale: a factor of the embeddings.
       logit_scale: a factor of the logits.
@@ -228,7 +228,7 @@ class LanguageModelConfig:
 
 
 def _stacks_of(blocks: tuple[BlockConfig, ...]) -> Stacks:
-    """Cuts a list where that makes the longest repetitions of the shortest sequences."""
+    """Splits a list of blocks into the longest runs that repeat a sequence."""
     stacks: list[tuple[tuple[BlockConfig, ...], int]] = []
     while blocks:
         period, repeats = _longest_repetition(blocks)

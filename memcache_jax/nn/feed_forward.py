@@ -97,10 +97,7 @@ class Experts:
             flags=("normalize", "shared_gate"),
             optional=("shared_hidden",),
         )
-        if self.probabilities not in ("softmax", "top"):
-            raise ValueError(
-                f"probabilities must be 'softmax' or 'top', got {_checks.shown(self.probabilities)}"
-            )
+        _checks.check_choice("probabilities", self.probabilities, ("softmax", "top"))
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}")
 

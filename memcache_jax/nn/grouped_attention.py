@@ -64,10 +64,7 @@ class GroupedAttentionMixer:
             raise ValueError(
                 f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}"
             )
-        if self.norm_over not in ("head", "all"):
-            raise ValueError(
-                f"norm_over must be 'head' or 'all', got {_checks.shown(self.norm_over)}"
-            )
+        _checks.check_choice("norm_over", self.norm_over, ("head", "all"))
         if self.rope_base is not None and (self.turned % 2 or self.rope_base <= 0):
             raise ValueError(
                 f"rotary positions need an even number of channels and rope_base > 0, got "
@@ -139,7 +136,7 @@ class GroupedAttention(Attention):
         (query, key, value), division = super()._rows(x, *others)
         mixer = self.mixer
         if mixer.norm is not None:
-            norms: tuple[Any, Any] = self.query_norm, self.key_norm
+            norms = self.query_norm, self.key_norm
             query, key = (
                 norm(rows.reshape(*rows.shape[:2], -1)).reshape(rows.shape)
                 if mixer.norm_over == "all"

@@ -138,7 +138,7 @@ class LanguageModel(nnx.Module):
             x, _ = scan_stack(
                 layers, repeats, lambda period, x, _: (period(x, document_ids), None), x, wrap=wrap
             )
-        return self._normed(x)
+        return self.norm(x)
 
     @property
     def stacks(self) -> list[tuple[Any, int]]:
@@ -146,10 +146,6 @@ class LanguageModel(nnx.Module):
         repeats = [repeats for _, repeats in self.config.stacks]
         layers: Any = [self.layers] if len(repeats) == 1 else self.layers
         return list(zip(layers, repeats, strict=True))
-
-    def _normed(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        norm: Any = self.norm
-        return norm(x)
 
     def gates(self, tokens: Int[Array, "b t"]) -> list[Float[Array, "b t h states"] | None]:
         """Returns ``MemoryCaching.gates`` of every block, or None for blocks of other mixers.
@@ -278,7 +274,7 @@ class LanguageModel(nnx.Module):
             layers, states = layers + new, states + after
         taken = tokens.shape[1] if lengths is None else lengths
         position = _checks.advanced(cache.position, taken)
-        return self._normed(x), LanguageModelCache(layers, states, position, cache.max_length)
+        return self.norm(x), LanguageModelCache(layers, states, position, cache.max_length)
 
     def _check_cache(self, cache: Any) -> None:
         if not isinstance(cache, LanguageModelCache):
@@ -300,6 +296,12 @@ class LanguageModel(nnx.Module):
         logits = self.embedding.attend(hidden) if self.config.tie_embeddings else self.head(hidden)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         return logits if self.config.logit_scale == 1 else self.config.logit_scale * logits
+
+
+def abstract_model(config: LanguageModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """A model without its arrays, and the shapes and dtypes of its parameters."""
+    # Not nnx.eval_shape, which under a mesh confuses logical axes with those of the mesh.
+    return jax.eval_shape(lambda: nnx.split(LanguageModel(config, rngs=nnx.Rngs(0)), nnx.Param))
 
 
 def as_layers(stacks: list) -> Any:

@@ -26,14 +26,14 @@ class Norm:
     offset: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.kind is None:
-            raise ValueError("kind must be 'rms' or 'layer', got None")
         _checks.check_choice("kind", self.kind, ("rms", "layer"))
         _checks.check_fields(self, numbers=("epsilon", "offset"))
         if self.kind == "layer" and self.offset:
             raise ValueError(f"a LayerNorm's scale has no offset, got {self.offset}")
 
-    def build(self, features: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+    def build(
+        self, features: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs
+    ) -> nnx.RMSNorm | nnx.LayerNorm:
         """Returns the module, whose parameters are those of Flax's norms."""
         options: dict[str, Any] = dict(
             epsilon=self.epsilon, dtype=dtype, param_dtype=param_dtype, rngs=rngs

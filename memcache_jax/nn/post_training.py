@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any, TypeVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -11,7 +10,7 @@ from memcache_jax.aggregation import GRM, Aggregation
 from memcache_jax.caching import check_configuration
 from memcache_jax.nn.block import Block
 from memcache_jax.nn.config import MemoryCachingMixer, Mixer
-from memcache_jax.nn.language_model import LanguageModel
+from memcache_jax.nn.language_model import LanguageModel, abstract_model
 from memcache_jax.nn.memory_layer import MemoryLayer
 from memcache_jax.nn.recurrent import Recurrent, RecurrentMixer
 from memcache_jax.segmentation import Segmentation
@@ -93,9 +92,7 @@ def _with_connectors(model: Any) -> Any:
     """The model with the parameters that its configuration asks for, new ones zero."""
     if not isinstance(model, LanguageModel):
         return model
-    graph, state = jax.eval_shape(
-        lambda: nnx.split(LanguageModel(model.config, rngs=nnx.Rngs(0)), nnx.Param)
-    )
+    graph, state = abstract_model(model.config)
     there = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     wanted = nnx.to_flat_state(state)
     if all(path in there for path, _ in wanted):

@@ -68,7 +68,7 @@ class Unrolled(nnx.Module):
         x = self.outer._embed(tokens)
         for period in self.layers:
             x = run(period, x, document_ids)
-        return self.outer._normed(x)
+        return self.outer.norm(x)
 
     def init_cache(self, batch_size: int, max_length: int, **options: Any) -> UnrolledCache:
         """As ``LanguageModel.init_cache``."""
@@ -84,7 +84,7 @@ class Unrolled(nnx.Module):
             x, caches = period.extend(x, caches, lengths)
             layers.append(caches)
         taken = tokens.shape[1] if lengths is None else lengths
-        return self.outer._normed(x), UnrolledCache(layers, _checks.advanced(cache.position, taken))
+        return self.outer.norm(x), UnrolledCache(layers, _checks.advanced(cache.position, taken))
 
     @property
     def _stacking(self) -> dict[str, Any]:

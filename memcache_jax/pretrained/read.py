@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from memcache_jax._checks import check_dtype, check_instance
 from memcache_jax.nn import LanguageModel
+from memcache_jax.nn.language_model import abstract_model
 from memcache_jax.pretrained.families import family_of
 from memcache_jax.pretrained.given import read_given
 from memcache_jax.pretrained.places import Places
@@ -57,10 +58,7 @@ def load(folder: str | Path, *, dtype: Any = None, param_dtype: Any = None) -> L
         param_dtype = jnp.dtype(given.get("dtype", given.get("torch_dtype", "float32")))
     dtype = param_dtype if dtype is None else dtype
     config = family.config(given, dtype=dtype, param_dtype=param_dtype)
-    # Not nnx.eval_shape, which under a mesh confuses logical axes with those of the mesh.
-    graph, state = jax.eval_shape(
-        lambda: nnx.split(LanguageModel(config, rngs=nnx.Rngs(0)), nnx.Param)
-    )
+    graph, state = abstract_model(config)
     mesh = jax.sharding.get_mesh()
     shardings = None if mesh.empty else flatten_dict(param_shardings(state, mesh))
     model = nnx.merge(graph, state)

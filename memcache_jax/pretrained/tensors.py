@@ -29,13 +29,12 @@ class Tensor:
     """Tensors of a file that are parameters joined along the first axis.
 
     Attributes:
-      names: of the tensors, which join to one; they are cut evenly when written, the first ones
-        with one row more where that does not go.
+      names: of the tensors, which join to one. When written, it is cut into equal pieces; where
+        the rows do not divide evenly, the first pieces get one more.
       parts: the parameters that it is made of, in order.
       layer: the layer that they belong to; None for the model itself.
       groups: how often the parts take turns: each group of rows has a piece of every part.
       axis: the axis of rows, along which parts are joined.
-      shape: the shape in the file, where that has axes of size one that the parameter lacks.
     """
 
     names: tuple[str, ...]
@@ -43,7 +42,6 @@ class Tensor:
     layer: int | None = None
     groups: int = 1
     axis: int = 0
-    shape: tuple[int, ...] | None = None
 
     def cut(self, joined: np.ndarray, sizes: list[tuple[int, ...]]) -> list[np.ndarray]:
         """The parts of the joined tensor, of these shapes, in their parameters' forms."""
@@ -63,8 +61,6 @@ class Tensor:
         if len(pieces) > 1:
             turns = [self._in_turns(piece) for piece in pieces]
             joined = self._whole(np.concatenate(turns, axis=self.axis + 1))
-        if self.shape is not None:
-            joined = joined.reshape(self.shape)
         if len(self.names) == 1:
             return {self.names[0]: joined}
         return dict(zip(self.names, np.array_split(joined, len(self.names)), strict=True))
@@ -112,9 +108,9 @@ class Names:
         """A tensor of parts."""
         return Tensor((self.prefix + name,), parts, self.layer, **options)
 
-    def same(self, name: str, path: str, shape: tuple[int, ...] | None = None) -> Tensor:
+    def same(self, name: str, path: str) -> Tensor:
         """A tensor that is a parameter as it is."""
-        return self.tensor(name, Part(path), shape=shape)
+        return self.tensor(name, Part(path))
 
     def linear(self, name: str, *paths: str, bias: bool = False, groups: int = 1) -> list[Tensor]:
         """The weight of a projection, or of several in one, and its bias."""

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.nn import LanguageModel, LanguageModelConfig
+from memcache_jax.nn.language_model import abstract_model
 from memcache_jax.sharding import constrain, param_shardings, state_shardings
 from memcache_jax.training.data import HeldOut
 from memcache_jax.training.distributed import place_rows
@@ -39,10 +40,7 @@ def abstract_state(
     ``nnx.merge(graph, state.params)`` restores the model. With a mesh, each leaf also has its
     sharding.
     """
-    # Not nnx.eval_shape, which under a mesh confuses logical axes with those of the mesh.
-    graph, state = jax.eval_shape(
-        lambda: nnx.split(LanguageModel(config, rngs=nnx.Rngs(0)), nnx.Param)
-    )
+    graph, state = abstract_model(config)
     params = _string_keys(nnx.to_pure_dict(state))
     target = TrainState(params, jax.eval_shape(optimizer.init, params))
     if mesh is not None:

@@ -17,10 +17,10 @@ _ACTIVATIONS = {"silu": jax.nn.silu, "relu": jax.nn.relu, "elu": lambda x: jax.n
 
 @dataclasses.dataclass(frozen=True)
 class Path:
-    """How queries, keys or values are made: in this order, what is there of it.
+    """How queries, keys or values are made.
 
-    A projection, a causal depthwise convolution with SiLU, an activation, a norm, a factor, rotary
-    positions.
+    A projection; then, each optional and in this order: a causal depthwise convolution with SiLU,
+    an activation, a norm, rotary positions, a factor.
 
     Attributes:
       heads: number of heads. Of queries and keys it may divide the layer's: head i of the layer

@@ -38,6 +38,15 @@ def tensors(given: Given) -> Iterator[Tensor]:
         yield from _model.gated_mlp(names)
 
 
+def projections(names: Names, gate: bool, **others: str) -> Iterator[Tensor]:
+    """Those of queries, keys, values, the output, perhaps a gate, and others by their letter."""
+    paths = dict(q="query/linear", k="key/linear", v="value/linear", o="output/out") | others
+    if gate:
+        paths["g"] = "output/gate"
+    for letter, path in paths.items():
+        yield from names.linear(f"attn.{letter}_proj", f"mixer/{path}")
+
+
 def convolutions(given: Given, names: Names) -> Iterator[Tensor]:
     """Those of queries, keys and values, where there are any."""
     if given.get("use_short_conv", True):

@@ -11,7 +11,7 @@ from memcache_jax.pretrained.tensors import Names, Part, Tensor
 
 def config(given: Given, mlp: Callable[[int], FeedForward], **options: Any) -> LanguageModelConfig:
     """The model's shape, with each layer's MLP."""
-    given.only(hidden_act="silu")
+    given.only(hidden_act="silu", attention_bias=False)
     norm = Norm(epsilon=given.number("rms_norm_eps", 1e-6), offset=1.0)
     base, fraction = given.rope()
     mixers = {
@@ -57,10 +57,8 @@ def tensors(
 
 
 def _attention(given: Given, names: Names) -> Iterator[Tensor]:
-    bias = bool(given.get("attention_bias", False))
-    given.only(attention_bias=False)
     for letter, part in dict(k="key", v="value", o="out").items():
-        yield from names.linear(f"self_attn.{letter}_proj", f"mixer/{part}", bias=bias)
+        yield from names.linear(f"self_attn.{letter}_proj", f"mixer/{part}")
     # Query and gate, side by side in each head.
     parts = (Part(f"mixer/{part}/kernel", "matrix") for part in ("query", "gate"))
     heads = given["num_attention_heads"]

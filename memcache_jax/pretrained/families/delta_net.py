@@ -36,12 +36,8 @@ def config(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig
 def tensors(given: Given) -> Iterator[Tensor]:
     """The tensors of its files."""
     yield from _fla.tensors(given)
-    paths = dict(q="query/linear", k="key/linear", v="value/linear", o="output/out")
-    paths["b"] = "coefficients/0/linear"
-    if given.get("use_gate", False):
-        paths["g"] = "output/gate"
     for names in _fla.layers(given):
-        for letter, path in paths.items():
-            yield from names.linear(f"attn.{letter}_proj", f"mixer/{path}")
+        gate = given.get("use_gate", False)
+        yield from _fla.projections(names, gate, b="coefficients/0/linear")
         yield names.same("attn.o_norm.weight", "mixer/output/scale")
         yield from _fla.convolutions(given, names)

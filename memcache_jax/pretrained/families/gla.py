@@ -8,7 +8,7 @@ from memcache_jax.nn import LanguageModelConfig
 from memcache_jax.nn.recurrent import LowRankDecay, Output, Path, RecurrentMixer
 from memcache_jax.pretrained.families import _fla
 from memcache_jax.pretrained.given import Given
-from memcache_jax.pretrained.tensors import Part, Tensor
+from memcache_jax.pretrained.tensors import Tensor
 
 
 def config(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig:
@@ -37,15 +37,11 @@ def config(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig
 def tensors(given: Given) -> Iterator[Tensor]:
     """The tensors of its files."""
     yield from _fla.tensors(given)
-    paths = dict(q="query/linear", k="key/linear", v="value/linear", o="output/out")
-    if given.get("use_output_gate", True):
-        paths["g"] = "output/gate"
     decay = "mixer/coefficients/0"
     for names in _fla.layers(given):
-        for letter, path in paths.items():
-            yield from names.linear(f"attn.{letter}_proj", f"mixer/{path}")
+        yield from _fla.projections(names, given.get("use_output_gate", True))
         yield from names.linear("attn.gk_proj.0", f"{decay}/down")
         yield from names.linear("attn.gk_proj.1", f"{decay}/up", bias=True)
-        yield names.tensor("attn.g_norm.weight", Part("mixer/output/scale"))
+        yield names.same("attn.g_norm.weight", "mixer/output/scale")
         if given.get("use_short_conv", False):
             yield from _fla.convolutions(given, names)

@@ -34,10 +34,6 @@ def config(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig
 def tensors(given: Given) -> Iterator[Tensor]:
     """The tensors of its files."""
     yield from _fla.tensors(given)
-    paths = dict(q="query/linear", k="key/linear", v="value/linear", o="output/out")
-    if given.get("use_output_gate", True):
-        paths["g"] = "output/gate"
     for names in _fla.layers(given):
-        for letter, path in paths.items():
-            yield from names.linear(f"attn.{letter}_proj", f"mixer/{path}")
+        yield from _fla.projections(names, given.get("use_output_gate", True))
         yield names.same("attn.g_norm.weight", "mixer/output/scale")
