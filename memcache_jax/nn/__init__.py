@@ -10,7 +10,13 @@ from memcache_jax.nn.config import (
     MemoryCachingMixer,
     Mixer,
 )
-from memcache_jax.nn.feed_forward import Experts, FeedForward, GatedMLP, SquaredMLP
+from memcache_jax.nn.feed_forward import (
+    ChannelMix,
+    Experts,
+    FeedForward,
+    GatedMLP,
+    SquaredMLP,
+)
 from memcache_jax.nn.grouped_attention import GroupedAttention, GroupedAttentionMixer
 from memcache_jax.nn.language_model import LanguageModel
 from memcache_jax.nn.memory_caching import MemoryCaching
@@ -23,6 +29,7 @@ __all__ = [
     "Attention",
     "AttentionMixer",
     "BlockConfig",
+    "ChannelMix",
     "Experts",
     "FeedForward",
     "GatedMLP",

@@ -23,6 +23,7 @@ from memcache_jax.nn.attention import Attention, check_attention
 from memcache_jax.nn.feed_forward import FeedForward, GatedMLP
 from memcache_jax.nn.memory_caching import MemoryCaching, check_layer
 from memcache_jax.nn.norms import Norm
+from memcache_jax.nn.recurrent import RecurrentMixer
 from memcache_jax.segmentation import Constant, Segmentation
 
 
@@ -120,6 +121,22 @@ def _check_mixer(mixer: Any) -> None:
         )
 
 
+def _check_shared_values(mixers: tuple[Mixer, ...]) -> None:
+    """Raises ValueError where a layer mixes in values that no layer before it shares."""
+    shared = None
+    for mixer in mixers:
+        if not isinstance(mixer, RecurrentMixer):
+            continue
+        size = mixer.value.heads * mixer.value.dim
+        if mixer.value.first is not None and size != shared:
+            before = "none is shared before it" if shared is None else f"{shared} are shared"
+            raise ValueError(f"a mixer mixes {size} channels of a first layer's values, {before}")
+        if mixer.shares_values:
+            if shared is not None:
+                raise ValueError("only one mixer may share its values, got several")
+            shared = size
+
+
 Stacks: TypeAlias = tuple[tuple[tuple[BlockConfig, ...], int], ...]
 """Sequences of blocks, and how often each is repeated before the next begins."""
 
@@ -140,6 +157,7 @@ class LanguageModelConfig:
       blocks: all ``num_layers`` blocks one by one; ``mixers`` and ``mlp_features`` are then
         ignored.
       norm: of the last block's output.
+      embedding_norm: of the embeddings, before the first block; None for none.
       embedding_scale: a factor of the embeddings.
       logit_scale: a factor of the logits.
       tie_embeddings: whether the output layer is the embedding's transpose.
@@ -164,6 +182,7 @@ class LanguageModelConfig:
     mlp_features: int | None = None
     blocks: tuple[BlockConfig, ...] | None = None
     norm: Norm = Norm()
+    embedding_norm: Norm | None = None
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     tie_embeddings: bool = False
@@ -183,6 +202,8 @@ class LanguageModelConfig:
         hidden = check_integer("mlp_features", self.mlp_features, 0, optional=True)
         set_fields(self, mlp_features=hidden)
         check_instance("norm", self.norm, Norm, "an mc.nn.Norm")
+        if self.embedding_norm is not None:
+            check_instance("embedding_norm", self.embedding_norm, Norm, "an mc.nn.Norm")
         for name in ("dtype", "param_dtype"):
             check_dtype(name, getattr(self, name))
         if isinstance(self.mixers, list):  # which has no hash
@@ -206,6 +227,7 @@ class LanguageModelConfig:
             )
         if self.offload_states and not self.remat:
             raise ValueError("offload_states needs remat=True, got remat=False")
+        _check_shared_values(self.mixers)
 
     @property
     def stacks(self) -> Stacks:
@@ -218,6 +240,12 @@ class LanguageModelConfig:
         mlp = GatedMLP(hidden) if hidden else None
         period = tuple(BlockConfig(mixer, mlp) for mixer in self.mixers)
         return ((period, self.num_layers // len(self.mixers)),)
+
+    @property
+    def shared_values(self) -> int | None:
+        """Channels of the values that the first layer hands to later ones; None if it does not."""
+        shared = (m for m in self.mixers if isinstance(m, RecurrentMixer) and m.shares_values)
+        return next((mixer.value.heads * mixer.value.dim for mixer in shared), None)
 
     def with_mixers(self, change: Callable[[Mixer], Mixer]) -> "LanguageModelConfig":
         """The configuration with each mixer changed."""

@@ -157,7 +157,8 @@ class CausalConv(nnx.Module):
         kernel, before = self._taps().astype(x.dtype), self.kernel.shape[0] - 1
         rows = () if document_ids is None else (document_ids,)
         conv = functools.partial(document_conv_silu if rows else conv_silu, biased=self.use_bias)
-        return over_time(conv, x, kernel, *rows, before=before, division=division)
+        args, letters = (x, kernel, *rows), ("b t h", ". h", "b t")[: 2 + len(rows)]
+        return over_time(conv, args, letters, before=before, division=division)
 
     def _taps(self) -> Float[Array, "w d"]:
         """The kernel, with the bias as its last row."""

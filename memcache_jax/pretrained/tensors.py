@@ -35,6 +35,7 @@ class Tensor:
       layer: the layer that they belong to; None for the model itself.
       groups: how often the parts take turns: each group of rows has a piece of every part.
       axis: the axis of rows, along which parts are joined.
+      shape: the tensor's shape, with one -1, where it is not that of its parts.
     """
 
     names: tuple[str, ...]
@@ -42,6 +43,7 @@ class Tensor:
     layer: int | None = None
     groups: int = 1
     axis: int = 0
+    shape: tuple[int, ...] | None = None
 
     def cut(self, joined: np.ndarray, sizes: list[tuple[int, ...]]) -> list[np.ndarray]:
         """The parts of the joined tensor, of these shapes, in their parameters' forms."""
@@ -61,6 +63,8 @@ class Tensor:
         if len(pieces) > 1:
             turns = [self._in_turns(piece) for piece in pieces]
             joined = self._whole(np.concatenate(turns, axis=self.axis + 1))
+        if self.shape is not None:
+            joined = joined.reshape(self.shape)
         if len(self.names) == 1:
             return {self.names[0]: joined}
         return dict(zip(self.names, np.array_split(joined, len(self.names)), strict=True))
@@ -108,9 +112,14 @@ class Names:
         """A tensor of parts."""
         return Tensor((self.prefix + name,), parts, self.layer, **options)
 
-    def same(self, name: str, path: str) -> Tensor:
+    def same(self, name: str, path: str, **options: Any) -> Tensor:
         """A tensor that is a parameter as it is."""
-        return self.tensor(name, Part(path))
+        return self.tensor(name, Part(path), **options)
+
+    def norm(self, name: str, path: str, bias: bool = False) -> list[Tensor]:
+        """The scale of a norm, and its bias."""
+        out = [self.same(f"{name}.weight", f"{path}/scale")]
+        return [*out, self.same(f"{name}.bias", f"{path}/bias")] if bias else out
 
     def linear(self, name: str, *paths: str, bias: bool = False, groups: int = 1) -> list[Tensor]:
         """The weight of a projection, or of several in one, and its bias."""

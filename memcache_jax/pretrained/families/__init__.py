@@ -15,6 +15,7 @@ from memcache_jax.pretrained.families import (
     qwen3_5_text,
     qwen3_next,
     retnet,
+    rwkv7,
 )
 from memcache_jax.pretrained.given import Given
 from memcache_jax.pretrained.tensors import Tensor
@@ -44,6 +45,7 @@ FAMILIES: dict[str, Any] = {
     "qwen3_5_text": qwen3_5_text,
     "qwen3_next": qwen3_next,
     "retnet": retnet,
+    "rwkv7": rwkv7,
 }
 """By the ``model_type`` of ``config.json``."""
 

@@ -29,11 +29,11 @@ def model(
     )
 
 
-def ends(given: Given, embedding: str, norm: str) -> Iterator[Tensor]:
+def ends(given: Given, embedding: str, norm: str, bias: bool = False) -> Iterator[Tensor]:
     """The embedding, the last norm and the output layer."""
     names = Names("")
     yield names.same(f"{embedding}.weight", "embedding/embedding")
-    yield names.same(f"{norm}.weight", "norm/scale")
+    yield from names.norm(norm, "norm", bias)
     if not given.get("tie_word_embeddings", False):
         yield from names.linear("lm_head", "head")
 
