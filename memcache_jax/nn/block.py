@@ -77,7 +77,8 @@ class Block(nnx.Module):
     def __call__(self, between: Between, document_ids: Int[Array, "b t"] | None = None) -> Between:
         """Applies the mixer and the MLP."""
         documents = () if document_ids is None else (document_ids,)
-        mixer, x = self.mixer, stream_of(between)
+        mixer: Any = self.mixer
+        x = stream_of(between)
         given: Any = self.mixer_input(x)
         if isinstance(between, Hidden) and isinstance(mixer, Recurrent):
             y, values = mixer.call_in_model(given, document_ids, between.values)
@@ -120,7 +121,8 @@ class Block(nnx.Module):
         self, between: Between, cache: Any, lengths: Int[Array, "b"] | None
     ) -> tuple[Between, Any]:
         """Applies both to the next tokens of a stream; returns the next cache too."""
-        mixer, x = self.mixer, stream_of(between)
+        mixer: Any = self.mixer
+        x = stream_of(between)
         of_mixer = cache.mixer if self._mlp_shifts else cache
         given: Any = self.mixer_input(x)
         if isinstance(between, Hidden) and isinstance(mixer, Recurrent):
