@@ -186,12 +186,14 @@ def widen(
     return jax.tree.map(lambda x: jnp.moveaxis(x.astype(dtype), 2, 1), tokens)
 
 
-def full_controls(memory: Memory, controls: Mapping[str, Array], key: Array) -> dict[str, Array]:
+def full_controls(
+    memory: Memory, controls: Mapping[str, Array], key: Array, value: Array
+) -> dict[str, Array]:
     """The controls of every token: constants of a head repeated, those left out zero."""
-    rows, channels = key.shape[:3], key.shape[3:]
+    rows, channels = key.shape[:3], {"k": key.shape[3:], "v": value.shape[3:]}
     full = {}
     for name, control in memory.controls.items():
-        shape = rows + channels * control.axes.endswith("k")
+        shape = rows + channels.get(control.axes[-1], ())
         if name not in controls:
             full[name] = jnp.zeros(shape, key.dtype)
         elif control.axes == "h":

@@ -19,7 +19,8 @@ class Control:
 
     Attributes:
       axes: its shape in axis letters: ``"b t h"`` for one number per token and head,
-        ``"b t h k"`` for one per key channel, ``"h"`` for a constant of each head.
+        ``"b t h k"`` for one per key channel, ``"b t h v"`` for one per value channel, ``"h"`` for
+        a constant of each head.
       activation: from logits to the coefficient; decays travel as logs (<= 0).
       bias: what the logits are before training.
       scale: a constant factor.
@@ -41,6 +42,11 @@ class Control:
     per_head: Callable[[int], Array] | None = None
     forget: float | None = None
     most: float | None = None
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether there is one for each channel of a key or a value."""
+        return self.axes.endswith(("k", "v"))
 
     @property
     def is_learned(self) -> bool:

@@ -33,26 +33,37 @@ class ChannelChunk(NamedTuple):
         kept = start_decay(self.log_decay)[-1][:, None] * self.matrix
         return kept + jnp.einsum("wmk,wmv->kv", keys, self.values)
 
+    def decayed(self, x: Float[Array, "m k"]) -> Float[Array, "m k"]:
+        """What reads M as row t of x reads what is left of it in M_t."""
+        return start_decay(self.log_decay) * x
+
+    def scores(self, x: Float[Array, "m k"]) -> Float[Array, "m wm"]:
+        """How much of each value row t of x reads in M_t."""
+        scores = jax.vmap(channel_scores, in_axes=(None, 0, None))(x, self.keys, self.log_decay)
+        return jnp.moveaxis(scores, 0, 1).reshape(len(x), -1)
+
+    def adding(self, value: Float[Array, "m v"]) -> "ChannelChunk":
+        """The same chunk, of one write per token, with other values."""
+        return self._replace(values=value[None])
+
     def affine(
         self, x: Float[Array, "m k"], erase: Float[Array, "erasing k"] | None = None
     ) -> AffineChunk:
         """The chunk as a map of a matrix, as ``DecayChunk`` has it."""
         decay = start_decay(self.log_decay)
-        scores = jax.vmap(channel_scores, in_axes=(None, 0, None))(x, self.keys, self.log_decay)
         return AffineChunk(
             decay=decay[-1],
             value=self.values.reshape(-1, self.values.shape[-1]),
             key=(self.keys * end_decay(self.log_decay)[None]).reshape(-1, x.shape[-1]),
             query=decay * x,
-            scores=jnp.moveaxis(scores, 0, 1).reshape(len(x), -1),
+            scores=self.scores(x),
             erase=erase,
         )
 
     def apply(self, x: Float[Array, "m k"]) -> Float[Array, "m v"]:
         """The product of M_t with row t of x."""
-        scores = jax.vmap(channel_scores, in_axes=(None, 0, None))(x, self.keys, self.log_decay)
-        old = jnp.matmul(x * start_decay(self.log_decay), self.matrix)
-        return old + jnp.einsum("wtj,wjv->tv", scores, self.values)
+        old = jnp.matmul(self.decayed(x), self.matrix)
+        return old + jnp.matmul(self.scores(x), self.values.reshape(-1, self.values.shape[-1]))
 
 
 @dataclasses.dataclass(frozen=True)

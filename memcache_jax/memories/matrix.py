@@ -45,6 +45,18 @@ class DecayChunk(NamedTuple):
         written = jnp.matmul(self.key.T, self.mixing[-1][:, None] * self.value)
         return self.decay[-1] * self.matrix + written
 
+    def decayed(self, x: Float[Array, "m k"]) -> Float[Array, "m k"]:
+        """What reads M as row t of x reads what is left of it in M_t."""
+        return self.decay[:, None] * x
+
+    def scores(self, x: Float[Array, "m k"]) -> Float[Array, "m writes"]:
+        """How much of each value row t of x reads in M_t."""
+        return self.mixing * jnp.matmul(x, self.key.T)
+
+    def adding(self, value: Float[Array, "writes v"]) -> "DecayChunk":
+        """The same chunk with other values."""
+        return self._replace(value=value)
+
     def affine(
         self, x: Float[Array, "m k"], erase: Float[Array, "erasing k"] | None = None
     ) -> AffineChunk:
@@ -53,16 +65,25 @@ class DecayChunk(NamedTuple):
             decay=jnp.broadcast_to(self.decay[-1:], x.shape[1:]),
             value=self.value,
             key=self.mixing[-1][:, None] * self.key,
-            query=self.decay[:, None] * x,
-            scores=self.mixing * jnp.matmul(x, self.key.T),
+            query=self.decayed(x),
+            scores=self.scores(x),
             erase=erase,
         )
 
     def apply(self, x: Float[Array, "m k"]) -> Float[Array, "m v"]:
         """The product of M_t with row t of x."""
-        scores = self.mixing * jnp.matmul(x, self.key.T)
-        old = jnp.matmul(self.decay[:, None] * x, self.matrix)
-        return old + jnp.matmul(scores, self.value)
+        old = jnp.matmul(self.decayed(x), self.matrix)
+        return old + jnp.matmul(self.scores(x), self.value)
+
+
+def decay_chunk(
+    matrix: Float[Array, "k v"],
+    log_alpha: Float[Array, "m"],
+    key: Float[Array, "m k"],
+    value: Float[Array, "m v"],
+) -> DecayChunk:
+    """A chunk of tokens that are written as they are."""
+    return DecayChunk(matrix, start_decay(log_alpha), decay_matrix(log_alpha), key, value)
 
 
 class ScalarDecayMemory(MatrixMemory):

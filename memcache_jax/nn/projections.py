@@ -80,7 +80,7 @@ class Projections(MemoryLayer):
         self.controls = nnx.Dict()
         for name, control in memory.controls.items():
             if control.is_learned and control.per_head is None:
-                size = num_heads * (self.head_dim if control.axes.endswith("k") else 1)
+                size = num_heads * (self.head_dim if control.per_channel else 1)
                 bias_init = jax.nn.initializers.constant(control.bias)
                 self.controls[name] = linear(
                     size, use_bias=True, kernel_init=_SMALL, bias_init=bias_init
@@ -197,7 +197,7 @@ class Projections(MemoryLayer):
             return control.per_head(self.num_heads)
         logits = self.controls[name](x)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-        if control.axes.endswith("k"):
+        if control.per_channel:
             logits = heads(logits)
         return control.scale * control.activation(logits)
 

@@ -107,7 +107,7 @@ def _one_part(
         # A document that continues from the part before is this part's document 0.
         own_document = document - document[:, :1]
         document = document.reshape(len(document), own.num_blocks, -1)
-    full = full_controls(memory, tokens.controls, tokens.key)
+    full = full_controls(memory, tokens.controls, tokens.key, tokens.value)
     widened = widen(**tokens._replace(controls=full)._asdict())
     weights = {name: weight.astype(widened.key.dtype) for name, weight in weights.items()}
     blocks = cut_for(memory, widened, own_document, own, length)
