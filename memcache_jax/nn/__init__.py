@@ -19,8 +19,10 @@ from memcache_jax.nn.feed_forward import (
 )
 from memcache_jax.nn.grouped_attention import GroupedAttention, GroupedAttentionMixer
 from memcache_jax.nn.language_model import LanguageModel
+from memcache_jax.nn.latent_attention import LatentAttention, LatentAttentionMixer
 from memcache_jax.nn.memory_caching import MemoryCaching
 from memcache_jax.nn.norms import Norm
+from memcache_jax.nn.parallel import Parallel, ParallelMixer
 from memcache_jax.nn.post_training import with_memory_caching
 from memcache_jax.nn.upgrade import upgrade_params
 from memcache_jax.streaming.protocol import MixerCache
@@ -37,11 +39,15 @@ __all__ = [
     "GroupedAttentionMixer",
     "LanguageModel",
     "LanguageModelConfig",
+    "LatentAttention",
+    "LatentAttentionMixer",
     "MemoryCaching",
     "MemoryCachingMixer",
     "Mixer",
     "MixerCache",
     "Norm",
+    "Parallel",
+    "ParallelMixer",
     "SquaredMLP",
     "adapters",
     "cache_bytes",

@@ -170,11 +170,11 @@ class LanguageModel(nnx.Module):
         def gates_of(period: Period, x: Between, _: None) -> tuple[Between, list]:
             gates = []
             for block in period.blocks:
-                mixer: Any = block.mixer
-                caches = isinstance(mixer, MemoryLayer)
                 given = block.mixer_input(stream_of(x))
                 first = x.values if isinstance(x, Hidden) else None
-                gates.append(mixer.gates(given, first=first) if caches else None)
+                layers = (m for _, m in nnx.iter_modules(block) if isinstance(m, MemoryLayer))
+                layer = next(layers, None)
+                gates.append(None if layer is None else layer.gates(given, first=first))
                 x = block(x)
             return x, gates
 

@@ -168,25 +168,34 @@ class CausalConv(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
-    """Gated MLP, W_down(silu(W_gate x) * W_up x) (arXiv:2002.05202)."""
+    """Gated MLP, scale W_down(silu(gate_scale W_gate x) * W_up x) (arXiv:2002.05202)."""
 
     def __init__(
         self,
         features: int,
         hidden: int,
         *,
+        use_bias: bool = False,
+        gate_scale: float = 1.0,
+        scale: float = 1.0,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        options: dict[str, Any] = dict(
+            use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        self.gate_scale, self.scale = gate_scale, scale
         self.gate = Linear(features, hidden, axes=("embed", "mlp"), **options)
         self.up = Linear(features, hidden, axes=("embed", "mlp"), **options)
         self.down = Linear(hidden, features, axes=("mlp", "embed"), **options)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Applies the MLP to every token."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        gate = self.gate(x)
+        gate = gate if self.gate_scale == 1 else self.gate_scale * gate
+        y = self.down(jax.nn.silu(gate) * self.up(x))
+        return y if self.scale == 1 else self.scale * y
 
 
 def product_sharding(x: Array, matrix: Any, axis: int) -> NamedSharding | None:

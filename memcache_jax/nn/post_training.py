@@ -12,6 +12,7 @@ from memcache_jax.nn.block import Block
 from memcache_jax.nn.config import MemoryCachingMixer, Mixer
 from memcache_jax.nn.language_model import LanguageModel, abstract_model
 from memcache_jax.nn.memory_layer import MemoryLayer
+from memcache_jax.nn.parallel import ParallelMixer
 from memcache_jax.nn.recurrent import Recurrent, RecurrentMixer
 from memcache_jax.segmentation import Segmentation
 
@@ -75,6 +76,9 @@ def with_memory_caching(
         layer.aggregation, layer.segmentation = aggregation, segmentation
 
     def cached(mixer: Mixer) -> Mixer:
+        if isinstance(mixer, ParallelMixer):
+            both = dict(left=cached(mixer.left), right=cached(mixer.right))
+            return dataclasses.replace(mixer, **both)
         if not isinstance(mixer, MemoryCachingMixer | RecurrentMixer):
             return mixer
         return dataclasses.replace(mixer, aggregation=aggregation, segmentation=segmentation)

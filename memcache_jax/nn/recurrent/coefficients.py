@@ -94,21 +94,22 @@ class TimeStepDecay:
 
     def build(self, in_features: int, heads: int, dim: int, **options: Any) -> "StepsOf":
         """Returns the module."""
-        return StepsOf(in_features, heads, dim, self.low, None, **options)
+        return StepsOf(self, in_features, heads, dim, **options)
 
 
 @dataclasses.dataclass(frozen=True)
 class TimeStep:
     """A step dt that decays and weighs: log_alpha = -exp(A_log) dt, lam = dt (arXiv:2405.21060).
 
-    dt = softplus(x W + dt_bias), limited to ``least`` and ``most``.
+    dt = softplus(scale x W + dt_bias), limited to ``least`` and ``most``.
     """
 
     least: float = 0.0
     most: float = float("inf")
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
-        _checks.check_fields(self, numbers=("least",))
+        _checks.check_fields(self, numbers=("least", "scale"))
         if self.most != float("inf"):
             _checks.check_fields(self, numbers=("most",))
         if not self.least <= self.most:
@@ -121,44 +122,46 @@ class TimeStep:
 
     def build(self, in_features: int, heads: int, dim: int, **options: Any) -> "StepsOf":
         """Returns the module."""
-        return StepsOf(in_features, heads, dim, None, (self.least, self.most), **options)
+        return StepsOf(self, in_features, heads, dim, **options)
 
 
 class StepsOf(nnx.Module):
-    """The module of a ``TimeStepDecay`` or, with limits, of a ``TimeStep``."""
+    """The module of a ``TimeStepDecay`` or a ``TimeStep``."""
 
     def __init__(
         self,
+        steps: TimeStepDecay | TimeStep,
         in_features: int,
         heads: int,
         dim: int,
-        low: LowRank | None,
-        limits: tuple[float, float] | None,
         **options: Any,
     ) -> None:
-        self.limits = limits
+        self.steps, low = steps, getattr(steps, "low", None)
         if low is None:
             self.linear = Linear(in_features, heads, axes=("embed", "heads"), **options)
         else:
             self.low = low.build(in_features, heads * dim, **options)
         # Those of the papers: decay rates from 1 to 16, steps from 0.001 to 0.1.
         rates = jnp.linspace(1.0, 16.0, heads)
-        steps = jnp.geomspace(1e-3, 0.1, heads if low is None else heads * dim)
+        first = jnp.geomspace(1e-3, 0.1, heads if low is None else heads * dim)
         self.A_log = _constants(jnp.log(rates), "heads")
-        self.dt_bias = _constants(jnp.log(jnp.expm1(steps)), "heads")
+        self.dt_bias = _constants(jnp.log(jnp.expm1(first)), "heads")
 
     def __call__(self, inputs: LayerInput, heads: Heads, tokens: Tokens) -> dict[str, Array]:
         """Returns the coefficients."""
         by_channel = hasattr(self, "low")
         logits = wide(self.low(inputs) if by_channel else self.linear(inputs.x))
+        steps = self.steps
+        if isinstance(steps, TimeStep) and steps.scale != 1:
+            logits *= steps.scale
         step = jax.nn.softplus(logits + self.dt_bias[...].astype(logits.dtype)[None, None])
-        if self.limits is not None:
-            step = jnp.clip(step, *self.limits)
         rate = -jnp.exp(self.A_log[...].astype(step.dtype))
         if by_channel:
             return {"log_alpha": heads(step) * rate[None, None, :, None]}
-        out = {"log_alpha": step * rate[None, None]}
-        return out if self.limits is None else out | {"lam": step}
+        if not isinstance(steps, TimeStep):
+            return {"log_alpha": step * rate[None, None]}
+        step = jnp.clip(step, steps.least, steps.most)
+        return {"log_alpha": step * rate[None, None], "lam": step}
 
 
 @dataclasses.dataclass(frozen=True)

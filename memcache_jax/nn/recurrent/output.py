@@ -30,6 +30,7 @@ class Output:
       shared_scale: whether heads share the norm's scale, (v,); else it is one of all channels.
       gate: ``"silu"``, ``"sigmoid"`` or ``"linear"``; None for no gate.
       gate_low: makes x W_g of low rank.
+      gate_scale: a constant factor of x W_g.
       gate_first: whether the gate comes before the norm.
       use_bias: whether the projection has a bias.
     """
@@ -40,6 +41,7 @@ class Output:
     shared_scale: bool = True
     gate: Literal["silu", "sigmoid", "linear"] | None = "silu"
     gate_low: LowRank | None = None
+    gate_scale: float = 1.0
     gate_first: bool = False
     use_bias: bool = False
 
@@ -53,7 +55,9 @@ class Output:
         else:
             _checks.check_choice("norm_groups", self.norm_groups, ("heads",))
         _checks.check_fields(
-            self, numbers=("epsilon",), flags=("shared_scale", "gate_first", "use_bias")
+            self,
+            numbers=("epsilon", "gate_scale"),
+            flags=("shared_scale", "gate_first", "use_bias"),
         )
 
     def build(self, features: int, heads: int, dim: int, **options: Any) -> "OutputOf":
@@ -111,7 +115,10 @@ class OutputOf(nnx.Module):
         if output.gate is not None:
             project: Any = self.gate
             projected = project(inputs.x if output.gate_low is None else inputs)
-            gate = _GATES[output.gate](wide(projected))
+            projected = wide(projected)
+            if output.gate_scale != 1:
+                projected = output.gate_scale * projected
+            gate = _GATES[output.gate](projected)
         if gate is not None and output.gate_first:
             rows = wide(rows) * gate
         if output.norm_groups is not None:

@@ -32,6 +32,7 @@ class Path:
       shift: whether the input has a share of the token before, learned for each channel.
       first: mixes in the same path of the model's first layer, p + sigmoid(first(x)) (p_first - p),
         as RWKV-7 does with values (arXiv:2503.14456); None for no mixing.
+      projection_scale: a constant factor of the projection.
       conv_width: taps of the convolution; None for no convolution and no SiLU.
       conv_bias: whether the convolution has a bias.
       activation: ``"silu"``, ``"relu"`` or ``"elu"``, which is elu(x) + 1; None for none.
@@ -45,6 +46,7 @@ class Path:
     use_bias: bool = False
     shift: bool = False
     first: LowRank | None = None
+    projection_scale: float = 1.0
     conv_width: int | None = None
     conv_bias: bool = False
     activation: Literal["silu", "relu", "elu"] | None = None
@@ -56,7 +58,7 @@ class Path:
         _checks.check_fields(
             self,
             sizes=("heads", "dim", "conv_width"),
-            numbers=("scale", "rope_base"),
+            numbers=("projection_scale", "scale", "rope_base"),
             flags=("use_bias", "shift", "conv_bias"),
             optional=("conv_width", "rope_base"),
         )
@@ -110,6 +112,8 @@ class Rows(nnx.Module):
         """What precedes the convolution; ``first`` is that of the model's first layer."""
         x = inputs.mixed(self)
         rows = self.linear(x)
+        if self.path.projection_scale != 1:
+            rows = self.path.projection_scale * rows
         if self.path.first is None:
             return rows
         if first is None:

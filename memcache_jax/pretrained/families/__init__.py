@@ -5,10 +5,13 @@ from typing import Any, Protocol, runtime_checkable
 
 from memcache_jax.nn import LanguageModelConfig
 from memcache_jax.pretrained.families import (
+    bamba,
     delta_net,
+    falcon_h1,
     gated_deltanet,
     gla,
     granitemoehybrid,
+    kimi_linear,
     mamba2,
     nemotron_h,
     olmo_hybrid,
@@ -35,10 +38,13 @@ class Family(Protocol):
 
 
 FAMILIES: dict[str, Any] = {
+    "bamba": bamba,
     "delta_net": delta_net,
+    "falcon_h1": falcon_h1,
     "gated_deltanet": gated_deltanet,
     "gla": gla,
     "granitemoehybrid": granitemoehybrid,
+    "kimi_linear": kimi_linear,
     "mamba2": mamba2,
     "nemotron_h": nemotron_h,
     "olmo_hybrid": olmo_hybrid,
