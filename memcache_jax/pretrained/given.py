@@ -32,6 +32,10 @@ class Given:
         value = self.values.get(name)
         return default if value is None else value
 
+    def replaced(self, **values: Any) -> "Given":
+        """The same with other values."""
+        return Given({**self.values, **values}, self.where)
+
     def only(self, **served: Any) -> None:
         """Raises ValueError for values other than those that are served; a tuple lists several."""
         for name, wanted in served.items():

@@ -47,7 +47,8 @@ def test_logits_are_those_of_the_familys_own_library(name):
     assert_close(logits, wanted, 2e-5)
     for path, gradient in nnx.to_flat_state(gradients):
         assert np.isfinite(gradient[...]).all(), path
-        assert np.abs(gradient[...]).max() > 0, path
+        if path[-1] != "selection_bias":  # which has none
+            assert np.abs(gradient[...]).max() > 0, path
 
 
 @every_folder

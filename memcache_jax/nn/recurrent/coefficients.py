@@ -101,15 +101,17 @@ class TimeStepDecay:
 class TimeStep:
     """A step dt that decays and weighs: log_alpha = -exp(A_log) dt, lam = dt (arXiv:2405.21060).
 
-    dt = softplus(scale x W + dt_bias), limited to ``least`` and ``most``.
+    dt = softplus(scale x W + dt_bias), limited to ``least`` and ``most``. With ``use_bias`` x W has
+    a bias of its own.
     """
 
     least: float = 0.0
     most: float = float("inf")
     scale: float = 1.0
+    use_bias: bool = False
 
     def __post_init__(self) -> None:
-        _checks.check_fields(self, numbers=("least", "scale"))
+        _checks.check_fields(self, numbers=("least", "scale"), flags=("use_bias",))
         if self.most != float("inf"):
             _checks.check_fields(self, numbers=("most",))
         if not self.least <= self.most:
@@ -138,7 +140,8 @@ class StepsOf(nnx.Module):
     ) -> None:
         self.steps, low = steps, getattr(steps, "low", None)
         if low is None:
-            self.linear = Linear(in_features, heads, axes=("embed", "heads"), **options)
+            axes, bias = ("embed", "heads"), getattr(steps, "use_bias", False)
+            self.linear = Linear(in_features, heads, axes=axes, use_bias=bias, **options)
         else:
             self.low = low.build(in_features, heads * dim, **options)
         # Those of the papers: decay rates from 1 to 16, steps from 0.001 to 0.1.

@@ -31,6 +31,7 @@ class Output:
       gate: ``"silu"``, ``"sigmoid"`` or ``"linear"``; None for no gate.
       gate_low: makes x W_g of low rank.
       gate_scale: a constant factor of x W_g.
+      gate_bias: whether a bias is added to x W_g first; that of ``gate_low`` is its own.
       gate_first: whether the gate comes before the norm.
       use_bias: whether the projection has a bias.
     """
@@ -42,6 +43,7 @@ class Output:
     gate: Literal["silu", "sigmoid", "linear"] | None = "silu"
     gate_low: LowRank | None = None
     gate_scale: float = 1.0
+    gate_bias: bool = False
     gate_first: bool = False
     use_bias: bool = False
 
@@ -57,7 +59,7 @@ class Output:
         _checks.check_fields(
             self,
             numbers=("epsilon", "gate_scale"),
-            flags=("shared_scale", "gate_first", "use_bias"),
+            flags=("shared_scale", "gate_bias", "gate_first", "use_bias"),
         )
 
     def build(self, features: int, heads: int, dim: int, **options: Any) -> "OutputOf":
@@ -95,7 +97,8 @@ class OutputOf(nnx.Module):
         if output.gate is not None and output.gate_low is not None:
             self.gate = output.gate_low.build(features, inner, **options)
         elif output.gate is not None:
-            self.gate = Linear(features, inner, axes=("embed", "heads"), **options)
+            axes, bias = ("embed", "heads"), output.gate_bias
+            self.gate = Linear(features, inner, axes=axes, use_bias=bias, **options)
         self.out = Linear(
             inner, features, axes=("heads", "embed"), use_bias=output.use_bias, **options
         )

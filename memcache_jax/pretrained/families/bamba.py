@@ -11,7 +11,7 @@ from memcache_jax.pretrained.tensors import Names, Tensor
 
 def config(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig:
     """The model's shape."""
-    given.only(hidden_act="silu", mamba_proj_bias=False)
+    given.only(hidden_act="silu")
     norm = Norm(epsilon=given.number("rms_norm_eps", 1e-5))
     base, _ = given.rope()
     part = given.get("rope_parameters", {}).get("partial_rotary_factor", 0.5)
@@ -26,6 +26,7 @@ def config(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig
             limits=given.numbers("time_step_limit", (0.0, "inf")),
             epsilon=norm.epsilon,
             conv_bias=given.get("mamba_conv_bias", True),
+            bias=bool(given.get("mamba_proj_bias", False)),
         ),
         _model.attention(given, rope_base=base, rope_fraction=part),
     ]
@@ -51,6 +52,8 @@ def tensors(given: Given) -> Iterator[Tensor]:
         if attends:
             yield from _model.attention_tensors(names, "self_attn", given)
         else:
-            yield from _mamba.tensors(names, "mamba", given.get("mamba_conv_bias", True))
+            of_conv = given.get("mamba_conv_bias", True)
+            bias = bool(given.get("mamba_proj_bias", False))
+            yield from _mamba.tensors(names, "mamba", of_conv, bias=bias)
         bias = bool(given.get("mlp_bias", False))
         yield from _model.gated_mlp(names, "feed_forward", bias=bias)

@@ -44,6 +44,7 @@ def config(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig
         BlockConfig(_chosen(given, mixers, kind), _chosen(given, mlps, of_mlp), norm)
         for kind, of_mlp in _layers(given)
     ]
+    given = given.replaced(tie_word_embeddings=False)  # its library ties none
     return _model.model(given, blocks, norm, heads, dtype=dtype, param_dtype=param_dtype)
 
 
@@ -104,7 +105,8 @@ def _latent(given: Given) -> LatentAttentionMixer:
 
 def tensors(given: Given) -> Iterator[Tensor]:
     """The tensors of its files."""
-    yield from _model.ends(given, "model.embed_tokens", "model.norm")
+    untied = given.replaced(tie_word_embeddings=False)
+    yield from _model.ends(untied, "model.embed_tokens", "model.norm")
     for layer, (kind, of_mlp) in enumerate(_layers(given)):
         names = Names(f"model.layers.{layer}.", layer)
         yield names.same("input_layernorm.weight", "mixer_norm/scale")
