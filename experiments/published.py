@@ -5,9 +5,11 @@
 
 For each tiny model of the tests, ``mc.pretrained.save`` writes what ``load`` has read, transformers
 reads that, and the logits of both are compared. Then tiny Qwen3.5 and a made-up one of 200M
-parameters read a prompt and decode by both libraries in turn, on the same cores.
+parameters read a prompt and decode by both libraries in turn, on the same cores, and a table says
+where ours spends the time of reading.
 """
 
+import functools
 import importlib
 import statistics
 import tempfile
@@ -46,6 +48,7 @@ def program() -> None:
             if size != "tiny":
                 folder = _make(Path(made) / "model")
             _time(size, folder)
+            _profile(folder)
 
 
 def _error(folder: Path) -> float:
@@ -92,7 +95,8 @@ def _time(size: str, folder: Path) -> None:
     """Prints tokens per second of both libraries, and their ratio."""
     torch = _load("torch")
     length, new = _PROMPT.value, _NEW.value
-    theirs, model = _theirs(folder), mc.pretrained.load(folder)
+    theirs = _theirs(folder)
+    model = mc.pretrained.load(folder, scan_layers=False)  # decodes faster on CPUs
     parameters = sum(p.numel() for p in theirs.parameters())
     ids = np.random.default_rng(0).integers(3, 97, (1, length))
     tokens, prompt = torch.tensor(ids, dtype=torch.long), jnp.asarray(ids)
@@ -159,6 +163,45 @@ def _time(size: str, folder: Path) -> None:
         print(
             f"  {what:<8} ours {ours:10,.1f} tokens/s, theirs {other:10,.1f}, {ours / other:.2f}x"
         )
+
+
+def _profile(folder: Path) -> None:
+    """Prints how long the parts of a pass over the prompt take, each as a program of its own."""
+    model = mc.pretrained.load(folder, scan_layers=False)
+    tokens = jax.random.randint(jax.random.key(0), (1, _PROMPT.value), 3, 97)
+
+    def median(f: Callable[..., Any], *args: Any) -> float:
+        run, taken = jax.jit(f), []
+        for _ in range(2 * _ROUNDS.value + 1):
+            started = time.perf_counter()
+            jax.block_until_ready(run(*args))
+            taken.append(time.perf_counter() - started)
+        return 1e3 * statistics.median(taken[1:])
+
+    x = jax.random.normal(jax.random.key(1), (1, _PROMPT.value, model.config.features))
+    blocks = [jax.tree.map(lambda x: x[0], block) for block in model.layers.blocks]
+    rows, seen = [("the whole pass", 1, median(lambda m, t: m.hidden(t), model, tokens))], set()
+    for block in blocks:
+        name, mixer = type(block.mixer).__name__, block.mixer
+        if name in seen:
+            continue
+        seen.add(name)
+        count = sum(type(other.mixer).__name__ == name for other in blocks)
+        rows.append((name, count, median(lambda mixer, x: mixer(x), mixer, x)))
+        if isinstance(mixer, mc.nn.recurrent.Recurrent):
+            operands = mixer.operands(x)
+            core = functools.partial(mc.memory_caching, **mixer._rules)
+            rows.append(
+                ("  its memory alone", count, median(functools.partial(_called, core), operands))
+            )
+    rows.append(("MLP", len(blocks), median(lambda mlp, x: mlp(x), blocks[0].mlp, x)))
+    print(f"  {'part':<22} {'times':>5} {'ms each':>9} {'ms':>9}")
+    for name, count, each in rows:
+        print(f"  {name:<22} {count:>5} {each:9.2f} {count * each:9.1f}")
+
+
+def _called(f: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    return f(**arguments)
 
 
 def _load(name: str) -> Any:

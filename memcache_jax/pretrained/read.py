@@ -1,5 +1,6 @@
 """A published folder as a language model."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from memcache_jax._checks import check_dtype, check_instance
+from memcache_jax._checks import check_dtype, check_flag, check_instance
 from memcache_jax.nn import LanguageModel
 from memcache_jax.nn.language_model import abstract_model
 from memcache_jax.pretrained.families import family_of
@@ -22,7 +23,9 @@ from memcache_jax.pretrained.weights import Weights
 from memcache_jax.sharding import param_shardings
 
 
-def load(folder: str | Path, *, dtype: Any = None, param_dtype: Any = None) -> LanguageModel:
+def load(
+    folder: str | Path, *, dtype: Any = None, param_dtype: Any = None, scan_layers: bool = True
+) -> LanguageModel:
     """Reads a recurrent model as its own library saves it.
 
     Each parameter is read to where it lives before the next is: what is held at once is the model
@@ -34,6 +37,7 @@ def load(folder: str | Path, *, dtype: Any = None, param_dtype: Any = None) -> L
       dtype: dtype of the arithmetic; by default that of the parameters.
       param_dtype: dtype of the parameters; by default the one of ``config.json``. Constants of
         decays are always float32.
+      scan_layers: as in ``LanguageModelConfig``: False decodes faster on CPUs and compiles longer.
 
     Returns:
       The model. It has no caches; ``mc.nn.with_memory_caching`` gives it some.
@@ -58,6 +62,7 @@ def load(folder: str | Path, *, dtype: Any = None, param_dtype: Any = None) -> L
         param_dtype = jnp.dtype(given.get("dtype", given.get("torch_dtype", "float32")))
     dtype = param_dtype if dtype is None else dtype
     config = family.config(given, dtype=dtype, param_dtype=param_dtype)
+    config = dataclasses.replace(config, scan_layers=check_flag("scan_layers", scan_layers))
     graph, state = abstract_model(config)
     mesh = jax.sharding.get_mesh()
     shardings = None if mesh.empty else flatten_dict(param_shardings(state, mesh))
