@@ -13,9 +13,11 @@ from memcache_jax.nn.config import (
 from memcache_jax.nn.feed_forward import Experts, FeedForward, GatedMLP, SquaredMLP
 from memcache_jax.nn.grouped_attention import GroupedAttention, GroupedAttentionMixer
 from memcache_jax.nn.language_model import LanguageModel
+from memcache_jax.nn.lora import LoRA
 from memcache_jax.nn.memory_caching import MemoryCaching
 from memcache_jax.nn.norms import Norm
 from memcache_jax.nn.post_training import with_memory_caching
+from memcache_jax.nn.tuning import merge_lora, with_lora
 from memcache_jax.nn.upgrade import upgrade_params
 from memcache_jax.streaming.protocol import MixerCache
 
@@ -30,6 +32,7 @@ __all__ = [
     "GroupedAttentionMixer",
     "LanguageModel",
     "LanguageModelConfig",
+    "LoRA",
     "MemoryCaching",
     "MemoryCachingMixer",
     "Mixer",
@@ -40,7 +43,9 @@ __all__ = [
     "cache_bytes",
     "cache_table",
     "linen",
+    "merge_lora",
     "recurrent",
     "upgrade_params",
+    "with_lora",
     "with_memory_caching",
 ]

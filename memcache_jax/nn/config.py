@@ -1,6 +1,7 @@
 """Configuration of a language model: the mixers of its blocks, and its sizes."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -21,6 +22,7 @@ from memcache_jax.aggregation import GRM, Aggregation
 from memcache_jax.memories import Memory, Titans
 from memcache_jax.nn.attention import Attention, check_attention
 from memcache_jax.nn.feed_forward import FeedForward, GatedMLP
+from memcache_jax.nn.lora import LoRA
 from memcache_jax.nn.memory_caching import MemoryCaching, check_layer
 from memcache_jax.nn.norms import Norm
 from memcache_jax.segmentation import Constant, Segmentation
@@ -143,6 +145,7 @@ class LanguageModelConfig:
       embedding_scale: a factor of the embeddings.
       logit_scale: a factor of the logits.
       tie_embeddings: whether the output layer is the embedding's transpose.
+      lora: the adapters of the blocks' projections; None for none.
       remat: whether the backward pass recomputes each block's activations.
       offload_states: whether, with ``remat``, what the memories write (states before each chunk and
         after each segment, live reads) is kept in host memory for the backward pass instead of
@@ -167,6 +170,7 @@ class LanguageModelConfig:
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     tie_embeddings: bool = False
+    lora: LoRA | None = None
     remat: bool = False
     offload_states: bool = False
     dtype: Any = jnp.float32
@@ -183,6 +187,8 @@ class LanguageModelConfig:
         hidden = check_integer("mlp_features", self.mlp_features, 0, optional=True)
         set_fields(self, mlp_features=hidden)
         check_instance("norm", self.norm, Norm, "an mc.nn.Norm")
+        if self.lora is not None:
+            check_instance("lora", self.lora, LoRA, "an mc.nn.LoRA")
         for name in ("dtype", "param_dtype"):
             check_dtype(name, getattr(self, name))
         if isinstance(self.mixers, list):  # which has no hash
@@ -207,7 +213,7 @@ class LanguageModelConfig:
         if self.offload_states and not self.remat:
             raise ValueError("offload_states needs remat=True, got remat=False")
 
-    @property
+    @functools.cached_property
     def stacks(self) -> Stacks:
         """The blocks, as sequences that are repeated."""
         if self.blocks is not None:
