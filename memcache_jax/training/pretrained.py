@@ -12,6 +12,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
+from memcache_jax._checks import check_choice
 from memcache_jax.nn import LanguageModel, LanguageModelConfig, LoRA, Mixer, merge_lora
 from memcache_jax.nn.language_model import abstract_model
 from memcache_jax.nn.recurrent import RecurrentMixer
@@ -26,7 +27,7 @@ from memcache_jax.training.step import Params, TrainState, joined, pure
 from memcache_jax.training.tokenizers import end_token_of
 
 FILE = "pretrained.json"
-# Keys of ``config.model`` that the public model has instead.
+# Keys of ``config.model`` that are then the public model's, and those that say nothing of it.
 _ITS_OWN = ("vocab_size", "num_layers", "features", "num_heads", "tie_embeddings")
 _NOT_ITS = ("head_dim", "mlp_features", "mixers", "memory", "connector", "distances")
 _NOT_ITS += ("window", "rope_base")
@@ -72,6 +73,7 @@ class PublicModel(NamedTuple):
 
     def described(self, config: Config) -> LanguageModelConfig:
         """The public model, without caches. What is not trained has the dtype of its files."""
+        check_choice("model.dtype", config.model.dtype, ("float32", "bfloat16"))
         given = Given(self.values, f"{self.folder}/config.json")
         kept = given.get("dtype", given.get("torch_dtype", "float32"))
         param_dtype = jnp.float32 if config.tune == "all" else jnp.dtype(kept)
@@ -118,7 +120,8 @@ class PublicModel(NamedTuple):
         """
         config = config.copy_and_resolve_references()
         said, default = (to_json(x)["model"] for x in (config, default_config()))
-        found = model_sizes(self.described(config))
+        model = self.described(config)
+        found = {name: getattr(model, name) for name in _ITS_OWN}
         allowed = {name: (default[name], found[name]) for name in _ITS_OWN}
         allowed |= {name: (default[name],) for name in _NOT_ITS}
         for name, values in allowed.items():
@@ -148,11 +151,6 @@ class PublicModel(NamedTuple):
                 f"{self.folder} is not the model that the run began with, from {other.folder}: "
                 "bring that one back, or give another --workdir"
             )
-
-
-def model_sizes(model: LanguageModelConfig) -> dict[str, Any]:
-    """The sizes of a model by their keys in ``config.model``."""
-    return {name: getattr(model, name) for name in _ITS_OWN}
 
 
 def run_model(config: Config, public: PublicModel | None) -> LanguageModelConfig:

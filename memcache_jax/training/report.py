@@ -45,7 +45,9 @@ def write_report(
     if not is_main_process():
         return results
     is_bytes = config.data.tokenizer == "bytes"
-    what = "-".join(config.model.mixers) if config.pretrained is None else config.pretrained
+    what = "-".join(config.model.mixers)
+    if config.pretrained is not None:
+        what = Path(config.pretrained).name
     plot_curve(
         workdir,
         title=f"{workdir.name}: {what}, {config.model.num_layers} layers",

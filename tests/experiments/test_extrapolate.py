@@ -88,6 +88,9 @@ def test_caches_after_the_training_change_what_comes_after_its_length(config, tm
 @pytest.mark.slow
 def test_a_public_model_as_it_is_and_with_caches(config, tmp_path):
     folder = public_folder(tmp_path / "public", "mamba2")
+    for i in range(8):  # of words that its tokenizer has
+        words = " ".join(f"w{(i * j * j + 3 * j) % 96 + 1}" for j in range(150))
+        (tmp_path / f"{i}.txt").write_text(words)
     with contextlib.closing(Study(tmp_path / "study", config)) as study:
         cases = extrapolate.public_group(config, str(folder), 16)
         extrapolate.program(config, study, [cases])

@@ -178,6 +178,18 @@ def test_a_run_that_goes_on_does_so_bit_for_bit(config, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_mesh_changes_no_loss(config, tmp_path):
+    config.tune, config.steps, config.batch_size = "lora", 3, 4
+    config.sample.max_new_tokens = 0
+    train(config, tmp_path / "one")
+    config.mesh.update(data=2, fsdp=2, tensor=2)
+    train(config, tmp_path / "eight")
+    one, eight = (rows(tmp_path / name) for name in ("one", "eight"))
+    for wanted, got in zip(one, eight, strict=True):
+        assert got == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.slow
 def test_another_folder_is_not_the_model_that_the_run_began_with(config, tmp_path):
     config.steps = 2
     train(config, tmp_path / "run")
@@ -199,6 +211,7 @@ def test_another_folder_is_not_the_model_that_the_run_began_with(config, tmp_pat
     ("key", "value", "message"),
     [
         ("tune", "some", "tune must be"),
+        ("model.dtype", "float16", "model.dtype must be"),
         ("pretrained", None, "tune='caches' needs pretrained"),
         ("pretrained", "nowhere", "nowhere has no config.json"),
         ("model.num_layers", 3, "model.num_layers is the public model's own: leave it at 4, got 3"),
