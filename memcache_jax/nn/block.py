@@ -159,6 +159,8 @@ class Period(nnx.Module):
         self, config: LanguageModelConfig, blocks: tuple[BlockConfig, ...], *, rngs: nnx.Rngs
     ) -> None:
         self.blocks = nnx.List([Block(config, block, rngs=rngs) for block in blocks])
+        if config.lora is not None:
+            config.lora.attach(self, rngs=rngs)
 
     def __call__(self, x: Between, document_ids: Int[Array, "b t"] | None) -> Between:
         """Applies the blocks in turn."""

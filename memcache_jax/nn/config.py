@@ -1,6 +1,7 @@
 """Configuration of a language model: the mixers of its blocks, and its sizes."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -21,6 +22,7 @@ from memcache_jax.aggregation import GRM, Aggregation
 from memcache_jax.memories import Memory, Titans
 from memcache_jax.nn.attention import Attention, check_attention
 from memcache_jax.nn.feed_forward import FeedForward, GatedMLP
+from memcache_jax.nn.lora import LoRA
 from memcache_jax.nn.memory_caching import MemoryCaching, check_layer
 from memcache_jax.nn.norms import Norm
 from memcache_jax.nn.recurrent import RecurrentMixer
@@ -164,6 +166,7 @@ class LanguageModelConfig:
       scan_layers: whether layers that repeat are stacked and run by a loop, so that depth costs no
         compile time. False for one program of all layers, which need not copy a layer's parameters
         out of the stack: decoding on CPUs is then up to twice as fast.
+      lora: the adapters of the blocks' projections; None for none.
       remat: whether the backward pass recomputes each block's activations.
       offload_states: whether, with ``remat``, what the memories write (states before each chunk and
         after each segment, live reads) is kept in host memory for the backward pass instead of
@@ -190,6 +193,7 @@ class LanguageModelConfig:
     logit_scale: float = 1.0
     tie_embeddings: bool = False
     scan_layers: bool = True
+    lora: LoRA | None = None
     remat: bool = False
     offload_states: bool = False
     dtype: Any = jnp.float32
@@ -208,6 +212,8 @@ class LanguageModelConfig:
         check_instance("norm", self.norm, Norm, "an mc.nn.Norm")
         if self.embedding_norm is not None:
             check_instance("embedding_norm", self.embedding_norm, Norm, "an mc.nn.Norm")
+        if self.lora is not None:
+            check_instance("lora", self.lora, LoRA, "an mc.nn.LoRA")
         for name in ("dtype", "param_dtype"):
             check_dtype(name, getattr(self, name))
         if isinstance(self.mixers, list):  # which has no hash
@@ -233,7 +239,7 @@ class LanguageModelConfig:
             raise ValueError("offload_states needs remat=True, got remat=False")
         _check_shared_values(self.mixers)
 
-    @property
+    @functools.cached_property
     def stacks(self) -> Stacks:
         """The blocks, as sequences that are repeated."""
         if self.blocks is not None:

@@ -30,6 +30,9 @@ class Linear(nnx.Linear):
     The other arguments are those of ``nnx.Linear``.
     """
 
+    low_rank: Any = None
+    """The adapter of ``mc.nn.with_lora``, if it has one."""
+
     def __init__(
         self,
         in_features: int,
@@ -49,13 +52,18 @@ class Linear(nnx.Linear):
             bias_init=partitioned(bias_init, axes[1]),
             **options,
         )
+        self.axes = axes
 
     def __call__(self, inputs: Float[Array, "... d"], out_sharding: Any = None) -> Array:
-        """Returns inputs W + b.
+        """Returns inputs W + b, and what an adapter adds.
 
         With Explicit axes the output is divided as the inputs are and, along its last axis, as the
         kernel is, unless ``out_sharding`` says otherwise.
         """
+        product = self._product(inputs, out_sharding)
+        return product if self.low_rank is None else product + self.low_rank(inputs, out_sharding)
+
+    def _product(self, inputs: Float[Array, "... d"], out_sharding: Any) -> Array:
         mesh = context_mesh(inputs)
         if mesh is None and inputs.size:
             rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]), out_sharding)

@@ -94,6 +94,7 @@ def constructors():
     yield mc.nn.LanguageModelConfig, config
     parts, path = mc.nn.recurrent, mc.nn.recurrent.Path(2, 4, conv_width=3)
     yield mc.nn.Norm, dict(kind="rms", epsilon=1e-6, offset=1.0)
+    yield mc.nn.LoRA, dict(rank=4, alpha=8.0)
     yield mc.nn.GatedMLP, vars(mc.nn.GatedMLP(8))
     yield mc.nn.SquaredMLP, dict(hidden=8, use_bias=False)
     yield mc.nn.ChannelMix, dict(hidden=8)
@@ -189,6 +190,8 @@ def calls():
         mc.nn.with_memory_caching,
         dict(model=model, segmentation=mc.Constant(8), aggregation=mc.Residual()),
     )
+    yield mc.nn.with_lora, dict(model=model, rank=2, alpha=4.0, rngs=nnx.Rngs(0))
+    yield mc.nn.merge_lora, dict(model=model)
     yield (
         mc.Decoder,
         dict(model=model, batch_size=2, max_length=32, temperature=0.5, top_k=3, top_p=0.5)
