@@ -222,6 +222,10 @@ class SWLA(MatrixMemory):
     M_t = alpha_t M_{t-1} + beta_t v_{t-1} k_{t-1}^T + lam_t v_t k_t^T, where an independent segment
     begins with v_{-1} k_{-1}^T = 0.
 
+    It is Mamba-3's trapezoid too: with a step dt, a rate A and a share s, log_alpha = dt A,
+    beta = (1 - s) dt alpha and lam = s dt. The rotation of that model is one of its keys and
+    queries, before they come here.
+
     Controls, each (b, t, h): ``log_alpha`` (<= 0), ``beta`` and ``lam``.
 
     Example:
