@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,23 @@ is a step of gradient descent on a small network; ``DeepMemory``.
 """
 
 
+_STATED = ("form", "merges", "erases", "reads_query", "accumulates", "zeros_add_nothing")
+
+
+class Run(NamedTuple):
+    """A run of tokens as a map of the state before it.
+
+    For an affine memory the map of its matrix is M -> A M + B.
+
+    Attributes:
+      state: the state after the run where it begins anew; its matrix is B.
+      transition: what else there is to know, such as A; None where nobody asks.
+    """
+
+    state: State
+    transition: Any
+
+
 class Memory(abc.ABC):
     """A recurrent memory: how it is written and how it is read, for one head of one sequence.
 
@@ -86,7 +103,10 @@ class Memory(abc.ABC):
     """How its chunks follow from each other."""
 
     merges: ClassVar[bool] = False
-    """Whether ``merge`` joins two runs into one."""
+    """Whether a run of tokens is a map of the state before it: ``compose`` joins two into one."""
+
+    erases: ClassVar[bool] = True
+    """Whether a token may erase part of what an affine memory holds, rather than only decay it."""
 
     reads_query: ClassVar[bool] = True
     """Whether a read depends on the query; if not, it is the state's one matrix, a row."""
@@ -110,7 +130,7 @@ class Memory(abc.ABC):
         super().__init_subclass__(**options)
         bases = [base for base in cls.__bases__ if issubclass(base, Memory)]
         if not all(base.__abstractmethods__ for base in bases):  # derives from a finished rule
-            for name in ("form", "merges", "reads_query", "accumulates", "zeros_add_nothing"):
+            for name in _STATED:
                 if name not in vars(cls):
                     setattr(cls, name, getattr(Memory, name))
         if cls.form not in get_args(Form):
@@ -282,15 +302,34 @@ class Memory(abc.ABC):
         """Reads a frozen state, times a gate if there is one."""
         return self.forward(lambda layer, x: jnp.matmul(x, matrices[layer]), query, gate)
 
-    def merge(self, left: State, right: State, controls: Controls) -> State:
-        """The state after two consecutive runs of tokens, from the state after each alone.
+    def identity(self, key_dim: int, dtype: Any) -> Any:
+        """The transition of no tokens, of a memory that ``merges``."""
+        raise NotImplementedError(f"runs of {type(self).__name__} are no maps that compose")
 
-        Args:
-          left: the state after the earlier run, written from the initial state.
-          right: the state after the later run, written from the initial state.
-          controls: the later run's controls.
+    def extended(
+        self,
+        transition: Any,
+        key: Float[Array, "m k"],
+        value: Float[Array, "m v"],
+        controls: Controls,
+    ) -> Any:
+        """The transition of a run and of a chunk after it; arguments as for ``write``."""
+        raise NotImplementedError(f"runs of {type(self).__name__} are no maps that compose")
+
+    def write_map(
+        self, run: Run, key: Float[Array, "m k"], value: Float[Array, "m v"], controls: Controls
+    ) -> tuple[Run, Any]:
+        """``write`` of a chunk after a run, with the transition: the longer run, and the view."""
+        state, chunk = self.write(run.state, run.state, key, value, controls)
+        return Run(state, self.extended(run.transition, key, value, controls)), chunk
+
+    def compose(self, first: Run, then: Run) -> Run:
+        """Two runs that follow each other as one. The operation is associative.
+
+        With another state in place of ``first.state``, and perhaps None for its transition, the
+        result has the state that ``then`` leaves of it.
         """
-        raise NotImplementedError(f"states of {type(self).__name__} cannot be merged")
+        raise NotImplementedError(f"runs of {type(self).__name__} are no maps that compose")
 
     def read_online(self, chunk: Any, query: Float[Array, "m k"]) -> Float[Array, "m v"]:
         """Reads the live memory with each token's query, right after that token's write."""

@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memcache_jax._typing import Array, Controls, Float
+from memcache_jax._typing import Array, Float
 from memcache_jax.kernels.affine_update import AffineChunk
 from memcache_jax.kernels.decay import channel_scores, end_decay, start_decay
 from memcache_jax.memories.affine import MatrixState
@@ -78,7 +78,7 @@ class GLA(MatrixMemory):
       'b t h k'
     """
 
-    merges: ClassVar[bool] = True
+    erases: ClassVar[bool] = False
     largest_chunk: ClassVar[int] = 32
 
     @property
@@ -106,8 +106,3 @@ class GLA(MatrixMemory):
         del anchor
         chunk = ChannelChunk(state.matrix, controls["log_alpha"], key[None], value[None])
         return MatrixState(chunk.end()), chunk
-
-    def merge(self, left: MatrixState, right: MatrixState, controls: Controls) -> MatrixState:
-        """The earlier matrix, decayed over the later run, and the later one."""
-        decay = jnp.exp(controls["log_alpha"].sum(axis=0))
-        return MatrixState(decay[:, None] * left.matrix + right.matrix)

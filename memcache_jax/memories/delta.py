@@ -17,7 +17,7 @@ from memcache_jax.kernels.affine_update import AffineChunk
 from memcache_jax.kernels.decay import channel_scores, start_decay
 from memcache_jax.kernels.triangular import solve_unit_lower
 from memcache_jax.memories.affine import MatrixState
-from memcache_jax.memories.base import NEAR_ONE, Control
+from memcache_jax.memories.base import NEAR_ONE, Control, Run
 from memcache_jax.memories.channel import ChannelChunk
 from memcache_jax.memories.matrix import DecayChunk, MatrixMemory, decay_chunk
 
@@ -62,6 +62,24 @@ class DeltaMemory(MatrixMemory):
         recalled = jnp.matmul(chunk.decayed(erases), state.matrix)
         chunk = chunk.adding(solve_unit_lower(chunk.scores(erases), writes - recalled))
         return MatrixState(chunk.end()), chunk
+
+    def write_map(self, run, key, value, controls):
+        """Writes with A beside M: A is what the rule makes of I where nothing is written."""
+        state, transition = run
+        chunk, erases, writes = self._chunk(state, key, value, controls)
+        beside = jnp.concatenate([state.matrix, transition], axis=1)
+        writes = jnp.pad(writes, ((0, 0), (0, transition.shape[1])))
+        recalled = jnp.matmul(chunk.decayed(erases), beside)
+        added = solve_unit_lower(chunk.scores(erases), writes - recalled)
+        end = chunk.adding(added)._replace(matrix=beside).end()
+        matrix, transition = jnp.split(end, [value.shape[1]], axis=1)
+        return Run(MatrixState(matrix), transition), chunk.adding(added[:, : value.shape[1]])
+
+    def extended(self, transition, key, value, controls) -> Array:
+        """A after a chunk, as in ``write_map``."""
+        chunk, erases, _ = self._chunk(MatrixState(transition), key, value, controls)
+        recalled = jnp.matmul(chunk.decayed(erases), transition)
+        return chunk.adding(solve_unit_lower(chunk.scores(erases), -recalled)).end()
 
     def affine(self, before, key, value, query, controls) -> AffineChunk:
         """Solves for what a chunk's tokens add to nothing, and for what they recall."""
@@ -247,6 +265,22 @@ class RWKV7(MatrixMemory):
         recalled = jnp.matmul(recall, state.matrix) + jnp.matmul(to_written, value)
         chunk = _erasing(state, key, value, solve_unit_lower(system, -recalled), controls)
         return MatrixState(chunk.end()), chunk
+
+    def write_map(self, run, key, value, controls):
+        """Writes with A beside M: A is what the rule makes of I where nothing is written."""
+        state = MatrixState(jnp.concatenate([run.state.matrix, run.transition], axis=1))
+        wide = jnp.pad(value, ((0, 0), (0, run.transition.shape[1])))
+        end, chunk = self.write(state, state, key, wide, controls)
+        matrix, transition = jnp.split(end.matrix, [value.shape[1]], axis=1)
+        values = chunk.values[..., : value.shape[1]]
+        return Run(MatrixState(matrix), transition), ChannelChunk(
+            run.state.matrix, chunk.log_decay, chunk.keys, values
+        )
+
+    def extended(self, transition, key, value, controls) -> Array:
+        """A after a chunk, as in ``write_map``."""
+        state, nothing = MatrixState(transition), jnp.zeros((len(key), len(transition)), key.dtype)
+        return self.write(state, state, key, nothing, controls)[0].matrix
 
     def affine(self, before, key, value, query, controls) -> AffineChunk:
         """Solves for what a chunk's tokens erase of each other, and for what they recall."""

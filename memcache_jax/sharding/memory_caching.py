@@ -23,7 +23,7 @@ from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Lengths, Segmentation
 from memcache_jax.sharding.division import Division
 from memcache_jax.sharding.layout import check_not_mapped_over
-from memcache_jax.sharding.parts import Part
+from memcache_jax.sharding.parts import Part, last_before
 
 
 def over_mesh(
@@ -105,7 +105,7 @@ def _one_part(
     own_document = None
     if document is not None:
         # A document that continues from the part before is this part's document 0.
-        own_document = document - document[:, :1]
+        own_document = document - last_before(document[:, -1:], document[:, :1], division.time_axis)
         document = document.reshape(len(document), own.num_blocks, -1)
     full = full_controls(memory, tokens.controls, tokens.key, tokens.value)
     widened = widen(**tokens._replace(controls=full)._asdict())
@@ -141,7 +141,6 @@ def check_parts(
             plan.num_blocks >= parts,
             f"a segment for each of the {parts} devices, got {length} tokens in {segmentation}",
         ),
-        (not (documents and checkpoint), "independent starts for document_ids"),
         (
             not (documents and spans),
             "a Constant segmentation for document_ids: other buckets count from where a document "
@@ -149,17 +148,13 @@ def check_parts(
         ),
         (implementation != "reference", "the fast path, not the reference"),
         (
-            not checkpoint or implementation in (None, "xla"),
-            "independent starts for kernels",
-        ),
-        (
             merges or not checkpoint,
-            f"independent starts for {rule}, whose states cannot be merged: each segment would "
-            "wait for the one before",
+            f"independent starts for {rule}, whose runs are no maps that compose: each segment "
+            "would wait for the one before",
         ),
         (
             merges or checkpoint or not spans,
-            f"a Constant segmentation for {rule}, whose states cannot be merged",
+            f"a Constant segmentation for {rule}, whose runs are no maps that compose",
         ),
         (
             exchange != "ring" or fits_ring(segmentation, length),
