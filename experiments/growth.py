@@ -67,7 +67,8 @@ def gradient(mixer: Any, length: int) -> tuple[Callable, tuple]:
     x = jax.random.normal(jax.random.key(1), (1, length, FLAGS.features))
 
     def loss(params: Any, x: Any) -> Any:
-        return jnp.mean(nnx.merge(graph, params)(x) ** 2)
+        y: Any = nnx.merge(graph, params)(x)
+        return jnp.mean(y**2)
 
     return jax.grad(loss, (0, 1)), (params, x)
 

@@ -4,10 +4,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import memcache_jax as mc
+from memcache_jax.pretrained.families import family_of
+from memcache_jax.pretrained.given import read_given
+from memcache_jax.pretrained.read import described
 from tests.pretrained.test_read import FOLDERS, expected
 
 PAGE = (Path(__file__).parents[2] / "docs" / "public_models.md").read_text()
@@ -36,3 +40,17 @@ def test_its_code_gives_perplexity_with_and_without_caches_and_adapters(tmp_path
 def test_it_names_the_families_that_are_served():
     table = PAGE[PAGE.index("| `model_type`") : PAGE.index("The tests hold")]
     assert set(re.findall(r"`(\w+)`", table)) - {"model_type"} == set(mc.pretrained.FAMILIES)
+
+
+@pytest.mark.parametrize("name", ["kimi_linear", "nemotron_h"])
+def test_options_that_their_library_does_not_act_on(name):
+    """Their heads are never the embedding, and Nemotron-H's attention has no biases."""
+    given = read_given(FOLDERS / name)
+    changed = given.replaced(tie_word_embeddings=True)
+    if name == "nemotron_h":
+        changed = changed.replaced(attention_bias=True)
+    dtypes = dict(dtype=jnp.float32, param_dtype=jnp.float32)
+    assert described(changed, **dtypes) == described(given, **dtypes)
+    assert [x.names for x in family_of(changed).tensors(changed)] == [
+        x.names for x in family_of(given).tensors(given)
+    ]

@@ -143,7 +143,7 @@ def changed(tmp_path, name, tensors=None, **config):
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("mamba2", dict(model_type="mamba7"), "model_type='mamba7' is not served, only delta_net"),
+        ("mamba2", dict(model_type="mamba7"), "model_type='mamba7' is not served, only bamba"),
         ("mamba2", dict(hidden_act="gelu"), "hidden_act='gelu' is not served, only 'silu'"),
         ("fla_gla", dict(attn={"layers": [1]}), "attn={'layers': .1.} is not served"),
         ("qwen3_5_text", dict(attention_bias=True), "attention_bias=True is not served"),
