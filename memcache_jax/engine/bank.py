@@ -1,5 +1,6 @@
 """The memory's states at the ends of a plan's buckets: taken, merged, or written again."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from memcache_jax._typing import Array, Int, State
 from memcache_jax.engine.documents import buckets_of_documents, runs_of_documents
+from memcache_jax.engine.finite import composed
 from memcache_jax.engine.types import Rows, Writing
 from memcache_jax.engine.write import write_runs
 from memcache_jax.memories import Memory
@@ -138,7 +140,7 @@ def _neighbours(runs: Run) -> tuple[Run, Run]:
 
 def _composed(memory: Memory, first: Run, then: Run) -> Run:
     """Composes runs (b, h, runs, ...)."""
-    compose: Callable = memory.compose
+    compose: Callable = functools.partial(composed, memory)
     for _ in range(3):
         compose = jax.vmap(compose)
     return compose(first, then)

@@ -128,6 +128,12 @@ def _forgetting(memory: Memory, rows: Rows) -> Controls:
     """The controls of a chunk (m, ...), with which the first tokens of documents forget."""
     if rows.begun is None:
         return rows.controls
+    sizes = rows.key.shape[-1], rows.value.shape[-1]
+    if type(memory).write_documents is not Memory.write_documents or memory.weight_shapes(*sizes):
+        raise ValueError(
+            f"{type(memory).__name__} begins documents its own way, which runs that compose do not "
+            "follow: give it forgetting() and states that begin at zero, or state merges = False"
+        )
     return memory.forgetting(rows.controls, first_of_documents(rows.begun.astype(jnp.int32)))
 
 

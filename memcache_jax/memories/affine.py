@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from memcache_jax._typing import Apply, Array, Controls, Float, Matrices, State
 from memcache_jax.kernels.affine_update import AffineChunk
 from memcache_jax.kernels.bands import gated
-from memcache_jax.memories.base import Form, Memory, Run
+from memcache_jax.memories.base import Form, Memory, Run, owner_of
 
 
 class MatrixState(NamedTuple):
@@ -38,9 +38,9 @@ class AffineMemory(Memory):
     ``compose``.
 
     Any run of tokens is such a map too, and two of them compose to one: (A2, B2) o (A1, B1) =
-    (A2 A1, A2 B1 + B2). A is kept as its diagonal where a rule states ``erases = False``. These
-    products are of float32 or wider numbers at the highest precision on every device: a run may
-    have millions of tokens.
+    (A2 A1, A2 B1 + B2). A is kept as its diagonal where a rule states ``erases = False``. Runs are
+    composed in float32 or wider at the highest precision on every device, for a run may have
+    millions of tokens; within a chunk products have the precision of the others.
     """
 
     form: ClassVar[Form] = "affine"
@@ -52,7 +52,12 @@ class AffineMemory(Memory):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         # What is carried beside the matrix enters the next run in a way that only the rule knows.
-        if "carried" in vars(cls) and not {"compose", "merges"} & set(vars(cls)):
+        own = {name: owner_of(cls, name) is not AffineMemory for name in ("carried", "compose")}
+        if own["carried"] and not own["compose"]:
+            if vars(cls).get("merges"):
+                raise TypeError(
+                    f"{cls.__name__} overrides carried: merges = True needs compose too"
+                )
             cls.merges = False
 
     @abc.abstractmethod
@@ -117,6 +122,8 @@ class AffineMemory(Memory):
         before = self.init({}, key.shape[-1], value.shape[-1], key.dtype)
         form = self.affine(before, key, value, key, controls)
         if not self.erases:
+            if form.erase is not None:
+                raise TypeError(f"{type(self).__name__} states erases = False, but its map erases")
             return form.decay * transition
         kept = form.decay[:, None] * transition
         if form.erase is None:

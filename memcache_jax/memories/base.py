@@ -77,7 +77,7 @@ class Run(NamedTuple):
 
     Attributes:
       state: the state after the run where it begins anew; its matrix is B.
-      transition: what else there is to know, such as A; None where nobody asks.
+      transition: what else there is to know, such as A; None if not needed.
     """
 
     state: State
@@ -133,14 +133,16 @@ class Memory(abc.ABC):
             for name in _STATED:
                 if name not in vars(cls):
                     setattr(cls, name, getattr(Memory, name))
+        if "write" in vars(cls) and "write_map" not in vars(cls):
+            cls.write_map = Memory.write_map  # which calls it
         if cls.form not in get_args(Form):
             raise TypeError(
                 f"{cls.__name__}: form must be one of {get_args(Form)}, got {cls.form!r}"
             )
         if cls.form != "scan" and not cls.fixed:
             raise TypeError(f"form={cls.form!r} needs AffineMemory or DeepMemory as base of {cls}")
-        kept = _owner(cls, "fixed").__mro__
-        own = [name for name in cls.fixed if _owner(cls, name) not in kept]
+        kept = owner_of(cls, "fixed").__mro__
+        own = [name for name in cls.fixed if owner_of(cls, name) not in kept]
         if own and cls.form != "scan":
             raise TypeError(
                 f"{cls.__name__} overrides {', '.join(own)}, which the fast paths of form="
@@ -304,7 +306,7 @@ class Memory(abc.ABC):
 
     def identity(self, key_dim: int, dtype: Any) -> Any:
         """The transition of no tokens, of a memory that ``merges``."""
-        raise NotImplementedError(f"runs of {type(self).__name__} are no maps that compose")
+        raise NotImplementedError(f"runs of {type(self).__name__} do not compose")
 
     def extended(
         self,
@@ -314,7 +316,7 @@ class Memory(abc.ABC):
         controls: Controls,
     ) -> Any:
         """The transition of a run and of a chunk after it; arguments as for ``write``."""
-        raise NotImplementedError(f"runs of {type(self).__name__} are no maps that compose")
+        raise NotImplementedError(f"runs of {type(self).__name__} do not compose")
 
     def write_map(
         self, run: Run, key: Float[Array, "m k"], value: Float[Array, "m v"], controls: Controls
@@ -329,14 +331,14 @@ class Memory(abc.ABC):
         With another state in place of ``first.state``, and perhaps None for its transition, the
         result has the state that ``then`` leaves of it.
         """
-        raise NotImplementedError(f"runs of {type(self).__name__} are no maps that compose")
+        raise NotImplementedError(f"runs of {type(self).__name__} do not compose")
 
     def read_online(self, chunk: Any, query: Float[Array, "m k"]) -> Float[Array, "m v"]:
         """Reads the live memory with each token's query, right after that token's write."""
         return self.forward(lambda layer, x: self.apply(chunk, layer, x), query)
 
 
-def _owner(cls: type, name: str) -> type:
+def owner_of(cls: type, name: str) -> type:
     """The class that an attribute comes from."""
     return next(base for base in cls.__mro__ if name in vars(base))
 

@@ -241,7 +241,7 @@ class Attention(nnx.Module):
             y, cache = division.run(extend, args, letters, (row, of_cache))
         return self._next_output(x, y), cache
 
-    # What a stream keeps and how it attends, which a subclass may have otherwise.
+    # What a stream keeps and how it attends, which a subclass may override.
 
     _keeps_values: ClassVar[bool] = True
 

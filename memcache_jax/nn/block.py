@@ -106,7 +106,7 @@ class Block(nnx.Module):
     @property
     def _mlp_shifts(self) -> bool:
         """Whether the MLP sees the token before."""
-        return hasattr(self.config.mlp, "shifts")
+        return getattr(self.config.mlp, "shifts", False)
 
     def init_cache(self, batch_size: int, max_length: int | None, options: dict) -> Any:
         """Returns an empty cache."""

@@ -23,6 +23,8 @@ _NAMES = dict(
     bank="cached states",
     pooled="pooled keys",
     tails="convolution tails",
+    tail="last tokens of MLPs",
+    transition="maps of live segments",
     key="keys and values",
     value="keys and values",
 )

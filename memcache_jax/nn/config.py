@@ -25,6 +25,7 @@ from memcache_jax.nn.feed_forward import FeedForward, GatedMLP
 from memcache_jax.nn.lora import LoRA
 from memcache_jax.nn.memory_caching import MemoryCaching, check_layer
 from memcache_jax.nn.norms import Norm
+from memcache_jax.nn.parallel import ParallelMixer
 from memcache_jax.nn.recurrent import RecurrentMixer
 from memcache_jax.segmentation import Constant, Segmentation
 
@@ -127,6 +128,10 @@ def _check_shared_values(mixers: tuple[Mixer, ...]) -> None:
     """Raises ValueError where a layer mixes in values that no layer before it shares."""
     shared = None
     for mixer in mixers:
+        if isinstance(mixer, ParallelMixer):
+            beside = [m for m in (mixer.left, mixer.right) if isinstance(m, RecurrentMixer)]
+            if any(m.value.first is not None or m.shares_values for m in beside):
+                raise ValueError("mixers side by side can neither share values nor mix them in")
         if not isinstance(mixer, RecurrentMixer):
             continue
         size = mixer.value.heads * mixer.value.dim
@@ -237,7 +242,11 @@ class LanguageModelConfig:
             )
         if self.offload_states and not self.remat:
             raise ValueError("offload_states needs remat=True, got remat=False")
-        _check_shared_values(self.mixers)
+        if self.remat and not self.scan_layers:
+            raise ValueError(
+                "remat recomputes layer by layer: it needs scan_layers=True, got False"
+            )
+        _check_shared_values(self.mixers * (self.num_layers // len(self.mixers)))
 
     @functools.cached_property
     def stacks(self) -> Stacks:
@@ -259,11 +268,22 @@ class LanguageModelConfig:
         return next((mixer.value.heads * mixer.value.dim for mixer in shared), None)
 
     def with_mixers(self, change: Callable[[Mixer], Mixer]) -> "LanguageModelConfig":
-        """The configuration with each mixer changed."""
+        """The configuration with each mixer changed, also those that run side by side."""
         if self.blocks is None:
-            return dataclasses.replace(self, mixers=tuple(map(change, self.mixers)))
-        blocks = (dataclasses.replace(block, mixer=change(block.mixer)) for block in self.blocks)
+            mixers = tuple(changed(mixer, change) for mixer in self.mixers)
+            return dataclasses.replace(self, mixers=mixers)
+        blocks = (
+            dataclasses.replace(block, mixer=changed(block.mixer, change)) for block in self.blocks
+        )
         return dataclasses.replace(self, blocks=tuple(blocks))
+
+
+def changed(mixer: Mixer, change: Callable[[Mixer], Mixer]) -> Mixer:
+    """The mixer with a change, of each of both where two run side by side."""
+    if not isinstance(mixer, ParallelMixer):
+        return change(mixer)
+    both = dict(left=changed(mixer.left, change), right=changed(mixer.right, change))
+    return dataclasses.replace(mixer, **both)
 
 
 def _stacks_of(blocks: tuple[BlockConfig, ...]) -> Stacks:

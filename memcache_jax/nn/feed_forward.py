@@ -17,7 +17,7 @@ from memcache_jax.sharding.names import partitioned
 
 @runtime_checkable
 class FeedForward(Protocol):
-    """Describes what a block does to each token alone."""
+    """Describes what a block does to each token, and perhaps to the one before: ``ChannelMix``."""
 
     def build(self, features: int, **options: Any) -> nnx.Module:
         """Returns a module (b, t, d) -> (b, t, d); options: dtype, param_dtype, rngs."""
@@ -206,7 +206,10 @@ class SparseExperts(nnx.Module):
     ) -> None:
         self.experts, self.dtype = experts, dtype
         options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.router = Linear(features, experts.num_experts, axes=("embed", "experts"), **options)
+        wide = options  # near ties of many sigmoids need float32
+        if experts.probabilities == "sigmoid":
+            wide = options | dict(dtype=jnp.float32, param_dtype=jnp.float32)
+        self.router = Linear(features, experts.num_experts, axes=("embed", "experts"), **wide)
         if experts.selection_bias:
             zeros = partitioned(jax.nn.initializers.zeros, "experts")
             bias = zeros(rngs.params(), (experts.num_experts,), jnp.float32)

@@ -180,7 +180,7 @@ class LanguageModel(nnx.Module):
 
         x, found = self._embed(tokens), []
         for layers, repeats in self.stacks:
-            x, gates = scan_stack(layers, repeats, gates_of, x)
+            x, gates = scan_stack(layers, repeats, gates_of, x, settle=isinstance(x, Hidden))
             found += [
                 None if of_mixer is None else of_mixer[repeat]
                 for repeat in range(repeats)

@@ -178,6 +178,8 @@ class LatentAttention(Attention):
     def _kernels(self, dtype: Any, division: Division | None) -> list[Array]:
         """From a latent row to each head's keys and values, (c, h, k) and (c, h, v)."""
         kernel = self.up.kernel[...].astype(dtype)
+        if self.up.low_rank is not None:
+            kernel += self.up.low_rank.matrix().astype(dtype)
         if division is not None:
             kernel = division.lay(kernel, ". .")
         kernel = kernel.reshape(self.mixer.rank, self.num_heads, -1)

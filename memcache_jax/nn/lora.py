@@ -40,15 +40,18 @@ class LoRA:
         found = [(path, part) for path, part in nnx.iter_modules(module) if type(part) is Linear]
         for path, linear in found:
             if path[-1] != "connector":
-                linear.low_rank = LowRank(self, linear, rngs=rngs)
+                linear.low_rank = Adapter(self, linear, rngs=rngs)
 
 
-class LowRank(nnx.Module):
+class Adapter(nnx.Module):
     """The adapter of a projection: x -> (alpha / rank) B A x."""
 
     def __init__(self, lora: LoRA, of: Linear, *, rngs: nnx.Rngs) -> None:
         self.scale = lora.alpha / lora.rank
-        options: dict[str, Any] = dict(dtype=of.dtype, param_dtype=of.param_dtype, rngs=rngs)
+        param_dtype = jnp.promote_types(
+            of.param_dtype, jnp.float32
+        )  # small steps round in bfloat16
+        options: dict[str, Any] = dict(dtype=of.dtype, param_dtype=param_dtype, rngs=rngs)
         first, last = of.axes
         init = jax.nn.initializers.he_uniform()
         zeros = jax.nn.initializers.zeros

@@ -158,15 +158,15 @@ class MemoryLayer(nnx.Module):
     def _whole(
         self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None
     ) -> Float[Array, "b t d"]:
-        if 0 in x.shape[:2]:
-            return self._empty_output(x if self.dtype is None else x.astype(self.dtype))
         return self._mix(x, document_ids, None)[0]
 
     def _mix(
         self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None, first: Any
     ) -> tuple[Float[Array, "b t d"], Any]:
-        """The output, and what ``_tokens`` kept for it."""
+        """The output, and what ``_tokens`` kept for it; None of an input without tokens."""
         wide = x if self.dtype is None else x.astype(self.dtype)
+        if 0 in x.shape[:2]:
+            return self._empty_output(wide), None
         tokens, kept = self._tokens(wide, document_ids, first)
         y = memory_caching(
             **tokens,

@@ -8,10 +8,9 @@ from flax import nnx
 from memcache_jax.aggregation import GRM, Aggregation
 from memcache_jax.caching import check_configuration
 from memcache_jax.nn.block import Block
-from memcache_jax.nn.config import MemoryCachingMixer, Mixer
+from memcache_jax.nn.config import MemoryCachingMixer, Mixer, changed
 from memcache_jax.nn.language_model import LanguageModel, abstract_model
 from memcache_jax.nn.memory_layer import MemoryLayer
-from memcache_jax.nn.parallel import ParallelMixer
 from memcache_jax.nn.recurrent import Recurrent, RecurrentMixer
 from memcache_jax.nn.tuning import grown
 from memcache_jax.segmentation import Segmentation
@@ -76,9 +75,6 @@ def with_memory_caching(
         layer.aggregation, layer.segmentation = aggregation, segmentation
 
     def cached(mixer: Mixer) -> Mixer:
-        if isinstance(mixer, ParallelMixer):
-            both = dict(left=cached(mixer.left), right=cached(mixer.right))
-            return dataclasses.replace(mixer, **both)
         if not isinstance(mixer, MemoryCachingMixer | RecurrentMixer):
             return mixer
         return dataclasses.replace(mixer, aggregation=aggregation, segmentation=segmentation)
@@ -87,7 +83,7 @@ def with_memory_caching(
         if isinstance(module, LanguageModel):
             module.config = module.config.with_mixers(cached)
         elif isinstance(module, Block):
-            mixer = cached(module.config.mixer)
+            mixer = changed(module.config.mixer, cached)
             module.config = dataclasses.replace(module.config, mixer=mixer)
     if not isinstance(new, LanguageModel):
         return new

@@ -58,7 +58,7 @@ def load(
     check_dtype("param_dtype", param_dtype, optional=True)
     given = read_given(folder)
     if param_dtype is None:
-        param_dtype = jnp.dtype(given.get("dtype", given.get("torch_dtype", "float32")))
+        param_dtype = jnp.dtype(given.dtype())
     dtype = param_dtype if dtype is None else dtype
     config = described(given, dtype=dtype, param_dtype=param_dtype)
     config = dataclasses.replace(config, scan_layers=check_flag("scan_layers", scan_layers))
@@ -83,6 +83,7 @@ def _fill(
     shardings: Mapping[tuple, Any] | None,
 ) -> None:
     """Reads the parameters of an abstract model."""
+    tensors = [tensor.named_in(weights.names) for tensor in tensors]
     places, known = Places(model), {name for tensor in tensors for name in tensor.names}
     if left := sorted(weights.names - known):
         more = f" and {len(left) - 3} more" if len(left) > 3 else ""

@@ -36,6 +36,7 @@ class Tensor:
       groups: how often the parts take turns: each group of rows has a piece of every part.
       axis: the axis of rows, along which parts are joined.
       shape: the tensor's shape, with one -1, where it is not that of its parts.
+      others: other names that files have for the tensors, which are read and not written.
     """
 
     names: tuple[str, ...]
@@ -44,6 +45,13 @@ class Tensor:
     groups: int = 1
     axis: int = 0
     shape: tuple[int, ...] | None = None
+    others: tuple[str, ...] = ()
+
+    def named_in(self, names: set[str]) -> "Tensor":
+        """The tensor by the names that a file has for it."""
+        if self.others and set(self.others) <= names:
+            return dataclasses.replace(self, names=self.others)
+        return self
 
     def cut(self, joined: np.ndarray, sizes: list[tuple[int, ...]]) -> list[np.ndarray]:
         """The parts of the joined tensor, of these shapes, in their parameters' forms."""

@@ -41,7 +41,7 @@ def save(model: LanguageModel, folder: str | Path) -> None:
     from safetensors.numpy import save_file
 
     given = Given(json.loads(published))
-    dtype = jnp.dtype(given.get("dtype", given.get("torch_dtype", "float32")))
+    dtype = jnp.dtype(given.dtype())
     places, tensors = Places(model), {}
     params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     for tensor in family_of(given).tensors(given):

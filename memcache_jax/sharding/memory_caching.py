@@ -1,8 +1,8 @@
 """Memory caching over a mesh: rows, heads and parts of a sequence side by side.
 
 Rows of a batch and heads are independent. Parts of a sequence nearly are: with independent starts
-each part writes its own segments, and only the states at their ends and the pooled keys cross the
-mesh, not the activations of tokens.
+each part writes its own segments. Only the states at their ends and the pooled keys cross the mesh,
+and the maps of segments where buckets span several, not the activations of tokens.
 """
 
 import functools
@@ -14,6 +14,7 @@ import numpy as np
 
 from memcache_jax._typing import Array, Exchange, Float, Implementation, Int, Start
 from memcache_jax.aggregation import Aggregation
+from memcache_jax.engine.bank import compose_plan
 from memcache_jax.engine.documents import count_documents
 from memcache_jax.engine.one_pass import one_pass
 from memcache_jax.engine.run import cut_for, full_controls, run, widen, writing
@@ -149,12 +150,13 @@ def check_parts(
         (implementation != "reference", "the fast path, not the reference"),
         (
             merges or not checkpoint,
-            f"independent starts for {rule}, whose runs are no maps that compose: each segment "
+            f"independent starts for {rule}, whose runs do not compose: each segment "
             "would wait for the one before",
         ),
         (
-            merges or checkpoint or not spans,
-            f"a Constant segmentation for {rule}, whose runs are no maps that compose",
+            compose_plan(memory, plan) or checkpoint or not spans,
+            f"a Constant segmentation for {rule}, or buckets that double in size and a rule whose "
+            "runs compose",
         ),
         (
             exchange != "ring" or fits_ring(segmentation, length),

@@ -80,7 +80,7 @@ class Part(Layout):
         goes_on = jnp.ones(rows.key.shape[:2], bool)
         if rows.begun is not None:
             goes_on = (rows.begun == 0).all(axis=(2, 3, 4))
-        lost = jnp.isnan(whole.state[0]).reshape(*goes_on.shape, -1).any(axis=-1)
+        lost = jnp.isnan(jax.tree.leaves(whole.state)[0]).reshape(*goes_on.shape, -1).any(axis=-1)
         finite = jax.tree.map(lambda x: jnp.where(jnp.isnan(x), 0, x), whole.state)
         run, distance = whole._replace(state=finite), 1
         index = lax.axis_index(self.axis)
@@ -93,7 +93,7 @@ class Part(Layout):
         return last_before((run.state, lost), first, self.axis)
 
     def cached(self, how: Writing, ends: Run, blocks: Blocks) -> tuple[Bank, Candidates]:
-        """The states of all parts: gathered and merged into buckets, or on a ring."""
+        """The states of all parts: gathered and composed into buckets, or on a ring."""
         candidates = self._candidates(blocks)
         if self.ring:
             matrices = how.memory.matrices(ends.state)

@@ -11,7 +11,7 @@ from jax import lax
 
 from memcache_jax import _checks
 from memcache_jax._typing import Array, Bool, Float, Int, State
-from memcache_jax.engine.finite import cleaned, spoil
+from memcache_jax.engine.finite import cleaned, composed, spoil
 from memcache_jax.engine.read import ArrayBank, Bank
 from memcache_jax.engine.run import Layout, needs_of, run
 from memcache_jax.engine.types import (
@@ -103,11 +103,11 @@ def _begun(cache: Cache, block: Int[Array, "b"], into_block: Int[Array, "b"]) ->
 
 
 def _followed(memory: Memory, ends: Run, complete: Bool[Array, "b"]) -> State:
-    """The states of all tracks, where a block is complete after its run, which track 0 has."""
+    """The states of all tracks: where a block is complete, track 0's run continues the others."""
 
     def follow(ends: Run) -> State:
         state, transition = jax.tree.map(lambda x: x[:, :, 0], ends)
-        of_head = jax.vmap(lambda first, then: memory.compose(Run(first, None), then), (0, None))
+        of_head = jax.vmap(lambda first, then: composed(memory, Run(first, None), then), (0, None))
         before = jax.tree.map(lambda x: x[:, :, 1:], ends.state)
         after = jax.vmap(jax.vmap(of_head))(before, Run(state, transition)).state
         after = jax.tree.map(lambda x, y: jnp.concatenate([x[:, :, None], y], 2), state, after)
@@ -131,7 +131,7 @@ class Piece(Layout):
     def write(self, how: Writing, rows: Rows) -> tuple[Run, Views]:
         """Writes the tokens into track 0, the live one, which alone is read, and into all others.
 
-        Of runs that are maps the others follow when the block is complete.
+        If runs compose, the others are updated once the block is complete.
         """
         chunk = jax.tree.map(lambda x: x[:, :, 0, 0], rows._replace(bad=None))
         states = self.cache.state, self.cache.anchor

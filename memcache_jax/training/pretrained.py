@@ -75,7 +75,7 @@ class PublicModel(NamedTuple):
         """The public model, without caches. What is not trained has the dtype of its files."""
         check_choice("model.dtype", config.model.dtype, ("float32", "bfloat16"))
         given = Given(self.values, f"{self.folder}/config.json")
-        kept = given.get("dtype", given.get("torch_dtype", "float32"))
+        kept = given.dtype()
         param_dtype = jnp.float32 if config.tune == "all" else jnp.dtype(kept)
         return described(given, dtype=jnp.dtype(config.model.dtype), param_dtype=param_dtype)
 
@@ -130,6 +130,11 @@ class PublicModel(NamedTuple):
                     f"model.{name} is the public model's own: leave it at {values[0]!r}, got "
                     f"{said[name]!r}"
                 )
+        if config.data.tokenizer == "bytes" and model.vocab_size != 257:
+            raise ValueError(
+                f"data.tokenizer='bytes' has 257 ids, the public model {model.vocab_size}: give "
+                "'pretrained', for the folder's own"
+            )
         config.model.update(found)
         if config.data.tokenizer == "pretrained":
             folder = Path(self.folder)

@@ -101,3 +101,17 @@ def test_the_table_of_a_cache_counts_latent_rows():
     table = mc.nn.cache_table(model, model.init_cache(1, 16), 16).splitlines()
     assert "896" in table[1]  # 2 layers, 16 tokens, 7 numbers of 4 bytes
     assert "896" in table[-1]
+
+
+def test_a_stream_reads_through_adapters_too():
+    block = mc.nn.BlockConfig(MIXER)
+    config = mc.nn.LanguageModelConfig(17, 1, FEATURES, 2, blocks=(block,))
+    model = mc.nn.LanguageModel(config, rngs=nnx.Rngs(0))
+    adapted = mc.nn.with_lora(model, rank=2, rngs=nnx.Rngs(1))
+    for path, param in nnx.to_flat_state(nnx.state(adapted, nnx.PathContains("low_rank"))):
+        param.set_value(jax.random.normal(jax.random.key(len(path)), param.shape))
+    tokens = jnp.arange(10)[None]
+    expected = whole(adapted, tokens)
+    assert np.abs(expected - whole(model, tokens)).max() > 0.1
+    hidden, _ = jax.jit(type(adapted).extend)(adapted, tokens, adapted.init_cache(1, 10))
+    assert_close(adapted.logits(hidden), expected, 1e-5)

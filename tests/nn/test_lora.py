@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import memcache_jax as mc
-from memcache_jax.nn.lora import LowRank
+from memcache_jax.nn.lora import Adapter
 from tests.cases import with_slow
 from tests.pretrained.test_read import FOLDERS, NAMES, expected
 
@@ -33,7 +33,7 @@ def test_the_adapters_of_every_layer_are_trained(name):
     tokens, _ = expected(name)
     # B is zero at first, and with it the gradient of A.
     for _, part in nnx.iter_modules(model):
-        if isinstance(part, LowRank):
+        if isinstance(part, Adapter):
             part.up.kernel[...] += 0.01
 
     @jax.jit

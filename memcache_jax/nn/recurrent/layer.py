@@ -23,6 +23,7 @@ from memcache_jax.nn.recurrent.path import Path, Rows
 from memcache_jax.nn.token_shift import LayerInput, next_previous, previous_tokens
 from memcache_jax.segmentation import Constant, Segmentation
 from memcache_jax.sharding.division import Division
+from memcache_jax.sharding.layout import like
 from memcache_jax.sharding.names import partitioned
 
 # Longer than any stream, so that there is one segment: the rule without caches.
@@ -214,12 +215,12 @@ class Recurrent(MemoryLayer):
         Takes the first layer's values and returns them, or its own if it is the first.
         """
         y, kept = self._mix(x, document_ids, first)
-        return y, kept.values if self.shares_values else first
+        return y, first if kept is None or not self.shares_values else kept.values
 
     def extend_in_model(
         self, x: Float[Array, "b t d"], cache: LayerCache, lengths: Any, first: Array
     ) -> tuple[Float[Array, "b t d"], LayerCache, Array]:
-        """As ``extend``, likewise."""
+        """As ``extend``, within such a model."""
         y, cache, kept = self._mix_next(x, cache, lengths, first)
         return y, cache, kept.values if self.shares_values else first
 
@@ -248,7 +249,8 @@ class Recurrent(MemoryLayer):
     ) -> tuple[dict[str, Any], Kept, tuple]:
         new, inputs = list(tails), LayerInput(x)
         if self.shifts:
-            previous, new[3] = next_previous(x, tails[3], counts)
+            previous, tail = next_previous(x, tails[3], counts)
+            new[3] = like(tails[3], tail)
             inputs = LayerInput(x, previous)
         rows = self._projected(inputs, first)
         pairs = [(row, "b . h") for row in (*rows, *tails[:3])]

@@ -9,6 +9,11 @@ from memcache_jax.pretrained.given import Given
 from memcache_jax.pretrained.tensors import Names, Tensor
 
 
+def with_defaults(given: Given) -> Given:
+    """With the heads of keys that Bamba and Falcon-H1 have where a file does not say."""
+    return Given({"num_key_value_heads": 8} | dict(given.values), given.where)
+
+
 def sizes(given: Given, inner: int) -> tuple[int, int]:
     """Heads and their dimension, which a configuration may leave to ``inner`` channels."""
     heads, dim = given.get("mamba_n_heads", 128), given.get("mamba_d_head", "auto")

@@ -28,7 +28,7 @@ def config(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig
             conv_bias=given.get("mamba_conv_bias", True),
             bias=bool(given.get("mamba_proj_bias", False)),
         ),
-        _model.attention(given, rope_base=base, rope_fraction=part),
+        _model.attention(_mamba.with_defaults(given), rope_base=base, rope_fraction=part),
     ]
     mlp = GatedMLP(given["intermediate_size"], bool(given.get("mlp_bias", False)))
     blocks = [BlockConfig(mixers[attends], mlp, norm) for attends in _attends(given)]

@@ -13,7 +13,9 @@ def config(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig
     """The model's shape."""
     given.only(hidden_act="silu", mamba_proj_bias=False, attention_bias=False)
     norm = Norm(epsilon=given.number("rms_norm_eps", 1e-5))
-    inner = given.get("mamba_d_ssm", given.get("mamba_expand", 2) * given["hidden_size"])
+    inner = given.values.get("mamba_d_ssm", 1024)  # null asks for the expanded channels
+    if inner is None:
+        inner = given.get("mamba_expand", 2) * given["hidden_size"]
     heads, dim = _mamba.sizes(given, inner)
     groups, into = given.get("mamba_n_groups", 1), given.number("ssm_in_multiplier", 1.0)
     mamba = _mamba.mixer(
@@ -34,7 +36,9 @@ def config(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig
     into, of_keys = given.number("attention_in_multiplier", 1.0), given.number("key_multiplier", 1)
     head_dim = given.get("head_dim", given["hidden_size"] // given["num_attention_heads"])
     attention = _model.attention(
-        given, rope_base=given.rope()[0], scale=into**2 * of_keys * head_dim**-0.5
+        _mamba.with_defaults(given),
+        rope_base=given.rope()[0],
+        scale=into**2 * of_keys * head_dim**-0.5,
     )
     mixer = ParallelMixer(
         mamba,

@@ -1,5 +1,6 @@
 """Kimi Linear (arXiv:2510.26692): KDA and latent attention, sparse experts with a shared one."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from memcache_jax.pretrained.tensors import Names, Tensor
 
 def config(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig:
     """The model's shape."""
+    given = _by_one_name(given)
     heads = given["num_attention_heads"]
     given.only(hidden_act="silu", num_key_value_heads=(None, heads))
     norm = Norm(epsilon=given.number("rms_norm_eps", 1e-5))
@@ -31,7 +33,7 @@ def config(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig
             given["num_experts"],
             given["num_experts_per_token"],
             hidden,
-            hidden * given.get("num_shared_experts", 1),
+            hidden * given.get("num_shared_experts", 1) or None,
             probabilities="sigmoid",
             normalize=given.get("moe_renormalize", True),
             scale=given.number("routed_scaling_factor", 2.446),
@@ -46,6 +48,19 @@ def config(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig
     ]
     given = given.replaced(tie_word_embeddings=False)  # its library ties none
     return _model.model(given, blocks, norm, heads, dtype=dtype, param_dtype=param_dtype)
+
+
+def _by_one_name(given: Given) -> Given:
+    """With the published names of what transformers has other names for too."""
+    names = dict(
+        n_group="num_expert_group",
+        norm_topk_prob="moe_renormalize",
+        n_shared_experts="num_shared_experts",
+        num_experts_per_tok="num_experts_per_token",
+        num_local_experts="num_experts",
+    )
+    there = {new: given.values[old] for old, new in names.items() if old in given.values}
+    return given.replaced(**{**there, **given.values})
 
 
 def _chosen(given: Given, among: dict[str, Any], kind: str) -> Any:
@@ -105,6 +120,7 @@ def _latent(given: Given) -> LatentAttentionMixer:
 
 def tensors(given: Given) -> Iterator[Tensor]:
     """The tensors of its files."""
+    given = _by_one_name(given)
     untied = given.replaced(tie_word_embeddings=False)
     yield from _model.ends(untied, "model.embed_tokens", "model.norm")
     for layer, (kind, of_mlp) in enumerate(_layers(given)):
@@ -113,12 +129,16 @@ def tensors(given: Given) -> Iterator[Tensor]:
         yield names.same("post_attention_layernorm.weight", "mlp_norm/scale")
         yield from (_delta_tensors if kind == "linear_attention" else _latent_tensors)(given, names)
         if of_mlp == "dense":
-            yield from _model.gated_mlp(names, "block_sparse_moe")
+            for tensor in _model.gated_mlp(names, "block_sparse_moe"):  # as transformers saves it
+                (name,) = tensor.names
+                published = name.replace("block_sparse_moe", "mlp")
+                yield dataclasses.replace(tensor, others=(published,))
         else:
             where = "block_sparse_moe"
             yield from _model.experts(names, where, given["num_experts"], ("w1", "w3", "w2"))
             yield names.same(f"{where}.gate.e_score_correction_bias", "mlp/selection_bias")
-            yield from _model.gated_mlp(names, f"{where}.shared_experts", "mlp/shared")
+            if given.get("num_shared_experts", 1):
+                yield from _model.gated_mlp(names, f"{where}.shared_experts", "mlp/shared")
 
 
 def _delta_tensors(given: Given, names: Names) -> Iterator[Tensor]:
