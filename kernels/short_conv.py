@@ -49,6 +49,8 @@ def document_conv_silu(
 
 def shift(x: Float[Array, "b t ..."] | Int[Array, "b t"]) -> Array:
     """Each row's value one token before, zero for the first."""
+    if not x.shape[1]:
+        return x
     return jnp.pad(x[:, :-1], [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2))
 
 

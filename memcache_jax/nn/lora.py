@@ -48,9 +48,8 @@ class Adapter(nnx.Module):
 
     def __init__(self, lora: LoRA, of: Linear, *, rngs: nnx.Rngs) -> None:
         self.scale = lora.alpha / lora.rank
-        param_dtype = jnp.promote_types(
-            of.param_dtype, jnp.float32
-        )  # small steps round in bfloat16
+        # In bfloat16 small steps would round to none.
+        param_dtype = jnp.promote_types(of.param_dtype, jnp.float32)
         options: dict[str, Any] = dict(dtype=of.dtype, param_dtype=param_dtype, rngs=rngs)
         first, last = of.axes
         init = jax.nn.initializers.he_uniform()

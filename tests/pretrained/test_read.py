@@ -251,3 +251,23 @@ def test_parameters_are_divided_as_they_are_read(name, kind):
         assert rows is not None
         got = jax.jit(lambda model, tokens: model(tokens))(model, tokens)
     assert_close(got, wanted, 2e-5)
+
+
+def test_names_as_published_beside_those_of_the_library(tmp_path):
+    """The published Kimi Linear has another name for dense MLPs than transformers saves."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = FOLDERS / "kimi_linear"
+    shutil.copy(folder / "config.json", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    names = {name: name.replace("0.block_sparse_moe", "0.mlp") for name in tensors}
+    assert sum(new != old for old, new in names.items()) == 3
+    save_file({names[name]: x for name, x in tensors.items()}, tmp_path / "model.safetensors")
+    read, expected = map(mc.pretrained.load, (tmp_path, folder))
+    for x, y in zip(*map(jax.tree.leaves, map(nnx.state, (read, expected))), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_no_tokens_give_no_logits():
+    model = mc.pretrained.load(FOLDERS / "fla_rwkv7")
+    assert model(jnp.zeros((1, 0), jnp.int32)).shape == (1, 0, 97)
