@@ -146,7 +146,7 @@ def changed(tmp_path, name, tensors=None, **config):
         ("mamba2", dict(model_type="mamba7"), "model_type='mamba7' is not served, only bamba"),
         ("mamba2", dict(hidden_act="gelu"), "hidden_act='gelu' is not served, only 'silu'"),
         ("fla_gla", dict(attn={"layers": [1]}), "attn={'layers': .1.} is not served"),
-        ("qwen3_5_text", dict(attention_bias=True), "attention_bias=True is not served"),
+        ("qwen3_5_text", dict(hidden_act="gelu"), "hidden_act='gelu' is not served"),
         ("qwen3_5_text", dict(rope_parameters={"rope_type": "yarn"}), "rope_type='yarn'"),
         ("nemotron_h", dict(layers_block_type=["mlp", "moe"]), "layer 0 of layers_block_type"),
         ("mamba2", dict(head_dim=16), "in_proj.weight of .* together, got .184, 32."),
