@@ -11,7 +11,10 @@ def changes(config: Any, report: dict[str, Any]) -> list[str]:
     the model's heads and segments evenly.
     """
     from memcache_jax.sharding.memory_caching import fits_ring
+    from memcache_jax.training.pretrained import PublicModel
 
+    if (public := PublicModel.of(config)) is not None:
+        config = public.resolved(config)
     mesh, model = report["mesh"], config.model
     rows = config.batch_size // (mesh["data"] * mesh["fsdp"] * config.accumulate)
     twice = f"--config.accumulate={2 * config.accumulate}"
@@ -45,10 +48,11 @@ def changes(config: Any, report: dict[str, Any]) -> list[str]:
 
 def _memory_mixers(config: Any) -> list[Any]:
     from memcache_jax.nn import MemoryCachingMixer
-    from memcache_jax.training.models import model_config
+    from memcache_jax.nn.recurrent import RecurrentMixer
+    from memcache_jax.training.pretrained import PublicModel, run_model
 
-    mixers = model_config(config.model).mixers
-    return [mixer for mixer in mixers if isinstance(mixer, MemoryCachingMixer)]
+    mixers = run_model(config, PublicModel.of(config)).mixers
+    return [x for x in mixers if isinstance(x, MemoryCachingMixer | RecurrentMixer)]
 
 
 def _divides_time(config: Any, mixers: list[Any], parts: int) -> bool:

@@ -52,7 +52,7 @@ def layers() -> dict[str, Callable]:
     rules = mc.memories
     memories = [
         *(rules.LinearAttention(), rules.RetNet(), rules.SSD(), rules.SWLA(), rules.GLA()),
-        *(rules.DeltaNet(), rules.GatedDeltaNet(), rules.RWKV7()),
+        *(rules.DeltaNet(), rules.GatedDeltaNet(), rules.RWKV7(), rules.KDA(), rules.GDN2()),
         *(rules.DLA(FLAGS.chunk), rules.Titans(FLAGS.chunk), rules.Vector()),
     ]
     memories = {type(memory).__name__: memory for memory in memories}

@@ -2,8 +2,9 @@
 
     python -m experiments.evaluate --workdir=FOLDER --tasks=paper_commonsense,wikitext
 
-``FOLDER`` is the workdir of ``experiments.train``; the program loads its newest checkpoint. Needs
-``pip install 'memcache_jax[eval]'``, and internet access for the tasks' data.
+``FOLDER`` is the workdir of ``experiments.train``; the program loads its newest checkpoint.
+``--pretrained=FOLDER --max_length=TOKENS`` reads a public model instead, and ``--segment`` gives it
+caches. Needs ``pip install 'memcache_jax[eval]'``, and internet access for the tasks' data.
 
 Tasks come from lm-evaluation-harness, from ``experiments/tasks`` and from ``--include_path``. The
 paper's sets expand to these tasks:
@@ -37,8 +38,8 @@ from absl import flags
 from absl import logging as absl_logging
 
 from experiments._program import run
+from experiments._source import read_source, source
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a training run.", required=True)
 _TASKS = flags.DEFINE_list("tasks", None, "Names of tasks, groups or sets.", required=True)
 _INCLUDE_PATH = flags.DEFINE_list("include_path", [], "Folders with additional task files.")
 _LIMIT = flags.DEFINE_integer("limit", None, "Examples per task; all by default.", 1)
@@ -47,7 +48,7 @@ _NUM_FEWSHOT = flags.DEFINE_integer(
 )
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows per batch.", 1)
 _MAX_LENGTH = flags.DEFINE_integer(
-    "max_length", None, "Maximum tokens that the model reads; its training length by default.", 1
+    "max_length", None, "Maximum tokens that the model reads; a run's own by default.", 1
 )
 _TRUNCATE = flags.DEFINE_enum(
     "truncate", "left", ["left", "middle"], "Which part of a too long prompt to drop."
@@ -59,7 +60,7 @@ _CONTEXT_LENGTH = flags.DEFINE_integer(
     1,
 )
 _METADATA = flags.DEFINE_string("metadata", "{}", "Options of tasks that generate data, as JSON.")
-_OUTPUT = flags.DEFINE_string("output", None, "Results; WORKDIR/eval/results.json by default.")
+_OUTPUT = flags.DEFINE_string("output", None, "Results; FOLDER/eval/results.json by default.")
 
 _LONGBENCH = (
     "narrativeqa qasper multifieldqa_en hotpotqa 2wikimqa musique gov_report qmsum multi_news "
@@ -96,20 +97,23 @@ def program() -> None:
     except ImportError as e:
         raise ImportError(f"{e}: pip install 'memcache_jax[eval]'") from e
     from experiments._lm_eval import TrainedLM
-    from memcache_jax.training import load_model
     from memcache_jax.training.durable import replace_file
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax logs every step it takes
-    output = Path(_OUTPUT.value or Path(_WORKDIR.value, "eval", "results.json"))
+    output = Path(_OUTPUT.value or source() / "eval" / "results.json")
     entries = _read(output)
     metadata = _metadata()
-    model, tokenizer, config = load_model(_WORKDIR.value)
-    max_length = _MAX_LENGTH.value or config.sequence_length
+    model, tokenizer, config = read_source()
+    max_length = _MAX_LENGTH.value
+    if max_length is None:
+        if config is None:
+            raise ValueError("give --max_length, the most tokens that the public model reads")
+        max_length = config.sequence_length
     options: dict[str, Any] = dict(max_length=max_length, truncate=_TRUNCATE.value)
     lm = TrainedLM(model, tokenizer, batch_size=_BATCH_SIZE.value, **options)
     names = list(dict.fromkeys(task for name in _TASKS.value for task in SETS.get(name, [name])))
-    manager = _task_manager(names, {**metadata, "workdir": os.path.abspath(_WORKDIR.value)})
+    manager = _task_manager(names, {**metadata, "workdir": os.path.abspath(source())})
     settings = {
         "parameters": _fingerprint(model, config),
         **options,
@@ -212,7 +216,8 @@ def _fingerprint(model: Any, config: Any) -> str:
     import numpy as np
     from flax import nnx
 
-    digest = hashlib.sha1(config.model.to_json(sort_keys=True).encode())
+    described = config.model.to_json(sort_keys=True) if config else repr(model.config)
+    digest = hashlib.sha1(described.encode())
     for x in jax.tree.leaves(nnx.state(model)):
         digest.update(np.asarray(x).tobytes())
     return digest.hexdigest()[:16]

@@ -8,6 +8,9 @@ with caches added after training, without new parameters (Sec. 4.3 of arXiv:2602
 state every training length, and reads all states with equal weight. The result is the loss on
 held-out rows several times as long, in bits per byte by position in the row. Rows are packed
 documents, as in training. The same command resumes an interrupted study.
+
+``--pretrained=FOLDER`` measures a public model instead, on the rows of ``config.training.data``;
+``--segment`` also with caches of segments of so many tokens.
 """
 
 import dataclasses
@@ -23,6 +26,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 import memcache_jax as mc
+from experiments._public import PRETRAINED, SEGMENT
 from experiments._study import Case, Row, Study, new_figure, run
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.nn import LanguageModel, MemoryCachingMixer, Mixer
@@ -36,6 +40,7 @@ from memcache_jax.training import (
 )
 from memcache_jax.training.config import to_json
 from memcache_jax.training.corpus import load_corpus
+from memcache_jax.training.tokenizers import end_token_of, published_tokenizer
 
 POST: Mapping[str, mc.Aggregation] = {
     "GRM after training": mc.GRM(gate="uniform"),
@@ -67,9 +72,7 @@ def groups(config: Any) -> list[list[Case]]:
     Raises:
       ValueError: for invalid settings.
     """
-    for name in ("first_bin", "eval_batch_size"):
-        if config[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {config[name]}")
+    _check_sizes(config)
     if config.eval_length <= config.training.sequence_length:
         raise ValueError(
             f"eval_length must be above the training's {config.training.sequence_length}, "
@@ -87,13 +90,44 @@ def groups(config: Any) -> list[list[Case]]:
     return found
 
 
-def measure(cases: list[Case], folder: Path, batch_size: int) -> list[Row]:
+def _check_sizes(config: Any) -> None:
+    for name in ("first_bin", "eval_batch_size"):
+        if config[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {config[name]}")
+
+
+def public_group(config: Any, folder: str, segment: int | None) -> list[Case]:
+    """Returns the cases of a public model: as it is, and with caches after each segment."""
+    _check_sizes(config)
+    data = to_json(config.training)["data"]
+    evaluation = {name: config[name] for name in ("eval_length", "eval_tokens", "first_bin")}
+    shared = dict(public=folder, segment=segment, data=data, **evaluation)
+    name = Path(folder).name
+    cases: list[Case] = [dict(name=name, post=None, **shared)]
+    if segment is not None:
+        cases += [dict(name=f"{name}, {how}", post=how, **shared) for how in POST]
+    return cases
+
+
+def measure_public(cases: list[Case], config: Any) -> list[Row]:
+    """Measures a public model; the results are those of ``measure``."""
+    folder = Path(cases[0]["public"])
+    tokenizer = published_tokenizer(folder)
+    training: Any = ConfigDict(to_json(config.training))
+    training.data.tokenizer, training.data.eos_token = tokenizer.name, end_token_of(folder)
+    model = mc.pretrained.load(folder)
+    training.model.vocab_size = model.config.vocab_size
+    parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    return _measured(model, parameters, cases, training, cases[0]["segment"], config)
+
+
+def measure(cases: list[Case], folder: Path, config: Any) -> list[Row]:
     """Trains the model of a group, unless that is done, and measures all its cases.
 
     Args:
       cases: the cases of one trained model.
       folder: the workdir of its training.
-      batch_size: rows measured at a time.
+      config: of the study, which has the rows measured at a time.
 
     Returns:
       For each case ``bins`` of (begin, end, bits per byte), ``parameters``, and ``rows``.
@@ -107,7 +141,17 @@ def measure(cases: list[Case], folder: Path, batch_size: int) -> list[Row]:
     except CheckpointError as e:
         raise OSError(str(e)) from e
     trained, _, _ = load_model(folder)
-    length = training.sequence_length
+    return _measured(trained, parameters, cases, training, training.sequence_length, config)
+
+
+def _measured(
+    trained: LanguageModel,
+    parameters: int,
+    cases: list[Case],
+    training: Any,
+    segment: int | None,
+    config: Any,
+) -> list[Row]:
     training.sequence_length = cases[0]["eval_length"]
     training.data.heldout_tokens = cases[0]["eval_tokens"]
     heldout = load_corpus(training).heldout
@@ -115,10 +159,11 @@ def measure(cases: list[Case], folder: Path, batch_size: int) -> list[Row]:
     for case in cases:
         model = trained
         if case["post"] is not None:
+            assert segment is not None, "a case with caches has segments"
             model = mc.nn.with_memory_caching(
-                trained, segmentation=mc.Constant(length), aggregation=POST[case["post"]]
+                trained, segmentation=mc.Constant(segment), aggregation=POST[case["post"]]
             )
-        loss = loss_by_position(model, heldout.tokens, batch_size).mean(axis=0)
+        loss = loss_by_position(model, heldout.tokens, config.eval_batch_size).mean(axis=0)
         bits = loss / math.log(2) / heldout.bytes_per_token
         bins = [
             (begin, end, round(float(bits[begin:end].mean()), 5))
@@ -160,9 +205,13 @@ def picture(rows: list[Row]) -> Any:
         middle = [(begin + end) / 2 for begin, end, _ in row["bins"]]
         look = ":" if row["post"] else "-"
         axis.plot(middle, [bits for *_, bits in row["bins"]], f"o{look}", label=row["name"])
-    length = rows[0]["training"]["sequence_length"]
-    axis.axvline(length, color="gray", linestyle="--", linewidth=1)
-    axis.text(length, 0.99, " training length", transform=axis.get_xaxis_transform(), va="top")
+    first = rows[0]
+    what, length = "segment", first.get("segment")
+    if "training" in first:
+        what, length = "training length", first["training"]["sequence_length"]
+    if length is not None:
+        axis.axvline(length, color="gray", linestyle="--", linewidth=1)
+        axis.text(length, 0.99, f" {what}", transform=axis.get_xaxis_transform(), va="top")
     axis.set_xscale("log", base=2)
     axis.set(xlabel="position", ylabel="bits per byte, held out")
     axis.grid(alpha=0.3)
@@ -170,14 +219,21 @@ def picture(rows: list[Row]) -> Any:
     return figure
 
 
-def program(config: Any, study: Study) -> None:
-    """Trains and measures the missing cases; writes the table and the picture."""
+def program(config: Any, study: Study, cases: list[list[Case]] | None = None) -> None:
+    """Trains and measures the missing cases; writes the table and the picture.
+
+    Args:
+      config: of the study.
+      study: the study.
+      cases: in groups; those of the configuration's models by default.
+    """
 
     def measure_group(cases: list[Case]) -> list[Row]:
-        folder = study.workdir / "models" / cases[0]["trained"]
-        return measure(cases, folder, config.eval_batch_size)
+        if "public" in cases[0]:
+            return measure_public(cases, config)
+        return measure(cases, study.workdir / "models" / cases[0]["trained"], config)
 
-    rows = study.measure(groups(config), measure_group)
+    rows = study.measure(groups(config) if cases is None else cases, measure_group)
     study.write_table(
         ["model", "parameters", *(f"to {end}" for _, end, _ in rows[0]["bins"])],
         [
@@ -188,5 +244,14 @@ def program(config: Any, study: Study) -> None:
     study.write_picture(picture(rows), "extrapolate")
 
 
+def _groups(config: Any) -> list[list[Case]]:
+    """The cases that the flags ask for."""
+    if PRETRAINED.value is not None:
+        return [public_group(config, PRETRAINED.value, SEGMENT.value)]
+    if SEGMENT.value is not None:
+        raise ValueError("--segment is for --pretrained: config.segment is that of the study")
+    return groups(config)
+
+
 if __name__ == "__main__":
-    run(program)
+    run(lambda config, study: program(config, study, _groups(config)))

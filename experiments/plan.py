@@ -6,7 +6,7 @@
 The programs are the train step and the held-out evaluation. Needs libtpu (``pip install libtpu``)
 but no TPU. Memory is the compiler's own analysis for one chip (``_memory.py``). Collectives are
 counted in the compiled train step, once per trip inside loops; their bytes are those that a chip
-receives or sums.
+receives or sums. With ``--config.pretrained=FOLDER`` only the folder's ``config.json`` is read.
 """
 
 import json
@@ -66,27 +66,29 @@ def plan(config: Any, topology: str, *, quick: bool = False) -> dict[str, Any]:
     from memcache_jax.training.config import check_config, with_choices_made
     from memcache_jax.training.documents import separator
     from memcache_jax.training.loop import config_mesh
-    from memcache_jax.training.models import model_config
     from memcache_jax.training.optimizer import make_optimizer
+    from memcache_jax.training.pretrained import PublicModel, run_model
     from memcache_jax.training.step import abstract_state, make_eval_step, make_train_step
 
     check_config(config)
     check_topology(topology)
-    config = with_choices_made(config)
+    config, frozen = with_choices_made(config), frozenset()
+    if (public := PublicModel.of(config)) is not None:
+        config, frozen = public.resolved(config), public.frozen(config)
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as e:  # libtpu raises several kinds
         raise ValueError(f"libtpu has no topology {topology!r}: {e}") from e
     mesh = config_mesh(config, devices)
     assert mesh is not None, "of these devices"
-    model = model_config(config.model)
+    model = run_model(config, public)
     optimizer = make_optimizer(config.optimizer, config.steps)
     shape = config.batch_size, config.sequence_length + 1
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    graph, alone = abstract_state(model, optimizer)
+    graph, alone = abstract_state(model, optimizer, frozen=frozen)
     options = config.optimizer.z_loss, config.accumulate
-    end_token = separator(config, 0, graph, alone.params)  # any id: the program is the same
+    end_token = separator(config, 0, graph, alone.whole)  # any id: the program is the same
     step = make_train_step(graph, optimizer, *options, end_token=end_token)
     flops = count_flops(step, alone, tokens)
 
@@ -94,13 +96,14 @@ def plan(config: Any, topology: str, *, quick: bool = False) -> dict[str, Any]:
         topology=topology,
         chips=len(devices),
         mesh=dict(mesh.shape),
-        parameters=sum(x.size for x in jax.tree.leaves(alone.params)),
+        parameters=sum(x.size for x in jax.tree.leaves(alone.whole)),
+        trained=sum(x.size for x in jax.tree.leaves(alone.params)),
         tokens_per_step=config.batch_size * config.sequence_length,
         tokens_per_chip=config.batch_size * config.sequence_length / len(devices),
         flops_per_chip=flops / len(devices),
         hbm=HBM.get(topology.split(":")[0]),
     )
-    graph, target = abstract_state(model, optimizer, mesh)
+    graph, target = abstract_state(model, optimizer, mesh, frozen)
 
     def bytes_per_chip(tree: Any) -> int:
         return sum(
@@ -111,13 +114,13 @@ def plan(config: Any, topology: str, *, quick: bool = False) -> dict[str, Any]:
     report["state_bytes"] = bytes_per_chip(target)
     with jax.set_mesh(mesh):
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
-        separator(config, 0, graph, target.params)
+        separator(config, 0, graph, target.whole)
         train_step: Any = make_train_step(graph, optimizer, *options, target, end_token)
         mask = jax.ShapeDtypeStruct(shape[:1], jnp.float32, sharding=batch_sharding(mesh))
         eval_step: Any = make_eval_step(graph, end_token, config.accumulate)
         lowered = [
             train_step.lower(target, tokens),
-            eval_step.lower(target.params, tokens, mask),
+            eval_step.lower(target.whole, tokens, mask),
         ]
         begin = time.perf_counter()
         try:
@@ -154,7 +157,7 @@ def describe(config: Any, report: dict[str, Any]) -> str:
     mesh = ", ".join(f"{axis}={size}" for axis, size in report["mesh"].items())
     lines = [
         f"{report['topology']}, {report['chips']} chips: {mesh}",
-        f"parameters          {report['parameters']:,}",
+        f"parameters          {report['parameters']:,}, {report['trained']:,} trained",
         f"tokens              {report['tokens_per_step']:,} a step, "
         f"{report['tokens_per_chip']:,.0f} a chip",
         f"matrix products     {report['flops_per_chip'] / 1e12:.2f} TFLOP a chip and step",

@@ -40,17 +40,26 @@ def document_conv_silu(
     """``conv_silu`` over the tokens of t's document alone."""
     kernel, bias = _taps_and_bias(kernel, biased)
     y, past = x * kernel[-1][None, None], x
-    goes_on = document_ids == _shift(document_ids)
     for back in range(1, kernel.shape[0]):
         # Cut off wherever a document begins: an id may come again.
-        past = jnp.where(goes_on[..., None], _shift(past), 0)
+        past = shift_in_documents(past, document_ids)
         y += past * kernel[-1 - back][None, None]
     return jax.nn.silu(y if bias is None else y + bias[None, None])
 
 
-def _shift(x: Float[Array, "b t ..."] | Int[Array, "b t"]) -> Array:
+def shift(x: Float[Array, "b t ..."] | Int[Array, "b t"]) -> Array:
     """Each row's value one token before, zero for the first."""
+    if not x.shape[1]:
+        return x
     return jnp.pad(x[:, :-1], [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2))
+
+
+def shift_in_documents(
+    x: Float[Array, "b t d"], document_ids: Int[Array, "b t"]
+) -> Float[Array, "b t d"]:
+    """Each row's value one token before, zero for the first of a document."""
+    goes_on = document_ids == shift(document_ids)
+    return jnp.where(goes_on[..., None], shift(x), 0)
 
 
 def _weighted_shifts(x: Array, kernel: Array, before: int) -> Array:

@@ -50,6 +50,8 @@ _RULES: dict[str, Memory] = {
     "deltanet": memories.DeltaNet(),
     "gated_deltanet": memories.GatedDeltaNet(),
     "rwkv7": memories.RWKV7(),
+    "kda": memories.KDA(),
+    "gdn2": memories.GDN2(),
 }
 # Memory blocks alternate with sliding-window attention: Samba (arXiv:2406.07522) with Mamba, Titans
 # (MAL, memory as a layer) with its own memory.

@@ -35,6 +35,8 @@ MEMORIES = {
     "deltanet": mc.memories.DeltaNet(),
     "gated_deltanet": mc.memories.GatedDeltaNet(),
     "rwkv7": mc.memories.RWKV7(),
+    "kda": mc.memories.KDA(),
+    "gdn2": mc.memories.GDN2(),
     "dla": mc.memories.DLA(chunk_size=4, expansion=2),
     "titans": mc.memories.Titans(chunk_size=4, expansion=2),
     "titans_depth1": mc.memories.Titans(chunk_size=4, depth=1),
@@ -116,7 +118,7 @@ def make_inputs(memory, length, *, batch=2, heads=3, dim=4, value_dim=None, seed
     """Random arguments of ``memory_caching`` for a memory, NumPy arrays in one dict."""
     normal = normals(seed, dtype)
     rows, value_dim = (batch, length, heads, dim), value_dim or dim
-    sizes = dict(b=batch, t=length, h=heads, k=dim)
+    sizes = dict(b=batch, t=length, h=heads, k=dim, v=value_dim)
     inputs: dict[str, Any] = dict(
         query=unit(normal(*rows)), key=unit(normal(*rows)), value=normal(*rows[:-1], value_dim)
     )

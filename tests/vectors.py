@@ -1,4 +1,4 @@
-"""Outputs of every rule but ``Vector``, from data/memory_caching.npz.
+"""Outputs of every rule but ``Vector``, from data/memory_caching.npz and erasing_rules.npz.
 
 They are 22 tokens in segments of 4, chunks of 2 and SSC's two segments, computed token by token in
 float64 by other code than the library's.
@@ -10,7 +10,8 @@ import numpy as np
 
 import memcache_jax as mc
 
-ARRAYS = np.load(pathlib.Path(__file__).parent / "data" / "memory_caching.npz")
+DATA = pathlib.Path(__file__).parent / "data"
+ARRAYS = dict(np.load(DATA / "memory_caching.npz")) | dict(np.load(DATA / "erasing_rules.npz"))
 LENGTH, SEGMENT = 22, 4
 DEEP = ("W2", "W1")
 # The rule, the array of each control (of its log, where the name says so), those of its weights.
@@ -23,6 +24,12 @@ RULES = {
     "deltanet": (mc.memories.DeltaNet(), {"beta": "beta"}, ()),
     "gated_deltanet": (mc.memories.GatedDeltaNet(), {"log_alpha": "alpha", "beta": "beta"}, ()),
     "rwkv7": (mc.memories.RWKV7(), {"log_w": "w", "a": "a", "kappa": "kappa"}, ()),
+    "kda": (mc.memories.KDA(), {"log_alpha": "alpha_k", "beta": "beta"}, ()),
+    "gdn2": (
+        mc.memories.GDN2(),
+        {"log_alpha": "alpha_k", "erase": "erase", "write": "write"},
+        (),
+    ),
     "dla": (
         mc.memories.DLA(chunk_size=2, expansion=2),
         {"log_alpha": "alpha", "eta": "eta"},

@@ -1,12 +1,14 @@
 """Functions that the task files of this folder call."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import datasets
 
+from memcache_jax.training.durable import read_json
 from memcache_jax.training.export import load_tokenizer
-from memcache_jax.training.tokenizers import Tokenizer
+from memcache_jax.training.tokenizers import Tokenizer, published_tokenizer
 
 ANSWER_LENGTH = 50  # tokens of context_length reserved for question and answer
 
@@ -20,13 +22,15 @@ def load(
 
     Args:
       path: as for ``datasets.load_dataset``.
-      workdir: the run whose tokenizer counts the tokens.
+      workdir: the run, or the public model's folder, whose tokenizer counts the tokens.
       context_length: tokens of a context, of which ``ANSWER_LENGTH`` are reserved.
       split: the split to read.
       options: ``name``, ``data_files`` and ``data_dir`` go to ``datasets.load_dataset``; others are
         ignored.
     """
-    tokenizer = load_tokenizer(workdir)
+    folder = Path(workdir)
+    is_public = "model_type" in read_json(folder / "config.json")
+    tokenizer = published_tokenizer(folder) if is_public else load_tokenizer(folder)
     known = {key: options[key] for key in ("name", "data_files", "data_dir") if key in options}
     docs = []
     for doc in datasets.load_dataset(path, split=split, **known):

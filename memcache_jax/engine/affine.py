@@ -30,6 +30,11 @@ def write_affine(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> t
     # Everything in the state except the matrix is known up front, and zero where runs begin.
     carried = _for_each(memory.carried, 4)(key, rows.value)._replace(matrix=None)
     before = jax.tree.map(lambda x: _of_chunk_before(x, ~begins), carried)
+    first = None if apart else how.initial(lead)
+    if first is not None:
+        before = jax.tree.map(
+            lambda x, first: x.at[:, :, 0, 0].set(first), before, first._replace(matrix=None)
+        )
     goes_on = None
     if not apart and begins.sum() > 1:
         goes_on = jnp.broadcast_to(jnp.asarray(~begins, key.dtype), key.shape[:4])
@@ -46,7 +51,7 @@ def write_affine(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> t
 
     ends, y = affine_update(
         chunk,
-        None if apart else how.initial(lead).matrix,
+        None if first is None else first.matrix,
         jax.tree.map(lambda x: x.reshape(*lead, -1, *x.shape[4:]), (before, goes_on, rows)),
         batch_dims=len(lead),
         keep=chunks,

@@ -1,5 +1,6 @@
 """The memory's states at the ends of a plan's buckets: taken, merged, or written again."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,37 +10,43 @@ import numpy as np
 
 from memcache_jax._typing import Array, Int, State
 from memcache_jax.engine.documents import buckets_of_documents, runs_of_documents
+from memcache_jax.engine.finite import composed
 from memcache_jax.engine.types import Rows, Writing
 from memcache_jax.engine.write import write_runs
 from memcache_jax.memories import Memory
+from memcache_jax.memories.base import Run
 from memcache_jax.segmentation import ReadPlan
 
 
-def bucket_states(how: Writing, ends: State, rows: Rows, plan: ReadPlan) -> State:
+def compose_plan(memory: Memory, plan: ReadPlan) -> bool:
+    """Whether the states of a plan's buckets that begin anew compose from those of its blocks."""
+    return memory.merges and plan.dyadic and bool(plan.begins.all())
+
+
+def bucket_states(how: Writing, ends: Run, rows: Rows, plan: ReadPlan) -> State:
     """The states at the ends of buckets that all begin anew, (b, h, buckets, ...).
 
     The state of a bucket of several segments is that of one run over them from the initial state.
-    Memories that can merge get it from shorter runs; others write the bucket again.
+    Memories whose runs are maps compose it from shorter runs; others write the bucket again.
 
     Args:
       how: as for ``write_blocks``.
-      ends: states at the end of each block, as from ``write_blocks``.
-      rows: as for ``write_blocks``; merging reads only their controls.
+      ends: the runs of each block, as from ``write_blocks``; with transitions if they compose.
+      rows: as for ``write_blocks``; where runs compose nobody looks at them.
       plan: the buckets.
     """
-    memory = how.memory
+    memory, composes = how.memory, compose_plan(how.memory, plan)
     sizes = plan.buckets[:, 1] - plan.buckets[:, 0]
-    merges = memory.merges and plan.dyadic
     parts, places, runs = [], [], ends
     for size in range(1, int(sizes.max()) + 1):
         (chosen,) = np.nonzero(sizes == size)
-        if merges and size > 1 and size & (size - 1) == 0:
-            runs = _merge_neighbours(memory, runs, rows.controls, size)
+        if composes and size > 1 and size & (size - 1) == 0:
+            runs = _composed(memory, *_neighbours(runs))
         if not len(chosen):
             continue
         begin = plan.buckets[chosen, 0]
-        if size == 1 or merges:
-            part = _taken(runs, begin // size)
+        if size == 1 or composes:
+            part = _taken(runs.state, begin // size)
         else:
             blocks = (begin[:, None] + np.arange(size)).reshape(-1)
             part = _write_again(how, _taken(rows, blocks), size)
@@ -51,7 +58,7 @@ def bucket_states(how: Writing, ends: State, rows: Rows, plan: ReadPlan) -> Stat
 
 def document_states(
     how: Writing,
-    ends: State,
+    ends: Run,
     rows: Rows,
     plan: ReadPlan,
     document: Int[Array, "b n c"],
@@ -64,7 +71,7 @@ def document_states(
 
     Args:
       how: as for ``write_blocks``.
-      ends: states at the end of each block, as from ``write_blocks``.
+      ends: the runs of each block, as from ``write_blocks``; with transitions if they compose.
       rows: as for ``write_blocks``.
       plan: the buckets of a document that begins with the first block.
       document: the document of each token.
@@ -76,21 +83,23 @@ def document_states(
     memory = how.memory
     first, after, _ = jax.vmap(lambda row: buckets_of_documents(plan, row))(document)
     if carries:
-        return ends, after - 1
+        return ends.state, after - 1
     sizes = after - first
     reads = jnp.where(sizes == 1, first, -1)
-    parts, states, size = [ends], ends, 1
+    parts, runs, size = [ends.state], ends, 1
     begin = jnp.broadcast_to(jnp.arange(plan.num_blocks), document.shape[:2])
     while 2 * size <= (plan.buckets[:, 1] - plan.buckets[:, 0]).max(initial=0):
         halves, size = begin, 2 * size
         begin = jax.vmap(lambda row, size=size: runs_of_documents(row, size))(document)
-        if memory.merges:
-            left, right = (
-                _taken_by_row(states, jax.vmap(jnp.searchsorted)(halves, half))
-                for half in (begin, begin + size // 2)
+        if ends.transition is not None:
+            runs = _composed(
+                memory,
+                *(
+                    _taken_by_row(runs, jax.vmap(jnp.searchsorted)(halves, half))
+                    for half in (begin, begin + size // 2)
+                ),
             )
-            later = _runs(rows.controls, begin + size // 2, size // 2)
-            states = _merge(memory, left, right, later)
+            states = runs.state
         else:
             states = _write_again(how, _runs(rows, begin, size), size)
         held = sum(jax.tree.leaves(part)[0].shape[2] for part in parts)
@@ -120,24 +129,21 @@ def _runs(rows: Any, begin: Int[Array, "b runs"], size: int) -> Any:
     return _taken_by_row(rows, blocks)
 
 
-def _merge_neighbours(memory: Memory, states: State, controls: Any, size: int) -> State:
-    """States of aligned runs of ``size`` blocks, from those of half the size."""
-    pairs = jax.tree.leaves(states)[0].shape[2] // 2
-    left, right = (
-        jax.tree.map(lambda x, side=side: x[:, :, side : 2 * pairs : 2], states) for side in (0, 1)
+def _neighbours(runs: Run) -> tuple[Run, Run]:
+    """Of aligned runs (b, h, runs, ...), the first and the second halves of runs twice as long."""
+    pairs = jax.tree.leaves(runs)[0].shape[2] // 2
+    first, then = (
+        jax.tree.map(lambda x, side=side: x[:, :, side : 2 * pairs : 2], runs) for side in (0, 1)
     )
-    (later,) = np.nonzero(np.arange(pairs * size) % size >= size // 2)
-    return _merge(memory, left, right, _taken(controls, later))
+    return first, then
 
 
-def _merge(memory: Memory, left: State, right: State, controls: Any) -> State:
-    """Merges runs (b, h, runs, ...), from the later halves' controls by block and chunk."""
-    batch = jax.tree.leaves(left)[0].shape[:3]
-    merge: Callable = memory.merge
+def _composed(memory: Memory, first: Run, then: Run) -> Run:
+    """Composes runs (b, h, runs, ...)."""
+    compose: Callable = functools.partial(composed, memory)
     for _ in range(3):
-        merge = jax.vmap(merge)
-    tokens = jax.tree.map(lambda x: x.reshape(*batch, -1, *x.shape[5:]), controls)
-    return merge(left, right, tokens)
+        compose = jax.vmap(compose)
+    return compose(first, then)
 
 
 def _write_again(how: Writing, rows: Rows, size: int) -> State:

@@ -53,8 +53,8 @@ def write_descent(
         write_each = jax.vmap(jax.vmap(write, in_axes=(Carry(0, None), 0)))
         if rows.begun is not None:
             # The end of a chunk in which a document begins depends on no earlier state.
-            (ends, _), _ = write_each(Carry(given, first.initial), rows)
-            given = jax.tree.map(lambda x, end: _where(begins, x, _after(end)), given, ends)
+            after, _ = write_each(Carry(given, first.initial), rows)
+            given = jax.tree.map(lambda x, end: _where(begins, x, _after(end)), given, after.state)
             goes_on &= ~_after(rows.begun[..., -1] > 0)
         starts = DeepState(
             *deep_update(
@@ -67,8 +67,8 @@ def write_descent(
         )
         _, kept = write_each(Carry(starts, first.initial), rows)
         starts, rows = jax.tree.map(lambda x: x[:, chunks - 1 :: chunks], (starts, rows))
-        (ends, _), _ = write_each(Carry(starts, first.initial), rows)
-        return ends, kept
+        after, _ = write_each(Carry(starts, first.initial), rows)
+        return after.state, kept
 
     @jax.custom_vjp
     def update(first: Carry, rows: Rows) -> tuple[State, Views]:

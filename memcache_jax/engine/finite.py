@@ -15,6 +15,7 @@ from jax import lax
 from memcache_jax._typing import Array, Bool, Float, State
 from memcache_jax.engine.types import Rows, Tokens, Views
 from memcache_jax.memories import Memory
+from memcache_jax.memories.base import Run
 
 
 def cleaned(tokens: Tokens) -> tuple[Tokens, Bool[Array, "b h n c"]]:
@@ -36,6 +37,20 @@ def cleaned(tokens: Tokens) -> tuple[Tokens, Bool[Array, "b h n c"]]:
 def _is_fine(name: str, x: Array) -> Array:
     """Whether numbers are finite, or the logarithm of zero."""
     return jnp.isfinite(x) | (x == -jnp.inf) if name.startswith("log_") else jnp.isfinite(x)
+
+
+def composed(memory: Memory, first: Run, then: Run) -> Run:
+    """``memory.compose``, in which a first state that is not finite spoils the result by selection.
+
+    The gradient of what nobody reads is then 0, not 0 * NaN.
+    """
+    spoilt = jnp.zeros((), bool)
+    for x in jax.tree.leaves(first.state):
+        spoilt |= jnp.isnan(x).any()
+    clean = jax.tree.map(lambda x: jnp.where(jnp.isnan(x), 0, x), first.state)
+    run = memory.compose(first._replace(state=clean), then)
+    state = jax.tree.map(lambda x: jnp.where(spoilt, jnp.nan, x), run.state)
+    return run._replace(state=state)
 
 
 def _spoilt(

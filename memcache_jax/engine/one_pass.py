@@ -26,7 +26,7 @@ def one_pass(
     """The outputs of tokens (b, t, h, ...), whose arguments have been checked."""
     value, length = tokens.value, tokens.key.shape[1]
     plan = segmentation.plan(length)
-    full = full_controls(memory, tokens.controls, tokens.key)
+    full = full_controls(memory, tokens.controls, tokens.key, tokens.value)
     tokens = widen(**tokens._replace(controls=full)._asdict())
     weights = {name: weight.astype(tokens.key.dtype) for name, weight in weights.items()}
     document = None if document_ids is None else count_documents(document_ids)

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from memcache_jax._typing import Array, Float, Int, State
 from memcache_jax._varying import vary, varying
 from memcache_jax.aggregation import Aggregation
-from memcache_jax.engine.bank import bucket_states, document_states
+from memcache_jax.engine.bank import bucket_states, compose_plan, document_states
 from memcache_jax.engine.documents import begun_in_chunk, document_candidates
 from memcache_jax.engine.finite import cleaned
 from memcache_jax.engine.read import ArrayBank, Bank, Live
@@ -29,6 +29,7 @@ from memcache_jax.engine.types import (
 from memcache_jax.engine.write import initial_states, write_blocks
 from memcache_jax.gating import gates_by_state, pooled_keys, running_keys
 from memcache_jax.memories import Memory
+from memcache_jax.memories.base import Run
 from memcache_jax.segmentation import ReadPlan, Segmentation
 
 
@@ -36,21 +37,21 @@ class Layout(abc.ABC):
     """Where the segments of a call are written, and where the states lie that its tokens read."""
 
     @abc.abstractmethod
-    def write(self, how: Writing, rows: Rows) -> tuple[State, Views]:
-        """Writes the blocks: the states at their ends, and what was kept of the live memory."""
+    def write(self, how: Writing, rows: Rows) -> tuple[Run, Views]:
+        """Writes the blocks: the runs up to their ends, and what was kept of the live memory."""
 
     @abc.abstractmethod
-    def cached(self, how: Writing, ends: State, blocks: Blocks) -> tuple[Bank, Candidates]:
+    def cached(self, how: Writing, ends: Run, blocks: Blocks) -> tuple[Bank, Candidates]:
         """The cached states, and which of them the tokens of each block may read."""
 
 
 def run(
     layout: Layout, how: Writing, aggregation: Aggregation, blocks: Blocks
-) -> tuple[Float[Array, "b h n c v"], State, Any]:
+) -> tuple[Float[Array, "b h n c v"], Run, Any]:
     """Writes all blocks, banks states, selects among them and reads.
 
     Returns:
-      The outputs, the states at the ends of the blocks, and the aggregation's selection.
+      The outputs, the runs up to the ends of the blocks, and the aggregation's selection.
     """
     tokens = blocks.tokens
     ends, kept = layout.write(how, blocks.rows)
@@ -72,11 +73,14 @@ class OnePass(Layout):
     plan: ReadPlan
     carries: bool
 
-    def write(self, how: Writing, rows: Rows) -> tuple[State, Views]:
+    def write(self, how: Writing, rows: Rows) -> tuple[Run, Views]:
         """In sequence, or in parallel if every segment begins anew."""
-        return write_blocks(how, rows, self.plan.begins & (not self.carries))
+        plan = self.plan
+        spans = bool(plan.spans_segments.any()) and not self.carries
+        how = how.with_maps(spans and compose_plan(how.memory, plan))
+        return write_blocks(how, rows, plan.begins & (not self.carries))
 
-    def cached(self, how: Writing, ends: State, blocks: Blocks) -> tuple[Bank, Candidates]:
+    def cached(self, how: Writing, ends: Run, blocks: Blocks) -> tuple[Bank, Candidates]:
         """The states at the ends of buckets, and the buckets that each block may read."""
         plan, document, keys = self.plan, blocks.document, (blocks.tokens.key, blocks.pooled)
         if document is None:
@@ -89,7 +93,7 @@ class OnePass(Layout):
             )
             candidates = candidates._replace(states=reads)
         elif self.carries or not plan.spans_segments.any():
-            states = jax.tree.map(lambda x: x[:, :, plan.buckets[:, 1] - 1], ends)
+            states = jax.tree.map(lambda x: x[:, :, plan.buckets[:, 1] - 1], ends.state)
         else:
             states = bucket_states(how, ends, blocks.rows, plan)
         matrices = how.memory.matrices(states)
@@ -186,12 +190,14 @@ def widen(
     return jax.tree.map(lambda x: jnp.moveaxis(x.astype(dtype), 2, 1), tokens)
 
 
-def full_controls(memory: Memory, controls: Mapping[str, Array], key: Array) -> dict[str, Array]:
+def full_controls(
+    memory: Memory, controls: Mapping[str, Array], key: Array, value: Array
+) -> dict[str, Array]:
     """The controls of every token: constants of a head repeated, those left out zero."""
-    rows, channels = key.shape[:3], key.shape[3:]
+    rows, channels = key.shape[:3], {"k": key.shape[3:], "v": value.shape[3:]}
     full = {}
     for name, control in memory.controls.items():
-        shape = rows + channels * control.axes.endswith("k")
+        shape = rows + channels.get(control.axes[-1], ())
         if name not in controls:
             full[name] = jnp.zeros(shape, key.dtype)
         elif control.axes == "h":

@@ -61,10 +61,12 @@ class Carry(NamedTuple):
     Attributes:
       state: the memory's.
       initial: the state that documents begin with, of a memory with learned weights; else None.
+      transition: of the run so far, where ``Writing.maps``; else None.
     """
 
     state: State
     initial: State
+    transition: Any = None
 
 
 class Writing(NamedTuple):
@@ -75,16 +77,22 @@ class Writing(NamedTuple):
       needs: the parts of the live memory to keep, as ``Aggregation.needs`` names them.
       initial: makes the states before a run's first token, of a shape (b, h, ...).
       implementation: of the writing operations.
+      maps: whether runs are wanted as maps, with their transitions, to compose them.
     """
 
     memory: Memory
     needs: tuple[str, ...]
     initial: Callable[[tuple[int, ...]], State]
     implementation: str | None
+    maps: bool = False
 
     def with_no_reads(self) -> "Writing":
         """The same, keeping nothing of the live memory."""
         return self._replace(needs=())
+
+    def with_maps(self, wanted: bool = True) -> "Writing":
+        """The same with runs as maps, if wanted and if the memory's are."""
+        return self._replace(maps=wanted and self.memory.merges)
 
 
 Views = dict[str, Any]

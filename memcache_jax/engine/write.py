@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from memcache_jax._typing import Array, Bool, State
+from memcache_jax._typing import Array, Bool, Controls, State
+from memcache_jax._varying import vary, varying
 from memcache_jax.engine.affine import write_affine
 from memcache_jax.engine.descent import write_descent
 from memcache_jax.engine.finite import spoil
@@ -17,6 +18,7 @@ from memcache_jax.engine.read import keep
 from memcache_jax.engine.types import Carry, Rows, Views, Writing
 from memcache_jax.kernels.chunk_update import chunk_update
 from memcache_jax.memories import Memory
+from memcache_jax.memories.base import Run, first_of_documents
 
 
 def initial_states(
@@ -38,7 +40,7 @@ def initial_states(
     return jax.tree.map(repeat, states)
 
 
-def write_blocks(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> tuple[State, Views]:
+def write_blocks(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> tuple[Run, Views]:
     """Writes blocks (b, h, n, chunks, m, ...) into the live memory.
 
     Args:
@@ -48,44 +50,96 @@ def write_blocks(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> t
         block before; the first one always does. If all do, they run side by side.
 
     Returns:
-      The states at the end of each block (b, h, n, ...), and what was kept of its chunks.
+      The runs up to the end of each block (b, h, n, ...), and what was kept of its chunks.
     """
-    ends, kept = _write_finite(how, rows._replace(bad=None), restarts)
-    return spoil(how.memory, rows, restarts, ends, kept)
+    run, kept = _write_finite(how, rows._replace(bad=None), restarts)
+    state, kept = spoil(how.memory, rows, restarts, run.state, kept)
+    return run._replace(state=state), kept
 
 
-def _write_finite(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> tuple[State, Views]:
+def _write_finite(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> tuple[Run, Views]:
     """``write_blocks`` of rows that are all finite."""
     memory, implementation = how.memory, how.implementation
     # XLA gains where chunks add to the memory without reading it; measured on CPUs.
-    gains = implementation in (None, "xla") and memory.merges and restarts.all()
+    gains = implementation in (None, "xla") and not memory.erases and restarts.all()
     kernels = implementation in ("pallas_tpu", "pallas_gpu")
     if memory.form == "affine" and (gains or kernels) and set(how.needs) <= {"reads"}:
-        return write_affine(how, rows, restarts)
+        ends, kept = write_affine(how, rows, restarts)
+        return Run(ends, transitions(how, rows, restarts) if how.maps else None), kept
     write, start = chunk_writer(how, rows)
     if memory.form == "descent" and implementation == "pallas_gpu":
-        return write_descent(how, write, start, rows, restarts)
+        ends, kept = write_descent(how, write, start, rows, restarts)
+        return Run(ends, None), kept
+    carry, kept = _carried(write, start, rows, restarts, implementation)
+    return Run(carry.state, carry.transition), kept
+
+
+def transitions(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> Any:
+    """The transitions alone, as ``write_blocks`` returns them."""
+
+    def extend(transition: Any, rows: Rows) -> tuple[Any, None]:
+        return extended(how.memory, transition, rows), None
+
+    start = functools.partial(_identity, how.memory, rows)
+    return _carried(extend, start, rows, restarts, None)[0]
+
+
+def _carried(
+    write: Callable[[Any, Rows], tuple[Any, Any]],
+    start: Callable[[tuple[int, ...]], Any],
+    rows: Rows,
+    restarts: Bool[np.ndarray, "n"],
+    implementation: str | None,
+) -> tuple[Any, Any]:
+    """What blocks hand on, (b, h, n, ...), and what was kept of their chunks."""
     update = functools.partial(chunk_update, write, implementation=implementation)
     batch, heads, blocks = rows.key.shape[:3]
     if restarts.all():
-        carry, kept = update(start((batch, heads, blocks)), rows, batch_dims=3)
-        return carry.state, kept
+        return update(start((batch, heads, blocks)), rows, batch_dims=3)
     first = start((batch, heads))
 
-    def block(carry: Carry, xs: tuple) -> tuple[Carry, tuple[State, Views]]:
+    def block(carry: Any, xs: tuple) -> tuple[Any, tuple]:
         restart, rows = xs
         carry = jax.tree.map(lambda new, old: jnp.where(restart, new, old), first, carry)
         carry, kept = update(carry, rows, batch_dims=2)
-        return carry, (carry.state, kept)
+        return carry, (carry, kept)
 
     rows = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), rows)
     _, out = lax.scan(block, first, (jnp.asarray(restarts), rows))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), out)
 
 
+def _identity(memory: Memory, rows: Rows, shape: tuple[int, ...]) -> Any:
+    """The transitions of no tokens, arrays (*shape, ...)."""
+    identity = memory.identity(rows.key.shape[-1], rows.key.dtype)
+    identities = jax.tree.map(
+        lambda x: jnp.broadcast_to(x.reshape(*[1] * len(shape), *x.shape), (*shape, *x.shape)),
+        identity,
+    )
+    return vary(identities, varying(rows.key))
+
+
+def extended(memory: Memory, transition: Any, rows: Rows) -> Any:
+    """The transition of a run and the chunk (m, ...) after it."""
+    return memory.extended(transition, rows.key, rows.value, _forgetting(memory, rows))
+
+
+def _forgetting(memory: Memory, rows: Rows) -> Controls:
+    """The controls of a chunk (m, ...), with which the first tokens of documents forget."""
+    if rows.begun is None:
+        return rows.controls
+    sizes = rows.key.shape[-1], rows.value.shape[-1]
+    if type(memory).write_documents is not Memory.write_documents or memory.weight_shapes(*sizes):
+        raise ValueError(
+            f"{type(memory).__name__} begins documents its own way, which runs that compose do not "
+            "follow: give it forgetting() and states that begin at zero, or state merges = False"
+        )
+    return memory.forgetting(rows.controls, first_of_documents(rows.begun.astype(jnp.int32)))
+
+
 def write_runs(how: Writing, rows: Rows) -> State:
     """The states after blocks that all begin anew."""
-    return write_blocks(how.with_no_reads(), rows, np.ones(rows.key.shape[2], bool))[0]
+    return write_blocks(how.with_no_reads(), rows, np.ones(rows.key.shape[2], bool))[0].state
 
 
 def chunk_writer(how: Writing, rows: Rows) -> tuple[Callable, Callable]:
@@ -100,12 +154,19 @@ def chunk_writer(how: Writing, rows: Rows) -> tuple[Callable, Callable]:
     learned = rows.begun is not None and bool(how.memory.weight_shapes(*sizes))
 
     def write(carry: Carry, rows: Rows) -> tuple[Carry, Views]:
+        if how.maps:
+            run = Run(carry.state, carry.transition)
+            controls = _forgetting(how.memory, rows)
+            run, view = how.memory.write_map(run, rows.key, rows.value, controls)
+            kept = keep(how.memory, how.needs, view, rows.query)
+            return Carry(run.state, carry.initial, run.transition), kept
         end, kept = write_chunk(how, carry.state, carry.state, rows, carry.initial)
         return Carry(end, carry.initial), kept
 
     def start(shape: tuple[int, ...]) -> Carry:
         states = how.initial(shape)
-        return Carry(states, states if learned else None)
+        transition = _identity(how.memory, rows, shape) if how.maps else None
+        return Carry(states, states if learned else None, transition)
 
     return write, start
 

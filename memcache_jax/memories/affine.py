@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from memcache_jax._typing import Apply, Array, Controls, Float, Matrices, State
 from memcache_jax.kernels.affine_update import AffineChunk
 from memcache_jax.kernels.bands import gated
-from memcache_jax.memories.base import Form, Memory
+from memcache_jax.memories.base import Form, Memory, Run, owner_of
 
 
 class MatrixState(NamedTuple):
@@ -34,13 +34,31 @@ class AffineMemory(Memory):
     a chunk. ``write`` and ``apply``, the kernels and all chunks at once follow from the map; a rule
     may override the first two where it can do with less. The state is a NamedTuple with the field
     ``matrix`` (k, v), M transposed, so that a read is ``query @ matrix``; a rule that keeps
-    anything else besides overrides ``init`` and ``carried``.
+    anything else besides overrides ``init`` and ``carried``; it merges if it also overrides
+    ``compose``.
+
+    Any run of tokens is such a map too, and two of them compose to one: (A2, B2) o (A1, B1) =
+    (A2 A1, A2 B1 + B2). A is kept as its diagonal where a rule states ``erases = False``. Runs are
+    composed in float32 or wider at the highest precision on every device, for a run may have
+    millions of tokens; within a chunk products have the precision of the others.
     """
 
     form: ClassVar[Form] = "affine"
+    merges: ClassVar[bool] = True
     fixed: ClassVar[tuple[str, ...]] = (
         *("forward", "matrices", "read", "read_online", "write_documents"),
     )
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # What is carried beside the matrix enters the next run in a way that only the rule knows.
+        own = {name: owner_of(cls, name) is not AffineMemory for name in ("carried", "compose")}
+        if own["carried"] and not own["compose"]:
+            if vars(cls).get("merges"):
+                raise TypeError(
+                    f"{cls.__name__} overrides carried: merges = True needs compose too"
+                )
+            cls.merges = False
 
     @abc.abstractmethod
     def affine(
@@ -95,6 +113,31 @@ class AffineMemory(Memory):
         before = state._replace(matrix=jnp.zeros_like(state.matrix))
         return self.affine(before, key, value, x, controls)(state.matrix)
 
+    def identity(self, key_dim: int, dtype: Any) -> Any:
+        """A = I, as its diagonal where nothing erases."""
+        return jnp.eye(key_dim, dtype=dtype) if self.erases else jnp.ones(key_dim, dtype)
+
+    def extended(self, transition, key, value, controls) -> Any:
+        """A' = diag(decay) A - key^T (erase A), with the chunk's map."""
+        before = self.init({}, key.shape[-1], value.shape[-1], key.dtype)
+        form = self.affine(before, key, value, key, controls)
+        if not self.erases:
+            if form.erase is not None:
+                raise TypeError(f"{type(self).__name__} states erases = False, but its map erases")
+            return form.decay * transition
+        kept = form.decay[:, None] * transition
+        if form.erase is None:
+            return kept
+        return kept - _product(form.key[: len(form.erase)].T, _product(form.erase, transition))
+
+    def compose(self, first: Run, then: Run) -> Run:
+        """M -> A2 (A1 M + B1) + B2."""
+        matrix = through(then.transition, first.state.matrix) + then.state.matrix
+        transition = first.transition
+        if transition is not None:
+            transition = through(then.transition, transition)
+        return Run(then.state._replace(matrix=matrix), transition)
+
     def matrices(self, state: Any) -> Matrices:
         """The matrix itself."""
         return (state.matrix,)
@@ -104,3 +147,14 @@ class AffineMemory(Memory):
     ) -> Array:
         """M q."""
         return apply(0, gated(gate, query))
+
+
+def through(transition: Array, x: Array) -> Array:
+    """The product of A, or of the diagonal matrix with this diagonal, with a matrix or diagonal."""
+    if transition.ndim == 2:
+        return _product(transition, x)
+    return transition.reshape(-1, *[1] * (x.ndim - 1)) * x
+
+
+def _product(x: Array, y: Array) -> Array:
+    return jnp.matmul(x, y, precision="highest")

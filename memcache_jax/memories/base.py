@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,8 @@ class Control:
 
     Attributes:
       axes: its shape in axis letters: ``"b t h"`` for one number per token and head,
-        ``"b t h k"`` for one per key channel, ``"h"`` for a constant of each head.
+        ``"b t h k"`` for one per key channel, ``"b t h v"`` for one per value channel, ``"h"`` for
+        a constant of each head.
       activation: from logits to the coefficient; decays travel as logs (<= 0).
       bias: what the logits are before training.
       scale: a constant factor.
@@ -43,6 +44,11 @@ class Control:
     most: float | None = None
 
     @property
+    def per_channel(self) -> bool:
+        """Whether there is one for each channel of a key or a value."""
+        return self.axes.endswith(("k", "v"))
+
+    @property
     def is_learned(self) -> bool:
         """Whether layers make it."""
         return not self.optional if self.learned is None else self.learned
@@ -59,6 +65,23 @@ Form: TypeAlias = Literal["scan", "affine", "descent"]
 the state's one matrix, and a read is one product with it; ``AffineMemory``. ``"descent"``: a chunk
 is a step of gradient descent on a small network; ``DeepMemory``.
 """
+
+
+_STATED = ("form", "merges", "erases", "reads_query", "accumulates", "zeros_add_nothing")
+
+
+class Run(NamedTuple):
+    """A run of tokens as a map of the state before it.
+
+    For an affine memory the map of its matrix is M -> A M + B.
+
+    Attributes:
+      state: the state after the run where it begins anew; its matrix is B.
+      transition: what else there is to know, such as A; None if not needed.
+    """
+
+    state: State
+    transition: Any
 
 
 class Memory(abc.ABC):
@@ -80,7 +103,10 @@ class Memory(abc.ABC):
     """How its chunks follow from each other."""
 
     merges: ClassVar[bool] = False
-    """Whether ``merge`` joins two runs into one."""
+    """Whether a run of tokens is a map of the state before it: ``compose`` joins two into one."""
+
+    erases: ClassVar[bool] = True
+    """Whether a token may erase part of what an affine memory holds, rather than only decay it."""
 
     reads_query: ClassVar[bool] = True
     """Whether a read depends on the query; if not, it is the state's one matrix, a row."""
@@ -104,17 +130,19 @@ class Memory(abc.ABC):
         super().__init_subclass__(**options)
         bases = [base for base in cls.__bases__ if issubclass(base, Memory)]
         if not all(base.__abstractmethods__ for base in bases):  # derives from a finished rule
-            for name in ("form", "merges", "reads_query", "accumulates", "zeros_add_nothing"):
+            for name in _STATED:
                 if name not in vars(cls):
                     setattr(cls, name, getattr(Memory, name))
+        if "write" in vars(cls) and "write_map" not in vars(cls):
+            cls.write_map = Memory.write_map  # which calls it
         if cls.form not in get_args(Form):
             raise TypeError(
                 f"{cls.__name__}: form must be one of {get_args(Form)}, got {cls.form!r}"
             )
         if cls.form != "scan" and not cls.fixed:
             raise TypeError(f"form={cls.form!r} needs AffineMemory or DeepMemory as base of {cls}")
-        kept = _owner(cls, "fixed").__mro__
-        own = [name for name in cls.fixed if _owner(cls, name) not in kept]
+        kept = owner_of(cls, "fixed").__mro__
+        own = [name for name in cls.fixed if owner_of(cls, name) not in kept]
         if own and cls.form != "scan":
             raise TypeError(
                 f"{cls.__name__} overrides {', '.join(own)}, which the fast paths of form="
@@ -276,22 +304,41 @@ class Memory(abc.ABC):
         """Reads a frozen state, times a gate if there is one."""
         return self.forward(lambda layer, x: jnp.matmul(x, matrices[layer]), query, gate)
 
-    def merge(self, left: State, right: State, controls: Controls) -> State:
-        """The state after two consecutive runs of tokens, from the state after each alone.
+    def identity(self, key_dim: int, dtype: Any) -> Any:
+        """The transition of no tokens, of a memory that ``merges``."""
+        raise NotImplementedError(f"runs of {type(self).__name__} do not compose")
 
-        Args:
-          left: the state after the earlier run, written from the initial state.
-          right: the state after the later run, written from the initial state.
-          controls: the later run's controls.
+    def extended(
+        self,
+        transition: Any,
+        key: Float[Array, "m k"],
+        value: Float[Array, "m v"],
+        controls: Controls,
+    ) -> Any:
+        """The transition of a run and of a chunk after it; arguments as for ``write``."""
+        raise NotImplementedError(f"runs of {type(self).__name__} do not compose")
+
+    def write_map(
+        self, run: Run, key: Float[Array, "m k"], value: Float[Array, "m v"], controls: Controls
+    ) -> tuple[Run, Any]:
+        """``write`` of a chunk after a run, with the transition: the longer run, and the view."""
+        state, chunk = self.write(run.state, run.state, key, value, controls)
+        return Run(state, self.extended(run.transition, key, value, controls)), chunk
+
+    def compose(self, first: Run, then: Run) -> Run:
+        """Two runs that follow each other as one. The operation is associative.
+
+        With another state in place of ``first.state``, and perhaps None for its transition, the
+        result has the state that ``then`` leaves of it.
         """
-        raise NotImplementedError(f"states of {type(self).__name__} cannot be merged")
+        raise NotImplementedError(f"runs of {type(self).__name__} do not compose")
 
     def read_online(self, chunk: Any, query: Float[Array, "m k"]) -> Float[Array, "m v"]:
         """Reads the live memory with each token's query, right after that token's write."""
         return self.forward(lambda layer, x: self.apply(chunk, layer, x), query)
 
 
-def _owner(cls: type, name: str) -> type:
+def owner_of(cls: type, name: str) -> type:
     """The class that an attribute comes from."""
     return next(base for base in cls.__mro__ if name in vars(base))
 

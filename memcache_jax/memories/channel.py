@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memcache_jax._typing import Array, Controls, Float
+from memcache_jax._typing import Array, Float
 from memcache_jax.kernels.affine_update import AffineChunk
 from memcache_jax.kernels.decay import channel_scores, end_decay, start_decay
 from memcache_jax.memories.affine import MatrixState
@@ -33,26 +33,37 @@ class ChannelChunk(NamedTuple):
         kept = start_decay(self.log_decay)[-1][:, None] * self.matrix
         return kept + jnp.einsum("wmk,wmv->kv", keys, self.values)
 
+    def decayed(self, x: Float[Array, "m k"]) -> Float[Array, "m k"]:
+        """What reads M as row t of x reads what is left of it in M_t."""
+        return start_decay(self.log_decay) * x
+
+    def scores(self, x: Float[Array, "m k"]) -> Float[Array, "m wm"]:
+        """How much of each value row t of x reads in M_t."""
+        scores = jax.vmap(channel_scores, in_axes=(None, 0, None))(x, self.keys, self.log_decay)
+        return jnp.moveaxis(scores, 0, 1).reshape(len(x), -1)
+
+    def adding(self, value: Float[Array, "m v"]) -> "ChannelChunk":
+        """The same chunk, of one write per token, with other values."""
+        return self._replace(values=value[None])
+
     def affine(
         self, x: Float[Array, "m k"], erase: Float[Array, "erasing k"] | None = None
     ) -> AffineChunk:
         """The chunk as a map of a matrix, as ``DecayChunk`` has it."""
         decay = start_decay(self.log_decay)
-        scores = jax.vmap(channel_scores, in_axes=(None, 0, None))(x, self.keys, self.log_decay)
         return AffineChunk(
             decay=decay[-1],
             value=self.values.reshape(-1, self.values.shape[-1]),
             key=(self.keys * end_decay(self.log_decay)[None]).reshape(-1, x.shape[-1]),
             query=decay * x,
-            scores=jnp.moveaxis(scores, 0, 1).reshape(len(x), -1),
+            scores=self.scores(x),
             erase=erase,
         )
 
     def apply(self, x: Float[Array, "m k"]) -> Float[Array, "m v"]:
         """The product of M_t with row t of x."""
-        scores = jax.vmap(channel_scores, in_axes=(None, 0, None))(x, self.keys, self.log_decay)
-        old = jnp.matmul(x * start_decay(self.log_decay), self.matrix)
-        return old + jnp.einsum("wtj,wjv->tv", scores, self.values)
+        old = jnp.matmul(self.decayed(x), self.matrix)
+        return old + jnp.matmul(self.scores(x), self.values.reshape(-1, self.values.shape[-1]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +78,7 @@ class GLA(MatrixMemory):
       'b t h k'
     """
 
-    merges: ClassVar[bool] = True
+    erases: ClassVar[bool] = False
     largest_chunk: ClassVar[int] = 32
 
     @property
@@ -95,8 +106,3 @@ class GLA(MatrixMemory):
         del anchor
         chunk = ChannelChunk(state.matrix, controls["log_alpha"], key[None], value[None])
         return MatrixState(chunk.end()), chunk
-
-    def merge(self, left: MatrixState, right: MatrixState, controls: Controls) -> MatrixState:
-        """The earlier matrix, decayed over the later run, and the later one."""
-        decay = jnp.exp(controls["log_alpha"].sum(axis=0))
-        return MatrixState(decay[:, None] * left.matrix + right.matrix)

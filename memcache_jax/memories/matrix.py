@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 from memcache_jax._typing import Array, Bool, Controls, Float
 from memcache_jax.kernels.affine_update import AffineChunk
-from memcache_jax.kernels.decay import decay_matrix, start_decay
+from memcache_jax.kernels.decay import decay_matrix, end_decay, start_decay
 from memcache_jax.memories.affine import AffineMemory, MatrixState
-from memcache_jax.memories.base import NEAR_ONE, Control
+from memcache_jax.memories.base import NEAR_ONE, Control, Run
 
 
 class MatrixMemory(AffineMemory):
@@ -45,6 +45,18 @@ class DecayChunk(NamedTuple):
         written = jnp.matmul(self.key.T, self.mixing[-1][:, None] * self.value)
         return self.decay[-1] * self.matrix + written
 
+    def decayed(self, x: Float[Array, "m k"]) -> Float[Array, "m k"]:
+        """What reads M as row t of x reads what is left of it in M_t."""
+        return self.decay[:, None] * x
+
+    def scores(self, x: Float[Array, "m k"]) -> Float[Array, "m writes"]:
+        """How much of each value row t of x reads in M_t."""
+        return self.mixing * jnp.matmul(x, self.key.T)
+
+    def adding(self, value: Float[Array, "writes v"]) -> "DecayChunk":
+        """The same chunk with other values."""
+        return self._replace(value=value)
+
     def affine(
         self, x: Float[Array, "m k"], erase: Float[Array, "erasing k"] | None = None
     ) -> AffineChunk:
@@ -53,22 +65,31 @@ class DecayChunk(NamedTuple):
             decay=jnp.broadcast_to(self.decay[-1:], x.shape[1:]),
             value=self.value,
             key=self.mixing[-1][:, None] * self.key,
-            query=self.decay[:, None] * x,
-            scores=self.mixing * jnp.matmul(x, self.key.T),
+            query=self.decayed(x),
+            scores=self.scores(x),
             erase=erase,
         )
 
     def apply(self, x: Float[Array, "m k"]) -> Float[Array, "m v"]:
         """The product of M_t with row t of x."""
-        scores = self.mixing * jnp.matmul(x, self.key.T)
-        old = jnp.matmul(self.decay[:, None] * x, self.matrix)
-        return old + jnp.matmul(scores, self.value)
+        old = jnp.matmul(self.decayed(x), self.matrix)
+        return old + jnp.matmul(self.scores(x), self.value)
+
+
+def decay_chunk(
+    matrix: Float[Array, "k v"],
+    log_alpha: Float[Array, "m"],
+    key: Float[Array, "m k"],
+    value: Float[Array, "m v"],
+) -> DecayChunk:
+    """A chunk of tokens that are written as they are."""
+    return DecayChunk(matrix, start_decay(log_alpha), decay_matrix(log_alpha), key, value)
 
 
 class ScalarDecayMemory(MatrixMemory):
     """Matrix memories with one decay per token: M_t = alpha_t M_{t-1} + lam_t v_t k_t^T."""
 
-    merges: ClassVar[bool] = True
+    erases: ClassVar[bool] = False
 
     @abc.abstractmethod
     def coefficients(self, controls: Controls, ones: Float[Array, "*m"]) -> tuple[Array, Array]:
@@ -87,12 +108,6 @@ class ScalarDecayMemory(MatrixMemory):
         mixing = decay_matrix(log_alpha) * lam[None]
         chunk = DecayChunk(state.matrix, start_decay(log_alpha), mixing, key, value)
         return MatrixState(chunk.end()), chunk
-
-    def merge(self, left: MatrixState, right: MatrixState, controls: Controls) -> MatrixState:
-        """The earlier matrix, decayed over the later run, and the later one."""
-        some = jax.tree.leaves(controls)
-        log_alpha, _ = self.coefficients(controls, jnp.ones_like(some[0]) if some else jnp.ones(1))
-        return MatrixState(jnp.exp(log_alpha.sum()) * left.matrix + right.matrix)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,12 +203,28 @@ class WindowState(NamedTuple):
     value: Float[Array, "v"]
 
 
+class WindowTransition(NamedTuple):
+    """What a run leaves of the matrix before it, and writes of the token before it.
+
+    M' = diag(matrix) M + diag(crossing) v k^T, and M' adds nothing of v k^T once the run has a
+    token of its own: ``empty`` is 1 until then.
+    """
+
+    matrix: Float[Array, "k"]
+    crossing: Float[Array, "k"]
+    empty: Float[Array, ""]
+
+
 @dataclasses.dataclass(frozen=True)
 class SWLA(MatrixMemory):
     """Sliding-window linear attention, window 2 (Eq. 28 of arXiv:2602.24281).
 
     M_t = alpha_t M_{t-1} + beta_t v_{t-1} k_{t-1}^T + lam_t v_t k_t^T, where an independent segment
     begins with v_{-1} k_{-1}^T = 0.
+
+    It is Mamba-3's trapezoid too: with a step dt, a rate A and a share s, log_alpha = dt A,
+    beta = (1 - s) dt alpha and lam = s dt. The rotation of that model is one of its keys and
+    queries, before they come here.
 
     Controls, each (b, t, h): ``log_alpha`` (<= 0), ``beta`` and ``lam``.
 
@@ -203,7 +234,7 @@ class SWLA(MatrixMemory):
       ['beta', 'lam', 'log_alpha']
     """
 
-    merges: ClassVar[bool] = True
+    erases: ClassVar[bool] = False
 
     @property
     def controls(self) -> Mapping[str, Control]:
@@ -248,9 +279,31 @@ class SWLA(MatrixMemory):
         zero = super().carried(key, value).matrix
         return WindowState(zero, key[-1], value[-1])
 
-    def merge(self, left: WindowState, right: WindowState, controls: Controls) -> WindowState:
-        """The earlier matrix and last token, decayed over the later run, and the later matrix."""
-        log_alpha, beta = controls["log_alpha"], controls["beta"]
-        crossing = beta[0] * jnp.exp(log_alpha[1:].sum()) * jnp.outer(left.key, left.value)
-        kept = jnp.exp(log_alpha.sum()) * left.matrix
-        return right._replace(matrix=kept + crossing + right.matrix)
+    def identity(self, key_dim: int, dtype: Any) -> WindowTransition:
+        """All is left, and the first token is still to come."""
+        one = jnp.ones((), dtype)
+        return WindowTransition(jnp.ones(key_dim, dtype), jnp.zeros(key_dim, dtype), one)
+
+    def extended(self, transition, key, value, controls) -> WindowTransition:
+        """Decays both; a run's first token writes the one before."""
+        del key, value
+        decay = start_decay(controls["log_alpha"])[-1]
+        crossing = controls["beta"][0] * end_decay(controls["log_alpha"])[0]
+        matrix, crossed, empty = transition
+        return WindowTransition(
+            decay * matrix, decay * crossed + empty * crossing, jnp.zeros_like(empty)
+        )
+
+    def compose(self, first: Run, then: Run) -> Run:
+        """M -> A2 (A1 M + B1) + B2, and what crosses from the first run's last token."""
+        decay, crossing, empty = then.transition
+        crossed = crossing[:, None] * jnp.outer(first.state.key, first.state.value)
+        matrix = decay[:, None] * first.state.matrix + crossed + then.state.matrix
+        transition = first.transition
+        if transition is not None:
+            transition = WindowTransition(
+                decay * transition.matrix,
+                decay * transition.crossing + transition.empty * crossing,
+                transition.empty * empty,
+            )
+        return Run(then.state._replace(matrix=matrix), transition)

@@ -10,12 +10,22 @@ from memcache_jax.nn.config import (
     MemoryCachingMixer,
     Mixer,
 )
-from memcache_jax.nn.feed_forward import Experts, FeedForward, GatedMLP, SquaredMLP
+from memcache_jax.nn.feed_forward import (
+    ChannelMix,
+    Experts,
+    FeedForward,
+    GatedMLP,
+    SquaredMLP,
+)
 from memcache_jax.nn.grouped_attention import GroupedAttention, GroupedAttentionMixer
 from memcache_jax.nn.language_model import LanguageModel
+from memcache_jax.nn.latent_attention import LatentAttention, LatentAttentionMixer
+from memcache_jax.nn.lora import LoRA
 from memcache_jax.nn.memory_caching import MemoryCaching
 from memcache_jax.nn.norms import Norm
+from memcache_jax.nn.parallel import Parallel, ParallelMixer
 from memcache_jax.nn.post_training import with_memory_caching
+from memcache_jax.nn.tuning import merge_lora, with_lora
 from memcache_jax.nn.upgrade import upgrade_params
 from memcache_jax.streaming.protocol import MixerCache
 
@@ -23,6 +33,7 @@ __all__ = [
     "Attention",
     "AttentionMixer",
     "BlockConfig",
+    "ChannelMix",
     "Experts",
     "FeedForward",
     "GatedMLP",
@@ -30,17 +41,24 @@ __all__ = [
     "GroupedAttentionMixer",
     "LanguageModel",
     "LanguageModelConfig",
+    "LatentAttention",
+    "LatentAttentionMixer",
+    "LoRA",
     "MemoryCaching",
     "MemoryCachingMixer",
     "Mixer",
     "MixerCache",
     "Norm",
+    "Parallel",
+    "ParallelMixer",
     "SquaredMLP",
     "adapters",
     "cache_bytes",
     "cache_table",
     "linen",
+    "merge_lora",
     "recurrent",
     "upgrade_params",
+    "with_lora",
     "with_memory_caching",
 ]

@@ -27,7 +27,7 @@ class AttentionCache(MixerCache):
 
     Attributes:
       key: (b, h, past, k), contiguous per head, as reads go through them.
-      value: likewise.
+      value: likewise; None where values are the keys.
       position: tokens taken so far by each row, (b,).
       first: this layer's number in a stack of layers, which share keys and values.
     """
@@ -127,35 +127,42 @@ def attend_stream(
     cache: AttentionCache,
     query: Float[Array, "b t h k"],
     key: Float[Array, "b t g k"],
-    value: Float[Array, "b t g k"],
+    value: Float[Array, "b t g k"] | None,
     lengths: Int[Array, "b"],
     *,
     window: int | None,
     turn: Turn,
 ) -> tuple[Float[Array, "b t h k"], AttentionCache]:
-    """Attention of the next tokens to the past and to themselves; the cache after them."""
+    """Attention of the next tokens to the past and to themselves; the cache after them.
+
+    Without values, keys are what is read.
+    """
     (batch, length), past = query.shape[:2], cache.key.shape[-2]
     place = cache.position[:, None] + jnp.arange(length)[None]
     query, key = (turn(rows, place) for rows in (query, key))
     most = past if window is None else _checks.LARGEST
     token = jnp.arange(length)[None]
     counts, fits = token < lengths[:, None], token < most - cache.position[:, None]
+    rows = (key,) if value is None else (key, value)
+    olds = cache.states[: len(rows)]
     if window is None:
         # Tokens that do not count are put out of range, and dropped.
         there = jnp.where(counts & fits, place, past)
         layer = () if cache.first is None else (cache.first,)
-        own = *layer, jnp.arange(batch)[:, None], slice(None), there
+        place_of = *layer, jnp.arange(batch)[:, None], slice(None), there
         kept = tuple(
-            old.at[own].set(new.astype(old.dtype), mode="drop")
-            for old, new in zip(cache.states, (key, value), strict=True)
+            old.at[place_of].set(new.astype(old.dtype), mode="drop")
+            for old, new in zip(olds, rows, strict=True)
         )
-        keys, values = (cache.own_rows(row) for row in kept)
+        own = [cache.own_rows(row) for row in kept]
+        keys, values = own[0], own[-1]
         seen = jnp.arange(past)[None, None] <= place[..., None]
         y = _attend(query, keys, values, seen[:, None])
     else:
-        old = (cache.own_rows(row) for row in cache.states)
-        new = (jnp.moveaxis(rows, 2, 1) for rows in (key, value))
-        keys, values = (jnp.concatenate(pair, axis=2) for pair in zip(old, new, strict=True))
+        old = map(cache.own_rows, olds)
+        new = (jnp.moveaxis(x, 2, 1) for x in rows)
+        joined = [jnp.concatenate(pair, axis=2) for pair in zip(old, new, strict=True)]
+        keys, values = joined[0], joined[-1]
         before = jnp.minimum(cache.position, past)
         if block_size(window, length) < length:
             near, nearby = (jnp.moveaxis(x, 1, 2).astype(query.dtype) for x in (keys, values))
@@ -167,12 +174,12 @@ def attend_stream(
             y = _attend(query, keys, values, seen[:, None])
         last = jax.vmap(lambda row, begin: lax.dynamic_slice_in_dim(row, begin, past, axis=1))
         kept = tuple(
-            cache.put_rows(old, last(row, lengths))
-            for old, row in zip(cache.states, (keys, values), strict=True)
+            cache.put_rows(old, last(row, lengths)) for old, row in zip(olds, joined, strict=True)
         )
     y = jnp.where((counts & ~fits)[..., None, None], jnp.nan, y)
     return y, cache.replace(
-        key=kept[0], value=kept[1], position=_checks.advanced(cache.position, lengths)
+        **dict(zip(("key", "value"), kept, strict=False)),
+        position=_checks.advanced(cache.position, lengths),
     )
 
 

@@ -1,7 +1,7 @@
 """Causal self-attention with rotary positions: the mixer of the Transformer++ baseline."""
 
 import functools
-from typing import Any, Literal, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 import jax.numpy as jnp
 from flax import nnx
@@ -134,7 +134,7 @@ class Attention(nnx.Module):
             x, document_ids, inputs_v, self.num_heads, self.in_features, **call
         )
         if cache is not None:
-            _checks.check_cache(cache, AttentionCache, (self.num_kv_heads, self.head_dim))
+            _checks.check_cache(cache, AttentionCache, self._kept_shape)
         return answer(read, x, cache, whole=self._whole, extend=self.extend, takes_masks=True)
 
     def _whole(
@@ -189,11 +189,12 @@ class Attention(nnx.Module):
             raise ValueError("attention without a window keeps all tokens: give max_length")
         past: Any = max_length if self.window is None else self.window - 1
         dtype = self.param_dtype if self.dtype is None else self.dtype
-        shape = (batch_size, self.num_kv_heads, past, self.head_dim)
+        heads, dim = self._kept_shape
 
         def empty() -> AttentionCache:
-            key, value = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-            return AttentionCache(key, value, jnp.zeros(batch_size, jnp.int32))
+            key, value = (jnp.zeros((batch_size, heads, past, dim), dtype) for _ in range(2))
+            position = jnp.zeros(batch_size, jnp.int32)
+            return AttentionCache(key, value if self._keeps_values else None, position)
 
         return placed(empty, sharding)
 
@@ -219,7 +220,7 @@ class Attention(nnx.Module):
             outside ``jit``, the room of its rows.
         """
         _checks.check_input(x, self.in_features)
-        _checks.check_cache(cache, AttentionCache, (self.num_kv_heads, self.head_dim))
+        _checks.check_cache(cache, AttentionCache, self._kept_shape)
         length, past = x.shape[1], cache.key.shape[-2]
         if self.window is not None and past != self.window - 1:
             raise ValueError(
@@ -229,16 +230,35 @@ class Attention(nnx.Module):
         limit = past if self.window is None else None
         _checks.check_room(cache.position, x.shape[:2], lengths, limit)
         lengths = jnp.full(len(x), length, jnp.int32) if lengths is None else jnp.asarray(lengths)
-        (query, key, value), division = self._rows(x, (cache.position, "b"))
+        (query, key, value), division = self._next_rows(x, (cache.position, "b"))
         extend = functools.partial(attend_stream, window=self.window, turn=self._turn)
         args = cache, query, key, value, lengths
         if division is None:
             y, cache = extend(*args)
         else:
             row, of_cache = "b . h .", cache.letters()
-            letters = of_cache, row, row, row, "b"
+            letters = of_cache, row, row, None if value is None else row, "b"
             y, cache = division.run(extend, args, letters, (row, of_cache))
-        return self._output(x, y), cache
+        return self._next_output(x, y), cache
+
+    # What a stream keeps and how it attends, which a subclass may override.
+
+    _keeps_values: ClassVar[bool] = True
+
+    @property
+    def _kept_shape(self) -> tuple[int, int]:
+        """Heads and channels of what a stream keeps of a token."""
+        return self.num_kv_heads, self.head_dim
+
+    def _next_rows(
+        self, x: Float[Array, "b t d"], *others: tuple[Any, str]
+    ) -> tuple[list, Division | None]:
+        """As ``_rows``, of a stream's next tokens."""
+        return self._rows(x, *others)
+
+    def _next_output(self, x: Float[Array, "b t d"], y: Float[Array, "b t h k"]) -> Array:
+        """As ``_output``, of what ``_next_rows`` read."""
+        return self._output(x, y)
 
     def _turn(
         self, rows: Float[Array, "b t h k"], position: Int[Array, "_ t"] | None

@@ -1,13 +1,61 @@
 """The residual block, and the period of blocks that a language model repeats."""
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
+import jax
 from flax import nnx
 
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.nn.config import BlockConfig, LanguageModelConfig
+from memcache_jax.nn.recurrent import Recurrent
 from memcache_jax.sharding.layout import like
 from memcache_jax.sharding.names import constrain
+from memcache_jax.streaming.protocol import MixerCache
+
+
+class Hidden(NamedTuple):
+    """What goes from block to block where layers mix in the values of the first.
+
+    Attributes:
+      x: the residual stream.
+      values: those of the first layer, zero before it.
+    """
+
+    x: Float[Array, "b t d"]
+    values: Float[Array, "b t hv"]
+
+
+Between: TypeAlias = Float[Array, "b t d"] | Hidden
+"""What goes from block to block."""
+
+
+def stream_of(between: Between) -> Float[Array, "b t d"]:
+    """The residual stream."""
+    return between.x if isinstance(between, Hidden) else between
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockCache(MixerCache):
+    """A stream's past in a block whose MLP sees the token before.
+
+    Attributes:
+      mixer: the cache of the mixer.
+      tail: the MLP's last input of each row, (b, 1, d).
+    """
+
+    mixer: Any
+    tail: Any
+
+    nested = ("mixer",)
+    small = zeroed = ("tail",)
+    axes: ClassVar = {"tail": "b"}
+
+    @property
+    def max_length(self) -> int | None:
+        """Most tokens per row; None for any number."""
+        return getattr(self.mixer, "max_length", None)
 
 
 class Block(nnx.Module):
@@ -26,39 +74,77 @@ class Block(nnx.Module):
             self.mlp_norm = block.norm.build(config.features, **options)
             self.mlp = block.mlp.build(config.features, **options)
 
-    def __call__(
-        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None = None
-    ) -> Float[Array, "b t d"]:
+    def __call__(self, between: Between, document_ids: Int[Array, "b t"] | None = None) -> Between:
         """Applies the mixer and the MLP."""
         documents = () if document_ids is None else (document_ids,)
         mixer: Any = self.mixer
-        y = mixer(self.mixer_input(x), *documents)
-        mixed = _laid(x + self._residual(y, self.mixer_norm), x)
-        return _laid(self._mix_features(mixed), x)
+        x = stream_of(between)
+        given: Any = self.mixer_input(x)
+        if isinstance(between, Hidden) and isinstance(mixer, Recurrent):
+            y, values = mixer.call_in_model(given, document_ids, between.values)
+            between = between._replace(values=values)
+        else:
+            y = mixer(given, *documents)
+        x = _laid(x + self._residual(y, self.mixer_norm), x)
+        if self.config.mlp is not None:
+            mlp: Any = self.mlp
+            shifted = documents if self._mlp_shifts else ()
+            x = _laid(x + self._residual(mlp(self._mlp_input(x), *shifted), self.mlp_norm), x)
+        return _with_stream(between, x)
 
     def mixer_input(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """What the mixer is given, of the block's input."""
         return x if self.config.norm_last else self.mixer_norm(x)
 
+    def _mlp_input(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        return x if self.config.norm_last else self.mlp_norm(x)
+
     def _residual(self, y: Float[Array, "b t d"], norm: Any) -> Float[Array, "b t d"]:
         y = norm(y) if self.config.norm_last else y
         return y if self.config.residual_scale == 1 else self.config.residual_scale * y
 
-    def extend(
-        self, x: Float[Array, "b t d"], cache: Any, lengths: Int[Array, "b"] | None
-    ) -> tuple[Float[Array, "b t d"], Any]:
-        """Applies both to the next tokens of a stream; returns the mixer's next cache too."""
-        mixer: Any = self.mixer
-        y, cache = mixer.extend(self.mixer_input(x), cache, lengths)
-        y = like(x, x + self._residual(y, self.mixer_norm))
-        return like(x, self._mix_features(y)), cache
+    @property
+    def _mlp_shifts(self) -> bool:
+        """Whether the MLP sees the token before."""
+        return getattr(self.config.mlp, "shifts", False)
 
-    def _mix_features(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        if self.config.mlp is None:
-            return x
+    def init_cache(self, batch_size: int, max_length: int | None, options: dict) -> Any:
+        """Returns an empty cache."""
+        mixer: Any = self.mixer
+        cache = mixer.init_cache(batch_size, max_length, **options)
+        if not self._mlp_shifts:
+            return cache
         mlp: Any = self.mlp
-        y = mlp(x if self.config.norm_last else self.mlp_norm(x))
-        return x + self._residual(y, self.mlp_norm)
+        return BlockCache(cache, mlp.init_tail(batch_size))
+
+    def extend(
+        self, between: Between, cache: Any, lengths: Int[Array, "b"] | None
+    ) -> tuple[Between, Any]:
+        """Applies both to the next tokens of a stream; returns the next cache too."""
+        mixer: Any = self.mixer
+        x = stream_of(between)
+        of_mixer = cache.mixer if self._mlp_shifts else cache
+        given: Any = self.mixer_input(x)
+        if isinstance(between, Hidden) and isinstance(mixer, Recurrent):
+            args = given, of_mixer, lengths, between.values
+            y, of_mixer, values = mixer.extend_in_model(*args)
+            between = between._replace(values=like(between.values, values))
+        else:
+            y, of_mixer = mixer.extend(given, of_mixer, lengths)
+        x = like(x, x + self._residual(y, self.mixer_norm))
+        if self.config.mlp is None:
+            return _with_stream(between, x), of_mixer
+        mlp: Any = self.mlp
+        if not self._mlp_shifts:
+            y, cache = mlp(self._mlp_input(x)), of_mixer
+        else:
+            y, tail = mlp.extend(self._mlp_input(x), cache.tail, lengths)
+            cache = BlockCache(of_mixer, tail)
+        return _with_stream(between, like(x, x + self._residual(y, self.mlp_norm))), cache
+
+
+def _with_stream(between: Between, x: Float[Array, "b t d"]) -> Between:
+    return between._replace(x=x) if isinstance(between, Hidden) else x
 
 
 def _laid(y: Float[Array, "b t d"], x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
@@ -73,10 +159,10 @@ class Period(nnx.Module):
         self, config: LanguageModelConfig, blocks: tuple[BlockConfig, ...], *, rngs: nnx.Rngs
     ) -> None:
         self.blocks = nnx.List([Block(config, block, rngs=rngs) for block in blocks])
+        if config.lora is not None:
+            config.lora.attach(self, rngs=rngs)
 
-    def __call__(
-        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None
-    ) -> Float[Array, "b t d"]:
+    def __call__(self, x: Between, document_ids: Int[Array, "b t"] | None) -> Between:
         """Applies the blocks in turn."""
         for block in self.blocks:
             x = block(x, document_ids)
@@ -84,10 +170,9 @@ class Period(nnx.Module):
 
     def init_cache(self, batch_size: int, max_length: int | None, options: dict) -> list:
         """Returns an empty cache per block."""
-        mixers: list[Any] = [block.mixer for block in self.blocks]
-        return [mixer.init_cache(batch_size, max_length, **options) for mixer in mixers]
+        return [block.init_cache(batch_size, max_length, options) for block in self.blocks]
 
-    def extend(self, x: Array, caches: list, lengths: Array | None) -> tuple[Array, list]:
+    def extend(self, x: Between, caches: list, lengths: Array | None) -> tuple[Between, list]:
         """Applies the blocks to the next tokens of a stream; returns their next caches too."""
         new = []
         for block, cache in zip(self.blocks, caches, strict=True):

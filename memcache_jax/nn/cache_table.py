@@ -8,7 +8,9 @@ from memcache_jax._checks import check_instance, check_integer
 from memcache_jax.nn.config import LanguageModelConfig, Mixer
 from memcache_jax.nn.grouped_attention import GroupedAttentionMixer
 from memcache_jax.nn.language_model import LanguageModel
+from memcache_jax.nn.latent_attention import LatentAttentionMixer
 from memcache_jax.nn.model_cache import LanguageModelCache
+from memcache_jax.nn.parallel import ParallelMixer
 from memcache_jax.nn.recurrent import RecurrentMixer
 from memcache_jax.streaming.protocol import MixerCache, count_bytes
 
@@ -21,6 +23,8 @@ _NAMES = dict(
     bank="cached states",
     pooled="pooled keys",
     tails="convolution tails",
+    tail="last tokens of MLPs",
+    transition="maps of live segments",
     key="keys and values",
     value="keys and values",
 )
@@ -43,8 +47,12 @@ def cache_bytes(cache: LanguageModelCache) -> dict[str, int]:
 
 def _width(mixer: Mixer, config: LanguageModelConfig) -> int:
     """Channels of a token's keys and values together, in one layer."""
+    if isinstance(mixer, ParallelMixer):
+        return _width(mixer.left, config) + _width(mixer.right, config)
     if isinstance(mixer, GroupedAttentionMixer):
         return 2 * mixer.num_kv_heads * mixer.head_dim
+    if isinstance(mixer, LatentAttentionMixer):
+        return mixer.rank + mixer.shared_dim
     if isinstance(mixer, RecurrentMixer):
         return sum(path.heads * path.dim for path in (mixer.key, mixer.value))
     return 2 * config.num_heads * (config.head_dim or config.features // config.num_heads)

@@ -1,6 +1,7 @@
 """Configuration of a language model: the mixers of its blocks, and its sizes."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -21,8 +22,11 @@ from memcache_jax.aggregation import GRM, Aggregation
 from memcache_jax.memories import Memory, Titans
 from memcache_jax.nn.attention import Attention, check_attention
 from memcache_jax.nn.feed_forward import FeedForward, GatedMLP
+from memcache_jax.nn.lora import LoRA
 from memcache_jax.nn.memory_caching import MemoryCaching, check_layer
 from memcache_jax.nn.norms import Norm
+from memcache_jax.nn.parallel import ParallelMixer
+from memcache_jax.nn.recurrent import RecurrentMixer
 from memcache_jax.segmentation import Constant, Segmentation
 
 
@@ -120,6 +124,26 @@ def _check_mixer(mixer: Any) -> None:
         )
 
 
+def _check_shared_values(mixers: tuple[Mixer, ...]) -> None:
+    """Raises ValueError where a layer mixes in values that no layer before it shares."""
+    shared = None
+    for mixer in mixers:
+        if isinstance(mixer, ParallelMixer):
+            beside = [m for m in (mixer.left, mixer.right) if isinstance(m, RecurrentMixer)]
+            if any(m.value.first is not None or m.shares_values for m in beside):
+                raise ValueError("mixers side by side can neither share values nor mix them in")
+        if not isinstance(mixer, RecurrentMixer):
+            continue
+        size = mixer.value.heads * mixer.value.dim
+        if mixer.value.first is not None and size != shared:
+            before = "none is shared before it" if shared is None else f"{shared} are shared"
+            raise ValueError(f"a mixer mixes {size} channels of a first layer's values, {before}")
+        if mixer.shares_values:
+            if shared is not None:
+                raise ValueError("only one mixer may share its values, got several")
+            shared = size
+
+
 Stacks: TypeAlias = tuple[tuple[tuple[BlockConfig, ...], int], ...]
 """Sequences of blocks, and how often each is repeated before the next begins."""
 
@@ -140,9 +164,14 @@ class LanguageModelConfig:
       blocks: all ``num_layers`` blocks one by one; ``mixers`` and ``mlp_features`` are then
         ignored.
       norm: of the last block's output.
+      embedding_norm: of the embeddings, before the first block; None for none.
       embedding_scale: a factor of the embeddings.
       logit_scale: a factor of the logits.
       tie_embeddings: whether the output layer is the embedding's transpose.
+      scan_layers: whether layers that repeat are stacked and run by a loop, so that depth costs no
+        compile time. False for one program of all layers, which need not copy a layer's parameters
+        out of the stack: decoding on CPUs is then up to twice as fast.
+      lora: the adapters of the blocks' projections; None for none.
       remat: whether the backward pass recomputes each block's activations.
       offload_states: whether, with ``remat``, what the memories write (states before each chunk and
         after each segment, live reads) is kept in host memory for the backward pass instead of
@@ -164,9 +193,12 @@ class LanguageModelConfig:
     mlp_features: int | None = None
     blocks: tuple[BlockConfig, ...] | None = None
     norm: Norm = Norm()
+    embedding_norm: Norm | None = None
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     tie_embeddings: bool = False
+    scan_layers: bool = True
+    lora: LoRA | None = None
     remat: bool = False
     offload_states: bool = False
     dtype: Any = jnp.float32
@@ -177,12 +209,16 @@ class LanguageModelConfig:
             self,
             sizes=("vocab_size", "num_layers", "features", "num_heads", "head_dim"),
             numbers=("embedding_scale", "logit_scale"),
-            flags=("tie_embeddings", "remat", "offload_states"),
+            flags=("tie_embeddings", "scan_layers", "remat", "offload_states"),
             optional=("head_dim",),
         )
         hidden = check_integer("mlp_features", self.mlp_features, 0, optional=True)
         set_fields(self, mlp_features=hidden)
         check_instance("norm", self.norm, Norm, "an mc.nn.Norm")
+        if self.embedding_norm is not None:
+            check_instance("embedding_norm", self.embedding_norm, Norm, "an mc.nn.Norm")
+        if self.lora is not None:
+            check_instance("lora", self.lora, LoRA, "an mc.nn.LoRA")
         for name in ("dtype", "param_dtype"):
             check_dtype(name, getattr(self, name))
         if isinstance(self.mixers, list):  # which has no hash
@@ -206,25 +242,48 @@ class LanguageModelConfig:
             )
         if self.offload_states and not self.remat:
             raise ValueError("offload_states needs remat=True, got remat=False")
+        if self.remat and not self.scan_layers:
+            raise ValueError(
+                "remat recomputes layer by layer: it needs scan_layers=True, got False"
+            )
+        _check_shared_values(self.mixers * (self.num_layers // len(self.mixers)))
 
-    @property
+    @functools.cached_property
     def stacks(self) -> Stacks:
         """The blocks, as sequences that are repeated."""
         if self.blocks is not None:
-            return _stacks_of(self.blocks)
+            return _stacks_of(self.blocks) if self.scan_layers else ((self.blocks, 1),)
         hidden = self.mlp_features
         if hidden is None:
             hidden = -(-8 * self.features // (3 * 64)) * 64
         mlp = GatedMLP(hidden) if hidden else None
         period = tuple(BlockConfig(mixer, mlp) for mixer in self.mixers)
-        return ((period, self.num_layers // len(self.mixers)),)
+        repeats = self.num_layers // len(self.mixers)
+        return ((period, repeats),) if self.scan_layers else ((period * repeats, 1),)
+
+    @property
+    def shared_values(self) -> int | None:
+        """Channels of the values that the first layer hands to later ones; None if it does not."""
+        shared = (m for m in self.mixers if isinstance(m, RecurrentMixer) and m.shares_values)
+        return next((mixer.value.heads * mixer.value.dim for mixer in shared), None)
 
     def with_mixers(self, change: Callable[[Mixer], Mixer]) -> "LanguageModelConfig":
-        """The configuration with each mixer changed."""
+        """The configuration with each mixer changed, also those that run side by side."""
         if self.blocks is None:
-            return dataclasses.replace(self, mixers=tuple(map(change, self.mixers)))
-        blocks = (dataclasses.replace(block, mixer=change(block.mixer)) for block in self.blocks)
+            mixers = tuple(changed(mixer, change) for mixer in self.mixers)
+            return dataclasses.replace(self, mixers=mixers)
+        blocks = (
+            dataclasses.replace(block, mixer=changed(block.mixer, change)) for block in self.blocks
+        )
         return dataclasses.replace(self, blocks=tuple(blocks))
+
+
+def changed(mixer: Mixer, change: Callable[[Mixer], Mixer]) -> Mixer:
+    """The mixer with a change, of each of both where two run side by side."""
+    if not isinstance(mixer, ParallelMixer):
+        return change(mixer)
+    both = dict(left=changed(mixer.left, change), right=changed(mixer.right, change))
+    return dataclasses.replace(mixer, **both)
 
 
 def _stacks_of(blocks: tuple[BlockConfig, ...]) -> Stacks:

@@ -1,7 +1,7 @@
 """What blocks do to each token alone: gated and squared MLPs, and sparse experts."""
 
 import dataclasses
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,14 @@ from flax import nnx
 from memcache_jax import _checks
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.nn.layers import Linear, SwiGLU
+from memcache_jax.nn.token_shift import LayerInput, make_mix, next_previous, previous_tokens
 from memcache_jax.sharding.division import Division
 from memcache_jax.sharding.names import partitioned
 
 
 @runtime_checkable
 class FeedForward(Protocol):
-    """Describes what a block does to each token alone."""
+    """Describes what a block does to each token, and perhaps to the one before: ``ChannelMix``."""
 
     def build(self, features: int, **options: Any) -> nnx.Module:
         """Returns a module (b, t, d) -> (b, t, d); options: dtype, param_dtype, rngs."""
@@ -25,16 +26,24 @@ class FeedForward(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class GatedMLP:
-    """W_down(silu(W_gate x) * W_up x) (arXiv:2002.05202) of ``hidden`` channels."""
+    """scale W_down(silu(gate_scale W_gate x) * W_up x) (arXiv:2002.05202).
+
+    ``hidden`` are the channels of the gate. With ``use_bias`` each product has a bias.
+    """
 
     hidden: int
+    use_bias: bool = False
+    gate_scale: float = 1.0
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
-        _checks.check_fields(self, sizes=("hidden",))
+        _checks.check_fields(
+            self, sizes=("hidden",), numbers=("gate_scale", "scale"), flags=("use_bias",)
+        )
 
     def build(self, features: int, **options: Any) -> SwiGLU:
         """Returns the module."""
-        return SwiGLU(features, self.hidden, **options)
+        return SwiGLU(features, **vars(self), **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +75,66 @@ class SquaredReLU(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
+class ChannelMix:
+    """RWKV's W_down relu(W_up (x_t + mix (x_{t-1} - x_t)))^2 (arXiv:2503.14456).
+
+    The mix is learned for each channel of the input, and ``hidden`` are those between.
+    """
+
+    hidden: int
+
+    shifts: ClassVar[bool] = True
+    """That it sees the token before, and takes document_ids."""
+
+    def __post_init__(self) -> None:
+        _checks.check_fields(self, sizes=("hidden",))
+
+    def build(self, features: int, **options: Any) -> "ShiftedMLP":
+        """Returns the module."""
+        return ShiftedMLP(self, features, **options)
+
+
+class ShiftedMLP(nnx.Module):
+    """The module of a ``ChannelMix``."""
+
+    def __init__(
+        self,
+        mlp: ChannelMix,
+        features: int,
+        *,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.features, self.dtype = features, param_dtype if dtype is None else dtype
+        self.mix = make_mix(features, param_dtype, rngs)
+        self.up = Linear(features, mlp.hidden, axes=("embed", "mlp"), **options)
+        self.down = Linear(mlp.hidden, features, axes=("mlp", "embed"), **options)
+
+    def __call__(
+        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None = None
+    ) -> Float[Array, "b t d"]:
+        """Applies the MLP to every token and the one before it in its document."""
+        return self._apply(LayerInput(x, previous_tokens(x, document_ids)))
+
+    def init_tail(self, batch_size: int) -> Float[Array, "b 1 d"]:
+        """Returns the input before the first token, zero."""
+        return jnp.zeros((batch_size, 1, self.features), self.dtype)
+
+    def extend(
+        self, x: Float[Array, "b t d"], tail: Float[Array, "b 1 d"], lengths: Any
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b 1 d"]]:
+        """Continues a stream: the outputs, and each row's last input that counts."""
+        counts = jnp.full(len(x), x.shape[1]) if lengths is None else jnp.asarray(lengths)
+        previous, tail = next_previous(x, tail, counts)
+        return self._apply(LayerInput(x, previous)), tail
+
+    def _apply(self, inputs: LayerInput) -> Float[Array, "b t d"]:
+        return self.down(jnp.square(jax.nn.relu(self.up(inputs.mixed(self)))))
+
+
+@dataclasses.dataclass(frozen=True)
 class Experts:
     """Sparse experts: each token goes to ``top_k`` of them (arXiv:1701.06538), and to a shared one.
 
@@ -77,8 +146,14 @@ class Experts:
       hidden: channels of each.
       shared_hidden: channels of the shared one; None for no shared one.
       probabilities: p is the ``"softmax"`` over all experts, or over the ``"top"`` alone, which
-        sums to one.
+        sums to one, or the ``"sigmoid"`` of each.
       normalize: whether the probabilities of the top are divided by their sum.
+      scale: a factor of the probabilities.
+      selection_bias: whether a learned number of each expert is added where the top are chosen, and
+        only there (arXiv:2408.15664). It has no gradient.
+      groups: groups of experts, of which ``top_groups`` are chosen first, by the sum of their two
+        best (arXiv:2412.19437).
+      top_groups: how many groups.
       shared_gate: whether s(x) = sigmoid(x w); else 1.
     """
 
@@ -86,20 +161,31 @@ class Experts:
     top_k: int
     hidden: int
     shared_hidden: int | None = None
-    probabilities: Literal["softmax", "top"] = "softmax"
+    probabilities: Literal["softmax", "top", "sigmoid"] = "softmax"
     normalize: bool = True
+    scale: float = 1.0
+    selection_bias: bool = False
+    groups: int = 1
+    top_groups: int = 1
     shared_gate: bool = False
 
     def __post_init__(self) -> None:
         _checks.check_fields(
             self,
-            sizes=("num_experts", "top_k", "hidden", "shared_hidden"),
-            flags=("normalize", "shared_gate"),
+            sizes=("num_experts", "top_k", "hidden", "shared_hidden", "groups", "top_groups"),
+            numbers=("scale",),
+            flags=("normalize", "selection_bias", "shared_gate"),
             optional=("shared_hidden",),
         )
-        _checks.check_choice("probabilities", self.probabilities, ("softmax", "top"))
-        if self.top_k > self.num_experts:
-            raise ValueError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}")
+        _checks.check_choice("probabilities", self.probabilities, ("softmax", "top", "sigmoid"))
+        if self.num_experts % self.groups or self.top_groups > self.groups:
+            raise ValueError(
+                f"groups={self.groups} must divide num_experts={self.num_experts} and not be fewer "
+                f"than top_groups={self.top_groups}"
+            )
+        among = self.num_experts // self.groups * self.top_groups
+        if self.top_k > among:
+            raise ValueError(f"top_k={self.top_k} exceeds the {among} experts of {self}")
 
     def build(self, features: int, **options: Any) -> "SparseExperts":
         """Returns the module."""
@@ -120,7 +206,14 @@ class SparseExperts(nnx.Module):
     ) -> None:
         self.experts, self.dtype = experts, dtype
         options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.router = Linear(features, experts.num_experts, axes=("embed", "experts"), **options)
+        wide = options  # near ties of many sigmoids need float32
+        if experts.probabilities == "sigmoid":
+            wide = options | dict(dtype=jnp.float32, param_dtype=jnp.float32)
+        self.router = Linear(features, experts.num_experts, axes=("embed", "experts"), **wide)
+        if experts.selection_bias:
+            zeros = partitioned(jax.nn.initializers.zeros, "experts")
+            bias = zeros(rngs.params(), (experts.num_experts,), jnp.float32)
+            self.selection_bias = nnx.Param(bias)
 
         def kernels(size_in: int, size_out: int, *axes: str) -> nnx.Param:
             init = jax.nn.initializers.lecun_normal(batch_axis=(0,))
@@ -176,13 +269,31 @@ class SparseExperts(nnx.Module):
         """The weight of each token's experts, and which they are."""
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         experts = self.experts
+        if experts.probabilities == "sigmoid":
+            scores = jax.nn.sigmoid(logits)
+        else:  # the top of the logits are those of their softmax
+            scores = logits if experts.probabilities == "top" else jax.nn.softmax(logits)
+        _, chosen = jax.lax.top_k(self._selection(scores), experts.top_k)
+        top = jnp.take_along_axis(scores, chosen, axis=-1)
         if experts.probabilities == "top":
-            top, chosen = jax.lax.top_k(logits, experts.top_k)
-            return jax.nn.softmax(top), chosen
-        top, chosen = jax.lax.top_k(jax.nn.softmax(logits), experts.top_k)
-        if experts.normalize:
-            top = top / jnp.sum(top, axis=-1, keepdims=True)
-        return top, chosen
+            top = jax.nn.softmax(top)
+        elif experts.normalize:
+            top = top / (jnp.sum(top, axis=-1, keepdims=True) + 1e-20)
+        return top if experts.scale == 1 else experts.scale * top, chosen
+
+    def _selection(self, scores: Float[Array, "n e"]) -> Float[Array, "n e"]:
+        """The scores by which experts are chosen."""
+        experts = self.experts
+        if experts.selection_bias:
+            bias = self.selection_bias[...].astype(scores.dtype)
+            scores = jax.lax.stop_gradient(scores + bias[None])
+        if experts.groups == experts.top_groups:
+            return scores
+        grouped = scores.reshape(len(scores), experts.groups, -1)
+        best, _ = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))
+        _, chosen = jax.lax.top_k(jnp.sum(best, axis=-1), experts.top_groups)
+        kept = jnp.any(chosen[..., None] == jnp.arange(experts.groups)[None, None], axis=1)
+        return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(scores.shape)
 
 
 def over_groups(

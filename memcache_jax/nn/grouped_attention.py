@@ -31,7 +31,7 @@ class GroupedAttentionMixer:
       gate: whether the output is multiplied by sigmoid(x W_g).
       scale: of scores; head_dim^-0.5 by default.
       window: how many tokens a token sees, itself included; None for all.
-      use_bias: whether queries, keys and values have a bias.
+      use_bias: whether queries, keys, values and the gate have a bias.
       use_out_bias: whether the output has.
     """
 
@@ -125,7 +125,7 @@ class GroupedAttention(Attention):
             sizes = (inner, of_keys) if mixer.norm_over == "all" else (mixer.head_dim,) * 2
             self.query_norm, self.key_norm = (mixer.norm.build(n, **options) for n in sizes)
         if mixer.gate:
-            self.gate = linear(inner, False)
+            self.gate = linear(inner, mixer.use_bias)
         self.out = Linear(
             inner, in_features, axes=("heads", "embed"), use_bias=mixer.use_out_bias, **options
         )

@@ -12,7 +12,7 @@ from memcache_jax import _checks
 from memcache_jax._checks import check_array, check_instance, check_integer, check_tokens
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.kernels._dispatch import WRITTEN
-from memcache_jax.nn.block import Period
+from memcache_jax.nn.block import Between, Hidden, Period, stream_of
 from memcache_jax.nn.calls import ModelCall, answer, read_call
 from memcache_jax.nn.config import LanguageModelConfig
 from memcache_jax.nn.layers import Embed, Linear
@@ -78,6 +78,10 @@ class LanguageModel(nnx.Module):
                 for blocks, repeats in config.stacks
             ]
             self.layers = as_layers(stacks)
+            if config.embedding_norm is not None:
+                self.embedding_norm = config.embedding_norm.build(
+                    config.features, rngs=rngs, **options
+                )
             self.norm = config.norm.build(config.features, rngs=rngs, **options)
             if not config.tie_embeddings:
                 # Products in a narrower dtype would make ties of logits.
@@ -136,9 +140,14 @@ class LanguageModel(nnx.Module):
         x = self._embed(tokens)
         for layers, repeats in self.stacks:
             x, _ = scan_stack(
-                layers, repeats, lambda period, x, _: (period(x, document_ids), None), x, wrap=wrap
+                layers,
+                repeats,
+                lambda period, x, _: (period(x, document_ids), None),
+                x,
+                settle=isinstance(x, Hidden),
+                wrap=wrap,
             )
-        return self.norm(x)
+        return self.norm(stream_of(x))
 
     @property
     def stacks(self) -> list[tuple[Any, int]]:
@@ -158,18 +167,20 @@ class LanguageModel(nnx.Module):
         """
         check_tokens(tokens, self.config.vocab_size)
 
-        def gates_of(period: Period, x: Array, _: None) -> tuple[Array, list]:
+        def gates_of(period: Period, x: Between, _: None) -> tuple[Between, list]:
             gates = []
             for block in period.blocks:
-                mixer: Any = block.mixer
-                caches = isinstance(mixer, MemoryLayer)
-                gates.append(mixer.gates(block.mixer_input(x)) if caches else None)
+                given = block.mixer_input(stream_of(x))
+                first = x.values if isinstance(x, Hidden) else None
+                layers = (m for _, m in nnx.iter_modules(block) if isinstance(m, MemoryLayer))
+                layer = next(layers, None)
+                gates.append(None if layer is None else layer.gates(given, first=first))
                 x = block(x)
             return x, gates
 
         x, found = self._embed(tokens), []
         for layers, repeats in self.stacks:
-            x, gates = scan_stack(layers, repeats, gates_of, x)
+            x, gates = scan_stack(layers, repeats, gates_of, x, settle=isinstance(x, Hidden))
             found += [
                 None if of_mixer is None else of_mixer[repeat]
                 for repeat in range(repeats)
@@ -177,9 +188,15 @@ class LanguageModel(nnx.Module):
             ]
         return found
 
-    def _embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        x = self._rows_of(tokens)
-        return x if self.config.embedding_scale == 1 else self.config.embedding_scale * x
+    def _embed(self, tokens: Int[Array, "b t"]) -> Between:
+        """What the first block is given."""
+        x, config = self._rows_of(tokens), self.config
+        x = x if config.embedding_scale == 1 else config.embedding_scale * x
+        if config.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        if config.shared_values is None:
+            return x
+        return Hidden(x, jnp.zeros((*tokens.shape, config.shared_values), x.dtype))
 
     def _rows_of(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         # Gather the table's features first: on a mesh XLA would otherwise gather the batch.
@@ -274,7 +291,8 @@ class LanguageModel(nnx.Module):
             layers, states = layers + new, states + after
         taken = tokens.shape[1] if lengths is None else lengths
         position = _checks.advanced(cache.position, taken)
-        return self.norm(x), LanguageModelCache(layers, states, position, cache.max_length)
+        hidden = self.norm(stream_of(x))
+        return hidden, LanguageModelCache(layers, states, position, cache.max_length)
 
     def _check_cache(self, cache: Any) -> None:
         if not isinstance(cache, LanguageModelCache):

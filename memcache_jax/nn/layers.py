@@ -30,6 +30,9 @@ class Linear(nnx.Linear):
     The other arguments are those of ``nnx.Linear``.
     """
 
+    low_rank: Any = None
+    """The adapter of ``mc.nn.with_lora``, if it has one."""
+
     def __init__(
         self,
         in_features: int,
@@ -49,13 +52,18 @@ class Linear(nnx.Linear):
             bias_init=partitioned(bias_init, axes[1]),
             **options,
         )
+        self.axes = axes
 
     def __call__(self, inputs: Float[Array, "... d"], out_sharding: Any = None) -> Array:
-        """Returns inputs W + b.
+        """Returns inputs W + b, and what an adapter adds.
 
         With Explicit axes the output is divided as the inputs are and, along its last axis, as the
         kernel is, unless ``out_sharding`` says otherwise.
         """
+        product = self._product(inputs, out_sharding)
+        return product if self.low_rank is None else product + self.low_rank(inputs, out_sharding)
+
+    def _product(self, inputs: Float[Array, "... d"], out_sharding: Any) -> Array:
         mesh = context_mesh(inputs)
         if mesh is None and inputs.size:
             rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]), out_sharding)
@@ -157,7 +165,8 @@ class CausalConv(nnx.Module):
         kernel, before = self._taps().astype(x.dtype), self.kernel.shape[0] - 1
         rows = () if document_ids is None else (document_ids,)
         conv = functools.partial(document_conv_silu if rows else conv_silu, biased=self.use_bias)
-        return over_time(conv, x, kernel, *rows, before=before, division=division)
+        args, letters = (x, kernel, *rows), ("b t h", ". h", "b t")[: 2 + len(rows)]
+        return over_time(conv, args, letters, before=before, division=division)
 
     def _taps(self) -> Float[Array, "w d"]:
         """The kernel, with the bias as its last row."""
@@ -167,25 +176,34 @@ class CausalConv(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
-    """Gated MLP, W_down(silu(W_gate x) * W_up x) (arXiv:2002.05202)."""
+    """Gated MLP, scale W_down(silu(gate_scale W_gate x) * W_up x) (arXiv:2002.05202)."""
 
     def __init__(
         self,
         features: int,
         hidden: int,
         *,
+        use_bias: bool = False,
+        gate_scale: float = 1.0,
+        scale: float = 1.0,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        options: dict[str, Any] = dict(
+            use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        self.gate_scale, self.scale = gate_scale, scale
         self.gate = Linear(features, hidden, axes=("embed", "mlp"), **options)
         self.up = Linear(features, hidden, axes=("embed", "mlp"), **options)
         self.down = Linear(hidden, features, axes=("mlp", "embed"), **options)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Applies the MLP to every token."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        gate = self.gate(x)
+        gate = gate if self.gate_scale == 1 else self.gate_scale * gate
+        y = self.down(jax.nn.silu(gate) * self.up(x))
+        return y if self.scale == 1 else self.scale * y
 
 
 def product_sharding(x: Array, matrix: Any, axis: int) -> NamedSharding | None:

@@ -57,9 +57,12 @@ class MemoryLayer(nnx.Module):
     param_dtype: DTypeLike
 
     def _tokens(
-        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None
-    ) -> dict[str, Any]:
-        """The per-token arguments of ``mc.memory_caching``."""
+        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None, first: Any
+    ) -> tuple[dict[str, Any], Any]:
+        """The per-token arguments of ``mc.memory_caching``, and what ``_output`` needs beside x.
+
+        ``first`` is what the model's first layer hands to later ones; None if it does not.
+        """
         raise NotImplementedError
 
     def _next_tokens(
@@ -68,7 +71,8 @@ class MemoryLayer(nnx.Module):
         tails: tuple,
         counts: Int[Array, "b"],
         position: Int[Array, "b"],
-    ) -> tuple[dict[str, Any], tuple]:
+        first: Any,
+    ) -> tuple[dict[str, Any], Any, tuple]:
         """The same of a stream's next tokens, ``counts`` of which count; and the next tails.
 
         ``position`` is the number of tokens before them.
@@ -80,7 +84,7 @@ class MemoryLayer(nnx.Module):
         raise NotImplementedError
 
     def _output(
-        self, x: Float[Array, "b t d"], y: Float[Array, "b t h v"], tokens: dict[str, Any]
+        self, x: Float[Array, "b t d"], y: Float[Array, "b t h v"], kept: Any
     ) -> Float[Array, "b t d"]:
         """The layer's output, of its input, of what the memories return, and of ``_tokens``."""
         raise NotImplementedError
@@ -154,10 +158,16 @@ class MemoryLayer(nnx.Module):
     def _whole(
         self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None
     ) -> Float[Array, "b t d"]:
+        return self._mix(x, document_ids, None)[0]
+
+    def _mix(
+        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None, first: Any
+    ) -> tuple[Float[Array, "b t d"], Any]:
+        """The output, and what ``_tokens`` kept for it; None of an input without tokens."""
         wide = x if self.dtype is None else x.astype(self.dtype)
         if 0 in x.shape[:2]:
-            return self._empty_output(wide)
-        tokens = self._tokens(wide, document_ids)
+            return self._empty_output(wide), None
+        tokens, kept = self._tokens(wide, document_ids, first)
         y = memory_caching(
             **tokens,
             **self._rules,
@@ -166,15 +176,20 @@ class MemoryLayer(nnx.Module):
             implementation=self.implementation,
             exchange=self.exchange,
         )
-        return self._output(wide, y, tokens)
+        return self._output(wide, y, kept), kept
 
     def operands(
-        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None = None
+        self,
+        x: Float[Array, "b t d"],
+        document_ids: Int[Array, "b t"] | None = None,
+        *,
+        first: Array | None = None,
     ) -> dict[str, Any]:
         """The arrays that a call passes to ``mc.memory_caching``, by argument name.
 
         They are ``query``, ``key``, ``value``, ``connector`` (or None), ``controls`` and
-        ``weights``.
+        ``weights``. ``first`` are the values of the model's first layer, for layers that mix them
+        in: see ``recurrent.Path``.
 
         Example:
           >>> import jax.numpy as jnp, memcache_jax as mc
@@ -190,14 +205,17 @@ class MemoryLayer(nnx.Module):
         if document_ids is not None:
             _checks.check_documents(document_ids, x.shape[:2])
         x = x if self.dtype is None else x.astype(self.dtype)
-        return self._tokens(x, document_ids) | {"weights": self._initial_weights()}
+        tokens, _ = self._tokens(x, document_ids, first)
+        return tokens | {"weights": self._initial_weights()}
 
-    def gates(self, x: Float[Array, "b t d"]) -> Float[Array, "b t h states"]:
+    def gates(
+        self, x: Float[Array, "b t d"], *, first: Array | None = None
+    ) -> Float[Array, "b t h states"]:
         """The weight that each token gives to each state it may read, for inspection.
 
         In float32 or wider: one per cached state of ``segmentation.plan(t).buckets``, in that
         order, then the live state's. It is 0 for states that a token does not read; ``Residual``
-        weighs all others with 1.
+        weighs all others with 1. ``first`` is as in ``operands``.
 
         Example:
           >>> import jax.numpy as jnp, memcache_jax as mc
@@ -209,7 +227,7 @@ class MemoryLayer(nnx.Module):
           >>> gates.shape, (gates > 0).sum(axis=-1)[0, ::4, 0].tolist()
           ((1, 14, 2, 4), [1, 2, 2, 2])
         """
-        operands = self.operands(x)
+        operands = self.operands(x, first=first)
         rows = operands["key"], operands["connector"]
         gates = functools.partial(
             gates_of_tokens, aggregation=self.aggregation, segmentation=self.segmentation
@@ -276,13 +294,21 @@ class MemoryLayer(nnx.Module):
           ValueError: for an input that is not (b, t, in_features) or exceeds the cache's rows or
             room, or for another layer's cache.
         """
+        y, cache, _ = self._mix_next(x, cache, lengths, None)
+        return y, cache
+
+    def _mix_next(
+        self, x: Float[Array, "b t d"], cache: LayerCache, lengths: Any, first: Any
+    ) -> tuple[Float[Array, "b t d"], LayerCache, Any]:
+        """As ``extend``, and what ``_next_tokens`` kept for the output."""
         _checks.check_input(x, self.in_features)
         _checks.check_cache(cache, LayerCache, (self.num_heads, self.head_dim))
         x = x if self.dtype is None else x.astype(self.dtype)
         counts = jnp.full(len(x), x.shape[1])
         if lengths is not None:
             lengths = counts = jnp.asarray(_checks.check_lengths(lengths, x.shape[:2]))
-        tokens, tails = self._next_tokens(x, cache.tails, counts, cache.position)
+        args = x, cache.tails, counts, cache.position, first
+        tokens, kept, tails = self._next_tokens(*args)
         y, memory = extend(
             cache.memory,
             **tokens,
@@ -290,7 +316,7 @@ class MemoryLayer(nnx.Module):
             **self._rules,
             weights=self._initial_weights(),
         )
-        return self._output(x, y, tokens), LayerCache(memory, tails)
+        return self._output(x, y, kept), LayerCache(memory, tails), kept
 
     @property
     def _rules(self) -> dict[str, Any]:

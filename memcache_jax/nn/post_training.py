@@ -1,18 +1,18 @@
 """Memory caching for a model trained without it."""
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import jax.numpy as jnp
 from flax import nnx
 
 from memcache_jax.aggregation import GRM, Aggregation
 from memcache_jax.caching import check_configuration
 from memcache_jax.nn.block import Block
-from memcache_jax.nn.config import MemoryCachingMixer, Mixer
+from memcache_jax.nn.config import MemoryCachingMixer, Mixer, changed
 from memcache_jax.nn.language_model import LanguageModel, abstract_model
 from memcache_jax.nn.memory_layer import MemoryLayer
 from memcache_jax.nn.recurrent import Recurrent, RecurrentMixer
+from memcache_jax.nn.tuning import grown
 from memcache_jax.segmentation import Segmentation
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -83,23 +83,11 @@ def with_memory_caching(
         if isinstance(module, LanguageModel):
             module.config = module.config.with_mixers(cached)
         elif isinstance(module, Block):
-            mixer = cached(module.config.mixer)
+            mixer = changed(module.config.mixer, cached)
             module.config = dataclasses.replace(module.config, mixer=mixer)
-    return _with_connectors(new)
-
-
-def _with_connectors(model: Any) -> Any:
-    """The model with the parameters that its configuration asks for, new ones zero."""
-    if not isinstance(model, LanguageModel):
-        return model
-    graph, state = abstract_model(model.config)
-    there = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
-    wanted = nnx.to_flat_state(state)
-    if all(path in there for path, _ in wanted):
-        return model
-    for path, param in wanted:
-        value = there[path][...] if path in there else jnp.zeros(param.shape, param.dtype)
-        param.set_value(value)
-    new = nnx.merge(graph, state)
-    new.published = model.published
-    return new
+    if not isinstance(new, LanguageModel):
+        return new
+    there = {tuple(path) for path, _ in nnx.to_flat_state(nnx.state(new, nnx.Param))}
+    wanted = {tuple(path) for path, _ in nnx.to_flat_state(abstract_model(new.config)[1])}
+    # New connectors are zero, whatever the key.
+    return new if wanted <= there else grown(new, new.config, nnx.Rngs(0))

@@ -80,7 +80,7 @@ class Projections(MemoryLayer):
         self.controls = nnx.Dict()
         for name, control in memory.controls.items():
             if control.is_learned and control.per_head is None:
-                size = num_heads * (self.head_dim if control.axes.endswith("k") else 1)
+                size = num_heads * (self.head_dim if control.per_channel else 1)
                 bias_init = jax.nn.initializers.constant(control.bias)
                 self.controls[name] = linear(
                     size, use_bias=True, kernel_init=_SMALL, bias_init=bias_init
@@ -100,8 +100,8 @@ class Projections(MemoryLayer):
         self.out = Linear(inner, in_features, axes=axes, dtype=dtype, **options, **options_of.out)
 
     def _tokens(
-        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None
-    ) -> dict[str, Any]:
+        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None, first: Any
+    ) -> tuple[dict[str, Any], Any]:
         rows = [linear(x) for linear, _ in self._paths]
         tokens: Any = *((row, "b t h") for row in rows), (document_ids, "b t")
         division = Division.of(*tokens, heads=self.num_heads)
@@ -109,7 +109,7 @@ class Projections(MemoryLayer):
             conv(row, document_ids, division)
             for (_, conv), row in zip(self._paths, rows, strict=True)
         )
-        return self._arguments(x, query, key, value, division)
+        return self._arguments(x, query, key, value, division), None
 
     def _next_tokens(
         self,
@@ -117,14 +117,15 @@ class Projections(MemoryLayer):
         tails: tuple,
         counts: Int[Array, "b"],
         position: Int[Array, "b"],
-    ) -> tuple[dict[str, Any], tuple]:
+        first: Any,
+    ) -> tuple[dict[str, Any], Any, tuple]:
         rows = [linear(x) for linear, _ in self._paths]
         tokens: Any = *((row, "b . h") for row in rows), (tails[0], "b . h")
         division = Division.of(*tokens, heads=self.num_heads)
         paths = zip(self._paths, rows, tails, strict=True)
         new = [conv.extend(row, tail, counts, division) for (_, conv), row, tail in paths]
         (query, key, value), tails = zip(*new, strict=True)
-        return self._arguments(x, query, key, value, division), tails
+        return self._arguments(x, query, key, value, division), None, tails
 
     def _empty_tails(self, batch_size: int, dtype: DTypeLike) -> tuple:
         return tuple(conv.init_tail(batch_size, dtype) for _, conv in self._paths)
@@ -180,7 +181,7 @@ class Projections(MemoryLayer):
         return self.out(self.value(x))
 
     def _output(
-        self, x: Float[Array, "b t d"], y: Float[Array, "b t h k"], tokens: dict[str, Any]
+        self, x: Float[Array, "b t d"], y: Float[Array, "b t h k"], kept: Any
     ) -> Float[Array, "b t d"]:
         y = self.norm(y).reshape(*x.shape[:2], -1)
         return self.out(y * jax.nn.silu(self.output_gate(x)), as_laid(x))
@@ -196,7 +197,7 @@ class Projections(MemoryLayer):
             return control.per_head(self.num_heads)
         logits = self.controls[name](x)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-        if control.axes.endswith("k"):
+        if control.per_channel:
             logits = heads(logits)
         return control.scale * control.activation(logits)
 

@@ -9,7 +9,7 @@ from flax.nnx import spmd
 
 from memcache_jax import _checks
 from memcache_jax._typing import Array, Float, Int
-from memcache_jax.nn.block import Period
+from memcache_jax.nn.block import Period, stream_of
 from memcache_jax.nn.calls import ModelCall, answer, read_call
 from memcache_jax.nn.language_model import LanguageModel, as_layers
 from memcache_jax.nn.stack import layer_of
@@ -68,7 +68,7 @@ class Unrolled(nnx.Module):
         x = self.outer._embed(tokens)
         for period in self.layers:
             x = run(period, x, document_ids)
-        return self.outer.norm(x)
+        return self.outer.norm(stream_of(x))
 
     def init_cache(self, batch_size: int, max_length: int, **options: Any) -> UnrolledCache:
         """As ``LanguageModel.init_cache``."""
@@ -84,7 +84,8 @@ class Unrolled(nnx.Module):
             x, caches = period.extend(x, caches, lengths)
             layers.append(caches)
         taken = tokens.shape[1] if lengths is None else lengths
-        return self.outer.norm(x), UnrolledCache(layers, _checks.advanced(cache.position, taken))
+        hidden = self.outer.norm(stream_of(x))
+        return hidden, UnrolledCache(layers, _checks.advanced(cache.position, taken))
 
     @property
     def _stacking(self) -> dict[str, Any]:

@@ -32,6 +32,14 @@ class Given:
         value = self.values.get(name)
         return default if value is None else value
 
+    def dtype(self) -> str:
+        """The dtype of the files."""
+        return self.get("dtype", self.get("torch_dtype", "float32"))
+
+    def replaced(self, **values: Any) -> "Given":
+        """The same with other values."""
+        return Given({**self.values, **values}, self.where)
+
     def only(self, **served: Any) -> None:
         """Raises ValueError for values other than those that are served; a tuple lists several."""
         for name, wanted in served.items():
@@ -52,8 +60,8 @@ class Given:
 
     def rope(self) -> tuple[float, float]:
         """The base of rotary positions, and the part of the channels that have them."""
-        given = self.get("rope_parameters", {})
-        kind = given.get("rope_type", "default")
+        given = self.get("rope_parameters", self.get("rope_scaling", {}))
+        kind = given.get("rope_type", given.get("type", "default"))
         if kind != "default":
             raise ValueError(f"{self.where}: rope_type={kind!r} is not served, only 'default'")
         base = given.get("rope_theta", self.get("rope_theta", 10_000.0))

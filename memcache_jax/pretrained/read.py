@@ -1,5 +1,6 @@
 """A published folder as a language model."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,18 +12,20 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from memcache_jax._checks import check_dtype, check_instance
-from memcache_jax.nn import LanguageModel
+from memcache_jax._checks import check_dtype, check_flag, check_instance
+from memcache_jax.nn import LanguageModel, LanguageModelConfig
 from memcache_jax.nn.language_model import abstract_model
 from memcache_jax.pretrained.families import family_of
-from memcache_jax.pretrained.given import read_given
+from memcache_jax.pretrained.given import Given, read_given
 from memcache_jax.pretrained.places import Places
 from memcache_jax.pretrained.tensors import Tensor
 from memcache_jax.pretrained.weights import Weights
 from memcache_jax.sharding import param_shardings
 
 
-def load(folder: str | Path, *, dtype: Any = None, param_dtype: Any = None) -> LanguageModel:
+def load(
+    folder: str | Path, *, dtype: Any = None, param_dtype: Any = None, scan_layers: bool = True
+) -> LanguageModel:
     """Reads a recurrent model as its own library saves it.
 
     Each parameter is read to where it lives before the next is: what is held at once is the model
@@ -34,6 +37,7 @@ def load(folder: str | Path, *, dtype: Any = None, param_dtype: Any = None) -> L
       dtype: dtype of the arithmetic; by default that of the parameters.
       param_dtype: dtype of the parameters; by default the one of ``config.json``. Constants of
         decays are always float32.
+      scan_layers: as in ``LanguageModelConfig``: False decodes faster on CPUs and compiles longer.
 
     Returns:
       The model. It has no caches; ``mc.nn.with_memory_caching`` gives it some.
@@ -53,18 +57,23 @@ def load(folder: str | Path, *, dtype: Any = None, param_dtype: Any = None) -> L
     check_dtype("dtype", dtype, optional=True)
     check_dtype("param_dtype", param_dtype, optional=True)
     given = read_given(folder)
-    family = family_of(given)
     if param_dtype is None:
-        param_dtype = jnp.dtype(given.get("dtype", given.get("torch_dtype", "float32")))
+        param_dtype = jnp.dtype(given.dtype())
     dtype = param_dtype if dtype is None else dtype
-    config = family.config(given, dtype=dtype, param_dtype=param_dtype)
+    config = described(given, dtype=dtype, param_dtype=param_dtype)
+    config = dataclasses.replace(config, scan_layers=check_flag("scan_layers", scan_layers))
     graph, state = abstract_model(config)
     mesh = jax.sharding.get_mesh()
     shardings = None if mesh.empty else flatten_dict(param_shardings(state, mesh))
     model = nnx.merge(graph, state)
     model.published = json.dumps(dict(given.values))
-    _fill(model, list(family.tensors(given)), Weights(folder), shardings)
+    _fill(model, list(family_of(given).tensors(given)), Weights(folder), shardings)
     return model
+
+
+def described(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig:
+    """The shape of a published model, of its ``config.json`` alone."""
+    return family_of(given).config(given, dtype=dtype, param_dtype=param_dtype)
 
 
 def _fill(
@@ -74,6 +83,7 @@ def _fill(
     shardings: Mapping[tuple, Any] | None,
 ) -> None:
     """Reads the parameters of an abstract model."""
+    tensors = [tensor.named_in(weights.names) for tensor in tensors]
     places, known = Places(model), {name for tensor in tensors for name in tensor.names}
     if left := sorted(weights.names - known):
         more = f" and {len(left) - 3} more" if len(left) > 3 else ""
@@ -85,18 +95,25 @@ def _fill(
         value = np.empty(param.shape, param.dtype)
         for tensor, number, place in uses:
             shapes = [places.shape(places.of(tensor, part)) for part in tensor.parts]
-            value[place.index] = _cut(tensor, weights, shapes)[number].astype(param.dtype)
+            value[place.index] = _read(tensor, number, weights, shapes).astype(param.dtype)
+        weights.close()
         sharding = None if shardings is None else shardings[path]
         param.set_value(jax.device_put(value, sharding))
 
 
-def _cut(tensor: Tensor, weights: Weights, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
-    """A tensor's parts, of these shapes."""
-    read = [weights[name] for name in tensor.names]
-    joined = read[0] if len(read) == 1 else np.concatenate(read)
-    if joined.size != sum(int(np.prod(shape)) for shape in shapes):
+def _read(
+    tensor: Tensor, number: int, weights: Weights, shapes: list[tuple[int, ...]]
+) -> np.ndarray:
+    """One of a tensor's parts, of these shapes; if it has rows of its own, those alone are read."""
+    sizes = sum(int(np.prod(shape)) for shape in shapes)
+    given = [weights.shape(name) for name in tensor.names]
+    if sizes != sum(int(np.prod(shape)) for shape in given):
         raise ValueError(
             f"{', '.join(tensor.names)} of {weights.folder} must be {shapes} together, "
-            f"got {joined.shape}"
+            f"got {', '.join(map(str, given))}"
         )
-    return tensor.cut(joined, shapes)
+    rows = tensor.rows_of(number, shapes)
+    if rows is not None:
+        return tensor.part_of(number, weights.read(tensor.names[0], rows), shapes[number])
+    read = [weights.read(name) for name in tensor.names]
+    return tensor.cut(read[0] if len(read) == 1 else np.concatenate(read), shapes)[number]

@@ -35,6 +35,8 @@ class Tensor:
       layer: the layer that they belong to; None for the model itself.
       groups: how often the parts take turns: each group of rows has a piece of every part.
       axis: the axis of rows, along which parts are joined.
+      shape: the tensor's shape, with one -1, where it is not that of its parts.
+      others: other names that files have for the tensors, which are read and not written.
     """
 
     names: tuple[str, ...]
@@ -42,6 +44,14 @@ class Tensor:
     layer: int | None = None
     groups: int = 1
     axis: int = 0
+    shape: tuple[int, ...] | None = None
+    others: tuple[str, ...] = ()
+
+    def named_in(self, names: set[str]) -> "Tensor":
+        """The tensor by the names that a file has for it."""
+        if self.others and set(self.others) <= names:
+            return dataclasses.replace(self, names=self.others)
+        return self
 
     def cut(self, joined: np.ndarray, sizes: list[tuple[int, ...]]) -> list[np.ndarray]:
         """The parts of the joined tensor, of these shapes, in their parameters' forms."""
@@ -54,6 +64,22 @@ class Tensor:
         pairs = zip(self.parts, pieces, sizes, strict=True)
         return [_from_file(part, piece).reshape(size) for part, piece, size in pairs]
 
+    def rows_of(self, number: int, sizes: list[tuple[int, ...]]) -> slice | None:
+        """The rows that are this part alone; None if it is spread over the tensor, or several."""
+        if len(self.names) > 1:
+            return None
+        if len(self.parts) == 1:
+            return slice(None)
+        if self.groups > 1 or self.axis:
+            return None
+        rows = [_rows(part, size) for part, size in zip(self.parts, sizes, strict=True)]
+        begin = sum(rows[:number])
+        return slice(begin, begin + rows[number])
+
+    def part_of(self, number: int, rows: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+        """The part whose rows these are, in its parameter's form."""
+        return _from_file(self.parts[number], rows).reshape(size)
+
     def join(self, values: list[np.ndarray]) -> dict[str, np.ndarray]:
         """The file's tensors, by name, of the parts' parameters."""
         pieces = [_to_file(part, x) for part, x in zip(self.parts, values, strict=True)]
@@ -61,6 +87,8 @@ class Tensor:
         if len(pieces) > 1:
             turns = [self._in_turns(piece) for piece in pieces]
             joined = self._whole(np.concatenate(turns, axis=self.axis + 1))
+        if self.shape is not None:
+            joined = joined.reshape(self.shape)
         if len(self.names) == 1:
             return {self.names[0]: joined}
         return dict(zip(self.names, np.array_split(joined, len(self.names)), strict=True))
@@ -108,9 +136,14 @@ class Names:
         """A tensor of parts."""
         return Tensor((self.prefix + name,), parts, self.layer, **options)
 
-    def same(self, name: str, path: str) -> Tensor:
+    def same(self, name: str, path: str, **options: Any) -> Tensor:
         """A tensor that is a parameter as it is."""
-        return self.tensor(name, Part(path))
+        return self.tensor(name, Part(path), **options)
+
+    def norm(self, name: str, path: str, bias: bool = False) -> list[Tensor]:
+        """The scale of a norm, and its bias."""
+        out = [self.same(f"{name}.weight", f"{path}/scale")]
+        return [*out, self.same(f"{name}.bias", f"{path}/bias")] if bias else out
 
     def linear(self, name: str, *paths: str, bias: bool = False, groups: int = 1) -> list[Tensor]:
         """The weight of a projection, or of several in one, and its bias."""

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  # whose names of dtypes NumPy then knows
 import numpy as np
 
 
@@ -35,21 +36,43 @@ class Weights:
         missing = [name for name in files if not (folder / name).is_file()]
         if missing:
             raise ValueError(f"{folder} lacks {', '.join(missing)}")
-        open_file = safetensors().safe_open
-        self._files = [open_file(folder / name, framework="np") for name in files]
-        self._owner = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118
+        self._open: dict[str, Any] = {}
+        names = {file: self._file(file).keys() for file in files}
+        self._owner = {name: file for file in files for name in names[file]}
+        self.close()
+
+    def _file(self, file: str) -> Any:
+        if file not in self._open:
+            path = self.folder / file
+            self._open[file] = safetensors().safe_open(path, framework="np")
+        return self._open[file]
 
     @property
     def names(self) -> set[str]:
         """Names of all tensors."""
         return set(self._owner)
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        """One tensor, read now.
+    def _tensor(self, name: str) -> Any:
+        if name not in self._owner:
+            raise ValueError(f"{self.folder} has no tensor {name!r}")
+        return self._file(self._owner[name]).get_slice(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape.
 
         Raises:
           ValueError: if there is none of the name.
         """
-        if name not in self._owner:
-            raise ValueError(f"{self.folder} has no tensor {name!r}")
-        return self._owner[name].get_tensor(name)
+        return tuple(self._tensor(name).get_shape())
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """A tensor, or some of its rows, read now.
+
+        Raises:
+          ValueError: if there is none of the name.
+        """
+        return self._tensor(name)[rows]
+
+    def close(self) -> None:
+        """Closes the files until the next read; what was read of them is in memory until then."""
+        self._open.clear()

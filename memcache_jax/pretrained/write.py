@@ -26,11 +26,13 @@ def save(model: LanguageModel, folder: str | Path) -> None:
 
     Raises:
       ImportError: without the package ``safetensors``.
-      ValueError: for a model that is not from ``load``, or a folder with files.
+      ValueError: for a model that is not from ``load``, or has adapters, or a folder with files.
     """
     published = getattr(model, "published", None)
     if published is None:
         raise ValueError("only models of mc.pretrained.load can be saved as published ones")
+    if model.config.lora is not None:
+        raise ValueError("published files have no place for adapters: save mc.nn.merge_lora(model)")
     check_instance("folder", folder, (str, Path), "a path")
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -39,7 +41,7 @@ def save(model: LanguageModel, folder: str | Path) -> None:
     from safetensors.numpy import save_file
 
     given = Given(json.loads(published))
-    dtype = jnp.dtype(given.get("dtype", given.get("torch_dtype", "float32")))
+    dtype = jnp.dtype(given.dtype())
     places, tensors = Places(model), {}
     params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     for tensor in family_of(given).tensors(given):

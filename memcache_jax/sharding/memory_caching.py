@@ -1,8 +1,8 @@
 """Memory caching over a mesh: rows, heads and parts of a sequence side by side.
 
 Rows of a batch and heads are independent. Parts of a sequence nearly are: with independent starts
-each part writes its own segments, and only the states at their ends and the pooled keys cross the
-mesh, not the activations of tokens.
+each part writes its own segments. Only the states at their ends and the pooled keys cross the mesh,
+and the maps of segments where buckets span several, not the activations of tokens.
 """
 
 import functools
@@ -14,6 +14,7 @@ import numpy as np
 
 from memcache_jax._typing import Array, Exchange, Float, Implementation, Int, Start
 from memcache_jax.aggregation import Aggregation
+from memcache_jax.engine.bank import compose_plan
 from memcache_jax.engine.documents import count_documents
 from memcache_jax.engine.one_pass import one_pass
 from memcache_jax.engine.run import cut_for, full_controls, run, widen, writing
@@ -23,7 +24,7 @@ from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Lengths, Segmentation
 from memcache_jax.sharding.division import Division
 from memcache_jax.sharding.layout import check_not_mapped_over
-from memcache_jax.sharding.parts import Part
+from memcache_jax.sharding.parts import Part, last_before
 
 
 def over_mesh(
@@ -105,9 +106,9 @@ def _one_part(
     own_document = None
     if document is not None:
         # A document that continues from the part before is this part's document 0.
-        own_document = document - document[:, :1]
+        own_document = document - last_before(document[:, -1:], document[:, :1], division.time_axis)
         document = document.reshape(len(document), own.num_blocks, -1)
-    full = full_controls(memory, tokens.controls, tokens.key)
+    full = full_controls(memory, tokens.controls, tokens.key, tokens.value)
     widened = widen(**tokens._replace(controls=full)._asdict())
     weights = {name: weight.astype(widened.key.dtype) for name, weight in weights.items()}
     blocks = cut_for(memory, widened, own_document, own, length)
@@ -141,7 +142,6 @@ def check_parts(
             plan.num_blocks >= parts,
             f"a segment for each of the {parts} devices, got {length} tokens in {segmentation}",
         ),
-        (not (documents and checkpoint), "independent starts for document_ids"),
         (
             not (documents and spans),
             "a Constant segmentation for document_ids: other buckets count from where a document "
@@ -149,17 +149,14 @@ def check_parts(
         ),
         (implementation != "reference", "the fast path, not the reference"),
         (
-            not checkpoint or implementation in (None, "xla"),
-            "independent starts for kernels",
-        ),
-        (
             merges or not checkpoint,
-            f"independent starts for {rule}, whose states cannot be merged: each segment would "
-            "wait for the one before",
+            f"independent starts for {rule}, whose runs do not compose: each segment "
+            "would wait for the one before",
         ),
         (
-            merges or checkpoint or not spans,
-            f"a Constant segmentation for {rule}, whose states cannot be merged",
+            compose_plan(memory, plan) or checkpoint or not spans,
+            f"a Constant segmentation for {rule}, or buckets that double in size and a rule whose "
+            "runs compose",
         ),
         (
             exchange != "ring" or fits_ring(segmentation, length),

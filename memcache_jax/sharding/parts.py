@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from memcache_jax._typing import Array, Float, Matrices, State
+from memcache_jax._typing import Array, Bool, Float, Matrices, State
 from memcache_jax.engine.bank import bucket_states
 from memcache_jax.engine.documents import running_document_keys
 from memcache_jax.engine.read import ArrayBank, Bank, blind_where_gates_are_zero
@@ -27,7 +27,7 @@ from memcache_jax.engine.types import (
 )
 from memcache_jax.engine.write import write_blocks
 from memcache_jax.gating import gates_by_state, pooled_keys, running_keys
-from memcache_jax.memories import Memory
+from memcache_jax.memories.base import Run
 from memcache_jax.segmentation import ReadPlan
 from memcache_jax.sharding.ring import read_blocks, read_tokens
 
@@ -53,35 +53,58 @@ class Part(Layout):
     ring: bool
     document: Any
 
-    def write(self, how: Writing, rows: Rows) -> tuple[State, Views]:
+    def write(self, how: Writing, rows: Rows) -> tuple[Run, Views]:
         """Writes this part's segments, and a second time if they continue the part before."""
         restarts = self.own.begins & (not self.carries)
-        if self.carries:
-            first = how.initial(rows.key.shape[:2])
-            ends, _ = write_blocks(how.with_no_reads(), rows, restarts)
-            end = jax.tree.map(lambda x: x[:, :, -1], ends)
-            controls = jax.tree.map(
-                lambda x: x.reshape(*x.shape[:2], -1, *x.shape[5:]), rows.controls
-            )
-            before = _state_before(how.memory, first, end, controls, self.axis)
-            how = how._replace(initial=lambda shape: before)
-        return write_blocks(how, rows, restarts)
+        spans = bool(self.plan.spans_segments.any())
+        if not self.carries:
+            return write_blocks(how.with_maps(spans), rows, restarts)
+        runs, _ = write_blocks(how.with_no_reads().with_maps(), rows, restarts)
+        before, lost = self._before(how, jax.tree.map(lambda x: x[:, :, -1], runs), rows)
+        # A state that depends on a number that was not finite spoils what goes on from it.
+        assert rows.bad is not None
+        bad = rows.bad.at[:, :, 0, 0, 0].set(rows.bad[:, :, 0, 0, 0] | lost)
+        if rows.begun is not None:
+            bad = jnp.where(rows.begun[:, :, :1, :1, :1] > 0, rows.bad, bad)
+        how = how._replace(initial=lambda shape: before)
+        return write_blocks(how, rows._replace(bad=bad), restarts)
 
-    def cached(self, how: Writing, ends: State, blocks: Blocks) -> tuple[Bank, Candidates]:
-        """The states of all parts: gathered and merged into buckets, or on a ring."""
+    def _before(self, how: Writing, whole: Run, rows: Rows) -> tuple[State, Bool[Array, "b h"]]:
+        """The state before each part, from the run that each part is when written alone.
+
+        Each hop doubles the number of parts that a run covers, so that log2 of the parts are
+        enough; what crosses the mesh in a hop is one run. Also returns whether the state depends on
+        a number that was not finite; there it is some other one.
+        """
+        compose = jax.vmap(jax.vmap(how.memory.compose))
+        goes_on = jnp.ones(rows.key.shape[:2], bool)
+        if rows.begun is not None:
+            goes_on = (rows.begun == 0).all(axis=(2, 3, 4))
+        lost = jnp.isnan(jax.tree.leaves(whole.state)[0]).reshape(*goes_on.shape, -1).any(axis=-1)
+        finite = jax.tree.map(lambda x: jnp.where(jnp.isnan(x), 0, x), whole.state)
+        run, distance = whole._replace(state=finite), 1
+        index = lax.axis_index(self.axis)
+        while distance < lax.axis_size(self.axis):  # the run of the last parts up to this one
+            earlier, spoilt, before = _from_before((run, lost, goes_on), distance, self.axis)
+            longer = compose(earlier, run), lost | (goes_on & spoilt), goes_on & before
+            run, lost, goes_on = _where(index >= distance, longer, (run, lost, goes_on))
+            distance *= 2
+        first = how.initial(rows.key.shape[:2]), jnp.zeros_like(lost)
+        return last_before((run.state, lost), first, self.axis)
+
+    def cached(self, how: Writing, ends: Run, blocks: Blocks) -> tuple[Bank, Candidates]:
+        """The states of all parts: gathered and composed into buckets, or on a ring."""
         candidates = self._candidates(blocks)
         if self.ring:
-            matrices = how.memory.matrices(ends)
+            matrices = how.memory.matrices(ends.state)
             bank = RingBank(how.memory, matrices, how.implementation, candidates.states, self.axis)
             return bank, candidates
         plan = self.plan
         if plan.spans_segments.any() and not self.carries:
-            # Merging needs whole states, but of the tokens only their controls.
-            ends, controls = _gathered((ends, blocks.rows.controls), self.axis)
-            rows = blocks.rows._replace(controls=controls)
-            matrices = how.memory.matrices(bucket_states(how, ends, rows, plan))
+            ends = _gathered(ends, self.axis)
+            matrices = how.memory.matrices(bucket_states(how, ends, blocks.rows, plan))
         else:
-            matrices = _gathered(how.memory.matrices(ends), self.axis)
+            matrices = _gathered(how.memory.matrices(ends.state), self.axis)
             matrices = jax.tree.map(lambda x: x[:, :, plan.buckets[:, 1] - 1], matrices)
         return ArrayBank(how.memory, matrices, how.implementation), candidates
 
@@ -151,15 +174,16 @@ def _gathered(tree: Any, axis: Any) -> Any:
     return jax.tree.map(lambda x: lax.all_gather(x, axis, axis=2, tiled=True), tree)
 
 
-def _state_before(memory: Memory, first: State, end: State, controls: Any, axis: Any) -> State:
-    """The state before each part, from the states that each part ends with when written alone."""
-    merge = jax.vmap(jax.vmap(memory.merge))
-    index, parts = lax.axis_index(axis), lax.axis_size(axis)
-    hops = [(part, part + 1) for part in range(parts - 1)]
+def last_before(last: Any, first: Any, axis: Any) -> Any:
+    """What the part before ends with, from what each part does; ``first`` for the first part."""
+    return _where(lax.axis_index(axis) > 0, _from_before(last, 1, axis), first)
 
-    def hop(before: State, _: None) -> tuple[State, None]:
-        passed = lax.ppermute(merge(before, end, controls), axis, hops)
-        # Nothing comes before the first part.
-        return jax.tree.map(lambda new, old: jnp.where(index > 0, new, old), passed, first), None
 
-    return lax.scan(hop, first, None, length=parts - 1)[0]
+def _from_before(tree: Any, distance: int, axis: Any) -> Any:
+    """The arrays of the part so many before; zeros where there is none."""
+    hops = [(part, part + distance) for part in range(lax.axis_size(axis) - distance)]
+    return jax.tree.map(lambda x: lax.ppermute(x, axis, hops), tree)
+
+
+def _where(condition: Any, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), new, old)

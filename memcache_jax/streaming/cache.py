@@ -35,6 +35,8 @@ class Cache(MixerCache):
       position: tokens taken so far by each row, (b,).
       state: the state of each track, (b, h, tracks, ...).
       anchor: the states at the start of the current chunk; None for rules exact for any chunk.
+      transition: of the live segment's run, (b, h, 1, ...), where ``CacheConfig.composes``; else
+        None.
       key_sum: the sum of each track's keys so far, (b, h, tracks, k).
       record: what each slot holds.
       bank: matrices of the cached states, (b, h, slots, in, out), in ``cache_dtype``; for their
@@ -49,6 +51,7 @@ class Cache(MixerCache):
     position: Any
     state: Any
     anchor: Any
+    transition: Any
     key_sum: Any
     record: Any
     bank: Any
@@ -57,10 +60,12 @@ class Cache(MixerCache):
     config: CacheConfig = dataclasses.field(metadata=dict(static=True))
 
     common = ("initial",)
-    small = ("position", "state", "anchor", "key_sum", "record")
+    small = ("position", "state", "anchor", "transition", "key_sum", "record")
     shared = ("bank", "pooled")
     zeroed = ("position", "record")  # the first token of a segment resets states and sums
-    axes = dict.fromkeys(("state", "anchor", "key_sum", "bank", "pooled"), "b h") | {"initial": "h"}
+    axes = dict.fromkeys(("state", "anchor", "transition", "key_sum", "bank", "pooled"), "b h") | {
+        "initial": "h"
+    }
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -210,6 +215,12 @@ def _empty(
 
     tracks = slots.num_tracks if config.start == "independent" else 1
     state = jax.tree.map(lambda x: repeat(x, tracks), initial)
+    transition = None
+    if config.composes:
+        identity = memory.identity(key_dim, jnp.dtype(dtype))
+        transition = jax.tree.map(
+            lambda x: jnp.broadcast_to(x[None, None, None], (batch, heads, 1, *x.shape)), identity
+        )
     # Copies: an array that occurs twice, or belongs to the model, cannot be donated.
     own = functools.partial(jax.tree.map, jnp.copy)
     cache = Cache(
@@ -217,6 +228,7 @@ def _empty(
         position=jnp.zeros(batch, jnp.int32),
         state=own(state),
         anchor=own(state) if memory.gradient_chunk else None,
+        transition=own(transition),
         key_sum=jnp.zeros((batch, heads, slots.num_tracks, key_dim), dtype),
         record=own(slots.init(batch)),
         bank=None,

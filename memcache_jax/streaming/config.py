@@ -83,6 +83,14 @@ class CacheConfig:
             return Recent(self.max_segments, self.segmentation.size, eviction, by_age)
         return Planned(make_schedule(self.segmentation, self.max_length))
 
+    @property
+    def composes(self) -> bool:
+        """Whether states of several segments follow from the maps of single ones."""
+        slots = self.slots
+        each = isinstance(slots, Planned) and bool(slots.schedule.begins[:, 0].all())
+        several = slots.num_tracks > 1 and self.start == "independent"
+        return several and each and self.memory.merges
+
     def checked(self, dtype: DTypeLike) -> "CacheConfig":
         """Returns the configuration of a cache whose arithmetic is in ``dtype``.
 

@@ -124,7 +124,7 @@ def _extend(cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]) -> tuple[Arr
     """``extend`` on one device."""
     check_not_mapped_over()
     config, memory, value = cache.config, cache.config.memory, tokens.value
-    full = full_controls(memory, tokens.controls, tokens.key)
+    full = full_controls(memory, tokens.controls, tokens.key, tokens.value)
     tokens = widen(**tokens._replace(controls=full)._asdict(), dtype=cache.key_sum.dtype)
     batch, heads, count = tokens.key.shape[:3]
 

@@ -11,7 +11,7 @@ from jax import lax
 
 from memcache_jax import _checks
 from memcache_jax._typing import Array, Bool, Float, Int, State
-from memcache_jax.engine.finite import cleaned, spoil
+from memcache_jax.engine.finite import cleaned, composed, spoil
 from memcache_jax.engine.read import ArrayBank, Bank
 from memcache_jax.engine.run import Layout, needs_of, run
 from memcache_jax.engine.types import (
@@ -26,8 +26,9 @@ from memcache_jax.engine.types import (
     Views,
     Writing,
 )
-from memcache_jax.engine.write import write_chunk
+from memcache_jax.engine.write import extended, write_chunk
 from memcache_jax.memories import Memory
+from memcache_jax.memories.base import Run
 from memcache_jax.streaming import storage
 from memcache_jax.streaming.cache import Cache
 from memcache_jax.streaming.eviction import Merge
@@ -47,6 +48,7 @@ def take_piece(
     rows = Rows(tokens.query, tokens.key, tokens.value, tokens.controls, bad=bad)
     rows = jax.tree.map(lambda x: x[:, :, None], rows)
     how = Writing(memory, needs_of(aggregation, memory), lambda shape: None, None)
+    how = how.with_maps(config.composes)
     layout = Piece(cache, block)
     y, ends, selection = run(layout, how, aggregation, Blocks(tokens, None, rows, tokens.key))
     y = y[:, :, 0]
@@ -58,10 +60,12 @@ def take_piece(
         inside = jnp.arange(size)[None] < left
         y, complete = jnp.where(inside[:, None, :, None], y, jnp.nan), complete & inside[:, -1]
     keep = functools.partial(_where, active[:, None])
+    ends = jax.tree.map(keep, ends, Run(cache.state, cache.transition))
     cache = dataclasses.replace(
         cache,
         position=_checks.advanced(cache.position, size * active),
-        state=jax.tree.map(keep, ends, cache.state),
+        state=_followed(memory, ends, complete) if config.composes else ends.state,
+        transition=ends.transition,
         key_sum=keep(cache.key_sum + piece.key.sum(axis=2)[:, :, None], cache.key_sum),
         record=slots.count_reads(cache.record, selection, active),
     )
@@ -83,7 +87,33 @@ def _begun(cache: Cache, block: Int[Array, "b"], into_block: Int[Array, "b"]) ->
         anew = (cache.position % config.memory.gradient_chunk == 0)[:, None]
         anchor = jax.tree.map(lambda new, old: _where(anew, new, old), state, anchor)
     key_sum = _where(begins, jnp.zeros_like(cache.key_sum), cache.key_sum)
-    return dataclasses.replace(cache, state=state, anchor=anchor, key_sum=key_sum)
+    transition = cache.transition
+    if config.composes:
+        identity = config.memory.identity(key_sum.shape[-1], key_sum.dtype)
+        transition = jax.tree.map(
+            lambda old, new: _where(
+                begins[:, :1], jnp.broadcast_to(new[None, None, None], old.shape), old
+            ),
+            transition,
+            identity,
+        )
+    return dataclasses.replace(
+        cache, state=state, anchor=anchor, key_sum=key_sum, transition=transition
+    )
+
+
+def _followed(memory: Memory, ends: Run, complete: Bool[Array, "b"]) -> State:
+    """The states of all tracks: where a block is complete, track 0's run continues the others."""
+
+    def follow(ends: Run) -> State:
+        state, transition = jax.tree.map(lambda x: x[:, :, 0], ends)
+        of_head = jax.vmap(lambda first, then: composed(memory, Run(first, None), then), (0, None))
+        before = jax.tree.map(lambda x: x[:, :, 1:], ends.state)
+        after = jax.vmap(jax.vmap(of_head))(before, Run(state, transition)).state
+        after = jax.tree.map(lambda x, y: jnp.concatenate([x[:, :, None], y], 2), state, after)
+        return jax.tree.map(functools.partial(_where, complete[:, None]), after, ends.state)
+
+    return lax.cond(complete.any(), follow, lambda ends: ends.state, ends)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +128,11 @@ class Piece(Layout):
     cache: Cache
     block: Int[Array, "b"]
 
-    def write(self, how: Writing, rows: Rows) -> tuple[State, Views]:
-        """Writes the tokens into each track. Only track 0, the live one, is read."""
+    def write(self, how: Writing, rows: Rows) -> tuple[Run, Views]:
+        """Writes the tokens into track 0, the live one, which alone is read, and into all others.
+
+        If runs compose, the others are updated once the block is complete.
+        """
         chunk = jax.tree.map(lambda x: x[:, :, 0, 0], rows._replace(bad=None))
         states = self.cache.state, self.cache.anchor
 
@@ -109,16 +142,21 @@ class Piece(Layout):
         live = jax.vmap(jax.vmap(functools.partial(write, how)))
         state, anchor = jax.tree.map(lambda x: x[:, :, 0], states)
         first, kept = live(state, anchor, chunk)
-        ends = jax.tree.map(lambda x: x[:, :, None], first)
-        if jax.tree.leaves(states)[0].shape[2] > 1:
+        ends, transition = jax.tree.map(lambda x: x[:, :, None], first), self.cache.transition
+        later, anchors = (jax.tree.map(lambda x: x[:, :, 1:], tracks) for tracks in states)
+        if how.maps:
+            extend = jax.vmap(jax.vmap(functools.partial(extended, how.memory)))
+            transition = jax.tree.map(lambda x: x[:, :, 0], transition)
+            transition = jax.tree.map(lambda x: x[:, :, None], extend(transition, chunk))
+        elif jax.tree.leaves(later)[0].shape[2]:
             tracks = jax.vmap(functools.partial(write, how.with_no_reads()), in_axes=(0, 0, None))
-            state, anchor = jax.tree.map(lambda x: x[:, :, 1:], states)
-            later, _ = jax.vmap(jax.vmap(tracks))(state, anchor, chunk)
-            ends = jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=2), ends, later)
+            later, _ = jax.vmap(jax.vmap(tracks))(later, anchors, chunk)
+        ends = jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=2), ends, later)
         kept = jax.tree.map(lambda x: x[:, :, None, None], kept)
-        return spoil(how.memory, rows, np.array([True]), ends, kept)
+        ends, kept = spoil(how.memory, rows, np.array([True]), ends, kept)
+        return Run(ends, transition), kept
 
-    def cached(self, how: Writing, ends: State, blocks: Blocks) -> tuple[Bank, Candidates]:
+    def cached(self, how: Writing, ends: Run, blocks: Blocks) -> tuple[Bank, Candidates]:
         """The states in the slots of each row."""
         cache, key = self.cache, blocks.tokens.key
         config, slots = cache.config, cache.config.slots

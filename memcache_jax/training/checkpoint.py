@@ -96,7 +96,7 @@ class Checkpoints:
         try:
             response = self._checkpointer.save_checkpointables_async(
                 step,
-                state._asdict(),
+                dict(params=state.params, opt_state=state.opt_state),
                 force=True,
                 # A copy, since Orbax writes it after this returns. Positions in the data are here
                 # because a later run may have another number of processes.
@@ -156,7 +156,8 @@ class Checkpoints:
     def restore(self, target: TrainState, data: Streams) -> Restored | None:
         """Returns the newest readable checkpoint, and moves the streams to its position.
 
-        Newer, unreadable checkpoints are renamed to ``<step>.unreadable``.
+        Newer, unreadable checkpoints are renamed to ``<step>.unreadable``. Parameters that are not
+        trained are in no checkpoint.
 
         Args:
           target: shapes, dtypes and, if set, shardings of the state.
@@ -165,7 +166,7 @@ class Checkpoints:
         Raises:
           ValueError: if there are checkpoints, but none can be read.
         """
-        target = on_default_device(target)
+        target = on_default_device(target._replace(frozen={}))
         reasons: dict[int, str] = {}
         for step in self.steps:
             state, notes = None, {}
@@ -208,7 +209,7 @@ class Checkpoints:
             opt_state: Any = target.opt_state
             saved = target._replace(opt_state=(opt_state[0], *opt_state[1]))
         form = ocp.metadata(str(self.folder / str(step)), "params").metadata
-        items = with_saved_names(saved._asdict(), form)
+        items = with_saved_names(dict(params=saved.params, opt_state=saved.opt_state), form)
         found = upgrade_params(self._checkpointer.load_checkpointables(step, items))
         leaves = jax.tree.leaves((found["params"], found["opt_state"]))
         return jax.tree.unflatten(jax.tree.structure(target), leaves)

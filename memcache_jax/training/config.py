@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_dict
 
 from memcache_jax._checks import (
+    check_choice,
     check_flag,
     check_instance,
     check_integer,
@@ -49,10 +50,13 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         lambda x: x >= 1,
         (
             *("steps", "batch_size", "sequence_length", "log_every", "eval_every"),
-            *("checkpoint_every", "keep_checkpoints", "accumulate", "data.streams"),
+            *("checkpoint_every", "keep_checkpoints", "accumulate", "data.streams", "lora.rank"),
         ),
     ),
-    "be above 0": (lambda x: x > 0, ("optimizer.learning_rate", "optimizer.clip_norm")),
+    "be above 0": (
+        lambda x: x > 0,
+        ("optimizer.learning_rate", "optimizer.clip_norm", "lora.alpha"),
+    ),
     "not be negative": (
         lambda x: x >= 0,
         (
@@ -76,7 +80,9 @@ _OPEN = {
 _FREE = ("model.memory", "model.aggregation", "model.segmentation", "optimizer.arguments")
 
 # Keys that runs of earlier versions lack, with the values they used.
-_ADDED = {"data.streams": 1, "optimizer.name": "adamw"} | dict.fromkeys(_OPEN, False)
+_ADDED: dict[str, Any] = {"data.streams": 1, "optimizer.name": "adamw"}
+_ADDED |= dict.fromkeys(_OPEN, False)
+_ADDED |= {"pretrained": None, "tune": "all", "lora.rank": 16, "lora.alpha": 16.0}
 
 
 def default_config() -> Config:
@@ -112,6 +118,14 @@ def default_config() -> Config:
     # most. If False, they go on while it is written, and a kill before its end costs them too.
     config.wait_for_checkpoints = True
     config.tensorboard = False  # also write metrics for TensorBoard (extra `tensorboard`)
+    # The folder of a public model to begin with (extra `pretrained`). Of `config.model` the caches
+    # are then taken (aggregation, segmentation, start), and how to compute; all else is its own.
+    config.pretrained = config_dict.placeholder(str)
+    # What of it is trained: "all"; "caches", connectors and temperatures; or "lora", also adapters.
+    config.tune = "all"
+    config.lora = ConfigDict()
+    config.lora.rank = 16  # of an adapter (alpha / rank) B A of each projection of the blocks
+    config.lora.alpha = 16.0
 
     config.model = ConfigDict()
     config.model.vocab_size = 257  # at least the tokenizer's; 257 for bytes
@@ -149,7 +163,8 @@ def default_config() -> Config:
     config.data.heldout_fraction = 0.05
     config.data.heldout_tokens = 65_536  # at most, per evaluation
     config.data.text_field = "text"  # of .jsonl and .parquet files
-    config.data.tokenizer = "bytes"  # or the path of a Hugging Face `tokenizers` JSON file
+    # Or the path of a Hugging Face `tokenizers` JSON file; "pretrained" is the public model's.
+    config.data.tokenizer = "bytes"
     config.data.streams = 1  # feeding each batch; a process reads those of its devices
     # Whether documents that are packed into one row cannot see each other (`document_ids`, the
     # segment ids of other libraries). If not set: True in a new run, as before in a resumed one.
@@ -192,6 +207,9 @@ def check_config(config: Config) -> None:
         config.sample.prompt.encode()  # at the end of a run it would be too late
     except (AttributeError, UnicodeEncodeError) as e:
         raise ValueError(f"sample.prompt must be text, got {config.sample.prompt!r}") from e
+    check_choice("tune", config.tune, ("all", "caches", "lora"))
+    if config.tune != "all" and config.pretrained is None:
+        raise ValueError(f"tune={config.tune!r} needs pretrained, the folder of a public model")
     for name in ("accumulate", "data.streams"):
         if config.batch_size % values[name]:
             raise ValueError(

@@ -86,16 +86,16 @@ def load_corpus(config: Config) -> Corpus:
         "train_files": len(train),
         "heldout_files": len(heldout),
         "train_bytes": num_bytes,
-        "files": _digest(names),
+        "files": digest_of(names),
         "heldout": hashlib.sha1(rows.tokens.tobytes()).hexdigest(),
         "compressed": sum(map(is_compressed, [*train, *heldout])),
         # What may be mended: texts of lines, while the same lines are records.
         "lines": {
-            name: [lines[file], _digest({name: file})]
+            name: [lines[file], digest_of({name: file})]
             for name, file in names.items()
             if file in lines
         },
-        "others": _digest({name: file for name, file in names.items() if file not in lines}),
+        "others": digest_of({name: file for name, file in names.items() if file not in lines}),
         "tokenizer": "bytes"
         if options.tokenizer == "bytes"
         else hashlib.sha1(Path(options.tokenizer).read_bytes()).hexdigest(),
@@ -113,7 +113,7 @@ def _names(files: Sequence[Path]) -> dict[str, Path]:
     return {file.relative_to(common).as_posix(): file for file in files}
 
 
-def _digest(files: Mapping[str, Path], ends: int = 4096) -> str:
+def digest_of(files: Mapping[str, Path], ends: int = 4096) -> str:
     """Returns a digest of the files' names, sizes, and first and last bytes."""
     digest = hashlib.sha1()
     for name, file in files.items():

@@ -23,8 +23,8 @@ from memcache_jax.training.checkpoint import (
 from memcache_jax.training.config import Config, with_choices_made
 from memcache_jax.training.distributed import is_main_process, wait_for_all, whole_arrays
 from memcache_jax.training.durable import check_digests, read_json, write_digests
-from memcache_jax.training.models import model_config
-from memcache_jax.training.step import Params, abstract_state
+from memcache_jax.training.pretrained import FILE, Exported, PublicModel, run_model
+from memcache_jax.training.step import Params, TrainState, abstract_state
 from memcache_jax.training.tokenizers import Tokenizer, make_tokenizer
 
 _log = logging.getLogger(__name__)
@@ -73,7 +73,9 @@ def load_model(workdir: str | os.PathLike[str]) -> tuple[LanguageModel, Tokenize
     """Returns the model that a run trained, its tokenizer, and the run's configuration.
 
     The parameters come from the newest readable checkpoint, even of an unfinished run; without
-    checkpoints, from the export in ``workdir/params``.
+    checkpoints, from the export in ``workdir/params``. Those that a run of a public model has not
+    trained are in no checkpoint, and come from the public model's folder; the export has them.
+    Adapters are merged.
 
     Raises:
       ValueError: if the workdir holds no run, or no parameters.
@@ -82,13 +84,22 @@ def load_model(workdir: str | os.PathLike[str]) -> tuple[LanguageModel, Tokenize
     workdir = Path(os.path.abspath(workdir))
     config = _read_config(workdir)
     config.model.implementation = None  # chosen for the machine that trained it
+    public = PublicModel.of_run(workdir)
+    if config.get("pretrained") is not None and public is None:
+        raise ValueError(f"{workdir} has lost the {FILE} of the run")
     try:
-        model = model_config(config.model)
+        model = run_model(config, public)
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{workdir / 'config.json'} describes no model: {root_cause(e)}") from e
-    graph, target = abstract_state(model, optax.identity())
-    params = _load_params(workdir, on_default_device(target).params)
-    return nnx.merge(graph, params), load_tokenizer(workdir), config
+    frozen = frozenset() if public is None else public.frozen(config)
+    graph, target = abstract_state(model, optax.identity(), frozen=frozen)
+    target = on_default_device(target)
+    if public is None:
+        loaded = nnx.merge(graph, _load_params(workdir, target.params))
+    else:
+        exported = Exported.of(public, config, graph, target.whole)
+        loaded = exported.model(_load_params(workdir, target.params, exported))
+    return loaded, load_tokenizer(workdir), config
 
 
 def load_tokenizer(workdir: str | os.PathLike[str]) -> Tokenizer:
@@ -114,7 +125,7 @@ def _read_config(workdir: Path) -> Config:
     return with_choices_made(ConfigDict(found), {"config": found})
 
 
-def _load_params(workdir: Path, target: Params) -> Params:
+def _load_params(workdir: Path, target: Params, exported: Exported | None = None) -> Params:
     checkpoints = [workdir / "checkpoints" / str(s) for s in Checkpoints.steps_in(workdir)]
     places = checkpoints + [workdir / name for name in EXPORTS if (workdir / name).exists()]
     for place in places:
@@ -123,8 +134,11 @@ def _load_params(workdir: Path, target: Params) -> Params:
                 check_digests(place, only=("_", "params/"))  # the optimizer's state is not read
                 saved = with_saved_names(target, ocp.metadata(str(place), "params").metadata)
                 found = ocp.load_checkpointables(str(place), {"params": saved})
-                return upgrade_params(found["params"])
+                params = upgrade_params(found["params"])
+                return params if exported is None else exported.complete(params)
             check_digests(place)
+            if exported is not None:
+                target = on_default_device(TrainState(exported.target, ())).params
             saved = with_saved_names(target, ocp.metadata(str(place)).metadata)
             return upgrade_params(ocp.load(str(place), saved))
         except Exception as e:  # Orbax raises many kinds on damaged files

@@ -30,8 +30,8 @@ from memcache_jax.training.documents import separator
 from memcache_jax.training.durable import replace_file
 from memcache_jax.training.export import TOKENIZER_FILE
 from memcache_jax.training.metrics import MetricsWriter, Progress, read_metrics
-from memcache_jax.training.models import model_config
 from memcache_jax.training.optimizer import make_optimizer, make_schedule
+from memcache_jax.training.pretrained import FILE, PublicModel, begin, merged, run_model
 from memcache_jax.training.report import write_report
 from memcache_jax.training.signals import StoppedError, StopSignal
 from memcache_jax.training.step import (
@@ -57,10 +57,11 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
 
     The workdir then holds ``config.json``, ``metrics.jsonl``, ``checkpoints/``, the parameters
     alone in ``params/``, ``results.json``, ``loss.png``, ``sample.txt`` and, if the tokenizer is a
-    file, a copy of it. A line of metrics has the means of ``loss``, ``z_loss`` and
-    ``gradient_norm`` since the previous line, and ``heldout_*`` after an evaluation. A resumed run
-    writes the same numbers as one that was never stopped (on a GPU, with
-    ``XLA_FLAGS=--xla_gpu_deterministic_ops=true``). A running run holds ``.lock``.
+    file, a copy of it; if it began with a public model, ``pretrained.json``. A line of metrics has
+    the means of ``loss``, ``z_loss`` and ``gradient_norm`` since the previous line, and
+    ``heldout_*`` after an evaluation. A resumed run writes the same numbers as one that was never
+    stopped (on a GPU, with ``XLA_FLAGS=--xla_gpu_deterministic_ops=true``). A running run holds
+    ``.lock``.
 
     Args:
       config: as from ``default_config``.
@@ -116,8 +117,10 @@ class _Run:
 
     def __init__(self, config: Config, workdir: Path, mesh: Mesh | None) -> None:
         self.workdir, self.mesh = workdir, mesh
-        config = self.config = with_choices_made(config, Checkpoints.notes_in(workdir))
-        model = model_config(config.model)
+        config = with_choices_made(config, Checkpoints.notes_in(workdir))
+        self.public = public = PublicModel.of(config)
+        config = self.config = config if public is None else public.resolved(config)
+        model = run_model(config, public)
         device = jax.local_devices()[0]
         memories = sorted(memory.kind for memory in device.addressable_memories())
         if model.offload_states and "pinned_host" not in memories:
@@ -126,7 +129,8 @@ class _Run:
                 f"{device.platform} with {', '.join(memories)}"
             )
         self.optimizer = make_optimizer(config.optimizer, config.steps)
-        self.graph, target = abstract_state(model, self.optimizer, mesh)
+        frozen = frozenset() if public is None else public.frozen(config)
+        self.graph, target = abstract_state(model, self.optimizer, mesh, frozen)
         self.corpus = load_corpus(config)
         self.troubles = ReadingTroubles(self.corpus)
         self.batches = Streams(
@@ -138,16 +142,19 @@ class _Run:
             num_streams=config.data.streams,
             read=streams_here(mesh, config.batch_size, config.data.streams),
         )
-        self.create = lambda: create_state(
-            model, self.optimizer, config.seed, None if mesh is None else target
-        )
+        if public is None:
+            placed = None if mesh is None else target
+            self.create = lambda: create_state(model, self.optimizer, config.seed, placed)
+        else:
+            self.create = lambda: begin(public, config, self.optimizer, target, mesh)
         self.target = target
         # Checked before anything in the workdir changes.
         found = check_workdir(workdir, resume=config.resume)
         end_token = self.corpus.tokenizer.eos_id
-        self.end_token = separator(config, end_token, self.graph, target.params)
+        self.end_token = separator(config, end_token, self.graph, target.whole)
         self.eval_step = make_eval_step(self.graph, self.end_token, config.accumulate)
-        check_agreement("configuration, data, or workdir", config, self.corpus.identity, found)
+        facts = config, public, self.corpus.identity, found
+        check_agreement("configuration, public model, data, or workdir", *facts)
         workdir.mkdir(parents=True, exist_ok=True)
         self._lock = lock_run(workdir)
         self.checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
@@ -161,11 +168,16 @@ class _Run:
         notes = Checkpoints.notes_in(self.workdir)
         if notes is not None:
             check_same_run(self.workdir, notes, self.config, self.corpus.identity)
+            if self.public is not None:
+                self.public.check_same(PublicModel.of_run(self.workdir))
         restored = self.checkpoints.restore(self.target, self.batches)
         if restored is None:
             self.state = self.create()
         else:
             self.step, self.state, notes = restored
+            if self.target.frozen and self.public is not None:
+                frozen = self.public.parameters(self.config)
+                self.state = self.state._replace(frozen=frozen)
             self.since_line = list(notes["since_line"])
             _log.info("Resuming from the checkpoint of step %d.", self.step)
         if not is_main_process():
@@ -173,6 +185,9 @@ class _Run:
         replace_file(
             self.workdir / "config.json", json.dumps(to_json(self.config), indent=2) + "\n"
         )
+        if self.public is not None:
+            text = json.dumps(self.public._asdict(), indent=2) + "\n"
+            replace_file(self.workdir / FILE, text)
         if self.config.data.tokenizer != "bytes":
             shutil.copyfile(self.config.data.tokenizer, self.workdir / TOKENIZER_FILE)
         self.metrics = MetricsWriter(
@@ -266,7 +281,7 @@ class _Run:
     def _evaluate(self) -> dict[str, float]:
         return evaluate(
             self.eval_step,
-            self.state.params,
+            self.state.whole,
             self.corpus.heldout,
             self.config.batch_size,
             self.mesh,
@@ -282,8 +297,7 @@ class _Run:
         return write_report(
             self.workdir,
             self.config,
-            self.graph,
-            self.state.params,
+            *merged(self.graph, self.state.whole),
             self.corpus.tokenizer,
             self.corpus.heldout.bytes_per_token,
             {"step": self.step, **(measured or self._evaluate())},

@@ -22,8 +22,9 @@ _MODEL = (
 # Keys that runs of earlier versions lack.
 _LATER = ("offload_states", "connector", "distances", "bounded", "implementation", "exchange")
 MIXERS = ("memory_caching", "attention", "sliding_window")
-# Keys that are fields of ``MemoryCachingMixer``.
-_LAYER = ("start", "connector", "distances", "implementation", "exchange")
+# Keys that are fields of every mixer with caches, and those of ``MemoryCachingMixer``.
+_CACHES = ("start", "implementation", "exchange")
+_LAYER = (*_CACHES, "connector", "distances")
 
 
 def model_config(options: Config) -> LanguageModelConfig:
@@ -124,10 +125,18 @@ def _mixer(name: str, options: Config) -> Mixer:
         return AttentionMixer(window=options["window"], rope_base=options["rope_base"])
     return MemoryCachingMixer(
         memory=_build("memory", options, _concrete(mc.memories, Memory)),
+        **caches(options),
+        **{name: options[name] for name in ("connector", "distances") if name in options},
+        bounded=options.get("bounded") is not False,
+    )
+
+
+def caches(options: Config) -> dict[str, Any]:
+    """What ``config.model`` says of caches: arguments of every mixer that has some."""
+    return dict(
         aggregation=_build("aggregation", options, _concrete(mc, mc.Aggregation)),
         segmentation=_build("segmentation", options, _concrete(mc, mc.Segmentation)),
-        **{name: options[name] for name in _LAYER if name in options},
-        bounded=options.get("bounded") is not False,
+        **{name: options[name] for name in _CACHES if name in options},
     )
 
 

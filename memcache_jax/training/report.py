@@ -45,9 +45,12 @@ def write_report(
     if not is_main_process():
         return results
     is_bytes = config.data.tokenizer == "bytes"
+    what = "-".join(config.model.mixers)
+    if config.pretrained is not None:
+        what = Path(config.pretrained).name
     plot_curve(
         workdir,
-        title=f"{workdir.name}: {'-'.join(config.model.mixers)}, {config.model.num_layers} layers",
+        title=f"{workdir.name}: {what}, {config.model.num_layers} layers",
         bytes_per_token=bytes_per_token if is_bytes else None,
     )
     losses = [row["loss"] for row in read_metrics(workdir) if "loss" in row]

@@ -1,7 +1,8 @@
 """The training state, one update of it, and an evaluation."""
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 from jax.sharding import Mesh
 
@@ -24,28 +26,54 @@ Params = dict[str, Any]
 
 
 class TrainState(NamedTuple):
-    """The parameters, as nested dictionaries of arrays, and the optimizer's state."""
+    """The parameters, as nested dictionaries of arrays, and the optimizer's state.
+
+    Attributes:
+      params: those that are trained.
+      opt_state: of these alone.
+      frozen: those that are not.
+    """
 
     params: Params
     opt_state: optax.OptState
+    frozen: Params = {}  # noqa: RUF012  # never changed
+
+    @property
+    def whole(self) -> Params:
+        """The parameters of the model."""
+        return joined(self.params, self.frozen)
+
+
+def joined(first: Params, second: Params) -> Params:
+    """Parameters of both."""
+    if not second:
+        return first
+    return unflatten_dict(flatten_dict(first) | flatten_dict(second))
 
 
 def abstract_state(
     config: LanguageModelConfig,
     optimizer: optax.GradientTransformation,
     mesh: Mesh | None = None,
+    frozen: Set[tuple] = frozenset(),
 ) -> tuple[nnx.GraphDef, TrainState]:
     """Returns the model without its arrays, and the shapes and dtypes of a state.
 
-    ``nnx.merge(graph, state.params)`` restores the model. With a mesh, each leaf also has its
-    sharding.
+    ``nnx.merge(graph, state.whole)`` restores the model. With a mesh, each leaf also has its
+    sharding. ``frozen`` are the paths of parameters that are not trained; all others are then
+    float32 or wider.
     """
     graph, state = abstract_model(config)
-    params = _string_keys(nnx.to_pure_dict(state))
-    target = TrainState(params, jax.eval_shape(optimizer.init, params))
+    params, kept = _divided(pure(state), frozen)
+    if frozen:
+        params = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, jnp.promote_types(x.dtype, jnp.float32)), params
+        )
+    target = TrainState(params, jax.eval_shape(optimizer.init, params), kept)
     if mesh is not None:
-        of_params = _string_keys(param_shardings(state, mesh))
-        shardings = TrainState(of_params, state_shardings(optimizer, params, of_params, mesh))
+        of_params, of_kept = _divided(_string_keys(param_shardings(state, mesh)), frozen)
+        of_optimizer = state_shardings(optimizer, params, of_params, mesh)
+        shardings = TrainState(of_params, of_optimizer, of_kept)
         target = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             target,
@@ -67,7 +95,7 @@ def create_state(
 
     def create(key: Array) -> TrainState:
         model = LanguageModel(config, rngs=nnx.Rngs(key))
-        params = _string_keys(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+        params = pure(nnx.state(model, nnx.Param))
         return TrainState(params, optimizer.init(params))
 
     return jax.jit(create, out_shardings=_shardings(target))(jax.random.key(seed))
@@ -75,6 +103,20 @@ def create_state(
 
 def _shardings(target: TrainState | None) -> Any:
     return None if target is None else jax.tree.map(lambda x: x.sharding, target)
+
+
+def pure(state: nnx.State) -> Params:
+    """The parameters of a state as nested dictionaries, as a checkpoint has them."""
+    return _string_keys(nnx.to_pure_dict(state))
+
+
+def _divided(params: Params, frozen: Set[tuple]) -> tuple[Params, Params]:
+    """Those that are trained, and those that are not."""
+    if not frozen:
+        return params, {}
+    flat = flatten_dict(params)
+    trained = {path: x for path, x in flat.items() if path not in frozen}
+    return unflatten_dict(trained), unflatten_dict({path: flat[path] for path in frozen})
 
 
 def _string_keys(tree: Any) -> Any:
@@ -108,31 +150,32 @@ def make_train_step(
         None to let them see each other.
     """
 
-    def loss_fn(params: Params, tokens: Array) -> tuple[Array, dict[str, Array]]:
-        loss, log_partition = _cross_entropy(graph, params, tokens, end_token)
+    def loss_fn(params: Params, frozen: Params, tokens: Array) -> tuple[Array, dict[str, Array]]:
+        whole = joined(params, frozen)
+        loss, log_partition = _cross_entropy(graph, whole, tokens, end_token)
         metrics = {"loss": loss.mean(), "z_loss": z_loss * jnp.mean(log_partition**2)}
         return metrics["loss"] + metrics["z_loss"], metrics
 
-    def mean_gradient(params: Params, tokens: Array) -> tuple[Params, dict[str, Array]]:
-        gradient = jax.grad(loss_fn, has_aux=True)
+    def mean_gradient(state: TrainState, tokens: Array) -> tuple[Params, dict[str, Array]]:
+        gradient = functools.partial(jax.grad(loss_fn, has_aux=True), state.params, state.frozen)
         if accumulate == 1:
-            return gradient(params, tokens)
+            return gradient(tokens)
         parts = _parts(tokens, accumulate)
 
         def add(total: Any, part: Array) -> tuple[Any, None]:
             part = constrain(part, "batch", None)
-            return jax.tree.map(jnp.add, total, gradient(params, part)), None
+            return jax.tree.map(jnp.add, total, gradient(part)), None
 
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, params, parts[0]))
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, parts[0]))
         total, _ = lax.scan(add, zeros, parts)
         return jax.tree.map(lambda x: x / accumulate, total)
 
     def train_step(state: TrainState, tokens: Array) -> tuple[TrainState, dict[str, Array]]:
-        gradient, metrics = mean_gradient(state.params, tokens)
+        gradient, metrics = mean_gradient(state, tokens)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         metrics["gradient_norm"] = optax.tree.norm(gradient)
         params: Any = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state), metrics
+        return TrainState(params, opt_state, state.frozen), metrics
 
     shardings = None if target is None else (_shardings(target), None)
     return jax.jit(train_step, donate_argnums=0, out_shardings=shardings)

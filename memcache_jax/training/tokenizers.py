@@ -1,5 +1,6 @@
 """Tokenizers: raw bytes, or a Hugging Face ``tokenizers`` JSON file."""
 
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -163,6 +164,20 @@ def added_text(
     if not whole.startswith(told):
         told = told.rstrip("\ufffd")  # of a character that the ids complete
     return whole[len(told) :]
+
+
+def end_token_of(folder: Path) -> str | None:
+    """Returns the token that ends a document, as a public model's folder names it, if it does."""
+    options = folder / "tokenizer_config.json"
+    if not options.is_file():
+        return None
+    token = json.loads(options.read_text()).get("eos_token")
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def published_tokenizer(folder: Path) -> FileTokenizer:
+    """Returns a public model's tokenizer, which ends documents with the token it names."""
+    return FileTokenizer(folder / "tokenizer.json", eos_token=end_token_of(folder))
 
 
 def make_tokenizer(

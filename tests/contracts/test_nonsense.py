@@ -94,15 +94,25 @@ def constructors():
     yield mc.nn.LanguageModelConfig, config
     parts, path = mc.nn.recurrent, mc.nn.recurrent.Path(2, 4, conv_width=3)
     yield mc.nn.Norm, dict(kind="rms", epsilon=1e-6, offset=1.0)
-    yield mc.nn.GatedMLP, dict(hidden=8)
+    yield mc.nn.LoRA, dict(rank=4, alpha=8.0)
+    yield mc.nn.GatedMLP, vars(mc.nn.GatedMLP(8))
     yield mc.nn.SquaredMLP, dict(hidden=8, use_bias=False)
+    yield mc.nn.ChannelMix, dict(hidden=8)
     yield mc.nn.Experts, vars(mc.nn.Experts(4, 2, 8, 8))
+    latent = mc.nn.LatentAttentionMixer(2, 4, 2, 4, 8)
+    yield mc.nn.LatentAttentionMixer, vars(latent)
+    yield mc.nn.ParallelMixer, vars(mc.nn.ParallelMixer(latent, mc.nn.AttentionMixer()))
     yield mc.nn.GroupedAttentionMixer, vars(mc.nn.GroupedAttentionMixer(4, 2, 8))
     yield mc.nn.BlockConfig, vars(mc.nn.BlockConfig(mc.nn.AttentionMixer(), mc.nn.GatedMLP(8)))
     yield parts.Path, vars(path)
     yield parts.Rate, dict(name="beta", scale=1.0)
-    yield parts.TimeStep, dict(least=0.0, most=1.0)
-    yield parts.LowRankDecay, dict(rank=4, divisor=16.0, least=-1.0)
+    yield parts.TimeStep, dict(least=0.0, most=1.0, scale=1.0, use_bias=False)
+    low = parts.LowRank(4)
+    yield parts.LowRank, vars(low)
+    yield parts.TimeStepDecay, dict(low=low)
+    yield parts.LowRankDecay, dict(low=low, divisor=16.0, least=-1.0)
+    yield parts.LimitedDecay, dict(low=low, rate=0.5, name="log_w")
+    yield parts.InContextRate, dict(low=low, epsilon=1e-6)
     yield parts.Output, vars(parts.Output())
     made = parts.RecurrentMixer(mc.memories.DeltaNet(), path, path, path, (parts.Rate(),))
     yield parts.RecurrentMixer, vars(made)
@@ -180,6 +190,8 @@ def calls():
         mc.nn.with_memory_caching,
         dict(model=model, segmentation=mc.Constant(8), aggregation=mc.Residual()),
     )
+    yield mc.nn.with_lora, dict(model=model, rank=2, alpha=4.0, rngs=nnx.Rngs(0))
+    yield mc.nn.merge_lora, dict(model=model)
     yield (
         mc.Decoder,
         dict(model=model, batch_size=2, max_length=32, temperature=0.5, top_k=3, top_p=0.5)

@@ -1,11 +1,14 @@
 """Memory caching over parts of a sequence equals memory caching on one device."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 
 import memcache_jax as mc
+from memcache_jax.kernels._dispatch import interpret_kernels
 from memcache_jax.sharding import make_mesh
 from tests.cases import assert_close, make_inputs, with_slow
 
@@ -15,6 +18,14 @@ CASES = {
     "soup": (mc.memories.Titans(chunk_size=4, expansion=2), mc.Soup(), mc.Constant(8), {}),
     "checkpoint": (mc.memories.SWLA(), mc.GRM(), mc.Constant(4), dict(start="checkpoint")),
     "channels": (mc.memories.GLA(), mc.Residual(), mc.Constant(4), dict(start="checkpoint")),
+    "delta, carried on": (mc.memories.GDN2(), mc.GRM(), mc.Constant(4), dict(start="checkpoint")),
+    "delta, log": (mc.memories.GatedDeltaNet(), mc.SSC(top_k=2), mc.Logarithmic(4), {}),
+    "delta, log, carried on": (
+        mc.memories.RWKV7(),
+        mc.GRM(),
+        mc.Logarithmic(4),
+        dict(start="checkpoint"),
+    ),
     "log, carried on": (mc.memories.SSD(), mc.GRM(), mc.Logarithmic(4), dict(start="checkpoint")),
     "log": (mc.memories.GLA(), mc.SSC(top_k=2), mc.Logarithmic(4), {}),
     "a decay of heads": (mc.memories.RetNet(), mc.GRM(pooling="sum"), mc.Constant(4), {}),
@@ -43,6 +54,18 @@ CASES = {
         mc.GRM(),
         mc.Constant(4),
         dict(document_ids=DOCUMENTS[:, :30]),
+    ),
+    "documents, carried on": (
+        mc.memories.KDA(),
+        mc.GRM(),
+        mc.Constant(4),
+        dict(document_ids=DOCUMENTS[:, :30], start="checkpoint"),
+    ),
+    "documents, ring, carried on": (
+        mc.memories.SWLA(),
+        mc.GRM(),
+        mc.Constant(4),
+        dict(document_ids=DOCUMENTS[:, :30], start="checkpoint", exchange="ring"),
     ),
     "documents, ring, selected": (
         mc.memories.SWLA(),
@@ -103,3 +126,50 @@ def test_a_layer_keeps_documents_apart_over_parts():
     wanted = run()
     with jax.set_mesh(make_mesh(dict(seq=8))):
         assert_close(run(), wanted, 1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("parts", [2, 4])
+def test_fewer_parts_that_carry_on(parts):
+    memory = mc.memories.GatedDeltaNet()
+    inputs = make_inputs(memory, 61, batch=1, heads=2)
+    options: Any = dict(memory=memory, aggregation=mc.GRM(), start="checkpoint")
+    options |= dict(segmentation=mc.Constant(4))
+    with jax.set_mesh(make_mesh(dict(seq=parts), devices=jax.devices()[:parts])):
+        got = both(mc.memory_caching, inputs, **options)
+    wanted = both(mc.memory_caching, inputs, **options)
+    assert_close(got[0], wanted[0], 1e-12)
+    assert_close(got[1], wanted[1], 1e-10, scale=1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", [mc.memories.SWLA(), mc.memories.KDA()], ids=type)
+@pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
+def test_kernels_carry_on_over_parts(memory, implementation):
+    inputs = make_inputs(memory, 30, batch=1, heads=2, dtype=jnp.float32)
+    options: Any = dict(memory=memory, aggregation=mc.GRM(), start="checkpoint")
+    options |= dict(segmentation=mc.Constant(8))
+    with interpret_kernels(), jax.set_mesh(make_mesh(dict(seq=4, tensor=2))):
+        got = both(mc.memory_caching, inputs, **options, implementation=implementation)
+    wanted = both(mc.memory_caching, inputs, **options)
+    assert_close(got[0], wanted[0], 1e-6)
+    assert_close(got[1], wanted[1], 2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+def test_a_number_that_is_not_finite_ends_with_its_document_over_parts():
+    memory = mc.memories.GatedDeltaNet()
+    inputs = make_inputs(memory, 30, batch=1, heads=2)
+    inputs["value"][0, 5, 0, 1] = jnp.nan  # of the document that goes on over three parts
+    options: Any = dict(memory=memory, aggregation=mc.GRM(), segmentation=mc.Constant(4))
+    options |= dict(start="checkpoint", document_ids=DOCUMENTS[:, :30])
+    run = jax.jit(lambda inputs: mc.memory_caching(**inputs, **options))
+    with jax.set_mesh(make_mesh(dict(seq=4), devices=jax.devices()[:4])):
+        got = run(inputs)
+    spoilt = jnp.isnan(got).any(axis=-1)[0]
+    assert spoilt[5:20, 0].all()
+    assert not spoilt[:5].any()
+    assert not spoilt[20:].any()
+    assert not spoilt[:, 1].any()

@@ -1,6 +1,7 @@
 """Blocks of affine memories: every implementation against chunks written in turn."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from memcache_jax.engine.run import full_controls
 from memcache_jax.engine.types import Rows, Writing
 from memcache_jax.engine.write import initial_states, write_blocks
 from memcache_jax.kernels._dispatch import interpret_kernels
-from tests.cases import MEMORIES, assert_close, make_inputs, normals, value_and_vjp, with_slow
+from tests.cases import MEMORIES, assert_close, make_inputs, value_and_vjp, with_slow
 
 KERNELS = ("pallas_tpu", "pallas_gpu")
 AFFINE = {name: memory for name, memory in MEMORIES.items() if memory.form == "affine"}
@@ -20,9 +21,10 @@ CHUNK = 8
 
 def make_rows(memory, chunks, *, batch=2, heads=1):
     """Rows (b, h, chunks, m, ...) with k = 4 and v = 6, some of them hard to get right."""
-    inputs = make_inputs(memory, chunks * CHUNK, batch=batch, heads=heads, dtype=np.float32)
-    given = jax.tree.map(jnp.asarray, (inputs["controls"], inputs["key"]))
-    controls = full_controls(memory, *given)
+    shape: Any = dict(batch=batch, heads=heads, value_dim=6)
+    inputs = make_inputs(memory, chunks * CHUNK, **shape, dtype=np.float32)
+    given = (inputs[name] for name in ("controls", "key", "value"))
+    controls = full_controls(memory, *jax.tree.map(jnp.asarray, tuple(given)))
     key, controls = inputs["key"].copy(), {name: np.array(x) for name, x in controls.items()}
     key[:, 3] = 0.0
     for name, x in controls.items():
@@ -30,13 +32,12 @@ def make_rows(memory, chunks, *, batch=2, heads=1):
             x[:, 5], x[0, CHUNK + 2] = -20.0, -np.inf
         if name == "beta":
             x[:, 6] = 0.0
-    value = normals(1, np.float32)(*key.shape[:3], 6)
 
     def heads_first(x):
         x = jnp.moveaxis(x, 2, 1)
         return x.reshape(*x.shape[:2], chunks, CHUNK, *x.shape[3:])
 
-    return jax.tree.map(heads_first, (inputs["query"], key, value, controls))
+    return jax.tree.map(heads_first, (inputs["query"], key, inputs["value"], controls))
 
 
 def initial_of(memory):

@@ -13,6 +13,7 @@ from experiments import extrapolate
 from experiments._study import Study
 from memcache_jax.training.data import HeldOut
 from memcache_jax.training.step import evaluate, make_eval_step
+from tests.training.test_pretrained import public_folder
 
 
 def test_bins():
@@ -82,6 +83,29 @@ def test_caches_after_the_training_change_what_comes_after_its_length(config, tm
     assert (tmp_path / "study" / "models" / "dla" / "params").is_dir()
     assert (tmp_path / "study" / "extrapolate.png").stat().st_size > 1000
     assert "| dla, GRM after training" in (tmp_path / "study" / "table.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_public_model_as_it_is_and_with_caches(config, tmp_path):
+    folder = public_folder(tmp_path / "public", "mamba2")
+    for i in range(8):  # of words that its tokenizer has
+        words = " ".join(f"w{(i * j * j + 3 * j) % 96 + 1}" for j in range(150))
+        (tmp_path / f"{i}.txt").write_text(words)
+    with contextlib.closing(Study(tmp_path / "study", config)) as study:
+        cases = extrapolate.public_group(config, str(folder), 16)
+        extrapolate.program(config, study, [cases])
+        rows = study.measure([cases], lambda cases: pytest.fail("measured again"))
+    assert [row["name"] for row in rows] == [
+        "public",
+        "public, GRM after training",
+        "public, soup after training",
+    ]
+    base, grm, soup = (np.array(row["bins"]) for row in rows)
+    assert base[:, :2].tolist() == [[0, 16], [16, 32], [32, 64]]
+    for other in (grm, soup):
+        assert math.isclose(other[0, 2], base[0, 2], abs_tol=1e-4)
+        assert np.all(other[1:, 2] != base[1:, 2])
+    assert len(extrapolate.public_group(config, str(folder), None)) == 1
 
 
 @pytest.mark.parametrize(

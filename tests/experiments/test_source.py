@@ -1,16 +1,18 @@
 """Programs on a public model's folder."""
 
 import json
-import shutil
+import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import memcache_jax as mc
 from memcache_jax.training.tokenizers import FileTokenizer
-from tests.pretrained.test_read import FOLDERS
+from tests.training.test_pretrained import public_folder
 
 pytestmark = pytest.mark.slow
 
@@ -18,22 +20,19 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny model with a tokenizer of its 97 ids."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    folder = tmp_path_factory.mktemp("public") / "model"
-    shutil.copytree(FOLDERS / "mamba2", folder)
-    words = {"<end>": 0} | {f"w{i}": i for i in range(1, 97)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<end>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    options = json.dumps({"eos_token": {"content": "<end>"}})
-    (folder / "tokenizer_config.json").write_text(options)
-    return folder
+    return public_folder(tmp_path_factory.mktemp("public") / "model", "mamba2")
 
 
-def run(program, *flags):
+def run(program, *flags, **environment):
     command = [sys.executable, "-m", f"experiments.{program}", *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        command,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 def test_a_text_is_continued(folder):
@@ -59,6 +58,41 @@ def test_its_reads_become_a_page(folder, tmp_path):
     gates = np.asarray(found["layers"][0]["gates"])
     assert gates.shape == (6, 8, 3)
     np.testing.assert_allclose(gates[-1], 1 / 3, atol=1e-4)
+
+
+def test_it_is_measured_on_tasks(folder, tmp_path):
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "w3 w4 w5 w6 w7 w8 w9"}) + "\n")
+    (tmp_path / "rolling.yaml").write_text(f"""
+task: tiny_rolling
+dataset_path: json
+dataset_kwargs: {{data_files: {tmp_path}/text.jsonl}}
+test_split: train
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list: [{{metric: word_perplexity}}]
+""")
+    output = f"--output={tmp_path}/results.json"
+    flags = f"--include_path={tmp_path}", "--tasks=tiny_rolling", output, "--batch_size=2"
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    found = []
+    for segment in ((), ("--segment=2",)):
+        done = run(
+            "evaluate", f"--pretrained={folder}", "--max_length=16", *segment, *flags, **offline
+        )
+        assert done.returncode == 0, done.stderr
+        entry = json.loads((tmp_path / "results.json").read_text())[-1]
+        found.append(entry["results"]["tiny_rolling"]["word_perplexity,none"])
+    tokens = jnp.array([[0, *range(3, 10)]])
+    models = [mc.pretrained.load(folder)]
+    models += [mc.nn.with_memory_caching(models[0], segmentation=mc.Constant(2))]
+    for model, value in zip(models, found, strict=True):
+        logits = jax.nn.log_softmax(model(tokens[:, :-1]))
+        loss = -jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1).mean()
+        assert value == pytest.approx(np.exp(loss), rel=1e-3)
+    done = run("evaluate", f"--pretrained={folder}", *flags)
+    assert done.returncode == 1
+    assert "give --max_length" in done.stderr
 
 
 @pytest.mark.parametrize(

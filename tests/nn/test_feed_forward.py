@@ -47,6 +47,33 @@ def test_experts_are_the_weighted_sum_of_their_mlps(probabilities):
         assert np.abs(gradient[...]).max() > 0, path
 
 
+def test_experts_are_chosen_by_groups_and_with_a_bias_of_their_own():
+    experts = mc.nn.Experts(
+        *(8, 3, 6),
+        probabilities="sigmoid",
+        scale=2.5,
+        selection_bias=True,
+        groups=4,
+        top_groups=2,
+    )
+    layer = experts.build(3, rngs=nnx.Rngs(0))
+    bias = jnp.asarray(np.random.default_rng(1).standard_normal(8), jnp.float32)
+    layer.selection_bias.set_value(bias)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 20, 3)), jnp.float32)
+    weights, chosen = map(np.asarray, layer._route(layer.router(x)[0]))
+    for logits, got, among in zip(np.asarray(layer.router(x)[0]), weights, chosen, strict=True):
+        scores = 1 / (1 + np.exp(-logits))
+        by = (scores + bias).reshape(4, 2)
+        groups = np.argsort(-by.sum(axis=1))[:2]
+        best = [2 * group + i for group in groups for i in range(2)]
+        best = sorted(best, key=lambda expert: -by.reshape(-1)[expert])[:3]
+        assert sorted(among) == sorted(best)
+        np.testing.assert_allclose(got, 2.5 * scores[among] / scores[among].sum(), rtol=1e-5)
+    gradients = nnx.grad(lambda layer: jnp.sum(layer(x) ** 2))(layer)
+    assert not np.any(gradients.selection_bias[...])
+    assert np.any(gradients.router.kernel[...])
+
+
 def test_squared_relu():
     layer = mc.nn.SquaredMLP(5, use_bias=True).build(3, rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 3)), jnp.float32)
@@ -55,5 +82,7 @@ def test_squared_relu():
 
 
 def test_more_experts_than_there_are():
-    with pytest.raises(ValueError, match="top_k=5 exceeds num_experts=4"):
+    with pytest.raises(ValueError, match="top_k=5 exceeds the 4 experts"):
         mc.nn.Experts(4, 5, 6)
+    with pytest.raises(ValueError, match="groups=3 must divide"):
+        mc.nn.Experts(4, 2, 6, groups=3)

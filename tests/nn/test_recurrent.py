@@ -14,6 +14,7 @@ from memcache_jax.nn import recurrent
 from tests.cases import assert_close, with_slow
 
 CONV: dict[str, Any] = dict(conv_width=3, conv_bias=True)
+SHIFTED = recurrent.Path(2, 4, shift=True)
 MIXERS = {
     "gated delta, grouped": recurrent.RecurrentMixer(
         mc.memories.GatedDeltaNet(),
@@ -36,7 +37,7 @@ MIXERS = {
         query=recurrent.Path(2, 4, activation="elu", norm="sum"),
         key=recurrent.Path(2, 4, activation="relu"),
         value=recurrent.Path(2, 4, use_bias=True),
-        coefficients=(recurrent.LowRankDecay(3, 8.0, -0.4),),
+        coefficients=(recurrent.LowRankDecay(recurrent.LowRank(3), 8.0, -0.4),),
         output=recurrent.Output(None, gate="sigmoid", use_bias=True),
     ),
     "retention": recurrent.RecurrentMixer(
@@ -45,6 +46,23 @@ MIXERS = {
         key=recurrent.Path(2, 4, rope_base=100.0),
         value=recurrent.Path(2, 8),
         output=recurrent.Output(gate=None),
+    ),
+    "in context": recurrent.RecurrentMixer(
+        mc.memories.RWKV7(),
+        query=SHIFTED,
+        key=SHIFTED,
+        value=SHIFTED,
+        coefficients=(
+            recurrent.LimitedDecay(recurrent.LowRank(3, "tanh", shift=True)),
+            recurrent.InContextRate(recurrent.LowRank(3, shift=True), epsilon=None),
+        ),
+        output=recurrent.Output(
+            norm="group",
+            shared_scale=False,
+            gate="linear",
+            gate_low=recurrent.LowRank(3, "sigmoid", use_bias=False, shift=True),
+        ),
+        bonus=True,
     ),
 }
 every_mixer = pytest.mark.parametrize("name", with_slow(list(MIXERS), "state space"))
@@ -113,11 +131,11 @@ def test_every_parameter_has_a_gradient(name):
 @every_mixer
 def test_reads_are_those_of_the_functional_core(name):
     layer, x = build(cached(MIXERS[name])), inputs(1, 14, 8)
-    operands = layer.operands(x)
+    operands, kept = layer._tokens(x, None, None)
     rules = dict(memory=layer.memory, aggregation=layer.aggregation, segmentation=mc.Constant(4))
     core = functools.partial(mc.memory_caching, **rules, implementation="reference")
     read = jax.jit(core)(**operands)
-    y = layer._output(x, read, operands)
+    y = layer._output(x, read, kept)
     assert_close(whole(layer, x), y, 1e-5)
 
 

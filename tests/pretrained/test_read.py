@@ -47,7 +47,8 @@ def test_logits_are_those_of_the_familys_own_library(name):
     assert_close(logits, wanted, 2e-5)
     for path, gradient in nnx.to_flat_state(gradients):
         assert np.isfinite(gradient[...]).all(), path
-        assert np.abs(gradient[...]).max() > 0, path
+        if path[-1] != "selection_bias":  # which has none
+            assert np.abs(gradient[...]).max() > 0, path
 
 
 @every_folder
@@ -142,10 +143,10 @@ def changed(tmp_path, name, tensors=None, **config):
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("mamba2", dict(model_type="mamba7"), "model_type='mamba7' is not served, only delta_net"),
+        ("mamba2", dict(model_type="mamba7"), "model_type='mamba7' is not served, only bamba"),
         ("mamba2", dict(hidden_act="gelu"), "hidden_act='gelu' is not served, only 'silu'"),
         ("fla_gla", dict(attn={"layers": [1]}), "attn={'layers': .1.} is not served"),
-        ("qwen3_5_text", dict(attention_bias=True), "attention_bias=True is not served"),
+        ("qwen3_5_text", dict(hidden_act="gelu"), "hidden_act='gelu' is not served"),
         ("qwen3_5_text", dict(rope_parameters={"rope_type": "yarn"}), "rope_type='yarn'"),
         ("nemotron_h", dict(layers_block_type=["mlp", "moe"]), "layer 0 of layers_block_type"),
         ("mamba2", dict(head_dim=16), "in_proj.weight of .* together, got .184, 32."),
@@ -250,3 +251,23 @@ def test_parameters_are_divided_as_they_are_read(name, kind):
         assert rows is not None
         got = jax.jit(lambda model, tokens: model(tokens))(model, tokens)
     assert_close(got, wanted, 2e-5)
+
+
+def test_names_as_published_beside_those_of_the_library(tmp_path):
+    """The published Kimi Linear has another name for dense MLPs than transformers saves."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = FOLDERS / "kimi_linear"
+    shutil.copy(folder / "config.json", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    names = {name: name.replace("0.block_sparse_moe", "0.mlp") for name in tensors}
+    assert sum(new != old for old, new in names.items()) == 3
+    save_file({names[name]: x for name, x in tensors.items()}, tmp_path / "model.safetensors")
+    read, expected = map(mc.pretrained.load, (tmp_path, folder))
+    for x, y in zip(*map(jax.tree.leaves, map(nnx.state, (read, expected))), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_no_tokens_give_no_logits():
+    model = mc.pretrained.load(FOLDERS / "fla_rwkv7")
+    assert model(jnp.zeros((1, 0), jnp.int32)).shape == (1, 0, 97)

@@ -15,18 +15,14 @@ from tests.cases import make_inputs
 # One goes on over three parts of eight tokens, one begins with a part, an id comes again.
 DOCUMENTS = jnp.array([[7] * 3 + [0] * 17 + [7] * 2 + [5] * 2 + [9] * 8])
 
-# One goes on over three parts of eight tokens, one begins with a part, an id comes again.
-DOCUMENTS = jnp.array([[7] * 3 + [0] * 17 + [7] * 2 + [5] * 2 + [9] * 8])
-
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (dict(segmentation=mc.Lengths((8, 16, 8))), "segments of one size, got Lengths"),
         (dict(segmentation=mc.Constant(2**30)), "a segment for each of the 8 devices, got 32"),
-        (dict(start="checkpoint"), "GatedDeltaNet, whose states cannot be merged"),
-        (dict(segmentation=mc.Logarithmic(4)), "a Constant segmentation for GatedDeltaNet"),
-        (dict(document_ids=DOCUMENTS, start="checkpoint"), "independent starts for document_ids"),
+        (dict(start="checkpoint"), "independent starts for DLA, whose runs do not compose"),
+        (dict(segmentation=mc.Logarithmic(4)), "a Constant segmentation for DLA, or buckets"),
         (dict(document_ids=DOCUMENTS, segmentation=mc.Logarithmic(4)), "count from where a docum"),
         (dict(implementation="reference"), "not the reference"),
         (
@@ -38,7 +34,7 @@ DOCUMENTS = jnp.array([[7] * 3 + [0] * 17 + [7] * 2 + [5] * 2 + [9] * 8])
 )
 @pytest.mark.usefixtures("unchecked")
 def test_what_cannot_be_divided_over_time(options, message):
-    memory = mc.memories.GatedDeltaNet()
+    memory = mc.memories.DLA(chunk_size=4, expansion=2)
     inputs = jax.tree.map(jnp.float32, make_inputs(memory, 32, batch=1, heads=2))
     options = dict(segmentation=mc.Constant(4)) | options
     with (
@@ -96,3 +92,22 @@ def test_no_token_crosses_the_mesh_within_the_memory(exchange):
         assert largest["all-gather"] == pooled
         assert largest["collective-permute"] == states // parts
     assert max(largest["all-reduce"], largest["reduce-scatter"]) <= states
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", [mc.memories.SSD(), mc.memories.KDA()], ids=type)
+def test_a_part_hears_of_those_before_in_hops_of_one_run(memory):
+    (b, h, k, v), parts = (1, 2, 8, 16), 8
+    inputs = make_inputs(memory, 128, batch=b, heads=h, dim=k, value_dim=v, dtype=np.float32)
+
+    def outputs(inputs):
+        how: Any = dict(aggregation=mc.Residual(), segmentation=mc.Constant(16))
+        return mc.memory_caching(**inputs, memory=memory, start="checkpoint", **how)
+
+    with jax.set_mesh(make_mesh(dict(seq=parts))):
+        text = jax.jit(outputs).lower(inputs).compile().as_text() or ""
+    hops = re.findall(r"= f32\[([\d,]+)\]\S* collective-permute\(", text)
+    sizes = [int(np.prod([int(n) for n in dims.split(",")])) for dims in hops]
+    transition = h * k * (k if memory.erases else 1)
+    # Three hops of a run and one of the state before; the last of them needs no transition.
+    assert sorted(sizes) == sorted([b * h * k * v] * 4 + [b * transition] * 2)

@@ -1,7 +1,7 @@
 """From a layer's input to the coefficients of its write rule."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -9,12 +9,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from memcache_jax import _checks
-from memcache_jax._typing import Array, Float
+from memcache_jax._typing import Array
 from memcache_jax.nn.layers import Linear
+from memcache_jax.nn.recurrent.low_rank import LowRank, wide
+from memcache_jax.nn.token_shift import LayerInput
 from memcache_jax.sharding.names import partitioned
 
 Heads = Callable[[Array], Array]
 """Splits (b, t, h k) into (b, t, h, k), as the tokens lie on a mesh."""
+
+Tokens = Mapping[str, Array]
+"""The layer's queries, keys and values, by the argument's name."""
 
 
 @runtime_checkable
@@ -27,9 +32,10 @@ class Coefficient(Protocol):
         ...
 
     def build(self, in_features: int, heads: int, dim: int, **options: Any) -> nnx.Module:
-        """Returns a module ``(x, heads) -> {name: array}``, float32 or wider.
+        """Returns a module ``(inputs, heads, tokens) -> {name: array}``, float32 or wider.
 
-        ``dim`` is the key dimension; ``options`` are dtype, param_dtype and rngs.
+        It may return another ``key`` beside them. ``inputs`` is a ``LayerInput``, ``dim`` is the
+        key dimension; ``options`` are dtype, param_dtype and rngs.
         """
         ...
 
@@ -62,17 +68,24 @@ class RateOf(nnx.Module):
         self.rate = rate
         self.linear = Linear(in_features, heads, axes=("embed", "heads"), **options)
 
-    def __call__(self, x: Float[Array, "b t d"], heads: Heads) -> dict[str, Array]:
+    def __call__(self, inputs: LayerInput, heads: Heads, tokens: Tokens) -> dict[str, Array]:
         """Returns the coefficient."""
-        return {self.rate.name: self.rate.scale * jax.nn.sigmoid(_wide(self.linear(x)))}
+        logits = wide(self.linear(inputs.x))
+        return {self.rate.name: self.rate.scale * jax.nn.sigmoid(logits)}
 
 
 @dataclasses.dataclass(frozen=True)
 class TimeStepDecay:
     """log_alpha = -exp(A_log) softplus(x W + dt_bias), as Mamba and gated DeltaNet have it.
 
-    A_log and dt_bias are learned constants of each head, always float32.
+    A_log and dt_bias are learned constants of each head, always float32. With ``low``, x W is its
+    product, log_alpha is one for each key channel, and so is dt_bias, as in KDA (arXiv:2510.26692).
     """
+
+    low: LowRank | None = None
+
+    def __post_init__(self) -> None:
+        check_low(self.low, optional=True)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -81,21 +94,24 @@ class TimeStepDecay:
 
     def build(self, in_features: int, heads: int, dim: int, **options: Any) -> "StepsOf":
         """Returns the module."""
-        return StepsOf(in_features, heads, None, **options)
+        return StepsOf(self, in_features, heads, dim, **options)
 
 
 @dataclasses.dataclass(frozen=True)
 class TimeStep:
     """A step dt that decays and weighs: log_alpha = -exp(A_log) dt, lam = dt (arXiv:2405.21060).
 
-    dt = softplus(x W + dt_bias), limited to ``least`` and ``most``.
+    dt = softplus(scale x W + dt_bias), limited to ``least`` and ``most``. With ``use_bias`` x W has
+    a bias of its own.
     """
 
     least: float = 0.0
     most: float = float("inf")
+    scale: float = 1.0
+    use_bias: bool = False
 
     def __post_init__(self) -> None:
-        _checks.check_fields(self, numbers=("least",))
+        _checks.check_fields(self, numbers=("least", "scale"), flags=("use_bias",))
         if self.most != float("inf"):
             _checks.check_fields(self, numbers=("most",))
         if not self.least <= self.most:
@@ -108,48 +124,63 @@ class TimeStep:
 
     def build(self, in_features: int, heads: int, dim: int, **options: Any) -> "StepsOf":
         """Returns the module."""
-        return StepsOf(in_features, heads, (self.least, self.most), **options)
+        return StepsOf(self, in_features, heads, dim, **options)
 
 
 class StepsOf(nnx.Module):
-    """The module of a ``TimeStepDecay`` or, with limits, of a ``TimeStep``."""
+    """The module of a ``TimeStepDecay`` or a ``TimeStep``."""
 
     def __init__(
-        self, in_features: int, heads: int, limits: tuple[float, float] | None, **options: Any
+        self,
+        steps: TimeStepDecay | TimeStep,
+        in_features: int,
+        heads: int,
+        dim: int,
+        **options: Any,
     ) -> None:
-        self.limits = limits
-        self.linear = Linear(in_features, heads, axes=("embed", "heads"), **options)
+        self.steps, low = steps, getattr(steps, "low", None)
+        if low is None:
+            axes, bias = ("embed", "heads"), getattr(steps, "use_bias", False)
+            self.linear = Linear(in_features, heads, axes=axes, use_bias=bias, **options)
+        else:
+            self.low = low.build(in_features, heads * dim, **options)
         # Those of the papers: decay rates from 1 to 16, steps from 0.001 to 0.1.
-        rates, steps = jnp.linspace(1.0, 16.0, heads), jnp.geomspace(1e-3, 0.1, heads)
+        rates = jnp.linspace(1.0, 16.0, heads)
+        first = jnp.geomspace(1e-3, 0.1, heads if low is None else heads * dim)
         self.A_log = _constants(jnp.log(rates), "heads")
-        self.dt_bias = _constants(jnp.log(jnp.expm1(steps)), "heads")
+        self.dt_bias = _constants(jnp.log(jnp.expm1(first)), "heads")
 
-    def __call__(self, x: Float[Array, "b t d"], heads: Heads) -> dict[str, Array]:
+    def __call__(self, inputs: LayerInput, heads: Heads, tokens: Tokens) -> dict[str, Array]:
         """Returns the coefficients."""
-        logits = _wide(self.linear(x))
+        by_channel = hasattr(self, "low")
+        logits = wide(self.low(inputs) if by_channel else self.linear(inputs.x))
+        steps = self.steps
+        if isinstance(steps, TimeStep) and steps.scale != 1:
+            logits *= steps.scale
         step = jax.nn.softplus(logits + self.dt_bias[...].astype(logits.dtype)[None, None])
-        if self.limits is not None:
-            step = jnp.clip(step, *self.limits)
         rate = -jnp.exp(self.A_log[...].astype(step.dtype))
-        out = {"log_alpha": step * rate[None, None]}
-        return out if self.limits is None else out | {"lam": step}
+        if by_channel:
+            return {"log_alpha": heads(step) * rate[None, None, :, None]}
+        if not isinstance(steps, TimeStep):
+            return {"log_alpha": step * rate[None, None]}
+        step = jnp.clip(step, steps.least, steps.most)
+        return {"log_alpha": step * rate[None, None], "lam": step}
 
 
 @dataclasses.dataclass(frozen=True)
 class LowRankDecay:
-    """log_alpha = log_sigmoid(x W_1 W_2 + b) / divisor per key channel (arXiv:2312.06635).
+    """log_alpha = log_sigmoid(low(x)) / divisor per key channel (arXiv:2312.06635).
 
     It is at least ``least``.
     """
 
-    rank: int = 16
+    low: LowRank
     divisor: float = 16.0
     least: float | None = None
 
     def __post_init__(self) -> None:
-        _checks.check_fields(
-            self, sizes=("rank",), numbers=("divisor", "least"), optional=("least",)
-        )
+        check_low(self.low)
+        _checks.check_fields(self, numbers=("divisor", "least"), optional=("least",))
         if not self.divisor > 0:
             raise ValueError(f"divisor must be > 0, got {self.divisor}")
 
@@ -168,15 +199,19 @@ class DecaysOf(nnx.Module):
 
     def __init__(self, decay: LowRankDecay, in_features: int, inner: int, **options: Any) -> None:
         self.decay = decay
-        self.down = Linear(in_features, decay.rank, axes=("embed", None), **options)
-        self.up = Linear(decay.rank, inner, axes=(None, "heads"), use_bias=True, **options)
+        self.low = decay.low.build(in_features, inner, **options)
 
-    def __call__(self, x: Float[Array, "b t d"], heads: Heads) -> dict[str, Array]:
+    def __call__(self, inputs: LayerInput, heads: Heads, tokens: Tokens) -> dict[str, Array]:
         """Returns the decays."""
-        logits = heads(_wide(self.up(self.down(x))))
-        log_alpha = jax.nn.log_sigmoid(logits) / self.decay.divisor
+        log_alpha = jax.nn.log_sigmoid(heads(wide(self.low(inputs)))) / self.decay.divisor
         least = self.decay.least
         return {"log_alpha": log_alpha if least is None else jnp.maximum(log_alpha, least)}
+
+
+def check_low(low: Any, optional: bool = False) -> None:
+    """Raises ValueError unless ``low`` is a LowRank."""
+    if not (optional and low is None):
+        _checks.check_instance("low", low, LowRank, "a LowRank")
 
 
 def _constants(values: Array, axis: str) -> nnx.Param:
@@ -187,7 +222,3 @@ def _constants(values: Array, axis: str) -> nnx.Param:
 
     made = partitioned(init, axis)(jax.random.key(0), values.shape, jnp.float32)
     return nnx.Param(made)
-
-
-def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,16 @@ from memcache_jax._typing import Array, Exchange, Float, Implementation, Int, St
 from memcache_jax.aggregation import Aggregation, Residual
 from memcache_jax.caching import check_configuration
 from memcache_jax.memories import Memory
+from memcache_jax.nn.layer_cache import LayerCache
 from memcache_jax.nn.layers import Linear, l2_normalize
 from memcache_jax.nn.memory_layer import MemoryLayer
 from memcache_jax.nn.recurrent.coefficients import Coefficient
 from memcache_jax.nn.recurrent.output import Output
 from memcache_jax.nn.recurrent.path import Path, Rows
+from memcache_jax.nn.token_shift import LayerInput, next_previous, previous_tokens
 from memcache_jax.segmentation import Constant, Segmentation
 from memcache_jax.sharding.division import Division
+from memcache_jax.sharding.layout import like
 from memcache_jax.sharding.names import partitioned
 
 # Longer than any stream, so that there is one segment: the rule without caches.
@@ -39,6 +42,9 @@ class RecurrentMixer:
       coefficients: how the rule's coefficients are made.
       output: what becomes of the memories' reads.
       skip: whether D_h times the value is added to a read, D one learned number per head.
+      bonus: whether sum_k(query key u_h) times the value is added after the output's norm, u one
+        learned number per key channel, as in RWKV-7 (arXiv:2503.14456).
+      shares_values: whether later layers of the model get this one's values: see ``Path.first``.
       aggregation: how reads of live and cached memories become one output.
       segmentation: where states are cached; by default nowhere.
       start: what a segment's memory begins with.
@@ -56,6 +62,8 @@ class RecurrentMixer:
     coefficients: tuple[Coefficient, ...] = ()
     output: Output = Output()
     skip: bool = False
+    bonus: bool = False
+    shares_values: bool = False
     aggregation: Aggregation = Residual()
     segmentation: Segmentation = ENDLESS
     start: Start = "independent"
@@ -73,7 +81,9 @@ class RecurrentMixer:
         for part in self.coefficients:
             if isinstance(part, type) or not isinstance(part, Coefficient):
                 raise ValueError(f"coefficients must be such as Rate(), got {_checks.shown(part)}")
-        _checks.check_fields(self, flags=("skip",))
+        _checks.check_fields(self, flags=("skip", "bonus", "shares_values"))
+        if self.query.first is not None or self.key.first is not None:
+            raise ValueError("only values are shared between layers: query and key have no first")
         _checks.check_choice("exchange", self.exchange, get_args(Exchange))
         heads, sizes = self.value.heads, (self.query, self.key)
         if len({(path.heads, path.dim) for path in sizes}) > 1 or heads % self.key.heads:
@@ -92,6 +102,13 @@ class RecurrentMixer:
         if self.memory.weight_shapes(self.key.dim, self.value.dim):
             raise ValueError(f"{self.memory} has initial weights: use mc.nn.MemoryCaching")
 
+    @property
+    def shifts(self) -> bool:
+        """Whether a part mixes in the token before."""
+        paths = self.query, self.key, self.value
+        low = [getattr(part, "low", None) for part in self.coefficients]
+        return any(part is not None and part.shift for part in (*paths, *low, self.output.gate_low))
+
     def build(
         self,
         in_features: int,
@@ -103,6 +120,14 @@ class RecurrentMixer:
         """Returns the layer, whose heads are those of the parts."""
         del num_heads, head_dim
         return Recurrent(self, in_features, **options)
+
+
+class Kept(NamedTuple):
+    """What a layer's output needs beside what the memories return, and what later layers may."""
+
+    inputs: LayerInput
+    tokens: dict[str, Any]
+    values: Float[Array, "b t hv"]
 
 
 class Recurrent(MemoryLayer):
@@ -139,6 +164,7 @@ class Recurrent(MemoryLayer):
         _checks.check_instance("mixer", mixer, RecurrentMixer, "a RecurrentMixer")
         _checks.check_dtype("dtype", dtype, optional=True)
         _checks.check_dtype("param_dtype", param_dtype)
+        self.shifts, self.shares_values = mixer.shifts, mixer.shares_values
         self.in_features = _checks.check_integer("in_features", in_features)
         self.num_heads = heads = mixer.value.heads
         self.head_dim, self.value_dim = mixer.key.dim, mixer.value.dim
@@ -159,6 +185,9 @@ class Recurrent(MemoryLayer):
         if mixer.skip:
             ones = partitioned(jax.nn.initializers.ones, "heads")
             self.skip = nnx.Param(ones(rngs.params(), (heads,), param_dtype))
+        if mixer.bonus:
+            zeros = partitioned(jax.nn.initializers.zeros, "heads", None)
+            self.bonus = nnx.Param(zeros(rngs.params(), (heads, self.head_dim), param_dtype))
         if mixer.aggregation.relevance.connector == "key":
             # Zero, so that gates are uniform before training.
             zeros = jax.nn.initializers.zeros
@@ -178,16 +207,37 @@ class Recurrent(MemoryLayer):
     def _paths(self) -> tuple[Rows, Rows, Rows]:
         return self.query, self.key, self.value
 
+    def call_in_model(
+        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None, first: Array
+    ) -> tuple[Float[Array, "b t d"], Array]:
+        """As a call, within a model whose layers mix in the values of its first.
+
+        Takes the first layer's values and returns them, or its own if it is the first.
+        """
+        y, kept = self._mix(x, document_ids, first)
+        return y, first if kept is None or not self.shares_values else kept.values
+
+    def extend_in_model(
+        self, x: Float[Array, "b t d"], cache: LayerCache, lengths: Any, first: Array
+    ) -> tuple[Float[Array, "b t d"], LayerCache, Array]:
+        """As ``extend``, within such a model."""
+        y, cache, kept = self._mix_next(x, cache, lengths, first)
+        return y, cache, kept.values if self.shares_values else first
+
     def _tokens(
-        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None
-    ) -> dict[str, Any]:
-        rows = [path.linear(x) for path in self._paths]
+        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None, first: Any
+    ) -> tuple[dict[str, Any], Kept]:
+        previous = previous_tokens(x, document_ids) if self.shifts else None
+        inputs = LayerInput(x, previous)
+        rows = self._projected(inputs, first)
         division = self._division([(row, "b t h") for row in rows], (document_ids, "b t"))
+        values = rows[-1]
         rows = [
             path.conv(row, document_ids, division) if path.path.conv_width else row
             for path, row in zip(self._paths, rows, strict=True)
         ]
-        return self._arguments(x, rows, division, None)
+        tokens = self._arguments(inputs, rows, division, None)
+        return tokens, Kept(inputs, tokens, values)
 
     def _next_tokens(
         self,
@@ -195,26 +245,39 @@ class Recurrent(MemoryLayer):
         tails: tuple,
         counts: Int[Array, "b"],
         position: Int[Array, "b"],
-    ) -> tuple[dict[str, Any], tuple]:
-        rows = [path.linear(x) for path in self._paths]
-        pairs = [(row, "b . h") for row in (*rows, *tails)]
-        division = self._division(pairs)
-        new = list(tails)
+        first: Any,
+    ) -> tuple[dict[str, Any], Kept, tuple]:
+        new, inputs = list(tails), LayerInput(x)
+        if self.shifts:
+            previous, tail = next_previous(x, tails[3], counts)
+            new[3] = like(tails[3], tail)
+            inputs = LayerInput(x, previous)
+        rows = self._projected(inputs, first)
+        pairs = [(row, "b . h") for row in (*rows, *tails[:3])]
+        division, values = self._division(pairs), rows[-1]
         for i, path in enumerate(self._paths):
             if path.path.conv_width:
                 rows[i], new[i] = path.conv.extend(rows[i], tails[i], counts, division)
         place = position[:, None] + jnp.arange(x.shape[1])[None]
-        return self._arguments(x, rows, division, place), tuple(new)
+        tokens = self._arguments(inputs, rows, division, place)
+        return tokens, Kept(inputs, tokens, values), tuple(new)
+
+    def _projected(self, inputs: LayerInput, first: Any) -> list[Array]:
+        mixed = [None if path.path.first is None else first for path in self._paths]
+        return [path.project(inputs, x) for path, x in zip(self._paths, mixed, strict=True)]
 
     def _empty_tails(self, batch_size: int, dtype: DTypeLike) -> tuple:
-        return tuple(jnp.zeros((batch_size, *path.tail_shape), dtype) for path in self._paths)
+        shapes = [path.tail_shape for path in self._paths]
+        if self.shifts:
+            shapes.append((1, self.in_features))
+        return tuple(jnp.zeros((batch_size, *shape), dtype) for shape in shapes)
 
     def _division(self, rows: list[tuple[Any, str]], *others: Any) -> Division | None:
         return Division.of(*rows, *others, heads=self.key.path.heads)
 
     def _arguments(
         self,
-        x: Float[Array, "b t d"],
+        inputs: LayerInput,
         rows: list[Array],
         division: Division | None,
         position: Int[Array, "b t"] | None,
@@ -236,23 +299,31 @@ class Recurrent(MemoryLayer):
             )
         controls: dict[str, Array] = {}
         for part in self.coefficients:
-            controls |= part(x, lambda x: lay(x, self.num_heads))
+            tokens = dict(query=query, key=key, value=value)
+            made = part(inputs, lambda x: lay(x, self.num_heads), tokens)
+            key = made.pop("key", key)
+            controls |= made
         for name, control in self.memory.controls.items():
             if control.is_learned and control.per_head is not None:
                 controls[name] = control.per_head(self.num_heads)
         connector = None
         if hasattr(self, "connector"):
             temperature = self.temperature[...].astype(query.dtype)[None, None, :, None]
-            connector = lay(self.connector(x), self.num_heads)
+            connector = lay(self.connector(inputs.x), self.num_heads)
             connector += temperature * l2_normalize(query)
         return dict(query=query, key=key, value=value, connector=connector, controls=controls)
 
     def _output(
-        self, x: Float[Array, "b t d"], y: Float[Array, "b t h v"], tokens: dict[str, Any]
+        self, x: Float[Array, "b t d"], y: Float[Array, "b t h v"], kept: Kept
     ) -> Float[Array, "b t d"]:
+        value, bonus = kept.tokens["value"], None
         if hasattr(self, "skip"):
-            y = y + self.skip[...].astype(y.dtype)[None, None, :, None] * tokens["value"]
-        return self.output(x, y)
+            y = y + self.skip[...].astype(y.dtype)[None, None, :, None] * value
+        if hasattr(self, "bonus"):
+            weight = self.bonus[...].astype(y.dtype)
+            query, key = (kept.tokens[name].astype(y.dtype) for name in ("query", "key"))
+            bonus = jnp.einsum("bthk,bthk,hk->bth", query, key, weight)[..., None] * value
+        return self.output(kept.inputs, y, bonus)
 
     def _empty_output(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         return self.output.out(self.value.linear(x))

@@ -10,7 +10,9 @@ from flax import nnx
 from memcache_jax import _checks
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.nn.layers import CausalConv, Linear, l2_normalize
+from memcache_jax.nn.recurrent.low_rank import LowRank
 from memcache_jax.nn.rotary import rotate
+from memcache_jax.nn.token_shift import LayerInput, make_mix
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "relu": jax.nn.relu, "elu": lambda x: jax.nn.elu(x) + 1}
 
@@ -27,6 +29,10 @@ class Path:
         then has head i // (layer's heads / heads) of the path.
       dim: dimension of a head.
       use_bias: whether the projection has a bias.
+      shift: whether the input has a share of the token before, learned for each channel.
+      first: mixes in the same path of the model's first layer, p + sigmoid(first(x)) (p_first - p),
+        as RWKV-7 does with values (arXiv:2503.14456); None for no mixing.
+      projection_scale: a constant factor of the projection.
       conv_width: taps of the convolution; None for no convolution and no SiLU.
       conv_bias: whether the convolution has a bias.
       activation: ``"silu"``, ``"relu"`` or ``"elu"``, which is elu(x) + 1; None for none.
@@ -38,6 +44,9 @@ class Path:
     heads: int
     dim: int
     use_bias: bool = False
+    shift: bool = False
+    first: LowRank | None = None
+    projection_scale: float = 1.0
     conv_width: int | None = None
     conv_bias: bool = False
     activation: Literal["silu", "relu", "elu"] | None = None
@@ -49,10 +58,12 @@ class Path:
         _checks.check_fields(
             self,
             sizes=("heads", "dim", "conv_width"),
-            numbers=("scale", "rope_base"),
-            flags=("use_bias", "conv_bias"),
+            numbers=("projection_scale", "scale", "rope_base"),
+            flags=("use_bias", "shift", "conv_bias"),
             optional=("conv_width", "rope_base"),
         )
+        if self.first is not None:
+            _checks.check_instance("first", self.first, LowRank, "a LowRank")
         _checks.check_choice("activation", self.activation, (None, *_ACTIVATIONS))
         _checks.check_choice("norm", self.norm, (None, "l2", "sum"))
         if self.rope_base is not None and (self.dim % 2 or self.rope_base <= 0):
@@ -77,6 +88,10 @@ class Rows(nnx.Module):
         self.path = path
         inner = path.heads * path.dim
         options: dict[str, Any] = dict(param_dtype=param_dtype, rngs=rngs)
+        if path.shift:
+            self.mix = make_mix(in_features, param_dtype, rngs)
+        if path.first is not None:
+            self.first = path.first.build(in_features, inner, dtype=dtype, **options)
         self.linear = Linear(
             in_features,
             inner,
@@ -90,6 +105,24 @@ class Rows(nnx.Module):
             self.conv = CausalConv(
                 inner, path.conv_width, kernel_init=init, use_bias=path.conv_bias, **options
             )
+
+    def project(
+        self, inputs: LayerInput, first: Float[Array, "b t hk"] | None
+    ) -> Float[Array, "b t hk"]:
+        """What precedes the convolution; ``first`` is that of the model's first layer."""
+        x = inputs.mixed(self)
+        rows = self.linear(x)
+        if self.path.projection_scale != 1:
+            rows = self.path.projection_scale * rows
+        if self.path.first is None:
+            return rows
+        if first is None:
+            raise ValueError(
+                "this layer mixes its values with those of the model's first layer: call it as "
+                "part of a LanguageModel"
+            )
+        share = jax.nn.sigmoid(self.first(LayerInput(x)))
+        return rows + share * (first.astype(rows.dtype) - rows)
 
     @property
     def tail_shape(self) -> tuple[int, int]:

@@ -5,16 +5,20 @@ from typing import Any, Protocol, runtime_checkable
 
 from memcache_jax.nn import LanguageModelConfig
 from memcache_jax.pretrained.families import (
+    bamba,
     delta_net,
+    falcon_h1,
     gated_deltanet,
     gla,
     granitemoehybrid,
+    kimi_linear,
     mamba2,
     nemotron_h,
     olmo_hybrid,
     qwen3_5_text,
     qwen3_next,
     retnet,
+    rwkv7,
 )
 from memcache_jax.pretrained.given import Given
 from memcache_jax.pretrained.tensors import Tensor
@@ -34,16 +38,20 @@ class Family(Protocol):
 
 
 FAMILIES: dict[str, Any] = {
+    "bamba": bamba,
     "delta_net": delta_net,
+    "falcon_h1": falcon_h1,
     "gated_deltanet": gated_deltanet,
     "gla": gla,
     "granitemoehybrid": granitemoehybrid,
+    "kimi_linear": kimi_linear,
     "mamba2": mamba2,
     "nemotron_h": nemotron_h,
     "olmo_hybrid": olmo_hybrid,
     "qwen3_5_text": qwen3_5_text,
     "qwen3_next": qwen3_next,
     "retnet": retnet,
+    "rwkv7": rwkv7,
 }
 """By the ``model_type`` of ``config.json``."""
 

@@ -29,28 +29,36 @@ def model(
     )
 
 
-def ends(given: Given, embedding: str, norm: str) -> Iterator[Tensor]:
+def ends(given: Given, embedding: str, norm: str, bias: bool = False) -> Iterator[Tensor]:
     """The embedding, the last norm and the output layer."""
     names = Names("")
     yield names.same(f"{embedding}.weight", "embedding/embedding")
-    yield names.same(f"{norm}.weight", "norm/scale")
+    yield from names.norm(norm, "norm", bias)
     if not given.get("tie_word_embeddings", False):
         yield from names.linear("lm_head", "head")
 
 
-def gated_mlp(names: Names, where: str = "mlp", path: str = "mlp") -> Iterator[Tensor]:
+def gated_mlp(
+    names: Names, where: str = "mlp", path: str = "mlp", bias: bool = False
+) -> Iterator[Tensor]:
     """A gated MLP of three projections."""
     for part in ("gate", "up", "down"):
-        yield from names.linear(f"{where}.{part}_proj", f"{path}/{part}")
+        yield from names.linear(f"{where}.{part}_proj", f"{path}/{part}", bias=bias)
 
 
-def experts(names: Names, where: str, count: int, path: str = "mlp") -> Iterator[Tensor]:
-    """Sparse experts, each of three projections."""
+def experts(
+    names: Names,
+    where: str,
+    count: int,
+    called: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    path: str = "mlp",
+) -> Iterator[Tensor]:
+    """Sparse experts, each of three projections, which the file calls so."""
     yield from names.linear(f"{where}.gate", f"{path}/router")
     for expert in range(count):
-        for part in ("gate", "up", "down"):
+        for part, name in zip(("gate", "up", "down"), called, strict=True):
             own = Part(f"{path}/{part}", "matrix", expert)
-            yield names.tensor(f"{where}.experts.{expert}.{part}_proj.weight", own)
+            yield names.tensor(f"{where}.experts.{expert}.{name}.weight", own)
 
 
 def attention(given: Given, **options: Any) -> GroupedAttentionMixer:
@@ -68,11 +76,13 @@ def attention(given: Given, **options: Any) -> GroupedAttentionMixer:
     )
 
 
-def attention_tensors(names: Names, where: str, given: Given) -> Iterator[Tensor]:
+def attention_tensors(
+    names: Names, where: str, given: Given, path: str = "mixer"
+) -> Iterator[Tensor]:
     """Its four projections."""
     bias = bool(given.get("attention_bias", False))
     for name, part in dict(q="query", k="key", v="value", o="out").items():
-        yield from names.linear(f"{where}.{name}_proj", f"mixer/{part}", bias=bias)
+        yield from names.linear(f"{where}.{name}_proj", f"{path}/{part}", bias=bias)
 
 
 def layer_types(given: Given) -> list[str]:

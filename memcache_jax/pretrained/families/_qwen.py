@@ -6,12 +6,12 @@ from typing import Any
 from memcache_jax.nn import BlockConfig, FeedForward, LanguageModelConfig, Norm
 from memcache_jax.pretrained.families import _gated_delta, _model
 from memcache_jax.pretrained.given import Given
-from memcache_jax.pretrained.tensors import Names, Part, Tensor
+from memcache_jax.pretrained.tensors import Names, Tensor
 
 
 def config(given: Given, mlp: Callable[[int], FeedForward], **options: Any) -> LanguageModelConfig:
     """The model's shape, with each layer's MLP."""
-    given.only(hidden_act="silu", attention_bias=False)
+    given.only(hidden_act="silu")
     norm = Norm(epsilon=given.number("rms_norm_eps", 1e-6), offset=1.0)
     base, fraction = given.rope()
     mixers = {
@@ -57,11 +57,11 @@ def tensors(
 
 
 def _attention(given: Given, names: Names) -> Iterator[Tensor]:
+    bias, heads = bool(given.get("attention_bias", False)), given["num_attention_heads"]
     for letter, part in dict(k="key", v="value", o="out").items():
-        yield from names.linear(f"self_attn.{letter}_proj", f"mixer/{part}")
+        yield from names.linear(f"self_attn.{letter}_proj", f"mixer/{part}", bias=bias)
     # Query and gate, side by side in each head.
-    parts = (Part(f"mixer/{part}/kernel", "matrix") for part in ("query", "gate"))
-    heads = given["num_attention_heads"]
-    yield names.tensor("self_attn.q_proj.weight", *parts, groups=heads)
+    both = "mixer/query", "mixer/gate"
+    yield from names.linear("self_attn.q_proj", *both, bias=bias, groups=heads)
     for letter, part in dict(q="query", k="key").items():
         yield names.same(f"self_attn.{letter}_norm.weight", f"mixer/{part}_norm/scale")

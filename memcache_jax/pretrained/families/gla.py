@@ -5,7 +5,7 @@ from typing import Any
 
 from memcache_jax.memories import GLA
 from memcache_jax.nn import LanguageModelConfig
-from memcache_jax.nn.recurrent import LowRankDecay, Output, Path, RecurrentMixer
+from memcache_jax.nn.recurrent import LowRank, LowRankDecay, Output, Path, RecurrentMixer
 from memcache_jax.pretrained.families import _fla
 from memcache_jax.pretrained.given import Given
 from memcache_jax.pretrained.tensors import Tensor
@@ -25,7 +25,7 @@ def config(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig
         query=Path(heads, key_dim, scale=key_dim**-0.5, **keys),
         key=Path(heads, key_dim, **keys),
         value=Path(heads, value_dim, **conv),
-        coefficients=(LowRankDecay(16, 16.0, None if least is None else float(least)),),
+        coefficients=(LowRankDecay(LowRank(16), least=None if least is None else float(least)),),
         output=Output(
             epsilon=given.number("norm_eps", 1e-6),
             gate="silu" if given.get("use_output_gate", True) else None,
@@ -40,8 +40,8 @@ def tensors(given: Given) -> Iterator[Tensor]:
     decay = "mixer/coefficients/0"
     for names in _fla.layers(given):
         yield from _fla.projections(names, given.get("use_output_gate", True))
-        yield from names.linear("attn.gk_proj.0", f"{decay}/down")
-        yield from names.linear("attn.gk_proj.1", f"{decay}/up", bias=True)
+        yield from names.linear("attn.gk_proj.0", f"{decay}/low/down")
+        yield from names.linear("attn.gk_proj.1", f"{decay}/low/up", bias=True)
         yield names.same("attn.g_norm.weight", "mixer/output/scale")
         if given.get("use_short_conv", False):
             yield from _fla.convolutions(given, names)

@@ -11,7 +11,7 @@ from memcache_jax.pretrained.tensors import Names, Part, Tensor
 
 def config(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig:
     """The model's shape."""
-    given.only(hidden_act="silu", mamba_proj_bias=False, position_embedding_type=(None, "rope"))
+    given.only(hidden_act="silu", position_embedding_type=(None, "rope"))
     norm = Norm(epsilon=given.number("rms_norm_eps", 1e-6))
     rope = given.get("position_embedding_type") == "rope"
     mixers = {
@@ -24,6 +24,7 @@ def config(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig
             limits=given.numbers("time_step_limit", (0.0, "inf")),
             epsilon=norm.epsilon,
             conv_bias=given.get("mamba_conv_bias", True),
+            bias=bool(given.get("mamba_proj_bias", False)),
         ),
         "full_attention": _model.attention(
             given,
@@ -59,7 +60,9 @@ def tensors(given: Given) -> Iterator[Tensor]:
         yield names.same("input_layernorm.weight", "mixer_norm/scale")
         yield names.same("post_attention_layernorm.weight", "mlp_norm/scale")
         if _kind(kind) == "linear_attention":
-            yield from _mamba.tensors(names, "mamba", given.get("mamba_conv_bias", True))
+            of_conv = given.get("mamba_conv_bias", True)
+            bias = bool(given.get("mamba_proj_bias", False))
+            yield from _mamba.tensors(names, "mamba", of_conv, bias=bias)
         else:
             yield from _model.attention_tensors(names, "self_attn", given)
         path = "mlp/shared" if sparse else "mlp"

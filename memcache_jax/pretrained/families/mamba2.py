@@ -11,7 +11,7 @@ from memcache_jax.pretrained.tensors import Names, Tensor
 
 def config(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig:
     """The model's shape."""
-    given.only(hidden_act="silu", use_bias=False)
+    given.only(hidden_act="silu")
     epsilon = given.number("layer_norm_epsilon", 1e-5)
     mixer = _mamba.mixer(
         given["num_heads"],
@@ -22,6 +22,7 @@ def config(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig
         limits=given.numbers("time_step_limit", (0.0, "inf")),
         epsilon=epsilon,
         conv_bias=given.get("use_conv_bias", True),
+        bias=bool(given.get("use_bias", False)),
     )
     norm = Norm(epsilon=epsilon)
     blocks = [BlockConfig(mixer, None, norm)] * given["num_hidden_layers"]
@@ -35,4 +36,5 @@ def tensors(given: Given) -> Iterator[Tensor]:
     for layer in range(given["num_hidden_layers"]):
         names = Names(f"backbone.layers.{layer}.", layer)
         yield names.same("norm.weight", "mixer_norm/scale")
-        yield from _mamba.tensors(names, "mixer", given.get("use_conv_bias", True))
+        of_conv, bias = given.get("use_conv_bias", True), bool(given.get("use_bias", False))
+        yield from _mamba.tensors(names, "mixer", of_conv, bias=bias)

@@ -14,9 +14,6 @@ def config(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig
     given.only(
         mamba_hidden_act="silu",
         mlp_hidden_act="relu2",
-        mamba_proj_bias=False,
-        use_bias=False,
-        mlp_bias=False,
         sliding_window=None,
     )
     norm = Norm(epsilon=given.number("layer_norm_epsilon", 1e-5))
@@ -31,33 +28,41 @@ def config(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig
             limits=(given.number("time_step_min", 0.001), float("inf")),
             epsilon=norm.epsilon,
             conv_bias=given.get("use_conv_bias", True),
+            bias=bool(given.get("use_bias", False)),
         ),
-        "full_attention": _model.attention(given, rope_base=None),
+        "full_attention": _model.attention(_bare(given), rope_base=None),
     }
-    mlp = SquaredMLP(given["intermediate_size"])
+    mlp = SquaredMLP(given["intermediate_size"], bool(given.get("mlp_bias", False)))
     blocks = [
         BlockConfig(mixers[kind], None if of_mlp is None else mlp, norm)
         for _, kind, of_mlp in _pairs(given)
     ]
     heads = given["num_attention_heads"]
-    return _model.model(given, blocks, norm, heads, dtype=dtype, param_dtype=param_dtype)
+    return _model.model(_bare(given), blocks, norm, heads, dtype=dtype, param_dtype=param_dtype)
 
 
 def tensors(given: Given) -> Iterator[Tensor]:
     """The tensors of its files."""
-    yield from _model.ends(given, "backbone.embeddings", "backbone.norm_f")
+    yield from _model.ends(_bare(given), "backbone.embeddings", "backbone.norm_f")
     for block, (layer, kind, of_mlp) in enumerate(_pairs(given)):
         names = Names(f"backbone.layers.{layer}.", block)
         yield names.same("norm.weight", "mixer_norm/scale")
         if kind == "linear_attention":
-            yield from _mamba.tensors(names, "mixer", given.get("use_conv_bias", True))
+            of_conv, bias = given.get("use_conv_bias", True), bool(given.get("use_bias", False))
+            yield from _mamba.tensors(names, "mixer", of_conv, bias=bias)
         else:
-            yield from _model.attention_tensors(names, "mixer", given)
+            yield from _model.attention_tensors(names, "mixer", _bare(given))
         if of_mlp is not None:
             names = Names(f"backbone.layers.{of_mlp}.", block)
             yield names.same("norm.weight", "mlp_norm/scale")
-            yield from names.linear("mixer.up_proj", "mlp/up")
-            yield from names.linear("mixer.down_proj", "mlp/down")
+            bias = bool(given.get("mlp_bias", False))
+            yield from names.linear("mixer.up_proj", "mlp/up", bias=bias)
+            yield from names.linear("mixer.down_proj", "mlp/down", bias=bias)
+
+
+def _bare(given: Given) -> Given:
+    """Its attention has no biases and its head is its own, whatever the configuration says."""
+    return given.replaced(attention_bias=False, tie_word_embeddings=False)
 
 
 def _pairs(given: Given) -> list[tuple[int, str, int | None]]:

@@ -1,0 +1,132 @@
+"""Times a block's token against the length: does the memory's growth cost what it should?
+
+    python -m experiments.growth [--lengths=4096,65536 --rules=SSD,GatedDeltaNet --rounds=5]
+
+A block is a mixer and its MLP; what is timed is the gradient of all its parameters and its input.
+For each rule at each length: the rule alone, GRM over ``Logarithmic`` segments, and SSC over
+``Constant`` ones. Then two ratios: of ``Logarithmic`` to the rule alone at one length, and of the
+longest sequence to the shortest with SSC. All programs are compiled first and timed in turn, so
+that noise affects them alike; times are the least of the rounds, since other work only adds.
+Memory is that of the compiled program: arguments, results and temporaries.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+from absl import flags
+
+from experiments._program import run
+
+FLAGS = flags.FLAGS
+flags.DEFINE_list("lengths", ["4096", "65536"], "Tokens of a sequence, the shortest first.")
+flags.DEFINE_list("rules", ["SSD", "GatedDeltaNet"], "Write rules, of mc.memories.")
+flags.DEFINE_integer("features", 256, "Model dimension d.", 1)
+flags.DEFINE_integer("heads", 4, "Heads h.", 1)
+flags.DEFINE_integer("segment", 256, "Segment size C.", 1)
+flags.DEFINE_integer("top_k", 4, "States that a token reads with SSC.", 1)
+flags.DEFINE_integer("rounds", 5, "Timed rounds.", 1)
+flags.DEFINE_string("json", None, "File to write the table to.")
+
+ALONE, LOGARITHMIC, ROUTED = "alone", "Logarithmic + GRM", "Constant + SSC"
+
+
+def mixers(rule: Any) -> dict[str, Any]:
+    """Returns the mixers of a rule, by name."""
+    import memcache_jax as mc
+
+    def mixer(aggregation: Any, segmentation: Any) -> Any:
+        return mc.nn.MemoryCachingMixer(rule, aggregation, segmentation)
+
+    return {
+        ALONE: mixer(mc.Residual(), mc.Constant(2**30)),
+        LOGARITHMIC: mixer(mc.GRM(), mc.Logarithmic(FLAGS.segment)),
+        ROUTED: mixer(mc.SSC(top_k=FLAGS.top_k), mc.Constant(FLAGS.segment)),
+    }
+
+
+def gradient(mixer: Any, length: int) -> tuple[Callable, tuple]:
+    """Returns the function to time for a block, and its arguments."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    import memcache_jax as mc
+    from memcache_jax.nn.block import Block
+
+    config = mc.nn.LanguageModelConfig(
+        vocab_size=2,
+        num_layers=1,
+        features=FLAGS.features,
+        num_heads=FLAGS.heads,
+        mixers=(mixer,),
+    )
+    (((block,), _),) = config.stacks
+    graph, params = nnx.split(Block(config, block, rngs=nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(1), (1, length, FLAGS.features))
+
+    def loss(params: Any, x: Any) -> Any:
+        y: Any = nnx.merge(graph, params)(x)
+        return jnp.mean(y**2)
+
+    return jax.grad(loss, (0, 1)), (params, x)
+
+
+def program() -> None:
+    """Compiles all programs, times them in turn, and prints the table and the ratios."""
+    import jax
+
+    import memcache_jax as mc
+    from experiments._memory import memory_of
+
+    lengths = [int(length) for length in FLAGS.lengths]
+    jobs, peaks = {}, {}
+    for rule in FLAGS.rules:
+        if rule not in mc.memories.__all__:
+            raise ValueError(f"--rules must be of {mc.memories.__all__}, got {rule}")
+        for name, mixer in mixers(getattr(mc.memories, rule)()).items():
+            for length in lengths:
+                function, arguments = gradient(mixer, length)
+                compiled = jax.jit(function).lower(*arguments).compile()
+                jobs[rule, name, length] = compiled, arguments
+                peaks[rule, name, length] = memory_of(compiled)["peak_bytes"]
+
+    seconds = dict.fromkeys(jobs, float("inf"))
+    for warm in [True] + [False] * FLAGS.rounds:
+        for job, (function, arguments) in jobs.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(function(*arguments))
+            if not warm:
+                seconds[job] = min(seconds[job], time.perf_counter() - begin)
+
+    device = jax.devices()[0]
+    print(
+        f"{device.platform} ({device.device_kind}), d={FLAGS.features}, {FLAGS.heads} heads, "
+        f"C={FLAGS.segment}, k={FLAGS.top_k}, one row, float32, gradient of a block\n"
+    )
+    print(f"{'rule':16} {'mixer':18} {'T':>8} {'us/token':>9} {'MiB':>8}")
+    table = []
+    for (rule, name, length), best in seconds.items():
+        row = dict(rule=rule, mixer=name, length=length, us_per_token=best / length * 1e6)
+        row["mib"] = peaks[rule, name, length] / 2**20
+        table.append(row)
+        print(f"{rule:16} {name:18} {length:8} {row['us_per_token']:9.2f} {row['mib']:8.0f}")
+    print()
+    ratios = {}
+    for rule in FLAGS.rules:
+        for length in lengths:
+            ratio = seconds[rule, LOGARITHMIC, length] / seconds[rule, ALONE, length]
+            ratios[f"{rule}, T = {length}: {LOGARITHMIC} / {ALONE}"] = ratio
+        short, long = lengths[0], lengths[-1]
+        ratio = seconds[rule, ROUTED, long] / long / (seconds[rule, ROUTED, short] / short)
+        ratios[f"{rule}: {ROUTED} at {long} / at {short}, per token"] = ratio
+    for name, ratio in ratios.items():
+        print(f"{name}: {ratio:.2f}")
+    if FLAGS.json:
+        with open(FLAGS.json, "w") as file:
+            json.dump(dict(rows=table, ratios=ratios), file, indent=2)
+
+
+if __name__ == "__main__":
+    run(program)

@@ -1,0 +1,114 @@
+"""Two token mixers side by side, such as attention beside a state space model."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+
+from memcache_jax import _checks
+from memcache_jax._typing import Array, Float, Int
+from memcache_jax.streaming.protocol import MixerCache
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelMixer:
+    """Blocks mix tokens with the sum of two mixers, as Falcon-H1 does (arXiv:2507.22448).
+
+    y = left_scale left(x) + right_scale right(x).
+
+    Attributes:
+      left: a mixer.
+      right: another one.
+      left_scale: a factor of its output.
+      right_scale: a factor of the other's.
+    """
+
+    left: Any
+    right: Any
+    left_scale: float = 1.0
+    right_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("left", "right"):
+            mixer = getattr(self, name)
+            if isinstance(mixer, type) or not hasattr(mixer, "build"):
+                raise ValueError(
+                    f"{name} must be a mixer such as mc.nn.AttentionMixer(), got "
+                    f"{_checks.shown(mixer)}"
+                )
+        _checks.check_fields(self, numbers=("left_scale", "right_scale"))
+
+    def build(self, in_features: int, num_heads: int, **options: Any) -> "Parallel":
+        """Returns the layer."""
+        return Parallel(self, in_features, num_heads, **options)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ParallelCache(MixerCache):
+    """A stream's past in both mixers."""
+
+    left: Any
+    right: Any
+
+    nested = ("left", "right")
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return self.left.batch_size
+
+    @property
+    def max_length(self) -> int | None:
+        """Most tokens per row; None for any number."""
+        bounds = [getattr(cache, "max_length", None) for cache in (self.left, self.right)]
+        return min((bound for bound in bounds if bound is not None), default=None)
+
+
+class Parallel(nnx.Module):
+    """The sum of two mixers' outputs.
+
+    Example:
+      >>> import jax.numpy as jnp, memcache_jax as mc
+      >>> from flax import nnx
+      >>> mixer = mc.nn.ParallelMixer(mc.nn.AttentionMixer(), mc.nn.AttentionMixer(window=4))
+      >>> mixer.build(16, 2, rngs=nnx.Rngs(0))(jnp.ones((1, 10, 16))).shape
+      (1, 10, 16)
+    """
+
+    def __init__(
+        self, mixer: ParallelMixer, in_features: int, num_heads: int, **options: Any
+    ) -> None:
+        self.left_scale, self.right_scale = mixer.left_scale, mixer.right_scale
+        self.left = mixer.left.build(in_features, num_heads, **options)
+        self.right = mixer.right.build(in_features, num_heads, **options)
+
+    def __call__(
+        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None = None
+    ) -> Float[Array, "b t d"]:
+        """Mixes tokens causally; no document sees another."""
+        documents = () if document_ids is None else (document_ids,)
+        return self._sum(self.left(x, *documents), self.right(x, *documents))
+
+    def init_cache(
+        self, batch_size: int, max_length: int | None = None, **options: Any
+    ) -> ParallelCache:
+        """Returns an empty cache for ``extend``, of both mixers."""
+        mixers: tuple[Any, Any] = self.left, self.right
+        caches = (mixer.init_cache(batch_size, max_length, **options) for mixer in mixers)
+        return ParallelCache(*caches)
+
+    def extend(
+        self, x: Float[Array, "b t d"], cache: ParallelCache, lengths: Any = None
+    ) -> tuple[Float[Array, "b t d"], ParallelCache]:
+        """Continues a stream in both mixers."""
+        _checks.check_instance("cache", cache, ParallelCache, "a ParallelCache")
+        mixers: tuple[Any, Any] = self.left, self.right
+        left, of_left = mixers[0].extend(x, cache.left, lengths)
+        right, of_right = mixers[1].extend(x, cache.right, lengths)
+        return self._sum(left, right), ParallelCache(of_left, of_right)
+
+    def _sum(self, left: Array, right: Array) -> Array:
+        left = left if self.left_scale == 1 else self.left_scale * left
+        return left + (right if self.right_scale == 1 else self.right_scale * right)

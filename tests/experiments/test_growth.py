@@ -1,0 +1,45 @@
+"""The growth of a block's time with the length: what a row and a ratio say."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+SIZES = dict(features=8, heads=2, segment=4, top_k=2, rounds=2)
+
+
+def growth(*flags):
+    sizes = [f"--{name}={size}" for name, size in SIZES.items()]
+    command = [sys.executable, "-m", "experiments.growth", *sizes, *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.slow
+def test_small(tmp_path):
+    path = tmp_path / "table.json"
+    done = growth("--lengths=16,64", "--rules=SSD", f"--json={path}")
+    assert done.returncode == 0, done.stderr
+    table = json.loads(path.read_text())
+    seconds = {}
+    for row in table["rows"]:
+        seconds[row["mixer"], row["length"]] = row["us_per_token"] * row["length"]
+        assert row["us_per_token"] > 0
+        line = f"{row['rule']:16} {row['mixer']:18} {row['length']:8} {row['us_per_token']:9.2f}"
+        assert f"{line} {row['mib']:8.0f}" in done.stdout
+    names = ("alone", "Logarithmic + GRM", "Constant + SSC")
+    assert list(seconds) == [(name, length) for name in names for length in (16, 64)]
+    for name, ratio in table["ratios"].items():
+        assert f"{name}: {ratio:.2f}" in done.stdout
+    *over_alone, routed = table["ratios"].values()
+    for length, ratio in zip((16, 64), over_alone, strict=True):
+        wanted = seconds["Logarithmic + GRM", length] / seconds["alone", length]
+        assert ratio == pytest.approx(wanted)
+    longer = seconds["Constant + SSC", 64] / 4 / seconds["Constant + SSC", 16]
+    assert routed == pytest.approx(longer)
+
+
+def test_an_unknown_rule_takes_one_line():
+    done = growth("--rules=Nothing")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: --rules must be of")

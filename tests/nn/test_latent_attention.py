@@ -1,0 +1,117 @@
+"""Multi-head latent attention: one pass, streams of latent rows, meshes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import memcache_jax as mc
+from tests.cases import assert_close
+
+FEATURES, LENGTH = 8, 12
+MIXER = mc.nn.LatentAttentionMixer(
+    2, key_dim=3, shared_dim=2, value_dim=7, rank=5, query_rank=4, use_bias=True
+)
+
+
+def build(**changes):
+    mixer = dataclasses.replace(MIXER, **changes)
+    layer = mixer.build(FEATURES, rngs=nnx.Rngs(0))
+    for _, param in nnx.to_flat_state(nnx.state(layer, nnx.Param)):
+        noise = jax.random.normal(jax.random.key(1), param.shape)
+        param.set_value(param[...] + 0.3 * noise)
+    return layer, jax.random.normal(jax.random.key(2), (2, LENGTH, FEATURES))
+
+
+@nnx.jit
+def whole(layer, x, document_ids=None):
+    return layer(x, document_ids)
+
+
+def by_hand(layer, x):
+    """The equations, for each head and token."""
+    mixer, length = layer.mixer, x.shape[1]
+    query = layer.query(layer.query_norm(layer.query_down(x)) if mixer.query_rank else x)
+    query = query.reshape(*x.shape[:2], mixer.num_heads, -1)
+    latent, shared = layer.down(x)[..., : mixer.rank], layer.down(x)[..., mixer.rank :]
+    made = layer.up(layer.norm(latent)).reshape(*x.shape[:2], mixer.num_heads, -1)
+    out = np.zeros((*x.shape[:2], mixer.num_heads, mixer.value_dim))
+    for head in range(mixer.num_heads):
+        key = np.concatenate([made[:, :, head, : mixer.key_dim], shared], axis=-1)
+        scores = np.einsum("btk,bsk->bts", query[:, :, head], key) / np.sqrt(key.shape[-1])
+        weights = np.exp(np.where(np.tri(length, dtype=bool), scores, -np.inf))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        out[:, :, head] = np.einsum("bts,bsv->btv", weights, made[:, :, head, mixer.key_dim :])
+    return layer.out(jnp.asarray(out.reshape(*x.shape[:2], -1), x.dtype))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, dict(value_dim=3, query_rank=None, use_bias=False)], ids=["wide", "narrow"]
+)
+def test_the_equations_and_a_stream_that_keeps_latent_rows(changes):
+    layer, x = build(**changes)
+    expected = whole(layer, x)
+    assert_close(expected, by_hand(layer, x), 1e-5)
+    cache, extend = layer.init_cache(2, LENGTH), jax.jit(type(layer).extend)
+    kept = MIXER.rank + MIXER.shared_dim
+    assert (cache.key.shape, cache.value) == ((2, 1, LENGTH, kept), None)
+    first, cache = extend(layer, x[:, :5], cache, jnp.array([5, 2]))
+    assert_close(first[0], expected[0, :5], 1e-5)
+    second, cache = extend(layer, jnp.stack([x[0, 5:8], x[1, 2:5]]), cache, None)
+    assert_close(second, jnp.stack([expected[0, 5:8], expected[1, 2:5]]), 1e-5)
+    cache = cache.take(jnp.array([1])).reset(jnp.array([False]))
+    last, _ = extend(layer, x[1:, 5:], cache, None)
+    assert_close(last[0], expected[1, 5:], 1e-5)
+
+
+def test_no_document_sees_another():
+    layer, x = build()
+    documents = jnp.where(jnp.arange(LENGTH) < 5, 3, 4)[None].repeat(2, axis=0)
+    y = whole(layer, x, documents)
+    assert_close(y[:, :5], whole(layer, x)[:, :5], 1e-5)
+    later = jnp.roll(x, -5, axis=1)
+    assert_close(y[:, 5:], whole(layer, later)[:, : LENGTH - 5], 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_on_a_mesh(kind):
+    layer, x = build()
+    expected, extend = whole(layer, x), jax.jit(type(layer).extend)
+    call = jax.jit(lambda layer, x: layer(x))
+    mesh = jax.make_mesh((2, 2, 2), ("rows", "part", "model"), axis_types=(kind,) * 3)
+    with jax.set_mesh(mesh):
+        for spec in (P("rows"), P("rows", "part")):
+            laid = jax.device_put(x, NamedSharding(mesh, spec))
+            assert_close(jax.device_get(call(layer, laid)), expected, 1e-5)
+        cache = layer.init_cache(2, LENGTH, sharding=P("rows"))
+        y, _ = extend(layer, jax.device_put(x, NamedSharding(mesh, P("rows"))), cache)
+    assert_close(jax.device_get(y), expected, 1e-5)
+
+
+def test_the_table_of_a_cache_counts_latent_rows():
+    block = mc.nn.BlockConfig(MIXER)
+    config = mc.nn.LanguageModelConfig(17, 2, FEATURES, 2, blocks=(block, block))
+    model = mc.nn.LanguageModel(config, rngs=nnx.Rngs(0))
+    table = mc.nn.cache_table(model, model.init_cache(1, 16), 16).splitlines()
+    assert "896" in table[1]  # 2 layers, 16 tokens, 7 numbers of 4 bytes
+    assert "896" in table[-1]
+
+
+def test_a_stream_reads_through_adapters_too():
+    block = mc.nn.BlockConfig(MIXER)
+    config = mc.nn.LanguageModelConfig(17, 1, FEATURES, 2, blocks=(block,))
+    model = mc.nn.LanguageModel(config, rngs=nnx.Rngs(0))
+    adapted = mc.nn.with_lora(model, rank=2, rngs=nnx.Rngs(1))
+    for path, param in nnx.to_flat_state(nnx.state(adapted, nnx.PathContains("low_rank"))):
+        param.set_value(jax.random.normal(jax.random.key(len(path)), param.shape))
+    tokens = jnp.arange(10)[None]
+    expected = whole(adapted, tokens)
+    assert np.abs(expected - whole(model, tokens)).max() > 0.1
+    hidden, _ = jax.jit(type(adapted).extend)(adapted, tokens, adapted.init_cache(1, 10))
+    assert_close(adapted.logits(hidden), expected, 1e-5)
