@@ -1,4 +1,4 @@
-"""The memory's states at the ends of a plan's buckets: taken, merged, or written again."""
+"""The memory's states at the ends of a plan's buckets: taken, composed, or written again."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -27,12 +27,12 @@ def bucket_states(how: Writing, ends: Run, rows: Rows, plan: ReadPlan) -> State:
     """The states at the ends of buckets that all begin anew, (b, h, buckets, ...).
 
     The state of a bucket of several segments is that of one run over them from the initial state.
-    Memories whose runs are maps compose it from shorter runs; others write the bucket again.
+    Memories whose runs compose build it from shorter runs; others write the bucket again.
 
     Args:
       how: as for ``write_blocks``.
       ends: the runs of each block, as from ``write_blocks``; with transitions if they compose.
-      rows: as for ``write_blocks``; where runs compose nobody looks at them.
+      rows: as for ``write_blocks``; unused where runs compose.
       plan: the buckets.
     """
     memory, composes = how.memory, compose_plan(how.memory, plan)

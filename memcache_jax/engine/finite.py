@@ -42,7 +42,7 @@ def _is_fine(name: str, x: Array) -> Array:
 def composed(memory: Memory, first: Run, then: Run) -> Run:
     """``memory.compose``, in which a first state that is not finite spoils the result by selection.
 
-    The gradient of what nobody reads is then 0, not 0 * NaN.
+    The gradient of an unread state is then 0, not 0 * NaN.
     """
     spoilt = jnp.zeros((), bool)
     for x in jax.tree.leaves(first.state):

@@ -52,7 +52,7 @@ def previous_tokens(
 def next_previous(
     x: Float[Array, "b t d"], tail: Float[Array, "b 1 d"], lengths: Int[Array, "b"]
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b 1 d"]]:
-    """The same of a stream's next tokens, and each row's last token, of which ``lengths`` count."""
+    """The same for a stream's next tokens, of which ``lengths`` count, and each row's last one."""
 
     def both(x: Array, tail: Array, lengths: Array) -> tuple[Array, Array]:
         rows = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
