@@ -89,15 +89,16 @@ class Block(nnx.Module):
         if self.config.mlp is not None:
             mlp: Any = self.mlp
             shifted = documents if self._mlp_shifts else ()
-            x = _laid(x + self._residual(mlp(self._mlp_input(x), *shifted), self.mlp_norm), x)
+            y = mlp(self._input(x, self.mlp_norm), *shifted)
+            x = _laid(x + self._residual(y, self.mlp_norm), x)
         return _with_stream(between, x)
 
     def mixer_input(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """What the mixer is given, of the block's input."""
-        return x if self.config.norm_last else self.mixer_norm(x)
+        return self._input(x, self.mixer_norm)
 
-    def _mlp_input(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        return x if self.config.norm_last else self.mlp_norm(x)
+    def _input(self, x: Float[Array, "b t d"], norm: Any) -> Float[Array, "b t d"]:
+        return x if self.config.norm_last else norm(x)
 
     def _residual(self, y: Float[Array, "b t d"], norm: Any) -> Float[Array, "b t d"]:
         y = norm(y) if self.config.norm_last else y
@@ -136,9 +137,9 @@ class Block(nnx.Module):
             return _with_stream(between, x), of_mixer
         mlp: Any = self.mlp
         if not self._mlp_shifts:
-            y, cache = mlp(self._mlp_input(x)), of_mixer
+            y, cache = mlp(self._input(x, self.mlp_norm)), of_mixer
         else:
-            y, tail = mlp.extend(self._mlp_input(x), cache.tail, lengths)
+            y, tail = mlp.extend(self._input(x, self.mlp_norm), cache.tail, lengths)
             cache = BlockCache(of_mixer, tail)
         return _with_stream(between, like(x, x + self._residual(y, self.mlp_norm))), cache
 
