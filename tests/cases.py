@@ -45,6 +45,11 @@ MEMORIES = {
 }
 # One of each family, for what the rule has little part in.
 FAMILIES = {name: MEMORIES[name] for name in ("linear", "gated_deltanet", "titans")}
+# Together they have every kind of control, state, weight and form: for what sees no more of a rule.
+COVER = {
+    name: MEMORIES[name]
+    for name in ("linear", "retnet", "swla", "gdn2", "titans", "vector", "erasing")
+}
 AGGREGATIONS = {
     "residual": mc.Residual(),
     "grm": mc.GRM(),

@@ -13,7 +13,15 @@ from jax.sharding import PartitionSpec as P
 
 import memcache_jax as mc
 from memcache_jax.kernels._dispatch import interpret_kernels
-from tests.cases import FAMILIES, MEMORIES, combine, make_inputs, run_all, with_slow
+from tests.cases import (
+    COVER,
+    FAMILIES,
+    MEMORIES,
+    combine,
+    make_inputs,
+    run_all,
+    with_slow,
+)
 
 LENGTH, SIZE = 22, 8
 IDS = np.repeat([0, 1, 2], [9, 5, 8]).astype(np.int32)[None].repeat(2, axis=0)
@@ -63,14 +71,14 @@ def check(run, inputs, memory, ids=None, tokens=(5, 10, 15)):
             assert np.isnan(y[reached]).any(axis=-1).all(), (case, token, argument)
 
 
-@pytest.mark.parametrize("name", with_slow([*MEMORIES], "linear"))
+@pytest.mark.parametrize("name", with_slow([*COVER], "linear"))
 def test_one_pass(name):
     memory = MEMORIES[name]
     inputs = make_inputs(memory, LENGTH, heads=2, dtype=np.float32)
     check(lambda inputs: run_all(inputs, memory, size=SIZE, cases=EACH), inputs, memory)
 
 
-@pytest.mark.parametrize("name", with_slow([*MEMORIES], "linear"))
+@pytest.mark.parametrize("name", with_slow([*COVER], "linear"))
 def test_documents(name):
     memory = MEMORIES[name]
     inputs = make_inputs(memory, LENGTH, heads=2, dtype=np.float32)

@@ -12,6 +12,7 @@ import pytest
 import memcache_jax as mc
 from tests.cases import (
     AGGREGATIONS,
+    COVER,
     FAMILIES,
     KINDS,
     MEMORIES,
@@ -71,7 +72,7 @@ class TestEveryRule:
         cases = combine(KINDS) if rule in ("linear", "titans") else self.few(rule, 0)
         self.compare(rule, cases, count=1)
 
-    @pytest.mark.parametrize("rule", with_slow([*MEMORIES], "linear"))
+    @pytest.mark.parametrize("rule", with_slow([*COVER], "linear"))
     def test_in_pieces(self, rule):
         """Calls that end within segments and chunks, over borders of both."""
         self.compare(rule, self.few(rule, 2), count=7)
