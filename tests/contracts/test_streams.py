@@ -18,12 +18,12 @@ from tests.cases import (
     MEMORIES,
     SEGMENTATIONS,
     assert_close,
-    combine,
     each_once,
     kinds_of,
     make_inputs,
     run_all,
     scheduled,
+    twice_each,
     value_and_vjp,
     with_slow,
 )
@@ -68,8 +68,8 @@ class TestEveryRule:
 
     @pytest.mark.parametrize("rule", with_slow([*MEMORIES], "linear"))
     def test_token_by_token(self, rule):
-        """Every aggregation; of two forms of rules with every segmentation and start."""
-        cases = combine(KINDS) if rule in ("linear", "titans") else self.few(rule, 0)
+        """Every aggregation; of two forms of rules twice, with every segmentation and start."""
+        cases = twice_each(0, KINDS) if rule in ("linear", "titans") else self.few(rule, 0)
         self.compare(rule, cases, count=1)
 
     @pytest.mark.parametrize("rule", with_slow([*COVER], "linear"))
