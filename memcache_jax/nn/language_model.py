@@ -35,6 +35,8 @@ _OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
     offload_src="device",
     offload_dst="pinned_host",
 )
+_REMAT = functools.partial(jax.checkpoint, prevent_cse=False)
+_REMAT_OFFLOADED = functools.partial(_REMAT, policy=_OFFLOAD)
 _NAN_OUTSIDE: dict[str, Any] = dict(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
@@ -133,20 +135,14 @@ class LanguageModel(nnx.Module):
     ) -> Float[Array, "b t d"]:
         """Returns the last block's output after the final norm."""
         check_tokens(tokens, self.config.vocab_size)
-        wrap: Any = lambda body: body  # noqa: E731
+        wrap = None
         if self.config.remat:
-            policy = _OFFLOAD if self.config.offload_states else None
-            wrap = functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
+            wrap = _REMAT_OFFLOADED if self.config.offload_states else _REMAT
         x = self._embed(tokens)
         for layers, repeats in self.stacks:
-            x, _ = scan_stack(
-                layers,
-                repeats,
-                lambda period, x, _: (period(x, document_ids), None),
-                x,
-                settle=isinstance(x, Hidden),
-                wrap=wrap,
-            )
+            settle = isinstance(x, Hidden)
+            options: dict[str, Any] = dict(constants=document_ids, settle=settle, wrap=wrap)
+            x, _ = scan_stack(layers, repeats, _call, x, **options)
         return self.norm(stream_of(x))
 
     @property
@@ -167,7 +163,7 @@ class LanguageModel(nnx.Module):
         """
         check_tokens(tokens, self.config.vocab_size)
 
-        def gates_of(period: Period, x: Between, _: None) -> tuple[Between, list]:
+        def gates_of(period: Period, x: Between, *_: None) -> tuple[Between, list]:
             gates = []
             for block in period.blocks:
                 given = block.mixer_input(stream_of(x))
@@ -235,7 +231,7 @@ class LanguageModel(nnx.Module):
         max_length = check_integer("max_length", max_length, optional=True)
 
         def empty() -> LanguageModelCache:
-            def init(period: Period, carry: None, _: None) -> tuple[None, list]:
+            def init(period: Period, *_: None) -> tuple[None, list]:
                 return None, _without_states(period.init_cache(batch_size, max_length, options))
 
             layers, states, bounds = [], [], [max_length]
@@ -272,22 +268,14 @@ class LanguageModel(nnx.Module):
         self._check_cache(cache)
         cache.check_room(tokens.shape, lengths)
         lengths = None if lengths is None else jnp.asarray(lengths)
-
-        def extend(period: Period, carry: tuple, layer: tuple) -> tuple[tuple, list]:
-            (x, states), (small, number) = carry, layer
-            caches = [
-                cache.with_states(shared, number)
-                for cache, shared in zip(small, states, strict=True)
-            ]
-            x, caches = period.extend(x, caches, lengths)
-            return (x, [cache.states for cache in caches]), _without_states(caches)
-
         x, layers, states = self._embed(tokens), [], []
         for (stack, repeats), (blocks, _) in zip(self.stacks, self.config.stacks, strict=True):
             own = slice(len(layers), len(layers) + len(blocks))
             inputs = cache.layers[own], jnp.arange(repeats)
             carry = x, cache.states[own]
-            (x, after), new = scan_stack(stack, repeats, extend, carry, inputs, settle=True)
+            (x, after), new = scan_stack(
+                stack, repeats, _extend, carry, inputs, lengths, settle=True
+            )
             layers, states = layers + new, states + after
         taken = tokens.shape[1] if lengths is None else lengths
         position = _checks.advanced(cache.position, taken)
@@ -320,6 +308,25 @@ def abstract_model(config: LanguageModelConfig) -> tuple[nnx.GraphDef, nnx.State
     """A model without its arrays, and the shapes and dtypes of its parameters."""
     # Not nnx.eval_shape, which under a mesh confuses logical axes with those of the mesh.
     return jax.eval_shape(lambda: nnx.split(LanguageModel(config, rngs=nnx.Rngs(0)), nnx.Param))
+
+
+def _call(
+    period: Period, x: Between, _: None, document_ids: Int[Array, "b t"] | None
+) -> tuple[Between, None]:
+    """Runs the blocks of one period, for ``scan_stack``."""
+    return period(x, document_ids), None
+
+
+def _extend(
+    period: Period, carry: tuple, layer: tuple, lengths: Int[Array, "b"] | None
+) -> tuple[tuple, list]:
+    """The same of a stream, with the caches of its blocks."""
+    (x, states), (small, number) = carry, layer
+    caches = [
+        cache.with_states(shared, number) for cache, shared in zip(small, states, strict=True)
+    ]
+    x, caches = period.extend(x, caches, lengths)
+    return (x, [cache.states for cache in caches]), _without_states(caches)
 
 
 def as_layers(stacks: list) -> Any:
