@@ -41,7 +41,7 @@ def forgotten_programs():
     """
     yield
     with open("/proc/self/maps") as maps:
-        if sum(1 for _ in maps) > 20_000:
+        if sum(1 for _ in maps) > 8_000:
             jax.clear_caches()
 
 
