@@ -13,7 +13,7 @@ def changes(config: Any, report: dict[str, Any]) -> list[str]:
     from memcache_jax.sharding.memory_caching import fits_ring
     from memcache_jax.training.pretrained import PublicModel
 
-    if (public := PublicModel.of(config)) is not None:
+    if (public := PublicModel.of(config, digest=False)) is not None:
         config = public.resolved(config)
     mesh, model = report["mesh"], config.model
     rows = config.batch_size // (mesh["data"] * mesh["fsdp"] * config.accumulate)
@@ -51,7 +51,7 @@ def _memory_mixers(config: Any) -> list[Any]:
     from memcache_jax.nn.recurrent import RecurrentMixer
     from memcache_jax.training.pretrained import PublicModel, run_model
 
-    mixers = run_model(config, PublicModel.of(config)).mixers
+    mixers = run_model(config, PublicModel.of(config, digest=False)).mixers
     return [x for x in mixers if isinstance(x, MemoryCachingMixer | RecurrentMixer)]
 
 

@@ -193,18 +193,43 @@ def test_a_mesh_changes_no_loss(config, tmp_path):
 def test_another_folder_is_not_the_model_that_the_run_began_with(config, tmp_path):
     config.steps = 2
     train(config, tmp_path / "run")
-    weights = tmp_path / "public" / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-3] ^= 1
-    weights.write_bytes(bytes(data))
+    flip_a_bit(tmp_path / "public" / "model.safetensors")
     config.steps = 4
     with pytest.raises(ValueError, match="is not the model that the run began with"):
         train(config, tmp_path / "run")
-    # The export has all of it.
+    # The export has all of it, as long as it is of the newest checkpoint.
     assert load_model(tmp_path / "run")[0].published is not None
-    shutil.rmtree(tmp_path / "run" / "params")
-    with pytest.raises(ValueError, match="holds no parameters that can be read"):
+    results = tmp_path / "run" / "results.json"
+    results.write_text(json.dumps({"step": 1}))
+    with pytest.raises(ValueError, match=r"files of weights changed.*Put it back, or a link to"):
         load_model(tmp_path / "run")
+    (tmp_path / "public").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"needs that folder as it was: .* has no config.json"):
+        load_model(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "params")
+    results.write_text(json.dumps({"step": 2}))
+    with pytest.raises(ValueError, match="needs that folder as it was"):
+        load_model(tmp_path / "run")
+
+
+def flip_a_bit(file):
+    """In the middle, far from both ends."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+
+
+def test_the_digest_is_of_every_byte_and_the_note_must_be_there(config, tmp_path):
+    before = PublicModel.of(config)
+    assert before is not None
+    before.check_same(PublicModel.of(config), tmp_path)
+    with pytest.raises(ValueError, match=r"has lost the pretrained.json of the run"):
+        before.check_same(PublicModel.of_run(tmp_path), tmp_path)
+    weights = tmp_path / "public" / "model.safetensors"
+    assert weights.stat().st_size > 3 * 4096
+    flip_a_bit(weights)
+    with pytest.raises(ValueError, match="its files of weights changed"):
+        before.check_same(PublicModel.of(config), tmp_path)
 
 
 @pytest.mark.parametrize(
