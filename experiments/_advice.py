@@ -48,11 +48,13 @@ def changes(config: Any, report: dict[str, Any]) -> list[str]:
 
 def _memory_mixers(config: Any) -> list[Any]:
     from memcache_jax.nn import MemoryCachingMixer
+    from memcache_jax.nn.parallel import side_by_side
     from memcache_jax.nn.recurrent import RecurrentMixer
     from memcache_jax.training.pretrained import PublicModel, run_model
 
     mixers = run_model(config, PublicModel.of(config, digest=False)).mixers
-    return [x for x in mixers if isinstance(x, MemoryCachingMixer | RecurrentMixer)]
+    every = [x for mixer in mixers for x in side_by_side(mixer).values()]
+    return [x for x in every if isinstance(x, MemoryCachingMixer | RecurrentMixer)]
 
 
 def _divides_time(config: Any, mixers: list[Any], parts: int) -> bool:

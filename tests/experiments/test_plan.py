@@ -102,6 +102,16 @@ def test_parts_of_a_sequence_are_advised_where_documents_allow_them():
     assert parts()
 
 
+def test_memories_beside_attention_count():
+    from configs.pretrained import get_config
+    from experiments._advice import _memory_mixers
+    from tests.pretrained.test_read import FOLDERS
+
+    config = get_config()
+    config.pretrained = str(FOLDERS / "falcon_h1")
+    assert {type(mixer.memory).__name__ for mixer in _memory_mixers(config)} == {"SSD"}
+
+
 @pytest.mark.parametrize("topology", ["", "v5e:0x0", "v5e:4x0", "v5p=2x2x0", "v4_00x4_twisted"])
 def test_a_topology_of_no_chips(topology):
     with pytest.raises(ValueError, match="at least one chip along each axis"):
