@@ -118,6 +118,8 @@ def _read(
     """One of a tensor's parts, of these shapes; if it has rows of its own, those alone are read."""
     sizes = sum(int(np.prod(shape)) for shape in shapes)
     given = [weights.shape(name) for name in tensor.names]
+    if tensor.row is not None:
+        given = [shape[1:] if shape and tensor.row < shape[0] else () for shape in given]
     if sizes != sum(int(np.prod(shape)) for shape in given):
         raise ValueError(
             f"{', '.join(tensor.names)} of {weights.folder} must be {shapes} together, "
