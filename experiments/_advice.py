@@ -58,12 +58,15 @@ def _memory_mixers(config: Any) -> list[Any]:
 
 
 def _divides_time(config: Any, mixers: list[Any], parts: int) -> bool:
-    from memcache_jax.sharding.memory_caching import check_parts
+    from memcache_jax.sharding.memory_caching import check_parts, goes_on
     from memcache_jax.training.config import with_choices_made
 
     isolates = with_choices_made(config).data.isolate_documents
     try:
         for mixer in mixers:
+            whole = mixer.memory, mixer.aggregation, mixer.segmentation, config.sequence_length
+            if goes_on(*whole):
+                continue
             check_parts(
                 parts,
                 config.sequence_length,

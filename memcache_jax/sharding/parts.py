@@ -133,7 +133,7 @@ class Part(Layout):
             return jax.vmap(of_row)(blocks.tokens.key, blocks.pooled, blocks.document)
 
         states, same = mine(plan.reads), None
-        if self.document is not None:
+        if self.document is not None and plan.reads.size:
             of_state = lax.all_gather(self.document[:, :, -1], self.axis, axis=1, tiled=True)
             after = jnp.asarray(plan.buckets[:, 1])[jnp.maximum(states[0], 0)]
             same = self.document[..., None] == of_state[:, after - 1][:, :, None]
