@@ -1,11 +1,13 @@
 """What blocks do to each token alone: gated and squared MLPs, and sparse experts."""
 
 import dataclasses
+import functools
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from memcache_jax import _checks
 from memcache_jax._typing import Array, Float, Int
@@ -234,13 +236,13 @@ class SparseExperts(nnx.Module):
         kernels = [kernel[...] for kernel in (self.gate, self.up, self.down)]
         dtype = self.dtype or jnp.result_type(x.dtype, kernels[0].dtype)
         args = x.astype(dtype), self.router(x), *(kernel.astype(dtype) for kernel in kernels)
-        division = Division.of((x, "b t ."))
+        division = Division.of((x, "b t ."), (kernels[0], ". . h"))
         division = None if division is None else division.even(x.shape[1])
         if division is None:
             y = self._routed(*args)
-        else:  # each device has all experts, and its own tokens
-            row, kernel = "b t .", ". . ."
-            y = division.run(self._routed, args, (row, row, kernel, kernel, kernel), row)
+        else:  # a device has its own tokens, and its own channels of each expert
+            row, routed = "b t .", functools.partial(self._routed, summed_over=division.h)
+            y = division.run(routed, args, (row, row, ". . h", ". . h", ". h ."), row)
         if self.experts.shared_hidden is None:
             return y
         shared = self.shared(x)
@@ -255,7 +257,9 @@ class SparseExperts(nnx.Module):
         gate: Float[Array, "e d f"],
         up: Float[Array, "e d f"],
         down: Float[Array, "e f d"],
+        summed_over: tuple[str, ...] = (),
     ) -> Float[Array, "b t d"]:
+        """The experts' outputs; those of a part of the channels are summed over axes of a mesh."""
         weights, chosen = self._route(logits.reshape(-1, logits.shape[-1]))
 
         def mlp(rows: Array, expert: Array) -> Array:
@@ -263,7 +267,11 @@ class SparseExperts(nnx.Module):
             return hidden @ down[expert]
 
         out = over_groups(mlp, x.reshape(-1, x.shape[-1]), chosen, self.experts.num_experts)
-        return jnp.einsum("nkd,nk->nd", out, weights.astype(out.dtype)).reshape(x.shape)
+        y = jnp.einsum("nkd,nk->nd", out, weights.astype(out.dtype)).reshape(x.shape)
+        if not summed_over:
+            return y
+        wide = y.astype(jnp.promote_types(y.dtype, jnp.float32))
+        return lax.psum(wide, summed_over).astype(y.dtype)
 
     def _route(self, logits: Float[Array, "n e"]) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
         """The weight of each token's experts, and which they are."""
@@ -273,7 +281,7 @@ class SparseExperts(nnx.Module):
             scores = jax.nn.sigmoid(logits)
         else:  # the top of the logits are those of their softmax
             scores = logits if experts.probabilities == "top" else jax.nn.softmax(logits)
-        _, chosen = jax.lax.top_k(self._selection(scores), experts.top_k)
+        _, chosen = lax.top_k(self._selection(scores), experts.top_k)
         top = jnp.take_along_axis(scores, chosen, axis=-1)
         if experts.probabilities == "top":
             top = jax.nn.softmax(top)
@@ -286,12 +294,12 @@ class SparseExperts(nnx.Module):
         experts = self.experts
         if experts.selection_bias:
             bias = self.selection_bias[...].astype(scores.dtype)
-            scores = jax.lax.stop_gradient(scores + bias[None])
+            scores = lax.stop_gradient(scores + bias[None])
         if experts.groups == experts.top_groups:
             return scores
         grouped = scores.reshape(len(scores), experts.groups, -1)
-        best, _ = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))
-        _, chosen = jax.lax.top_k(jnp.sum(best, axis=-1), experts.top_groups)
+        best, _ = lax.top_k(grouped, min(2, grouped.shape[-1]))
+        _, chosen = lax.top_k(jnp.sum(best, axis=-1), experts.top_groups)
         kept = jnp.any(chosen[..., None] == jnp.arange(experts.groups)[None, None], axis=1)
         return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(scores.shape)
 
@@ -328,7 +336,7 @@ def over_groups(
 
     def one(_: None, given: tuple) -> tuple[None, Array]:
         x, group, is_used = given
-        return None, jax.lax.cond(is_used, f, lambda x, _: jnp.zeros_like(x), x, group)
+        return None, lax.cond(is_used, f, lambda x, _: jnp.zeros_like(x), x, group)
 
-    _, out = jax.lax.scan(one, None, (filled, owner, used))
+    _, out = lax.scan(one, None, (filled, owner, used))
     return out.reshape(blocks * block, -1)[place].reshape(n, k, -1)

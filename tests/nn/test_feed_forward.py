@@ -47,6 +47,33 @@ def test_experts_are_the_weighted_sum_of_their_mlps(probabilities):
         assert np.abs(gradient[...]).max() > 0, path
 
 
+@pytest.mark.slow
+def test_a_mesh_divides_the_channels_of_each_expert(monkeypatch):
+    layer = mc.nn.Experts(4, 2, 6).build(3, rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 3)), jnp.float32)
+    routed, shapes = type(layer)._routed, []
+
+    def watched(self, x, logits, gate, up, down, **options):
+        shapes.append((len(x), gate.shape, down.shape))
+        return routed(self, x, logits, gate, up, down, **options)
+
+    monkeypatch.setattr(type(layer), "_routed", watched)
+
+    def run(layer, x):
+        def loss(layer, x):
+            y = layer(x)
+            return jnp.sum(jnp.sin(y)), y
+
+        return nnx.grad(loss, argnums=(0, 1), has_aux=True)(layer, x)
+
+    wanted = nnx.jit(run)(layer, x)
+    with jax.set_mesh(mc.sharding.make_mesh(dict(fsdp=2, tensor=2), devices=jax.devices()[:4])):
+        got = nnx.jit(run)(layer, x)
+    assert shapes == [(2, (4, 3, 6), (4, 6, 3)), (1, (4, 3, 3), (4, 3, 3))]
+    for ours, one in zip(*map(jax.tree.leaves, (got, wanted)), strict=True):
+        assert_close(jax.device_get(ours), one, 1e-5)
+
+
 def test_experts_are_chosen_by_groups_and_with_a_bias_of_their_own():
     experts = mc.nn.Experts(
         *(8, 3, 6),
