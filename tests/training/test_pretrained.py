@@ -146,6 +146,36 @@ def test_a_run_is_exported_and_written_as_its_library_does(config, tmp_path, tun
 
 
 @pytest.mark.slow
+def test_a_run_of_mixers_side_by_side_in_bfloat16(config, tmp_path):
+    import ml_dtypes
+    from safetensors.numpy import load_file, save_file
+
+    folder = public_folder(tmp_path / "narrow", "falcon_h1")
+    weights, given = folder / "model.safetensors", folder / "config.json"
+    narrow = {name: x.astype(ml_dtypes.bfloat16) for name, x in load_file(weights).items()}
+    save_file(narrow, weights)
+    given.write_text(json.dumps(json.loads(given.read_text()) | {"dtype": "bfloat16"}))
+    config.pretrained, config.tune, config.model.dtype = str(folder), "lora", "bfloat16"
+    config.steps, config.sample.max_new_tokens = 2, 0
+    train(config, tmp_path / "run")
+    losses = [row["loss"] for row in rows(tmp_path / "run")]
+    assert np.all(np.isfinite(losses))
+    assert losses[1] != losses[0]
+    kept = flatten_dict(ocp.metadata(str(tmp_path / "run/checkpoints/2"), "params").metadata)
+    assert {x.dtype for x in kept.values()} == {np.dtype("float32")}
+    sides = {path[path.index("mixer") + 1] for path in kept if "mixer" in path}
+    assert sides == {"left", "right"}
+    mc.pretrained.save(load_model(tmp_path / "run")[0], tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    moved = {name for name, x in saved.items() if np.any(x != narrow[name])}
+    assert {name.split(".")[-2].split("_")[-1] for name in moved} == {"proj"}
+    for side in ("mamba", "self_attn"):
+        assert any(side in name for name in moved)
+    for name in narrow.keys() - moved:
+        assert saved[name].dtype == narrow[name].dtype
+
+
+@pytest.mark.slow
 def test_a_run_that_goes_on_does_so_bit_for_bit(config, tmp_path, monkeypatch):
     from memcache_jax.training import loop
 
