@@ -1,6 +1,7 @@
 """Multi-head latent attention: one pass, streams of latent rows, meshes."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +118,9 @@ def test_a_stream_divides_the_heads_of_its_queries(monkeypatch):
 class Adapted(Linear):
     """A projection that others have given an adapter of theirs."""
 
+    lora_a: Any
+    lora_b: Any
+
     def __call__(self, inputs, out_sharding=None):
         del out_sharding
         return super().__call__(inputs) + inputs @ self.lora_a[...] @ self.lora_b[...]
@@ -125,9 +129,10 @@ class Adapted(Linear):
 def test_a_stream_reads_through_adapters_of_others():
     layer, x = build()
     before = whole(layer, x)
-    layer.up.lora_a = nnx.LoRAParam(jax.random.normal(jax.random.key(3), (MIXER.rank, 2)))
-    layer.up.lora_b = nnx.LoRAParam(jax.random.normal(jax.random.key(4), (2, 20)))
-    layer.up.__class__ = Adapted
+    up: Any = layer.up
+    up.lora_a = nnx.LoRAParam(jax.random.normal(jax.random.key(3), (MIXER.rank, 2)))
+    up.lora_b = nnx.LoRAParam(jax.random.normal(jax.random.key(4), (2, 20)))
+    up.__class__ = Adapted
     expected = whole(layer, x)
     assert np.abs(expected - before).max() > 0.1
     y, _ = jax.jit(type(layer).extend)(layer, x, layer.init_cache(2, LENGTH))

@@ -161,7 +161,8 @@ def test_a_run_of_mixers_side_by_side_in_bfloat16(config, tmp_path):
     losses = [row["loss"] for row in rows(tmp_path / "run")]
     assert np.all(np.isfinite(losses))
     assert losses[1] != losses[0]
-    kept = flatten_dict(ocp.metadata(str(tmp_path / "run/checkpoints/2"), "params").metadata)
+    metadata = ocp.metadata(str(tmp_path / "run/checkpoints/2"), "params").metadata
+    kept: dict[tuple, Any] = dict(flatten_dict(metadata))
     assert {x.dtype for x in kept.values()} == {np.dtype("float32")}
     sides = {path[path.index("mixer") + 1] for path in kept if "mixer" in path}
     assert sides == {"left", "right"}
