@@ -104,7 +104,9 @@ class Part(Layout):
             ends = _gathered(ends, self.axis)
             matrices = how.memory.matrices(bucket_states(how, ends, blocks.rows, plan))
         else:
-            matrices = _gathered(how.memory.matrices(ends.state), self.axis)
+            matrices = how.memory.matrices(ends.state)
+            if len(plan.buckets):  # else nothing is read of them
+                matrices = _gathered(matrices, self.axis)
             matrices = jax.tree.map(lambda x: x[:, :, plan.buckets[:, 1] - 1], matrices)
         return ArrayBank(how.memory, matrices, how.implementation), candidates
 
