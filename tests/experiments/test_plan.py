@@ -100,6 +100,10 @@ def test_parts_of_a_sequence_are_advised_where_documents_allow_them():
     assert not parts()
     config.data.isolate_documents = False
     assert parts()
+    # One segment goes on over the parts, with any documents.
+    config.data.isolate_documents = True
+    config.model.segmentation = ConfigDict({"name": "Constant", "size": 2**20})
+    assert parts()
 
 
 def test_memories_beside_attention_count():
