@@ -73,7 +73,7 @@ def plan(config: Any, topology: str, *, quick: bool = False) -> dict[str, Any]:
     check_config(config)
     check_topology(topology)
     config, frozen = with_choices_made(config), frozenset()
-    if (public := PublicModel.of(config)) is not None:
+    if (public := PublicModel.of(config, digest=False)) is not None:
         config, frozen = public.resolved(config), public.frozen(config)
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices

@@ -152,8 +152,11 @@ class LanguageModel(nnx.Module):
         layers: Any = [self.layers] if len(repeats) == 1 else self.layers
         return list(zip(layers, repeats, strict=True))
 
-    def gates(self, tokens: Int[Array, "b t"]) -> list[Float[Array, "b t h states"] | None]:
+    def gates(self, tokens: Int[Array, "b t"]) -> list[Any]:
         """Returns ``MemoryCaching.gates`` of every block, or None for blocks of other mixers.
+
+        Where several layers with caches run side by side in a block, as in ``ParallelMixer``, it is
+        a dictionary of their gates by name, such as ``"left"`` and ``"right"``.
 
         Args:
           tokens: token ids.
@@ -168,20 +171,21 @@ class LanguageModel(nnx.Module):
             for block in period.blocks:
                 given = block.mixer_input(stream_of(x))
                 first = x.values if isinstance(x, Hidden) else None
-                layers = (m for _, m in nnx.iter_modules(block) if isinstance(m, MemoryLayer))
-                layer = next(layers, None)
-                gates.append(None if layer is None else layer.gates(given, first=first))
+                of_layers = {
+                    ".".join(map(str, path)): layer.gates(given, first=None if path else first)
+                    for path, layer in nnx.iter_modules(block.mixer)
+                    if isinstance(layer, MemoryLayer)
+                }
+                one = next(iter(of_layers.values()), None)
+                gates.append(of_layers if len(of_layers) > 1 else one)
                 x = block(x)
             return x, gates
 
         x, found = self._embed(tokens), []
         for layers, repeats in self.stacks:
             x, gates = scan_stack(layers, repeats, gates_of, x, settle=isinstance(x, Hidden))
-            found += [
-                None if of_mixer is None else of_mixer[repeat]
-                for repeat in range(repeats)
-                for of_mixer in gates
-            ]
+            for repeat in range(repeats):
+                found += jax.tree.map(lambda of_all, repeat=repeat: of_all[repeat], gates)
         return found
 
     def _embed(self, tokens: Int[Array, "b t"]) -> Between:
