@@ -12,11 +12,11 @@ from memcache_jax import _checks
 from memcache_jax._checks import check_array, check_instance, check_integer, check_tokens
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.kernels._dispatch import WRITTEN
+from memcache_jax.nn import period
 from memcache_jax.nn.block import Between, Hidden, Period, stream_of
 from memcache_jax.nn.calls import ModelCall, answer, read_call
 from memcache_jax.nn.config import LanguageModelConfig
 from memcache_jax.nn.layers import Embed, Linear
-from memcache_jax.nn.memory_layer import MemoryLayer
 from memcache_jax.nn.model_cache import LanguageModelCache
 from memcache_jax.nn.stack import layer_of, make_stack, scan_stack
 from memcache_jax.sharding.layout import (
@@ -142,7 +142,7 @@ class LanguageModel(nnx.Module):
         for layers, repeats in self.stacks:
             settle = isinstance(x, Hidden)
             options: dict[str, Any] = dict(constants=document_ids, settle=settle, wrap=wrap)
-            x, _ = scan_stack(layers, repeats, _call, x, **options)
+            x, _ = scan_stack(layers, repeats, period.call, x, **options)
         return self.norm(stream_of(x))
 
     @property
@@ -165,25 +165,9 @@ class LanguageModel(nnx.Module):
           ValueError: for tokens that are not integers of shape (b, t).
         """
         check_tokens(tokens, self.config.vocab_size)
-
-        def gates_of(period: Period, x: Between, *_: None) -> tuple[Between, list]:
-            gates = []
-            for block in period.blocks:
-                given = block.mixer_input(stream_of(x))
-                first = x.values if isinstance(x, Hidden) else None
-                of_layers = {
-                    ".".join(map(str, path)): layer.gates(given, first=None if path else first)
-                    for path, layer in nnx.iter_modules(block.mixer)
-                    if isinstance(layer, MemoryLayer)
-                }
-                one = next(iter(of_layers.values()), None)
-                gates.append(of_layers if len(of_layers) > 1 else one)
-                x = block(x)
-            return x, gates
-
         x, found = self._embed(tokens), []
         for layers, repeats in self.stacks:
-            x, gates = scan_stack(layers, repeats, gates_of, x, settle=isinstance(x, Hidden))
+            x, gates = scan_stack(layers, repeats, period.gates, x, settle=isinstance(x, Hidden))
             for repeat in range(repeats):
                 found += jax.tree.map(lambda of_all, repeat=repeat: of_all[repeat], gates)
         return found
@@ -235,8 +219,10 @@ class LanguageModel(nnx.Module):
         max_length = check_integer("max_length", max_length, optional=True)
 
         def empty() -> LanguageModelCache:
-            def init(period: Period, *_: None) -> tuple[None, list]:
-                return None, _without_states(period.init_cache(batch_size, max_length, options))
+            def init(layer: Period, *_: None) -> tuple[None, list]:
+                return None, period.without_states(
+                    layer.init_cache(batch_size, max_length, options)
+                )
 
             layers, states, bounds = [], [], [max_length]
             for stack, repeats in self.stacks:
@@ -278,7 +264,7 @@ class LanguageModel(nnx.Module):
             inputs = cache.layers[own], jnp.arange(repeats)
             carry = x, cache.states[own]
             (x, after), new = scan_stack(
-                stack, repeats, _extend, carry, inputs, lengths, settle=True
+                stack, repeats, period.extend, carry, inputs, lengths, settle=True
             )
             layers, states = layers + new, states + after
         taken = tokens.shape[1] if lengths is None else lengths
@@ -314,30 +300,6 @@ def abstract_model(config: LanguageModelConfig) -> tuple[nnx.GraphDef, nnx.State
     return jax.eval_shape(lambda: nnx.split(LanguageModel(config, rngs=nnx.Rngs(0)), nnx.Param))
 
 
-def _call(
-    period: Period, x: Between, _: None, document_ids: Int[Array, "b t"] | None
-) -> tuple[Between, None]:
-    """Runs the blocks of one period, for ``scan_stack``."""
-    return period(x, document_ids), None
-
-
-def _extend(
-    period: Period, carry: tuple, layer: tuple, lengths: Int[Array, "b"] | None
-) -> tuple[tuple, list]:
-    """The same of a stream, with the caches of its blocks."""
-    (x, states), (small, number) = carry, layer
-    caches = [
-        cache.with_states(shared, number) for cache, shared in zip(small, states, strict=True)
-    ]
-    x, caches = period.extend(x, caches, lengths)
-    return (x, [cache.states for cache in caches]), _without_states(caches)
-
-
 def as_layers(stacks: list) -> Any:
     """What a model keeps of its stacks: the one, or a list of several."""
     return stacks[0] if len(stacks) == 1 else nnx.List(stacks)
-
-
-def _without_states(caches: list) -> list:
-    """The layers' caches without their shared arrays, which a scan would copy."""
-    return [cache.with_states(jax.tree.map(lambda _: None, cache.states)) for cache in caches]
