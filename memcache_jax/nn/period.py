@@ -1,4 +1,4 @@
-"""What ``scan_stack`` runs for one period of a model's blocks: in a call, for gates, in a stream."""
+"""What ``scan_stack`` runs for a period of a model's blocks: in a call, for gates, in a stream."""
 
 import jax
 from flax import nnx
