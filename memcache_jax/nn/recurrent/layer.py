@@ -15,9 +15,9 @@ from memcache_jax.aggregation import Aggregation, Residual
 from memcache_jax.caching import check_configuration
 from memcache_jax.memories import Memory
 from memcache_jax.nn.layer_cache import LayerCache
-from memcache_jax.nn.layers import Linear, l2_normalize
 from memcache_jax.nn.memory_layer import MemoryLayer
 from memcache_jax.nn.recurrent.coefficients import Coefficient
+from memcache_jax.nn.recurrent.connector import connect, make_connector, match
 from memcache_jax.nn.recurrent.output import Output
 from memcache_jax.nn.recurrent.path import Path, Rows
 from memcache_jax.nn.token_shift import LayerInput, next_previous, previous_tokens
@@ -45,6 +45,10 @@ class RecurrentMixer:
       bonus: whether sum_k(query key u_h) times the value is added after the output's norm, u one
         learned number per key channel, as in RWKV-7 (arXiv:2503.14456).
       shares_values: whether later layers of the model get this one's values: see ``Path.first``.
+      matched: whether keys and connectors match queries from the start on, as in
+        ``mc.nn.MemoryCaching``: W_k and W_u start as copies of W_q, and content gates compare
+        u = temperature * W_u x / |W_u x|, with 10 as the first temperature of a head. Else
+        u = W_u x + temperature * q / |q|, both zero, so that gates are uniform before training.
       aggregation: how reads of live and cached memories become one output.
       segmentation: where states are cached; by default nowhere.
       start: what a segment's memory begins with.
@@ -64,6 +68,7 @@ class RecurrentMixer:
     skip: bool = False
     bonus: bool = False
     shares_values: bool = False
+    matched: bool = False
     aggregation: Aggregation = Residual()
     segmentation: Segmentation = ENDLESS
     start: Start = "independent"
@@ -81,7 +86,7 @@ class RecurrentMixer:
         for part in self.coefficients:
             if isinstance(part, type) or not isinstance(part, Coefficient):
                 raise ValueError(f"coefficients must be such as Rate(), got {_checks.shown(part)}")
-        _checks.check_fields(self, flags=("skip", "bonus", "shares_values"))
+        _checks.check_fields(self, flags=("skip", "bonus", "shares_values", "matched"))
         if self.query.first is not None or self.key.first is not None:
             raise ValueError("only values are shared between layers: query and key have no first")
         _checks.check_choice("exchange", self.exchange, get_args(Exchange))
@@ -92,12 +97,18 @@ class RecurrentMixer:
                 f"those of the values, got {self.query}, {self.key}, {self.value}"
             )
         made = [name for part in self.coefficients for name in part.names]
-        wanted = [
-            name for name, c in self.memory.controls.items() if c.is_learned and not c.per_head
-        ]
+        learned = {name: c for name, c in self.memory.controls.items() if c.is_learned}
+        # Constants of heads are the rule's own unless a part makes them.
+        wanted = [name for name, c in learned.items() if not c.per_head or name in made]
         if sorted(made) != sorted(wanted):
             raise ValueError(
                 f"{self.memory} needs the coefficients {wanted}, the parts make {made}"
+            )
+        shapes = {(path.heads, path.conv_width) for path in (self.query, self.key)}
+        if self.matched and shapes != {(heads, self.key.conv_width)}:
+            raise ValueError(
+                "matched=True needs queries and keys of the values' heads, convolved alike, got "
+                f"{self.query}, {self.key}, {self.value}"
             )
         if self.memory.weight_shapes(self.key.dim, self.value.dim):
             raise ValueError(f"{self.memory} has initial weights: use mc.nn.MemoryCaching")
@@ -176,6 +187,9 @@ class Recurrent(MemoryLayer):
         self.query, self.key, self.value = (
             path.build(in_features, **options) for path in (mixer.query, mixer.key, mixer.value)
         )
+        self.matched = mixer.matched
+        if mixer.matched:
+            match(self.key, self.query)
         self.coefficients = nnx.List(
             [
                 part.build(in_features, heads, self.head_dim, **options)
@@ -189,13 +203,9 @@ class Recurrent(MemoryLayer):
             zeros = partitioned(jax.nn.initializers.zeros, "heads", None)
             self.bonus = nnx.Param(zeros(rngs.params(), (heads, self.head_dim), param_dtype))
         if mixer.aggregation.relevance.connector == "key":
-            # Zero, so that gates are uniform before training.
-            zeros = jax.nn.initializers.zeros
-            axes = ("embed", "heads")
-            inner = heads * self.head_dim
-            self.connector = Linear(in_features, inner, axes=axes, kernel_init=zeros, **options)
-            init = partitioned(zeros, "heads")
-            self.temperature = nnx.Param(init(rngs.params(), (heads,), param_dtype))
+            self.connector, self.temperature = make_connector(
+                self.query, heads, mixer.matched, in_features, **options
+            )
         elif mixer.aggregation.relevance.connector is not None:
             raise ValueError(
                 f"composed layers have no parameters for gate={mixer.aggregation.gate!r}: use "
@@ -304,13 +314,12 @@ class Recurrent(MemoryLayer):
             key = made.pop("key", key)
             controls |= made
         for name, control in self.memory.controls.items():
-            if control.is_learned and control.per_head is not None:
+            if control.per_head is not None and control.is_learned and name not in controls:
                 controls[name] = control.per_head(self.num_heads)
         connector = None
         if hasattr(self, "connector"):
-            temperature = self.temperature[...].astype(query.dtype)[None, None, :, None]
-            connector = lay(self.connector(inputs.x), self.num_heads)
-            connector += temperature * l2_normalize(query)
+            rows = lay(self.connector(inputs.x), self.num_heads)
+            connector = connect(rows, query, self.temperature[...], self.matched)
         return dict(query=query, key=key, value=value, connector=connector, controls=controls)
 
     def _output(
