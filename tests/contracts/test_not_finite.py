@@ -141,14 +141,20 @@ def test_rows_of_a_stream_whose_buckets_compose(cache_dtype):
     compare(y, clean, [1, 0, 2], position, lengths)
 
 
-@pytest.mark.parametrize("exchange", with_slow(["gather", "ring"], "gather"))
 @pytest.mark.parametrize(
-    ("name", "start", "segmentation"),
+    ("name", "start", "segmentation", "exchange"),
     [
-        ("ssd", "checkpoint", mc.Constant(4)),
-        pytest.param("gated_deltanet", "independent", mc.Constant(4), marks=pytest.mark.slow),
-        ("gated_deltanet", "independent", mc.Logarithmic(4)),
+        ("ssd", "checkpoint", mc.Constant(4), "gather"),
+        pytest.param("ssd", "checkpoint", mc.Constant(4), "ring", marks=pytest.mark.slow),
+        pytest.param(
+            "gated_deltanet", "independent", mc.Constant(4), "ring", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "gated_deltanet", "independent", mc.Constant(4), "gather", marks=pytest.mark.slow
+        ),
+        ("gated_deltanet", "independent", mc.Logarithmic(4), "gather"),
     ],
+    ids=str,
 )
 def test_parts_of_a_mesh(name, start, segmentation, exchange):
     memory = MEMORIES[name]

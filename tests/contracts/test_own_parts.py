@@ -274,23 +274,19 @@ def test_buckets_of_an_affine_memory_with_and_without_compose(start):
     @jax.jit
     def run(inputs):
         in_turn = mc.memory_caching(**inputs, **how, memory=again, implementation="reference")
-        results = []
-        for memory in (composes, again):
-            results.append(mc.memory_caching(**inputs, **how, memory=memory))
-            cache = mc.init_cache(
-                *(1, 1, 4, 4), memory=memory, **how, max_length=14, dtype=jnp.float64
-            )
-            for begin, end in ((0, 5), (5, 14)):
-                part = over_time(inputs, memory, lambda x, b=begin, e=end: x[:, b:e])
-                y, cache = mc.extend(cache, **part)
-                results.append(y)
-        return in_turn, results
+        return in_turn, [mc.memory_caching(**inputs, **how, memory=m) for m in (composes, again)]
 
     with scheduled("in_turn"):
-        wanted, results = run(inputs)
-    for one_pass, begin, end in (results[:3], results[3:]):
-        assert_close(one_pass, wanted, 1e-11)
-        assert_close(jnp.concatenate([begin, end], axis=1), wanted, 1e-11)
+        wanted, passes = run(inputs)
+        step, reads = jax.jit(mc.extend), []
+        sizes = 1, 1, 4, 4
+        cache = mc.init_cache(*sizes, memory=composes, **how, max_length=14, dtype=jnp.float64)
+        for begin in (0, 7):
+            part = over_time(inputs, composes, lambda x, b=begin: x[:, b : b + 7])
+            y, cache = step(cache, **part)
+            reads.append(y)
+    for got in (*passes, jnp.concatenate(reads, axis=1)):
+        assert_close(got, wanted, 1e-11)
 
 
 def test_a_finished_rule_states_its_form_and_a_class_from_it_states_its_own():
