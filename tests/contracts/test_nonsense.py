@@ -115,7 +115,8 @@ def constructors():
     yield parts.InContextRate, dict(low=low, epsilon=1e-6)
     yield parts.FixedDecay, dict(rates=(0.5, 1.0), name="log_gamma")
     yield parts.ForgetGate, dict(least=0.5)
-    yield parts.Declared, dict(memory=mc.memories.DeltaNet())
+    delta: dict[str, Any] = dict(memory=mc.memories.DeltaNet())
+    yield parts.Declared, delta
     yield parts.Trapezoid, {}
     yield parts.Output, vars(parts.Output())
     caches: dict[str, Any] = dict(aggregation=mc.GRM(), segmentation=mc.Constant(8))
@@ -123,7 +124,7 @@ def constructors():
     yield parts.lightning_attention, caches | dict(decay_scale=1.0)
     yield parts.hgrn2, caches | dict(least=0.5)
     yield parts.mamba3, caches | dict(state_dim=4, groups=1, rope_base=1e4)
-    yield parts.titans_block, caches | dict(memory=mc.memories.DeltaNet(), conv_width=4)
+    yield parts.titans_block, caches | delta | dict(conv_width=4)
     made = parts.RecurrentMixer(mc.memories.DeltaNet(), path, path, path, (parts.Rate(),))
     yield parts.RecurrentMixer, vars(made)
     yield mc.pretrained.load, dict(folder=PUBLISHED, dtype="float32", param_dtype="float32")

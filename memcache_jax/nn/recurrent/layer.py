@@ -318,8 +318,8 @@ class Recurrent(MemoryLayer):
                 controls[name] = control.per_head(self.num_heads)
         connector = None
         if hasattr(self, "connector"):
-            rows = lay(self.connector(inputs.x), self.num_heads)
-            connector = connect(rows, query, self.temperature[...], self.matched)
+            raw = lay(self.connector(inputs.x), self.num_heads)
+            connector = connect(raw, query, self.temperature[...], self.matched)
         return dict(query=query, key=key, value=value, connector=connector, controls=controls)
 
     def _output(

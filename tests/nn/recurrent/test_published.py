@@ -1,5 +1,7 @@
 """Layers of papers against the equations of the papers, as plain loops."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -139,13 +141,15 @@ def block(caches):
         rows = getattr(composed, name)
         pairs.append((getattr(own, name).kernel, rows.linear.kernel))
         pairs.append((getattr(own, f"{name}_conv").kernel, rows.conv.kernel))
-    for name, linear in composed.coefficients[0].controls.items():
+    part: Any = composed.coefficients[0]
+    for name, linear in part.controls.items():
         pairs += [
             (own.controls[name].kernel, linear.kernel),
             (own.controls[name].bias, linear.bias),
         ]
     pairs.append((own.connector.kernel, composed.connector.kernel))
-    pairs.append((own.output_gate.kernel, composed.output.gate.kernel))
+    gate: Any = composed.output.gate
+    pairs.append((own.output_gate.kernel, gate.kernel))
     pairs.append((own.out.kernel, composed.output.out.kernel))
     assert len(pairs) == len(jax.tree.leaves(nnx.state(composed, nnx.Param)))
     for source, target in pairs:
