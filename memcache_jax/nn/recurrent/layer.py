@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,10 @@ from jax.typing import DTypeLike
 from memcache_jax import _checks
 from memcache_jax._typing import Array, Exchange, Float, Implementation, Int, Start
 from memcache_jax.aggregation import Aggregation, Residual
-from memcache_jax.caching import check_configuration
 from memcache_jax.memories import Memory
 from memcache_jax.nn.layer_cache import LayerCache
 from memcache_jax.nn.memory_layer import MemoryLayer
+from memcache_jax.nn.recurrent.checks import check_parts
 from memcache_jax.nn.recurrent.coefficients import Coefficient
 from memcache_jax.nn.recurrent.connector import connect, make_connector, match
 from memcache_jax.nn.recurrent.output import Output
@@ -76,42 +76,7 @@ class RecurrentMixer:
     exchange: Exchange = "gather"
 
     def __post_init__(self) -> None:
-        check_configuration(
-            self.memory, self.aggregation, self.segmentation, self.start, self.implementation
-        )
-        for name in ("query", "key", "value"):
-            _checks.check_instance(name, getattr(self, name), Path, "a Path")
-        _checks.check_instance("output", self.output, Output, "an Output")
-        _checks.check_instance("coefficients", self.coefficients, tuple, "a tuple of coefficients")
-        for part in self.coefficients:
-            if isinstance(part, type) or not isinstance(part, Coefficient):
-                raise ValueError(f"coefficients must be such as Rate(), got {_checks.shown(part)}")
-        _checks.check_fields(self, flags=("skip", "bonus", "shares_values", "matched"))
-        if self.query.first is not None or self.key.first is not None:
-            raise ValueError("only values are shared between layers: query and key have no first")
-        _checks.check_choice("exchange", self.exchange, get_args(Exchange))
-        heads, sizes = self.value.heads, (self.query, self.key)
-        if len({(path.heads, path.dim) for path in sizes}) > 1 or heads % self.key.heads:
-            raise ValueError(
-                "queries and keys must have the same heads and dim, and their heads must divide "
-                f"those of the values, got {self.query}, {self.key}, {self.value}"
-            )
-        made = [name for part in self.coefficients for name in part.names]
-        learned = {name: c for name, c in self.memory.controls.items() if c.is_learned}
-        # Constants of heads are the rule's own unless a part makes them.
-        wanted = [name for name, c in learned.items() if not c.per_head or name in made]
-        if sorted(made) != sorted(wanted):
-            raise ValueError(
-                f"{self.memory} needs the coefficients {wanted}, the parts make {made}"
-            )
-        shapes = {(path.heads, path.conv_width) for path in (self.query, self.key)}
-        if self.matched and shapes != {(heads, self.key.conv_width)}:
-            raise ValueError(
-                "matched=True needs queries and keys of the values' heads, convolved alike, got "
-                f"{self.query}, {self.key}, {self.value}"
-            )
-        if self.memory.weight_shapes(self.key.dim, self.value.dim):
-            raise ValueError(f"{self.memory} has initial weights: use mc.nn.MemoryCaching")
+        check_parts(self)
 
     @property
     def shifts(self) -> bool:
