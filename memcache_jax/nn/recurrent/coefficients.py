@@ -34,8 +34,10 @@ class Coefficient(Protocol):
     def build(self, in_features: int, heads: int, dim: int, **options: Any) -> nnx.Module:
         """Returns a module ``(inputs, heads, tokens) -> {name: array}``, float32 or wider.
 
-        It may return another ``key`` beside them. ``inputs`` is a ``LayerInput``, ``dim`` is the
-        key dimension; ``options`` are dtype, param_dtype and rngs.
+        It may return another ``key`` beside them, and, if it has a true attribute ``turns``,
+        ``turns`` (b, t, h, k / 2), by which queries and keys turn at each token, 1 for a whole
+        turn. ``inputs`` is a ``LayerInput``, ``dim`` is the key dimension; ``options`` are dtype,
+        param_dtype and rngs.
         """
         ...
 

@@ -20,6 +20,7 @@ from memcache_jax.nn.recurrent.coefficients import Coefficient
 from memcache_jax.nn.recurrent.connector import connect, make_connector, match
 from memcache_jax.nn.recurrent.output import Output
 from memcache_jax.nn.recurrent.path import Path, Rows
+from memcache_jax.nn.recurrent.turning import turned
 from memcache_jax.nn.token_shift import LayerInput, next_previous, previous_tokens
 from memcache_jax.segmentation import Constant, Segmentation
 from memcache_jax.sharding.division import Division
@@ -85,6 +86,11 @@ class RecurrentMixer:
         low = [getattr(part, "low", None) for part in self.coefficients]
         return any(part is not None and part.shift for part in (*paths, *low, self.output.gate_low))
 
+    @property
+    def turns(self) -> bool:
+        """Whether queries and keys turn by angles that a part makes."""
+        return any(getattr(part, "turns", False) for part in self.coefficients)
+
     def build(
         self,
         in_features: int,
@@ -141,6 +147,7 @@ class Recurrent(MemoryLayer):
         _checks.check_dtype("dtype", dtype, optional=True)
         _checks.check_dtype("param_dtype", param_dtype)
         self.shifts, self.shares_values = mixer.shifts, mixer.shares_values
+        self.turns = mixer.turns
         self.in_features = _checks.check_integer("in_features", in_features)
         self.num_heads = heads = mixer.value.heads
         self.head_dim, self.value_dim = mixer.key.dim, mixer.value.dim
@@ -211,7 +218,7 @@ class Recurrent(MemoryLayer):
             path.conv(row, document_ids, division) if path.path.conv_width else row
             for path, row in zip(self._paths, rows, strict=True)
         ]
-        tokens = self._arguments(inputs, rows, division, None)
+        tokens, _ = self._arguments(inputs, rows, division, None, None)
         return tokens, Kept(inputs, tokens, values)
 
     def _next_tokens(
@@ -234,7 +241,10 @@ class Recurrent(MemoryLayer):
             if path.path.conv_width:
                 rows[i], new[i] = path.conv.extend(rows[i], tails[i], counts, division)
         place = position[:, None] + jnp.arange(x.shape[1])[None]
-        tokens = self._arguments(inputs, rows, division, place)
+        tail = (tails[-1], counts) if self.turns else None
+        tokens, tail = self._arguments(inputs, rows, division, place, tail)
+        if self.turns:
+            new[-1] = like(tails[-1], tail)
         return tokens, Kept(inputs, tokens, values), tuple(new)
 
     def _projected(self, inputs: LayerInput, first: Any) -> list[Array]:
@@ -245,7 +255,11 @@ class Recurrent(MemoryLayer):
         shapes = [path.tail_shape for path in self._paths]
         if self.shifts:
             shapes.append((1, self.in_features))
-        return tuple(jnp.zeros((batch_size, *shape), dtype) for shape in shapes)
+        tails = [jnp.zeros((batch_size, *shape), dtype) for shape in shapes]
+        if self.turns:
+            pairs = self.num_heads * self.head_dim // 2
+            tails.append(jnp.zeros((batch_size, 1, pairs), jnp.promote_types(dtype, jnp.float32)))
+        return tuple(tails)
 
     def _division(self, rows: list[tuple[Any, str]], *others: Any) -> Division | None:
         return Division.of(*rows, *others, heads=self.key.path.heads)
@@ -256,7 +270,10 @@ class Recurrent(MemoryLayer):
         rows: list[Array],
         division: Division | None,
         position: Int[Array, "b t"] | None,
-    ) -> dict[str, Any]:
+        tail: Any,
+    ) -> tuple[dict[str, Any], Any]:
+        """The rule's arguments, and a stream's turns; ``tail`` as in ``turned``."""
+
         def lay(x: Array, heads: int) -> Array:
             x = x if division is None else division.lay(x, "b t h")
             return x.reshape(*x.shape[:2], heads, -1)
@@ -273,11 +290,15 @@ class Recurrent(MemoryLayer):
                 for rows in (query, key)
             )
         controls: dict[str, Array] = {}
+        turns = None
         for part in self.coefficients:
             tokens = dict(query=query, key=key, value=value)
             made = part(inputs, lambda x: lay(x, self.num_heads), tokens)
             key = made.pop("key", key)
+            turns = made.pop("turns", turns)
             controls |= made
+        if turns is not None:
+            (query, key), tail = turned((query, key), turns, division, tail)
         for name, control in self.memory.controls.items():
             if control.per_head is not None and control.is_learned and name not in controls:
                 controls[name] = control.per_head(self.num_heads)
@@ -285,7 +306,8 @@ class Recurrent(MemoryLayer):
         if hasattr(self, "connector"):
             raw = lay(self.connector(inputs.x), self.num_heads)
             connector = connect(raw, query, self.temperature[...], self.matched)
-        return dict(query=query, key=key, value=value, connector=connector, controls=controls)
+        made = dict(query=query, key=key, value=value, connector=connector, controls=controls)
+        return made, tail
 
     def _output(
         self, x: Float[Array, "b t d"], y: Float[Array, "b t h v"], kept: Kept

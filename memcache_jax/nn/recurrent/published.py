@@ -83,7 +83,7 @@ def mamba3(
     *,
     state_dim: int = 128,
     groups: int = 1,
-    rope_base: float | None = 1e4,
+    rope_base: float | None = None,
     **caches: Any,
 ) -> RecurrentMixer:
     """A layer with the trapezoidal rule of Mamba-3 (arXiv:2603.15569).
@@ -91,18 +91,19 @@ def mamba3(
     M_t = alpha_t M_{t-1} + beta_t v_{t-1} k_{t-1}^T + lam_t v_t k_t^T, with the coefficients of
     ``Trapezoid``, the rule of ``SWLA``; y = W_o ((M_t q_t + D v_t) * silu(x W_z)).
 
-    The same as in the paper: the coefficients from a step and a share, keys and queries (B and C)
-    that are normed to a root mean square of 1 and shared by the heads of a group, D, the gate, no
-    convolution. Not the same: keys and queries turn with the position, where the paper's angles are
-    sums of what each token's input and step say; A is a constant of each head; the norms have no
-    learned scale and keys and queries no bias; one input and one output per state (SISO).
+    The same as in the paper: the coefficients from a step and a share; keys and queries (B and C)
+    that are normed to a root mean square of 1, shared by the heads of a group, and turned by angles
+    that follow the data, pi tanh(x W) dt at each token; D, the gate, and no convolution. Not the
+    same: A is a constant of each head; the norms have no learned scale, and keys and queries no
+    bias; one input and one output per state (SISO). With a ``rope_base`` keys and queries turn with
+    the position instead.
 
     Args:
       heads: number of heads.
       head_dim: dimension of values of a head.
-      state_dim: dimension of keys, even if there is a ``rope_base``.
+      state_dim: dimension of keys, even.
       groups: heads of keys and queries, which divide ``heads``.
-      rope_base: wavelength base of the rotation; None for none.
+      rope_base: wavelength base of rotary positions; None for angles that follow the data.
       caches: fields of ``RecurrentMixer``.
 
     Raises:
@@ -111,14 +112,12 @@ def mamba3(
     Example:
       >>> import memcache_jax as mc
       >>> mc.nn.recurrent.mamba3(4, 8, state_dim=16).coefficients
-      (Trapezoid(),)
+      (Trapezoid(turns=True),)
     """
     state_dim = _checks.check_integer("state_dim", state_dim)
     path = Path(groups, state_dim, norm="l2", rope_base=rope_base, scale=math.sqrt(state_dim))
-    output = Output(None)
-    return RecurrentMixer(
-        SWLA(), path, path, Path(heads, head_dim), (Trapezoid(),), output, skip=True, **caches
-    )
+    value, step = Path(heads, head_dim), Trapezoid(turns=rope_base is None)
+    return RecurrentMixer(SWLA(), path, path, value, (step,), Output(None), skip=True, **caches)
 
 
 def titans_block(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from memcache_jax import _checks
 from memcache_jax._typing import Array
 from memcache_jax.nn.layers import Linear
 from memcache_jax.nn.recurrent.coefficients import Heads, Tokens, first_steps
@@ -21,7 +22,16 @@ class Trapezoid:
     With dt = softplus(x W + dt_bias) and s = sigmoid(x W_s): log_alpha = -exp(A_log) dt,
     beta = (1 - s) dt alpha and lam = s dt. At s = 1 it is ``TimeStep``, Euler's rule of Mamba-2.
     A_log and dt_bias are learned constants of each head, always float32.
+
+    Attributes:
+      turns: whether queries and keys turn too, their pair i by the angle of the sum over tokens of
+        pi tanh(x W_i) dt: the paper's rotation, whose angles follow the data.
     """
+
+    turns: bool = False
+
+    def __post_init__(self) -> None:
+        _checks.check_fields(self, flags=("turns",))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -30,15 +40,19 @@ class Trapezoid:
 
     def build(self, in_features: int, heads: int, dim: int, **options: Any) -> "TrapezoidOf":
         """Returns the module."""
-        return TrapezoidOf(in_features, heads, **options)
+        if self.turns and dim % 2:
+            raise ValueError(f"turns need keys of an even dim, got {dim}")
+        return TrapezoidOf(in_features, heads, dim // 2 if self.turns else 0, **options)
 
 
 class TrapezoidOf(nnx.Module):
     """The module of a ``Trapezoid``."""
 
-    def __init__(self, in_features: int, heads: int, **options: Any) -> None:
+    def __init__(self, in_features: int, heads: int, pairs: int, **options: Any) -> None:
         axes = ("embed", "heads")
         self.step, self.share = (Linear(in_features, heads, axes=axes, **options) for _ in range(2))
+        if pairs:
+            self.angle = Linear(in_features, pairs, axes=("embed", None), **options)
         self.A_log, self.dt_bias = first_steps(heads, heads)
 
     def __call__(self, inputs: LayerInput, heads: Heads, tokens: Tokens) -> dict[str, Array]:
@@ -49,8 +63,12 @@ class TrapezoidOf(nnx.Module):
         )
         step = jax.nn.softplus(logits + bias)
         log_alpha = -jnp.exp(log_rate) * step
-        return {
+        made = {
             "log_alpha": log_alpha,
             "beta": jax.nn.sigmoid(-share) * step * jnp.exp(log_alpha),
             "lam": jax.nn.sigmoid(share) * step,
         }
+        if hasattr(self, "angle"):
+            half = jnp.tanh(wide(self.angle(inputs.x))) / 2  # pi is half a turn
+            made["turns"] = step[..., None] * half[:, :, None]
+        return made

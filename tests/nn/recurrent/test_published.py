@@ -17,7 +17,8 @@ CACHES = dict(segmentation=mc.Constant(3), aggregation=mc.SSC(top_k=1))
 LAYERS = {
     "lightning": lambda **caches: recurrent.lightning_attention(2, 4, decay_scale=0.7, **caches),
     "hgrn2": lambda **caches: recurrent.hgrn2(2, 4, least=0.2, **caches),
-    "mamba3": lambda **caches: recurrent.mamba3(2, 3, state_dim=4, rope_base=50.0, **caches),
+    "mamba3": lambda **caches: recurrent.mamba3(2, 3, state_dim=4, **caches),
+    "positions": lambda **caches: recurrent.mamba3(2, 3, state_dim=4, rope_base=50.0, **caches),
     "titans": lambda **caches: recurrent.titans_block(
         mc.memories.GatedDeltaNet(), 2, 3, conv_width=2, **caches
     ),
@@ -93,22 +94,24 @@ def hgrn2(layer, x):
 
 
 def mamba3(layer, x):
-    def rows(part):
-        row = x @ kernel(part.linear)
-        row /= np.sqrt(np.mean(row**2, axis=-1, keepdims=True))
-        angle = np.arange(T)[:, None] * 50.0 ** (-np.arange(2) / 2)
-        first, second = row[:, :2], row[:, 2:]
-        turned = [first * np.cos(angle) - second * np.sin(angle)]
-        turned += [second * np.cos(angle) + first * np.sin(angle)]
-        return np.repeat(np.concatenate(turned, axis=-1)[:, None], 2, axis=1)
-
-    query, key, value = (
-        rows(layer.query),
-        rows(layer.key),
-        by_head(x @ kernel(layer.value.linear), 2),
-    )
     part = layer.coefficients[0]
     step = np.log1p(np.exp(x @ kernel(part.step) + np.asarray(part.dt_bias[...], np.float64)))
+    if hasattr(part, "angle"):
+        turned = np.pi * np.tanh(x @ kernel(part.angle))
+        angle = np.cumsum(step[:, :, None] * turned[:, None], axis=0)
+    else:
+        angle = np.arange(T)[:, None, None] * 50.0 ** (-np.arange(2) / 2)
+
+    def rows(path):
+        row = x @ kernel(path.linear)
+        row /= np.sqrt(np.mean(row**2, axis=-1, keepdims=True))
+        first, second = np.split(row[:, None], 2, axis=-1)
+        turned = [first * np.cos(angle) - second * np.sin(angle)]
+        turned += [second * np.cos(angle) + first * np.sin(angle)]
+        return np.broadcast_to(np.concatenate(turned, axis=-1), (T, 2, 4))
+
+    query, key = rows(layer.query), rows(layer.key)
+    value = by_head(x @ kernel(layer.value.linear), 2)
     share = sigmoid(x @ kernel(part.share))
     alpha = np.exp(-np.exp(np.asarray(part.A_log[...], np.float64)) * step)
     memory, written, reads = np.zeros((2, 3, 4)), np.zeros((2, 3, 4)), []
@@ -157,9 +160,12 @@ def block(caches):
     return own, composed
 
 
-@pytest.mark.parametrize("equation", [lightning, hgrn2, mamba3], ids=lambda f: f.__name__)
-def test_the_equation(equation):
-    layer, x = made(equation.__name__), inputs()
+EQUATIONS = dict(lightning=lightning, hgrn2=hgrn2, mamba3=mamba3, positions=mamba3)
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_the_equation(name):
+    layer, x, equation = made(name), inputs(), EQUATIONS[name]
     y = jax.jit(lambda layer, x: layer(x))(layer, jnp.asarray(x, jnp.float32))
     assert_close(y[0], equation(layer, x[0]), 1e-5)
 
@@ -206,7 +212,7 @@ def test_caches_and_streams(name):
     [
         (lambda: recurrent.lightning_attention(0, 4), "heads must be at least 1"),
         (lambda: recurrent.hgrn2(2, 4, least=1.0), r"least must be in \[0, 1\)"),
-        (lambda: recurrent.mamba3(2, 4, state_dim=5), "even dim"),
+        (lambda: recurrent.mamba3(2, 4, state_dim=5, rope_base=9.0), "even dim"),
         (lambda: recurrent.titans_block(mc.memories.Titans(), 2, 4), "initial weights"),
     ],
     ids=["heads", "least", "odd", "weights"],
