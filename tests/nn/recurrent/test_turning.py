@@ -43,10 +43,17 @@ def test_a_token_that_is_not_finite_does_not_turn():
     assert_close(got[1:], [got[0]] * 2, 0)
 
 
-@pytest.mark.parametrize("axis", with_slow(["Explicit", "Auto"], "Explicit"))
-def test_parts_of_a_mesh_turn_on(axis):
-    kind = getattr(jax.sharding.AxisType, axis)
-    mesh = jax.make_mesh((2, 2), ("seq", "tensor"), axis_types=(kind,) * 2)
+MESHES = {
+    "Explicit": lambda: jax.make_mesh(
+        (2, 2), ("seq", "tensor"), axis_types=(jax.sharding.AxisType.Explicit,) * 2
+    ),
+    "Auto": lambda: mc.sharding.make_mesh(dict(seq=4, tensor=2)),
+}
+
+
+@pytest.mark.parametrize("make", with_slow(MESHES, "Explicit"))
+def test_parts_of_a_mesh_turn_on(make):
+    mesh = make()
     layer, x = layer_and_input()
 
     def run(layer, x):
