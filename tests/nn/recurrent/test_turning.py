@@ -1,5 +1,7 @@
 """Rotations by angles that add up along a sequence."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,8 @@ MIXER = recurrent.mamba3(
 def layer_and_input(rows=1, length=16):
     x = np.random.default_rng(0).standard_normal((rows, length, 6))
     layer = MIXER.build(6, rngs=nnx.Rngs(0))
-    layer.coefficients[0].dt_bias[...] = jnp.ones(2)  # so that much is turned
+    step: Any = layer.coefficients[0]
+    step.dt_bias[...] = jnp.ones(2)  # so that much is turned
     return layer, jnp.asarray(x, jnp.float32)
 
 
