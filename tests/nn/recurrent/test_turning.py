@@ -11,7 +11,7 @@ from flax import nnx
 import memcache_jax as mc
 from memcache_jax.nn import recurrent
 from memcache_jax.nn.recurrent.turning import angles, turned
-from tests.cases import assert_close, with_slow
+from tests.cases import assert_close
 
 MIXER = recurrent.mamba3(
     2, 4, state_dim=4, segmentation=mc.Constant(4), aggregation=mc.GRM(gate="uniform")
@@ -54,7 +54,8 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("make", with_slow(MESHES, "Explicit"))
+@pytest.mark.slow
+@pytest.mark.parametrize("make", list(MESHES.values()), ids=list(MESHES))
 def test_parts_of_a_mesh_turn_on(make):
     mesh = make()
     layer, x = layer_and_input()
