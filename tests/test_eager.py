@@ -65,6 +65,43 @@ class Unhashable(mc.GRM):
     numbers: list = dataclasses.field(default_factory=list)
 
 
+class Scaled(mc.GRM):
+    """A user's part that is known by its identity, and may change."""
+
+    def __init__(self, scale):
+        super().__init__()
+        object.__setattr__(self, "scale", scale)
+
+    __hash__ = object.__hash__
+
+    def read(self, *args):
+        return self.scale * super().read(*args)
+
+
+def test_a_part_that_changes_is_read_anew():
+    inputs = jax.tree.map(jnp.asarray, make_inputs(MEMORY, 9))
+    part = Scaled(1.0)
+
+    def run(scale):
+        object.__setattr__(part, "scale", scale)
+        return mc.memory_caching(**inputs, memory=MEMORY, **HOW | dict(aggregation=part))
+
+    first = run(1.0)
+    assert_close(run(2.0), 2 * first, 1e-6)
+    assert_close(jax.grad(lambda scale: run(scale).sum())(2.0), first.sum(), 1e-5)
+
+
+def test_a_model_sees_what_changes_in_its_modules():
+    made = []
+    mixer = mc.nn.MemoryCachingMixer(MEMORY, **HOW | dict(aggregation=Scaled(1.0)))
+    config = mc.nn.LanguageModelConfig(11, 1, 8, 2, (mixer,), mlp_features=8)
+    whole = mc.nn.LanguageModel(config, rngs=nnx.Rngs(0))
+    for scale in (1.0, 3.0):
+        object.__setattr__(mixer.aggregation, "scale", scale)
+        made.append(whole(jnp.arange(9)[None]))
+    assert np.abs(made[1] - made[0]).max() > 1e-5
+
+
 def test_what_has_no_hash_is_called_as_it_is():
     inputs = jax.tree.map(jnp.asarray, make_inputs(MEMORY, 9))
     got = mc.memory_caching(**inputs, memory=MEMORY, **HOW | dict(aggregation=Unhashable()))

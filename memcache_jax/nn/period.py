@@ -22,7 +22,7 @@ def gates(period: Period, x: Between, *_: None) -> tuple[Between, list]:
         given = block.mixer_input(stream_of(x))
         first = x.values if isinstance(x, Hidden) else None
         of_layers = {
-            ".".join(map(str, path)): layer.gates(given, first=None if path else first)
+            ".".join(map(str, path)): layer.gates(given, first=first)
             for path, layer in nnx.iter_modules(block.mixer)
             if isinstance(layer, MemoryLayer)
         }

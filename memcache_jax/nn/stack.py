@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from memcache_jax._eager import compiled
+from memcache_jax._eager import compiled, is_value
 from memcache_jax._varying import vary, varying
 from memcache_jax.sharding.layout import as_axes, axes_of, context_mesh, explicit_axes, lay_out
 from memcache_jax.sharding.names import partition_name
@@ -74,11 +74,23 @@ def scan_stack(
     carry = vary(carry, varying((carry, stacked, inputs)))
     arrays = carry, (stacked, inputs), attached, constants
     how: dict[str, Any] = dict(graph=graph, apply=apply, settle=settle, wrap=wrap)
-    once = "<locals>" not in apply.__qualname__ and context_mesh(*jax.tree.leaves(arrays)) is None
+    once = "<locals>" not in apply.__qualname__ and _has_values(layers)
+    once = once and context_mesh(*jax.tree.leaves((carry, stacked, inputs))) is None
     carry, (outputs, captured) = compiled(_scan, *arrays, **how) if once else _scan(*arrays, **how)
     if captured:
         nnx.update(layers, captured)
     return carry, outputs
+
+
+def _has_values(layers: Any) -> bool:
+    """Whether all that modules hold beside modules and variables is known by its value."""
+    parts = (nnx.Pytree, nnx.Variable)
+    return all(
+        is_value(x)
+        for _, module in nnx.iter_modules(layers)
+        for name, x in vars(module).items()
+        if not (name.startswith("_pytree__") or isinstance(x, parts))
+    )
 
 
 def _scan(

@@ -84,7 +84,9 @@ def described(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelCon
         if given.where in str(error):
             raise
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{given.where} describes no model: {kind}{error}") from error
+        raise ValueError(
+            f"{given.where} does not describe a supported model: {kind}{error}"
+        ) from error
 
 
 def _fill(

@@ -51,7 +51,7 @@ class Weights:
             try:
                 self._open[file] = library.safe_open(path, framework="np")
             except library.SafetensorError as error:
-                raise ValueError(f"{path} is no whole file of safetensors: {error}") from error
+                raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
         return self._open[file]
 
     @property

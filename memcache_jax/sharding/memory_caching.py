@@ -56,7 +56,8 @@ def over_mesh(
     row: Any = "b t h ."
     letters = Tokens(row, row, row, row, of_controls), "h", "b t"
     parts, length = division.parts, tokens.key.shape[1]
-    if parts > 1 and goes_on(memory, aggregation, segmentation, length):
+    carried = parts > 1 and is_carried(memory, aggregation, segmentation, length)
+    if carried:
         size = -(-length // parts)
         chunk = memory.gradient_chunk or min(size, memory.largest_chunk)
         size = -(-size // chunk) * chunk
@@ -64,7 +65,9 @@ def over_mesh(
         segmentation, exchange = how["segmentation"], "gather"
     document, local = document_ids, functools.partial(one_pass, aggregation=aggregation, **how)
     if parts > 1:
-        check_parts(parts, length, exchange=exchange, documents=document is not None, **how)
+        # Padding gives each part a segment.
+        whole = parts * segmentation.size if carried else length
+        check_parts(parts, whole, exchange=exchange, documents=document is not None, **how)
         # Counted over the whole sequence: an id may come again in another part.
         if document is not None:
             document = division.compute(count_documents, document, "b t")
@@ -83,10 +86,10 @@ def over_mesh(
     return y if y.shape[1] == length else division.compute(lambda y: y[:, :length], y, row)
 
 
-def goes_on(
+def is_carried(
     memory: Memory, aggregation: Aggregation, segmentation: Segmentation, length: int
 ) -> bool:
-    """Whether one segment is the whole sequence, and its state passes from part to part.
+    """Whether the sequence is a single segment, whose state is carried across the devices.
 
     Each part is then a run, and the state before it is composed of the runs before. The live memory
     is all that is read: the library's own aggregations give it the weight 1, whatever its key.

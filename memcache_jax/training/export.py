@@ -144,13 +144,13 @@ def _load_params(workdir: Path, target: Params, exported: Exported | None = None
             frozen = exported.frozen(workdir)
         except (ValueError, OSError) as e:
             said = (
-                f"{workdir} has trained a part of the public model in {exported.config.pretrained} "
-                f"alone, and needs that folder as it was: {root_cause(e)}"
+                f"{workdir} trained only some parameters of the public model in "
+                f"{exported.config.pretrained}, and needs that folder as it was: {root_cause(e)}"
             )
             if not exports or read_results(workdir, steps[0]) is None:  # written after the export
                 raise ValueError(f"{said}. Put it back, or a link to where it is now") from e
             _log.warning("Reading the export of step %d: %s.", steps[0], said)
-            steps = []
+            steps, exports = [], exports[:1]  # not one of before
     checkpoints = [workdir / "checkpoints" / str(step) for step in steps]
     places = checkpoints + exports
     for place in places:

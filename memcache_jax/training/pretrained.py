@@ -20,6 +20,7 @@ from memcache_jax.pretrained import load
 from memcache_jax.pretrained.given import Given, read_given
 from memcache_jax.pretrained.read import described
 from memcache_jax.training.config import Config, default_config, to_json
+from memcache_jax.training.corpus import digest_of
 from memcache_jax.training.durable import digest_of_all, read_json
 from memcache_jax.training.models import caches, model_config
 from memcache_jax.training.step import Params, TrainState, joined, pure
@@ -27,6 +28,7 @@ from memcache_jax.training.tokenizers import end_token_of
 
 FILE = "pretrained.json"
 # Keys of ``config.model`` that are then the public model's, and those that say nothing of it.
+_WEIGHTS = "*.safetensors"
 _ITS_OWN = ("vocab_size", "num_layers", "features", "num_heads", "tie_embeddings")
 _NOT_ITS = ("head_dim", "mlp_features", "mixers", "memory", "connector", "distances")
 _NOT_ITS += ("window", "rope_base")
@@ -156,11 +158,14 @@ class PublicModel(NamedTuple):
         """Raises ValueError unless the run in a workdir began with this model, its ``of_run``."""
         if other is None:
             raise ValueError(
-                f"{workdir} has lost the {FILE} of the run, which says with what it began: bring "
-                "that file back, or give another --workdir"
+                f"{FILE} is missing from {workdir}; it records the model that the run began with: "
+                "bring it back, or give another --workdir"
             )
         changed = "config.json" if self.values != other.values else "files of weights"
-        if (self.values, self.files) != (other.values, other.files):
+        files = self.files
+        if len(other.files) != len(files):  # of an earlier version: of the ends of its files
+            files = digest_of({x.name: x for x in sorted(Path(self.folder).glob(_WEIGHTS))})
+        if (self.values, files) != (other.values, other.files):
             raise ValueError(
                 f"{self.folder} is not the model that the run began with, from {other.folder}: its "
                 f"{changed} changed. Bring that one back, or give another --workdir"
@@ -169,7 +174,7 @@ class PublicModel(NamedTuple):
 
 def digest_of_weights(folder: Path) -> str:
     """A digest of a public model's files of weights and their index: names, and all bytes."""
-    return digest_of_all(sorted(folder.glob("*.safetensors*")))
+    return digest_of_all(sorted([*folder.glob(_WEIGHTS), *folder.glob(f"{_WEIGHTS}.index.json")]))
 
 
 def run_model(config: Config, public: PublicModel | None) -> LanguageModelConfig:

@@ -84,7 +84,7 @@ def assert_same(got, wanted, tolerance=1e-5):
 @pytest.mark.parametrize("name", with_slow([*COVER], "linear"))
 def test_every_rule_where_explicit_axes_divide_rows_and_heads(name):
     memory = MEMORIES[name]
-    kind = mc.SSC(top_k=2) if list(MEMORIES).index(name) % 2 else mc.GRM()
+    kind = mc.SSC(top_k=2) if list(COVER).index(name) % 2 else mc.GRM()
     how: Any = dict(memory=memory, aggregation=kind, segmentation=mc.Constant(8))
     inputs, wanted = of_one_device(memory, kind)
     mesh = mesh_of((2, 4), ("rows", "model"), EXPLICIT)

@@ -119,7 +119,7 @@ def assert_stays_close(inputs, **how):
             assert_close({name: gradients}, {name: wanted[name][1]}, 2 * tolerance)
 
 
-# Linear attention, RetNet, SSD and DeltaNet are special cases of these.
+# Linear attention, RetNet, SSD, DeltaNet and the rule of the docs are special cases of these.
 LONG = ("swla", "gla", "gated_deltanet", "titans")
 
 

@@ -254,7 +254,7 @@ def test_the_digest_is_of_every_byte_and_the_note_must_be_there(config, tmp_path
     before = PublicModel.of(config)
     assert before is not None
     before.check_same(PublicModel.of(config), tmp_path)
-    with pytest.raises(ValueError, match=r"has lost the pretrained.json of the run"):
+    with pytest.raises(ValueError, match=r"pretrained.json is missing from"):
         before.check_same(PublicModel.of_run(tmp_path), tmp_path)
     weights = tmp_path / "public" / "model.safetensors"
     assert weights.stat().st_size > 3 * 4096

@@ -6,6 +6,8 @@ from memcache_jax import _checks
 from memcache_jax._typing import Exchange
 from memcache_jax.caching import check_configuration
 from memcache_jax.nn.recurrent.coefficients import Coefficient
+from memcache_jax.nn.recurrent.decays import FixedDecay
+from memcache_jax.nn.recurrent.declared import Declared
 from memcache_jax.nn.recurrent.output import Output
 from memcache_jax.nn.recurrent.path import Path
 
@@ -32,12 +34,26 @@ def check_parts(mixer: Any) -> None:
             "queries and keys must have the same heads and dim, and their heads must divide "
             f"those of the values, got {mixer.query}, {mixer.key}, {mixer.value}"
         )
-    made = [name for part in mixer.coefficients for name in part.names]
+    parts = mixer.coefficients
+    made = [name for part in parts for name in part.names]
     learned = {name: c for name, c in mixer.memory.controls.items() if c.is_learned}
     # Constants of heads are the rule's own unless a part makes them.
     wanted = [name for name, c in learned.items() if not c.per_head or name in made]
     if sorted(made) != sorted(wanted):
         raise ValueError(f"{mixer.memory} needs the coefficients {wanted}, the parts make {made}")
+    for part in parts:
+        if isinstance(part, FixedDecay) and not learned[part.name].per_head:
+            raise ValueError(f"{part.name} of {mixer.memory} is no constant of a head, got {part}")
+        if isinstance(part, Declared) and part.memory != mixer.memory:
+            raise ValueError(f"{part} must declare the layer's rule, {mixer.memory}")
+    turning = [part for part in parts if getattr(part, "turns", False)]
+    if len(turning) > 1:
+        raise ValueError(f"one part may make turns, got {turning}")
+    if mixer.matched and (turning or any(path.activation or path.rope_base for path in sizes)):
+        raise ValueError(
+            "matched=True is for queries and keys without activation, positions and turns, got "
+            f"{mixer.query}, {mixer.key}, {turning}"
+        )
     shapes = {(path.heads, path.conv_width) for path in (mixer.query, mixer.key)}
     if mixer.matched and shapes != {(heads, mixer.key.conv_width)}:
         raise ValueError(

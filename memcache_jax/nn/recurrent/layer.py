@@ -258,7 +258,7 @@ class Recurrent(MemoryLayer):
         tails = [jnp.zeros((batch_size, *shape), dtype) for shape in shapes]
         if self.turns:
             pairs = self.num_heads * self.head_dim // 2
-            tails.append(jnp.zeros((batch_size, 1, pairs), jnp.promote_types(dtype, jnp.float32)))
+            tails.append(jnp.zeros((batch_size, 2, pairs), jnp.promote_types(dtype, jnp.float32)))
         return tuple(tails)
 
     def _division(self, rows: list[tuple[Any, str]], *others: Any) -> Division | None:
@@ -297,6 +297,11 @@ class Recurrent(MemoryLayer):
             key = made.pop("key", key)
             turns = made.pop("turns", turns)
             controls |= made
+        if (turns is not None) != self.turns:
+            raise ValueError(
+                "a part that makes turns must have a true attribute `turns`, and no other may, got "
+                f"{[type(part).__name__ for part in self.coefficients]}"
+            )
         if turns is not None:
             (query, key), tail = turned((query, key), turns, division, tail)
         for name, control in self.memory.controls.items():

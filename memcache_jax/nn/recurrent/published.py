@@ -20,7 +20,7 @@ from memcache_jax.nn.recurrent.trapezoid import Trapezoid
 def lightning_attention(
     heads: int, head_dim: int, *, decay_scale: float = 1.0, **caches: Any
 ) -> RecurrentMixer:
-    """Lightning Attention of TransNormer and MiniMax-01 (arXiv:2401.04658, arXiv:2501.08313).
+    """Lightning Attention (arXiv:2401.04658) as MiniMax-01 has it (arXiv:2501.08313).
 
     M_t = gamma_h M_{t-1} + v_t k_t^T with gamma_h = exp(-decay_scale 2^(-8 (h + 1) / heads)); SiLU
     on q, k and v; y = W_o (norm(M_t q_t) * sigmoid(x W_g)), an RMSNorm over all heads together.

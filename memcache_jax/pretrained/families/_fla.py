@@ -41,6 +41,8 @@ def _attention(given: Given) -> list[GroupedAttentionMixer | None]:
         if unknown := sorted(set(values) - _ATTENTION):
             raise ValueError(f"{spec.where} has {', '.join(unknown)}, which is not served")
         heads = spec["num_heads"]
+        if features % heads:
+            raise ValueError(f"{spec.where}: num_heads={heads} must divide hidden_size={features}")
         mixer = GroupedAttentionMixer(
             heads,
             spec.get("num_kv_heads", heads),

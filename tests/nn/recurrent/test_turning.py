@@ -10,7 +10,7 @@ from flax import nnx
 
 import memcache_jax as mc
 from memcache_jax.nn import recurrent
-from memcache_jax.nn.recurrent.turning import angles, turned
+from memcache_jax.nn.recurrent.turning import angles, next_angles, turned
 from tests.cases import assert_close
 
 MIXER = recurrent.mamba3(
@@ -28,16 +28,37 @@ def layer_and_input(rows=1, length=16):
 
 def test_angles_are_exact_after_many_turns():
     turns = np.random.default_rng(0).uniform(0, 3, (1, 100_000, 1, 1)).astype(np.float32)
-    angle = angles(jnp.asarray(turns), jnp.zeros((1, 1, 1)))
+    zero = jnp.zeros((1, 1, 1))
+    angle = angles(jnp.asarray(turns), zero, zero.astype(jnp.int32))
     wanted = 2 * np.pi * np.cumsum(np.float64(turns), axis=1)
     difference = np.asarray(angle) - wanted
     assert np.abs(np.angle(np.exp(1j * difference))).max() < 2e-4
 
 
+@pytest.mark.parametrize("turn", [3.3e-3, 0.3, 1e-7])
+def test_single_tokens_of_a_stream_turn_as_far_as_one_pass(turn):
+    turns, count = jnp.full((1, 1, 1, 1), turn, jnp.float32), 100_000
+
+    @jax.jit
+    def stream(tail):
+        def call(tail, _):
+            angle, tail = next_angles(turns, tail, jnp.ones(1, jnp.int32))
+            return tail, angle[0, 0, 0, 0]
+
+        return jax.lax.scan(call, tail, length=count)[1]
+
+    zero = jnp.zeros((1, 1, 1))
+    whole = angles(jnp.broadcast_to(turns, (1, count, 1, 1)), zero, zero.astype(jnp.int32))
+    got = np.asarray(stream(jnp.zeros((1, 2, 1))))
+    np.testing.assert_array_equal(got, whole[0, :, 0, 0])
+    wanted = 2 * np.pi * np.float64(np.float32(turn)) * count
+    assert abs(np.angle(np.exp(1j * (np.float64(got[-1]) - wanted)))) < 1e-4
+
+
 def test_a_token_that_is_not_finite_does_not_turn():
     rng = np.random.default_rng(0)
     row, turns = rng.standard_normal((1, 5, 1, 4)), rng.uniform(0, 1, (1, 5, 1, 2))
-    tail, numbers = (jnp.zeros((1, 1, 2)), jnp.array([5])), (0.0, np.nan, np.inf)
+    tail, numbers = (jnp.zeros((1, 2, 2)), jnp.array([5])), (0.0, np.nan, np.inf)
     got = []
     for number in numbers:
         turns[0, 2] = number
