@@ -1,6 +1,7 @@
 """Eager calls are compiled once for each configuration and shape."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import memcache_jax as mc
 from tests.cases import MEMORIES, assert_close, make_inputs
 
 MEMORY = MEMORIES["linear"]
-HOW = dict(aggregation=mc.GRM(), segmentation=mc.Constant(4))
+HOW: Any = dict(aggregation=mc.GRM(), segmentation=mc.Constant(4))
 
 
 def compiles(function, caplog):
@@ -68,14 +69,16 @@ class Unhashable(mc.GRM):
 class Scaled(mc.GRM):
     """A user's part that is known by its identity, and may change."""
 
+    scale: Any
+
     def __init__(self, scale):
         super().__init__()
         object.__setattr__(self, "scale", scale)
 
     __hash__ = object.__hash__
 
-    def read(self, *args):
-        return self.scale * super().read(*args)
+    def read(self, bank, live, query, selection):
+        return self.scale * super().read(bank, live, query, selection)
 
 
 def test_a_part_that_changes_is_read_anew():

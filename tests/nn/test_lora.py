@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ def test_every_adapter_is_called_once(name, monkeypatch):
     given = described(read_given(FOLDERS / name), dtype=jnp.float32, param_dtype=jnp.float32)
     config = dataclasses.replace(given, lora=mc.nn.LoRA(2), scan_layers=False)
     model = nnx.merge(*abstract_model(config))
-    adapters = [part for _, part in nnx.iter_modules(model) if isinstance(part, Adapter)]
+    adapters: list[Any] = [p for _, p in nnx.iter_modules(model) if isinstance(p, Adapter)]
     for number, adapter in enumerate(adapters):
         adapter.number = number
     graph, state = nnx.split(model)
