@@ -13,7 +13,7 @@ def changes(config: Any, report: dict[str, Any]) -> list[str]:
     from memcache_jax.sharding.memory_caching import fits_ring
     from memcache_jax.training.pretrained import PublicModel
 
-    if (public := PublicModel.of(config)) is not None:
+    if (public := PublicModel.of(config, digest=False)) is not None:
         config = public.resolved(config)
     mesh, model = report["mesh"], config.model
     rows = config.batch_size // (mesh["data"] * mesh["fsdp"] * config.accumulate)
@@ -48,20 +48,25 @@ def changes(config: Any, report: dict[str, Any]) -> list[str]:
 
 def _memory_mixers(config: Any) -> list[Any]:
     from memcache_jax.nn import MemoryCachingMixer
+    from memcache_jax.nn.parallel import side_by_side
     from memcache_jax.nn.recurrent import RecurrentMixer
     from memcache_jax.training.pretrained import PublicModel, run_model
 
-    mixers = run_model(config, PublicModel.of(config)).mixers
-    return [x for x in mixers if isinstance(x, MemoryCachingMixer | RecurrentMixer)]
+    mixers = run_model(config, PublicModel.of(config, digest=False)).mixers
+    every = [x for mixer in mixers for x in side_by_side(mixer).values()]
+    return [x for x in every if isinstance(x, MemoryCachingMixer | RecurrentMixer)]
 
 
 def _divides_time(config: Any, mixers: list[Any], parts: int) -> bool:
-    from memcache_jax.sharding.memory_caching import check_parts
+    from memcache_jax.sharding.memory_caching import check_parts, is_carried
     from memcache_jax.training.config import with_choices_made
 
     isolates = with_choices_made(config).data.isolate_documents
     try:
         for mixer in mixers:
+            whole = mixer.memory, mixer.aggregation, mixer.segmentation, config.sequence_length
+            if is_carried(*whole):
+                continue
             check_parts(
                 parts,
                 config.sequence_length,

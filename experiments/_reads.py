@@ -10,6 +10,7 @@ from flax import nnx
 from memcache_jax._typing import Array
 from memcache_jax.aggregation import Residual
 from memcache_jax.nn import LanguageModel, MemoryCachingMixer
+from memcache_jax.nn.parallel import side_by_side
 from memcache_jax.nn.recurrent import RecurrentMixer
 from memcache_jax.training.tokenizers import Tokenizer
 
@@ -25,7 +26,7 @@ def inspect(model: LanguageModel, tokenizer: Tokenizer, tokens: np.ndarray) -> d
       tokens: ids, (t,).
 
     Returns:
-      ``tokens``, the text of each token; and ``layers``, with an entry for each block with memory
+      ``tokens``, the text of each token; and ``layers``, with an entry for each mixer with memory
       caching: its ``block`` and ``name``, the tokens [begin, end) of each cached state in
       ``states``, the positions where segments ``begin``, and ``gates`` (t, heads, states + 1), the
       live state last.
@@ -35,7 +36,8 @@ def inspect(model: LanguageModel, tokenizer: Tokenizer, tokens: np.ndarray) -> d
     """
     config = model.config
     mixers = [config.mixers[i % len(config.mixers)] for i in range(config.num_layers)]
-    caching = [mixer for mixer in mixers if isinstance(mixer, CACHING)]
+    parts = [side_by_side(mixer) for mixer in mixers]
+    caching = [mixer for sides in parts for mixer in sides.values() if isinstance(mixer, CACHING)]
     if not caching:
         raise ValueError(f"the model has no memory caching: its mixers are {mixers}")
     if all(isinstance(mixer.aggregation, Residual) for mixer in caching):
@@ -44,25 +46,26 @@ def inspect(model: LanguageModel, tokenizer: Tokenizer, tokens: np.ndarray) -> d
         raise ValueError("the text has no tokens")
     graph, state = nnx.split(model)
 
-    def gates_of(state: nnx.State, tokens: Array) -> list[Array | None]:
+    def gates_of(state: nnx.State, tokens: Array) -> list[Any]:
         return nnx.merge(graph, state).gates(tokens)
 
     layers = []
-    for block, gates in enumerate(jax.jit(gates_of)(state, tokens[None])):
-        mixer = mixers[block]
-        if gates is None or not isinstance(mixer, CACHING):
-            continue
-        plan = mixer.segmentation.plan(len(tokens))
-        rule = type(mixer.memory).__name__
-        layers.append(
-            dict(
-                block=block,
-                name=f"layer {block}: {rule}, {mixer.aggregation}, {mixer.segmentation}",
-                states=(plan.buckets * plan.block_size).tolist(),
-                begin=(np.unique(plan.first) * plan.block_size).tolist(),
-                gates=np.asarray(gates[0]),
+    for block, found in enumerate(jax.jit(gates_of)(state, tokens[None])):
+        for side, mixer in parts[block].items():
+            gates = found.get(side) if isinstance(found, dict) else found
+            if gates is None or not isinstance(mixer, CACHING):
+                continue
+            plan = mixer.segmentation.plan(len(tokens))
+            what = f"{type(mixer.memory).__name__}, {mixer.aggregation}, {mixer.segmentation}"
+            layers.append(
+                dict(
+                    block=block,
+                    name=f"layer {block}{side and ' ' + side}: {what}",
+                    states=(plan.buckets * plan.block_size).tolist(),
+                    begin=(np.unique(plan.first) * plan.block_size).tolist(),
+                    gates=np.asarray(gates[0]),
+                )
             )
-        )
     return dict(tokens=pieces(tokenizer, tokens), layers=layers)
 
 

@@ -25,13 +25,22 @@ def read_model() -> tuple[mc.nn.LanguageModel, Tokenizer]:
 
 def read_source() -> tuple[mc.nn.LanguageModel, Tokenizer, Any]:
     """As ``read_model``, and the run's configuration; None for a public model."""
-    if _WORKDIR.value is not None and PRETRAINED.value is None:
-        if SEGMENT.value is not None:
-            raise ValueError("--segment is for --pretrained: a run's model has its own caches")
-        return load_model(_WORKDIR.value)
-    if PRETRAINED.value is not None and _WORKDIR.value is None:
+    if is_public():
         return *read_public(), None
-    raise ValueError("give --workdir, of a training run, or --pretrained, of a public model")
+    return load_model(_WORKDIR.value or "")
+
+
+def is_public() -> bool:
+    """Whether the flags name a public model's folder, not a run's workdir; nothing is read.
+
+    Raises:
+      ValueError: unless they name one of both, or for caches of a run's model.
+    """
+    if (_WORKDIR.value is None) == (PRETRAINED.value is None):
+        raise ValueError("give --workdir, of a training run, or --pretrained, of a public model")
+    if SEGMENT.value is not None and PRETRAINED.value is None:
+        raise ValueError("--segment is for --pretrained: a run's model has its own caches")
+    return PRETRAINED.value is not None
 
 
 def source() -> Path:

@@ -38,7 +38,7 @@ from absl import flags
 from absl import logging as absl_logging
 
 from experiments._program import run
-from experiments._source import read_source, source
+from experiments._source import is_public, read_source, source
 
 _TASKS = flags.DEFINE_list("tasks", None, "Names of tasks, groups or sets.", required=True)
 _INCLUDE_PATH = flags.DEFINE_list("include_path", [], "Folders with additional task files.")
@@ -101,19 +101,20 @@ def program() -> None:
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax logs every step it takes
+    # Flags are checked before anything large is read.
+    max_length = _MAX_LENGTH.value
+    if is_public() and max_length is None:
+        raise ValueError("give --max_length, the most tokens that the public model reads")
     output = Path(_OUTPUT.value or source() / "eval" / "results.json")
     entries = _read(output)
     metadata = _metadata()
+    names = list(dict.fromkeys(task for name in _TASKS.value for task in SETS.get(name, [name])))
+    manager = _task_manager(names, {**metadata, "workdir": os.path.abspath(source())})
     model, tokenizer, config = read_source()
-    max_length = _MAX_LENGTH.value
     if max_length is None:
-        if config is None:
-            raise ValueError("give --max_length, the most tokens that the public model reads")
         max_length = config.sequence_length
     options: dict[str, Any] = dict(max_length=max_length, truncate=_TRUNCATE.value)
     lm = TrainedLM(model, tokenizer, batch_size=_BATCH_SIZE.value, **options)
-    names = list(dict.fromkeys(task for name in _TASKS.value for task in SETS.get(name, [name])))
-    manager = _task_manager(names, {**metadata, "workdir": os.path.abspath(source())})
     settings = {
         "parameters": _fingerprint(model, config),
         **options,

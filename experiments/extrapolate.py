@@ -40,6 +40,8 @@ from memcache_jax.training import (
 )
 from memcache_jax.training.config import to_json
 from memcache_jax.training.corpus import load_corpus
+from memcache_jax.training.durable import digest_of_all
+from memcache_jax.training.pretrained import digest_of_weights
 from memcache_jax.training.tokenizers import end_token_of, published_tokenizer
 
 POST: Mapping[str, mc.Aggregation] = {
@@ -97,11 +99,18 @@ def _check_sizes(config: Any) -> None:
 
 
 def public_group(config: Any, folder: str, segment: int | None) -> list[Case]:
-    """Returns the cases of a public model: as it is, and with caches after each segment."""
+    """Returns the cases of a public model: as it is, and with caches after each segment.
+
+    They name the model by a digest of its files, which are read for it: a changed one is measured
+    anew.
+    """
     _check_sizes(config)
+    others = [Path(folder) / f"{name}.json" for name in ("config", "tokenizer", "tokenizer_config")]
+    texts = digest_of_all(file for file in others if file.is_file())
+    digest = f"{digest_of_weights(Path(folder))} {texts}"
     data = to_json(config.training)["data"]
     evaluation = {name: config[name] for name in ("eval_length", "eval_tokens", "first_bin")}
-    shared = dict(public=folder, segment=segment, data=data, **evaluation)
+    shared = dict(public=folder, digest=digest, segment=segment, data=data, **evaluation)
     name = Path(folder).name
     cases: list[Case] = [dict(name=name, post=None, **shared)]
     if segment is not None:

@@ -1,6 +1,7 @@
 """Times a block's token against the length: does the memory's growth cost what it should?
 
     python -m experiments.growth [--lengths=4096,65536 --rules=SSD,GatedDeltaNet --rounds=5]
+    python -m experiments.growth --errors=4096 [--rules=DeltaNet,GatedDeltaNet,RWKV7,KDA,GDN2]
 
 A block is a mixer and its MLP; what is timed is the gradient of all its parameters and its input.
 For each rule at each length: the rule alone, GRM over ``Logarithmic`` segments, and SSC over
@@ -8,6 +9,9 @@ For each rule at each length: the rule alone, GRM over ``Logarithmic`` segments,
 longest sequence to the shortest with SSC. All programs are compiled first and timed in turn, so
 that noise affects them alike; times are the least of the rounds, since other work only adds.
 Memory is that of the compiled program: arguments, results and temporaries.
+
+With ``--errors`` nothing is timed: it prints how far composed runs, and tokens written in turn, are
+from float64 after any number of so many segments of four tokens.
 """
 
 import json
@@ -27,6 +31,7 @@ flags.DEFINE_integer("heads", 4, "Heads h.", 1)
 flags.DEFINE_integer("segment", 256, "Segment size C.", 1)
 flags.DEFINE_integer("top_k", 4, "States that a token reads with SSC.", 1)
 flags.DEFINE_integer("rounds", 5, "Timed rounds.", 1)
+flags.DEFINE_integer("errors", None, "Segments whose runs are composed, to print the errors.", 1)
 flags.DEFINE_string("json", None, "File to write the table to.")
 
 ALONE, LOGARITHMIC, ROUTED = "alone", "Logarithmic + GRM", "Constant + SSC"
@@ -73,19 +78,52 @@ def gradient(mixer: Any, length: int) -> tuple[Callable, tuple]:
     return jax.grad(loss, (0, 1)), (params, x)
 
 
+def rules() -> dict[str, Any]:
+    """Returns the chosen rules, by name.
+
+    Raises:
+      ValueError: for a name that is no rule's.
+    """
+    import memcache_jax as mc
+
+    for rule in FLAGS.rules:
+        if rule not in mc.memories.__all__:
+            raise ValueError(f"--rules must be of {mc.memories.__all__}, got {rule}")
+    return {rule: getattr(mc.memories, rule)() for rule in FLAGS.rules}
+
+
+def print_errors() -> None:
+    """Prints the errors of composed runs and of tokens written in turn.
+
+    Raises:
+      ValueError: for a rule whose runs do not compose.
+    """
+    from experiments._composed import errors
+
+    chosen = rules()
+    if apart := [
+        name for name, rule in chosen.items() if not (rule.form == "affine" and rule.merges)
+    ]:
+        raise ValueError(f"--errors needs rules whose runs compose, got {apart}")
+    print(f"{'rule':16} {'composed':>9} {'in turn':>9}")
+    for name, rule in chosen.items():
+        composed, in_turn = errors(rule, FLAGS.errors)
+        print(f"{name:16} {composed:9.1e} {in_turn:9.1e}", flush=True)
+
+
 def program() -> None:
     """Compiles all programs, times them in turn, and prints the table and the ratios."""
+    if FLAGS.errors is not None:
+        print_errors()
+        return
     import jax
 
-    import memcache_jax as mc
     from experiments._memory import memory_of
 
     lengths = [int(length) for length in FLAGS.lengths]
     jobs, peaks = {}, {}
-    for rule in FLAGS.rules:
-        if rule not in mc.memories.__all__:
-            raise ValueError(f"--rules must be of {mc.memories.__all__}, got {rule}")
-        for name, mixer in mixers(getattr(mc.memories, rule)()).items():
+    for rule, memory in rules().items():
+        for name, mixer in mixers(memory).items():
             for length in lengths:
                 function, arguments = gradient(mixer, length)
                 compiled = jax.jit(function).lower(*arguments).compile()

@@ -28,9 +28,10 @@ def program() -> None:
     """Writes the page and the numbers."""
     if _MAX_TOKENS.value < 1:
         raise ValueError(f"max_tokens must be at least 1, got {_MAX_TOKENS.value}")
-    model, tokenizer = read_model()
     file = Path(_TEXT.value)
-    tokens = tokenizer.encode(file.read_bytes())[: _MAX_TOKENS.value]
+    text = file.read_bytes()
+    model, tokenizer = read_model()
+    tokens = tokenizer.encode(text)[: _MAX_TOKENS.value]
     found = inspect(model, tokenizer, tokens)
     folder = Path(_OUTPUT.value or source())
     folder.mkdir(parents=True, exist_ok=True)

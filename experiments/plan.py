@@ -73,7 +73,7 @@ def plan(config: Any, topology: str, *, quick: bool = False) -> dict[str, Any]:
     check_config(config)
     check_topology(topology)
     config, frozen = with_choices_made(config), frozenset()
-    if (public := PublicModel.of(config)) is not None:
+    if (public := PublicModel.of(config, digest=False)) is not None:
         config, frozen = public.resolved(config), public.frozen(config)
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
@@ -118,19 +118,21 @@ def plan(config: Any, topology: str, *, quick: bool = False) -> dict[str, Any]:
         train_step: Any = make_train_step(graph, optimizer, *options, target, end_token)
         mask = jax.ShapeDtypeStruct(shape[:1], jnp.float32, sharding=batch_sharding(mesh))
         eval_step: Any = make_eval_step(graph, end_token, config.accumulate)
-        lowered = [
-            train_step.lower(target, tokens),
-            eval_step.lower(target.whole, tokens, mask),
-        ]
-        begin = time.perf_counter()
-        try:
-            effort = {"exec_time_optimization_effort": -1.0} if quick else {}
-            compiled, evaluation = (each.compile(compiler_options=effort) for each in lowered)
-        except jax.errors.JaxRuntimeError as e:
-            if "RESOURCE_EXHAUSTED" not in str(e):
-                raise
-            report["overflow"] = _first_lines(str(e))
-            return report
+        lowered = {
+            "train step": train_step.lower(target, tokens),
+            "evaluation": eval_step.lower(target.whole, tokens, mask),
+        }
+        begin, programs = time.perf_counter(), []
+        for name, each in lowered.items():
+            try:
+                effort = {"exec_time_optimization_effort": -1.0} if quick else {}
+                programs.append(each.compile(compiler_options=effort))
+            except jax.errors.JaxRuntimeError as e:
+                if "RESOURCE_EXHAUSTED" not in str(e):
+                    raise
+                report["overflow"] = f"{name}: {_first_lines(str(e))}"
+                return report
+        compiled, evaluation = programs
         report["compile_seconds"] = time.perf_counter() - begin
     report |= memory_of(compiled)
     # While it runs, the optimizer's state is there too.

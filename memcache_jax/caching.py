@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from memcache_jax._checks import check_arguments, check_choice, check_mapping, shown
+from memcache_jax._eager import compiled
 from memcache_jax._typing import Array, Exchange, Float, Implementation, Int, Start
 from memcache_jax._varying import alike
 from memcache_jax.aggregation import Aggregation
@@ -121,7 +122,7 @@ def memory_caching(
     division = Division.of(*((x, "b t h .") for x in rows), (document_ids, "b t"))
     tokens, initial, document_ids = alike((tokens, weights, document_ids))
     if division is None:
-        return one_pass(tokens, initial, document_ids, **how)
+        return compiled(one_pass, tokens, initial, document_ids, **how)
     return over_mesh(division, tokens, initial, document_ids, exchange, **how)
 
 

@@ -45,6 +45,10 @@ MEMORIES = {
 }
 # One of each family, for what the rule has little part in.
 FAMILIES = {name: MEMORIES[name] for name in ("linear", "gated_deltanet", "titans")}
+# Every form; constants of heads, controls of channels of keys and of values; states of one and of
+# several arrays, with initial weights or none; and a user's rule: for what sees no more of a rule.
+_COVER = "linear retnet swla gated_deltanet rwkv7 gdn2 titans vector erasing"
+COVER = {name: MEMORIES[name] for name in _COVER.split()}
 AGGREGATIONS = {
     "residual": mc.Residual(),
     "grm": mc.GRM(),

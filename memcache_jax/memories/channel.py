@@ -11,7 +11,7 @@ from memcache_jax._typing import Array, Float
 from memcache_jax.kernels.affine_update import AffineChunk
 from memcache_jax.kernels.decay import channel_scores, end_decay, start_decay
 from memcache_jax.memories.affine import MatrixState
-from memcache_jax.memories.base import Control
+from memcache_jax.memories.control import Control
 from memcache_jax.memories.matrix import MatrixMemory
 
 

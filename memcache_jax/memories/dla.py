@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from memcache_jax._typing import Array, Float
-from memcache_jax.memories.base import NEAR_ONE, Control
+from memcache_jax.memories.control import NEAR_ONE, Control
 from memcache_jax.memories.deep import DeepMemory
 
 

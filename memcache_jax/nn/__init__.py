@@ -10,13 +10,8 @@ from memcache_jax.nn.config import (
     MemoryCachingMixer,
     Mixer,
 )
-from memcache_jax.nn.feed_forward import (
-    ChannelMix,
-    Experts,
-    FeedForward,
-    GatedMLP,
-    SquaredMLP,
-)
+from memcache_jax.nn.experts import Experts
+from memcache_jax.nn.feed_forward import ChannelMix, FeedForward, GatedMLP, SquaredMLP
 from memcache_jax.nn.grouped_attention import GroupedAttention, GroupedAttentionMixer
 from memcache_jax.nn.language_model import LanguageModel
 from memcache_jax.nn.latent_attention import LatentAttention, LatentAttentionMixer

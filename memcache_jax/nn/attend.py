@@ -47,6 +47,17 @@ class AttentionCache(MixerCache):
         return self.key.shape[-3::2]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SharedCache(AttentionCache):
+    """Rows that are keys and values of all heads, (b, 1, past, c): a mesh divides no head of them.
+
+    The queries' heads it may divide.
+    """
+
+    axes: ClassVar = {}
+
+
 def attend_causally(
     query: Float[Array, "b t h k"],
     key: Float[Array, "b t g k"],

@@ -194,7 +194,7 @@ class Attention(nnx.Module):
         def empty() -> AttentionCache:
             key, value = (jnp.zeros((batch_size, heads, past, dim), dtype) for _ in range(2))
             position = jnp.zeros(batch_size, jnp.int32)
-            return AttentionCache(key, value if self._keeps_values else None, position)
+            return self._kept(key, value if self._keeps_values else None, position)
 
         return placed(empty, sharding)
 
@@ -237,12 +237,14 @@ class Attention(nnx.Module):
             y, cache = extend(*args)
         else:
             row, of_cache = "b . h .", cache.letters()
-            letters = of_cache, row, row, None if value is None else row, "b"
+            of_key = row if "h" in cache.axes.get("key", "") else "b . . ."
+            letters = of_cache, row, of_key, None if value is None else of_key, "b"
             y, cache = division.run(extend, args, letters, (row, of_cache))
         return self._next_output(x, y), cache
 
     # What a stream keeps and how it attends, which a subclass may override.
 
+    _kept: ClassVar[type[AttentionCache]] = AttentionCache
     _keeps_values: ClassVar[bool] = True
 
     @property

@@ -25,7 +25,7 @@ from memcache_jax.nn.feed_forward import FeedForward, GatedMLP
 from memcache_jax.nn.lora import LoRA
 from memcache_jax.nn.memory_caching import MemoryCaching, check_layer
 from memcache_jax.nn.norms import Norm
-from memcache_jax.nn.parallel import ParallelMixer
+from memcache_jax.nn.parallel import ParallelMixer, changed
 from memcache_jax.nn.recurrent import RecurrentMixer
 from memcache_jax.segmentation import Constant, Segmentation
 
@@ -276,14 +276,6 @@ class LanguageModelConfig:
             dataclasses.replace(block, mixer=changed(block.mixer, change)) for block in self.blocks
         )
         return dataclasses.replace(self, blocks=tuple(blocks))
-
-
-def changed(mixer: Mixer, change: Callable[[Mixer], Mixer]) -> Mixer:
-    """The mixer with a change, of each of both where two run side by side."""
-    if not isinstance(mixer, ParallelMixer):
-        return change(mixer)
-    both = dict(left=changed(mixer.left, change), right=changed(mixer.right, change))
-    return dataclasses.replace(mixer, **both)
 
 
 def _stacks_of(blocks: tuple[BlockConfig, ...]) -> Stacks:

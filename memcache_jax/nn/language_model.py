@@ -12,11 +12,11 @@ from memcache_jax import _checks
 from memcache_jax._checks import check_array, check_instance, check_integer, check_tokens
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.kernels._dispatch import WRITTEN
+from memcache_jax.nn import period
 from memcache_jax.nn.block import Between, Hidden, Period, stream_of
 from memcache_jax.nn.calls import ModelCall, answer, read_call
 from memcache_jax.nn.config import LanguageModelConfig
 from memcache_jax.nn.layers import Embed, Linear
-from memcache_jax.nn.memory_layer import MemoryLayer
 from memcache_jax.nn.model_cache import LanguageModelCache
 from memcache_jax.nn.stack import layer_of, make_stack, scan_stack
 from memcache_jax.sharding.layout import (
@@ -35,6 +35,8 @@ _OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
     offload_src="device",
     offload_dst="pinned_host",
 )
+_REMAT = functools.partial(jax.checkpoint, prevent_cse=False)
+_REMAT_OFFLOADED = functools.partial(_REMAT, policy=_OFFLOAD)
 _NAN_OUTSIDE: dict[str, Any] = dict(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
@@ -133,20 +135,14 @@ class LanguageModel(nnx.Module):
     ) -> Float[Array, "b t d"]:
         """Returns the last block's output after the final norm."""
         check_tokens(tokens, self.config.vocab_size)
-        wrap: Any = lambda body: body  # noqa: E731
+        wrap = None
         if self.config.remat:
-            policy = _OFFLOAD if self.config.offload_states else None
-            wrap = functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
+            wrap = _REMAT_OFFLOADED if self.config.offload_states else _REMAT
         x = self._embed(tokens)
         for layers, repeats in self.stacks:
-            x, _ = scan_stack(
-                layers,
-                repeats,
-                lambda period, x, _: (period(x, document_ids), None),
-                x,
-                settle=isinstance(x, Hidden),
-                wrap=wrap,
-            )
+            settle = isinstance(x, Hidden)
+            options: dict[str, Any] = dict(constants=document_ids, settle=settle, wrap=wrap)
+            x, _ = scan_stack(layers, repeats, period.call, x, **options)
         return self.norm(stream_of(x))
 
     @property
@@ -156,8 +152,11 @@ class LanguageModel(nnx.Module):
         layers: Any = [self.layers] if len(repeats) == 1 else self.layers
         return list(zip(layers, repeats, strict=True))
 
-    def gates(self, tokens: Int[Array, "b t"]) -> list[Float[Array, "b t h states"] | None]:
+    def gates(self, tokens: Int[Array, "b t"]) -> list[Any]:
         """Returns ``MemoryCaching.gates`` of every block, or None for blocks of other mixers.
+
+        Where several layers with caches run side by side in a block, as in ``ParallelMixer``, it is
+        a dictionary of their gates by name, such as ``"left"`` and ``"right"``.
 
         Args:
           tokens: token ids.
@@ -166,26 +165,11 @@ class LanguageModel(nnx.Module):
           ValueError: for tokens that are not integers of shape (b, t).
         """
         check_tokens(tokens, self.config.vocab_size)
-
-        def gates_of(period: Period, x: Between, _: None) -> tuple[Between, list]:
-            gates = []
-            for block in period.blocks:
-                given = block.mixer_input(stream_of(x))
-                first = x.values if isinstance(x, Hidden) else None
-                layers = (m for _, m in nnx.iter_modules(block) if isinstance(m, MemoryLayer))
-                layer = next(layers, None)
-                gates.append(None if layer is None else layer.gates(given, first=first))
-                x = block(x)
-            return x, gates
-
         x, found = self._embed(tokens), []
         for layers, repeats in self.stacks:
-            x, gates = scan_stack(layers, repeats, gates_of, x, settle=isinstance(x, Hidden))
-            found += [
-                None if of_mixer is None else of_mixer[repeat]
-                for repeat in range(repeats)
-                for of_mixer in gates
-            ]
+            x, gates = scan_stack(layers, repeats, period.gates, x, settle=isinstance(x, Hidden))
+            for repeat in range(repeats):
+                found += jax.tree.map(lambda of_all, repeat=repeat: of_all[repeat], gates)
         return found
 
     def _embed(self, tokens: Int[Array, "b t"]) -> Between:
@@ -235,8 +219,10 @@ class LanguageModel(nnx.Module):
         max_length = check_integer("max_length", max_length, optional=True)
 
         def empty() -> LanguageModelCache:
-            def init(period: Period, carry: None, _: None) -> tuple[None, list]:
-                return None, _without_states(period.init_cache(batch_size, max_length, options))
+            def init(layer: Period, *_: None) -> tuple[None, list]:
+                return None, period.without_states(
+                    layer.init_cache(batch_size, max_length, options)
+                )
 
             layers, states, bounds = [], [], [max_length]
             for stack, repeats in self.stacks:
@@ -272,22 +258,14 @@ class LanguageModel(nnx.Module):
         self._check_cache(cache)
         cache.check_room(tokens.shape, lengths)
         lengths = None if lengths is None else jnp.asarray(lengths)
-
-        def extend(period: Period, carry: tuple, layer: tuple) -> tuple[tuple, list]:
-            (x, states), (small, number) = carry, layer
-            caches = [
-                cache.with_states(shared, number)
-                for cache, shared in zip(small, states, strict=True)
-            ]
-            x, caches = period.extend(x, caches, lengths)
-            return (x, [cache.states for cache in caches]), _without_states(caches)
-
         x, layers, states = self._embed(tokens), [], []
         for (stack, repeats), (blocks, _) in zip(self.stacks, self.config.stacks, strict=True):
             own = slice(len(layers), len(layers) + len(blocks))
             inputs = cache.layers[own], jnp.arange(repeats)
             carry = x, cache.states[own]
-            (x, after), new = scan_stack(stack, repeats, extend, carry, inputs, settle=True)
+            (x, after), new = scan_stack(
+                stack, repeats, period.extend, carry, inputs, lengths, settle=True
+            )
             layers, states = layers + new, states + after
         taken = tokens.shape[1] if lengths is None else lengths
         position = _checks.advanced(cache.position, taken)
@@ -325,8 +303,3 @@ def abstract_model(config: LanguageModelConfig) -> tuple[nnx.GraphDef, nnx.State
 def as_layers(stacks: list) -> Any:
     """What a model keeps of its stacks: the one, or a list of several."""
     return stacks[0] if len(stacks) == 1 else nnx.List(stacks)
-
-
-def _without_states(caches: list) -> list:
-    """The layers' caches without their shared arrays, which a scan would copy."""
-    return [cache.with_states(jax.tree.map(lambda _: None, cache.states)) for cache in caches]

@@ -8,6 +8,7 @@ from flax import nnx
 
 from memcache_jax import _checks
 from memcache_jax._typing import Array, Float, Int
+from memcache_jax.nn.attend import AttentionCache, SharedCache
 from memcache_jax.nn.attention import Attention
 from memcache_jax.nn.layers import Linear
 from memcache_jax.nn.norms import Norm
@@ -72,6 +73,7 @@ class LatentAttention(Attention):
       ((1, 10, 32), (1, 1, 10, 20))
     """
 
+    _kept: ClassVar[type[AttentionCache]] = SharedCache
     _keeps_values: ClassVar[bool] = False
 
     def __init__(
@@ -158,10 +160,9 @@ class LatentAttention(Attention):
     ) -> tuple[list, Division | None]:
         query, latent, shared = self._latent(x)
         key = jnp.concatenate([latent, shared], axis=-1)
-        # One head of keys is not divided, and so the queries are not.
-        division = Division.of((query, "b . h"), *others, heads=1)
+        division = Division.of((query, "b . h"), *others, heads=self.num_heads)
         if division is not None:
-            query, key = division.lay(query, "b . ."), division.lay(key, "b . .")
+            query, key = division.lay(query, "b . h"), division.lay(key, "b . .")
         query = query.reshape(*x.shape[:2], self.num_heads, -1)
         of_latent, of_shared = jnp.split(query, [self.mixer.key_dim], axis=-1)
         keys, _ = self._kernels(query.dtype, division)
@@ -177,10 +178,14 @@ class LatentAttention(Attention):
 
     def _kernels(self, dtype: Any, division: Division | None) -> list[Array]:
         """From a latent row to each head's keys and values, (c, h, k) and (c, h, v)."""
-        kernel = self.up.kernel[...].astype(dtype)
-        if self.up.low_rank is not None:
-            kernel += self.up.low_rank.matrix().astype(dtype)
+        if any(isinstance(part, nnx.LoRAParam) for part in vars(self.up).values()):
+            # Adapters of others, such as qwix's, act where the layer is called, and only there.
+            kernel = self.up(jnp.eye(self.mixer.rank, dtype=dtype)).astype(dtype)
+        else:
+            kernel = self.up.kernel[...].astype(dtype)
+            if self.up.low_rank is not None:
+                kernel += self.up.low_rank.matrix().astype(dtype)
         if division is not None:
-            kernel = division.lay(kernel, ". .")
+            kernel = division.lay(kernel, ". h")
         kernel = kernel.reshape(self.mixer.rank, self.num_heads, -1)
         return jnp.split(kernel, [self.mixer.key_dim], axis=-1)

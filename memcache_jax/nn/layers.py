@@ -16,6 +16,9 @@ from memcache_jax.sharding.layout import as_spec, axes_of, context_mesh, explici
 from memcache_jax.sharding.names import partitioned
 from memcache_jax.sharding.time import over_time
 
+# Coefficients start near their bias for every token: with large steps, a run of equal tokens makes
+# a deep memory diverge.
+SMALL = jax.nn.initializers.variance_scaling(0.01, "fan_in", "normal")
 _LECUN_NORMAL = jax.nn.initializers.lecun_normal()  # Flax's default
 
 
@@ -234,3 +237,8 @@ def l2_normalize(x: Float[Array, "... k"], epsilon: float = 1e-6) -> Float[Array
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     norm = jax.lax.rsqrt(jnp.vecdot(wide, wide, precision="highest") + epsilon)
     return jnp.einsum("...k,...->...k", wide, norm, precision="highest").astype(x.dtype)
+
+
+def copy_of(param: nnx.Param) -> Any:
+    """An initialiser that returns a copy of another parameter, so that both can be donated."""
+    return lambda key, shape, dtype: jnp.array(param[...], dtype)

@@ -1,6 +1,7 @@
 """Two token mixers side by side, such as attention beside a state space model."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -112,3 +113,23 @@ class Parallel(nnx.Module):
     def _sum(self, left: Array, right: Array) -> Array:
         left = left if self.left_scale == 1 else self.left_scale * left
         return left + (right if self.right_scale == 1 else self.right_scale * right)
+
+
+def changed(mixer: Any, change: Callable[[Any], Any]) -> Any:
+    """The mixer with a change, of each of both where two run side by side."""
+    if not isinstance(mixer, ParallelMixer):
+        return change(mixer)
+    both = dict(left=changed(mixer.left, change), right=changed(mixer.right, change))
+    return dataclasses.replace(mixer, **both)
+
+
+def side_by_side(mixer: Any, name: str = "") -> dict[str, Any]:
+    """The mixers that run side by side by their names, ``"left"`` and ``"right"``; "" for one.
+
+    Those within another have its name before theirs, as ``"left.right"``.
+    """
+    if not isinstance(mixer, ParallelMixer):
+        return {name: mixer}
+    name = f"{name}." if name else ""
+    left, right = (side_by_side(getattr(mixer, x), f"{name}{x}") for x in ("left", "right"))
+    return left | right

@@ -8,9 +8,10 @@ from flax import nnx
 from memcache_jax.aggregation import GRM, Aggregation
 from memcache_jax.caching import check_configuration
 from memcache_jax.nn.block import Block
-from memcache_jax.nn.config import MemoryCachingMixer, Mixer, changed
+from memcache_jax.nn.config import MemoryCachingMixer, Mixer
 from memcache_jax.nn.language_model import LanguageModel, abstract_model
 from memcache_jax.nn.memory_layer import MemoryLayer
+from memcache_jax.nn.parallel import changed
 from memcache_jax.nn.recurrent import Recurrent, RecurrentMixer
 from memcache_jax.nn.tuning import grown
 from memcache_jax.segmentation import Segmentation

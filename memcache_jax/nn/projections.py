@@ -12,14 +12,10 @@ from memcache_jax._typing import Array, Float, Int
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.memories import Control, Memory
 from memcache_jax.nn.host_options import ProjectionOptions
-from memcache_jax.nn.layers import CausalConv, Linear, as_laid, l2_normalize
+from memcache_jax.nn.layers import SMALL, CausalConv, Linear, as_laid, copy_of, l2_normalize
 from memcache_jax.nn.memory_layer import MemoryLayer
 from memcache_jax.sharding.division import Division
 from memcache_jax.sharding.names import partitioned
-
-# Coefficients start near their bias for every token: with large steps, a run of equal tokens makes
-# a deep memory diverge.
-_SMALL = jax.nn.initializers.variance_scaling(0.01, "fan_in", "normal")
 
 
 class Projections(MemoryLayer):
@@ -63,17 +59,17 @@ class Projections(MemoryLayer):
         self.query_conv, self.value_conv = conv(), conv()
         # Keys and connectors start as copies of the queries, and so match them from the first step
         # on; with unrelated maps recall stays on a plateau.
-        copies = dict(kernel_init=_copy(self.query.kernel))
+        copies = dict(kernel_init=copy_of(self.query.kernel))
         if self.query.bias is not None:
-            copies["bias_init"] = _copy(self.query.bias)
+            copies["bias_init"] = copy_of(self.query.bias)
         self.key = linear(inner, **options_of.inputs | copies)
-        self.key_conv = conv(_copy(self.query_conv.kernel))
+        self.key_conv = conv(copy_of(self.query_conv.kernel))
         wanted = aggregation.relevance.connector
         if wanted == "distances":
             self.connector = linear(num_heads * distances)
         elif wanted == "key":
             if connector == "learned":
-                self.connector = linear(inner, kernel_init=_copy(self.query.kernel))
+                self.connector = linear(inner, kernel_init=copy_of(self.query.kernel))
             init = partitioned(jax.nn.initializers.constant(10.0), "heads")
             self.temperature = nnx.Param(init(jax.random.key(0), (num_heads,), param_dtype))
 
@@ -83,7 +79,7 @@ class Projections(MemoryLayer):
                 size = num_heads * (self.head_dim if control.per_channel else 1)
                 bias_init = jax.nn.initializers.constant(control.bias)
                 self.controls[name] = linear(
-                    size, use_bias=True, kernel_init=_SMALL, bias_init=bias_init
+                    size, use_bias=True, kernel_init=SMALL, bias_init=bias_init
                 )
         self.weights = nnx.Dict()
         for name, shape in memory.weight_shapes(self.head_dim, self.head_dim).items():
@@ -200,8 +196,3 @@ class Projections(MemoryLayer):
         if control.per_channel:
             logits = heads(logits)
         return control.scale * control.activation(logits)
-
-
-def _copy(param: nnx.Param) -> Any:
-    """An initialiser that returns a copy of another parameter, so that both can be donated."""
-    return lambda key, shape, dtype: jnp.array(param[...], dtype)

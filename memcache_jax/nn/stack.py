@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from memcache_jax._eager import compiled, is_value
 from memcache_jax._varying import vary, varying
 from memcache_jax.sharding.layout import as_axes, axes_of, context_mesh, explicit_axes, lay_out
 from memcache_jax.sharding.names import partition_name
@@ -39,14 +40,15 @@ def make_stack(make: Callable[[nnx.Rngs], Any], repeats: int, rngs: nnx.Rngs) ->
 def scan_stack(
     layers: Any,
     repeats: int,
-    apply: Callable[[Any, Any, Any], tuple[Any, Any]],
+    apply: Callable[..., tuple[Any, Any]],
     carry: Any,
     inputs: Any = None,
+    constants: Any = None,
     *,
     settle: bool = False,
-    wrap: Callable[[Callable], Callable] = lambda f: f,
+    wrap: Callable[[Callable], Callable] | None = None,
 ) -> tuple[Any, Any]:
-    """Runs ``apply(layer, carry, input)`` layer by layer: the last carry, and all outputs stacked.
+    """Runs ``apply(layer, carry, input, constants)`` layer by layer.
 
     What others attach to the layers, such as the variables of ``nnx.capture``, is no layer's own
     unless it is stacked too. Each layer sees it as it is, and what they make of it is stacked.
@@ -54,31 +56,66 @@ def scan_stack(
     Args:
       layers: from ``make_stack``.
       repeats: number of layers.
-      apply: one layer's part.
+      apply: one layer's part. Outside of transformations it is compiled once for each shape if it
+        is a function of a module.
       carry: what goes from layer to layer.
       inputs: a tree of arrays (repeats, ...).
+      constants: a tree of arrays that all layers see.
       settle: whether a layer may divide the carry over Explicit axes otherwise than it finds it.
       wrap: a transformation of the scan's body, such as ``jax.checkpoint``.
+
+    Returns:
+      The last carry, and all outputs stacked.
     """
     for part in vars(layers).values():
         if isinstance(part, nnx.List):  # nothing to see there, and Flax 0.12.8 cannot split it
             vars(part).pop("__captures__", None)
     graph, stacked, attached = nnx.split(layers, _is_stacked(layers, repeats), ...)
+    carry = vary(carry, varying((carry, stacked, inputs)))
+    arrays = carry, (stacked, inputs), attached, constants
+    how: dict[str, Any] = dict(graph=graph, apply=apply, settle=settle, wrap=wrap)
+    once = "<locals>" not in apply.__qualname__ and _has_values(layers)
+    once = once and context_mesh(*jax.tree.leaves((carry, stacked, inputs))) is None
+    carry, (outputs, captured) = compiled(_scan, *arrays, **how) if once else _scan(*arrays, **how)
+    if captured:
+        nnx.update(layers, captured)
+    return carry, outputs
+
+
+def _has_values(layers: Any) -> bool:
+    """Whether all that modules hold beside modules and variables is known by its value."""
+    parts = (nnx.Pytree, nnx.Variable)
+    return all(
+        is_value(x)
+        for _, module in nnx.iter_modules(layers)
+        for name, x in vars(module).items()
+        if not (name.startswith("_pytree__") or isinstance(x, parts))
+    )
+
+
+def _scan(
+    carry: Any,
+    layers: tuple,
+    attached: nnx.State,
+    constants: Any,
+    *,
+    graph: nnx.GraphDef,
+    apply: Callable[..., tuple[Any, Any]],
+    settle: bool,
+    wrap: Callable[[Callable], Callable] | None,
+) -> tuple[Any, tuple]:
+    """The last carry, all outputs, and what the layers left in variables that hosts attach."""
 
     def body(carry: Any, layer: tuple) -> tuple[Any, tuple]:
         state, given = layer
         before = nnx.merge_state(state, attached)
         own = jax.tree.map(lambda x: x, before)  # variables of its own, with the same arrays
         module = nnx.merge(graph, own)
-        carry, out = apply(module, carry, given)
+        carry, out = apply(module, carry, given, constants)
         return carry, (out, _captured(module, before))
 
-    carry = vary(carry, varying((carry, stacked, inputs)))
-    carry = _settled(body, carry, (stacked, inputs)) if settle else carry
-    carry, (outputs, captured) = lax.scan(wrap(body), carry, (stacked, inputs))
-    if captured:
-        nnx.update(layers, captured)
-    return carry, outputs
+    carry = _settled(body, carry, layers) if settle else carry
+    return lax.scan(body if wrap is None else wrap(body), carry, layers)
 
 
 def _settled(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, layers: Any) -> Any:

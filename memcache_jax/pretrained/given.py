@@ -33,8 +33,15 @@ class Given:
         return default if value is None else value
 
     def dtype(self) -> str:
-        """The dtype of the files."""
-        return self.get("dtype", self.get("torch_dtype", "float32"))
+        """The dtype of the files.
+
+        Raises:
+          ValueError: for one that is none of floating numbers.
+        """
+        found = self.get("dtype", self.get("torch_dtype", "float32"))
+        if found not in ("float32", "bfloat16", "float16", "float64"):
+            raise ValueError(f"{self.where}: dtype={found!r} is not served")
+        return found
 
     def replaced(self, **values: Any) -> "Given":
         """The same with other values."""
@@ -82,10 +89,19 @@ def read_given(folder: Path) -> Given:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json: give a folder as its library saves models")
+    return Given(read_object(path), str(path))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Returns the JSON object that a file holds.
+
+    Raises:
+      ValueError: if it holds none.
+    """
     try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold an object, got {type(values).__name__}")
-    return Given(values, str(path))
+    return values

@@ -72,8 +72,21 @@ def load(
 
 
 def described(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig:
-    """The shape of a published model, of its ``config.json`` alone."""
-    return family_of(given).config(given, dtype=dtype, param_dtype=param_dtype)
+    """The shape of a published model, of its ``config.json`` alone.
+
+    Raises:
+      ValueError: that names the file, for values of which there is no model.
+    """
+    family = family_of(given)
+    try:
+        return family.config(given, dtype=dtype, param_dtype=param_dtype)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if given.where in str(error):
+            raise
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(
+            f"{given.where} does not describe a supported model: {kind}{error}"
+        ) from error
 
 
 def _fill(
@@ -107,6 +120,8 @@ def _read(
     """One of a tensor's parts, of these shapes; if it has rows of its own, those alone are read."""
     sizes = sum(int(np.prod(shape)) for shape in shapes)
     given = [weights.shape(name) for name in tensor.names]
+    if tensor.row is not None:
+        given = [shape[1:] if shape and tensor.row < shape[0] else () for shape in given]
     if sizes != sum(int(np.prod(shape)) for shape in given):
         raise ValueError(
             f"{', '.join(tensor.names)} of {weights.folder} must be {shapes} together, "

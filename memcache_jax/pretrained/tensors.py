@@ -37,6 +37,8 @@ class Tensor:
       axis: the axis of rows, along which parts are joined.
       shape: the tensor's shape, with one -1, where it is not that of its parts.
       others: other names that files have for the tensors, which are read and not written.
+      others_row: the row of the one other that the tensor is; None for all of it.
+      row: the same of ``names``.
     """
 
     names: tuple[str, ...]
@@ -46,11 +48,13 @@ class Tensor:
     axis: int = 0
     shape: tuple[int, ...] | None = None
     others: tuple[str, ...] = ()
+    others_row: int | None = None
+    row: int | None = None
 
     def named_in(self, names: set[str]) -> "Tensor":
         """The tensor by the names that a file has for it."""
         if self.others and set(self.others) <= names:
-            return dataclasses.replace(self, names=self.others)
+            return dataclasses.replace(self, names=self.others, row=self.others_row)
         return self
 
     def cut(self, joined: np.ndarray, sizes: list[tuple[int, ...]]) -> list[np.ndarray]:
@@ -68,6 +72,8 @@ class Tensor:
         """The rows that are this part alone; None if it is spread over the tensor, or several."""
         if len(self.names) > 1:
             return None
+        if self.row is not None:
+            return slice(self.row, self.row + 1)
         if len(self.parts) == 1:
             return slice(None)
         if self.groups > 1 or self.axis:

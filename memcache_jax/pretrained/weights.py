@@ -1,11 +1,12 @@
 """The tensors of a folder of ``safetensors`` files, read one by one."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes  # noqa: F401  # whose names of dtypes NumPy then knows
 import numpy as np
+
+from memcache_jax.pretrained.given import read_object
 
 
 def safetensors() -> Any:
@@ -23,14 +24,17 @@ class Weights:
     """The tensors of a folder: ``model.safetensors``, or the parts that its index names.
 
     Raises:
-      ValueError: if the folder has neither, or a part is missing.
+      ValueError: if the folder has neither, or a part is missing or damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            owners = read_object(index).get("weight_map")
+            if not isinstance(owners, dict) or not all(isinstance(x, str) for x in owners.values()):
+                raise ValueError(f"{index} has no weight_map of names to files")
+            files = sorted(set(owners.values()))
         else:
             files = ["model.safetensors"]
         missing = [name for name in files if not (folder / name).is_file()]
@@ -43,8 +47,11 @@ class Weights:
 
     def _file(self, file: str) -> Any:
         if file not in self._open:
-            path = self.folder / file
-            self._open[file] = safetensors().safe_open(path, framework="np")
+            path, library = self.folder / file, safetensors()
+            try:
+                self._open[file] = library.safe_open(path, framework="np")
+            except library.SafetensorError as error:
+                raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
         return self._open[file]
 
     @property

@@ -5,6 +5,7 @@ each part writes its own segments. Only the states at their ends and the pooled 
 and the maps of segments where buckets span several, not the activations of tokens.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memcache_jax._typing import Array, Exchange, Float, Implementation, Int, Start
-from memcache_jax.aggregation import Aggregation
+from memcache_jax.aggregation import GRM, SSC, Aggregation, Residual, Soup
 from memcache_jax.engine.bank import compose_plan
 from memcache_jax.engine.documents import count_documents
 from memcache_jax.engine.one_pass import one_pass
@@ -21,7 +22,7 @@ from memcache_jax.engine.run import cut_for, full_controls, run, widen, writing
 from memcache_jax.engine.types import Tokens
 from memcache_jax.gating import in_order
 from memcache_jax.memories import Memory
-from memcache_jax.segmentation import Lengths, Segmentation
+from memcache_jax.segmentation import Lengths, ReadPlan, Segmentation
 from memcache_jax.sharding.division import Division
 from memcache_jax.sharding.layout import check_not_mapped_over
 from memcache_jax.sharding.parts import Part, last_before
@@ -55,9 +56,18 @@ def over_mesh(
     row: Any = "b t h ."
     letters = Tokens(row, row, row, row, of_controls), "h", "b t"
     parts, length = division.parts, tokens.key.shape[1]
+    carried = parts > 1 and is_carried(memory, aggregation, segmentation, length)
+    if carried:
+        size = -(-length // parts)
+        chunk = memory.gradient_chunk or min(size, memory.largest_chunk)
+        size = -(-size // chunk) * chunk
+        how |= dict(segmentation=_Live(size), start="checkpoint")
+        segmentation, exchange = how["segmentation"], "gather"
     document, local = document_ids, functools.partial(one_pass, aggregation=aggregation, **how)
     if parts > 1:
-        check_parts(parts, length, exchange=exchange, documents=document is not None, **how)
+        # Padding gives each part a segment.
+        whole = parts * segmentation.size if carried else length
+        check_parts(parts, whole, exchange=exchange, documents=document is not None, **how)
         # Counted over the whole sequence: an id may come again in another part.
         if document is not None:
             document = division.compute(count_documents, document, "b t")
@@ -74,6 +84,30 @@ def over_mesh(
 
     y = division.run(own, (tokens, weights, document), letters, row)
     return y if y.shape[1] == length else division.compute(lambda y: y[:, :length], y, row)
+
+
+def is_carried(
+    memory: Memory, aggregation: Aggregation, segmentation: Segmentation, length: int
+) -> bool:
+    """Whether the sequence is a single segment, whose state is carried across the devices.
+
+    Each part is then a run, and the state before it is composed of the runs before. The live memory
+    is all that is read: the library's own aggregations give it the weight 1, whatever its key.
+    """
+    softmax = type(aggregation) in (Residual, GRM, Soup, SSC)
+    return memory.merges and softmax and segmentation.plan(length).num_blocks == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Live(Segmentation):
+    """Segments that read no states but the live one, which goes on through them."""
+
+    size: int
+
+    def plan(self, length: int) -> ReadPlan:
+        blocks = np.arange(self._blocks(length))
+        none = np.zeros((0, 2), int), np.zeros((len(blocks), 0), int)
+        return ReadPlan(self.size, *none, blocks)
 
 
 def _padded(division: Division, padding: int, letters: str, x: Array | None) -> Array | None:

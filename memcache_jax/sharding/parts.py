@@ -104,7 +104,9 @@ class Part(Layout):
             ends = _gathered(ends, self.axis)
             matrices = how.memory.matrices(bucket_states(how, ends, blocks.rows, plan))
         else:
-            matrices = _gathered(how.memory.matrices(ends.state), self.axis)
+            matrices = how.memory.matrices(ends.state)
+            if len(plan.buckets):  # else nothing is read of them
+                matrices = _gathered(matrices, self.axis)
             matrices = jax.tree.map(lambda x: x[:, :, plan.buckets[:, 1] - 1], matrices)
         return ArrayBank(how.memory, matrices, how.implementation), candidates
 
@@ -133,7 +135,7 @@ class Part(Layout):
             return jax.vmap(of_row)(blocks.tokens.key, blocks.pooled, blocks.document)
 
         states, same = mine(plan.reads), None
-        if self.document is not None:
+        if self.document is not None and plan.reads.size:
             of_state = lax.all_gather(self.document[:, :, -1], self.axis, axis=1, tiled=True)
             after = jnp.asarray(plan.buckets[:, 1])[jnp.maximum(states[0], 0)]
             same = self.document[..., None] == of_state[:, after - 1][:, :, None]

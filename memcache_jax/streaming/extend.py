@@ -10,6 +10,7 @@ from jax import lax
 
 from memcache_jax import _checks
 from memcache_jax._checks import check_arguments
+from memcache_jax._eager import compiled
 from memcache_jax._typing import Array, Float, Int, Start
 from memcache_jax._varying import alike
 from memcache_jax.aggregation import Aggregation
@@ -108,7 +109,7 @@ def extend(
     rows = ((x, "b . h .") for x in (query, key, value, connector))
     division = Division.of(*rows, (cache.position, "b"), (cache.key_sum, "b h . ."))
     if division is None:
-        return _extend(cache, tokens, counts)
+        return compiled(_extend, cache, tokens, counts)
     if config.placement == "host":  # where a row's heads lie side by side
         division = division.whole("h")
     row: Any = "b . h ."

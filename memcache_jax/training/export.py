@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import optax
 import orbax.checkpoint
@@ -32,6 +33,7 @@ _log = logging.getLogger(__name__)
 TOKENIZER_FILE = "tokenizer.json"
 # An export that was killed between its two renames left one of the latter two names.
 EXPORTS = ("params", "params.new", "params.old")
+RESULTS_FILE = "results.json"
 
 
 def export_params(workdir: str | os.PathLike[str], params: Params) -> Path:
@@ -75,10 +77,11 @@ def load_model(workdir: str | os.PathLike[str]) -> tuple[LanguageModel, Tokenize
     The parameters come from the newest readable checkpoint, even of an unfinished run; without
     checkpoints, from the export in ``workdir/params``. Those that a run of a public model has not
     trained are in no checkpoint, and come from the public model's folder; the export has them.
-    Adapters are merged.
+    Adapters are merged. Without that folder the export serves, if it is as new as the checkpoint.
 
     Raises:
-      ValueError: if the workdir holds no run, or no parameters.
+      ValueError: if the workdir holds no run, or no parameters; or if the public model's folder is
+        needed, and is gone or changed.
     """
     check_instance("workdir", workdir, (str, os.PathLike), "a path")
     workdir = Path(os.path.abspath(workdir))
@@ -114,6 +117,13 @@ def load_tokenizer(workdir: str | os.PathLike[str]) -> Tokenizer:
     return make_tokenizer(name, eos_token=data.eos_token)
 
 
+def read_results(workdir: Path, step: int) -> dict[str, Any] | None:
+    """Returns the results of a run that finished at ``step``, or None."""
+    path = workdir / RESULTS_FILE
+    results = read_json(path) if path.exists() else None
+    return results if isinstance(results, dict) and results.get("step") == step else None
+
+
 def _read_config(workdir: Path) -> Config:
     path = workdir / "config.json"
     if not path.is_file():
@@ -126,8 +136,23 @@ def _read_config(workdir: Path) -> Config:
 
 
 def _load_params(workdir: Path, target: Params, exported: Exported | None = None) -> Params:
-    checkpoints = [workdir / "checkpoints" / str(s) for s in Checkpoints.steps_in(workdir)]
-    places = checkpoints + [workdir / name for name in EXPORTS if (workdir / name).exists()]
+    steps = Checkpoints.steps_in(workdir)
+    exports = [workdir / name for name in EXPORTS if (workdir / name).exists()]
+    frozen: Params = {}
+    if exported is not None and steps:
+        try:
+            frozen = exported.frozen(workdir)
+        except (ValueError, OSError) as e:
+            said = (
+                f"{workdir} trained only some parameters of the public model in "
+                f"{exported.config.pretrained}, and needs that folder as it was: {root_cause(e)}"
+            )
+            if not exports or read_results(workdir, steps[0]) is None:  # written after the export
+                raise ValueError(f"{said}. Put it back, or a link to where it is now") from e
+            _log.warning("Reading the export of step %d: %s.", steps[0], said)
+            steps, exports = [], exports[:1]  # not one of before
+    checkpoints = [workdir / "checkpoints" / str(step) for step in steps]
+    places = checkpoints + exports
     for place in places:
         try:
             if place in checkpoints:
@@ -135,7 +160,7 @@ def _load_params(workdir: Path, target: Params, exported: Exported | None = None
                 saved = with_saved_names(target, ocp.metadata(str(place), "params").metadata)
                 found = ocp.load_checkpointables(str(place), {"params": saved})
                 params = upgrade_params(found["params"])
-                return params if exported is None else exported.complete(params)
+                return params if exported is None else exported.complete(params, frozen)
             check_digests(place)
             if exported is not None:
                 target = on_default_device(TrainState(exported.target, ())).params

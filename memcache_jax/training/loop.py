@@ -28,7 +28,7 @@ from memcache_jax.training.distributed import (
 )
 from memcache_jax.training.documents import separator
 from memcache_jax.training.durable import replace_file
-from memcache_jax.training.export import TOKENIZER_FILE
+from memcache_jax.training.export import TOKENIZER_FILE, read_results
 from memcache_jax.training.metrics import MetricsWriter, Progress, read_metrics
 from memcache_jax.training.optimizer import make_optimizer, make_schedule
 from memcache_jax.training.pretrained import FILE, PublicModel, begin, merged, run_model
@@ -42,12 +42,7 @@ from memcache_jax.training.step import (
     make_train_step,
 )
 from memcache_jax.training.streams import Streams, streams_here
-from memcache_jax.training.workdir import (
-    check_same_run,
-    check_workdir,
-    lock_run,
-    read_results,
-)
+from memcache_jax.training.workdir import check_same_run, check_workdir, lock_run
 
 _log = logging.getLogger(__name__)
 
@@ -169,7 +164,7 @@ class _Run:
         if notes is not None:
             check_same_run(self.workdir, notes, self.config, self.corpus.identity)
             if self.public is not None:
-                self.public.check_same(PublicModel.of_run(self.workdir))
+                self.public.check_same(PublicModel.of_run(self.workdir), self.workdir)
         restored = self.checkpoints.restore(self.target, self.batches)
         if restored is None:
             self.state = self.create()

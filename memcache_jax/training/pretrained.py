@@ -21,13 +21,14 @@ from memcache_jax.pretrained.given import Given, read_given
 from memcache_jax.pretrained.read import described
 from memcache_jax.training.config import Config, default_config, to_json
 from memcache_jax.training.corpus import digest_of
-from memcache_jax.training.durable import read_json
+from memcache_jax.training.durable import digest_of_all, read_json
 from memcache_jax.training.models import caches, model_config
 from memcache_jax.training.step import Params, TrainState, joined, pure
 from memcache_jax.training.tokenizers import end_token_of
 
 FILE = "pretrained.json"
 # Keys of ``config.model`` that are then the public model's, and those that say nothing of it.
+_WEIGHTS = "*.safetensors"
 _ITS_OWN = ("vocab_size", "num_layers", "features", "num_heads", "tie_embeddings")
 _NOT_ITS = ("head_dim", "mlp_features", "mixers", "memory", "connector", "distances")
 _NOT_ITS += ("window", "rope_base")
@@ -39,7 +40,8 @@ class PublicModel(NamedTuple):
     Attributes:
       folder: where it is.
       values: its ``config.json``.
-      files: a digest of the names, sizes and ends of its files.
+      files: a digest of its files of weights, names and all bytes; empty where it was not asked
+        for.
     """
 
     folder: str
@@ -47,8 +49,12 @@ class PublicModel(NamedTuple):
     files: str
 
     @classmethod
-    def of(cls, config: Config) -> "PublicModel | None":
+    def of(cls, config: Config, *, digest: bool = True) -> "PublicModel | None":
         """The model that a configuration names, if it names one.
+
+        Args:
+          config: of a run.
+          digest: whether to read all of its files, for ``files``.
 
         Raises:
           ValueError: if the folder is none.
@@ -57,8 +63,7 @@ class PublicModel(NamedTuple):
             return None
         folder = Path(config.pretrained).absolute()
         values = dict(read_given(folder).values)
-        files = {path.name: path for path in sorted(folder.glob("*.safetensors"))}
-        return cls(str(folder), values, digest_of(files))
+        return cls(str(folder), values, digest_of_weights(folder) if digest else "")
 
     @classmethod
     def of_run(cls, workdir: Path) -> "PublicModel | None":
@@ -149,13 +154,27 @@ class PublicModel(NamedTuple):
         model = load(self.folder, dtype=described.dtype, param_dtype=described.param_dtype)
         return pure(nnx.state(model, nnx.Param))
 
-    def check_same(self, other: "PublicModel | None") -> None:
-        """Raises ValueError unless the run began with this model."""
-        if other is not None and (self.values, self.files) != (other.values, other.files):
+    def check_same(self, other: "PublicModel | None", workdir: Path) -> None:
+        """Raises ValueError unless the run in a workdir began with this model, its ``of_run``."""
+        if other is None:
             raise ValueError(
-                f"{self.folder} is not the model that the run began with, from {other.folder}: "
-                "bring that one back, or give another --workdir"
+                f"{FILE} is missing from {workdir}; it records the model that the run began with: "
+                "bring it back, or give another --workdir"
             )
+        changed = "config.json" if self.values != other.values else "files of weights"
+        files = self.files
+        if len(other.files) != len(files):  # of an earlier version: of the ends of its files
+            files = digest_of({x.name: x for x in sorted(Path(self.folder).glob(_WEIGHTS))})
+        if (self.values, files) != (other.values, other.files):
+            raise ValueError(
+                f"{self.folder} is not the model that the run began with, from {other.folder}: its "
+                f"{changed} changed. Bring that one back, or give another --workdir"
+            )
+
+
+def digest_of_weights(folder: Path) -> str:
+    """A digest of a public model's files of weights and their index: names, and all bytes."""
+    return digest_of_all(sorted([*folder.glob(_WEIGHTS), *folder.glob(f"{_WEIGHTS}.index.json")]))
 
 
 def run_model(config: Config, public: PublicModel | None) -> LanguageModelConfig:
@@ -233,14 +252,22 @@ class Exported(NamedTuple):
         target = jax.eval_shape(lambda params: _merged_params(run, params), whole)
         return cls(public, config, run, graph, target)
 
-    def complete(self, trained: Params) -> Params:
-        """The whole model's parameters, of those that a checkpoint has."""
+    def frozen(self, workdir: Path) -> Params:
+        """What the run in a workdir has not trained, read from the public model's folder now.
+
+        Raises:
+          ValueError: if the folder is not there, or holds another model.
+        """
         if self.config.tune == "all":
-            return trained
+            return {}
         found = PublicModel.of(self.config)
         assert found is not None, "a run of a public model"
-        found.check_same(self.public)
-        return merged(self.run, joined(trained, found.parameters(self.config)))[1]
+        found.check_same(self.public, workdir)
+        return found.parameters(self.config)
+
+    def complete(self, trained: Params, frozen: Params) -> Params:
+        """The whole model's parameters, of those that a checkpoint has and those of ``frozen``."""
+        return merged(self.run, joined(trained, frozen))[1] if frozen else trained
 
     def model(self, params: Params) -> LanguageModel:
         """The model, which ``mc.pretrained.save`` takes."""

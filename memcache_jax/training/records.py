@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -42,10 +43,17 @@ class _Part(NamedTuple):
 
 
 class _Unpacked:
-    """A temporary file that goes with the last of its users."""
+    """A temporary file that goes with the last of its users, who take turns."""
 
     def __init__(self) -> None:
         self.file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        self._turn = threading.Lock()
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[IO[bytes]]:
+        """The file for one user: its position is shared."""
+        with self._turn:
+            yield self.file
 
     def __del__(self) -> None:
         self.file.close()
@@ -210,7 +218,7 @@ class Records:
             return b""
         start = int(lines.starts[within])
         packed = self._unpacked if is_compressed(file) else None
-        with contextlib.nullcontext(packed.file) if packed else file.open("rb") as f:
+        with packed.opened() if packed else file.open("rb") as f:
             f.seek(start)
             line = f.readline()
             try:

@@ -16,11 +16,10 @@ from memcache_jax.nn import LanguageModel
 from memcache_jax.training.config import Config
 from memcache_jax.training.distributed import is_main_process
 from memcache_jax.training.durable import replace_file
-from memcache_jax.training.export import export_params
+from memcache_jax.training.export import RESULTS_FILE, export_params
 from memcache_jax.training.metrics import plot_curve, read_metrics
 from memcache_jax.training.step import Params
 from memcache_jax.training.tokenizers import Tokenizer
-from memcache_jax.training.workdir import RESULTS_FILE
 
 
 def write_report(

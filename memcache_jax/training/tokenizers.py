@@ -1,12 +1,13 @@
 """Tokenizers: raw bytes, or a Hugging Face ``tokenizers`` JSON file."""
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+
+from memcache_jax.pretrained.given import read_object
 
 EOS_TOKENS = ("</s>", "<|endoftext|>", "<eos>", "[SEP]", "<|end_of_text|>")
 
@@ -167,12 +168,19 @@ def added_text(
 
 
 def end_token_of(folder: Path) -> str | None:
-    """Returns the token that ends a document, as a public model's folder names it, if it does."""
+    """Returns the token that ends a document, as a public model's folder names it, if it does.
+
+    Raises:
+      ValueError: that names the file, if it is not as the package transformers writes it.
+    """
     options = folder / "tokenizer_config.json"
     if not options.is_file():
         return None
-    token = json.loads(options.read_text()).get("eos_token")
-    return token.get("content") if isinstance(token, dict) else token
+    given = read_object(options).get("eos_token")
+    token = given.get("content") if isinstance(given, dict) else given
+    if not isinstance(token, str | None):
+        raise ValueError(f"{options}: eos_token must be a token's text, got {given!r:.100}")
+    return token
 
 
 def published_tokenizer(folder: Path) -> FileTokenizer:

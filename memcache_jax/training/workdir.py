@@ -10,19 +10,9 @@ from memcache_jax.training.checkpoint import Checkpoints
 from memcache_jax.training.config import Config, config_differences, to_json
 from memcache_jax.training.corpus import mended_files
 from memcache_jax.training.distributed import all_agree, is_main_process
-from memcache_jax.training.durable import read_json
-from memcache_jax.training.export import EXPORTS
+from memcache_jax.training.export import EXPORTS, RESULTS_FILE
 
 _log = logging.getLogger(__name__)
-
-RESULTS_FILE = "results.json"
-
-
-def read_results(workdir: Path, step: int) -> dict[str, Any] | None:
-    """Returns the results of a run that finished at ``step``, or None."""
-    path = workdir / RESULTS_FILE
-    results = read_json(path) if path.exists() else None
-    return results if isinstance(results, dict) and results.get("step") == step else None
 
 
 def lock_workdir(workdir: Path, who: str = "run") -> TextIO:

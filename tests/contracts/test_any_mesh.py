@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import memcache_jax as mc
 from memcache_jax.kernels._dispatch import interpret_kernels
-from tests.cases import MEMORIES, assert_close, make_inputs, with_slow
+from tests.cases import COVER, MEMORIES, assert_close, make_inputs, with_slow
 
 EXPLICIT, AUTO = AxisType.Explicit, AxisType.Auto
 # The logical names and the mesh of a large public trainer, most of whose axes have one device.
@@ -81,10 +81,10 @@ def assert_same(got, wanted, tolerance=1e-5):
     jax.tree.map(lambda x, y: assert_close(np.asarray(x), np.asarray(y), tolerance), got, wanted)
 
 
-@pytest.mark.parametrize("name", with_slow([*MEMORIES], "linear"))
+@pytest.mark.parametrize("name", with_slow([*COVER], "linear"))
 def test_every_rule_where_explicit_axes_divide_rows_and_heads(name):
     memory = MEMORIES[name]
-    kind = mc.SSC(top_k=2) if list(MEMORIES).index(name) % 2 else mc.GRM()
+    kind = mc.SSC(top_k=2) if list(COVER).index(name) % 2 else mc.GRM()
     how: Any = dict(memory=memory, aggregation=kind, segmentation=mc.Constant(8))
     inputs, wanted = of_one_device(memory, kind)
     mesh = mesh_of((2, 4), ("rows", "model"), EXPLICIT)

@@ -7,6 +7,7 @@ import pytest
 
 import memcache_jax as mc
 from tests.cases import (
+    COVER,
     FAMILIES,
     MEMORIES,
     SEGMENTATIONS,
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 GATED = (("content", "mean"), ("content", "sum"), ("position", "mean"), ("uniform", "mean"))
 
 
-@pytest.mark.parametrize("name", with_slow([*MEMORIES], "linear"))
+@pytest.mark.parametrize("name", with_slow([*COVER], "linear"))
 def test_every_rule_with_every_gate(name):
     """By the fast path as by the recurrence, the connector a vector of its own or the query.
 

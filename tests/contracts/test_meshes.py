@@ -23,13 +23,13 @@ MIXERS = {
     "transformer": mc.nn.AttentionMixer(),
 }
 TITANS, DELTA, LOG, _ = MIXERS
-# The mixers for each: rows are divided over "data" and "fsdp" whatever the mixer is.
+# The mixers for each: what divides rows and heads is the same whatever the mixer is.
 MESHES = {
     (8, 1, 1, 1): (TITANS,),
     (1, 8, 1, 1): (DELTA,),
     (1, 1, 8, 1): (TITANS, DELTA, LOG),
-    (1, 1, 1, 8): (TITANS, DELTA, LOG),
-    (2, 2, 2, 1): (TITANS, DELTA, LOG),
+    (1, 1, 1, 8): (LOG,),
+    (2, 2, 2, 1): (DELTA,),
     (1, 2, 2, 2): (TITANS, DELTA, LOG),
 }
 # A rate of one: the change of a parameter is its gradient.
@@ -105,7 +105,7 @@ def test_every_mesh_gives_the_gradient_of_one_device(name, shape):
     assert_same(got, on_one_device(name, jnp.float64), 1e-10)
 
 
-@pytest.mark.parametrize("shape", with_slow({str(s): s for s in MESHES}, "(1, 2, 2, 2)"))
+@pytest.mark.parametrize("shape", with_slow({str(s): s for s in [*MESHES][2:]}, "(1, 2, 2, 2)"))
 def test_every_mesh_gives_the_gradient_of_attention(shape):
     """In float32, in which JAX has its softmax."""
     got = on_mesh("transformer", jnp.float32, shape)

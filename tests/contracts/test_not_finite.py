@@ -13,7 +13,15 @@ from jax.sharding import PartitionSpec as P
 
 import memcache_jax as mc
 from memcache_jax.kernels._dispatch import interpret_kernels
-from tests.cases import FAMILIES, MEMORIES, combine, make_inputs, run_all, with_slow
+from tests.cases import (
+    COVER,
+    FAMILIES,
+    MEMORIES,
+    combine,
+    make_inputs,
+    run_all,
+    with_slow,
+)
 
 LENGTH, SIZE = 22, 8
 IDS = np.repeat([0, 1, 2], [9, 5, 8]).astype(np.int32)[None].repeat(2, axis=0)
@@ -26,8 +34,8 @@ DOCUMENTS = combine(["residual"], [("constant", "checkpoint")]) + combine(
 CHANGES = (("value", np.nan), ("key", np.inf), ("control", np.nan), ("value", -np.inf))
 
 
-def broken_at(inputs, memory, token, argument, number):
-    """The inputs with a number in one token of the first row and head."""
+def broken_at(inputs, memory, token, argument, number, row=0):
+    """The inputs with a number in one token of a row and of the first head."""
     changed = inputs | {"controls": dict(inputs["controls"])}
     of_tokens = [n for n, control in memory.controls.items() if control.axes != "h"]
     if argument == "control" and of_tokens:
@@ -35,7 +43,7 @@ def broken_at(inputs, memory, token, argument, number):
     else:
         holder, argument = changed, "value" if argument == "control" else argument
     holder[argument] = holder[argument].copy()
-    holder[argument][(0, token, 0, 1)[: holder[argument].ndim]] = number
+    holder[argument][(row, token, 0, 1)[: holder[argument].ndim]] = number
     return changed
 
 
@@ -63,14 +71,14 @@ def check(run, inputs, memory, ids=None, tokens=(5, 10, 15)):
             assert np.isnan(y[reached]).any(axis=-1).all(), (case, token, argument)
 
 
-@pytest.mark.parametrize("name", with_slow([*MEMORIES], "linear"))
+@pytest.mark.parametrize("name", with_slow([*COVER], "linear"))
 def test_one_pass(name):
     memory = MEMORIES[name]
     inputs = make_inputs(memory, LENGTH, heads=2, dtype=np.float32)
     check(lambda inputs: run_all(inputs, memory, size=SIZE, cases=EACH), inputs, memory)
 
 
-@pytest.mark.parametrize("name", with_slow([*MEMORIES], "linear"))
+@pytest.mark.parametrize("name", with_slow([*COVER], "linear"))
 def test_documents(name):
     memory = MEMORIES[name]
     inputs = make_inputs(memory, LENGTH, heads=2, dtype=np.float32)
@@ -100,15 +108,68 @@ def test_streams(name, start):
     check(run, inputs, memory)
 
 
-@pytest.mark.parametrize("exchange", with_slow(["gather", "ring"], "gather"))
+@pytest.mark.parametrize("cache_dtype", with_slow(["float32", "int8"], "float32"))
+def test_rows_of_a_stream_whose_buckets_compose(cache_dtype):
+    """Each at a position of its own; the row with the broken token begins anew."""
+    memory = MEMORIES["gated_deltanet"]
+    how: Any = dict(memory=memory, aggregation=mc.GRM(), segmentation=mc.Logarithmic(2))
+    inputs = make_inputs(memory, LENGTH, batch=3, heads=2, dtype=np.float32)
+    one_pass = jax.jit(lambda inputs: mc.memory_caching(**inputs, **how))
+    clean = np.asarray(one_pass(inputs))
+    broken = broken_at(inputs, memory, 6, "value", np.nan, row=1)
+    wanted = np.asarray(one_pass(broken))
+    assert np.isnan(wanted[1, 6:, 0]).any(axis=-1).all()
+    assert np.isfinite(wanted[1, :, 1]).all()
+    tolerance = dict(float32=2e-5, int8=0.05)[cache_dtype]
+
+    cache = mc.init_cache(3, 2, 4, 4, **how, max_length=LENGTH, cache_dtype=cache_dtype)
+    step, position = jax.jit(mc.extend), np.zeros(3, int)
+
+    def extend(cache, sequences, position, rows, lengths):
+        """These rows of the sequences from their positions on, and what each row should give."""
+        there = np.minimum(position[:, None] + np.arange(9)[None], LENGTH - 1)
+        tokens = {n: x for n, x in sequences.items() if n != "weights"}
+        part = jax.tree.map(lambda x: x[np.array(rows)[:, None], there], tokens)
+        return step(cache, **part, lengths=np.array(lengths))
+
+    def compare(y, one_pass, rows, position, lengths):
+        for row, begin, count, out in zip(rows, position, lengths, np.asarray(y), strict=True):
+            np.testing.assert_allclose(
+                out[:count], one_pass[row, begin : begin + count], atol=tolerance
+            )
+
+    for lengths in ([5, 9, 1], [9, 4, 9], [0, 9, 9]):
+        y, cache = extend(cache, broken, position, [0, 1, 2], lengths)
+        compare(y, wanted, [0, 1, 2], position, lengths)
+        position += lengths
+
+    cache = cache.reset(np.array([False, True, False])).take(np.array([1, 0, 2]))
+    position, lengths = np.array([0, *position[::2]]), [9, 8, 3]
+    y, _ = extend(cache, inputs, position, [1, 0, 2], lengths)
+    compare(y, clean, [1, 0, 2], position, lengths)
+
+
 @pytest.mark.parametrize(
-    ("name", "start"), [("ssd", "checkpoint"), ("gated_deltanet", "independent")]
+    ("name", "start", "segmentation", "exchange"),
+    [
+        ("ssd", "checkpoint", mc.Constant(4), "gather"),
+        pytest.param("ssd", "checkpoint", mc.Constant(4), "ring", marks=pytest.mark.slow),
+        pytest.param(
+            "gated_deltanet", "independent", mc.Constant(4), "ring", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "gated_deltanet", "independent", mc.Constant(4), "gather", marks=pytest.mark.slow
+        ),
+        ("gated_deltanet", "independent", mc.Logarithmic(4), "gather"),
+    ],
+    ids=str,
 )
-def test_parts_of_a_mesh(name, start, exchange):
+def test_parts_of_a_mesh(name, start, segmentation, exchange):
     memory = MEMORIES[name]
     mesh = jax.make_mesh((2,), ("context",), axis_types=(AxisType.Explicit,))
     inputs = make_inputs(memory, LENGTH, heads=2, dtype=np.float32)
-    how: Any = dict(aggregation=mc.GRM(), segmentation=mc.Constant(4), start=start)
+    inputs["controls"]["log_alpha"] *= 0.1  # a token is felt to the end
+    how: Any = dict(aggregation=mc.GRM(), segmentation=segmentation, start=start)
 
     @jax.jit
     def run(inputs):

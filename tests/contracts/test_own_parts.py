@@ -45,6 +45,34 @@ class Doubled(mc.memories.AffineMemory):
 
 
 @dataclasses.dataclass(frozen=True)
+class Erasing(mc.memories.AffineMemory):
+    """M_t = M_{t-1} (I - beta_t k_t k_t^T) + v_t k_t^T, as docs/write_your_own_memory.md has it."""
+
+    @property
+    def controls(self):
+        return {"beta": mc.memories.Control()}
+
+    def step(self, state, anchor, key, value, controls):
+        held = controls["beta"] * (key @ state.matrix)
+        return state._replace(matrix=state.matrix + jnp.outer(key, value - held))
+
+    def affine(self, before, key, value, query, controls):
+        beta = controls["beta"][:, None]
+        system = jnp.eye(len(key)) + beta * jnp.tril(key @ key.T, -1)
+        added, erase = (jnp.linalg.solve(system, side) for side in (value, beta * key))
+        scores = jnp.tril(query @ key.T)
+        return AffineChunk(jnp.ones_like(key[0]), added, key, query, scores, erase)
+
+
+@dataclasses.dataclass(frozen=True)
+class WrittenAgain(Erasing):
+    """The same, whose runs do not compose."""
+
+    form = "affine"
+    merges = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Sharpened(mc.memories.SSD):
     """Reads of its own: a rule that derives from a finished one."""
 
@@ -233,6 +261,32 @@ def test_an_affine_memory_has_all_its_paths(start):
     with scheduled("in_turn"):
         plain, packed, *wanted = both(inputs)
     assert_close([plain, packed], wanted, 1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("start", with_slow(["independent", "checkpoint"], "independent"))
+def test_buckets_of_an_affine_memory_with_and_without_compose(start):
+    composes, again = Erasing(), WrittenAgain()
+    assert (composes.merges, again.merges) == (True, False)
+    inputs = make_inputs(composes, 14, batch=1, heads=1)
+    how: dict[str, Any] = dict(aggregation=mc.GRM(), segmentation=mc.Logarithmic(2), start=start)
+
+    @jax.jit
+    def run(inputs):
+        in_turn = mc.memory_caching(**inputs, **how, memory=again, implementation="reference")
+        return in_turn, [mc.memory_caching(**inputs, **how, memory=m) for m in (composes, again)]
+
+    with scheduled("in_turn"):
+        wanted, passes = run(inputs)
+        step, reads = jax.jit(mc.extend), []
+        sizes = 1, 1, 4, 4
+        cache = mc.init_cache(*sizes, memory=composes, **how, max_length=14, dtype=jnp.float64)
+        for begin in (0, 7):
+            part = over_time(inputs, composes, lambda x, b=begin: x[:, b : b + 7])
+            y, cache = step(cache, **part)
+            reads.append(y)
+    for got in (*passes, jnp.concatenate(reads, axis=1)):
+        assert_close(got, wanted, 1e-11)
 
 
 def test_a_finished_rule_states_its_form_and_a_class_from_it_states_its_own():

@@ -12,17 +12,18 @@ import pytest
 import memcache_jax as mc
 from tests.cases import (
     AGGREGATIONS,
+    COVER,
     FAMILIES,
     KINDS,
     MEMORIES,
     SEGMENTATIONS,
     assert_close,
-    combine,
     each_once,
     kinds_of,
     make_inputs,
     run_all,
     scheduled,
+    twice_each,
     value_and_vjp,
     with_slow,
 )
@@ -67,11 +68,11 @@ class TestEveryRule:
 
     @pytest.mark.parametrize("rule", with_slow([*MEMORIES], "linear"))
     def test_token_by_token(self, rule):
-        """Every aggregation; of two forms of rules with every segmentation and start."""
-        cases = combine(KINDS) if rule in ("linear", "titans") else self.few(rule, 0)
+        """Every aggregation; of two forms of rules twice, with every segmentation and start."""
+        cases = twice_each(0, KINDS) if rule in ("linear", "titans") else self.few(rule, 0)
         self.compare(rule, cases, count=1)
 
-    @pytest.mark.parametrize("rule", with_slow([*MEMORIES], "linear"))
+    @pytest.mark.parametrize("rule", with_slow([*COVER], "linear"))
     def test_in_pieces(self, rule):
         """Calls that end within segments and chunks, over borders of both."""
         self.compare(rule, self.few(rule, 2), count=7)

@@ -25,9 +25,9 @@ LENGTH, SIZE, BORDER = 21, 4, 12
 CONSTANT, LOGARITHMIC = ((name, "independent") for name in SEGMENTATIONS)
 CASES = {
     "swla": combine(["grm", "ssc"], [CONSTANT]),
-    "linear": combine(plans=[CONSTANT]) + combine(["grm", "ssc"], [LOGARITHMIC]),
-    "titans": combine(["grm", "ssc_soup"], [CONSTANT]) + combine(["soup", "ssc"], [LOGARITHMIC]),
-    "vector": combine(["grm", "ssc"], [CONSTANT]) + combine(["grm"], [LOGARITHMIC]),
+    "linear": combine(["grm", "ssc"], [CONSTANT]) + combine(["ssc"], [LOGARITHMIC]),
+    "titans": combine(["grm", "ssc_soup"], [CONSTANT]) + combine(["soup"], [LOGARITHMIC]),
+    "vector": combine(["ssc"], [CONSTANT]) + combine(["grm"], [LOGARITHMIC]),
 }
 FEW = combine(["grm", "ssc"], [CONSTANT])
 # A document that ends on a segment's border, and one of which segments are cached and read.

@@ -328,7 +328,10 @@ def test_an_interrupted_run_goes_on(trained_run, tmp_path):
     ("flag", "message"),
     [
         ("--metadata=[]", "error: metadata must be a JSON object, got '[]'"),
-        ("--include_path=nowhere", "error: include_path must name folders, got nowhere"),
+        (
+            "--workdir=nowhere --include_path=nowhere",
+            "error: include_path must name folders, got nowhere",
+        ),
         ("--output={foreign}", "error: {foreign} holds no results of this program"),
     ],
 )
@@ -337,7 +340,7 @@ def test_errors_are_one_line(trained_run, tmp_path, flag, message):
     foreign.write_text('{"loss": 1}')
     command = [sys.executable, "-m", "experiments.evaluate", f"--workdir={trained_run}"]
     done = subprocess.run(
-        [*command, "--tasks=piqa", flag.format(foreign=foreign)],
+        [*command, "--tasks=piqa", *flag.format(foreign=foreign).split()],
         capture_output=True,
         text=True,
         timeout=300,

@@ -13,7 +13,7 @@ from experiments import extrapolate
 from experiments._study import Study
 from memcache_jax.training.data import HeldOut
 from memcache_jax.training.step import evaluate, make_eval_step
-from tests.training.test_pretrained import public_folder
+from tests.training.test_pretrained import flip_a_bit, public_folder
 
 
 def test_bins():
@@ -106,6 +106,16 @@ def test_a_public_model_as_it_is_and_with_caches(config, tmp_path):
         assert math.isclose(other[0, 2], base[0, 2], abs_tol=1e-4)
         assert np.all(other[1:, 2] != base[1:, 2])
     assert len(extrapolate.public_group(config, str(folder), None)) == 1
+
+
+def test_a_changed_public_model_is_another_case(config, tmp_path):
+    folder = public_folder(tmp_path / "public", "mamba2")
+    cases = extrapolate.public_group(config, str(folder), 16)
+    assert cases == extrapolate.public_group(config, str(folder), 16)
+    for name in ("model.safetensors", "tokenizer.json"):
+        flip_a_bit(folder / name)
+        before, cases = cases, extrapolate.public_group(config, str(folder), 16)
+        assert not any(case in before for case in cases)
 
 
 @pytest.mark.parametrize(

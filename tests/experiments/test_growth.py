@@ -39,6 +39,18 @@ def test_small(tmp_path):
     assert routed == pytest.approx(longer)
 
 
+@pytest.mark.slow
+def test_errors_of_composed_runs():
+    done = growth("--errors=64", "--rules=GatedDeltaNet,RWKV7,SWLA")
+    assert done.returncode == 0, done.stderr
+    title, *lines = done.stdout.splitlines()
+    assert title.split() == ["rule", "composed", "in", "turn"]
+    names, composed, in_turn = zip(*(line.split() for line in lines), strict=True)
+    assert names == ("GatedDeltaNet", "RWKV7", "SWLA")
+    for error, other in zip(map(float, composed), map(float, in_turn), strict=True):
+        assert 0 < error <= 4 * other < 1e-4
+
+
 def test_an_unknown_rule_takes_one_line():
     done = growth("--rules=Nothing")
     assert done.returncode == 1

@@ -39,11 +39,13 @@ def caching(aggregation, segmentation):
 
 @pytest.fixture(scope="module")
 def found():
-    """What SSC over segments of 8 reads, and GRM over logarithmic ones, beside attention."""
+    """What SSC over segments of 8 reads, attention, and GRM over logarithmic ones beside SSC."""
     model = model_of(
         caching(mc.SSC(top_k=2), mc.Constant(8)),
         mc.nn.AttentionMixer(),
-        caching(mc.GRM(), mc.Logarithmic(16)),
+        mc.nn.ParallelMixer(
+            caching(mc.GRM(), mc.Logarithmic(16)), caching(mc.SSC(top_k=2), mc.Constant(8))
+        ),
     )
     tokenizer = ByteTokenizer()
     return inspect(model, tokenizer, tokenizer.encode(TEXT.encode()))
@@ -52,7 +54,10 @@ def found():
 @pytest.mark.slow
 def test_gates_are_of_the_states_that_a_token_can_read(found):
     assert "".join(found["tokens"]) == TEXT
-    assert [layer["block"] for layer in found["layers"]] == [0, 2, 3, 5]
+    assert [layer["name"].split(":")[0] for layer in found["layers"]] == [
+        *("layer 0", "layer 2 left", "layer 2 right"),
+        *("layer 3", "layer 5 left", "layer 5 right"),
+    ]
     tokens = np.arange(len(TEXT.encode()))
     for layer in found["layers"]:
         cached, live = layer["gates"][..., :-1], layer["gates"][..., -1]
@@ -73,7 +78,7 @@ def test_page(found):
     for layer in found["layers"]:
         assert f"<h2>{html.escape(layer['name'])}</h2>" in text
     assert "a &lt;title&gt;" in text
-    assert text.count("<b>") == 4 * 2  # the heads' names, none of the text
+    assert text.count("<b>") == 6 * 2  # the heads' names, none of the text
     assert text.count("</script>") == 2
     assert "http" not in text
     spans = re.search(r'<div id="text">(.*?)</div>', text, re.S)

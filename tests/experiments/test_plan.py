@@ -100,6 +100,20 @@ def test_parts_of_a_sequence_are_advised_where_documents_allow_them():
     assert not parts()
     config.data.isolate_documents = False
     assert parts()
+    # One segment goes on over the parts, with any documents.
+    config.data.isolate_documents = True
+    config.model.segmentation = ConfigDict({"name": "Constant", "size": 2**20})
+    assert parts()
+
+
+def test_memories_beside_attention_count():
+    from configs.pretrained import get_config
+    from experiments._advice import _memory_mixers
+    from tests.pretrained.test_read import FOLDERS
+
+    config = get_config()
+    config.pretrained = str(FOLDERS / "falcon_h1")
+    assert {type(mixer.memory).__name__ for mixer in _memory_mixers(config)} == {"SSD"}
 
 
 @pytest.mark.parametrize("topology", ["", "v5e:0x0", "v5e:4x0", "v5p=2x2x0", "v4_00x4_twisted"])

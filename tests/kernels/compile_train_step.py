@@ -23,6 +23,7 @@ from memcache_jax.training.step import abstract_state, make_train_step
 MODELS = {
     "titans_grm": (dict(name="Titans", chunk_size=32), dict(name="GRM")),
     "gated_delta_net_ssc": (dict(name="GatedDeltaNet"), dict(name="SSC", top_k=1)),
+    "kda_grm": (dict(name="KDA"), dict(name="GRM")),
 }
 SIZES = dict(vocab_size=257, num_layers=1, features=128, num_heads=2, mlp_features=128)
 

@@ -10,9 +10,10 @@ from tests.cases import assert_close, make_inputs, run, run_reference, scheduled
 DECAYS = (0.0, -1e-3, -1.0, -30.0, -88.5, -200.0, -1e4, -np.inf)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "memory",
-    [mc.memories.GatedDeltaNet(), mc.memories.KDA(), mc.memories.GDN2(), mc.memories.RWKV7()],
+    [mc.memories.GatedDeltaNet(), mc.memories.GDN2(), mc.memories.RWKV7()],
     ids=lambda memory: type(memory).__name__,
 )
 def test_decays_of_any_strength_are_exact(memory):

@@ -1,77 +1,11 @@
 """What blocks do to each token alone."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 
 import memcache_jax as mc
-from memcache_jax.nn.feed_forward import over_groups
 from tests.cases import assert_close
-
-
-@pytest.mark.parametrize("block", [1, 2, 128])
-@pytest.mark.parametrize("chosen", [[0, 1, 2, 0, 1], [3, 3, 3, 3, 3]], ids=str)
-def test_rows_of_groups_come_back_in_their_places(chosen, block):
-    rng = np.random.default_rng(0)
-    rows, kernels = rng.standard_normal((5, 3)), rng.standard_normal((4, 3, 2))
-    groups = np.stack([chosen, [2, 0, 3, 1, 2]], axis=1)
-    kernels = jnp.asarray(kernels)
-    got = over_groups(
-        lambda x, group: (x @ kernels[group]) @ kernels[group].T,
-        *(jnp.asarray(rows), jnp.asarray(groups), 4),
-        block=block,
-    )
-    each = kernels[groups] @ jnp.swapaxes(kernels[groups], -1, -2)
-    assert_close(got, jnp.einsum("nd,nkde->nke", rows, each), 1e-5)
-
-
-@pytest.mark.parametrize("probabilities", ["softmax", "top"])
-def test_experts_are_the_weighted_sum_of_their_mlps(probabilities):
-    experts = mc.nn.Experts(4, 2, 6, 5, probabilities=probabilities, shared_gate=True)
-    layer = experts.build(3, rngs=nnx.Rngs(0))
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 7, 3)), jnp.float32)
-    logits = layer.router(x)
-    chosen = jnp.argsort(-logits, axis=-1)[..., :2]
-    weights = jax.nn.softmax(jnp.take_along_axis(logits, chosen, axis=-1))
-    gate, up, down = (kernel[...] for kernel in (layer.gate, layer.up, layer.down))
-    hidden = jax.nn.silu(jnp.einsum("btd,edf->btef", x, gate)) * jnp.einsum("btd,edf->btef", x, up)
-    every = jnp.einsum("btef,efd->bted", hidden, down)
-    routed = jnp.take_along_axis(every, chosen[..., None], axis=2)
-    wanted = jnp.einsum("btkd,btk->btd", routed, weights)
-    wanted += jax.nn.sigmoid(layer.shared_gate(x)) * layer.shared(x)
-    assert_close(layer(x), wanted, 1e-5)
-    gradients = nnx.grad(lambda layer: jnp.sum(layer(x) ** 2))(layer)
-    for path, gradient in nnx.to_flat_state(gradients):
-        assert np.abs(gradient[...]).max() > 0, path
-
-
-def test_experts_are_chosen_by_groups_and_with_a_bias_of_their_own():
-    experts = mc.nn.Experts(
-        *(8, 3, 6),
-        probabilities="sigmoid",
-        scale=2.5,
-        selection_bias=True,
-        groups=4,
-        top_groups=2,
-    )
-    layer = experts.build(3, rngs=nnx.Rngs(0))
-    bias = jnp.asarray(np.random.default_rng(1).standard_normal(8), jnp.float32)
-    layer.selection_bias.set_value(bias)
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 20, 3)), jnp.float32)
-    weights, chosen = map(np.asarray, layer._route(layer.router(x)[0]))
-    for logits, got, among in zip(np.asarray(layer.router(x)[0]), weights, chosen, strict=True):
-        scores = 1 / (1 + np.exp(-logits))
-        by = (scores + bias).reshape(4, 2)
-        groups = np.argsort(-by.sum(axis=1))[:2]
-        best = [2 * group + i for group in groups for i in range(2)]
-        best = sorted(best, key=lambda expert: -by.reshape(-1)[expert])[:3]
-        assert sorted(among) == sorted(best)
-        np.testing.assert_allclose(got, 2.5 * scores[among] / scores[among].sum(), rtol=1e-5)
-    gradients = nnx.grad(lambda layer: jnp.sum(layer(x) ** 2))(layer)
-    assert not np.any(gradients.selection_bias[...])
-    assert np.any(gradients.router.kernel[...])
 
 
 def test_squared_relu():
@@ -79,10 +13,3 @@ def test_squared_relu():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 3)), jnp.float32)
     hidden = np.maximum(np.asarray(x) @ np.asarray(layer.up.kernel[...]), 0) ** 2
     assert_close(layer(x), hidden @ np.asarray(layer.down.kernel[...]), 1e-5)
-
-
-def test_more_experts_than_there_are():
-    with pytest.raises(ValueError, match="top_k=5 exceeds the 4 experts"):
-        mc.nn.Experts(4, 5, 6)
-    with pytest.raises(ValueError, match="groups=3 must divide"):
-        mc.nn.Experts(4, 2, 6, groups=3)

@@ -1,6 +1,7 @@
 """Multi-head latent attention: one pass, streams of latent rows, meshes."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import memcache_jax as mc
+from memcache_jax.nn import attention
+from memcache_jax.nn.layers import Linear
 from tests.cases import assert_close
 
 FEATURES, LENGTH = 8, 12
@@ -92,6 +95,48 @@ def test_on_a_mesh(kind):
         cache = layer.init_cache(2, LENGTH, sharding=P("rows"))
         y, _ = extend(layer, jax.device_put(x, NamedSharding(mesh, P("rows"))), cache)
     assert_close(jax.device_get(y), expected, 1e-5)
+
+
+def test_a_stream_divides_the_heads_of_its_queries(monkeypatch):
+    layer, x = build()
+    expected, inner = whole(layer, x), attention.attend_stream
+    shapes = []
+
+    def attend(cache, query, *args, **options):
+        shapes.append((query.shape, cache.key.shape))
+        return inner(cache, query, *args, **options)
+
+    monkeypatch.setattr(attention, "attend_stream", attend)
+    with jax.set_mesh(mc.sharding.make_mesh(dict(data=2, tensor=2), devices=jax.devices()[:4])):
+        cache = layer.init_cache(2, LENGTH, sharding=P("data"))
+        y, cache = jax.jit(type(layer).extend)(layer, x, cache)
+    assert_close(jax.device_get(y), expected, 1e-5)
+    width = MIXER.rank + MIXER.shared_dim
+    assert shapes == [((1, LENGTH, 1, width), (1, 1, LENGTH, width))]
+
+
+class Adapted(Linear):
+    """A projection that others have given an adapter of theirs."""
+
+    lora_a: Any
+    lora_b: Any
+
+    def __call__(self, inputs, out_sharding=None):
+        del out_sharding
+        return super().__call__(inputs) + inputs @ self.lora_a[...] @ self.lora_b[...]
+
+
+def test_a_stream_reads_through_adapters_of_others():
+    layer, x = build()
+    before = whole(layer, x)
+    up: Any = layer.up
+    up.lora_a = nnx.LoRAParam(jax.random.normal(jax.random.key(3), (MIXER.rank, 2)))
+    up.lora_b = nnx.LoRAParam(jax.random.normal(jax.random.key(4), (2, 20)))
+    up.__class__ = Adapted
+    expected = whole(layer, x)
+    assert np.abs(expected - before).max() > 0.1
+    y, _ = jax.jit(type(layer).extend)(layer, x, layer.init_cache(2, LENGTH))
+    assert_close(y, expected, 1e-5)
 
 
 def test_the_table_of_a_cache_counts_latent_rows():

@@ -1,5 +1,9 @@
 """Adapters of projections: which layers have them, and that every one is trained."""
 
+import collections
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +11,10 @@ import pytest
 from flax import nnx
 
 import memcache_jax as mc
+from memcache_jax.nn.language_model import abstract_model
 from memcache_jax.nn.lora import Adapter
+from memcache_jax.pretrained.given import read_given
+from memcache_jax.pretrained.read import described
 from tests.cases import with_slow
 from tests.pretrained.test_read import FOLDERS, NAMES, expected
 
@@ -26,8 +33,31 @@ def adapters(model, part="low_rank"):
     return {path: param[...] for path, param in flat if part in path}
 
 
+@pytest.mark.parametrize("name", with_slow(NAMES, "kimi_linear"))
+def test_every_adapter_is_called_once(name, monkeypatch):
+    given = described(read_given(FOLDERS / name), dtype=jnp.float32, param_dtype=jnp.float32)
+    config = dataclasses.replace(given, lora=mc.nn.LoRA(2), scan_layers=False)
+    model = nnx.merge(*abstract_model(config))
+    adapters: list[Any] = [p for _, p in nnx.iter_modules(model) if isinstance(p, Adapter)]
+    for number, adapter in enumerate(adapters):
+        adapter.number = number
+    graph, state = nnx.split(model)
+    called, call = collections.Counter(), Adapter.__call__
+
+    def counted(self, inputs, *args):
+        called[self.number] += 1
+        return call(self, inputs, *args)
+
+    monkeypatch.setattr(Adapter, "__call__", counted)
+    tokens = jnp.zeros((1, 5), jnp.int32)
+
+    jax.eval_shape(lambda state: nnx.merge(graph, state)(tokens), state)
+    assert called == collections.Counter(range(len(adapters)))
+    assert len(adapters) >= 6
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", with_slow(NAMES, "mamba2"))
+@pytest.mark.parametrize("name", ["fla_rwkv7", "kimi_linear"])
 def test_the_adapters_of_every_layer_are_trained(name):
     model = adapted(name)
     tokens, _ = expected(name)

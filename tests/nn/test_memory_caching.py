@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import memcache_jax as mc
-from tests.cases import MEMORIES, assert_close, with_slow
+from tests.cases import COVER, MEMORIES, assert_close, with_slow
 from tests.nn.caches import LAYERS, LENGTH, caching, inputs, stream
 from tests.nn.layer import call, make, randomized, tokens
 from tests.nn.loops import FEATURES, HEADS, OPTIONS, VOCAB, cross_entropy, repeating_tokens
@@ -38,7 +38,7 @@ def test_layer_is_causal_and_prefix_consistent(memory, aggregation, start):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("memory", with_slow([*MEMORIES], "linear"))
+@pytest.mark.parametrize("memory", with_slow([*COVER], "linear"))
 def test_every_parameter_has_a_gradient(memory):
     layer, x = randomized(make(memory)), tokens(21, dtype=jnp.float64)
     graph, params = nnx.split(layer)

@@ -56,6 +56,19 @@ def test_caches_are_added_to_the_one_that_is_a_memory(model):
     assert [gates.shape for gates in other.gates(tokens)] == [(1, 12, 2, 2)] * 2
 
 
+def test_gates_of_both_have_names():
+    one = mc.nn.MemoryCachingMixer(mc.memories.RetNet(), mc.GRM(), mc.Constant(4))
+    other = mc.nn.MemoryCachingMixer(mc.memories.RetNet(), mc.GRM(), mc.Constant(6))
+    mixers = mc.nn.ParallelMixer(one, mc.nn.ParallelMixer(MIXER, other)), one
+    config = mc.nn.LanguageModelConfig(17, 2, 8, 2, mixers=mixers, mlp_features=0)
+    model = mc.nn.LanguageModel(config, rngs=nnx.Rngs(0))
+    both, alone = jax.eval_shape(model.gates, jnp.zeros((1, 12), jnp.int32))
+    shapes = {name: gates.shape for name, gates in both.items()}
+    four, six = (1, 12, 2, 3), (1, 12, 2, 2)
+    assert shapes == {"left": four, "right.left.left": four, "right.right": six}
+    assert alone.shape == four
+
+
 def test_what_is_no_mixer_is_refused():
     with pytest.raises(ValueError, match="left must be a mixer"):
         mc.nn.ParallelMixer(mc.nn.AttentionMixer, mc.nn.AttentionMixer())

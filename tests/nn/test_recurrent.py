@@ -64,6 +64,7 @@ MIXERS = {
         ),
         bonus=True,
     ),
+    "trapezoid": recurrent.mamba3(2, 4, state_dim=4),
 }
 every_mixer = pytest.mark.parametrize("name", with_slow(list(MIXERS), "state space"))
 

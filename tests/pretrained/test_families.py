@@ -1,18 +1,21 @@
-"""docs/public_models.md: its code, and what it says of families."""
+"""Families: what docs/public_models.md says of them, its code, and options of single ones."""
 
 import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import memcache_jax as mc
 from memcache_jax.pretrained.families import family_of
 from memcache_jax.pretrained.given import read_given
 from memcache_jax.pretrained.read import described
-from tests.pretrained.test_read import FOLDERS, expected
+from tests.cases import assert_close
+from tests.pretrained.test_read import FOLDERS, changed, expected
 
 PAGE = (Path(__file__).parents[2] / "docs" / "public_models.md").read_text()
 
@@ -54,3 +57,70 @@ def test_options_that_their_library_does_not_act_on(name):
     assert [x.names for x in family_of(changed).tensors(changed)] == [
         x.names for x in family_of(given).tensors(given)
     ]
+
+
+def test_the_first_version_of_rwkv7_has_the_mixes_of_six_paths_in_one(tmp_path):
+    def first_version(read):
+        layers = {name.removesuffix("x_r") for name in read if name.endswith("attn.x_r")}
+        for layer in layers:
+            rows = [read.pop(f"{layer}x_{letter}")[0] for letter in "rwkvag"]
+            read[f"{layer}x_x"] = np.concatenate(rows)
+        assert layers
+        return read
+
+    folder = changed(tmp_path, "fla_rwkv7", first_version)
+    read, expected = map(mc.pretrained.load, (folder, FOLDERS / "fla_rwkv7"))
+    for x, y in zip(*map(jax.tree.leaves, map(nnx.state, (read, expected))), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_layers_of_attention_among_those_of_flash_linear_attention(tmp_path):
+    """Of grouped heads, with biases, a window and a base of its own, as by hand."""
+    from safetensors.numpy import load_file
+
+    spec = dict(layers=[1], num_heads=4, num_kv_heads=2, qkv_bias=True, window_size=5)
+    random, where = np.random.default_rng(0), "model.layers.1.attn."
+
+    def with_attention(read):
+        features = read["model.norm.weight"].size
+        read = {name: x for name, x in read.items() if not name.startswith(where)}
+        for letter, size in dict(q=features, k=features // 2, v=features // 2, o=features).items():
+            shape = size, features
+            read[f"{where}{letter}_proj.weight"] = random.normal(size=shape).astype(np.float32)
+            if letter != "o":
+                bias = random.normal(size=size).astype(np.float32)
+                read[f"{where}{letter}_proj.bias"] = bias
+        return read
+
+    attn = spec | dict(rope_theta=50.0)
+    folder = changed(tmp_path, "fla_gated_deltanet", with_attention, attn=[attn])
+    read = load_file(folder / "model.safetensors")
+    weights = {name.removeprefix(where): x for name, x in read.items() if name.startswith(where)}
+    model = mc.pretrained.load(folder, scan_layers=False)
+    period = jax.tree.map(lambda x: x[0], nnx.state(model.layers.blocks[1].mixer))
+    mixer = nnx.merge(nnx.graphdef(model.layers.blocks[1].mixer), period)
+    x = random.normal(size=(9, weights["o_proj.weight"].shape[1])).astype(np.float32)
+    query, key, value = (
+        (x @ weights[f"{a}_proj.weight"].T + weights[f"{a}_proj.bias"]).reshape(9, heads, -1)
+        for a, heads in dict(q=4, k=2, v=2).items()
+    )
+    dim = query.shape[-1]
+    angles = np.arange(9)[:, None] * 50.0 ** (-np.arange(0, dim, 2) / dim)
+    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+
+    def turned(rows):
+        first, second = np.split(rows, 2, axis=-1)
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+    ago = np.arange(9)[:, None] - np.arange(9)
+    seen, heads = (ago >= 0) & (ago < 5), []
+    query, key = turned(query), turned(key)
+    for head in range(4):
+        scores = query[:, head] @ key[:, head // 2].T / np.sqrt(dim)
+        likely = np.exp(np.where(seen, scores, -np.inf))
+        heads.append(likely / likely.sum(axis=-1, keepdims=True) @ value[:, head // 2])
+    wanted = np.concatenate(heads, axis=-1) @ weights["o_proj.weight"].T
+    assert_close(mixer(jnp.asarray(x)[None])[0], wanted, 1e-5)
+    mc.pretrained.save(model, tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert saved.keys() == read.keys()

@@ -52,18 +52,19 @@ def test_logits_are_those_of_the_familys_own_library(name):
 
 
 @every_folder
-def test_a_stream_in_pieces_gives_the_same_logits(name):
+def test_a_stream_of_a_prompt_and_single_tokens_gives_the_same_logits(name):
     model = mc.pretrained.load(FOLDERS / name)
     tokens, wanted = expected(name)
 
     @jax.jit
     def stream(model, tokens):
-        cache = model.init_cache(*tokens.shape)
-        pieces = []
-        for piece in (tokens[:, :13], tokens[:, 13:14], tokens[:, 14:]):
+        def call(cache, piece):
             hidden, cache = model.extend(piece, cache)
-            pieces.append(model.logits(hidden))
-        return jnp.concatenate(pieces, axis=1)
+            return cache, model.logits(hidden)
+
+        cache, prompt = call(model.init_cache(*tokens.shape), tokens[:, :7])
+        _, rest = jax.lax.scan(call, cache, tokens.T[7:, :, None])
+        return jnp.concatenate([prompt, jnp.moveaxis(rest[:, :, 0], 0, 1)], axis=1)
 
     assert_close(stream(model, tokens), wanted, 2e-5)
 
@@ -145,10 +146,21 @@ def changed(tmp_path, name, tensors=None, **config):
     [
         ("mamba2", dict(model_type="mamba7"), "model_type='mamba7' is not served, only bamba"),
         ("mamba2", dict(hidden_act="gelu"), "hidden_act='gelu' is not served, only 'silu'"),
-        ("fla_gla", dict(attn={"layers": [1]}), "attn={'layers': .1.} is not served"),
+        ("fla_gla", dict(attn={"layers": [1]}), "attn has no 'num_heads'"),
+        ("fla_gla", dict(attn={"layers": [9], "num_heads": 2}), "different ones of .*, got 9"),
+        ("fla_gla", dict(attn={"qk_norm": True}), "attn has qk_norm, which is not served"),
+        ("fla_rwkv7", dict(attn={"layers": [1]}), "attn={'layers': .1.} is not served"),
         ("qwen3_5_text", dict(hidden_act="gelu"), "hidden_act='gelu' is not served"),
         ("qwen3_5_text", dict(rope_parameters={"rope_type": "yarn"}), "rope_type='yarn'"),
         ("nemotron_h", dict(layers_block_type=["mlp", "moe"]), "layer 0 of layers_block_type"),
+        ("mamba2", dict(model_type=["a"]), r"config.json: model_type=\['a'\] is not served"),
+        (
+            "mamba2",
+            dict(num_hidden_layers="4"),
+            "does not describe a supported model: TypeError: .*",
+        ),
+        ("mamba2", dict(n_groups=0), "config.json does not describe a supported model"),
+        ("mamba2", dict(dtype="int3"), "config.json: dtype='int3' is not served"),
         ("mamba2", dict(head_dim=16), "in_proj.weight of .* together, got .184, 32."),
     ],
     ids=str,
@@ -178,6 +190,18 @@ def test_folders_that_are_none(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="must hold an object, got list"):
         mc.pretrained.load(tmp_path)
+
+
+def test_damaged_files_are_named(tmp_path):
+    shutil.copytree(FOLDERS / "mamba2", tmp_path, dirs_exist_ok=True)
+    weights, index = (tmp_path / f"model.safetensors{end}" for end in ("", ".index.json"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a complete"):
+        mc.pretrained.load(tmp_path)
+    for text in ("{", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'):
+        index.write_text(text)
+        with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json"):
+            mc.pretrained.load(tmp_path)
 
 
 def test_nothing_is_written_over(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 import memcache_jax as mc
 from memcache_jax.sharding import make_mesh
-from tests.cases import make_inputs
+from tests.cases import assert_close, make_inputs
 
 # One goes on over three parts of eight tokens, one begins with a part, an id comes again.
 DOCUMENTS = jnp.array([[7] * 3 + [0] * 17 + [7] * 2 + [5] * 2 + [9] * 8])
@@ -42,6 +42,28 @@ def test_what_cannot_be_divided_over_time(options, message):
         pytest.raises(ValueError, match=message),
     ):
         mc.memory_caching(**inputs, memory=memory, aggregation=mc.GRM(), **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", [mc.memories.SSD(), mc.memories.GatedDeltaNet()], ids=type)
+def test_the_state_of_one_segment_goes_on_over_all_parts(memory):
+    inputs = jax.tree.map(jnp.float32, make_inputs(memory, 30, batch=1, heads=2))
+
+    def run(inputs, document_ids):
+        how: Any = dict(memory=memory, aggregation=mc.GRM(), segmentation=mc.Constant(2**30))
+
+        def outputs(inputs):
+            return mc.memory_caching(**inputs, **how, document_ids=document_ids)
+
+        y, back = jax.vjp(outputs, inputs)
+        return y, back(jnp.cos(y))
+
+    for documents in (None, DOCUMENTS[:, :30]):
+        wanted = jax.jit(run)(inputs, documents)
+        with jax.set_mesh(make_mesh(dict(seq=8))):
+            got = jax.jit(run)(inputs, documents)
+        for x, y in zip(*map(jax.tree.leaves, (got, wanted)), strict=True):
+            assert_close(jax.device_get(x), y, 1e-5)
 
 
 @pytest.mark.slow

@@ -146,6 +146,37 @@ def test_a_run_is_exported_and_written_as_its_library_does(config, tmp_path, tun
 
 
 @pytest.mark.slow
+def test_a_run_of_mixers_side_by_side_in_bfloat16(config, tmp_path):
+    import ml_dtypes
+    from safetensors.numpy import load_file, save_file
+
+    folder = public_folder(tmp_path / "narrow", "falcon_h1")
+    weights, given = folder / "model.safetensors", folder / "config.json"
+    narrow = {name: x.astype(ml_dtypes.bfloat16) for name, x in load_file(weights).items()}
+    save_file(narrow, weights)
+    given.write_text(json.dumps(json.loads(given.read_text()) | {"dtype": "bfloat16"}))
+    config.pretrained, config.tune, config.model.dtype = str(folder), "lora", "bfloat16"
+    config.steps, config.sample.max_new_tokens = 2, 0
+    train(config, tmp_path / "run")
+    losses = [row["loss"] for row in rows(tmp_path / "run")]
+    assert np.all(np.isfinite(losses))
+    assert losses[1] != losses[0]
+    metadata = ocp.metadata(str(tmp_path / "run/checkpoints/2"), "params").metadata
+    kept: dict[tuple, Any] = dict(flatten_dict(metadata))
+    assert {x.dtype for x in kept.values()} == {np.dtype("float32")}
+    sides = {path[path.index("mixer") + 1] for path in kept if "mixer" in path}
+    assert sides == {"left", "right"}
+    mc.pretrained.save(load_model(tmp_path / "run")[0], tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    moved = {name for name, x in saved.items() if np.any(x != narrow[name])}
+    assert {name.split(".")[-2].split("_")[-1] for name in moved} == {"proj"}
+    for side in ("mamba", "self_attn"):
+        assert any(side in name for name in moved)
+    for name in narrow.keys() - moved:
+        assert saved[name].dtype == narrow[name].dtype
+
+
+@pytest.mark.slow
 def test_a_run_that_goes_on_does_so_bit_for_bit(config, tmp_path, monkeypatch):
     from memcache_jax.training import loop
 
@@ -193,18 +224,43 @@ def test_a_mesh_changes_no_loss(config, tmp_path):
 def test_another_folder_is_not_the_model_that_the_run_began_with(config, tmp_path):
     config.steps = 2
     train(config, tmp_path / "run")
-    weights = tmp_path / "public" / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-3] ^= 1
-    weights.write_bytes(bytes(data))
+    flip_a_bit(tmp_path / "public" / "model.safetensors")
     config.steps = 4
     with pytest.raises(ValueError, match="is not the model that the run began with"):
         train(config, tmp_path / "run")
-    # The export has all of it.
+    # The export has all of it, as long as it is of the newest checkpoint.
     assert load_model(tmp_path / "run")[0].published is not None
-    shutil.rmtree(tmp_path / "run" / "params")
-    with pytest.raises(ValueError, match="holds no parameters that can be read"):
+    results = tmp_path / "run" / "results.json"
+    results.write_text(json.dumps({"step": 1}))
+    with pytest.raises(ValueError, match=r"files of weights changed.*Put it back, or a link to"):
         load_model(tmp_path / "run")
+    (tmp_path / "public").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"needs that folder as it was: .* has no config.json"):
+        load_model(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "params")
+    results.write_text(json.dumps({"step": 2}))
+    with pytest.raises(ValueError, match="needs that folder as it was"):
+        load_model(tmp_path / "run")
+
+
+def flip_a_bit(file):
+    """In the middle, far from both ends."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+
+
+def test_the_digest_is_of_every_byte_and_the_note_must_be_there(config, tmp_path):
+    before = PublicModel.of(config)
+    assert before is not None
+    before.check_same(PublicModel.of(config), tmp_path)
+    with pytest.raises(ValueError, match=r"pretrained.json is missing from"):
+        before.check_same(PublicModel.of_run(tmp_path), tmp_path)
+    weights = tmp_path / "public" / "model.safetensors"
+    assert weights.stat().st_size > 3 * 4096
+    flip_a_bit(weights)
+    with pytest.raises(ValueError, match="its files of weights changed"):
+        before.check_same(PublicModel.of(config), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import gzip
 import json
 import pickle
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -30,6 +31,15 @@ def test_jsonl_is_one_record_per_line(tmp_path, monkeypatch, chunk, end):
     records = pickle.loads(pickle.dumps(Records(find_files(str(folder)))))
     read = [records[i] for i in range(len(records))]
     assert read == [[b"0"], ["é\n1".encode()], [b"2"], [b"3"], [b"b"]]
+
+
+def test_threads_read_compressed_lines(tmp_path):
+    lines = "".join(json.dumps({"text": str(i) * 50}) + "\n" for i in range(200))
+    folder = write(tmp_path, {"a.jsonl.gz": gzip.compress(lines.encode())})
+    records = Records(find_files(str(folder)))
+    with ThreadPoolExecutor(8) as pool:
+        read = list(pool.map(records.__getitem__, [*range(200)] * 10))
+    assert read == [[str(i).encode() * 50] for i in range(200)] * 10
 
 
 def test_jsonl_blank_empty_and_null_lines_are_no_documents(tmp_path):

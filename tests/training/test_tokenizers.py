@@ -10,6 +10,7 @@ from memcache_jax.training.tokenizers import (
     ByteTokenizer,
     FileTokenizer,
     added_text,
+    end_token_of,
     make_tokenizer,
 )
 
@@ -136,6 +137,13 @@ def test_file_settings_that_would_change_documents_are_off(hf, tmp_path):
 
     path = word_file(hf, tmp_path, {"a": 0, "</s>": 1}, change)
     assert FileTokenizer(path).encode(b"a a a").tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"eos_token": 3}', '{"eos_token": {"content": 3}}'])
+def test_what_names_no_end_token_is_an_error_with_the_file(tmp_path, text):
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json"):
+        end_token_of(tmp_path)
 
 
 def test_eos_token_by_name(hf, tmp_path):

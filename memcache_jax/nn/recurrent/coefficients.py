@@ -34,8 +34,10 @@ class Coefficient(Protocol):
     def build(self, in_features: int, heads: int, dim: int, **options: Any) -> nnx.Module:
         """Returns a module ``(inputs, heads, tokens) -> {name: array}``, float32 or wider.
 
-        It may return another ``key`` beside them. ``inputs`` is a ``LayerInput``, ``dim`` is the
-        key dimension; ``options`` are dtype, param_dtype and rngs.
+        It may return another ``key`` beside them, and, if it has a true attribute ``turns``,
+        ``turns`` (b, t, h, k / 2), by which queries and keys turn at each token, 1 for a whole
+        turn. ``inputs`` is a ``LayerInput``, ``dim`` is the key dimension; ``options`` are dtype,
+        param_dtype and rngs.
         """
         ...
 
@@ -144,11 +146,7 @@ class StepsOf(nnx.Module):
             self.linear = Linear(in_features, heads, axes=axes, use_bias=bias, **options)
         else:
             self.low = low.build(in_features, heads * dim, **options)
-        # Those of the papers: decay rates from 1 to 16, steps from 0.001 to 0.1.
-        rates = jnp.linspace(1.0, 16.0, heads)
-        first = jnp.geomspace(1e-3, 0.1, heads if low is None else heads * dim)
-        self.A_log = _constants(jnp.log(rates), "heads")
-        self.dt_bias = _constants(jnp.log(jnp.expm1(first)), "heads")
+        self.A_log, self.dt_bias = first_steps(heads, heads if low is None else heads * dim)
 
     def __call__(self, inputs: LayerInput, heads: Heads, tokens: Tokens) -> dict[str, Array]:
         """Returns the coefficients."""
@@ -212,6 +210,12 @@ def check_low(low: Any, optional: bool = False) -> None:
     """Raises ValueError unless ``low`` is a LowRank."""
     if not (optional and low is None):
         _checks.check_instance("low", low, LowRank, "a LowRank")
+
+
+def first_steps(heads: int, steps: int) -> tuple[nnx.Param, nnx.Param]:
+    """A_log and dt_bias as papers begin with them: rates from 1 to 16, steps from 0.001 to 0.1."""
+    rates, first = jnp.linspace(1.0, 16.0, heads), jnp.geomspace(1e-3, 0.1, steps)
+    return _constants(jnp.log(rates), "heads"), _constants(jnp.log(jnp.expm1(first)), "heads")
 
 
 def _constants(values: Array, axis: str) -> nnx.Param:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,15 @@ from jax.typing import DTypeLike
 from memcache_jax import _checks
 from memcache_jax._typing import Array, Exchange, Float, Implementation, Int, Start
 from memcache_jax.aggregation import Aggregation, Residual
-from memcache_jax.caching import check_configuration
 from memcache_jax.memories import Memory
 from memcache_jax.nn.layer_cache import LayerCache
-from memcache_jax.nn.layers import Linear, l2_normalize
 from memcache_jax.nn.memory_layer import MemoryLayer
+from memcache_jax.nn.recurrent.checks import check_parts
 from memcache_jax.nn.recurrent.coefficients import Coefficient
+from memcache_jax.nn.recurrent.connector import connect, make_connector, match
 from memcache_jax.nn.recurrent.output import Output
 from memcache_jax.nn.recurrent.path import Path, Rows
+from memcache_jax.nn.recurrent.turning import turned
 from memcache_jax.nn.token_shift import LayerInput, next_previous, previous_tokens
 from memcache_jax.segmentation import Constant, Segmentation
 from memcache_jax.sharding.division import Division
@@ -45,6 +46,10 @@ class RecurrentMixer:
       bonus: whether sum_k(query key u_h) times the value is added after the output's norm, u one
         learned number per key channel, as in RWKV-7 (arXiv:2503.14456).
       shares_values: whether later layers of the model get this one's values: see ``Path.first``.
+      matched: whether keys and connectors match queries from the start on, as in
+        ``mc.nn.MemoryCaching``: W_k and W_u start as copies of W_q, and content gates compare
+        u = temperature * W_u x / |W_u x|, with 10 as the first temperature of a head. Else
+        u = W_u x + temperature * q / |q|, both zero, so that gates are uniform before training.
       aggregation: how reads of live and cached memories become one output.
       segmentation: where states are cached; by default nowhere.
       start: what a segment's memory begins with.
@@ -64,6 +69,7 @@ class RecurrentMixer:
     skip: bool = False
     bonus: bool = False
     shares_values: bool = False
+    matched: bool = False
     aggregation: Aggregation = Residual()
     segmentation: Segmentation = ENDLESS
     start: Start = "independent"
@@ -71,36 +77,7 @@ class RecurrentMixer:
     exchange: Exchange = "gather"
 
     def __post_init__(self) -> None:
-        check_configuration(
-            self.memory, self.aggregation, self.segmentation, self.start, self.implementation
-        )
-        for name in ("query", "key", "value"):
-            _checks.check_instance(name, getattr(self, name), Path, "a Path")
-        _checks.check_instance("output", self.output, Output, "an Output")
-        _checks.check_instance("coefficients", self.coefficients, tuple, "a tuple of coefficients")
-        for part in self.coefficients:
-            if isinstance(part, type) or not isinstance(part, Coefficient):
-                raise ValueError(f"coefficients must be such as Rate(), got {_checks.shown(part)}")
-        _checks.check_fields(self, flags=("skip", "bonus", "shares_values"))
-        if self.query.first is not None or self.key.first is not None:
-            raise ValueError("only values are shared between layers: query and key have no first")
-        _checks.check_choice("exchange", self.exchange, get_args(Exchange))
-        heads, sizes = self.value.heads, (self.query, self.key)
-        if len({(path.heads, path.dim) for path in sizes}) > 1 or heads % self.key.heads:
-            raise ValueError(
-                "queries and keys must have the same heads and dim, and their heads must divide "
-                f"those of the values, got {self.query}, {self.key}, {self.value}"
-            )
-        made = [name for part in self.coefficients for name in part.names]
-        wanted = [
-            name for name, c in self.memory.controls.items() if c.is_learned and not c.per_head
-        ]
-        if sorted(made) != sorted(wanted):
-            raise ValueError(
-                f"{self.memory} needs the coefficients {wanted}, the parts make {made}"
-            )
-        if self.memory.weight_shapes(self.key.dim, self.value.dim):
-            raise ValueError(f"{self.memory} has initial weights: use mc.nn.MemoryCaching")
+        check_parts(self)
 
     @property
     def shifts(self) -> bool:
@@ -108,6 +85,11 @@ class RecurrentMixer:
         paths = self.query, self.key, self.value
         low = [getattr(part, "low", None) for part in self.coefficients]
         return any(part is not None and part.shift for part in (*paths, *low, self.output.gate_low))
+
+    @property
+    def turns(self) -> bool:
+        """Whether queries and keys turn by angles that a part makes."""
+        return any(getattr(part, "turns", False) for part in self.coefficients)
 
     def build(
         self,
@@ -165,6 +147,7 @@ class Recurrent(MemoryLayer):
         _checks.check_dtype("dtype", dtype, optional=True)
         _checks.check_dtype("param_dtype", param_dtype)
         self.shifts, self.shares_values = mixer.shifts, mixer.shares_values
+        self.turns = mixer.turns
         self.in_features = _checks.check_integer("in_features", in_features)
         self.num_heads = heads = mixer.value.heads
         self.head_dim, self.value_dim = mixer.key.dim, mixer.value.dim
@@ -176,6 +159,9 @@ class Recurrent(MemoryLayer):
         self.query, self.key, self.value = (
             path.build(in_features, **options) for path in (mixer.query, mixer.key, mixer.value)
         )
+        self.matched = mixer.matched
+        if mixer.matched:
+            match(self.key, self.query)
         self.coefficients = nnx.List(
             [
                 part.build(in_features, heads, self.head_dim, **options)
@@ -189,13 +175,9 @@ class Recurrent(MemoryLayer):
             zeros = partitioned(jax.nn.initializers.zeros, "heads", None)
             self.bonus = nnx.Param(zeros(rngs.params(), (heads, self.head_dim), param_dtype))
         if mixer.aggregation.relevance.connector == "key":
-            # Zero, so that gates are uniform before training.
-            zeros = jax.nn.initializers.zeros
-            axes = ("embed", "heads")
-            inner = heads * self.head_dim
-            self.connector = Linear(in_features, inner, axes=axes, kernel_init=zeros, **options)
-            init = partitioned(zeros, "heads")
-            self.temperature = nnx.Param(init(rngs.params(), (heads,), param_dtype))
+            self.connector, self.temperature = make_connector(
+                self.query, heads, mixer.matched, in_features, **options
+            )
         elif mixer.aggregation.relevance.connector is not None:
             raise ValueError(
                 f"composed layers have no parameters for gate={mixer.aggregation.gate!r}: use "
@@ -236,7 +218,7 @@ class Recurrent(MemoryLayer):
             path.conv(row, document_ids, division) if path.path.conv_width else row
             for path, row in zip(self._paths, rows, strict=True)
         ]
-        tokens = self._arguments(inputs, rows, division, None)
+        tokens, _ = self._arguments(inputs, rows, division, None, None)
         return tokens, Kept(inputs, tokens, values)
 
     def _next_tokens(
@@ -259,7 +241,10 @@ class Recurrent(MemoryLayer):
             if path.path.conv_width:
                 rows[i], new[i] = path.conv.extend(rows[i], tails[i], counts, division)
         place = position[:, None] + jnp.arange(x.shape[1])[None]
-        tokens = self._arguments(inputs, rows, division, place)
+        tail = (tails[-1], counts) if self.turns else None
+        tokens, tail = self._arguments(inputs, rows, division, place, tail)
+        if self.turns:
+            new[-1] = like(tails[-1], tail)
         return tokens, Kept(inputs, tokens, values), tuple(new)
 
     def _projected(self, inputs: LayerInput, first: Any) -> list[Array]:
@@ -270,7 +255,11 @@ class Recurrent(MemoryLayer):
         shapes = [path.tail_shape for path in self._paths]
         if self.shifts:
             shapes.append((1, self.in_features))
-        return tuple(jnp.zeros((batch_size, *shape), dtype) for shape in shapes)
+        tails = [jnp.zeros((batch_size, *shape), dtype) for shape in shapes]
+        if self.turns:
+            pairs = self.num_heads * self.head_dim // 2
+            tails.append(jnp.zeros((batch_size, 2, pairs), jnp.promote_types(dtype, jnp.float32)))
+        return tuple(tails)
 
     def _division(self, rows: list[tuple[Any, str]], *others: Any) -> Division | None:
         return Division.of(*rows, *others, heads=self.key.path.heads)
@@ -281,7 +270,10 @@ class Recurrent(MemoryLayer):
         rows: list[Array],
         division: Division | None,
         position: Int[Array, "b t"] | None,
-    ) -> dict[str, Any]:
+        tail: Any,
+    ) -> tuple[dict[str, Any], Any]:
+        """The rule's arguments, and a stream's turns; ``tail`` as in ``turned``."""
+
         def lay(x: Array, heads: int) -> Array:
             x = x if division is None else division.lay(x, "b t h")
             return x.reshape(*x.shape[:2], heads, -1)
@@ -298,20 +290,29 @@ class Recurrent(MemoryLayer):
                 for rows in (query, key)
             )
         controls: dict[str, Array] = {}
+        turns = None
         for part in self.coefficients:
             tokens = dict(query=query, key=key, value=value)
             made = part(inputs, lambda x: lay(x, self.num_heads), tokens)
             key = made.pop("key", key)
+            turns = made.pop("turns", turns)
             controls |= made
+        if (turns is not None) != self.turns:
+            raise ValueError(
+                "a part that makes turns must have a true attribute `turns`, and no other may, got "
+                f"{[type(part).__name__ for part in self.coefficients]}"
+            )
+        if turns is not None:
+            (query, key), tail = turned((query, key), turns, division, tail)
         for name, control in self.memory.controls.items():
-            if control.is_learned and control.per_head is not None:
+            if control.per_head is not None and control.is_learned and name not in controls:
                 controls[name] = control.per_head(self.num_heads)
         connector = None
         if hasattr(self, "connector"):
-            temperature = self.temperature[...].astype(query.dtype)[None, None, :, None]
-            connector = lay(self.connector(inputs.x), self.num_heads)
-            connector += temperature * l2_normalize(query)
-        return dict(query=query, key=key, value=value, connector=connector, controls=controls)
+            raw = lay(self.connector(inputs.x), self.num_heads)
+            connector = connect(raw, query, self.temperature[...], self.matched)
+        made = dict(query=query, key=key, value=value, connector=connector, controls=controls)
+        return made, tail
 
     def _output(
         self, x: Float[Array, "b t d"], y: Float[Array, "b t h v"], kept: Kept

@@ -63,7 +63,7 @@ def family_of(given: Given) -> Family:
       ValueError: if it is not served.
     """
     kind = given["model_type"]
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(
             f"{given.where}: model_type={kind!r} is not served, only {', '.join(FAMILIES)}"
         )

@@ -36,7 +36,7 @@ def config(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig
 def tensors(given: Given) -> Iterator[Tensor]:
     """The tensors of its files."""
     yield from _fla.tensors(given)
-    for names in _fla.layers(given):
+    for names in _fla.own_layers(given):
         gate = given.get("use_gate", False)
         yield from _fla.projections(names, gate, b="coefficients/0/linear")
         yield names.same("attn.o_norm.weight", "mixer/output/scale")

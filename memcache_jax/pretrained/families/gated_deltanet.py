@@ -31,6 +31,6 @@ def config(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig
 def tensors(given: Given) -> Iterator[Tensor]:
     """The tensors of its files."""
     yield from _fla.tensors(given)
-    for names in _fla.layers(given):
+    for names in _fla.own_layers(given):
         yield from _gated_delta.separate(names, "attn", gate=given.get("use_gate", True))
         yield from _fla.convolutions(given, names)

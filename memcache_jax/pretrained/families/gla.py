@@ -38,7 +38,7 @@ def tensors(given: Given) -> Iterator[Tensor]:
     """The tensors of its files."""
     yield from _fla.tensors(given)
     decay = "mixer/coefficients/0"
-    for names in _fla.layers(given):
+    for names in _fla.own_layers(given):
         yield from _fla.projections(names, given.get("use_output_gate", True))
         yield from names.linear("attn.gk_proj.0", f"{decay}/low/down")
         yield from names.linear("attn.gk_proj.1", f"{decay}/low/up", bias=True)

@@ -34,6 +34,6 @@ def config(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig
 def tensors(given: Given) -> Iterator[Tensor]:
     """The tensors of its files."""
     yield from _fla.tensors(given)
-    for names in _fla.layers(given):
+    for names in _fla.own_layers(given):
         yield from _fla.projections(names, given.get("use_output_gate", True))
         yield names.same("attn.g_norm.weight", "mixer/output/scale")

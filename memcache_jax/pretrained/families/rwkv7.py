@@ -106,8 +106,11 @@ def tensors(given: Given) -> Iterator[Tensor]:
             yield from names.linear(f"attn.{letter}_lora.lora.2", f"{path}/up", bias=bias)
         shifted = {letter: f"{mixer}/{path}" for letter, path in paths.items()}
         shifted |= {letter: low[letter] for letter in "wag"}
+        # The first version of such files has the six in one.
+        of_first: dict[str, Any] = dict(others=(f"{names.prefix}attn.x_x",), shape=(1, 1, -1))
         for letter, path in shifted.items():
-            yield names.same(f"attn.x_{letter}", f"{path}/mix", shape=(1, 1, -1))
+            row = "rwkvag".index(letter)
+            yield names.same(f"attn.x_{letter}", f"{path}/mix", others_row=row, **of_first)
         yield names.same("attn.k_k", f"{rate}/removal")
         yield names.same("attn.k_a", f"{rate}/replacement")
         yield names.same("attn.r_k", "mixer/bonus")
