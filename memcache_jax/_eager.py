@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from memcache_jax.kernels._dispatch import interpreted
 
@@ -28,7 +29,7 @@ def compiled(function: Callable[..., Any], *arrays: Any, **how: Hashable) -> Any
         uncompiled.
     """
     leaves = [jnp.zeros(()), *jax.tree.leaves(arrays)]
-    traced = any(isinstance(x, jax.core.Tracer) or not isinstance(x, _ARRAYS) for x in leaves)
+    traced = any(isinstance(x, Tracer) or not isinstance(x, _ARRAYS) for x in leaves)
     if traced or not all(map(is_value, how.values())):
         return function(*arrays, **how)
     try:
