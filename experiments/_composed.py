@@ -40,10 +40,8 @@ def errors(memory: Any, segments: int) -> tuple[float, float]:
     @jax.jit
     def composed(tokens: Any) -> jax.Array:
         def run(key: Any, value: Any, controls: Any) -> Run:
-            state = initial(key.dtype)
-            end, _ = memory.write(state, state, key, value, controls)
-            identity = memory.identity(_DIM, key.dtype)
-            return Run(end, memory.extended(identity, key, value, controls))
+            begun = Run(initial(key.dtype), memory.identity(_DIM, key.dtype))
+            return memory.write_map(begun, key, value, controls)[0]
 
         runs = jax.vmap(run)(*tokens)
         return jax.lax.associative_scan(jax.vmap(memory.compose), runs).state.matrix

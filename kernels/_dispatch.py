@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
 
 AUTOMATIC: Mapping[str, Mapping[str, str]] = {}
 """By operation and platform, the implementation that was measured to beat XLA there."""
@@ -144,6 +145,11 @@ def interpret_kernels() -> Iterator[None]:
         yield
     finally:
         _INTERPRETED.reset(token)
+
+
+def is_traced(*arrays: Any) -> bool:
+    """Whether a transformation is at work, or an array is one's tracer."""
+    return any(isinstance(x, Tracer) for x in arrays) or isinstance(jnp.zeros(()), Tracer)
 
 
 def interpreted() -> bool:

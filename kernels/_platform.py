@@ -8,12 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.core import Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from memcache_jax.kernels._dispatch import interpreted
+from memcache_jax.kernels._dispatch import interpreted, is_traced
 
 _PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
 
@@ -25,7 +23,7 @@ def check_platform(implementation: str | None, array: Any) -> None:
     """
     if implementation not in _PLATFORMS or interpreted():
         return
-    if isinstance(array, Tracer) or isinstance(jnp.zeros(()), Tracer):
+    if is_traced(array):
         return
     here = jax.default_backend()
     if isinstance(array, jax.Array):

@@ -10,11 +10,9 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
-from memcache_jax.kernels._dispatch import interpreted
+from memcache_jax.kernels._dispatch import interpreted, is_traced
 
 _ARRAYS = (jax.Array, np.ndarray, np.generic, bool, int, float)
 
@@ -23,14 +21,15 @@ def compiled(function: Callable[..., Any], *arrays: Any, **how: Hashable) -> Any
     """Returns ``function(*arrays, **how)``: compiled, unless it is being traced.
 
     Args:
-      function: of a module, so that it is the same at every call.
+      function: a module-level function, the same object at every call.
       arrays: trees of arrays. With anything else in them the function runs uncompiled.
-      how: static options. If one is not known by its value (``is_value``), the function runs
+      how: static options. If one does not compare by value (``is_value``), the function runs
         uncompiled.
     """
-    leaves = [jnp.zeros(()), *jax.tree.leaves(arrays)]
-    traced = any(isinstance(x, Tracer) or not isinstance(x, _ARRAYS) for x in leaves)
-    if traced or not all(map(is_value, how.values())):
+    leaves = jax.tree.leaves(arrays)
+    if is_traced(*leaves) or not all(isinstance(x, _ARRAYS) for x in leaves):
+        return function(*arrays, **how)
+    if not all(map(is_value, how.values())):
         return function(*arrays, **how)
     try:
         hash(tuple(how.values()))
@@ -40,9 +39,9 @@ def compiled(function: Callable[..., Any], *arrays: Any, **how: Hashable) -> Any
 
 
 def is_value(x: Any) -> bool:
-    """Whether what is equal to ``x`` is the same in all its parts, as of frozen dataclasses.
+    """Whether ``x`` and its fields compare by value, as frozen dataclasses do.
 
-    An object that is only equal to itself may change. Functions may not.
+    An object that equals only itself may change between calls. Functions count as values.
     """
     if isinstance(x, (tuple, frozenset)):
         return all(map(is_value, x))

@@ -24,7 +24,14 @@ def rotate(
         angle = _angles(position, base, half).astype(jnp.promote_types(x.dtype, jnp.float32))
         tables = jnp.cos(angle), jnp.sin(angle)
     cos, sin = (jnp.asarray(table, x.dtype)[:, :, None] for table in tables)
-    first, second = x[..., :half], x[..., half:]
+    return turn_pairs(x, cos, sin)
+
+
+def turn_pairs(
+    x: Float[Array, "b t h k"], cos: Float[Array, "_ t _ r"], sin: Float[Array, "_ t _ r"]
+) -> Float[Array, "b t h k"]:
+    """Turns the pair (i, i + k/2) of each row by the angle with this cosine and sine."""
+    first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 

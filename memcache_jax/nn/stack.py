@@ -10,6 +10,7 @@ from jax import lax
 
 from memcache_jax._eager import compiled, is_value
 from memcache_jax._varying import vary, varying
+from memcache_jax.kernels._dispatch import is_traced
 from memcache_jax.sharding.layout import as_axes, axes_of, context_mesh, explicit_axes, lay_out
 from memcache_jax.sharding.names import partition_name
 
@@ -56,8 +57,7 @@ def scan_stack(
     Args:
       layers: from ``make_stack``.
       repeats: number of layers.
-      apply: one layer's part. Outside of transformations it is compiled once for each shape if it
-        is a function of a module.
+      apply: one layer's part. Eager calls compile a module-level function once per shape.
       carry: what goes from layer to layer.
       inputs: a tree of arrays (repeats, ...).
       constants: a tree of arrays that all layers see.
@@ -74,8 +74,9 @@ def scan_stack(
     carry = vary(carry, varying((carry, stacked, inputs)))
     arrays = carry, (stacked, inputs), attached, constants
     how: dict[str, Any] = dict(graph=graph, apply=apply, settle=settle, wrap=wrap)
-    once = "<locals>" not in apply.__qualname__ and _has_values(layers)
-    once = once and context_mesh(*jax.tree.leaves((carry, stacked, inputs))) is None
+    leaves = jax.tree.leaves((carry, stacked, inputs))
+    once = "<locals>" not in apply.__qualname__ and not is_traced(*leaves)
+    once = once and context_mesh(*leaves) is None and _has_values(layers)
     carry, (outputs, captured) = compiled(_scan, *arrays, **how) if once else _scan(*arrays, **how)
     if captured:
         nnx.update(layers, captured)
@@ -83,7 +84,7 @@ def scan_stack(
 
 
 def _has_values(layers: Any) -> bool:
-    """Whether all that modules hold beside modules and variables is known by its value."""
+    """Whether all static attributes of the modules compare by value."""
     parts = (nnx.Pytree, nnx.Variable)
     return all(
         is_value(x)

@@ -54,7 +54,7 @@ def check_parts(mixer: Any) -> None:
             "matched=True is for queries and keys without activation, positions and turns, got "
             f"{mixer.query}, {mixer.key}, {turning}"
         )
-    shapes = {(path.heads, path.conv_width) for path in (mixer.query, mixer.key)}
+    shapes = {(path.heads, path.conv_width) for path in sizes}
     if mixer.matched and shapes != {(heads, mixer.key.conv_width)}:
         raise ValueError(
             "matched=True needs queries and keys of the values' heads, convolved alike, got "

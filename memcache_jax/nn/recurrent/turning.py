@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 
 from memcache_jax._typing import Array, Float, Int
+from memcache_jax.nn.rotary import turn_pairs
 from memcache_jax.sharding.division import Division
 
 _UNIT = 2.0**-32  # of a phase, in turns
@@ -110,14 +111,8 @@ def turned(
         angle, after = angles_of_parts(turns, division), None
     else:
         angle, after = next_angles(turns, *tail)
-    return tuple(turn(x, angle) for x in rows), after
-
-
-def turn(x: Float[Array, "b t h k"], angle: Float[Array, "b t h r"]) -> Float[Array, "b t h k"]:
-    """Turns the pair (i, i + k/2) of a row by angle i."""
-    cos, sin = (f(angle).astype(x.dtype) for f in (jnp.cos, jnp.sin))
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return tuple(turn_pairs(x, cos.astype(x.dtype), sin.astype(x.dtype)) for x in rows), after
 
 
 def _phase(turns: Float[Array, "..."]) -> Int[Array, "..."]:
