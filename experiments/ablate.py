@@ -9,7 +9,7 @@ Trains and tests each as ``experiments.mqar`` does.
 from collections.abc import Mapping
 from typing import Any
 
-from experiments._recall import measure_recall, recall_groups, recall_model
+from experiments._recall import measure_recall, recall_config, recall_groups, recall_model
 from experiments._study import Row, Study, mean_and_spread, new_figure, run
 
 
@@ -62,4 +62,4 @@ def _picture(rows: dict[str, list[Row]], test: str) -> Any:
 
 
 if __name__ == "__main__":
-    run(program)
+    run(program, (*recall_config(), "changes"))

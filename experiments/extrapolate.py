@@ -44,6 +44,10 @@ from memcache_jax.training.durable import digest_of_all
 from memcache_jax.training.pretrained import digest_of_weights
 from memcache_jax.training.tokenizers import end_token_of, published_tokenizer
 
+_MODELS = ("base", "models", "segment", "top_k", "memory", "training")
+_EVALUATION = ("eval_length", "eval_tokens", "eval_batch_size", "first_bin")
+KEYS = (*_MODELS, *_EVALUATION)  # of the configuration
+
 POST: Mapping[str, mc.Aggregation] = {
     "GRM after training": mc.GRM(gate="uniform"),
     "soup after training": mc.Soup(gate="uniform"),
@@ -263,4 +267,4 @@ def _groups(config: Any) -> list[list[Case]]:
 
 
 if __name__ == "__main__":
-    run(lambda config, study: program(config, study, _groups(config)))
+    run(lambda config, study: program(config, study, _groups(config)), KEYS)

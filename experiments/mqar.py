@@ -9,7 +9,7 @@ rates or seeds are added.
 
 from typing import Any
 
-from experiments._recall import best, measure_recall, recall_groups, recall_model
+from experiments._recall import best, measure_recall, recall_config, recall_groups, recall_model
 from experiments._study import Row, Study, mean_and_spread, new_figure, run
 
 
@@ -79,4 +79,4 @@ def _line(axis: Any, x: Any, values: list[list[float]], look: dict[str, Any]) ->
 
 
 if __name__ == "__main__":
-    run(program)
+    run(program, recall_config().keys())

@@ -200,4 +200,4 @@ def _picture(config: Any, grids: dict[str, np.ndarray]) -> Any:
 
 
 if __name__ == "__main__":
-    run(program)
+    run(program, needle_config().keys())

@@ -14,6 +14,7 @@ from memcache_jax._checks.arguments import (
     check_rows,
     check_tokens,
     check_weights,
+    without_padding,
 )
 from memcache_jax._checks.values import (
     LARGEST,
@@ -68,4 +69,5 @@ __all__ = [
     "is_known",
     "set_fields",
     "shown",
+    "without_padding",
 ]

@@ -40,14 +40,25 @@ def check_input(x: Any, in_features: int) -> None:
         )
 
 
-def check_tokens(tokens: Any, vocab_size: int) -> None:
-    """Raises ValueError unless ``tokens`` are (b, t) ids below ``vocab_size``, where known."""
-    shape, dtype = check_array("tokens", tokens)
+def check_tokens(tokens: Any, vocab_size: int, lengths: Any = None, name: str = "tokens") -> None:
+    """Raises ValueError unless ``tokens`` are (b, t) ids below ``vocab_size``, where known.
+
+    With ``lengths`` (b,), only that many of each row count: padding may hold any integer.
+    """
+    shape, dtype = check_array(name, tokens)
     if len(shape) != 2 or not jnp.issubdtype(dtype, jnp.integer):
-        raise ValueError(f"tokens must be integers of shape (b, t), got {dtype} {shape}")
-    if is_known(tokens) and 0 not in shape:
+        raise ValueError(f"{name} must be integers of shape (b, t), got {dtype} {shape}")
+    if is_known(tokens) and (lengths is None or is_known(lengths)):
         known = np.asarray(tokens)
-        check_ids("tokens", int(known.min()), int(known.max()), vocab_size)
+        if lengths is not None:
+            known = known[np.arange(shape[1]) < np.asarray(lengths)[:, None]]
+        if known.size:
+            check_ids(name, int(known.min()), int(known.max()), vocab_size)
+
+
+def without_padding(tokens: jax.Array, lengths: Any) -> jax.Array:
+    """Returns tokens (b, t) with zeros, valid ids, in place of those beyond ``lengths`` (b,)."""
+    return jnp.where(jnp.arange(tokens.shape[1]) < jnp.asarray(lengths)[:, None], tokens, 0)
 
 
 def check_ids(name: str, smallest: int, largest: int, vocab_size: int) -> None:

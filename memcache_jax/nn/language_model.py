@@ -9,7 +9,13 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from memcache_jax import _checks
-from memcache_jax._checks import check_array, check_instance, check_integer, check_tokens
+from memcache_jax._checks import (
+    check_array,
+    check_instance,
+    check_integer,
+    check_tokens,
+    without_padding,
+)
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.kernels._dispatch import WRITTEN
 from memcache_jax.nn import period
@@ -248,16 +254,19 @@ class LanguageModel(nnx.Module):
         Args:
           tokens: token ids.
           cache: from ``init_cache`` or the previous call.
-          lengths: how many of each row's tokens count, from the first on; all by default.
+          lengths: how many of each row's tokens count, from the first on; all by default. Those
+            beyond are padding, of any id.
 
         Raises:
           ValueError: for tokens that are not integers of shape (b, t), or exceed the cache's rows
             or room. Room cannot be checked under ``jit``: outputs beyond it are NaN.
         """
-        check_tokens(tokens, self.config.vocab_size)
         self._check_cache(cache)
+        check_tokens(tokens, self.config.vocab_size, lengths)
         cache.check_room(tokens.shape, lengths)
-        lengths = None if lengths is None else jnp.asarray(lengths)
+        if lengths is not None:
+            lengths = jnp.asarray(lengths)
+            tokens = without_padding(tokens, lengths)
         x, layers, states = self._embed(tokens), [], []
         for (stack, repeats), (blocks, _) in zip(self.stacks, self.config.stacks, strict=True):
             own = slice(len(layers), len(layers) + len(blocks))
