@@ -121,7 +121,7 @@ def test_metadata(built):
     assert fields["Requires-Python"] == ">=3.11"
     assert fields["License-Expression"] == "Apache-2.0"
     extras = {"tpu", "cuda12", "cuda13", "train", "data", "eval", "pretrained", "tensorboard"}
-    extras |= {"test", "dev"}
+    extras |= {"test", "dev", "docs"}
     assert set(fields.get_all("Provides-Extra") or ()) == extras
     assert any(k.endswith("licenses/LICENSE") for k in files)
 
