@@ -15,6 +15,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
+FILES = ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 PROGRAM = """
 import pathlib
 import jax.numpy as jnp
@@ -79,7 +80,7 @@ def built(tmp_path_factory):
     for name in ("memcache_jax", "kernels"):
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignore)
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+    for name in FILES:
         shutil.copy(ROOT / name, source)
     build = (sys.executable, "-m", "build", "--no-isolation")
     run(*build, "--wheel", "--outdir=direct", ".", cwd=source)
@@ -101,6 +102,19 @@ def test_the_wheel_has_every_file_and_nothing_else(built):
             expected[path.relative_to(ROOT).as_posix()] = path.read_bytes()
     assert {k: v for k, v in files.items() if ".dist-info/" not in k} == expected
     assert "memcache_jax/kernels/bank_read/api.py" in expected
+
+
+def test_a_copy_without_the_link_makes_the_same_wheel(built, tmp_path):
+    for name in ("memcache_jax", "kernels"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=ignore)
+    for name in FILES:
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "memcache_jax/kernels").unlink()
+    (tmp_path / "memcache_jax/kernels").write_text("../kernels")  # as zip and Windows have it
+    build = (sys.executable, "-m", "build", "--no-isolation")
+    run(*build, "--wheel", "--outdir=dist", ".", cwd=tmp_path)
+    assert wheel_files(tmp_path / "dist") == wheel_files(built / "direct")
 
 
 def test_the_source_distribution_makes_the_same_wheel(built):
