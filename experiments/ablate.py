@@ -1,4 +1,6 @@
-"""Ablations: ``python -m experiments.ablate --config=FILE --workdir=FOLDER``.
+"""Changes one part of a model at a time.
+
+    python -m experiments.ablate --config=FILE --workdir=FOLDER
 
 Compares a model with memory caching to variants with one change each: the rows of Table 5 of
 arXiv:2602.24281 (position gates, no gates, a linear memory, the query as connector), and choices

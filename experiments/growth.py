@@ -1,4 +1,4 @@
-"""Times a block's token against the length: does the memory's growth cost what it should?
+"""Times a block's token against the sequence length.
 
     python -m experiments.growth [--lengths=4096,65536 --rules=SSD,GatedDeltaNet --rounds=5]
     python -m experiments.growth --errors=4096 [--rules=DeltaNet,GatedDeltaNet,RWKV7,KDA,GDN2]

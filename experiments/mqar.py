@@ -1,4 +1,6 @@
-"""Multi-query associative recall: ``python -m experiments.mqar --config=FILE --workdir=FOLDER``.
+"""Trains and tests associative recall (MQAR).
+
+    python -m experiments.mqar --config=FILE --workdir=FOLDER
 
 Trains models to recall the values of keys (MQAR, arXiv:2312.04927), and tests them at other lengths
 and numbers of pairs, including larger ones. For each model it reports the learning rate with the
