@@ -59,9 +59,7 @@ def _memory_mixers(config: Any) -> list[Any]:
 
 def _divides_time(config: Any, mixers: list[Any], parts: int) -> bool:
     from memcache_jax.sharding.memory_caching import check_parts, is_carried
-    from memcache_jax.training.config import with_choices_made
 
-    isolates = with_choices_made(config).data.isolate_documents
     try:
         for mixer in mixers:
             whole = mixer.memory, mixer.aggregation, mixer.segmentation, config.sequence_length
@@ -75,7 +73,6 @@ def _divides_time(config: Any, mixers: list[Any], parts: int) -> bool:
                 start=mixer.start,
                 implementation=mixer.implementation,
                 exchange=mixer.exchange,
-                documents=isolates,
             )
     except ValueError:
         return False

@@ -18,6 +18,7 @@ from memcache_jax.engine.read import keep
 from memcache_jax.engine.types import Carry, Rows, Views, Writing
 from memcache_jax.kernels.chunk_update import chunk_update
 from memcache_jax.memories import Memory
+from memcache_jax.memories.affine import MAP_PRECISION
 from memcache_jax.memories.base import Run, first_of_documents
 
 
@@ -121,7 +122,9 @@ def _identity(memory: Memory, rows: Rows, shape: tuple[int, ...]) -> Any:
 
 def extended(memory: Memory, transition: Any, rows: Rows) -> Any:
     """The transition of a run and the chunk (m, ...) after it."""
-    return memory.extended(transition, rows.key, rows.value, _forgetting(memory, rows))
+    controls = _forgetting(memory, rows)
+    with jax.default_matmul_precision(MAP_PRECISION):
+        return memory.extended(transition, rows.key, rows.value, controls)
 
 
 def _forgetting(memory: Memory, rows: Rows) -> Controls:
@@ -157,7 +160,8 @@ def chunk_writer(how: Writing, rows: Rows) -> tuple[Callable, Callable]:
         if how.maps:
             run = Run(carry.state, carry.transition)
             controls = _forgetting(how.memory, rows)
-            run, view = how.memory.write_map(run, rows.key, rows.value, controls)
+            with jax.default_matmul_precision(MAP_PRECISION):
+                run, view = how.memory.write_map(run, rows.key, rows.value, controls)
             kept = keep(how.memory, how.needs, view, rows.query)
             return Carry(run.state, carry.initial, run.transition), kept
         end, kept = write_chunk(how, carry.state, carry.state, rows, carry.initial)

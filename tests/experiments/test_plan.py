@@ -85,12 +85,12 @@ def test_advised_meshes_fill_the_chips_and_divide_the_model():
     assert advised(1, 1, 1, 8) == []
 
 
-def test_parts_of_a_sequence_are_advised_where_documents_allow_them():
+def test_parts_of_a_sequence_are_advised_where_the_rule_allows_them():
     from experiments._advice import changes
 
     config = default_config()
     config.model.update(remat=True, dtype="bfloat16", num_heads=3)
-    config.model.memory = ConfigDict({"name": "SSD"})
+    config.model.memory = ConfigDict({"name": "Titans"})
     config.model.segmentation = ConfigDict({"name": "Logarithmic", "size": 128})
     report = dict(mesh=dict(data=2, fsdp=1, seq=1, tensor=1), hbm=16, state_bytes=1)
 
@@ -98,10 +98,9 @@ def test_parts_of_a_sequence_are_advised_where_documents_allow_them():
         return any("mesh.seq=2" in line for line in changes(config, report))
 
     assert not parts()
-    config.data.isolate_documents = False
+    config.model.memory = ConfigDict({"name": "SSD"})
     assert parts()
-    # One segment goes on over the parts, with any documents.
-    config.data.isolate_documents = True
+    # One segment goes on over the parts.
     config.model.segmentation = ConfigDict({"name": "Constant", "size": 2**20})
     assert parts()
 
