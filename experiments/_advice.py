@@ -25,7 +25,7 @@ def changes(config: Any, report: dict[str, Any]) -> list[str]:
         of_activations.append(f"{twice}: half the rows at a time")
     if model.dtype == "float32":
         of_activations.append("--config.model.dtype=bfloat16: activations of half the size")
-    mixers = _memory_mixers(config)
+    mixers = memory_mixers(config)
     if mesh["seq"] > 1 and any(
         mixer.exchange == "gather" and fits_ring(mixer.segmentation, config.sequence_length)
         for mixer in mixers
@@ -46,7 +46,8 @@ def changes(config: Any, report: dict[str, Any]) -> list[str]:
     return (of_state + of_activations if mostly_state else of_activations + of_state)[:3]
 
 
-def _memory_mixers(config: Any) -> list[Any]:
+def memory_mixers(config: Any) -> list[Any]:
+    """The mixers of a configuration's model that cache states of memories."""
     from memcache_jax.nn import MemoryCachingMixer
     from memcache_jax.nn.parallel import side_by_side
     from memcache_jax.nn.recurrent import RecurrentMixer
