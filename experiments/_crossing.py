@@ -42,7 +42,8 @@ def crossing(
     mixer = mixers[0]
 
     def operands() -> dict[str, Any]:
-        layer = mixer.build(model.features, model.num_heads, rngs=nnx.Rngs(0))
+        sizes = model.features, model.num_heads
+        layer = mixer.build(*sizes, dtype=model.dtype, rngs=nnx.Rngs(0))
         shape = config.batch_size, config.sequence_length, model.features
         return layer.operands(jnp.zeros(shape, model.dtype))
 

@@ -21,7 +21,7 @@ from memcache_jax.memories import Memory
 from memcache_jax.memories.affine import MAP_PRECISION
 from memcache_jax.memories.base import Run, first_of_documents
 
-SMALL_STATE, SMALL_CHUNK = 32 * 32, 16
+SMALL_STATE, SMALL_CHUNK = 32 * 32, 32
 
 
 def initial_states(
@@ -78,10 +78,10 @@ def _gains(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> bool:
 
     - Blocks that all begin anew: where chunks add to the memory without reading it.
     - Blocks that go on from each other, of a memory that erases: where states and chunks are small,
-      at most ``SMALL_STATE`` numbers and ``SMALL_CHUNK`` tokens. There the steps that wait for each
-      other cost more than what they compute, and of those one in a chunk is left, of two products.
-      Larger states gain nothing, and all maps would be in memory at once. On accelerators, where
-      steps that wait cost more, the same rule is assumed to be on the safe side: not measured.
+      at most ``SMALL_STATE`` numbers and ``SMALL_CHUNK`` tokens. There a step costs more than what
+      it computes, and of what waits for the chunk before two products are left. Larger ones lose,
+      and all maps would be in memory at once. Accelerators have the same rule: not measured, but a
+      step that waits costs them more than a CPU, so where CPUs gain they are assumed to.
     """
     memory = how.memory
     if how.implementation is not None and how.implementation != "xla":
