@@ -24,6 +24,7 @@ from collections.abc import Callable
 
 from absl import app, flags
 
+from experiments._operation import operation
 from experiments._program import run
 
 FLAGS = flags.FLAGS
@@ -108,13 +109,7 @@ def programs(build: Callable) -> dict[str, tuple[Callable, tuple]]:
 
     found = {"forward": (forward, (params, x)), "gradient": (jax.grad(loss, (0, 1)), (params, x))}
     if isinstance(layer, mc.nn.MemoryCaching):
-        names = ("memory", "aggregation", "segmentation", "start")
-        how = {name: getattr(layer, name) for name in names}
-
-        def operation(arrays):
-            return jnp.sum(mc.memory_caching(**arrays, **how) ** 2)
-
-        found["operation"] = jax.grad(operation), (layer.operands(x),)
+        found["operation"] = operation(layer, x)
     return found
 
 

@@ -117,7 +117,7 @@ def constructors():
     yield parts.ForgetGate, dict(least=0.5)
     delta: dict[str, Any] = dict(memory=mc.memories.DeltaNet())
     yield parts.Declared, delta
-    yield parts.Trapezoid, dict(turns=True)
+    yield parts.Trapezoid, dict(rates=True, turns=True)
     yield parts.Output, vars(parts.Output())
     caches: dict[str, Any] = dict(aggregation=mc.GRM(), segmentation=mc.Constant(8))
     caches |= dict(heads=2, head_dim=4, start="independent", implementation=None, exchange="gather")
