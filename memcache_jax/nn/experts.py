@@ -23,6 +23,10 @@ class Experts:
 
     y = sum over the top experts of p_e(x) mlp_e(x) + s(x) shared(x), each a ``GatedMLP``.
 
+    On a mesh a device works with its own channels of each expert. Where the type of the kernels, or
+    a rule for ``experts``, gives experts an axis of the mesh, it has its own experts, for which it
+    takes the rows of all devices along that axis; the outputs are then summed over it.
+
     Attributes:
       num_experts: experts that the router chooses among.
       top_k: how many it chooses for a token.
