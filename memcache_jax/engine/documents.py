@@ -9,6 +9,7 @@ import numpy as np
 from memcache_jax._typing import Array, Bool, Float, Int
 from memcache_jax.engine.types import Candidates, Keys
 from memcache_jax.gating import finite_rows, pooled_keys
+from memcache_jax.kernels.running_sum import running_document_sum
 from memcache_jax.segmentation import ReadPlan
 
 
@@ -169,20 +170,23 @@ def running_document_keys(
     key: Float[Array, "n c k"], plan: ReadPlan, pooling: str, document: Int[Array, "n c"]
 ) -> Float[Array, "n c k"]:
     """``running_keys`` where sums also begin anew with each document."""
-    n, c, k = key.shape
-    flat = document.reshape(-1)
+    n, c, _ = key.shape
+    sums, block = running_document_sum(key, document), np.arange(n)
+    if np.any(plan.first < block):
+        last = document[:, -1]
+        before = jnp.pad(last[:-1], (1, 0))  # the document that may go on into a block
+        read = (plan.first[:, None] <= block[None]) & (block[None] < block[:, None])
+        same = jnp.asarray(read) & (before[:, None] == last[None])
+        earlier = jnp.tensordot(same.astype(key.dtype), sums[:, -1], axes=1, precision="highest")
+        goes_on = (document == before[:, None])[..., None]
+        sums += jnp.where(goes_on, earlier[:, None], 0)
+    if pooling == "sum":
+        return sums
+    flat, place = document.reshape(-1), jnp.arange(n * c)
     begins = flat != jnp.pad(flat[:-1], (1, 0))
     begins = begins.reshape(n, c).at[:, 0].max(plan.begins).reshape(-1)
-
-    def combine(left: tuple, right: tuple) -> tuple:
-        begins, sums, counts = right
-        before = (jnp.where(begins.reshape(-1, *[1] * (x.ndim - 1)), 0, x) for x in left[1:])
-        return left[0] | begins, *(x + y for x, y in zip(before, (sums, counts), strict=True))
-
-    ones = jnp.ones(n * c, key.dtype)
-    _, sums, counts = jax.lax.associative_scan(combine, (begins, key.reshape(-1, k), ones))
-    sums = sums / counts[:, None] if pooling == "mean" else sums
-    return sums.reshape(n, c, k)
+    first = jax.lax.cummax(jnp.where(begins, place, 0))
+    return sums / (place - first + 1).astype(key.dtype).reshape(n, c, 1)
 
 
 def _slot_keys(

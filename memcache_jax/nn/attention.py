@@ -230,7 +230,7 @@ class Attention(nnx.Module):
         limit = past if self.window is None else None
         _checks.check_room(cache.position, x.shape[:2], lengths, limit)
         lengths = jnp.full(len(x), length, jnp.int32) if lengths is None else jnp.asarray(lengths)
-        (query, key, value), division = self._next_rows(x, (cache.position, "b"))
+        (query, key, value), division, kept = self._next_rows(x, (cache.position, "b"))
         extend = functools.partial(attend_stream, window=self.window, turn=self._turn)
         args = cache, query, key, value, lengths
         if division is None:
@@ -240,7 +240,7 @@ class Attention(nnx.Module):
             of_key = row if "h" in cache.axes.get("key", "") else "b . . ."
             letters = of_cache, row, of_key, None if value is None else of_key, "b"
             y, cache = division.run(extend, args, letters, (row, of_cache))
-        return self._next_output(x, y), cache
+        return self._next_output(x, y, kept), cache
 
     # What a stream keeps and how it attends, which a subclass may override.
 
@@ -254,11 +254,13 @@ class Attention(nnx.Module):
 
     def _next_rows(
         self, x: Float[Array, "b t d"], *others: tuple[Any, str]
-    ) -> tuple[list, Division | None]:
-        """As ``_rows``, of a stream's next tokens."""
-        return self._rows(x, *others)
+    ) -> tuple[list, Division | None, Any]:
+        """As ``_rows``, of a stream's next tokens, and what ``_next_output`` needs beside them."""
+        return *self._rows(x, *others), None
 
-    def _next_output(self, x: Float[Array, "b t d"], y: Float[Array, "b t h k"]) -> Array:
+    def _next_output(
+        self, x: Float[Array, "b t d"], y: Float[Array, "b t h k"], kept: Any
+    ) -> Array:
         """As ``_output``, of what ``_next_rows`` read."""
         return self._output(x, y)
 

@@ -303,13 +303,14 @@ class _Run:
         measured = {k: v for row in rows for k, v in row.items() if k.startswith("heldout_")}
         if not all_agree(bool(measured)):  # another host may not see the last line yet
             measured = {}
+        results = {"step": self.step, **(measured or self._evaluate())}
         return write_report(
             self.workdir,
             self.config,
-            *merged(self.graph, self.state.whole),
+            *merged(self.graph, self.state.whole),  # which uses the state up
             self.corpus.tokenizer,
             self.corpus.heldout.bytes_per_token,
-            {"step": self.step, **(measured or self._evaluate())},
+            results,
         )
 
     def close(self) -> None:
