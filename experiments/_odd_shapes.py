@@ -1,4 +1,8 @@
-"""Whole calls of odd shapes to compile for TPUs: every rule with every aggregation once."""
+"""Whole calls of odd shapes to compile for TPUs: every rule with every aggregation once.
+
+The text of a compiled program is not read: jaxlib 0.10 cannot read that of programs whose gathers
+run on sparse cores, as those of SSC do on v6e ("async-update instruction should have 1 operands").
+"""
 
 import dataclasses
 import itertools

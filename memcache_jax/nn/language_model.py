@@ -1,6 +1,7 @@
 """A decoder-only language model whose blocks mix tokens by memory caching or by attention."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, Unpack
 
 import jax
@@ -36,10 +37,7 @@ _OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
     offload_src="device",
     offload_dst="pinned_host",
 )
-_REMAT = functools.partial(jax.checkpoint, prevent_cse=False)
-_REMAT_OFFLOADED = functools.partial(_REMAT, policy=_OFFLOAD)
 _KEEP = jax.checkpoint_policies.save_only_these_names(WRITTEN, ROUTED)
-_REMAT_KEPT = functools.partial(_REMAT, policy=_KEEP)
 _NAN_OUTSIDE: dict[str, Any] = dict(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
@@ -138,10 +136,7 @@ class LanguageModel(Output, nnx.Module):
     ) -> Float[Array, "b t d"]:
         """Returns the last block's output after the final norm."""
         check_tokens(tokens, self.config.vocab_size)
-        wrap, config = None, self.config
-        if config.remat:
-            wrap = _REMAT_KEPT if config.keep_states else _REMAT
-            wrap = _REMAT_OFFLOADED if config.offload_states else wrap
+        wrap = _remat(remat_policy(self.config)) if self.config.remat else None
         x = self._embed(tokens)
         for layers, repeats in self.stacks:
             settle = isinstance(x, Hidden)
@@ -285,6 +280,18 @@ class LanguageModel(Output, nnx.Module):
                 f"the cache was made for {sum(cache.repeats)} layers of {len(cache.repeats)} mixers"
                 f", this model has {sum(here)} of {len(here)}"
             )
+
+
+def remat_policy(config: LanguageModelConfig) -> Callable[..., Any] | None:
+    """What the backward pass need not recompute of a block, with ``remat``; None for nothing."""
+    if config.offload_states:
+        return _OFFLOAD
+    return _KEEP if config.keep_states else None
+
+
+@functools.cache  # one object for each policy, by which eager calls know their programs
+def _remat(policy: Callable[..., Any] | None) -> Callable[..., Any]:
+    return functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
 
 
 def abstract_model(config: LanguageModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
