@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -194,8 +193,8 @@ def loss_by_position(
 
     @jax.jit
     def losses(state: Any, tokens: Array) -> Array:
-        logits = nnx.merge(graph, state)(tokens[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+        model = nnx.merge(graph, state)
+        return -model.token_scores(model.hidden(tokens[:, :-1]), tokens[:, 1:]).log_probability
 
     parts = []
     for begin in range(0, len(tokens), batch_size):

@@ -1,6 +1,7 @@
 """A decoder-only language model whose blocks mix tokens by memory caching or by attention."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, Unpack
 
 import jax
@@ -10,20 +11,20 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from memcache_jax import _checks
 from memcache_jax._checks import (
-    check_array,
     check_instance,
     check_integer,
     check_tokens,
     without_padding,
 )
 from memcache_jax._typing import Array, Float, Int
-from memcache_jax.kernels._dispatch import WRITTEN
+from memcache_jax.kernels._dispatch import ROUTED, WRITTEN
 from memcache_jax.nn import period
 from memcache_jax.nn.block import Between, Hidden, Period, stream_of
 from memcache_jax.nn.calls import ModelCall, answer, read_call
 from memcache_jax.nn.config import LanguageModelConfig
 from memcache_jax.nn.layers import Embed, Linear
 from memcache_jax.nn.model_cache import LanguageModelCache
+from memcache_jax.nn.output import Output
 from memcache_jax.nn.stack import layer_of, make_stack, scan_stack
 from memcache_jax.sharding.layout import (
     as_spec,
@@ -41,12 +42,11 @@ _OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
     offload_src="device",
     offload_dst="pinned_host",
 )
-_REMAT = functools.partial(jax.checkpoint, prevent_cse=False)
-_REMAT_OFFLOADED = functools.partial(_REMAT, policy=_OFFLOAD)
+_KEEP = jax.checkpoint_policies.save_only_these_names(WRITTEN, ROUTED)
 _NAN_OUTSIDE: dict[str, Any] = dict(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
-class LanguageModel(nnx.Module):
+class LanguageModel(Output, nnx.Module):
     """Token embedding, a stack of blocks, RMSNorm and an output layer.
 
     The blocks' parameters are stacked along a first axis and ``lax.scan`` runs over them, so
@@ -141,9 +141,7 @@ class LanguageModel(nnx.Module):
     ) -> Float[Array, "b t d"]:
         """Returns the last block's output after the final norm."""
         check_tokens(tokens, self.config.vocab_size)
-        wrap = None
-        if self.config.remat:
-            wrap = _REMAT_OFFLOADED if self.config.offload_states else _REMAT
+        wrap = _remat(remat_policy(self.config)) if self.config.remat else None
         x = self._embed(tokens)
         for layers, repeats in self.stacks:
             settle = isinstance(x, Hidden)
@@ -291,16 +289,17 @@ class LanguageModel(nnx.Module):
                 f", this model has {sum(here)} of {len(here)}"
             )
 
-    def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
-        """Returns the output layer's logits, in float32 or wider."""
-        shape, _ = check_array("hidden", hidden)
-        if shape[-1:] != (self.config.features,):
-            raise ValueError(
-                f"hidden must be (..., d) with d = features = {self.config.features}, got {shape}"
-            )
-        logits = self.embedding.attend(hidden) if self.config.tie_embeddings else self.head(hidden)
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-        return logits if self.config.logit_scale == 1 else self.config.logit_scale * logits
+
+def remat_policy(config: LanguageModelConfig) -> Callable[..., Any] | None:
+    """What the backward pass need not recompute of a block, with ``remat``; None for nothing."""
+    if config.offload_states:
+        return _OFFLOAD
+    return _KEEP if config.keep_states else None
+
+
+@functools.cache  # one object for each policy, by which eager calls know their programs
+def _remat(policy: Callable[..., Any] | None) -> Callable[..., Any]:
+    return functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
 
 
 def abstract_model(config: LanguageModelConfig) -> tuple[nnx.GraphDef, nnx.State]:

@@ -29,7 +29,7 @@ from memcache_jax.sharding.layout import (
 )
 from memcache_jax.sharding.names import mesh_axes
 
-_NAMES = dict(e="experts", b="batch", t="time", h="heads")
+_NAMES = dict(e="experts", b="batch", t="time", h="heads", w="vocab")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Division:
     """The axes of a mesh that divide tokens.
 
     An axis of an array goes by its letter in the legend: ``b`` rows, ``t`` time, ``h`` heads, ``e``
-    experts. All other axes are whole on every device.
+    experts, ``w`` the words of a vocabulary. All other axes are whole on every device.
 
     Attributes:
       mesh: the mesh.
@@ -45,6 +45,7 @@ class Division:
       t: those that divide time.
       h: those that divide heads.
       e: those that divide experts, over which rows are then whole.
+      w: those that divide words.
     """
 
     mesh: AbstractMesh
@@ -52,6 +53,7 @@ class Division:
     t: MeshAxes = ()
     h: MeshAxes = ()
     e: MeshAxes = ()
+    w: MeshAxes = ()
 
     @classmethod
     def of(cls, *arrays: tuple[Any, str], heads: int | None = None) -> "Division | None":
@@ -167,7 +169,8 @@ class Division:
             args = jax.tree.map(lay, letters, args)
         options: dict[str, Any] = dict(mesh=self.mesh)
         if auto or self.mesh.manual_axes:
-            ruled = {axis for letter in "bth" for axis in _ruled(letter, self.mesh)} | {*self.e}
+            ruled = {axis for letter in "bth" for axis in _ruled(letter, self.mesh)}
+            ruled |= {*self.e, *self.w}
             options["axis_names"] = {*explicit, *(axis for axis in auto if axis in ruled)}
         elif not jax.sharding.get_abstract_mesh().empty:
             options = {}  # all axes but those over which a vmap goes

@@ -39,6 +39,7 @@ _MAY_CHANGE = (
     "sample.",
     "model.implementation",
     "model.exchange",
+    "model.keep_states",
     "model.offload_states",
     "mesh.",
     "accumulate",
@@ -137,6 +138,7 @@ def default_config() -> Config:
     config.model.mlp_features = config_dict.placeholder(int)  # 8/3 features by default; 0: no MLP
     config.model.tie_embeddings = False
     config.model.remat = False  # recompute activations in the backward pass, to save memory
+    config.model.keep_states = False  # with remat: keep memories' states
     config.model.offload_states = False  # with remat: keep memories' states on the host
     config.model.dtype = "float32"  # of activations, or "bfloat16"; parameters are float32
     config.model.mixers = ("memory_caching",)  # of consecutive blocks, repeated; see models.py

@@ -95,7 +95,8 @@ class PublicModel(NamedTuple):
 
         model = self.described(config).with_mixers(cached)
         lora = LoRA(config.lora.rank, config.lora.alpha) if config.tune == "lora" else None
-        options = {name: config.model[name] for name in ("remat", "offload_states")}
+        remat = ("remat", "keep_states", "offload_states")
+        options = {name: config.model[name] for name in remat}
         return dataclasses.replace(model, lora=lora, **options)
 
     def frozen(self, config: Config) -> frozenset[tuple]:

@@ -186,6 +186,12 @@ def calls():
     yield model, ids | dict(document_ids=None, cache=None, segment_ids=None, positions=None)
     yield model.logits, dict(hidden=rows(2, 16, 8))
     yield model.hidden, ids | dict(document_ids=None)
+    scored: dict[str, Any] = dict(hidden=rows(2, 16, 8), targets=np.ones((2, 16), int))
+    yield model.token_scores, scored
+    yield mc.nn.token_scores, scored | dict(matrix=rows(8, 17), scale=0.5)
+    scored |= dict(weights=None, z_loss=1e-4)
+    yield model.cross_entropy, scored
+    yield mc.nn.cross_entropy, scored | dict(matrix=rows(8, 17), scale=0.5)
     yield model.gates, ids
     yield model.init_cache, options
     streams = model.init_cache(2, 32)
