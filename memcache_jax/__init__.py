@@ -6,6 +6,7 @@ from memcache_jax.caching import memory_caching
 from memcache_jax.gating import Gate
 from memcache_jax.generation import Decoder, generate
 from memcache_jax.segmentation import Constant, Lengths, Logarithmic, ReadPlan, Segmentation
+from memcache_jax.serving import PrefixStore
 from memcache_jax.streaming import Cache, extend, init_cache
 from memcache_jax.streaming.eviction import Eviction
 
@@ -22,6 +23,7 @@ __all__ = [
     "Gate",
     "Lengths",
     "Logarithmic",
+    "PrefixStore",
     "ReadPlan",
     "Residual",
     "Segmentation",

@@ -226,5 +226,18 @@ def extend_logits(
     return cache, model.logits(_at(hidden, jnp.maximum(lengths, 1) - 1))
 
 
+@functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
+def extend_in_place(
+    state: Any,
+    tokens: Int[Array, "b t"],
+    lengths: Int[Array, "b"] | None,
+    cache: Any,
+    *,
+    graph: Any,
+) -> tuple[Any, Float[Array, "b v"]]:
+    """``extend_logits`` of a model that was split, compiled; the cache's arrays are used again."""
+    return extend_logits(nnx.merge(graph, state), tokens, cache, lengths)
+
+
 def _at(rows: Float[Array, "b t d"], position: Int[Array, "b"]) -> Float[Array, "b d"]:
     return jnp.take_along_axis(rows, position[:, None, None], axis=1)[:, 0]
