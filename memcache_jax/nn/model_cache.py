@@ -106,6 +106,30 @@ class LanguageModelCache:
         position, _ = taken_back(self.position, self.layers[0].rewindable[0], tokens)
         return LanguageModelCache(layers, states, position, self.max_length)
 
+    def put(self, row: jax.typing.ArrayLike, other: "LanguageModelCache") -> "LanguageModelCache":
+        """Returns the cache with the one row of another in place of a row.
+
+        Raises:
+          ValueError: for a cache of another number of rows than one, or of other shapes.
+        """
+
+        def update(axes: str, rows: Any, new: Any) -> Any:
+            names = axes.split()
+            if "b" not in names:
+                return rows
+            axis = names.index("b")
+            return jax.tree.map(
+                lambda x, y: lax.dynamic_update_slice_in_dim(x, y, row * y.shape[axis], axis),
+                rows,
+                new,
+            )
+
+        if len(other.position) != 1 or jax.tree.structure(other) != jax.tree.structure(self):
+            raise ValueError(
+                f"a row must be a cache of one row made alike, got {len(other.position)} rows"
+            )
+        return jax.tree.map(update, self.letters(), self, other)
+
     def letters(self) -> "LanguageModelCache":
         """Returns a tree of the letters of each array's axes, as ``MixerCache.letters`` does."""
         small = [cache.letters(layers=True) for cache in self.layers]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-_PIECE_BYTES = 1 << 16
+_PIECE_BYTES = 1 << 10
 
 
 class Split(NamedTuple):
@@ -58,7 +58,7 @@ class Pieces:
 
 
 def split(arrays: list[np.ndarray], axes: list[int]) -> tuple[dict[bytes, np.ndarray], list[Split]]:
-    """Cuts arrays along their axes, into pieces of at least 64 KiB where a part is smaller."""
+    """Cuts arrays along their axes, into their parts, or several together up to 1 KiB."""
     pieces: dict[bytes, np.ndarray] = {}
     splits = []
     for array, axis in zip(arrays, axes, strict=True):

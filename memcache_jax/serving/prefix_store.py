@@ -5,9 +5,9 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,9 @@ from memcache_jax.nn import LanguageModel
 from memcache_jax.nn.model_cache import LanguageModelCache
 from memcache_jax.segmentation import Segmentation
 from memcache_jax.serving.pieces import Pieces, Split, join, split
+
+Ids: TypeAlias = Sequence[int] | np.ndarray | Array
+"""Token ids, (t,)."""
 
 
 class _Entry(NamedTuple):
@@ -87,7 +90,7 @@ class PrefixStore:
         """Number of caches."""
         return len(self._entries)
 
-    def insert(self, tokens: jax.typing.ArrayLike, cache: LanguageModelCache) -> bool:
+    def insert(self, tokens: Ids, cache: LanguageModelCache) -> bool:
         """Keeps a cache of one row, which stays the caller's, after these tokens (t,).
 
         Returns:
@@ -97,7 +100,7 @@ class PrefixStore:
           ValueError: for tokens that are not integers (t,), or a cache of another number of rows or
             tokens, or of another shape than those before.
         """
-        tokens = _as_ids(tokens)
+        tokens = as_ids(tokens)
         check_instance("cache", cache, LanguageModelCache, "the cache of a LanguageModel")
         if cache.position.shape != (1,) or int(cache.position[0]) != len(tokens):
             raise ValueError(
@@ -124,13 +127,13 @@ class PrefixStore:
                 self._remove(next(iter(self._entries)))
         return True
 
-    def match(self, tokens: jax.typing.ArrayLike) -> tuple[LanguageModelCache | None, int]:
+    def match(self, tokens: Ids) -> tuple[LanguageModelCache | None, int]:
         """Returns a cache of the longest known beginning of tokens (t,), and its length.
 
         It is at most t - 1 tokens long, so that there is one to ask for what follows; None and 0 if
         none is known. The cache is the caller's own.
         """
-        tokens = _as_ids(tokens)
+        tokens = as_ids(tokens)
         with self._lock:
             lengths = sorted(n for n in self._lengths if n < len(tokens))
             keys = list(_keys(tokens, lengths))
@@ -146,7 +149,7 @@ class PrefixStore:
     def prefill(
         self,
         model: LanguageModel,
-        tokens: jax.typing.ArrayLike,
+        tokens: Ids,
         empty: LanguageModelCache,
         *,
         every: int | None = None,
@@ -173,7 +176,7 @@ class PrefixStore:
           ValueError: for tokens outside the vocabulary or none, or more than the cache holds.
         """
         check_instance("model", model, LanguageModel, "an mc.nn.LanguageModel")
-        ids = _as_ids(tokens)
+        ids = as_ids(tokens)
         if not len(ids):
             raise ValueError("give at least one token, got none")
         check_ids("tokens", int(ids.min()), int(ids.max()), model.config.vocab_size)
@@ -259,7 +262,8 @@ class PrefixStore:
             del self._lengths[entry.length]
 
 
-def _as_ids(tokens: Any) -> Int[np.ndarray, "t"]:
+def as_ids(tokens: Any) -> Int[np.ndarray, "t"]:
+    """Returns token ids (t,) as int32, or raises ValueError."""
     ids = as_numpy("tokens", tokens)
     if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
         raise ValueError(f"tokens must be integers (t,), got {ids.dtype} {ids.shape}")

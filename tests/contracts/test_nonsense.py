@@ -139,6 +139,7 @@ def constructors():
     for axis in mc.sharding.AXES:
         yield (lambda size, axis=axis: mc.sharding.make_mesh({axis: size})), dict(size=-1)
     yield mc.PrefixStore, dict(max_bytes=10**6)
+    yield mc.NGrams, dict(tokens=4, longest=2)
     yield Sampling, dict(temperature=1.0, top_k=3, top_p=0.5)
 
 
