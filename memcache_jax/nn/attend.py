@@ -14,7 +14,8 @@ from memcache_jax._typing import Array, Bool, Float, Int
 from memcache_jax.nn import spoilt
 from memcache_jax.nn.windows import attend_window, block_size
 from memcache_jax.sharding.division import Division
-from memcache_jax.streaming.protocol import MixerCache, more_rewindable, taken_back
+from memcache_jax.streaming.protocol import MixerCache
+from memcache_jax.streaming.rewind import more_rewindable, taken_back
 
 Turn: TypeAlias = Callable[[Array, Array | None], Array]
 """Rotates rows (b, t, h, k) by their positions (b, t); None: each counts from its row's first."""

@@ -177,6 +177,7 @@ class Block(nnx.Module):
                 *places,
                 most=x.shape[1],
                 first=cache.first,
+                axes="b . .",
             )
             cache = cache.replace(mixer=of_mixer, tail=tail, past=past)
         return _with_stream(between, like(x, x + self._residual(y, self.mlp_norm))), cache

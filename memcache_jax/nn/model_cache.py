@@ -9,13 +9,8 @@ from jax import lax
 
 from memcache_jax import _checks
 from memcache_jax._typing import Array, Int
-from memcache_jax.streaming.protocol import (
-    count_bytes,
-    take_rows,
-    taken_back,
-    taken_back_from,
-    zero_rows,
-)
+from memcache_jax.streaming.protocol import count_bytes, take_rows, zero_rows
+from memcache_jax.streaming.rewind import taken_back, taken_back_from
 
 
 @jax.tree_util.register_dataclass
@@ -73,7 +68,7 @@ class LanguageModelCache:
     @property
     def rewindable(self) -> Array | None:
         """By how many tokens each row can go back, (b,); None where none can."""
-        of_layers = [getattr(cache, "rewindable", None) for cache in self.layers]
+        of_layers: list[Any] = [getattr(cache, "rewindable", None) for cache in self.layers]
         return None if any(one is None for one in of_layers) else of_layers[0][0]
 
     def rewind(self, tokens: jax.typing.ArrayLike) -> "LanguageModelCache":

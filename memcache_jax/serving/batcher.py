@@ -18,7 +18,8 @@ from memcache_jax.generation.generate import extend_in_place
 from memcache_jax.generation.sampling import Sampling
 from memcache_jax.nn import LanguageModel
 from memcache_jax.nn.model_cache import LanguageModelCache
-from memcache_jax.serving.prefix_store import Ids, PrefixStore, as_ids
+from memcache_jax.serving.ids import Ids, as_ids
+from memcache_jax.serving.prefix_store import PrefixStore
 from memcache_jax.serving.programs import Draws, decode, draw
 from memcache_jax.serving.request import Limits, Request
 
@@ -280,13 +281,13 @@ class Batcher:
         def of(request: Request | None) -> tuple:
             if request is None:
                 return 0, 0, 0.0, 0, 1.0
-            how = request.sampling
-            drawn = request.seed, len(request.tokens)
-            return *drawn, how.temperature, how.top_k or 0, how.top_p
+            how, drawn = request.sampling, len(request.tokens)
+            return request.seed, drawn, how.temperature, how.top_k or 0, how.top_p
 
         columns = zip(*map(of, requests), strict=True)
-        dtypes = np.uint32, np.int32, np.float32, np.int32, np.float32
-        return Draws(*(np.array(x, dtype) for x, dtype in zip(columns, dtypes, strict=True)))
+        dtypes: Any = np.uint32, np.int32, np.float32, np.int32, np.float32
+        arrays: Any = [np.array(x, dtype) for x, dtype in zip(columns, dtypes, strict=True)]
+        return Draws(*arrays)
 
 
 @jax.jit

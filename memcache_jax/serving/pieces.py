@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,6 +57,14 @@ class Pieces:
         return [[self._held[digest] for digest in array.digests] for array in arrays]
 
 
+def axis_of(array: np.ndarray) -> int:
+    """The axis of slots, of tokens or of buckets; of other arrays one that is not cut.
+
+    Arrays of a stack are (layers, rows, heads, slots, ...), and on the host (layers, slots, ...).
+    """
+    return 3 if array.ndim > 4 else min(1, array.ndim - 1) if array.ndim else 0
+
+
 def split(arrays: list[np.ndarray], axes: list[int]) -> tuple[dict[bytes, np.ndarray], list[Split]]:
     """Cuts arrays along their axes, into their parts, or several together up to 1 KiB."""
     pieces: dict[bytes, np.ndarray] = {}
@@ -70,7 +78,8 @@ def split(arrays: list[np.ndarray], axes: list[int]) -> tuple[dict[bytes, np.nda
         for part in parts:
             part = np.ascontiguousarray(part).reshape(part.shape)
             digest = hashlib.blake2b(f"{part.dtype} {part.shape}".encode(), digest_size=32)
-            digest.update(part.reshape(-1).view(np.uint8))
+            content: Any = part.reshape(-1).view(np.uint8)
+            digest.update(content)
             # A copy, not a view that would keep the whole array.
             pieces.setdefault(digest.digest(), part.copy() if part.base is not None else part)
             digests.append(digest.digest())

@@ -1,13 +1,11 @@
 """Caches of prompts' beginnings, so that what prompts share is read once."""
 
 import collections
-import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +13,14 @@ import numpy as np
 from flax import nnx
 
 from memcache_jax._checks import check_ids, check_instance, check_integer
-from memcache_jax._checks.values import as_numpy
-from memcache_jax._typing import Array, Float, Int
+from memcache_jax._typing import Array, Float
 from memcache_jax.generation.generate import extend_in_place
 from memcache_jax.generation.prompts import buffer_size, longest
 from memcache_jax.nn import LanguageModel
 from memcache_jax.nn.model_cache import LanguageModelCache
 from memcache_jax.segmentation import Segmentation
-from memcache_jax.serving.pieces import Pieces, Split, join, split
-
-Ids: TypeAlias = Sequence[int] | np.ndarray | Array
-"""Token ids, (t,)."""
+from memcache_jax.serving.ids import Ids, as_ids, key_of, keys_of
+from memcache_jax.serving.pieces import Pieces, Split, axis_of, join, split
 
 
 class _Entry(NamedTuple):
@@ -110,8 +105,8 @@ class PrefixStore:
         like = _like(cache)
         # Copies: later calls donate the cache, and with it what NumPy sees of its memory.
         arrays = [np.array(x) for x in jax.device_get(jax.tree.leaves(cache))]
-        pieces, splits = split(arrays, [_axis(x) for x in arrays])
-        key = _key(tokens)
+        pieces, splits = split(arrays, [axis_of(x) for x in arrays])
+        key = key_of(tokens)
         with self._lock:
             if self._like is None:
                 self._like = like
@@ -136,7 +131,7 @@ class PrefixStore:
         tokens = as_ids(tokens)
         with self._lock:
             lengths = sorted(n for n in self._lengths if n < len(tokens))
-            keys = list(_keys(tokens, lengths))
+            keys = list(keys_of(tokens, lengths))
             key = next((key for key in reversed(keys) if key in self._entries), None)
             if key is None or self._like is None:
                 return None, 0
@@ -181,13 +176,13 @@ class PrefixStore:
             raise ValueError("give at least one token, got none")
         check_ids("tokens", int(ids.min()), int(ids.max()), model.config.vocab_size)
         empty.check_room((1, len(ids)))
-        every = _longest_segment(model) if every is None else check_integer("every", every)
+        step = _longest_segment(model) if every is None else check_integer("every", every)
         cache, known = self.match(ids)
         if cache is None:
             cache = jax.tree.map(jnp.copy, empty)
         graph, state = nnx.split(model)
         logits: Any = None
-        ends = [*range((known // every + 1) * every, len(ids), every), len(ids)]
+        ends = [*range((known // step + 1) * step, len(ids), step), len(ids)]
         for begin, end in zip([known, *ends], ends, strict=False):
             size = buffer_size(end - begin, longest(model))
             piece = np.pad(ids[begin:end], (0, size - (end - begin)))[None]
@@ -213,7 +208,7 @@ class PrefixStore:
             pieces={d.hex(): [x.dtype.name, x.shape] for d, x in pieces.items()},
         )
         text = np.frombuffer(json.dumps(index).encode(), np.uint8)
-        flat = {digest.hex(): x.reshape(-1).view(np.uint8) for digest, x in pieces.items()}
+        flat: dict[str, Any] = {d.hex(): x.reshape(-1).view(np.uint8) for d, x in pieces.items()}
         new = path.with_name(f"{path.name}.new")
         with new.open("wb") as file:
             np.savez(file, index=text, **flat)
@@ -262,27 +257,6 @@ class PrefixStore:
             del self._lengths[entry.length]
 
 
-def as_ids(tokens: Any) -> Int[np.ndarray, "t"]:
-    """Returns token ids (t,) as int32, or raises ValueError."""
-    ids = as_numpy("tokens", tokens)
-    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-        raise ValueError(f"tokens must be integers (t,), got {ids.dtype} {ids.shape}")
-    return ids.astype(np.int32)
-
-
-def _key(tokens: Int[np.ndarray, "t"]) -> bytes:
-    return next(_keys(tokens, [len(tokens)]))
-
-
-def _keys(tokens: Int[np.ndarray, "t"], lengths: list[int]) -> Iterator[bytes]:
-    """The digests of the first so many tokens, for growing numbers."""
-    digest, begin = hashlib.blake2b(digest_size=32), 0
-    for end in lengths:
-        digest.update(tokens[begin:end].tobytes())
-        yield digest.copy().digest()
-        begin = end
-
-
 def _like(cache: LanguageModelCache) -> _Like:
     leaves, structure = jax.tree.flatten(cache)
     shapes = [(x.shape, x.dtype.name) for x in leaves]
@@ -295,14 +269,6 @@ def _check_same(got: _Like, wanted: _Like) -> None:
             "all caches of a store must be made alike: this one differs from those before in its "
             "layers, options or max_length"
         )
-
-
-def _axis(array: np.ndarray) -> int:
-    """The axis of slots, of tokens or of buckets; of other arrays one that is not cut.
-
-    Arrays of a stack are (layers, rows, heads, slots, ...), and on the host (layers, slots, ...).
-    """
-    return 3 if array.ndim > 4 else min(1, array.ndim - 1) if array.ndim else 0
 
 
 def _longest_segment(model: LanguageModel) -> int:

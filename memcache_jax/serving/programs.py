@@ -18,14 +18,14 @@ class Draws(NamedTuple):
 
     Attributes:
       seed: the request's.
-      count: tokens drawn before.
+      drawn: tokens drawn before.
       temperature: 0 for the most likely token.
       top_k: how many tokens may be drawn; 0 for all.
       top_p: their probability in all.
     """
 
     seed: Int[Array, "b"]
-    count: Int[Array, "b"]
+    drawn: Int[Array, "b"]
     temperature: Float[Array, "b"]
     top_k: Int[Array, "b"]
     top_p: Float[Array, "b"]
@@ -54,7 +54,7 @@ def draw(logits: Float[Array, "b vocab"], draws: Draws) -> Int[Array, "b"]:
     limited = (draws.top_k > 0) | (draws.top_p < 1)
 
     def one(row: Array, of_row: Draws) -> Array:
-        key = jax.random.fold_in(jax.random.key(of_row.seed), of_row.count)
+        key = jax.random.fold_in(jax.random.key(of_row.seed), of_row.drawn)
         return jax.random.categorical(key, row).astype(jnp.int32)
 
     def of_likely(row: Array, of_row: Draws) -> Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from memcache_jax._typing import Array, Bool, Int
-from memcache_jax.streaming.protocol import taken_back
+from memcache_jax.streaming.rewind import taken_back
 from memcache_jax.streaming.ring import Ring, where_rows
 from memcache_jax.streaming.storage import Storage
 

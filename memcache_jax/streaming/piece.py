@@ -44,7 +44,6 @@ def take_piece(
     size = piece.key.shape[2]
     block, into_block = jnp.divmod(cache.position, segment)
     if config.rewind:
-        # A longer piece is not taken back: the last tokens of a call come one by one.
         past = remember_token(cache, active) if size == 1 else cache.past
         more = jnp.minimum(cache.rewindable + 1, config.rewind) if size == 1 else 0
         rewindable = jnp.where(active, more, cache.rewindable)

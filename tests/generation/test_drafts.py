@@ -1,6 +1,7 @@
 """Drafts: what is proposed, and what is refused."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,13 +38,14 @@ def test_what_followed_the_last_tokens():
 @pytest.mark.usefixtures("unchecked")
 def test_what_is_refused():
     model, tokens = language_model(), prompts()
+    function: Any = count_up
     other = mc.nn.LanguageModel(
         mc.nn.LanguageModelConfig(22, num_layers=1, features=8, num_heads=2), rngs=nnx.Rngs(0)
     )
     for call, message in {
         lambda: mc.NGrams(0): "tokens must be at least 1, got 0",
         lambda: mc.NGrams(longest=0): "longest must be at least 1, got 0",
-        lambda: mc.DraftModel(count_up): r"model must be an mc\.nn\.LanguageModel",
+        lambda: mc.DraftModel(function): r"model must be an mc\.nn\.LanguageModel",
         lambda: mc.DraftModel(model, tokens=0): "tokens must be at least 1, got 0",
         lambda: greedy(model, tokens, "ngrams"): r"draft must be mc\.NGrams\(\) or mc\.Draft",
         lambda: greedy(count_up, tokens, mc.NGrams()): r"is for an nn\.LanguageModel",

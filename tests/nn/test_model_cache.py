@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 from orbax.checkpoint import v1 as ocp
 
 import memcache_jax as mc
@@ -220,3 +221,26 @@ def test_what_does_not_go_back():
         model.init_cache(1, rewind=-1)
     with pytest.raises(ValueError, match="does not go back: make it with init_cache"):
         model.init_cache(1).rewind(np.array([1]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
+def test_models_go_back_on_a_mesh(kind):
+    mixers = (*language_model().config.mixers, mc.nn.AttentionMixer())
+    model = language_model(mixers=mixers, num_layers=3)
+    tokens = jax.random.randint(jax.random.key(0), (4, 20), 0, 23)
+    graph, state = nnx.split(model)
+
+    def run(tokens, cache):
+        extend = jax.jit(lambda tokens, cache: nnx.merge(graph, state).extend(tokens, cache))
+        _, cache = extend(tokens[:, :10], cache)
+        return extend(tokens[:, 10:], cache.rewind(np.array([3, 0, 2, 1])))
+
+    wanted, _ = run(tokens, model.init_cache(4, 40, rewind=3))
+    mesh = jax.make_mesh((2, 2), ("rows", "model"), axis_types=(kind, kind))
+    with jax.set_mesh(mesh):
+        tokens = jax.device_put(tokens, jax.NamedSharding(mesh, jax.P("rows")))
+        cache = model.init_cache(4, 40, rewind=3, sharding=jax.P("rows", "model"))
+        hidden, cache = run(tokens, cache)
+    assert_close(hidden, wanted, 2e-5)
+    assert cache.position.sharding.spec == jax.P("rows")

@@ -12,7 +12,7 @@ from memcache_jax.generation.generate import extend_in_place
 from memcache_jax.serving.programs import decode
 from tests.serving.models import LENGTH, VOCAB, ids, model, spoilt
 
-LONG = dict(rows=3, max_length=LENGTH, piece=4)
+LONG: dict[str, Any] = dict(rows=3, max_length=LENGTH, piece=4)
 
 
 def batcher(**options: Any):
@@ -26,7 +26,8 @@ def text_of(tokens):
 def test_requests_get_the_tokens_of_generate():
     """More requests than rows, with prompts and ends of all lengths."""
     sizes = [(1, 9), (13, 20), (4, 1), (7, 30), (20, 3), (2, 12), (11, 11)]
-    before = extend_in_place._cache_size(), decode._cache_size()
+    programs: tuple[Any, Any] = extend_in_place, decode
+    before = [program._cache_size() for program in programs]
     served = batcher()
     requests = [served.submit(ids(i, count), new) for i, (count, new) in enumerate(sizes)]
     served.run()
@@ -35,8 +36,8 @@ def test_requests_get_the_tokens_of_generate():
         assert request.tokens == wanted.tolist()
         assert request.finish_reason == "length"
     # Pieces of 4, 2 and 1 tokens, and one program for all steps.
-    after = extend_in_place._cache_size(), decode._cache_size()
-    assert (after[0] - before[0], after[1] - before[1]) == (3, 1)
+    after = [program._cache_size() for program in programs]
+    assert [now - then for now, then in zip(after, before, strict=True)] == [3, 1]
     assert not served.step()
 
 
@@ -175,6 +176,7 @@ def test_a_thread_serves_iterators():
 
 @pytest.mark.usefixtures("unchecked")
 def test_what_is_refused():
+    one: Any = 3
     served = batcher(most_waiting=1, cache=dict(max_segments=2))
     for call, message in {
         lambda: batcher(rows=0): "rows must be at least 1, got 0",
@@ -189,7 +191,7 @@ def test_what_is_refused():
         lambda: served.submit([1], 2, temperature=-1): "temperature must be",
         lambda: served.submit([1], 2, seed=-1): "seed must be at least 0",
         lambda: served.submit([1], 2, stop_tokens=[1, 23]): "stop_tokens must hold token ids",
-        lambda: served.submit([1], 2, stop_tokens=3): "stop_tokens must be a tuple, got 3",
+        lambda: served.submit([1], 2, stop_tokens=one): "stop_tokens must be a tuple, got 3",
         lambda: served.submit([1], 2, stop_texts="no"): "stop_texts must be a tuple, got 'no'",
         lambda: served.submit([1], 2, stop_texts=[""]): "stop_texts must be texts, not empty",
         lambda: served.submit([1], 2, stop_texts=["x"]): "stop_texts need a batcher with text_of",

@@ -154,13 +154,14 @@ def test_states_on_the_host():
 
 @pytest.mark.usefixtures("unchecked")
 def test_what_is_refused():
-    store = mc.PrefixStore(10**8)
+    store: Any = mc.PrefixStore(10**8)
     for call, message in {
         lambda: mc.PrefixStore(0): "max_bytes must be at least 1, got 0",
         lambda: store.insert([1, 2], empty()): r"after the 2 tokens; it has taken \[0\]",
         lambda: store.insert([], model().init_cache(2, LENGTH)): r"one row.*taken \[0, 0\]",
         lambda: store.insert([1], empty().layers[0]): "cache must be the cache of a LanguageModel",
         lambda: store.match([[1, 2]]): r"tokens must be integers \(t,\), got int64 \(1, 2\)",
+        lambda: store.match([2**32]): "token ids from 0 to 2147483647, got 4294967296",
         lambda: store.match([0.5]): r"tokens must be integers \(t,\), got float64",
         lambda: store.prefill(model(), [], empty()): "give at least one token",
         lambda: store.prefill(model(), [VOCAB], empty()): "token ids from 0 to 22, got 23",
