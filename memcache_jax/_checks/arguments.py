@@ -130,6 +130,32 @@ def check_lengths(lengths: Any, shape: tuple[int, ...], least: int = 0) -> Any:
     return lengths
 
 
+def check_rewind(tokens: Any, rewindable: Any, batch: int) -> jax.Array:
+    """Returns how many tokens each row goes back by, or raises ValueError.
+
+    ``rewindable`` are the most, (b,); None of a cache that does not go back. Traced values are not
+    checked.
+    """
+    if rewindable is None:
+        raise ValueError(
+            "the cache does not go back: make it with init_cache(..., rewind=most tokens)"
+        )
+    known = tokens if isinstance(tokens, Tracer) else as_numpy("tokens to take back", tokens)
+    if known.shape != (batch,) or not jnp.issubdtype(known.dtype, jnp.integer):
+        raise ValueError(
+            f"tokens to take back must be integers (b,) = ({batch},), got {known.dtype} "
+            f"{known.shape}"
+        )
+    if not isinstance(known, Tracer) and is_known(rewindable):
+        most = np.asarray(rewindable)
+        if np.any(known < 0) or np.any(known > most):
+            raise ValueError(
+                f"rows can go back by at most {most.tolist()} tokens, got {known.tolist()}: "
+                "init_cache(..., rewind=) keeps more"
+            )
+    return jnp.asarray(tokens, jnp.int32)
+
+
 def check_room(
     position: jax.Array, shape: tuple[int, ...], lengths: Any, max_length: int | None
 ) -> None:

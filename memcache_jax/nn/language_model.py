@@ -214,7 +214,8 @@ class LanguageModel(Output, nnx.Module):
           max_length: most tokens per row; None if ``options`` bound the memory instead.
           sharding: how rows and heads are divided, as in ``mc.init_cache``.
           options: ``max_segments``, ``policy``, ``cache_dtype`` and ``placement`` of
-            ``mc.init_cache``, for memory caching layers.
+            ``mc.init_cache``, for memory caching layers; and ``rewind``, by how many tokens
+            ``cache.rewind`` takes a row back, for layers of all kinds.
 
         Raises:
           ValueError: for sizes below 1, or options that do not fit the layers.
@@ -233,6 +234,7 @@ class LanguageModel(Output, nnx.Module):
                 first: Any = layer_of(stack, repeats, 0)
                 one = first.init_cache(batch_size, max_length, options)
                 bounds += [getattr(cache, "max_length", None) for cache in one]
+                _check_rewindable(one, options)
                 layers += scan_stack(stack, repeats, init, None)[1]
                 states += [cache.empty_states(batch_size, repeats) for cache in one]
             bounds = [bound for bound in bounds if bound is not None]
@@ -300,6 +302,13 @@ def remat_policy(config: LanguageModelConfig) -> Callable[..., Any] | None:
 @functools.cache  # one object for each policy, by which eager calls know their programs
 def _remat(policy: Callable[..., Any] | None) -> Callable[..., Any]:
     return functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
+
+
+def _check_rewindable(caches: list, options: dict[str, Any]) -> None:
+    """Raises ValueError if caches cannot go back by tokens, where they should."""
+    fixed = [type(c).__name__ for c in caches if getattr(c, "rewindable", None) is None]
+    if options.get("rewind", 0) and fixed:
+        raise ValueError(f"rewind={options['rewind']} needs caches that go back, got {fixed}")
 
 
 def abstract_model(config: LanguageModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
