@@ -1,5 +1,7 @@
 """The Python of the README and of docs/ runs as it stands; what the pages point to exists."""
 
+import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from tests.cases import MEMORIES
 ROOT = Path(__file__).parents[1]
 FOLDER = "in a folder with "
 BLOCK = re.compile(rf"^(?:<!-- {FOLDER}(\S+) -->\n)?```python\n(.*?)^```$", re.M | re.S)
-PAGES = ["README.md", "docs/streams.md", "docs/training.md", "docs/training_loop.md"]
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("streams", "training", "training_loop"))]
 
 
 def blocks():
@@ -93,3 +95,14 @@ def test_pages_name_every_program_and_target():
     pages = ["README.md", "CONTRIBUTING.md", *map(str, (ROOT / "docs").glob("*.md"))]
     text = "".join((ROOT / page).read_text() for page in pages)
     assert set(targets.split()) - set(re.findall(r"make ([\w-]+)", text)) == {"clean"}
+
+
+@pytest.mark.parametrize(
+    "page", sorted((ROOT / "docs/api").glob("*.md")), ids=lambda page: page.stem
+)
+def test_the_reference_has_everything_public(page):
+    own = {"core": "memcache_jax", "recurrent": "memcache_jax.nn.recurrent"}
+    module = importlib.import_module(own.get(page.stem, f"memcache_jax.{page.stem}"))
+    listed = {name.rsplit(".", 1)[1] for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M)}
+    names = [name for name in getattr(module, "__all__", ()) if name != "FAMILIES"]
+    assert {name for name in names if not inspect.ismodule(getattr(module, name))} <= listed
