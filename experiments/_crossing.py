@@ -73,13 +73,12 @@ def _attention(rows: dict[str, Any]) -> jax.Array:
     division = Division.of((rows["query"], letters))
     assert division is not None
 
-    def attend(*rows: jax.Array) -> jax.Array:
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         def turn(x: jax.Array, place: Any) -> jax.Array:
             return x
 
-        return attend_causally(
-            *rows, None, window=None, turn=turn, implementation=None, division=division
-        )
+        how: Any = dict(window=None, turn=turn, implementation=None, division=division)
+        return attend_causally(query, key, value, None, **how)
 
     return division.run(attend, tuple(rows.values()), (letters,) * 3, letters)
 

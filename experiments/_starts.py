@@ -39,7 +39,8 @@ def seconds(
 
     def gradient(write: Callable) -> Callable:
         def loss(rows: Rows) -> jax.Array:
-            return sum((jnp.sum(x**2) for x in jax.tree.leaves(write(how, rows, restarts))), 0.0)
+            squares = [jnp.sum(x**2) for x in jax.tree.leaves(write(how, rows, restarts))]
+            return jnp.stack(squares).sum()
 
         return jax.jit(jax.grad(loss)).lower(rows).compile()
 
