@@ -9,7 +9,7 @@ from flax.core.spmd import logical_axis_rules
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import memcache_jax as mc
-from memcache_jax.nn.experts import over_groups
+from memcache_jax.nn.experts import SparseExperts, over_groups
 from tests.cases import assert_close
 
 
@@ -60,13 +60,13 @@ def gradients_and_output(layer, x):
 @pytest.fixture
 def shapes(monkeypatch):
     """Of the rows and kernels that each call works on."""
-    routed, shapes = mc.nn.experts.SparseExperts._routed, []
+    routed, shapes = SparseExperts._routed, []
 
     def watched(self, x, logits, gate, up, down, **options):
         shapes.append((len(x), gate.shape, down.shape))
         return routed(self, x, logits, gate, up, down, **options)
 
-    monkeypatch.setattr(mc.nn.experts.SparseExperts, "_routed", watched)
+    monkeypatch.setattr(SparseExperts, "_routed", watched)
     return shapes
 
 

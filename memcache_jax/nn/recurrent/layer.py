@@ -40,6 +40,9 @@ class RecurrentMixer:
       query: how queries are made.
       key: how keys are made; heads and dim are those of the queries.
       value: how values are made; its heads are the layer's, which those of queries and keys divide.
+        If these are fewer, a memory's chunks still have a row of theirs for each head: compiled for
+        CPUs, rows are repeated where chunks are laid out, in one pass, and no repeated copy comes
+        before that.
       coefficients: how the rule's coefficients are made.
       output: what becomes of the memories' reads.
       skip: whether D_h times the value is added to a read, D one learned number per head.
