@@ -64,7 +64,8 @@ def compare(
     batch = jax.random.randint(jax.random.key(0), (tokens[0], tokens[1] + 1), 0, vocab_size)
     found, steps = [], []
     for name, of in (("all logits", whole), ("in pieces", graph)):
-        begin, update = time.perf_counter(), make_train_step(of, optimizer)
+        begin = time.perf_counter()
+        update: Any = make_train_step(of, optimizer)
         compiled: Any = update.lower(target, batch).compile()
         row = dict(loss=name, words=vocab_size, compile_seconds=time.perf_counter() - begin)
         found.append(row | memory_of(compiled))

@@ -91,7 +91,8 @@ def cross_entropy(
     _check_rows("weights", weights, targets, jnp.floating)
     arrays: Any = alike(tuple(map(jnp.asarray, (hidden, matrix, targets, weights))))
     layer = OutputLayer.of(*arrays[:3], scale=scale, z_loss=z_loss)
-    return CrossEntropy(*_cross_entropy(layer, *arrays))
+    found: Any = _cross_entropy(layer, *arrays)
+    return CrossEntropy(*found)
 
 
 def token_scores(
