@@ -62,7 +62,7 @@ def test_prompts_that_share_a_beginning():
 
 def test_the_oldest_go_first(tmp_path):
     prompts = [ids(seed, 30) for seed in range(3)]
-    large, sizes = mc.PrefixStore(10**8), []
+    large, sizes, cache = mc.PrefixStore(10**8), [], empty()
     for prompt in prompts:
         _, cache, _ = large.prefill(model(), prompt, empty(), every=60)
         sizes.append(large.nbytes)
