@@ -49,7 +49,7 @@ def next_tails(
 
     def keep(past: Any, earlier: Any, position: Array, counts: Array, first: Any) -> Any:
         back = ago[None, 1:]
-        places = (position + counts)[:, None] - back, back <= counts[:, None]
+        places = (position + counts)[:, None] - back, counts[:, None] >= back
         return Ring(size, earlier, first).put(past, earlier, *places)
 
     args = past, earlier, position, counts, first

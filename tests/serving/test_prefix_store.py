@@ -61,23 +61,25 @@ def test_prompts_that_share_a_beginning():
 
 
 def test_the_oldest_go_first(tmp_path):
-    one = mc.PrefixStore(10**8)
-    _, cache, _ = one.prefill(model(), ids(0, 30), empty(), every=60)
-    store = mc.PrefixStore(int(2.5 * one.nbytes))
     prompts = [ids(seed, 30) for seed in range(3)]
+    large, sizes, cache = mc.PrefixStore(10**8), [], empty()
+    for prompt in prompts:
+        _, cache, _ = large.prefill(model(), prompt, empty(), every=60)
+        sizes.append(large.nbytes)
+    store = mc.PrefixStore(sizes[2] - 1)
     for prompt in prompts[:2]:
         store.prefill(model(), prompt, empty(), every=60)
     assert store.match(np.append(prompts[0], 1))[1] == 30  # now used last
     store.prefill(model(), prompts[2], empty(), every=60)
     assert store.nbytes <= store.max_bytes
     assert [store.match(np.append(prompt, 1))[1] for prompt in prompts] == [30, 0, 30]
-    assert not mc.PrefixStore(100).insert(ids(0, 30), cache)
+    assert not mc.PrefixStore(100).insert(prompts[2], cache)
 
     store.save(tmp_path / "store")
     read = mc.PrefixStore.load(tmp_path / "store", empty(), 10**8)
     assert (len(read), read.nbytes) == (len(store), store.nbytes)
     assert same(read.match(np.append(prompts[0], 1))[0], store.match(np.append(prompts[0], 1))[0])
-    assert len(mc.PrefixStore.load(tmp_path / "store", empty(), one.nbytes)) == 1
+    assert len(mc.PrefixStore.load(tmp_path / "store", empty(), sizes[0])) == 1
     with pytest.raises(ValueError, match="must be made alike"):
         mc.PrefixStore.load(tmp_path / "store", model().init_cache(1, LENGTH + 1), 10**8)
     (tmp_path / "store").write_bytes(b"PK" + bytes(100))
