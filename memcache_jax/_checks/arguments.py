@@ -58,7 +58,7 @@ def check_tokens(tokens: Any, vocab_size: int, lengths: Any = None, name: str = 
 
 def without_padding(tokens: jax.Array, lengths: Any) -> jax.Array:
     """Returns tokens (b, t) with zeros, valid ids, in place of those beyond ``lengths`` (b,)."""
-    return jnp.where(jnp.arange(tokens.shape[1]) < jnp.asarray(lengths)[:, None], tokens, 0)
+    return jnp.where(jnp.arange(tokens.shape[1])[None] < jnp.asarray(lengths)[:, None], tokens, 0)
 
 
 def check_ids(name: str, smallest: int, largest: int, vocab_size: int) -> None:
