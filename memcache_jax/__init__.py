@@ -10,7 +10,7 @@ from memcache_jax.serving import Batcher, PrefixStore
 from memcache_jax.streaming import Cache, extend, init_cache
 from memcache_jax.streaming.eviction import Eviction
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "GRM",
