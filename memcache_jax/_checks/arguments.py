@@ -51,7 +51,8 @@ def check_tokens(tokens: Any, vocab_size: int, lengths: Any = None, name: str = 
     if is_known(tokens) and (lengths is None or is_known(lengths)):
         known = np.asarray(tokens)
         if lengths is not None:
-            known = known[np.arange(shape[1]) < np.asarray(lengths)[:, None]]
+            counts = np.asarray(check_lengths(lengths, shape))
+            known = known[np.arange(shape[1]) < counts[:, None]]
         if known.size:
             check_ids(name, int(known.min()), int(known.max()), vocab_size)
 

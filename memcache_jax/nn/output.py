@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
+from flax import nnx
 
 from memcache_jax._checks import check_array
 from memcache_jax._typing import Array, Float, Int
@@ -67,5 +68,9 @@ class Output:
 
     @property
     def _matrix(self) -> Any:
-        tied = self.config.tie_embeddings
-        return self.embedding.embedding[...].T if tied else self.head.kernel[...]
+        if self.config.tie_embeddings:
+            return self.embedding.embedding[...].T
+        if any(isinstance(part, nnx.LoRAParam) for part in vars(self.head).values()):
+            # Adapters of others, such as qwix's, act where the layer is called, and only there.
+            return self.head(jnp.eye(self.config.features, dtype=self.config.dtype))
+        return self.head.kernel[...]

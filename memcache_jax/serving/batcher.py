@@ -32,8 +32,12 @@ class Batcher:
     ``piece`` tokens between two of its own; those that wait for a row begin in the order they came.
     Pieces have sizes of powers of two: all in all log2(piece) + 4 programs are compiled, each once.
 
-    A request's tokens depend on nothing but it: not on its row, nor on what else is served. What
-    goes wrong with one, in its callback or as NaN, ends that request alone.
+    A request's tokens depend on nothing but it: not on its row, nor on what else is served. With a
+    store that is so up to rounding: where the beginning of a prompt is known, the rest is read in
+    other pieces. What goes wrong with one, in its callback or as NaN, ends that request alone.
+
+    A thread does not see contexts such as ``jax.set_mesh``: set them for all threads, or call
+    ``run`` within them.
 
     Call ``step`` or ``run`` yourself, or use the batcher as a context, in which a thread does.
 
@@ -174,7 +178,7 @@ class Batcher:
 
     def __enter__(self) -> "Batcher":
         self._stopping = False
-        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread = threading.Thread(target=self._serve_or_end, daemon=True)
         self._thread.start()
         return self
 
@@ -185,9 +189,24 @@ class Batcher:
         assert self._thread is not None
         self._thread.join()
 
+    def _serve_or_end(self) -> None:
+        """Serves; nobody waits for a thread that has died."""
+        try:
+            self._serve()
+        except BaseException as error:
+            with self._lock:
+                waiting, self._waiting = self._waiting, collections.deque()
+            reading = [] if self._reading is None else [self._reading[0]]
+            cause = RuntimeError(f"the batcher's thread ended: {error!r}")
+            for request in (*self._rows, *reading, *waiting):
+                if request is not None and not request.is_done:
+                    request.end("error", cause)
+            raise
+
     def _serve(self) -> None:
         while True:
             self._wake.clear()
+            stopping = self._stopping  # before the step: what was submitted until then is served
             try:
                 busy = self.step()
             except Exception as error:  # of the device: what the rows held may be lost
@@ -197,7 +216,7 @@ class Batcher:
                         self._leave(row, request)
                 self._cache, busy = self._new_cache(), True
             if not busy:
-                if self._stopping:
+                if stopping:
                     return
                 self._wake.wait()
 

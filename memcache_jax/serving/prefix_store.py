@@ -4,6 +4,7 @@ import collections
 import json
 import os
 import threading
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,6 +177,9 @@ class PrefixStore:
             raise ValueError("give at least one token, got none")
         check_ids("tokens", int(ids.min()), int(ids.max()), model.config.vocab_size)
         empty.check_room((1, len(ids)))
+        with self._lock:
+            if self._like is not None:  # the caches that are found have the room of these
+                _check_same(_like(empty), self._like)
         step = _longest_segment(model) if every is None else check_integer("every", every)
         cache, known = self.match(ids)
         if cache is None:
@@ -227,24 +231,17 @@ class PrefixStore:
         """
         store, wanted = cls(max_bytes), _like(like)
         try:
-            with np.load(path) as file:
-                index = json.loads(file["index"].tobytes())
-                pieces = {
-                    bytes.fromhex(d): file[d].view(jnp.dtype(dtype)).reshape(shape)
-                    for d, (dtype, shape) in index["pieces"].items()
-                }
-        except (KeyError, EOFError, ValueError) as error:
+            kept, entries, pieces = _read(Path(path))
+        except (KeyError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is damaged, or no file of a PrefixStore: {error}") from error
-        if index["structure"] is None:
+        if not entries:
             return store
-        shapes = [(tuple(shape), dtype) for shape, dtype in index["shapes"]]
-        _check_same(wanted._replace(shapes=shapes, structure=index["structure"]), wanted)
+        _check_same(wanted._replace(**kept), wanted)
         store._like = wanted
-        for key, length, arrays in index["entries"]:
-            splits = [Split(axis, tuple(map(bytes.fromhex, d))) for axis, d in arrays]
-            store._pieces.add(pieces, splits)
-            store._entries[bytes.fromhex(key)] = _Entry(length, splits)
-            store._lengths[length] += 1
+        for key, entry in entries.items():
+            store._pieces.add(pieces, entry.arrays)
+            store._entries[key] = entry
+            store._lengths[entry.length] += 1
         while store.nbytes > store.max_bytes:
             store._remove(next(iter(store._entries)))
         return store
@@ -261,6 +258,26 @@ def _like(cache: LanguageModelCache) -> _Like:
     leaves, structure = jax.tree.flatten(cache)
     shapes = [(x.shape, x.dtype.name) for x in leaves]
     return _Like(structure, shapes, [x.sharding for x in leaves])
+
+
+def _read(
+    path: Path,
+) -> tuple[dict[str, Any], dict[bytes, _Entry], dict[bytes, np.ndarray]]:
+    """What the caches of a file are like, the caches, and their pieces."""
+    with path.open("rb") as opened, np.load(opened) as file:  # which leaves damaged ones open
+        index = json.loads(file["index"].tobytes())
+        pieces = {
+            bytes.fromhex(d): file[d].view(jnp.dtype(dtype)).reshape(shape)
+            for d, (dtype, shape) in index["pieces"].items()
+        }
+    entries = {}
+    for key, length, arrays in index["entries"]:
+        splits = [Split(axis, tuple(map(bytes.fromhex, d))) for axis, d in arrays]
+        if lost := {d for split in splits for d in split.digests} - pieces.keys():
+            raise KeyError(f"{len(lost)} pieces are missing")
+        entries[bytes.fromhex(key)] = _Entry(length, splits)
+    shapes = [(tuple(shape), dtype) for shape, dtype in index["shapes"] or ()]
+    return dict(structure=index["structure"], shapes=shapes), entries, pieces
 
 
 def _check_same(got: _Like, wanted: _Like) -> None:

@@ -72,4 +72,5 @@ def draw(logits: Float[Array, "b vocab"], draws: Draws) -> Int[Array, "b"]:
     )
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     token = jnp.where(draws.temperature > 0, token, greedy)
-    return jnp.where(jnp.isnan(logits).any(axis=-1), -1, token)
+    broken = jnp.isnan(logits) | (logits == jnp.inf)  # a logit of -inf is a token that never comes
+    return jnp.where(broken.any(axis=-1), -1, token)

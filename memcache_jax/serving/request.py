@@ -1,6 +1,7 @@
 """A request to a ``Batcher``: what it asks for, and the tokens that come."""
 
 import asyncio
+import contextlib
 import dataclasses
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -120,7 +121,7 @@ class Request:
         loop, event, count = asyncio.get_running_loop(), asyncio.Event(), 0
 
         def wake() -> None:
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # of a loop that has closed
                 loop.call_soon_threadsafe(event.set)
 
         with self._changed:

@@ -307,7 +307,7 @@ class _Run:
         return write_report(
             self.workdir,
             self.config,
-            *merged(self.graph, self.state.whole),  # which uses the state up
+            *merged(self.graph, self.state.whole, delete=True),  # which uses the state up
             self.corpus.tokenizer,
             self.corpus.heldout.bytes_per_token,
             results,

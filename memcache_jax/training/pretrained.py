@@ -96,7 +96,7 @@ class PublicModel(NamedTuple):
         model = self.described(config).with_mixers(cached)
         lora = LoRA(config.lora.rank, config.lora.alpha) if config.tune == "lora" else None
         remat = ("remat", "keep_states", "offload_states")
-        options = {name: config.model[name] for name in remat}
+        options = {name: config.model.get(name, False) for name in remat}  # of earlier runs
         return dataclasses.replace(model, lora=lora, **options)
 
     def frozen(self, config: Config) -> frozenset[tuple]:
@@ -215,15 +215,17 @@ def _flat(params: Params) -> dict[tuple, Any]:
     return dict(flatten_dict(params))
 
 
-def merged(graph: nnx.GraphDef, params: Params) -> tuple[nnx.GraphDef, Params]:
+def merged(
+    graph: nnx.GraphDef, params: Params, *, delete: bool = False
+) -> tuple[nnx.GraphDef, Params]:
     """A model without its adapters, which become parts of its projections.
 
-    The arrays that are summed are deleted one after the other.
+    With ``delete`` the arrays that are summed are deleted one after the other.
     """
     model = nnx.merge(graph, params)
     if model.config.lora is None:
         return graph, params
-    params = pure(nnx.state(merge_in_place(model, delete=True), nnx.Param))
+    params = pure(nnx.state(merge_in_place(model, delete=delete), nnx.Param))
     return abstract_model(model.config)[0], params
 
 
@@ -275,7 +277,9 @@ class Exported(NamedTuple):
 
         Adapters are merged, as ``merged`` does.
         """
-        return merged(self.run, joined(trained, frozen))[1] if frozen else trained
+        if not frozen:
+            return trained
+        return merged(self.run, joined(trained, frozen), delete=True)[1]
 
     def model(self, params: Params) -> LanguageModel:
         """The model, which ``mc.pretrained.save`` takes."""

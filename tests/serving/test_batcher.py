@@ -147,6 +147,18 @@ def test_a_store_of_prefixes():
         failed.result(0)
 
 
+def test_nobody_waits_for_a_thread_that_has_died():
+    def leave(token):
+        raise SystemExit
+
+    served = batcher()
+    asked = [served.submit([1], 4, on_token=leave), *(served.submit([2], 4) for _ in range(3))]
+    with served:
+        for request in asked:
+            with pytest.raises(RuntimeError, match="the batcher's thread ended: SystemExit"):
+                request.result(60)
+
+
 @pytest.mark.slow
 def test_a_thread_serves_iterators():
     wanted = batcher()

@@ -82,9 +82,14 @@ def test_the_oldest_go_first(tmp_path):
     assert len(mc.PrefixStore.load(tmp_path / "store", empty(), sizes[0])) == 1
     with pytest.raises(ValueError, match="must be made alike"):
         mc.PrefixStore.load(tmp_path / "store", model().init_cache(1, LENGTH + 1), 10**8)
+    (tmp_path / "again").write_bytes((tmp_path / "store").read_bytes())
     (tmp_path / "store").write_bytes(b"PK" + bytes(100))
     with pytest.raises(ValueError, match="damaged, or no file of a PrefixStore"):
         mc.PrefixStore.load(tmp_path / "store", empty(), 10**8)
+    whole = (tmp_path / "again").read_bytes()
+    (tmp_path / "short").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="damaged, or no file of a PrefixStore"):
+        mc.PrefixStore.load(tmp_path / "short", empty(), 10**8)
     empty_store = mc.PrefixStore(10)
     empty_store.save(tmp_path / "empty")
     assert len(mc.PrefixStore.load(tmp_path / "empty", empty(), 10)) == 0
