@@ -147,6 +147,7 @@ def test_a_store_of_prefixes():
         failed.result(0)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_nobody_waits_for_a_thread_that_has_died():
     def leave(token):
         raise SystemExit
