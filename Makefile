@@ -3,6 +3,7 @@
 #   make demo         trains a small model on this machine's own Python files, in runs/demo
 #   make test         all tests; make test-fast leaves out the slow ones
 #   make lint         ruff and pyright
+#   make docs         the documentation, as a site in site/
 #   make bench        time of the layer, forward and backward
 #   make recall       associative recall with and without cached memories, in runs/recall*
 #   make hosts        MaxText, Tunix and Flax's examples with our layers in them (Python 3.12)
@@ -27,7 +28,7 @@ ifneq ($(filter auto cpu,$(ACCELERATOR)$(wildcard /dev/accel0 /dev/vfio/0)$(shel
 export JAX_PLATFORMS ?= cpu
 endif
 
-.PHONY: demo test test-fast lint bench recall hosts gpu-check clean
+.PHONY: demo test test-fast lint docs bench recall hosts gpu-check clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.demo
@@ -44,6 +45,10 @@ lint: $(VENV)/.dev
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright --pythonpath $(RUN)
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	@echo "The documentation: site/index.html"
+
 bench: $(VENV)/.demo
 	$(RUN) -m experiments.bench_layer
 
@@ -58,7 +63,7 @@ gpu-check: $(VENV)/.demo
 	$(RUN) -m experiments.check_kernels
 
 clean:
-	rm -rf $(VENV) $(HOSTS) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(HOSTS) build dist site *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
 $(RUN):
@@ -84,7 +89,7 @@ $(VENV)/.demo: $(SPEC) | $(RUN)
 	$(PIP) -e "$$target"
 	@touch $@
 
-$(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(SPEC) | $(RUN)
+$(VENV)/.test $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(SPEC) | $(RUN)
 	@echo "Installing .[$*] into $(VENV) ..."
 	@$(PIP) -e '.[$*]'
 	@touch $@

@@ -46,4 +46,5 @@ def get_config() -> Any:
     config.data.heldout_tokens = 32_768
     config.sample.prompt = "class Node:\n    def __init__(self"
     config.sample.max_new_tokens, config.sample.temperature = 128, 0.7
+    config.sample.every = 60  # the first one after a minute or two
     return config

@@ -25,7 +25,7 @@ def changes(config: Any, report: dict[str, Any]) -> list[str]:
         of_activations.append(f"{twice}: half the rows at a time")
     if model.dtype == "float32":
         of_activations.append("--config.model.dtype=bfloat16: activations of half the size")
-    mixers = _memory_mixers(config)
+    mixers = memory_mixers(config)
     if mesh["seq"] > 1 and any(
         mixer.exchange == "gather" and fits_ring(mixer.segmentation, config.sequence_length)
         for mixer in mixers
@@ -46,7 +46,8 @@ def changes(config: Any, report: dict[str, Any]) -> list[str]:
     return (of_state + of_activations if mostly_state else of_activations + of_state)[:3]
 
 
-def _memory_mixers(config: Any) -> list[Any]:
+def memory_mixers(config: Any) -> list[Any]:
+    """The mixers of a configuration's model that cache states of memories."""
     from memcache_jax.nn import MemoryCachingMixer
     from memcache_jax.nn.parallel import side_by_side
     from memcache_jax.nn.recurrent import RecurrentMixer
@@ -59,9 +60,7 @@ def _memory_mixers(config: Any) -> list[Any]:
 
 def _divides_time(config: Any, mixers: list[Any], parts: int) -> bool:
     from memcache_jax.sharding.memory_caching import check_parts, is_carried
-    from memcache_jax.training.config import with_choices_made
 
-    isolates = with_choices_made(config).data.isolate_documents
     try:
         for mixer in mixers:
             whole = mixer.memory, mixer.aggregation, mixer.segmentation, config.sequence_length
@@ -75,7 +74,6 @@ def _divides_time(config: Any, mixers: list[Any], parts: int) -> bool:
                 start=mixer.start,
                 implementation=mixer.implementation,
                 exchange=mixer.exchange,
-                documents=isolates,
             )
     except ValueError:
         return False

@@ -107,7 +107,7 @@ def tpu_figures(chip: str, function: Callable[..., Any], *arguments: Any) -> dic
     folder = Path(dumped.name)
     for path in folder.iterdir():
         path.unlink()
-    compiled = jax.jit(function).lower(*_placed(arguments, device)).compile()
+    compiled = jax.jit(function).lower(*placed(arguments, device)).compile()
     calls = [line for line in (compiled.as_text() or "").splitlines() if "tpu_custom_call" in line]
     found = {}
     for path in folder.glob("*[0-9]-final_bundles.txt"):
@@ -122,18 +122,29 @@ def tpu_figures(chip: str, function: Callable[..., Any], *arguments: Any) -> dic
 @functools.cache
 def _tpu(chip: str) -> tuple[Any, tempfile.TemporaryDirectory]:
     """Returns a described TPU, and the folder that its compiler writes to."""
+    folder = tempfile.TemporaryDirectory()
+    os.environ["LIBTPU_INIT_ARGS"] = (
+        f"--xla_jf_dump_to={folder.name} --xla_jf_dump_llo_text=true"
+        " --xla_jf_dump_llo_pass_label_regex=final_bundles"
+    )
+    return described_tpu(chip), folder
+
+
+def described_tpu(chip: str) -> Any:
+    """Returns a TPU to compile for.
+
+    Args:
+      chip: one of ``TPUS``; the same one in all calls of a process.
+
+    Raises:
+      NoCompilerError: if libtpu is not installed.
+    """
     if not importlib.util.find_spec("libtpu"):
         raise NoCompilerError("pip install libtpu")
-    folder = tempfile.TemporaryDirectory()
     os.environ.pop("XLA_FLAGS", None)  # libtpu ends the process on flags it does not know
-    os.environ.update(
-        TPU_SKIP_MDS_QUERY="1",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-        LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={folder.name} --xla_jf_dump_llo_text=true"
-        " --xla_jf_dump_llo_pass_label_regex=final_bundles",
-    )
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[chip])
-    return topology.devices[0], folder
+    return topology.devices[0]
 
 
 def gpu_figures(function: Callable[..., Any], *arguments: Any) -> dict[str, Figures]:
@@ -147,7 +158,7 @@ def gpu_figures(function: Callable[..., Any], *arguments: Any) -> dict[str, Figu
     from memcache_jax.kernels._triton import lowered_for_gpu
 
     device, ptxas = _gpu()
-    lowered = lowered_for_gpu(jax.jit(function), *_placed(arguments, device))
+    lowered = lowered_for_gpu(jax.jit(function), *placed(arguments, device))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         lowered.compile(compiler_options={"xla_dump_to": name})
@@ -190,7 +201,8 @@ def _ptxas() -> str | None:
     return shutil.which("ptxas")
 
 
-def _placed(arguments: Any, device: Any) -> Any:
+def placed(arguments: Any, device: Any) -> Any:
+    """Returns shapes of arrays on a device."""
     sharding = jax.sharding.SingleDeviceSharding(device)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments

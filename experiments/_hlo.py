@@ -11,13 +11,15 @@ _OPERATION = re.compile(
     rf"= (?P<shape>.*?) (?P<kind>{'|'.join(_KINDS)})(?P<start>-start)?\((?P<arguments>.*?)\)"
 )
 _CALLED = re.compile(r"\b(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
+_OF_CHAIN, _CHAIN_ENDS = "frontend_attributes={chain_id=", '"AsyncCollectiveDone"'
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
 
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:
     """Returns, for each kind of collective, how often one call runs it and its total bytes.
 
-    Bytes are those of the results on one device. A loop's body counts once per trip.
+    Bytes are those of the results on one device. A loop's body counts once per trip. A TPU program
+    names a collective in each of the fusions beside which it runs, as one chain: the last counts.
 
     Args:
       text: the compiled program, as ``compiled.as_text()``.
@@ -26,8 +28,9 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
     totals: dict[str, list[int]] = defaultdict(lambda: [0, 0])
 
     def visit(name: str, times: int) -> None:
+        ends = any(_CHAIN_ENDS in line for line in lines.get(name, ()))
         for line in lines.get(name, ()):
-            if match := _OPERATION.search(line):
+            if (match := _OPERATION.search(line)) and (ends or _OF_CHAIN not in line):
                 total = totals[match["kind"]]
                 total[0] += times
                 total[1] += times * _result_bytes(match["shape"], bool(match["start"]))

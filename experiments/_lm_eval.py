@@ -1,7 +1,6 @@
 """A trained language model with the interface of lm-evaluation-harness."""
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -9,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import Collator, normalize_gen_kwargs
@@ -22,7 +20,6 @@ from memcache_jax.generation.prompts import buffer_size, longest
 from memcache_jax.training.tokenizers import Tokenizer, added_text
 
 _SHORT = 32  # continuations up to this length have a program of their own
-_LOGITS = 1 << 25  # maximum number of logits in memory
 _SAMPLING = {"do_sample", "temperature", "top_k", "top_p"}
 
 
@@ -37,8 +34,8 @@ class TrainedLM(TemplateLM):
     """A language model that answers the requests of ``lm_eval.simple_evaluate``.
 
     Requests are sorted by length, padded to powers of two from 64, and run in batches of one size,
-    so that each length is compiled once. Logits are computed for continuations only, in parts that
-    fit in memory.
+    so that each length is compiled once. Logits are computed for continuations only, a piece at a
+    time (``mc.nn.token_scores``).
 
     Args:
       model: the model.
@@ -133,12 +130,7 @@ class TrainedLM(TemplateLM):
     def _score(self, batch: Sequence[_Row]) -> list[tuple[float, bool]]:
         size = buffer_size(max(len(row.tokens) for row in batch), self._most)
         most = max(len(row.targets) for row in batch)
-        # The largest power of two of positions whose logits fit.
-        vocab = self._model.config.vocab_size
-        piece = 1 << int(math.log2(max(1, _LOGITS // (self.batch_size * vocab))))
         places = _SHORT if most <= _SHORT else size
-        piece = min(piece, buffer_size(places))
-        places = -(-places // piece) * piece
 
         tokens = np.zeros((self.batch_size, size), np.int32)
         targets = np.zeros((self.batch_size, places), np.int32)
@@ -147,7 +139,7 @@ class TrainedLM(TemplateLM):
             tokens[i, : len(row.tokens)] = row.tokens
             targets[i, : len(row.targets)] = row.targets
             first[i] = len(row.tokens) - len(row.targets)
-        scores = _score(self._state, tokens, first, targets, graph=self._graph, piece=piece)
+        scores = _score(self._state, tokens, first, targets, graph=self._graph)
         values, greedy = np.asarray(scores[0]), np.asarray(scores[1])
         counts = [len(row.targets) for row in batch]
         return [
@@ -240,7 +232,7 @@ class TrainedLM(TemplateLM):
         return text
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "piece"))
+@functools.partial(jax.jit, static_argnames="graph")
 def _score(
     state: Any,
     tokens: Int[Array, "b t"],
@@ -248,7 +240,6 @@ def _score(
     targets: Int[Array, "b n"],
     *,
     graph: Any,
-    piece: int,
 ) -> tuple[Float[Array, "b n"], Bool[Array, "b n"]]:
     """Returns log-probabilities of targets, and whether each is the most likely token.
 
@@ -258,20 +249,10 @@ def _score(
       first: for each row, the position whose next token is the first target.
       targets: the tokens after that position.
       graph: the model without its arrays.
-      piece: number of targets whose logits are computed at once; divides n.
     """
     model = nnx.merge(graph, state)
-    count = targets.shape[1]
-    places = jnp.minimum(first[:, None] + jnp.arange(count)[None], tokens.shape[1] - 1)
+    places = first[:, None] + jnp.arange(targets.shape[1])[None]
+    places = jnp.minimum(places, tokens.shape[1] - 1)
     hidden = jnp.take_along_axis(model.hidden(tokens), places[..., None], axis=1)
-
-    def score(begin: Array) -> tuple[Array, Array]:
-        logits = model.logits(lax.dynamic_slice_in_dim(hidden, begin, piece, axis=1))
-        target = lax.dynamic_slice_in_dim(targets, begin, piece, axis=1)
-        chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == target
-
-    values, greedy = lax.map(score, jnp.arange(0, count, piece))
-    # Shapes are (pieces, b, piece) here.
-    values, greedy = values.swapaxes(0, 1), greedy.swapaxes(0, 1)
-    return values.reshape(targets.shape), greedy.reshape(targets.shape)
+    scores = model.token_scores(hidden, targets)
+    return scores.log_probability, scores.greedy

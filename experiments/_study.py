@@ -11,7 +11,7 @@ import multiprocessing
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,11 +182,22 @@ def new_figure(
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def run(program: Callable[[Any, Study], None]) -> None:
+def check_keys(config: ConfigDict, known: Collection[str]) -> None:
+    """Raises ValueError unless a configuration has the keys that a study reads, and no others."""
+    if unknown := sorted(set(config) - set(known)):
+        raise ValueError(
+            f"the configuration has the unknown key {unknown[0]}; known are {', '.join(known)}"
+        )
+    if missing := [key for key in known if key not in config]:
+        raise ValueError(f"the configuration lacks the key {missing[0]}")
+
+
+def run(program: Callable[[Any, Study], None], keys: Collection[str]) -> None:
     """Runs a study from the command line: ``--config=FILE --workdir=FOLDER``.
 
     Args:
       program: takes the configuration and the study.
+      keys: those of the configuration.
     """
     config = ConfigFlag()
     workdir = flags.DEFINE_string("workdir", None, "The study's folder.", required=True)
@@ -194,6 +205,7 @@ def run(program: Callable[[Any, Study], None]) -> None:
     def main() -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
+            check_keys(config.value, keys)
             study = Study(workdir.value, config.value)
             try:
                 program(config.value, study)

@@ -1,4 +1,6 @@
-"""Ablations: ``python -m experiments.ablate --config=FILE --workdir=FOLDER``.
+"""Changes one part of a model at a time.
+
+    python -m experiments.ablate --config=FILE --workdir=FOLDER
 
 Compares a model with memory caching to variants with one change each: the rows of Table 5 of
 arXiv:2602.24281 (position gates, no gates, a linear memory, the query as connector), and choices
@@ -9,7 +11,7 @@ Trains and tests each as ``experiments.mqar`` does.
 from collections.abc import Mapping
 from typing import Any
 
-from experiments._recall import measure_recall, recall_groups, recall_model
+from experiments._recall import measure_recall, recall_config, recall_groups, recall_model
 from experiments._study import Row, Study, mean_and_spread, new_figure, run
 
 
@@ -62,4 +64,4 @@ def _picture(rows: dict[str, list[Row]], test: str) -> Any:
 
 
 if __name__ == "__main__":
-    run(program)
+    run(program, (*recall_config(), "changes"))

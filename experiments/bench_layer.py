@@ -6,6 +6,9 @@ Compiling every rule with every aggregation takes a while; ``--only`` selects so
 "operation" time ``mc.memory_caching`` alone, forward and backward on the layer's own arrays,
 without projections, convolutions and norms.
 
+``--losses=32768,151936 --length=2048 --batch=4`` compares train steps instead, for vocabularies of
+these sizes: the loss from all logits, and ``mc.nn.cross_entropy``, which holds a piece of them.
+
 On a CPU, the program runs on one core (``--cores``) and lets the C library keep freed memory
 (``--keep_memory``). Otherwise the kernel clears every page again for the next pass, and a layer as
 small as linear attention takes 1.5 times as long. Times are medians of interleaved rounds, so
@@ -24,6 +27,7 @@ from collections.abc import Callable
 
 from absl import app, flags
 
+from experiments._operation import operation
 from experiments._program import run
 
 FLAGS = flags.FLAGS
@@ -39,6 +43,8 @@ flags.DEFINE_integer("cores", 1, "CPU cores to run on; 0 for all.", 0)
 flags.DEFINE_bool("keep_memory", True, "Keep freed memory in the process (glibc only).")
 flags.DEFINE_enum("start", "independent", ["independent", "checkpoint"], "Start of a segment.")
 flags.DEFINE_enum("segmentation", "constant", ["constant", "logarithmic"], "Segmentation.")
+flags.DEFINE_list("losses", None, "Vocabularies of train steps to compare, instead of layers.")
+flags.DEFINE_bool("run", True, "Run the train steps of --losses; or compile them alone.")
 flags.DEFINE_string("json", None, "File to write the table to.")
 
 
@@ -108,13 +114,7 @@ def programs(build: Callable) -> dict[str, tuple[Callable, tuple]]:
 
     found = {"forward": (forward, (params, x)), "gradient": (jax.grad(loss, (0, 1)), (params, x))}
     if isinstance(layer, mc.nn.MemoryCaching):
-        names = ("memory", "aggregation", "segmentation", "start")
-        how = {name: getattr(layer, name) for name in names}
-
-        def operation(arrays):
-            return jnp.sum(mc.memory_caching(**arrays, **how) ** 2)
-
-        found["operation"] = jax.grad(operation), (layer.operands(x),)
+        found["operation"] = operation(layer, x)
     return found
 
 
@@ -128,10 +128,22 @@ def keep_freed_memory() -> bool:
 
 
 def program() -> None:
-    """Compiles all programs, times them in interleaved rounds, and prints the table."""
+    """Compiles what the flags ask for, times it in interleaved rounds, and prints the table."""
     kept = FLAGS.keep_memory and keep_freed_memory()
     if FLAGS.cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-FLAGS.cores :])
+    if FLAGS.losses is not None:
+        compare_losses()
+    else:
+        compare_layers(kept)
+
+
+def compare_layers(kept: bool) -> None:
+    """Prints the times of layers.
+
+    Args:
+      kept: whether the process keeps freed memory.
+    """
     import jax
 
     from experiments._flops import count_flops
@@ -193,6 +205,21 @@ def program() -> None:
     if FLAGS.json:
         with open(FLAGS.json, "w") as file:
             json.dump(dict(matmul_gflops=rate / 1e9, rows=table), file, indent=2)
+
+
+def compare_losses() -> None:
+    """Prints the memory and time of train steps with either loss."""
+    from experiments._loss_steps import HEADER, compare
+
+    print(HEADER)
+    table = []
+    for size in map(int, FLAGS.losses):
+        sizes = dict(features=FLAGS.features, heads=FLAGS.heads, segment=FLAGS.segment)
+        tokens, rounds = (FLAGS.batch, FLAGS.length), FLAGS.rounds if FLAGS.run else 0
+        table += compare(size, tokens, rounds, **sizes)
+    if FLAGS.json:
+        with open(FLAGS.json, "w") as file:
+            json.dump(table, file, indent=2)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -43,6 +42,10 @@ from memcache_jax.training.corpus import load_corpus
 from memcache_jax.training.durable import digest_of_all
 from memcache_jax.training.pretrained import digest_of_weights
 from memcache_jax.training.tokenizers import end_token_of, published_tokenizer
+
+_MODELS = ("base", "models", "segment", "top_k", "memory", "training")
+_EVALUATION = ("eval_length", "eval_tokens", "eval_batch_size", "first_bin")
+KEYS = (*_MODELS, *_EVALUATION)  # of the configuration
 
 POST: Mapping[str, mc.Aggregation] = {
     "GRM after training": mc.GRM(gate="uniform"),
@@ -190,8 +193,8 @@ def loss_by_position(
 
     @jax.jit
     def losses(state: Any, tokens: Array) -> Array:
-        logits = nnx.merge(graph, state)(tokens[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+        model = nnx.merge(graph, state)
+        return -model.token_scores(model.hidden(tokens[:, :-1]), tokens[:, 1:]).log_probability
 
     parts = []
     for begin in range(0, len(tokens), batch_size):
@@ -263,4 +266,4 @@ def _groups(config: Any) -> list[list[Case]]:
 
 
 if __name__ == "__main__":
-    run(lambda config, study: program(config, study, _groups(config)))
+    run(lambda config, study: program(config, study, _groups(config)), KEYS)

@@ -1,7 +1,9 @@
-"""Times a block's token against the length: does the memory's growth cost what it should?
+"""Times a block's token against the sequence length.
 
     python -m experiments.growth [--lengths=4096,65536 --rules=SSD,GatedDeltaNet --rounds=5]
+    python -m experiments.growth --operation [--lengths=8192]
     python -m experiments.growth --errors=4096 [--rules=DeltaNet,GatedDeltaNet,RWKV7,KDA,GDN2]
+    python -m experiments.growth --starts=16,32,64 [--rules=GatedDeltaNet --lengths=2048]
 
 A block is a mixer and its MLP; what is timed is the gradient of all its parameters and its input.
 For each rule at each length: the rule alone, GRM over ``Logarithmic`` segments, and SSC over
@@ -10,8 +12,13 @@ longest sequence to the shortest with SSC. All programs are compiled first and t
 that noise affects them alike; times are the least of the rounds, since other work only adds.
 Memory is that of the compiled program: arguments, results and temporaries.
 
+With ``--operation`` only ``mc.memory_caching`` is timed, on the arrays that the mixer makes.
+
 With ``--errors`` nothing is timed: it prints how far composed runs, and tokens written in turn, are
 from float64 after any number of so many segments of four tokens.
+
+With ``--starts`` it times how memories write that carry their state from segment to segment, with
+chunks of so many tokens and heads of 8 to 64: chunk after chunk, and with all chunks' maps at once.
 """
 
 import json
@@ -21,6 +28,7 @@ from typing import Any
 
 from absl import flags
 
+from experiments._operation import operation
 from experiments._program import run
 
 FLAGS = flags.FLAGS
@@ -32,6 +40,8 @@ flags.DEFINE_integer("segment", 256, "Segment size C.", 1)
 flags.DEFINE_integer("top_k", 4, "States that a token reads with SSC.", 1)
 flags.DEFINE_integer("rounds", 5, "Timed rounds.", 1)
 flags.DEFINE_integer("errors", None, "Segments whose runs are composed, to print the errors.", 1)
+flags.DEFINE_bool("operation", False, "Time the memory's operation alone.")
+flags.DEFINE_list("starts", None, "Tokens of a chunk, to time how states are carried.")
 flags.DEFINE_string("json", None, "File to write the table to.")
 
 ALONE, LOGARITHMIC, ROUTED = "alone", "Logarithmic + GRM", "Constant + SSC"
@@ -52,7 +62,7 @@ def mixers(rule: Any) -> dict[str, Any]:
 
 
 def gradient(mixer: Any, length: int) -> tuple[Callable, tuple]:
-    """Returns the function to time for a block, and its arguments."""
+    """Returns the function to time for a block or an operation, and its arguments."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -60,6 +70,9 @@ def gradient(mixer: Any, length: int) -> tuple[Callable, tuple]:
     import memcache_jax as mc
     from memcache_jax.nn.block import Block
 
+    x = jax.random.normal(jax.random.key(1), (1, length, FLAGS.features))
+    if FLAGS.operation:
+        return operation(mixer.build(FLAGS.features, FLAGS.heads, rngs=nnx.Rngs(0)), x)
     config = mc.nn.LanguageModelConfig(
         vocab_size=2,
         num_layers=1,
@@ -69,7 +82,6 @@ def gradient(mixer: Any, length: int) -> tuple[Callable, tuple]:
     )
     (((block,), _),) = config.stacks
     graph, params = nnx.split(Block(config, block, rngs=nnx.Rngs(0)))
-    x = jax.random.normal(jax.random.key(1), (1, length, FLAGS.features))
 
     def loss(params: Any, x: Any) -> Any:
         y: Any = nnx.merge(graph, params)(x)
@@ -111,10 +123,29 @@ def print_errors() -> None:
         print(f"{name:16} {composed:9.1e} {in_turn:9.1e}", flush=True)
 
 
+def print_starts() -> None:
+    """Prints processor times of states that are carried from segment to segment.
+
+    Raises:
+      ValueError: for a rule that is not affine.
+    """
+    from experiments._starts import lines
+
+    chosen, (length, *_) = rules(), FLAGS.lengths
+    if apart := [name for name, rule in chosen.items() if rule.form != "affine"]:
+        raise ValueError(f"--starts needs affine rules, got {apart}")
+    sizes = dict(length=int(length), heads=FLAGS.heads, rounds=FLAGS.rounds)
+    for line in lines(chosen, map(int, FLAGS.starts), **sizes):
+        print(line, flush=True)
+
+
 def program() -> None:
     """Compiles all programs, times them in turn, and prints the table and the ratios."""
     if FLAGS.errors is not None:
         print_errors()
+        return
+    if FLAGS.starts is not None:
+        print_starts()
         return
     import jax
 
@@ -141,7 +172,8 @@ def program() -> None:
     device = jax.devices()[0]
     print(
         f"{device.platform} ({device.device_kind}), d={FLAGS.features}, {FLAGS.heads} heads, "
-        f"C={FLAGS.segment}, k={FLAGS.top_k}, one row, float32, gradient of a block\n"
+        f"C={FLAGS.segment}, k={FLAGS.top_k}, one row, float32, gradient of "
+        f"{'the operation' if FLAGS.operation else 'a block'}\n"
     )
     print(f"{'rule':16} {'mixer':18} {'T':>8} {'us/token':>9} {'MiB':>8}")
     table = []

@@ -1,4 +1,6 @@
-"""Multi-query associative recall: ``python -m experiments.mqar --config=FILE --workdir=FOLDER``.
+"""Trains and tests associative recall (MQAR).
+
+    python -m experiments.mqar --config=FILE --workdir=FOLDER
 
 Trains models to recall the values of keys (MQAR, arXiv:2312.04927), and tests them at other lengths
 and numbers of pairs, including larger ones. For each model it reports the learning rate with the
@@ -9,7 +11,7 @@ rates or seeds are added.
 
 from typing import Any
 
-from experiments._recall import best, measure_recall, recall_groups, recall_model
+from experiments._recall import best, measure_recall, recall_config, recall_groups, recall_model
 from experiments._study import Row, Study, mean_and_spread, new_figure, run
 
 
@@ -79,4 +81,4 @@ def _line(axis: Any, x: Any, values: list[list[float]], look: dict[str, Any]) ->
 
 
 if __name__ == "__main__":
-    run(program)
+    run(program, recall_config().keys())

@@ -1,4 +1,6 @@
-"""Needles in haystacks: ``python -m experiments.needle --config=FILE --workdir=FOLDER``.
+"""Looks for needles in haystacks.
+
+    python -m experiments.needle --config=FILE --workdir=FOLDER
 
 With ``config.trained``, workdirs of ``experiments.train``, runs RULER's S-NIAH-1 to 3
 (arXiv:2404.06654) by greedy generation at exact lengths and depths, in tokens of the run's own
@@ -200,4 +202,4 @@ def _picture(config: Any, grids: dict[str, np.ndarray]) -> Any:
 
 
 if __name__ == "__main__":
-    run(program)
+    run(program, needle_config().keys())

@@ -7,6 +7,9 @@ The programs are the train step and the held-out evaluation. Needs libtpu (``pip
 but no TPU. Memory is the compiler's own analysis for one chip (``_memory.py``). Collectives are
 counted in the compiled train step, once per trip inside loops; their bytes are those that a chip
 receives or sums. With ``--config.pretrained=FOLDER`` only the folder's ``config.json`` is read.
+
+With ``--layer`` it compiles only what the first layer with a memory does between its projections,
+forward and in a gradient, and prints its collectives beside those of attention of the same shape.
 """
 
 import json
@@ -33,6 +36,7 @@ _TOPOLOGY = flags.DEFINE_string(
 )
 _JSON = flags.DEFINE_string("json", None, "File to write the numbers to.")
 _QUICK = flags.DEFINE_bool("quick", False, "Compile with less effort: faster, with similar memory.")
+_LAYER = flags.DEFINE_bool("layer", False, "Print the collectives of one layer's operation.")
 
 GIB = 2**30
 HBM = {"v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB, "v4": 32 * GIB}
@@ -57,7 +61,6 @@ def plan(config: Any, topology: str, *, quick: bool = False) -> dict[str, Any]:
     """
     import jax
     import jax.numpy as jnp
-    from jax.experimental import topologies
 
     from experiments._flops import count_flops
     from experiments._hlo import collectives
@@ -71,14 +74,10 @@ def plan(config: Any, topology: str, *, quick: bool = False) -> dict[str, Any]:
     from memcache_jax.training.step import abstract_state, make_eval_step, make_train_step
 
     check_config(config)
-    check_topology(topology)
     config, frozen = with_choices_made(config), frozenset()
     if (public := PublicModel.of(config, digest=False)) is not None:
         config, frozen = public.resolved(config), public.frozen(config)
-    try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as e:  # libtpu raises several kinds
-        raise ValueError(f"libtpu has no topology {topology!r}: {e}") from e
+    devices = _devices(topology)
     mesh = config_mesh(config, devices)
     assert mesh is not None, "of these devices"
     model = run_model(config, public)
@@ -125,8 +124,7 @@ def plan(config: Any, topology: str, *, quick: bool = False) -> dict[str, Any]:
         begin, programs = time.perf_counter(), []
         for name, each in lowered.items():
             try:
-                effort = {"exec_time_optimization_effort": -1.0} if quick else {}
-                programs.append(each.compile(compiler_options=effort))
+                programs.append(each.compile(compiler_options=_effort(quick)))
             except jax.errors.JaxRuntimeError as e:
                 if "RESOURCE_EXHAUSTED" not in str(e):
                     raise
@@ -144,6 +142,51 @@ def plan(config: Any, topology: str, *, quick: bool = False) -> dict[str, Any]:
         # jaxlib 0.10 cannot read back programs that run gathers on sparse cores (v5p, v6e).
         report["unlisted"] = _first_lines(str(e))
     return report
+
+
+def print_layer(config: Any, topology: str, *, quick: bool = False) -> list[dict[str, Any]]:
+    """Prints what a layer with a memory moves, beside attention; arguments as for ``plan``.
+
+    Returns:
+      The rows of the table.
+
+    Raises:
+      ValueError: for an unknown topology, an invalid configuration, or a model without memories.
+    """
+    import jax
+
+    from experiments._crossing import crossing
+    from memcache_jax.training.config import check_config
+    from memcache_jax.training.loop import config_mesh
+
+    check_config(config)
+    mesh: Any = config_mesh(config, _devices(topology))
+    print(f"{'operation':16} {'pass':9} {'collective':20} {'count':>6} {'MiB a chip':>11}")
+    rows = []
+    with jax.set_mesh(mesh):
+        for operation, kind, found in crossing(config, mesh, _effort(quick)):
+            for name, (count, size) in found.items():
+                row = dict(operation=operation, kind=kind, collective=name, count=count, bytes=size)
+                rows.append(row)
+                mib = f"{size / 2**20:11.2f}"
+                print(f"{operation:16} {kind:9} {name:20} {count:6} {mib}", flush=True)
+    return rows
+
+
+def _devices(topology: str) -> Any:
+    """The described chips of a topology."""
+    from jax.experimental import topologies
+
+    check_topology(topology)
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as e:  # libtpu raises several kinds
+        raise ValueError(f"libtpu has no topology {topology!r}: {e}") from e
+
+
+def _effort(quick: bool) -> dict[str, Any]:
+    """Options of the compiler."""
+    return {"exec_time_optimization_effort": -1.0} if quick else {}
 
 
 def _first_lines(message: str) -> str:
@@ -200,8 +243,11 @@ def describe(config: Any, report: dict[str, Any]) -> str:
 def program() -> None:
     """Prints the report."""
     config = _CONFIG.value
-    report = plan(config, _TOPOLOGY.value, quick=_QUICK.value)
-    print(describe(config, report), flush=True)
+    if _LAYER.value:
+        report: Any = print_layer(config, _TOPOLOGY.value, quick=_QUICK.value)
+    else:
+        report = plan(config, _TOPOLOGY.value, quick=_QUICK.value)
+        print(describe(config, report), flush=True)
     if _JSON.value:
         with open(_JSON.value, "w") as file:
             json.dump(report, file, indent=2)

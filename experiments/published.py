@@ -1,4 +1,4 @@
-"""Public models beside their own library: the same logits, and how fast each is.
+"""Compares public models with their own library: logits, speed and memory.
 
     pip install torch transformers==5.24.0 'memcache_jax[pretrained]'
     python -m experiments.published

@@ -7,10 +7,15 @@ which need jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12, it prin
 spilled bytes per thread, threads and shared memory. Nothing runs: the figures show that a kernel
 has changed, not how fast it is. ``experiments/schedules.json`` stores the figures; pass that file
 as ``--json`` to update it.
+
+``--shapes`` compiles whole calls of odd shapes for the TPUs instead, with their gradients: every
+rule with every aggregation, one to five heads of 32 to 256, lengths that segments do not divide. It
+prints the seconds of each, and ends with status 1 if any fails.
 """
 
 import functools
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +33,7 @@ from experiments._compilers import (
     tpu_figures,
 )
 from experiments._kernel_cases import cases, is_chosen, passes
+from experiments._odd_shapes import compile_shape, odd_shapes
 from experiments._program import run
 from experiments._schedules import changes
 from experiments._tpu_cases import tpu_cases
@@ -36,6 +42,7 @@ _CHIPS = flags.DEFINE_list("chips", [*TPUS, GPU], "Chips to compile for.")
 _ONLY = flags.DEFINE_list(
     "only", None, "Parts of the names of cases to compile, such as bank_read."
 )
+_SHAPES = flags.DEFINE_bool("shapes", False, "Compile whole calls of odd shapes instead.")
 _JSON = flags.DEFINE_string("json", None, "File to update with the figures.")
 
 KEPT = Path(__file__).with_suffix(".json")
@@ -83,13 +90,26 @@ def show(chip: str, found: dict[str, Any], kept: dict[str, Any]) -> Iterator[str
     yield from (f"    {words}" for words in different)
 
 
+def compile_shapes(chip: str, only: Sequence[str] | None) -> int:
+    """Prints which calls of odd shapes compile for a TPU; returns how many fail."""
+    shapes = [shape for shape in odd_shapes() if is_chosen(shape.name, only)]
+    failures = 0
+    for shape, told in zip(shapes, apart(compile_shape, [chip] * len(shapes), shapes), strict=True):
+        print(f"{chip}  {shape.name:60} {told}", flush=True)
+        failures += told.startswith("failed")
+    return failures
+
+
 def main() -> None:
     """Compiles for one chip after another."""
-    kept = json.loads(KEPT.read_text())
     if unknown := set(_CHIPS.value) - {*TPUS, GPU}:
         raise ValueError(
             f"chips must be of {', '.join([*TPUS, GPU])}, got {', '.join(sorted(unknown))}"
         )
+    if _SHAPES.value:
+        chips = [chip for chip in _CHIPS.value if chip in TPUS]
+        sys.exit(min(1, sum(compile_shapes(chip, _ONLY.value) for chip in chips)))
+    kept = json.loads(KEPT.read_text())
     figures = {}
     for chip in _CHIPS.value:
         try:

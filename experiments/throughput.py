@@ -32,6 +32,8 @@ from memcache_jax.training.optimizer import make_optimizer
 from memcache_jax.training.step import abstract_state, create_state, make_train_step
 
 _MODEL = ("vocab_size", "num_layers", "features", "num_heads", "segment", "top_k", "dtype", "remat")
+_TIMED = ("lengths", "histories", "tokens_per_batch", "rounds", "decode_tokens", "interleave")
+KEYS = ("models", *_MODEL, *_TIMED)  # of the configuration
 
 
 def groups(config: Any) -> list[list[Case]]:
@@ -228,4 +230,4 @@ def program(config: Any, study: Study) -> None:
 
 
 if __name__ == "__main__":
-    run(program)
+    run(program, KEYS)

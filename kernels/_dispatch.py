@@ -24,6 +24,9 @@ A policy that saves this name saves everything that memories have written, so th
 writes nothing a second time.
 """
 
+ROUTED = "memcache_routed"
+"""Names what a kernel keeps of SSC's routing: the gates, and the states that tokens read."""
+
 _INTERPRETED = contextvars.ContextVar("kernels_interpreted", default=False)
 
 
@@ -125,10 +128,19 @@ def compiler_divides(args: Any) -> bool:
 
 def written(tree: Any) -> Any:
     """Returns the tree with its arrays named ``WRITTEN``."""
+    return _named(tree, WRITTEN)
+
+
+def routed(tree: Any) -> Any:
+    """Returns the tree with its arrays named ``ROUTED``."""
+    return _named(tree, ROUTED)
+
+
+def _named(tree: Any, name: str) -> Any:
 
     # As one row: libtpu crashes on copies to the host of what it has laid out in another order.
     def named(x: jax.Array) -> jax.Array:
-        return checkpoint_name(x.reshape(-1), WRITTEN).reshape(x.shape)
+        return checkpoint_name(x.reshape(-1), name).reshape(x.shape)
 
     return jax.tree.map(named, tree)
 

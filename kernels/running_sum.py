@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from memcache_jax._typing import Array, Float
+from memcache_jax._typing import Array, Float, Int
 
 
 def running_sum(x: Float[Array, "n c k"], width: int = 16) -> Float[Array, "n c k"]:
@@ -14,11 +14,40 @@ def running_sum(x: Float[Array, "n c k"], width: int = 16) -> Float[Array, "n c 
       width: rows that one matrix product sums.
     """
     n, c, k = x.shape
-    rows = jnp.pad(x, ((0, 0), (0, -c % width), (0, 0))).reshape(n, -1, width, k)
+    rows = _in_groups(x, width)
     ones = jnp.broadcast_to(jnp.tri(width, dtype=x.dtype), (*rows.shape[:2], width, width))
     inner = _sums_of_rows(ones, rows)
     before = jnp.cumsum(inner[:, :, -1], axis=1) - inner[:, :, -1]
     return (inner + before[:, :, None]).reshape(n, -1, k)[:, :c]
+
+
+def running_document_sum(
+    x: Float[Array, "n c k"], document: Int[Array, "n c"], width: int = 16
+) -> Float[Array, "n c k"]:
+    """``running_sum`` that begins anew with each document.
+
+    An associative scan that does so has log2(c) levels, all of which its gradient keeps.
+
+    Args:
+      x: the rows.
+      document: a number for each row, which never falls along c.
+      width: rows that one matrix product sums.
+    """
+    n, c, k = x.shape
+    number = jnp.pad(document, ((0, 0), (0, -c % width)), mode="edge").reshape(n, -1, width)
+    ones = jnp.tri(width, dtype=bool)[None, None] & (number[..., None] == number[:, :, None])
+    inner = _sums_of_rows(ones.astype(x.dtype), _in_groups(x, width))
+    last = number[:, :, -1]
+    before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)))  # the document that may go on into a group
+    ones = jnp.tri(last.shape[1], k=-1, dtype=bool)[None] & (before[..., None] == last[:, None])
+    earlier = _sums_of_rows(ones[:, None].astype(x.dtype), inner[:, None, :, -1])[:, 0]
+    goes_on = (number == before[..., None])[..., None]
+    return (inner + jnp.where(goes_on, earlier[:, :, None], 0)).reshape(n, -1, k)[:, :c]
+
+
+def _in_groups(x: Float[Array, "n c k"], width: int) -> Float[Array, "n w i k"]:
+    n, c, k = x.shape
+    return jnp.pad(x, ((0, 0), (0, -c % width), (0, 0))).reshape(n, -1, width, k)
 
 
 def _products(constants: Float[Array, "n w i j"], x: Float[Array, "n w j k"]) -> Array:

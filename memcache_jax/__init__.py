@@ -4,24 +4,29 @@ from memcache_jax import memories, nn, presets, pretrained, sharding
 from memcache_jax.aggregation import GRM, SSC, Aggregation, Residual, Soup
 from memcache_jax.caching import memory_caching
 from memcache_jax.gating import Gate
-from memcache_jax.generation import Decoder, generate
+from memcache_jax.generation import Decoder, DraftModel, NGrams, generate
 from memcache_jax.segmentation import Constant, Lengths, Logarithmic, ReadPlan, Segmentation
+from memcache_jax.serving import Batcher, PrefixStore
 from memcache_jax.streaming import Cache, extend, init_cache
 from memcache_jax.streaming.eviction import Eviction
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "GRM",
     "SSC",
     "Aggregation",
+    "Batcher",
     "Cache",
     "Constant",
     "Decoder",
+    "DraftModel",
     "Eviction",
     "Gate",
     "Lengths",
     "Logarithmic",
+    "NGrams",
+    "PrefixStore",
     "ReadPlan",
     "Residual",
     "Segmentation",

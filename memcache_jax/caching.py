@@ -87,9 +87,8 @@ def memory_caching(
         missing connector, a segment size that the memory's chunk size does not divide, an unknown
         start, implementation or exchange, or document_ids with a segmentation that takes none.
         With time divided, also for fewer segments than devices, segments of several lengths, the
-        reference, packed documents with ``Logarithmic``, rules whose runs do not compose with
-        checkpoint starts or ``Logarithmic``, and a ring unless blocks read the states of all
-        segments before them.
+        reference, rules whose runs do not compose with checkpoint starts or ``Logarithmic``, and
+        a ring unless blocks read the states of all segments before them.
       NotImplementedError: for kernels asked for by name that cannot serve, or that are not for the
         platform that the program is compiled for.
 

@@ -111,6 +111,7 @@ def test_the_growing_segments_span_what_they_say(parts):
         assert len(np.unique(growing.plan(growing.span(segments) + 1).first)) == segments + 1
 
 
-def test_the_code_of_the_page_on_hosts():
-    (code,) = re.findall(r"^```python\n(.*?)^```$", (FOLDER / "hosts.md").read_text(), re.M | re.S)
-    exec(compile(code, "hosts.md", "exec"), {})
+@pytest.mark.parametrize("name", ["hosts.md", "serving.md"])
+def test_the_code_of_a_page(name):
+    blocks = re.findall(r"^```python\n(.*?)^```$", (FOLDER / name).read_text(), re.M | re.S)
+    exec(compile("".join(blocks), name, "exec"), {})

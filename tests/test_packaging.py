@@ -15,6 +15,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
+FILES = ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 PROGRAM = """
 import pathlib
 import jax.numpy as jnp
@@ -79,7 +80,7 @@ def built(tmp_path_factory):
     for name in ("memcache_jax", "kernels"):
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignore)
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+    for name in FILES:
         shutil.copy(ROOT / name, source)
     build = (sys.executable, "-m", "build", "--no-isolation")
     run(*build, "--wheel", "--outdir=direct", ".", cwd=source)
@@ -103,6 +104,19 @@ def test_the_wheel_has_every_file_and_nothing_else(built):
     assert "memcache_jax/kernels/bank_read/api.py" in expected
 
 
+def test_a_copy_without_the_link_makes_the_same_wheel(built, tmp_path):
+    for name in ("memcache_jax", "kernels"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=ignore)
+    for name in FILES:
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "memcache_jax/kernels").unlink()
+    (tmp_path / "memcache_jax/kernels").write_text("../kernels")  # as zip and Windows have it
+    build = (sys.executable, "-m", "build", "--no-isolation")
+    run(*build, "--wheel", "--outdir=dist", ".", cwd=tmp_path)
+    assert wheel_files(tmp_path / "dist") == wheel_files(built / "direct")
+
+
 def test_the_source_distribution_makes_the_same_wheel(built):
     direct, through = wheel_files(built / "direct"), wheel_files(built / "dist")
     assert {k for k in direct if not k.endswith("RECORD")} == {
@@ -121,7 +135,7 @@ def test_metadata(built):
     assert fields["Requires-Python"] == ">=3.11"
     assert fields["License-Expression"] == "Apache-2.0"
     extras = {"tpu", "cuda12", "cuda13", "train", "data", "eval", "pretrained", "tensorboard"}
-    extras |= {"test", "dev"}
+    extras |= {"test", "dev", "docs"}
     assert set(fields.get_all("Provides-Extra") or ()) == extras
     assert any(k.endswith("licenses/LICENSE") for k in files)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memcache_jax._typing import Array
+from memcache_jax.kernels._dispatch import routed
 from memcache_jax.kernels._shapes import pad_to
 
 
@@ -111,7 +112,7 @@ def _differentiable(kernels: Any) -> Callable[..., tuple[Array, Array, Array]]:
         return kernels.forward(connector, keys, online, reads)
 
     def forward(reads, connector, keys, online):
-        gates, online_gate, states = route(reads, connector, keys, online)
+        gates, online_gate, states = routed(route(reads, connector, keys, online))
         return (gates, online_gate, states), (reads, connector, keys, gates, online_gate, states)
 
     def backward(residuals, cotangents):

@@ -10,10 +10,12 @@ from memcache_jax._checks.arguments import (
     check_input,
     check_lengths,
     check_marks,
+    check_rewind,
     check_room,
     check_rows,
     check_tokens,
     check_weights,
+    without_padding,
 )
 from memcache_jax._checks.values import (
     LARGEST,
@@ -59,6 +61,7 @@ __all__ = [
     "check_marks",
     "check_names",
     "check_number",
+    "check_rewind",
     "check_room",
     "check_rows",
     "check_shape",
@@ -68,4 +71,5 @@ __all__ = [
     "is_known",
     "set_fields",
     "shown",
+    "without_padding",
 ]

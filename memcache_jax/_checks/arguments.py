@@ -40,14 +40,26 @@ def check_input(x: Any, in_features: int) -> None:
         )
 
 
-def check_tokens(tokens: Any, vocab_size: int) -> None:
-    """Raises ValueError unless ``tokens`` are (b, t) ids below ``vocab_size``, where known."""
-    shape, dtype = check_array("tokens", tokens)
+def check_tokens(tokens: Any, vocab_size: int, lengths: Any = None, name: str = "tokens") -> None:
+    """Raises ValueError unless ``tokens`` are (b, t) ids below ``vocab_size``, where known.
+
+    With ``lengths`` (b,), only that many of each row count: padding may hold any integer.
+    """
+    shape, dtype = check_array(name, tokens)
     if len(shape) != 2 or not jnp.issubdtype(dtype, jnp.integer):
-        raise ValueError(f"tokens must be integers of shape (b, t), got {dtype} {shape}")
-    if is_known(tokens) and 0 not in shape:
+        raise ValueError(f"{name} must be integers of shape (b, t), got {dtype} {shape}")
+    if is_known(tokens) and (lengths is None or is_known(lengths)):
         known = np.asarray(tokens)
-        check_ids("tokens", int(known.min()), int(known.max()), vocab_size)
+        if lengths is not None:
+            counts = np.asarray(check_lengths(lengths, shape))
+            known = known[np.arange(shape[1]) < counts[:, None]]
+        if known.size:
+            check_ids(name, int(known.min()), int(known.max()), vocab_size)
+
+
+def without_padding(tokens: jax.Array, lengths: Any) -> jax.Array:
+    """Returns tokens (b, t) with zeros, valid ids, in place of those beyond ``lengths`` (b,)."""
+    return jnp.where(jnp.arange(tokens.shape[1])[None] < jnp.asarray(lengths)[:, None], tokens, 0)
 
 
 def check_ids(name: str, smallest: int, largest: int, vocab_size: int) -> None:
@@ -117,6 +129,32 @@ def check_lengths(lengths: Any, shape: tuple[int, ...], least: int = 0) -> Any:
             f"lengths must be {least} to {count}, the tokens given, got {lengths.tolist()}"
         )
     return lengths
+
+
+def check_rewind(tokens: Any, rewindable: Any, batch: int) -> jax.Array:
+    """Returns how many tokens each row goes back by, or raises ValueError.
+
+    ``rewindable`` are the most, (b,); None of a cache that does not go back. Traced values are not
+    checked.
+    """
+    if rewindable is None:
+        raise ValueError(
+            "the cache does not go back: make it with init_cache(..., rewind=most tokens)"
+        )
+    known = tokens if isinstance(tokens, Tracer) else as_numpy("tokens to take back", tokens)
+    if known.shape != (batch,) or not jnp.issubdtype(known.dtype, jnp.integer):
+        raise ValueError(
+            f"tokens to take back must be integers (b,) = ({batch},), got {known.dtype} "
+            f"{known.shape}"
+        )
+    if not isinstance(known, Tracer) and is_known(rewindable):
+        most = np.asarray(rewindable)
+        if np.any(known < 0) or np.any(known > most):
+            raise ValueError(
+                f"rows can go back by at most {most.tolist()} tokens, got {known.tolist()}: "
+                "init_cache(..., rewind=) keeps more"
+            )
+    return jnp.asarray(tokens, jnp.int32)
 
 
 def check_room(

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memcache_jax._typing import Array, Float, Int
+from memcache_jax._typing import Array, Bool, Float, Int
 from memcache_jax.engine.types import Candidates, Keys
 from memcache_jax.gating import finite_rows, pooled_keys
+from memcache_jax.kernels.running_sum import running_document_sum
 from memcache_jax.segmentation import ReadPlan
 
 
@@ -81,71 +82,130 @@ def document_candidates(
 ) -> Candidates:
     """The buckets that a plan's blocks may read where documents are packed.
 
-    If a bucket has several segments, buckets follow each row's documents and ``document_states``
-    numbers them: here ``states`` then only says which slots are empty.
+    If a bucket has several segments, buckets follow each row's documents, see
+    ``bucket_candidates``.
     """
-    slots = None
-    states, distances, after = plan.reads[None], plan.distances[None], None
     if plan.spans_segments.any():
         slots = jax.vmap(lambda row: buckets_of_documents(plan, row))(document)
-        states, distances, after = slots.after - 1, slots.distances, slots.after
-    elif len(plan.buckets):
+        sums = block_sums(pooled, document)
+        return bucket_candidates(plan, key, sums, slots, document, document[:, :, -1])
+    states, same = plan.reads[None], None
+    if len(plan.buckets):
         after = jnp.asarray(plan.buckets[:, 1])[np.maximum(states, 0)]
-    same = None
-    if after is not None:
         after = jnp.broadcast_to(after, (len(document), *after.shape[1:]))
-        of_state = jax.vmap(lambda row, after: row[after - 1, -1])(document, after)
-        same = document[..., None] == of_state[:, :, None]
+        same = _same_document(document, document[:, :, -1], after)
 
     def keys(pooling: str) -> Keys:
-        def of_head(key: Any, pooled: Any, slots: Any, document: Any) -> Keys:
+        def of_head(key: Any, pooled: Any, document: Any) -> Keys:
             live = running_document_keys(key, plan, pooling, document)
-            if slots is None:
-                return Keys(live, states=pooled_keys(pooled, plan, pooling, document))
-            return Keys(live, slots=_slot_keys(pooled, slots, pooling, document))
+            return Keys(live, states=pooled_keys(pooled, plan, pooling, document))
 
-        of_row = jax.vmap(of_head, in_axes=(0, 0, None, None))
-        return jax.vmap(of_row)(key, pooled, slots, document)
+        of_row = jax.vmap(of_head, in_axes=(0, 0, None))
+        return jax.vmap(of_row)(key, pooled, document)
 
-    return Candidates(states, distances, keys, same_document=same)
+    return Candidates(states, plan.distances[None], keys, same_document=same)
+
+
+class BlockSums(NamedTuple):
+    """The keys that each block gives to the state at its end, those of its last document.
+
+    Attributes:
+      keys: their sum.
+      counts: how many there are.
+    """
+
+    keys: Float[Array, "b h blocks k"]
+    counts: Float[Array, "b blocks"]
+
+
+def block_sums(pooled: Float[Array, "b h n c k"], document: Int[Array, "b n c"]) -> BlockSums:
+    """The sums of blocks' keys, from which those of any bucket are made."""
+    same = document == document[:, :, -1:]
+    keys = jnp.sum(pooled, axis=3, where=same[:, None, :, :, None])
+    return BlockSums(keys, same.sum(axis=2).astype(pooled.dtype))
+
+
+def bucket_candidates(
+    plan: ReadPlan,
+    key: Float[Array, "b h n c k"],
+    sums: BlockSums,
+    slots: DocumentBuckets,
+    document: Int[Array, "b n c"],
+    last: Int[Array, "b blocks"],
+) -> Candidates:
+    """The buckets that blocks may read, where these follow each row's documents.
+
+    ``document_states`` numbers their states; here ``states`` only says which slots are empty.
+
+    Args:
+      plan: the plan of the blocks that read, all of a sequence or a part of it.
+      key: their keys.
+      sums: of all blocks of the sequence.
+      slots: the buckets that the blocks read, (b, n, r).
+      document: the document of each of their tokens, counted over the sequence.
+      last: the document of the last token of each block of the sequence.
+    """
+
+    def keys(pooling: str) -> Keys:
+        def of_head(key: Any, sums: Any, counts: Any, slots: Any, document: Any) -> Keys:
+            live = running_document_keys(key, plan, pooling, document)
+            return Keys(live, slots=_slot_keys(sums, counts, slots, pooling))
+
+        of_row = jax.vmap(of_head, in_axes=(0, 0, None, None, None))
+        return jax.vmap(of_row)(key, *sums, slots, document)
+
+    same = _same_document(document, last, slots.after)
+    return Candidates(slots.after - 1, slots.distances, keys, same_document=same)
+
+
+def _same_document(
+    document: Int[Array, "b n c"], last: Int[Array, "b blocks"], after: Int[Array, "b n r"]
+) -> Bool[Array, "b n c r"]:
+    """Whether tokens are of the document that ends in the block before each ``after``."""
+    of_state = jax.vmap(lambda row, after: row[after - 1])(last, after)
+    return document[..., None] == of_state[:, :, None]
 
 
 def running_document_keys(
     key: Float[Array, "n c k"], plan: ReadPlan, pooling: str, document: Int[Array, "n c"]
 ) -> Float[Array, "n c k"]:
     """``running_keys`` where sums also begin anew with each document."""
-    n, c, k = key.shape
-    flat = document.reshape(-1)
+    n, c, _ = key.shape
+    sums, block = running_document_sum(key, document), np.arange(n)
+    if np.any(plan.first < block):
+        last = document[:, -1]
+        before = jnp.pad(last[:-1], (1, 0))  # the document that may go on into a block
+        read = (plan.first[:, None] <= block[None]) & (block[None] < block[:, None])
+        same = jnp.asarray(read) & (before[:, None] == last[None])
+        earlier = jnp.tensordot(same.astype(key.dtype), sums[:, -1], axes=1, precision="highest")
+        goes_on = (document == before[:, None])[..., None]
+        sums += jnp.where(goes_on, earlier[:, None], 0)
+    if pooling == "sum":
+        return sums
+    flat, place = document.reshape(-1), jnp.arange(n * c)
     begins = flat != jnp.pad(flat[:-1], (1, 0))
     begins = begins.reshape(n, c).at[:, 0].max(plan.begins).reshape(-1)
-
-    def combine(left: tuple, right: tuple) -> tuple:
-        begins, sums, counts = right
-        before = (jnp.where(begins.reshape(-1, *[1] * (x.ndim - 1)), 0, x) for x in left[1:])
-        return left[0] | begins, *(x + y for x, y in zip(before, (sums, counts), strict=True))
-
-    ones = jnp.ones(n * c, key.dtype)
-    _, sums, counts = jax.lax.associative_scan(combine, (begins, key.reshape(-1, k), ones))
-    sums = sums / counts[:, None] if pooling == "mean" else sums
-    return sums.reshape(n, c, k)
+    first = jax.lax.cummax(jnp.where(begins, place, 0))
+    return sums / (place - first + 1).astype(key.dtype).reshape(n, c, 1)
 
 
 def _slot_keys(
-    key: Float[Array, "n c k"], slots: DocumentBuckets, pooling: str, document: Int[Array, "n c"]
+    sums: Float[Array, "blocks k"],
+    counts: Float[Array, "blocks"],
+    slots: DocumentBuckets,
+    pooling: str,
 ) -> Float[Array, "n r k"]:
     """``pooled_keys`` of the bucket in each slot, zero where there is none."""
-    same = document == document[:, -1:]
-    sums, broken = finite_rows(jnp.sum(key, axis=1, where=same[..., None]))
-    block = np.arange(len(key))[None, None]
+    sums, broken = finite_rows(sums)
+    block = np.arange(len(sums))[None, None]
     inside = (slots.first[..., None] <= block) & (block < slots.after[..., None])
 
     def of_buckets(x: Array) -> Array:
-        return jnp.tensordot(inside.astype(key.dtype), x, axes=1, precision="highest")
+        return jnp.tensordot(inside.astype(sums.dtype), x, axes=1, precision="highest")
 
     pooled = jnp.where(
         (inside & broken[None, None]).any(axis=-1)[..., None], jnp.nan, of_buckets(sums)
     )
     if pooling == "sum":
         return pooled
-    counts = of_buckets(same.sum(axis=1).astype(key.dtype))
-    return pooled / jnp.maximum(counts, 1)[..., None]
+    return pooled / jnp.maximum(of_buckets(counts), 1)[..., None]

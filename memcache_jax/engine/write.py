@@ -18,7 +18,10 @@ from memcache_jax.engine.read import keep
 from memcache_jax.engine.types import Carry, Rows, Views, Writing
 from memcache_jax.kernels.chunk_update import chunk_update
 from memcache_jax.memories import Memory
+from memcache_jax.memories.affine import MAP_PRECISION
 from memcache_jax.memories.base import Run, first_of_documents
+
+SMALL_STATE, SMALL_CHUNK = 32 * 32, 32
 
 
 def initial_states(
@@ -60,17 +63,45 @@ def write_blocks(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> t
 def _write_finite(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> tuple[Run, Views]:
     """``write_blocks`` of rows that are all finite."""
     memory, implementation = how.memory, how.implementation
-    # XLA gains where chunks add to the memory without reading it; measured on CPUs.
-    gains = implementation in (None, "xla") and not memory.erases and restarts.all()
-    kernels = implementation in ("pallas_tpu", "pallas_gpu")
-    if memory.form == "affine" and (gains or kernels) and set(how.needs) <= {"reads"}:
-        ends, kept = write_affine(how, rows, restarts)
-        return Run(ends, transitions(how, rows, restarts) if how.maps else None), kept
-    write, start = chunk_writer(how, rows)
+    if memory.form == "affine" and set(how.needs) <= {"reads"} and _gains(how, rows, restarts):
+        return write_at_once(how, rows, restarts)
     if memory.form == "descent" and implementation == "pallas_gpu":
-        ends, kept = write_descent(how, write, start, rows, restarts)
+        ends, kept = write_descent(how, *chunk_writer(how, rows), rows, restarts)
         return Run(ends, None), kept
-    carry, kept = _carried(write, start, rows, restarts, implementation)
+    return write_in_turn(how, rows, restarts)
+
+
+def _gains(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> bool:
+    """Whether an affine memory is written faster by ``write_at_once`` than ``write_in_turn``.
+
+    Kernels are made for it. With XLA, by measurements on CPUs (``experiments.growth --starts``):
+
+    - Blocks that all begin anew: where chunks add to the memory without reading it.
+    - Blocks that go on from each other, of a memory that erases: where states and chunks are small,
+      at most ``SMALL_STATE`` numbers and ``SMALL_CHUNK`` tokens. There a step costs more than what
+      it computes, and of what waits for the chunk before two products are left. Larger ones lose,
+      and all maps would be in memory at once. Accelerators have the same rule: not measured, but a
+      step that waits costs them more than a CPU, so where CPUs gain they are assumed to.
+    """
+    memory = how.memory
+    if how.implementation is not None and how.implementation != "xla":
+        return how.implementation != "reference"
+    if restarts.all():
+        return not memory.erases
+    chunk, state = rows.key.shape[4], rows.key.shape[-1] * rows.value.shape[-1]
+    small = chunk <= SMALL_CHUNK and state <= SMALL_STATE
+    return small and memory.erases and not how.maps
+
+
+def write_at_once(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> tuple[Run, Views]:
+    """``write_blocks`` of finite rows: maps of all chunks side by side, then applied in turn."""
+    ends, kept = write_affine(how, rows, restarts)
+    return Run(ends, transitions(how, rows, restarts) if how.maps else None), kept
+
+
+def write_in_turn(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> tuple[Run, Views]:
+    """``write_blocks`` of finite rows, one chunk after the other."""
+    carry, kept = _carried(*chunk_writer(how, rows), rows, restarts, how.implementation)
     return Run(carry.state, carry.transition), kept
 
 
@@ -121,7 +152,9 @@ def _identity(memory: Memory, rows: Rows, shape: tuple[int, ...]) -> Any:
 
 def extended(memory: Memory, transition: Any, rows: Rows) -> Any:
     """The transition of a run and the chunk (m, ...) after it."""
-    return memory.extended(transition, rows.key, rows.value, _forgetting(memory, rows))
+    controls = _forgetting(memory, rows)
+    with jax.default_matmul_precision(MAP_PRECISION):
+        return memory.extended(transition, rows.key, rows.value, controls)
 
 
 def _forgetting(memory: Memory, rows: Rows) -> Controls:
@@ -157,7 +190,8 @@ def chunk_writer(how: Writing, rows: Rows) -> tuple[Callable, Callable]:
         if how.maps:
             run = Run(carry.state, carry.transition)
             controls = _forgetting(how.memory, rows)
-            run, view = how.memory.write_map(run, rows.key, rows.value, controls)
+            with jax.default_matmul_precision(MAP_PRECISION):
+                run, view = how.memory.write_map(run, rows.key, rows.value, controls)
             kept = keep(how.memory, how.needs, view, rows.query)
             return Carry(run.state, carry.initial, run.transition), kept
         end, kept = write_chunk(how, carry.state, carry.state, rows, carry.initial)

@@ -1,6 +1,5 @@
 """Generation token by token, for streamed output and conversations."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from flax import nnx
 
 from memcache_jax._checks import check_instance, check_lengths, check_mapping
 from memcache_jax._typing import Array, Int
-from memcache_jax.generation.generate import extend_logits
+from memcache_jax.generation.generate import extend_in_place
 from memcache_jax.generation.prompts import buffer_size, check_prompt, longest
 from memcache_jax.generation.sampling import Sampling, sample
 from memcache_jax.nn import LanguageModel
@@ -122,22 +121,11 @@ class Decoder:
         if lengths is not None:
             padding = buffer_size(tokens.shape[1], longest(self._model)) - tokens.shape[1]
             tokens = jnp.pad(tokens, ((0, 0), (0, padding)))
-        self._cache, logits = _extend(self._state, tokens, lengths, self._cache, graph=self._graph)
+        args = self._state, tokens, lengths, self._cache
+        self._cache, logits = extend_in_place(*args, graph=self._graph)
         if lengths is not None and self._logits is not None:
             logits = jnp.where((lengths > 0)[:, None], logits, self._logits)
         self._logits = logits
 
 
 _draw = jax.jit(sample, static_argnames=("greedy", "top_k", "nucleus"))
-
-
-@functools.partial(jax.jit, static_argnames="graph", donate_argnums=3)
-def _extend(
-    state: Any,
-    tokens: Int[Array, "b t"],
-    lengths: Int[Array, "b"] | None,
-    cache: LanguageModelCache,
-    *,
-    graph: Any,
-) -> tuple[LanguageModelCache, Array]:
-    return extend_logits(nnx.merge(graph, state), tokens, cache, lengths)

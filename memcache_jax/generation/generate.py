@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from memcache_jax._checks import check_integer, check_lengths, check_mapping, shown
+from memcache_jax._checks import check_instance, check_integer, check_lengths, check_mapping, shown
 from memcache_jax._typing import Array, Float, Int
+from memcache_jax.generation.drafts import Draft
 from memcache_jax.generation.prompts import buffer_size, check_prompt, check_stop, longest
 from memcache_jax.generation.sampling import Sampling, sample
+from memcache_jax.generation.speculate import speculate
 from memcache_jax.nn import LanguageModel
 
 
@@ -28,6 +30,7 @@ def generate(
     stop_token: int | Sequence[int] | None = None,
     key: Array | None = None,
     cache: Mapping[str, Any] | None = None,
+    draft: Draft | None = None,
 ) -> Int[Array, "b t"]:
     """Continues every row of ``prompt``, token by token.
 
@@ -52,6 +55,10 @@ def generate(
       key: a random key; not needed for temperature 0.
       cache: options of ``mc.init_cache`` for an ``nn.LanguageModel``: ``max_segments``,
         ``policy``, ``cache_dtype``.
+      draft: what proposes tokens that an ``nn.LanguageModel`` then verifies in one call,
+        ``mc.NGrams()`` or ``mc.DraftModel(smaller)``. It is faster where several stay; the
+        distribution of tokens is the same, and for temperature 0 so are the tokens, up to ties of
+        logits in the model's rounding.
 
     Returns:
       (b, t + max_new_tokens) int32: the prompt and the new tokens. With ``lengths``, new tokens
@@ -61,8 +68,8 @@ def generate(
       ValueError: if the prompt is not integers (b, t), is empty, or has ids outside the model's
         vocabulary; if ``max_new_tokens``, ``lengths``, ``temperature``, ``top_k``, ``top_p`` or
         ``stop_token`` is out of range; if the key is missing; if the model does not return
-        (b, t, vocab); or if ``cache`` is given for a model without one, has unknown options, or
-        is too small.
+        (b, t, vocab); or if ``cache`` or ``draft`` is given for a model without a cache, the cache
+        has unknown options or is too small, or the draft has another vocabulary.
 
     Example:
       >>> import jax.numpy as jnp, memcache_jax as mc
@@ -89,19 +96,16 @@ def generate(
         _check_cache(model, options, len(tokens), size, int(counts.max()), max_new_tokens)
     padding = buffer_size(length, most) - length
     graph, state = nnx.split(model) if isinstance(model, nnx.Module) else (model, None)
-    new = _continue(
-        jnp.pad(tokens, ((0, 0), (0, padding))),
-        counts,
-        state,
-        key,
-        sampling.numbers,
-        stops,
-        max_new_tokens,
-        size=size,
-        model=graph,
-        cache=tuple(sorted(options.items())),
-        **sampling.static,
-    )
+    padded = jnp.pad(tokens, ((0, 0), (0, padding)))
+    numbers = key, sampling.numbers, stops, max_new_tokens
+    how: dict[str, Any] = dict(size=size, model=graph, cache=tuple(sorted(options.items())))
+    if draft is None:
+        new = _continue(padded, counts, state, *numbers, **how, **sampling.static)
+    else:
+        _check_draft(draft, model)
+        kind, arrays = draft.split()
+        how |= dict(draft=kind, **sampling.static)
+        new, _ = speculate(padded, counts, state, arrays, *numbers, **how)
     result = jnp.pad(tokens, ((0, 0), (0, max_new_tokens)))
     if lengths is not None:
         result = jnp.where(jnp.arange(total)[None] < counts[:, None], result, 0)
@@ -109,6 +113,16 @@ def generate(
     return jax.vmap(lambda row, place, new: row.at[place].set(new))(
         result, place, new[:, :max_new_tokens]
     )
+
+
+def _check_draft(draft: Any, model: Any) -> None:
+    """Raises ValueError unless it proposes tokens for this model."""
+    check_instance("draft", draft, Draft, "mc.NGrams() or mc.DraftModel(model)")
+    if not isinstance(model, LanguageModel):
+        raise ValueError(f"draft={shown(draft)} is for an nn.LanguageModel, got {type(model)}")
+    sizes = [m.config.vocab_size for m in (model, getattr(draft, "model", model))]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"the draft must have the model's vocabulary, {sizes[0]}, got {sizes[1]}")
 
 
 def _check_cache(
@@ -224,6 +238,19 @@ def extend_logits(
     if lengths is None:
         return cache, model.logits(hidden[:, -1])
     return cache, model.logits(_at(hidden, jnp.maximum(lengths, 1) - 1))
+
+
+@functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
+def extend_in_place(
+    state: Any,
+    tokens: Int[Array, "b t"],
+    lengths: Int[Array, "b"] | None,
+    cache: Any,
+    *,
+    graph: Any,
+) -> tuple[Any, Float[Array, "b v"]]:
+    """``extend_logits`` of a model that was split, compiled; the cache's arrays are used again."""
+    return extend_logits(nnx.merge(graph, state), tokens, cache, lengths)
 
 
 def _at(rows: Float[Array, "b t d"], position: Int[Array, "b"]) -> Float[Array, "b d"]:

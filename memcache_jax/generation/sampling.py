@@ -81,19 +81,57 @@ def sample(
     """
     if greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    temperature, top_p = numbers
-    # Shift the largest logit to 0: then a tiny temperature overflows to -inf, never to NaN.
-    logits = logits - jnp.max(logits, axis=-1, keepdims=True)
-    logits = logits / jnp.maximum(temperature, jnp.finfo(logits.dtype).tiny)
-    most = logits.shape[-1] if top_k is None else min(top_k, logits.shape[-1])
-    if most == logits.shape[-1] and not nucleus:
+    logits = scaled(logits, numbers[0])
+    if _takes_all(logits, top_k, nucleus):
         return jax.random.categorical(key, logits).astype(jnp.int32)
-    ordered, order = lax.top_k(logits, most)
-    if nucleus:
-        probability = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(probability, axis=-1) - probability
-        # Keep the most likely token regardless of rounding.
-        kept = (before < top_p).at[:, 0].set(True)
-        ordered = jnp.where(kept, ordered, -jnp.inf)
+    ordered, order = _likely(logits, numbers, top_k, nucleus)
     rank = jax.random.categorical(key, ordered)
     return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+def probabilities(
+    logits: Float[Array, "... vocab"],
+    numbers: tuple[Any, Any],
+    *,
+    greedy: bool,
+    top_k: int | None,
+    nucleus: bool,
+) -> Float[Array, "... vocab"]:
+    """The probabilities that ``sample`` draws each token with."""
+    if greedy:
+        return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=logits.dtype)
+    logits = scaled(logits, numbers[0])
+    if _takes_all(logits, top_k, nucleus):
+        return jax.nn.softmax(logits, axis=-1)
+    ordered, order = _likely(logits, numbers, top_k, nucleus)
+    none, chances = jnp.zeros_like(logits), jax.nn.softmax(ordered, axis=-1)
+    return jnp.put_along_axis(none, order, chances, axis=-1, inplace=False)
+
+
+def scaled(logits: Float[Array, "... vocab"], temperature: Any) -> Float[Array, "... vocab"]:
+    """The logits divided by the temperature."""
+    # Shift the largest logit to 0: then a tiny temperature overflows to -inf, never to NaN.
+    logits = logits - jnp.max(logits, axis=-1, keepdims=True)
+    return logits / jnp.maximum(temperature, jnp.finfo(logits.dtype).tiny)
+
+
+def _takes_all(logits: Float[Array, "... vocab"], top_k: int | None, nucleus: bool) -> bool:
+    return not nucleus and (top_k is None or top_k >= logits.shape[-1])
+
+
+def _likely(
+    logits: Float[Array, "... vocab"], numbers: tuple[Any, Any], top_k: int | None, nucleus: bool
+) -> tuple[Float[Array, "... n"], Int[Array, "... n"]]:
+    """The logits of the tokens that may be drawn, the largest first, -inf of others; their ids."""
+    most = logits.shape[-1] if top_k is None else min(top_k, logits.shape[-1])
+    ordered, order = lax.top_k(logits, most)
+    return within_nucleus(ordered, numbers[1]) if nucleus else ordered, order
+
+
+def within_nucleus(ordered: Float[Array, "... n"], top_p: Any) -> Float[Array, "... n"]:
+    """Logits, the largest first, with -inf beyond the fewest that have ``top_p`` together."""
+    probability = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    # Keep the most likely token regardless of rounding.
+    kept = (before < top_p).at[..., 0].set(True)
+    return jnp.where(kept, ordered, -jnp.inf)

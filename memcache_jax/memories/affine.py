@@ -11,6 +11,15 @@ from memcache_jax.kernels.affine_update import AffineChunk
 from memcache_jax.kernels.bands import gated
 from memcache_jax.memories.base import Form, Memory, Run, owner_of
 
+MAP_PRECISION = "highest"
+"""Of products that make the maps of runs within their chunks, and that compose them.
+
+Maps are kept in float32 or wider, and a run may have millions of tokens: at the default precision
+of accelerators each product would round float32 to bfloat16 or TensorFloat-32, and the errors add
+up. ``jax.default_matmul_precision`` does not reach these products; it holds for all that is written
+and read without a map.
+"""
+
 
 class MatrixState(NamedTuple):
     """The matrix of one head, M^T."""
@@ -38,9 +47,7 @@ class AffineMemory(Memory):
     ``compose``.
 
     Any run of tokens is such a map too, and two of them compose to one: (A2, B2) o (A1, B1) =
-    (A2 A1, A2 B1 + B2). A is kept as its diagonal where a rule states ``erases = False``. Runs are
-    composed in float32 or wider at the highest precision on every device, for a run may have
-    millions of tokens; within a chunk products have the precision of the others.
+    (A2 A1, A2 B1 + B2). A is kept as its diagonal where a rule states ``erases = False``.
     """
 
     form: ClassVar[Form] = "affine"
@@ -157,4 +164,4 @@ def through(transition: Array, x: Array) -> Array:
 
 
 def _product(x: Array, y: Array) -> Array:
-    return jnp.matmul(x, y, precision="highest")
+    return jnp.matmul(x, y, precision=MAP_PRECISION)

@@ -76,9 +76,11 @@ class DeltaMemory(MatrixMemory):
 
     def extended(self, transition, key, value, controls) -> Array:
         """A after a chunk, as in ``write_map``."""
-        chunk, erases, _ = self._chunk(MatrixState(transition), key, value, controls)
+        before = self.init({}, key.shape[-1], value.shape[-1], key.dtype)
+        chunk, erases, _ = self._chunk(before, key, value, controls)
         recalled = jnp.matmul(chunk.decayed(erases), transition)
-        return chunk.adding(solve_unit_lower(chunk.scores(erases), -recalled)).end()
+        added = solve_unit_lower(chunk.scores(erases), -recalled)
+        return chunk.adding(added)._replace(matrix=transition).end()
 
     def affine(self, before, key, value, query, controls) -> AffineChunk:
         """Solves for what a chunk's tokens add to nothing, and for what they recall."""

@@ -16,6 +16,7 @@ from memcache_jax.nn.grouped_attention import GroupedAttention, GroupedAttention
 from memcache_jax.nn.language_model import LanguageModel
 from memcache_jax.nn.latent_attention import LatentAttention, LatentAttentionMixer
 from memcache_jax.nn.lora import LoRA
+from memcache_jax.nn.loss import CrossEntropy, TokenScores, cross_entropy, token_scores
 from memcache_jax.nn.memory_caching import MemoryCaching
 from memcache_jax.nn.norms import Norm
 from memcache_jax.nn.parallel import Parallel, ParallelMixer
@@ -29,6 +30,7 @@ __all__ = [
     "AttentionMixer",
     "BlockConfig",
     "ChannelMix",
+    "CrossEntropy",
     "Experts",
     "FeedForward",
     "GatedMLP",
@@ -47,12 +49,15 @@ __all__ = [
     "Parallel",
     "ParallelMixer",
     "SquaredMLP",
+    "TokenScores",
     "adapters",
     "cache_bytes",
     "cache_table",
+    "cross_entropy",
     "linen",
     "merge_lora",
     "recurrent",
+    "token_scores",
     "upgrade_params",
     "with_lora",
     "with_memory_caching",

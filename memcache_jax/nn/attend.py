@@ -15,6 +15,7 @@ from memcache_jax.nn import spoilt
 from memcache_jax.nn.windows import attend_window, block_size
 from memcache_jax.sharding.division import Division
 from memcache_jax.streaming.protocol import MixerCache
+from memcache_jax.streaming.rewind import more_rewindable, taken_back
 
 Turn: TypeAlias = Callable[[Array, Array | None], Array]
 """Rotates rows (b, t, h, k) by their positions (b, t); None: each counts from its row's first."""
@@ -29,22 +30,52 @@ class AttentionCache(MixerCache):
       key: (b, h, past, k), contiguous per head, as reads go through them.
       value: likewise; None where values are the keys.
       position: tokens taken so far by each row, (b,).
+      rewindable: by how many tokens each row can go back, (b,); None where none can.
       first: this layer's number in a stack of layers, which share keys and values.
+      rewind_most: by how many tokens a row can go back; a window keeps as many more.
+      is_window: whether the last ones alone are kept, the newest at the end.
     """
 
     key: Any
     value: Any
     position: Any
+    rewindable: Any = None
     first: Any = None
+    rewind_most: int = dataclasses.field(default=0, metadata=dict(static=True))
+    is_window: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
     shared = ("key", "value")
-    small = zeroed = ("position",)
+    small = zeroed = ("position", "rewindable")
     axes: ClassVar = {"key": "b h", "value": "b h"}
 
     @property
     def head_shape(self) -> tuple[int, ...]:
         """Number of heads, and their dimension."""
         return self.key.shape[-3::2]
+
+    def rewound(self, tokens: Int[Array, "b"]) -> "AttentionCache":
+        """As ``MixerCache.rewound``."""
+        position, rewindable = taken_back(self.position, self.rewindable, tokens)
+        back, past = jnp.where(position < self.position, tokens, 0), self.key.shape[-2]
+
+        def moved(shared: Array) -> Array:
+            """The rows of a window, each moved by the tokens that go."""
+            rows = self.own_rows(shared)
+            place = jnp.arange(past)[None] - back[:, None]
+            kept = jnp.take_along_axis(rows, jnp.maximum(place, 0)[:, None, :, None], axis=2)
+            return self.put_rows(shared, jnp.where((place >= 0)[:, None, :, None], kept, 0))
+
+        def emptied(shared: Array) -> Array:
+            """All rows, with zeros in place of the tokens that go: NaN would stay in sums."""
+            ago = jnp.arange(1, 1 + self.rewind_most)[None]
+            place = jnp.where(ago <= back[:, None], self.position[:, None] - ago, past)
+            layer = () if self.first is None else (self.first,)
+            rows = jnp.arange(len(place))[:, None]
+            return shared.at[*layer, rows, :, place].set(0, mode="drop")
+
+        change = moved if self.is_window else emptied
+        key, value = jax.tree.map(change, (self.key, self.value))
+        return self.replace(key=key, value=value, position=position, rewindable=rewindable)
 
 
 @jax.tree_util.register_dataclass
@@ -149,6 +180,7 @@ def attend_stream(
     Without values, keys are what is read.
     """
     (batch, length), past = query.shape[:2], cache.key.shape[-2]
+    past = past if window is None else window - 1  # of which more are kept, to go back
     place = cache.position[:, None] + jnp.arange(length)[None]
     query, key = (turn(rows, place) for rows in (query, key))
     most = past if window is None else _checks.LARGEST
@@ -173,7 +205,8 @@ def attend_stream(
         old = map(cache.own_rows, olds)
         new = (jnp.moveaxis(x, 2, 1) for x in rows)
         joined = [jnp.concatenate(pair, axis=2) for pair in zip(old, new, strict=True)]
-        keys, values = joined[0], joined[-1]
+        older = cache.key.shape[-2] - past
+        keys, values = joined[0][:, :, older:], joined[-1][:, :, older:]
         before = jnp.minimum(cache.position, past)
         if block_size(window, length) < length:
             near, nearby = (jnp.moveaxis(x, 1, 2).astype(query.dtype) for x in (keys, values))
@@ -183,7 +216,8 @@ def attend_stream(
             ago = past + jnp.arange(length)[:, None] - there
             seen = ((ago >= 0) & (ago < window))[None] & (there >= past - before[:, None])[:, None]
             y = _attend(query, keys, values, seen[:, None])
-        last = jax.vmap(lambda row, begin: lax.dynamic_slice_in_dim(row, begin, past, axis=1))
+        size = older + past
+        last = jax.vmap(lambda row, begin: lax.dynamic_slice_in_dim(row, begin, size, axis=1))
         kept = tuple(
             cache.put_rows(old, last(row, lengths)) for old, row in zip(olds, joined, strict=True)
         )
@@ -191,6 +225,7 @@ def attend_stream(
     return y, cache.replace(
         **dict(zip(("key", "value"), kept, strict=False)),
         position=_checks.advanced(cache.position, lengths),
+        rewindable=more_rewindable(cache.rewindable, lengths, cache.rewind_most),
     )
 
 

@@ -177,7 +177,8 @@ class Attention(nnx.Module):
           batch_size: number of rows.
           max_length: most tokens per row; not needed with a window.
           sharding: how rows and heads are divided, as in ``mc.init_cache``.
-          options: those of ``MemoryCaching``, which have no effect here.
+          options: those of ``MemoryCaching``, of which ``rewind`` alone has an effect here: a
+            window keeps as many tokens more.
 
         Raises:
           ValueError: for sizes below 1, or without both a window and ``max_length``.
@@ -187,14 +188,22 @@ class Attention(nnx.Module):
         check_options(options)
         if self.window is None and max_length is None:
             raise ValueError("attention without a window keeps all tokens: give max_length")
-        past: Any = max_length if self.window is None else self.window - 1
+        rewind = _checks.check_integer("rewind", options.get("rewind", 0), 0)
+        past: Any = max_length if self.window is None else self.window - 1 + rewind
         dtype = self.param_dtype if self.dtype is None else self.dtype
         heads, dim = self._kept_shape
 
         def empty() -> AttentionCache:
             key, value = (jnp.zeros((batch_size, heads, past, dim), dtype) for _ in range(2))
             position = jnp.zeros(batch_size, jnp.int32)
-            return self._kept(key, value if self._keeps_values else None, position)
+            return self._kept(
+                key,
+                value if self._keeps_values else None,
+                position,
+                jnp.zeros(batch_size, jnp.int32) if rewind else None,
+                rewind_most=rewind,
+                is_window=self.window is not None,
+            )
 
         return placed(empty, sharding)
 
@@ -222,15 +231,16 @@ class Attention(nnx.Module):
         _checks.check_input(x, self.in_features)
         _checks.check_cache(cache, AttentionCache, self._kept_shape)
         length, past = x.shape[1], cache.key.shape[-2]
-        if self.window is not None and past != self.window - 1:
+        last = past - cache.rewind_most
+        if self.window is not None and last != self.window - 1:
             raise ValueError(
                 f"the cache must hold the last {self.window - 1} tokens for window={self.window}, "
-                f"it holds {past}"
+                f"it holds {last}"
             )
         limit = past if self.window is None else None
         _checks.check_room(cache.position, x.shape[:2], lengths, limit)
         lengths = jnp.full(len(x), length, jnp.int32) if lengths is None else jnp.asarray(lengths)
-        (query, key, value), division = self._next_rows(x, (cache.position, "b"))
+        (query, key, value), division, kept = self._next_rows(x, (cache.position, "b"))
         extend = functools.partial(attend_stream, window=self.window, turn=self._turn)
         args = cache, query, key, value, lengths
         if division is None:
@@ -240,7 +250,7 @@ class Attention(nnx.Module):
             of_key = row if "h" in cache.axes.get("key", "") else "b . . ."
             letters = of_cache, row, of_key, None if value is None else of_key, "b"
             y, cache = division.run(extend, args, letters, (row, of_cache))
-        return self._next_output(x, y), cache
+        return self._next_output(x, y, kept), cache
 
     # What a stream keeps and how it attends, which a subclass may override.
 
@@ -254,11 +264,13 @@ class Attention(nnx.Module):
 
     def _next_rows(
         self, x: Float[Array, "b t d"], *others: tuple[Any, str]
-    ) -> tuple[list, Division | None]:
-        """As ``_rows``, of a stream's next tokens."""
-        return self._rows(x, *others)
+    ) -> tuple[list, Division | None, Any]:
+        """As ``_rows``, of a stream's next tokens, and what ``_next_output`` needs beside them."""
+        return *self._rows(x, *others), None
 
-    def _next_output(self, x: Float[Array, "b t d"], y: Float[Array, "b t h k"]) -> Array:
+    def _next_output(
+        self, x: Float[Array, "b t d"], y: Float[Array, "b t h k"], kept: Any
+    ) -> Array:
         """As ``_output``, of what ``_next_rows`` read."""
         return self._output(x, y)
 

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from memcache_jax._typing import Array, Float, Int
@@ -12,6 +13,8 @@ from memcache_jax.nn.recurrent import Recurrent
 from memcache_jax.sharding.layout import like
 from memcache_jax.sharding.names import constrain
 from memcache_jax.streaming.protocol import MixerCache
+from memcache_jax.streaming.ring import Ring
+from memcache_jax.streaming.tails import earlier_tails, next_tails
 
 
 class Hidden(NamedTuple):
@@ -43,14 +46,38 @@ class BlockCache(MixerCache):
     Attributes:
       mixer: the cache of the mixer.
       tail: the MLP's last input of each row, (b, 1, d).
+      past: a ring of those before each of the last tokens; None where rows cannot go back.
+      first: this block's number in a stack of blocks, which share ``past``.
+      rewind_most: by how many tokens a row can go back.
     """
 
     mixer: Any
     tail: Any
+    past: Any = None
+    first: Any = None
+    rewind_most: int = dataclasses.field(default=0, metadata=dict(static=True))
 
     nested = ("mixer",)
     small = zeroed = ("tail",)
+    shared = ("past",)
     axes: ClassVar = {"tail": "b"}
+
+    @property
+    def position(self) -> Any:
+        """Tokens taken so far by each row, (b,), of a mixer whose cache tells."""
+        return getattr(self.mixer, "position", None)
+
+    @property
+    def rewindable(self) -> Array | None:
+        """By how many tokens each row can go back, (b,); None where none can."""
+        return getattr(self.mixer, "rewindable", None)
+
+    def rewound(self, tokens: Int[Array, "b"]) -> "BlockCache":
+        """As ``MixerCache.rewound``."""
+        mixer = self.mixer.rewound(tokens)
+        places = self.rewind_most, self.position, mixer.position
+        tail = earlier_tails(self.tail, self.past, *places, self.first)
+        return self.replace(mixer=mixer, tail=tail)
 
     @property
     def max_length(self) -> int | None:
@@ -116,7 +143,9 @@ class Block(nnx.Module):
         if not self._mlp_shifts:
             return cache
         mlp: Any = self.mlp
-        return BlockCache(cache, mlp.init_tail(batch_size))
+        tail, most = mlp.init_tail(batch_size), options.get("rewind", 0)
+        past = Ring(most, tail).empty(batch_size) if most else None
+        return BlockCache(cache, tail, past, rewind_most=most)
 
     def extend(
         self, between: Between, cache: Any, lengths: Int[Array, "b"] | None
@@ -139,8 +168,18 @@ class Block(nnx.Module):
         if not self._mlp_shifts:
             y, cache = mlp(self._input(x, self.mlp_norm)), of_mixer
         else:
-            y, tail = mlp.extend(self._input(x, self.mlp_norm), cache.tail, lengths)
-            cache = BlockCache(of_mixer, tail)
+            rows = self._input(x, self.mlp_norm)
+            counts = jnp.full(len(x), x.shape[1]) if lengths is None else jnp.asarray(lengths)
+            places = cache.rewind_most, cache.tail, cache.position, counts
+            (y, tail), past = next_tails(
+                lambda counts: mlp.extend(rows, cache.tail, counts),
+                cache.past,
+                *places,
+                most=x.shape[1],
+                first=cache.first,
+                axes="b . .",
+            )
+            cache = cache.replace(mixer=of_mixer, tail=tail, past=past)
         return _with_stream(between, like(x, x + self._residual(y, self.mlp_norm))), cache
 
 

@@ -27,6 +27,8 @@ _NAMES = dict(
     transition="maps of live segments",
     key="keys and values",
     value="keys and values",
+    past="to go back by tokens",
+    rewindable="to go back by tokens",
 )
 
 

@@ -173,15 +173,16 @@ class LanguageModelConfig:
         out of the stack: decoding on CPUs is then up to twice as fast.
       lora: the adapters of the blocks' projections; None for none.
       remat: whether the backward pass recomputes each block's activations.
-      offload_states: whether, with ``remat``, what the memories write (states before each chunk and
-        after each segment, live reads) is kept in host memory for the backward pass instead of
-        being recomputed.
+      keep_states: whether, with ``remat``, what the memories write (states before each chunk and
+        after each segment, live reads) is kept for the backward pass instead of being recomputed.
+      offload_states: the same, in the host's memory.
       dtype: dtype of the arithmetic; parameters and logits are float32 or wider.
       param_dtype: dtype of the parameters.
 
     Raises:
       ValueError: if ``num_layers`` is not a multiple of the number of mixers, a size is below 1,
-        ``offload_states`` is set without ``remat``, or a value is of the wrong kind.
+        ``keep_states`` or ``offload_states`` is set without ``remat``, or both are, or a value is
+        of the wrong kind.
     """
 
     vocab_size: int
@@ -200,6 +201,7 @@ class LanguageModelConfig:
     scan_layers: bool = True
     lora: LoRA | None = None
     remat: bool = False
+    keep_states: bool = False
     offload_states: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -209,7 +211,7 @@ class LanguageModelConfig:
             self,
             sizes=("vocab_size", "num_layers", "features", "num_heads", "head_dim"),
             numbers=("embedding_scale", "logit_scale"),
-            flags=("tie_embeddings", "scan_layers", "remat", "offload_states"),
+            flags=("tie_embeddings", "scan_layers", "remat", "keep_states", "offload_states"),
             optional=("head_dim",),
         )
         hidden = check_integer("mlp_features", self.mlp_features, 0, optional=True)
@@ -240,8 +242,11 @@ class LanguageModelConfig:
                 f"num_layers={self.num_layers} must be a multiple of the number of mixers, "
                 f"got {len(self.mixers)}"
             )
-        if self.offload_states and not self.remat:
-            raise ValueError("offload_states needs remat=True, got remat=False")
+        for name in ("keep_states", "offload_states"):
+            if getattr(self, name) and not self.remat:
+                raise ValueError(f"{name} needs remat=True, got remat=False")
+        if self.keep_states and self.offload_states:
+            raise ValueError("states are kept or offloaded: keep_states and offload_states are set")
         if self.remat and not self.scan_layers:
             raise ValueError(
                 "remat recomputes layer by layer: it needs scan_layers=True, got False"

@@ -13,6 +13,7 @@ from memcache_jax import _checks
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.nn.layers import Linear, SwiGLU
 from memcache_jax.sharding.division import Division
+from memcache_jax.sharding.layout import MeshAxes, like
 from memcache_jax.sharding.names import partitioned
 
 
@@ -21,6 +22,10 @@ class Experts:
     """Sparse experts: each token goes to ``top_k`` of them (arXiv:1701.06538), and to a shared one.
 
     y = sum over the top experts of p_e(x) mlp_e(x) + s(x) shared(x), each a ``GatedMLP``.
+
+    On a mesh a device works with its own channels of each expert. Where the type of the kernels, or
+    a rule for ``experts``, gives experts an axis of the mesh, it has its own experts, for which it
+    takes the rows of all devices along that axis; the outputs are then summed over it.
 
     Attributes:
       num_experts: experts that the router chooses among.
@@ -116,13 +121,14 @@ class SparseExperts(nnx.Module):
         kernels = [kernel[...] for kernel in (self.gate, self.up, self.down)]
         dtype = self.dtype or jnp.result_type(x.dtype, kernels[0].dtype)
         args = x.astype(dtype), self.router(x), *(kernel.astype(dtype) for kernel in kernels)
-        division = Division.of((x, "b t ."), (kernels[0], ". . h"))
+        division = Division.of((x, "b t ."), (kernels[0], "e . h"))
         division = None if division is None else division.even(x.shape[1])
         if division is None:
             y = self._routed(*args)
-        else:  # a device has its own tokens, and its own channels of each expert
-            row, routed = "b t .", functools.partial(self._routed, summed_over=division.h)
-            y = division.run(routed, args, (row, row, ". . h", ". . h", ". h ."), row)
+        else:  # a device has its own tokens, its own experts, and its own channels of each
+            routed = functools.partial(self._routed, channels=division.h, experts=division.e)
+            row, into = "b t .", "e . h"
+            y = like(x, division.run(routed, args, (row, row, into, into, "e h ."), row))
         if self.experts.shared_hidden is None:
             return y
         shared = self.shared(x)
@@ -134,24 +140,29 @@ class SparseExperts(nnx.Module):
         self,
         x: Float[Array, "b t d"],
         logits: Float[Array, "b t e"],
-        gate: Float[Array, "e d f"],
-        up: Float[Array, "e d f"],
-        down: Float[Array, "e f d"],
-        summed_over: tuple[str, ...] = (),
+        gate: Float[Array, "own d f"],
+        up: Float[Array, "own d f"],
+        down: Float[Array, "own f d"],
+        channels: MeshAxes = (),
+        experts: MeshAxes = (),
     ) -> Float[Array, "b t d"]:
-        """The experts' outputs; those of a part of the channels are summed over axes of a mesh."""
+        """The experts' outputs, summed over the axes that divide channels, or experts."""
         weights, chosen = self._route(logits.reshape(-1, logits.shape[-1]))
+        if experts:
+            chosen -= len(gate) * lax.axis_index(experts)
 
         def mlp(rows: Array, expert: Array) -> Array:
             hidden = jax.nn.silu(rows @ gate[expert]) * (rows @ up[expert])
             return hidden @ down[expert]
 
-        out = over_groups(mlp, x.reshape(-1, x.shape[-1]), chosen, self.experts.num_experts)
+        even = max(chosen.size // self.experts.num_experts, 1)
+        block = min(even, 128)
+        out = over_groups(mlp, x.reshape(-1, x.shape[-1]), chosen, len(gate), block)
         y = jnp.einsum("nkd,nk->nd", out, weights.astype(out.dtype)).reshape(x.shape)
-        if not summed_over:
+        if not channels + experts:
             return y
         wide = y.astype(jnp.promote_types(y.dtype, jnp.float32))
-        return lax.psum(wide, summed_over).astype(y.dtype)
+        return lax.psum(wide, channels + experts).astype(y.dtype)
 
     def _route(self, logits: Float[Array, "n e"]) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
         """The weight of each token's experts, and which they are."""
@@ -185,9 +196,11 @@ class SparseExperts(nnx.Module):
 
 
 def over_groups(
-    f: Any, rows: Float[Array, "n d"], groups: Int[Array, "n k"], count: int, block: int = 128
+    f: Any, rows: Float[Array, "n d"], groups: Int[Array, "n k"], count: int, block: int
 ) -> Float[Array, "n k d"]:
     """Returns f(rows[i], groups[i, j]) for all i, j, in blocks of rows of one group.
+
+    It is zero for a group that is not in [0, count), for which nothing is done.
 
     The rows of a group fill whole blocks, so that the work is that of n k rows and at most one
     block more for each group, wherever they go.
@@ -195,12 +208,12 @@ def over_groups(
     Args:
       f: a function of rows (block, d) and the number of their group.
       rows: the rows.
-      groups: the groups of each, in [0, count).
+      groups: the groups of each.
       count: number of groups.
-      block: most rows in a block.
+      block: rows in a block.
     """
-    (n, k), flat = groups.shape, groups.reshape(-1)
-    block = min(block, max(n * k // count, 1))
+    n, k = groups.shape
+    flat = jnp.where((groups >= 0) & (groups < count), groups, count).reshape(-1)
     blocks = -(-n * k // block) + min(count, n * k)
     sizes = jnp.zeros(count, jnp.int32).at[flat].add(1)
     needed = -(-sizes // block)  # blocks of each group
@@ -209,6 +222,7 @@ def over_groups(
     rank = jnp.zeros(n * k, jnp.int32).at[order].set(jnp.arange(n * k))
     within = rank - (jnp.cumsum(sizes) - sizes)[flat]
     place = (ends - needed)[flat] * block + within
+    place = jnp.where(flat < count, place, blocks * block)  # beyond the end: nowhere
     source = jnp.full(blocks * block, n).at[place].set(jnp.arange(n * k) // k)
     filled = rows.at[source].get(mode="fill", fill_value=0).reshape(blocks, block, -1)
     owner = jnp.minimum(jnp.searchsorted(ends, jnp.arange(blocks), side="right"), count - 1)
@@ -219,4 +233,5 @@ def over_groups(
         return None, lax.cond(is_used, f, lambda x, _: jnp.zeros_like(x), x, group)
 
     _, out = lax.scan(one, None, (filled, owner, used))
-    return out.reshape(blocks * block, -1)[place].reshape(n, k, -1)
+    out = out.reshape(blocks * block, -1).at[place].get(mode="fill", fill_value=0)
+    return out.reshape(n, k, -1)

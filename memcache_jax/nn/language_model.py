@@ -1,6 +1,7 @@
 """A decoder-only language model whose blocks mix tokens by memory caching or by attention."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, Unpack
 
 import jax
@@ -9,15 +10,21 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from memcache_jax import _checks
-from memcache_jax._checks import check_array, check_instance, check_integer, check_tokens
+from memcache_jax._checks import (
+    check_instance,
+    check_integer,
+    check_tokens,
+    without_padding,
+)
 from memcache_jax._typing import Array, Float, Int
-from memcache_jax.kernels._dispatch import WRITTEN
+from memcache_jax.kernels._dispatch import ROUTED, WRITTEN
 from memcache_jax.nn import period
 from memcache_jax.nn.block import Between, Hidden, Period, stream_of
 from memcache_jax.nn.calls import ModelCall, answer, read_call
 from memcache_jax.nn.config import LanguageModelConfig
 from memcache_jax.nn.layers import Embed, Linear
 from memcache_jax.nn.model_cache import LanguageModelCache
+from memcache_jax.nn.output import Output
 from memcache_jax.nn.stack import layer_of, make_stack, scan_stack
 from memcache_jax.sharding.layout import (
     as_spec,
@@ -35,12 +42,11 @@ _OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
     offload_src="device",
     offload_dst="pinned_host",
 )
-_REMAT = functools.partial(jax.checkpoint, prevent_cse=False)
-_REMAT_OFFLOADED = functools.partial(_REMAT, policy=_OFFLOAD)
+_KEEP = jax.checkpoint_policies.save_only_these_names(WRITTEN, ROUTED)
 _NAN_OUTSIDE: dict[str, Any] = dict(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
-class LanguageModel(nnx.Module):
+class LanguageModel(Output, nnx.Module):
     """Token embedding, a stack of blocks, RMSNorm and an output layer.
 
     The blocks' parameters are stacked along a first axis and ``lax.scan`` runs over them, so
@@ -135,9 +141,7 @@ class LanguageModel(nnx.Module):
     ) -> Float[Array, "b t d"]:
         """Returns the last block's output after the final norm."""
         check_tokens(tokens, self.config.vocab_size)
-        wrap = None
-        if self.config.remat:
-            wrap = _REMAT_OFFLOADED if self.config.offload_states else _REMAT
+        wrap = _remat(remat_policy(self.config)) if self.config.remat else None
         x = self._embed(tokens)
         for layers, repeats in self.stacks:
             settle = isinstance(x, Hidden)
@@ -210,7 +214,8 @@ class LanguageModel(nnx.Module):
           max_length: most tokens per row; None if ``options`` bound the memory instead.
           sharding: how rows and heads are divided, as in ``mc.init_cache``.
           options: ``max_segments``, ``policy``, ``cache_dtype`` and ``placement`` of
-            ``mc.init_cache``, for memory caching layers.
+            ``mc.init_cache``, for memory caching layers; and ``rewind``, by how many tokens
+            ``cache.rewind`` takes a row back, for layers of all kinds.
 
         Raises:
           ValueError: for sizes below 1, or options that do not fit the layers.
@@ -229,6 +234,7 @@ class LanguageModel(nnx.Module):
                 first: Any = layer_of(stack, repeats, 0)
                 one = first.init_cache(batch_size, max_length, options)
                 bounds += [getattr(cache, "max_length", None) for cache in one]
+                _check_rewindable(one, options)
                 layers += scan_stack(stack, repeats, init, None)[1]
                 states += [cache.empty_states(batch_size, repeats) for cache in one]
             bounds = [bound for bound in bounds if bound is not None]
@@ -248,16 +254,19 @@ class LanguageModel(nnx.Module):
         Args:
           tokens: token ids.
           cache: from ``init_cache`` or the previous call.
-          lengths: how many of each row's tokens count, from the first on; all by default.
+          lengths: how many of each row's tokens count, from the first on; all by default. Those
+            beyond are padding, of any id.
 
         Raises:
           ValueError: for tokens that are not integers of shape (b, t), or exceed the cache's rows
             or room. Room cannot be checked under ``jit``: outputs beyond it are NaN.
         """
-        check_tokens(tokens, self.config.vocab_size)
         self._check_cache(cache)
+        check_tokens(tokens, self.config.vocab_size, lengths)
         cache.check_room(tokens.shape, lengths)
-        lengths = None if lengths is None else jnp.asarray(lengths)
+        if lengths is not None:
+            lengths = jnp.asarray(lengths)
+            tokens = without_padding(tokens, lengths)
         x, layers, states = self._embed(tokens), [], []
         for (stack, repeats), (blocks, _) in zip(self.stacks, self.config.stacks, strict=True):
             own = slice(len(layers), len(layers) + len(blocks))
@@ -282,16 +291,24 @@ class LanguageModel(nnx.Module):
                 f", this model has {sum(here)} of {len(here)}"
             )
 
-    def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
-        """Returns the output layer's logits, in float32 or wider."""
-        shape, _ = check_array("hidden", hidden)
-        if shape[-1:] != (self.config.features,):
-            raise ValueError(
-                f"hidden must be (..., d) with d = features = {self.config.features}, got {shape}"
-            )
-        logits = self.embedding.attend(hidden) if self.config.tie_embeddings else self.head(hidden)
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-        return logits if self.config.logit_scale == 1 else self.config.logit_scale * logits
+
+def remat_policy(config: LanguageModelConfig) -> Callable[..., Any] | None:
+    """What the backward pass need not recompute of a block, with ``remat``; None for nothing."""
+    if config.offload_states:
+        return _OFFLOAD
+    return _KEEP if config.keep_states else None
+
+
+@functools.cache  # one object for each policy, by which eager calls know their programs
+def _remat(policy: Callable[..., Any] | None) -> Callable[..., Any]:
+    return functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
+
+
+def _check_rewindable(caches: list, options: dict[str, Any]) -> None:
+    """Raises ValueError if caches cannot go back by tokens, where they should."""
+    fixed = [type(c).__name__ for c in caches if getattr(c, "rewindable", None) is None]
+    if options.get("rewind", 0) and fixed:
+        raise ValueError(f"rewind={options['rewind']} needs caches that go back, got {fixed}")
 
 
 def abstract_model(config: LanguageModelConfig) -> tuple[nnx.GraphDef, nnx.State]:

@@ -157,7 +157,7 @@ class LatentAttention(Attention):
 
     def _next_rows(
         self, x: Float[Array, "b t d"], *others: tuple[Any, str]
-    ) -> tuple[list, Division | None]:
+    ) -> tuple[list, Division | None, Array]:
         query, latent, shared = self._latent(x)
         key = jnp.concatenate([latent, shared], axis=-1)
         division = Division.of((query, "b . h"), *others, heads=self.num_heads)
@@ -165,21 +165,23 @@ class LatentAttention(Attention):
             query, key = division.lay(query, "b . h"), division.lay(key, "b . .")
         query = query.reshape(*x.shape[:2], self.num_heads, -1)
         of_latent, of_shared = jnp.split(query, [self.mixer.key_dim], axis=-1)
-        keys, _ = self._kernels(query.dtype, division)
+        keys, values = self._kernels(query.dtype, division)
         of_latent = jnp.einsum("bthk,chk->bthc", of_latent, keys)
         scale = (self._kept_shape[1] / self.of_query) ** 0.5
         rows = scale * jnp.concatenate([of_latent, of_shared], axis=-1)
-        return [rows, key[:, :, None], None], division
+        return [rows, key[:, :, None], None], division, values
 
-    def _next_output(self, x: Float[Array, "b t d"], y: Float[Array, "b t h c"]) -> Array:
-        _, values = self._kernels(y.dtype, Division.of((y, "b . h .")))
-        y = jnp.einsum("bthc,chv->bthv", y[..., : self.mixer.rank], values)
+    def _next_output(
+        self, x: Float[Array, "b t d"], y: Float[Array, "b t h c"], kept: Float[Array, "r h v"]
+    ) -> Array:
+        y = jnp.einsum("bthc,chv->bthv", y[..., : self.mixer.rank], kept)
         return super()._output(x, y)
 
     def _kernels(self, dtype: Any, division: Division | None) -> list[Array]:
         """From a latent row to each head's keys and values, (c, h, k) and (c, h, v)."""
         if any(isinstance(part, nnx.LoRAParam) for part in vars(self.up).values()):
-            # Adapters of others, such as qwix's, act where the layer is called, and only there.
+            # Adapters of others, such as qwix's, act where the layer is called, and only there. A
+            # call draws one dropout mask, so that keys and values are of one kernel.
             kernel = self.up(jnp.eye(self.mixer.rank, dtype=dtype)).astype(dtype)
         else:
             kernel = self.up.kernel[...].astype(dtype)

@@ -1,6 +1,7 @@
 """Low-rank adapters of a model's projections (LoRA, arXiv:2106.09685)."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -67,6 +68,18 @@ class Adapter(nnx.Module):
 
     def matrix(self) -> Float[Array, "... d e"]:
         """Returns what would be added to the projection's kernel, for all stacked layers."""
-        down, up = self.down.kernel[...], self.up.kernel[...]
-        wide = jnp.promote_types(jnp.result_type(down, up), jnp.float32)
-        return self.scale * jnp.matmul(down.astype(wide), up.astype(wide), precision="highest")
+        return _matrix(self.down.kernel[...], self.up.kernel[...], self.scale)
+
+    def merged(self, kernel: Float[Array, "... d e"]) -> Float[Array, "... d e"]:
+        """Returns the projection's kernel with that added, in the wider of both dtypes."""
+        return _merged(kernel, self.down.kernel[...], self.up.kernel[...], self.scale)
+
+
+def _matrix(down: Array, up: Array, scale: float) -> Array:
+    wide = jnp.promote_types(jnp.result_type(down, up), jnp.float32)
+    return scale * jnp.matmul(down.astype(wide), up.astype(wide), precision="highest")
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def _merged(kernel: Array, down: Array, up: Array, scale: float) -> Array:
+    return kernel + _matrix(down, up, scale)

@@ -20,6 +20,8 @@ from memcache_jax.segmentation import Segmentation
 from memcache_jax.sharding.division import Division
 from memcache_jax.streaming import check_options, extend, init_cache
 from memcache_jax.streaming.protocol import placed
+from memcache_jax.streaming.ring import Ring
+from memcache_jax.streaming.tails import next_tails
 
 
 class MemoryLayer(nnx.Module):
@@ -251,8 +253,8 @@ class MemoryLayer(nnx.Module):
           batch_size: number of rows.
           max_length: most tokens per row; None if ``options`` bound the memory instead.
           sharding: how rows and heads are divided, as in ``mc.init_cache``.
-          options: ``max_segments``, ``policy``, ``cache_dtype`` and ``placement`` of
-            ``mc.init_cache``.
+          options: ``max_segments``, ``policy``, ``cache_dtype``, ``placement`` and ``rewind`` of
+            ``mc.init_cache``. To go back, W earlier inputs of each convolution are kept too.
 
         Raises:
           ValueError: as ``mc.init_cache``.
@@ -273,7 +275,9 @@ class MemoryLayer(nnx.Module):
                 dtype=jnp.promote_types(self.param_dtype, jnp.float32),
                 **options,
             )
-            return LayerCache(cache, self._empty_tails(batch_size, dtype))
+            tails, rewind = self._empty_tails(batch_size, dtype), cache.config.rewind
+            past = Ring(rewind, tails).empty(batch_size) if rewind else None
+            return LayerCache(cache, tails, past)
 
         return placed(empty, sharding)
 
@@ -307,8 +311,15 @@ class MemoryLayer(nnx.Module):
         counts = jnp.full(len(x), x.shape[1])
         if lengths is not None:
             lengths = counts = jnp.asarray(_checks.check_lengths(lengths, x.shape[:2]))
-        args = x, cache.tails, counts, cache.position, first
-        tokens, kept, tails = self._next_tokens(*args)
+
+        def next_tokens(counts: Array) -> tuple[tuple, Any]:
+            *tokens, tails = self._next_tokens(x, cache.tails, counts, cache.position, first)
+            return tuple(tokens), tails
+
+        places = cache.memory.config.rewind, cache.tails, cache.position, counts
+        ((tokens, kept), tails), past = next_tails(
+            next_tokens, cache.past, *places, most=x.shape[1], first=cache.first
+        )
         y, memory = extend(
             cache.memory,
             **tokens,
@@ -316,7 +327,8 @@ class MemoryLayer(nnx.Module):
             **self._rules,
             weights=self._initial_weights(),
         )
-        return self._output(x, y, kept), LayerCache(memory, tails), kept
+        cache = LayerCache(memory, tails, past, cache.first)
+        return self._output(x, y, kept), cache, kept
 
     @property
     def _rules(self) -> dict[str, Any]:

@@ -4,9 +4,13 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
 from memcache_jax import _checks
+from memcache_jax._typing import Array, Int
 from memcache_jax.streaming.protocol import count_bytes, take_rows, zero_rows
+from memcache_jax.streaming.rewind import taken_back, taken_back_from
 
 
 @jax.tree_util.register_dataclass
@@ -60,6 +64,66 @@ class LanguageModelCache:
         layers = [jax.vmap(lambda cache: cache.take_small(rows))(cache) for cache in self.layers]
         states = [cache.take_states(rows, axis=1) for cache in self._first_layers()]
         return LanguageModelCache(layers, states, take_rows(self.position, rows), self.max_length)
+
+    @property
+    def rewindable(self) -> Array | None:
+        """By how many tokens each row can go back, (b,); None where none can."""
+        of_layers: list[Any] = [getattr(cache, "rewindable", None) for cache in self.layers]
+        return None if any(one is None for one in of_layers) else of_layers[0][0]
+
+    def rewind(self, tokens: jax.typing.ArrayLike) -> "LanguageModelCache":
+        """Returns the cache as if the last ``tokens`` (b,) of each row had never come.
+
+        See ``MixerCache.rewind``.
+
+        Example:
+          >>> import jax.numpy as jnp, memcache_jax as mc
+          >>> from flax import nnx
+          >>> config = mc.nn.LanguageModelConfig(9, num_layers=1, features=8, num_heads=2)
+          >>> model = mc.nn.LanguageModel(config, rngs=nnx.Rngs(0))
+          >>> _, cache = model.extend(jnp.ones((2, 6), int), model.init_cache(2, 20, rewind=4))
+          >>> cache.rewind(jnp.array([4, 1])).position.tolist()
+          [2, 5]
+        """
+        return taken_back_from(self, tokens, len(self.position))
+
+    def rewound(self, tokens: Int[Array, "b"]) -> "LanguageModelCache":
+        """As ``rewind``, of traced values that are not checked."""
+
+        def one(states: Any, layer: tuple) -> tuple[Any, Any]:
+            small, number = layer
+            cache = small.with_states(states, number).rewound(tokens)
+            return cache.states, cache.with_states(jax.tree.map(lambda _: None, cache.states))
+
+        of_mixers = zip(self.layers, self.states, self.repeats, strict=True)
+        done = [lax.scan(one, states, (small, jnp.arange(n))) for small, states, n in of_mixers]
+        states, layers = map(list, zip(*done, strict=True))
+        position, _ = taken_back(self.position, self.layers[0].rewindable[0], tokens)
+        return LanguageModelCache(layers, states, position, self.max_length)
+
+    def put(self, row: jax.typing.ArrayLike, other: "LanguageModelCache") -> "LanguageModelCache":
+        """Returns the cache with the one row of another in place of a row.
+
+        Raises:
+          ValueError: for a cache of another number of rows than one, or of other shapes.
+        """
+
+        def update(axes: str, rows: Any, new: Any) -> Any:
+            names = axes.split()
+            if "b" not in names:
+                return rows
+            axis = names.index("b")
+            return jax.tree.map(
+                lambda x, y: lax.dynamic_update_slice_in_dim(x, y, row * y.shape[axis], axis),
+                rows,
+                new,
+            )
+
+        if len(other.position) != 1 or jax.tree.structure(other) != jax.tree.structure(self):
+            raise ValueError(
+                f"a row must be a cache of one row made alike, got {len(other.position)} rows"
+            )
+        return jax.tree.map(update, self.letters(), self, other)
 
     def letters(self) -> "LanguageModelCache":
         """Returns a tree of the letters of each array's axes, as ``MixerCache.letters`` does."""

@@ -61,6 +61,21 @@ class ParallelCache(MixerCache):
         return self.left.batch_size
 
     @property
+    def position(self) -> Array:
+        """Tokens taken so far by each row, (b,)."""
+        return self.left.position
+
+    @property
+    def rewindable(self) -> Array | None:
+        """By how many tokens each row can go back, (b,); None where none can."""
+        both = [getattr(cache, "rewindable", None) for cache in (self.left, self.right)]
+        return None if any(one is None for one in both) else both[0]
+
+    def rewound(self, tokens: Int[Array, "b"]) -> "ParallelCache":
+        """As ``MixerCache.rewound``."""
+        return ParallelCache(self.left.rewound(tokens), self.right.rewound(tokens))
+
+    @property
     def max_length(self) -> int | None:
         """Most tokens per row; None for any number."""
         bounds = [getattr(cache, "max_length", None) for cache in (self.left, self.right)]

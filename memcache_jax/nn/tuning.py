@@ -67,12 +67,29 @@ def merge_lora(model: LanguageModel) -> LanguageModel:
         return model
     graph, state = nnx.split(model)
     new = nnx.merge(graph, jax.tree.map(lambda x: x, state))  # with variables of its own
-    for linear in [part for _, part in nnx.iter_modules(new) if isinstance(part, Linear)]:
-        if linear.low_rank is not None:
-            linear.kernel.set_value(linear.kernel[...] + linear.low_rank.matrix())
-            del linear.low_rank
-    new.config = dataclasses.replace(model.config, lora=None)
-    return new
+    return merge_in_place(new)
+
+
+def merge_in_place(model: LanguageModel, *, delete: bool = False) -> LanguageModel:
+    """``merge_lora`` of the model itself, one projection after the other.
+
+    Args:
+      model: from ``with_lora``.
+      delete: whether to delete the arrays of each projection, whoever else has them, once their sum
+        is there: beside one model no more than a projection is held then.
+    """
+    for linear in [part for _, part in nnx.iter_modules(model) if isinstance(part, Linear)]:
+        if linear.low_rank is None:
+            continue
+        old = jax.tree.leaves((linear.kernel, linear.low_rank))
+        linear.kernel.set_value(linear.low_rank.merged(linear.kernel[...]))
+        del linear.low_rank
+        if delete:
+            jax.block_until_ready(linear.kernel[...])
+            for x in old:
+                x.delete()
+    model.config = dataclasses.replace(model.config, lora=None)
+    return model
 
 
 def grown(model: LanguageModel, config: LanguageModelConfig, rngs: nnx.Rngs) -> LanguageModel:

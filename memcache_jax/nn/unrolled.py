@@ -11,7 +11,7 @@ from memcache_jax import _checks
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.nn.block import Period, stream_of
 from memcache_jax.nn.calls import ModelCall, answer, read_call
-from memcache_jax.nn.language_model import LanguageModel, as_layers
+from memcache_jax.nn.language_model import LanguageModel, as_layers, remat_policy
 from memcache_jax.nn.stack import layer_of
 
 
@@ -64,7 +64,9 @@ class Unrolled(nnx.Module):
         self, tokens: Int[Array, "b t"], document_ids: Int[Array, "b t"] | None = None
     ) -> Float[Array, "b t d"]:
         """As ``LanguageModel.hidden``."""
-        run: Any = nnx.remat(Period.__call__) if self.config.remat else Period.__call__
+        run: Any = Period.__call__
+        if self.config.remat:
+            run = nnx.remat(run, policy=remat_policy(self.config))
         x = self.outer._embed(tokens)
         for period in self.layers:
             x = run(period, x, document_ids)

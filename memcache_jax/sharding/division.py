@@ -29,27 +29,31 @@ from memcache_jax.sharding.layout import (
 )
 from memcache_jax.sharding.names import mesh_axes
 
-_NAMES = dict(b="batch", t="time", h="heads")
+_NAMES = dict(e="experts", b="batch", t="time", h="heads", w="vocab")
 
 
 @dataclasses.dataclass(frozen=True)
 class Division:
     """The axes of a mesh that divide tokens.
 
-    An axis of an array goes by its letter in the legend: ``b`` rows, ``t`` time, ``h`` heads. All
-    other axes are whole on every device.
+    An axis of an array goes by its letter in the legend: ``b`` rows, ``t`` time, ``h`` heads, ``e``
+    experts, ``w`` the words of a vocabulary. All other axes are whole on every device.
 
     Attributes:
       mesh: the mesh.
       b: the axes that divide rows, the outermost first.
       t: those that divide time.
       h: those that divide heads.
+      e: those that divide experts, over which rows are then whole.
+      w: those that divide words.
     """
 
     mesh: AbstractMesh
     b: MeshAxes = ()
     t: MeshAxes = ()
     h: MeshAxes = ()
+    e: MeshAxes = ()
+    w: MeshAxes = ()
 
     @classmethod
     def of(cls, *arrays: tuple[Any, str], heads: int | None = None) -> "Division | None":
@@ -165,7 +169,8 @@ class Division:
             args = jax.tree.map(lay, letters, args)
         options: dict[str, Any] = dict(mesh=self.mesh)
         if auto or self.mesh.manual_axes:
-            ruled = {axis for letter in _NAMES for axis in _ruled(letter, self.mesh)}
+            ruled = {axis for letter in "bth" for axis in _ruled(letter, self.mesh)}
+            ruled |= {*self.e, *self.w}
             options["axis_names"] = {*explicit, *(axis for axis in auto if axis in ruled)}
         elif not jax.sharding.get_abstract_mesh().empty:
             options = {}  # all axes but those over which a vmap goes

@@ -67,7 +67,7 @@ def over_mesh(
     if parts > 1:
         # Padding gives each part a segment.
         whole = parts * segmentation.size if carried else length
-        check_parts(parts, whole, exchange=exchange, documents=document is not None, **how)
+        check_parts(parts, whole, exchange=exchange, **how)
         # Counted over the whole sequence: an id may come again in another part.
         if document is not None:
             document = division.compute(count_documents, document, "b t")
@@ -161,7 +161,6 @@ def check_parts(
     start: Start,
     implementation: Implementation | None,
     exchange: Exchange,
-    documents: bool = False,
 ) -> None:
     """Raises ValueError unless a sequence can be divided into so many parts."""
     plan = segmentation.plan(length)
@@ -175,11 +174,6 @@ def check_parts(
         (
             plan.num_blocks >= parts,
             f"a segment for each of the {parts} devices, got {length} tokens in {segmentation}",
-        ),
-        (
-            not (documents and spans),
-            "a Constant segmentation for document_ids: other buckets count from where a document "
-            "begins",
         ),
         (implementation != "reference", "the fast path, not the reference"),
         (

@@ -9,9 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from memcache_jax._typing import Array, Bool, Float, Matrices, State
-from memcache_jax.engine.bank import bucket_states
-from memcache_jax.engine.documents import running_document_keys
+from memcache_jax._typing import Array, Bool, Float, Int, Matrices, State
+from memcache_jax.engine.bank import bucket_states, document_states
+from memcache_jax.engine.documents import (
+    BlockSums,
+    block_sums,
+    bucket_candidates,
+    buckets_of_documents,
+    running_document_keys,
+)
 from memcache_jax.engine.read import ArrayBank, Bank, blind_where_gates_are_zero
 from memcache_jax.engine.run import Layout
 from memcache_jax.engine.types import (
@@ -94,6 +100,8 @@ class Part(Layout):
 
     def cached(self, how: Writing, ends: Run, blocks: Blocks) -> tuple[Bank, Candidates]:
         """The states of all parts: gathered and composed into buckets, or on a ring."""
+        if self.document is not None and self.plan.spans_segments.any():
+            return self._cached_of_documents(how, ends, blocks)
         candidates = self._candidates(blocks)
         if self.ring:
             matrices = how.memory.matrices(ends.state)
@@ -110,13 +118,38 @@ class Part(Layout):
             matrices = jax.tree.map(lambda x: x[:, :, plan.buckets[:, 1] - 1], matrices)
         return ArrayBank(how.memory, matrices, how.implementation), candidates
 
+    def _cached_of_documents(
+        self, how: Writing, ends: Run, blocks: Blocks
+    ) -> tuple[Bank, Candidates]:
+        """``cached`` where buckets of several segments follow each row's documents.
+
+        What crosses the mesh beside the runs is the last document and the sum of keys of each
+        block. Every part composes all buckets.
+        """
+        plan, sums = self.plan, block_sums(blocks.pooled, self.document)
+        ends, keys = _gathered((ends, sums.keys), self.axis)
+        rows = sums.counts, self.document[:, :, -1:]
+        counts, last = _gathered(rows, self.axis, dim=1)
+        sums = BlockSums(keys, counts)
+        states, reads = document_states(how, ends, blocks.rows, plan, last, carries=self.carries)
+        slots = jax.vmap(lambda row: buckets_of_documents(plan, row))(last)
+        slots, reads = jax.tree.map(self._mine, (slots, reads))
+        candidates = bucket_candidates(
+            self.own, blocks.tokens.key, sums, slots, self.document, last[:, :, 0]
+        )
+        matrices = how.memory.matrices(states)
+        bank = ArrayBank(how.memory, matrices, how.implementation)
+        return bank, candidates._replace(states=reads)
+
+    def _mine(self, table: Int[Array, "_ blocks r"]) -> Int[Array, "_ n r"]:
+        """This part's rows of a table of all blocks."""
+        count = self.own.num_blocks
+        begin = lax.axis_index(self.axis) * count
+        return lax.dynamic_slice_in_dim(table, begin, count, axis=1)
+
     def _candidates(self, blocks: Blocks) -> Candidates:
         own, plan = self.own, self.plan
         count = own.num_blocks
-        begin = lax.axis_index(self.axis) * count
-
-        def mine(table: np.ndarray) -> Array:
-            return lax.dynamic_slice_in_dim(jnp.asarray(table), begin, count)[None]
 
         def keys(pooling: str) -> Keys:
             block = np.arange(count)
@@ -134,12 +167,15 @@ class Part(Layout):
             of_row = jax.vmap(of_head, in_axes=(0, 0, None))
             return jax.vmap(of_row)(blocks.tokens.key, blocks.pooled, blocks.document)
 
-        states, same = mine(plan.reads), None
+        states, distances = (
+            self._mine(jnp.asarray(table)[None]) for table in (plan.reads, plan.distances)
+        )
+        same = None
         if self.document is not None and plan.reads.size:
             of_state = lax.all_gather(self.document[:, :, -1], self.axis, axis=1, tiled=True)
             after = jnp.asarray(plan.buckets[:, 1])[jnp.maximum(states[0], 0)]
             same = self.document[..., None] == of_state[:, after - 1][:, :, None]
-        return Candidates(states, mine(plan.distances), keys, same_document=same)
+        return Candidates(states, distances, keys, same_document=same)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,9 +207,9 @@ class RingBank(ArrayBank):
         return read_blocks(read, matrices, x, selection, self.implementation, self.axis)
 
 
-def _gathered(tree: Any, axis: Any) -> Any:
-    """The blocks (b, h, n, ...) of all parts, in order."""
-    return jax.tree.map(lambda x: lax.all_gather(x, axis, axis=2, tiled=True), tree)
+def _gathered(tree: Any, axis: Any, dim: int = 2) -> Any:
+    """The blocks of all parts in order, by default of arrays (b, h, n, ...)."""
+    return jax.tree.map(lambda x: lax.all_gather(x, axis, axis=dim, tiled=True), tree)
 
 
 def last_before(last: Any, first: Any, axis: Any) -> Any:

@@ -12,13 +12,14 @@ from jax.typing import DTypeLike
 
 from memcache_jax import _checks
 from memcache_jax._checks import check_weights
-from memcache_jax._typing import Array, Start, State
+from memcache_jax._typing import Array, Int, Start, State
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Segmentation
 from memcache_jax.streaming import storage
 from memcache_jax.streaming.config import CacheConfig
 from memcache_jax.streaming.eviction import Eviction
+from memcache_jax.streaming.past import Past, empty_past, rewound
 from memcache_jax.streaming.protocol import MixerCache, placed, take_rows, zero_rows
 
 
@@ -42,7 +43,10 @@ class Cache(MixerCache):
       bank: matrices of the cached states, (b, h, slots, in, out), in ``cache_dtype``; for their
         layout on the host see ``storage.HostStorage``.
       pooled: pooled keys of the cached states, (b, h, slots, k).
-      first: this layer's number in a stack of layers, which share ``bank`` and ``pooled``.
+      past: what ``rewind`` needs; None where rows cannot go back.
+      rewindable: by how many tokens each row can go back, (b,); None likewise.
+      first: this layer's number in a stack of layers, which share ``bank``, ``pooled`` and
+        ``past``.
       config: what the cache was made for.
     """
 
@@ -56,13 +60,19 @@ class Cache(MixerCache):
     record: Any
     bank: Any
     pooled: Any
+    past: Any
+    rewindable: Any
     first: Any
     config: CacheConfig = dataclasses.field(metadata=dict(static=True))
 
     common = ("initial",)
-    small = ("position", "state", "anchor", "transition", "key_sum", "record")
-    shared = ("bank", "pooled")
-    zeroed = ("position", "record")  # the first token of a segment resets states and sums
+    small = ("position", "state", "anchor", "transition", "key_sum", "record", "rewindable")
+    shared = ("bank", "pooled", "past")
+    zeroed = (
+        "position",
+        "record",
+        "rewindable",
+    )  # the first token of a segment resets states and sums
     axes = dict.fromkeys(("state", "anchor", "transition", "key_sum", "bank", "pooled"), "b h") | {
         "initial": "h"
     }
@@ -95,24 +105,35 @@ class Cache(MixerCache):
     def letters(self, layers: bool = False) -> "Cache":
         """As ``MixerCache.letters``; on the host, a bank has heads and rows in one axis."""
         cache = super().letters(layers)
+        if self.past is not None:
+            stack = ". " if layers or self._in_stack else ""
+            given = zip(Past.LETTERS, self.past, strict=True)
+            cache = cache.replace(
+                past=Past(*(None if x is None else stack + axes for axes, x in given))
+            )
         if self.config.placement != "host" or self.bank is None:
             return cache
         return cache.replace(bank=cache.bank.replace("b h", "b"))
 
     def empty_states(self, rows: int, *layers: int) -> tuple:
         """Allocates empty cached states and pooled keys, for a stack of so many layers."""
-        return tuple(bank.empty(rows, *layers) for bank in self.storages)
+        past = empty_past(self, rows, *layers) if self.config.rewind else None
+        return *(bank.empty(rows, *layers) for bank in self.storages), past
 
     def reset_states(self, rows: Array, axis: int = 0) -> tuple:
         """Returns both with the marked rows zeroed, except a bank on the host."""
         # A NaN on the host does no harm: SSC does not read states that it does not select.
         bank = self.bank if self.config.placement == "host" else zero_rows(self.bank, rows, axis)
-        return bank, zero_rows(self.pooled, rows, axis)
+        return bank, *zero_rows((self.pooled, self.past), rows, axis)
 
     def take_states(self, rows: Array, axis: int = 0) -> tuple:
         """Returns these rows of both."""
         bank = self.storages[0].take_rows(self.bank, rows, axis)
-        return bank, take_rows(self.pooled, rows, axis)
+        return bank, *take_rows((self.pooled, self.past), rows, axis)
+
+    def rewound(self, tokens: Int[Array, "b"]) -> "Cache":
+        """As ``MixerCache.rewound``."""
+        return rewound(self, tokens)
 
 
 def init_cache(
@@ -132,6 +153,7 @@ def init_cache(
     dtype: DTypeLike = jnp.float32,
     cache_dtype: DTypeLike | None = None,
     placement: storage.Placement = "device",
+    rewind: int = 0,
     sharding: NamedSharding | PartitionSpec | None = None,
 ) -> Cache:
     """Returns an empty cache for ``extend``.
@@ -163,6 +185,10 @@ def init_cache(
         matrix row.
       placement: where cached states are kept: on the ``"device"``, or, for ``SSC``, in ``"host"``
         memory, from which only the states that a token selects are copied.
+      rewind: W, by how many tokens ``Cache.rewind`` takes a row back. It costs the memory of W live
+        states, with their anchors and buckets, and of one cached state for every segment's end
+        among W tokens; a write of the live state for each token; and, in calls of more tokens than
+        a chunk, that the last W are written one by one. Going back copies one live state.
       sharding: how rows, and then heads, are divided over a mesh: ``P("data")`` or
         ``P("data", "model")``. By default ``extend`` lays the cache out as the tokens it gets.
 
@@ -190,7 +216,7 @@ def init_cache(
     weights = _checks.check_mapping("weights", weights)
     config = CacheConfig(
         *(memory, aggregation, segmentation, start),
-        *(max_length, max_segments, policy, cache_dtype.name, placement),
+        *(max_length, max_segments, policy, cache_dtype.name, placement, rewind),
     ).checked(dtype)
     check_weights(memory, weights, heads, key_dim, value_dim)
     sizes = batch, heads, key_dim, value_dim
@@ -233,6 +259,8 @@ def _empty(
         record=own(slots.init(batch)),
         bank=None,
         pooled=None,
+        past=None,
+        rewindable=jnp.zeros(batch, jnp.int32) if config.rewind else None,
         first=None,
         config=config,
     )

@@ -21,7 +21,7 @@ from memcache_jax.streaming.slots import Planned, Recent, Slots
 
 def check_options(options: Mapping[str, Any]) -> None:
     """Raises ValueError unless these are options of ``init_cache`` for keeping states."""
-    known = ("max_segments", "policy", "cache_dtype", "placement")
+    known = ("max_segments", "policy", "cache_dtype", "placement", "rewind")
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(f"a cache has no options {unknown}; it has {list(known)}")
@@ -41,6 +41,7 @@ class CacheConfig:
       policy: how a full cache makes room for another state.
       cache_dtype: dtype of cached states.
       placement: where they are kept.
+      rewind: by how many tokens a row can go back.
     """
 
     memory: Memory
@@ -52,12 +53,14 @@ class CacheConfig:
     policy: str | Eviction
     cache_dtype: str
     placement: storage.Placement
+    rewind: int = 0
 
     def __post_init__(self) -> None:
         fewest = 0 if isinstance(self.policy, str) and self.policy == "error" else 1
         segments = _checks.check_integer("max_segments", self.max_segments, fewest, optional=True)
         length = _checks.check_integer("max_length", self.max_length, optional=True)
-        _checks.set_fields(self, max_segments=segments, max_length=length)
+        rewind = _checks.check_integer("rewind", self.rewind, 0)
+        _checks.set_fields(self, max_segments=segments, max_length=length, rewind=rewind)
 
     def check_same(self, **given: Any) -> None:
         """Raises ValueError if an argument is neither None nor what the cache was made for."""

@@ -136,11 +136,12 @@ def _extend(cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]) -> tuple[Arr
     y = jnp.zeros_like(cache.key_sum, shape=(batch, heads, count, value.shape[-1]))
     carry = (cache, jnp.zeros_like(lengths, jnp.int32), y)
     single = functools.partial(_advance, tokens, lengths, chunk, 1)
-    if count >= chunk > 1:
+    singles = chunk - 1 + config.rewind  # the last tokens, which may be taken back, are among them
+    if chunk > 1 and count >= chunk + config.rewind:
         whole = functools.partial(_advance, tokens, lengths, chunk, chunk)
 
         def some(carry: tuple) -> tuple:
-            return _repeat(whole, count // chunk, _repeat(single, chunk - 1, carry))
+            return _repeat(whole, count // chunk, _repeat(single, singles, carry))
 
         # The rest of a chunk that was begun, then whole chunks; then what is left.
         cache, _, y = _repeat(some, 2, carry)
@@ -164,7 +165,8 @@ def _advance(
 ) -> tuple[Cache, Array, Array]:
     """Takes a whole chunk in rows that have one, or one token in the others."""
     cache, done, y = carry
-    whole = (cache.position % chunk == 0) & (done + chunk <= lengths)
+    last = lengths - cache.config.rewind
+    whole = (cache.position % chunk == 0) & (done + chunk <= last)
     active = whole if size == chunk else ~whole & (done < lengths)
 
     def go(cache: Cache, y: Array) -> tuple[Cache, Array]:

@@ -32,6 +32,7 @@ from memcache_jax.memories.base import Run
 from memcache_jax.streaming import storage
 from memcache_jax.streaming.cache import Cache
 from memcache_jax.streaming.eviction import Merge
+from memcache_jax.streaming.past import remember_slots, remember_token
 
 
 def take_piece(
@@ -42,6 +43,11 @@ def take_piece(
     memory, aggregation, segment = config.memory, config.aggregation, config.segmentation.size
     size = piece.key.shape[2]
     block, into_block = jnp.divmod(cache.position, segment)
+    if config.rewind:
+        past = remember_token(cache, active) if size == 1 else cache.past
+        more = jnp.minimum(cache.rewindable + 1, config.rewind) if size == 1 else 0
+        rewindable = jnp.where(active, more, cache.rewindable)
+        cache = dataclasses.replace(cache, past=past, rewindable=rewindable)
     cache = _begun(cache, block, into_block)
 
     tokens, bad = cleaned(jax.tree.map(lambda x: x[:, :, None], piece))
@@ -53,7 +59,7 @@ def take_piece(
     y, ends, selection = run(layout, how, aggregation, Blocks(tokens, None, rows, tokens.key))
     y = y[:, :, 0]
 
-    complete = active & (into_block + size == segment)
+    complete = ended = active & (into_block + size == segment)
     if config.max_length is not None:
         # Tokens beyond a row's room give NaN, and what they write is dropped.
         left = (config.max_length - cache.position)[:, None]
@@ -69,7 +75,8 @@ def take_piece(
         key_sum=keep(cache.key_sum + piece.key.sum(axis=2)[:, :, None], cache.key_sum),
         record=slots.count_reads(cache.record, selection, active),
     )
-    return _store(cache, block, complete, after=y), y
+    keeps = ended if config.rewind and size == 1 else None
+    return _store(cache, block, complete, after=y, keeps=keeps), y
 
 
 def _begun(cache: Cache, block: Int[Array, "b"], into_block: Int[Array, "b"]) -> Cache:
@@ -224,8 +231,17 @@ class SlotBank(Bank):
         return ArrayBank(self.memory, matrices, None), OfBlocks(each, gates, live), rows
 
 
-def _store(cache: Cache, block: Int[Array, "b"], ends: Bool[Array, "b"], after: Array) -> Cache:
-    """Stores the states of the runs that end here, once ``after`` has been read."""
+def _store(
+    cache: Cache,
+    block: Int[Array, "b"],
+    ends: Bool[Array, "b"],
+    after: Array,
+    keeps: Bool[Array, "b"] | None,
+) -> Cache:
+    """Stores the states of the runs that end here, once ``after`` has been read.
+
+    In rows where it ``keeps`` them, what they replace can be put back.
+    """
     config, slots = cache.config, cache.config.slots
     if not slots.num_slots:
         return cache
@@ -233,6 +249,9 @@ def _store(cache: Cache, block: Int[Array, "b"], ends: Bool[Array, "b"], after: 
     most = lax.stop_gradient(after).max()
     ends &= ~(most > jnp.maximum(most, 0))
     record, place, merge = slots.store(cache.record, block, ends)
+    if keeps is not None:
+        past, place, merge = remember_slots(cache, block, keeps, place, merge)
+        cache = dataclasses.replace(cache, past=past)
     states, pooled = cache.state, cache.key_sum
     if config.start == "checkpoint":  # all tracks have the same state
         shape = pooled.shape[:3]

@@ -12,9 +12,10 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from memcache_jax import _checks
-from memcache_jax._typing import Array
+from memcache_jax._typing import Array, Int
 from memcache_jax.sharding.division import Division
 from memcache_jax.sharding.layout import axes_of, by_compiler, context_mesh, num_devices
+from memcache_jax.streaming.rewind import taken_back_from
 
 C = TypeVar("C", bound="MixerCache")
 T = TypeVar("T")
@@ -40,6 +41,9 @@ class MixerCache:
       zeroed: small fields that are zero before a row's first token, as all shared arrays are.
       axes: by field, the letters of its first axes, ``b`` rows and ``h`` heads, for those that a
         mesh may divide; ``"b"`` by default for all but common fields.
+
+    A cache that goes back by tokens has a field or property ``rewindable``, by how many each row
+    can, (b,), or None if it was not made to; and a method ``rewound``, ``rewind`` without checks.
 
     Example:
       >>> import dataclasses, jax, jax.numpy as jnp, memcache_jax as mc
@@ -106,6 +110,32 @@ class MixerCache:
         """
         rows = _checks.check_rows(rows, self.batch_size)
         return self.take_small(rows).with_states(self.take_states(rows))
+
+    def rewind(self: C, tokens: jax.typing.ArrayLike) -> C:
+        """Returns the cache as if the last ``tokens`` (b,) of each row had never come.
+
+        A cache of ``init_cache(..., rewind=W)`` goes back by any W tokens of a row, or by fewer
+        where it has gone back since, to what it was bit for bit. Under ``jit`` too many cannot be
+        refused: outputs of such a row are NaN until it is reset.
+
+        Raises:
+          ValueError: for numbers that are not integers (b,), below 0, or more than ``rewindable``,
+            or for a cache that was not made to go back. It is then unchanged.
+
+        Example:
+          >>> import jax.numpy as jnp, memcache_jax as mc
+          >>> from flax import nnx
+          >>> layer = mc.nn.MemoryCaching(8, 2, memory=mc.memories.SSD(), aggregation=mc.GRM(),
+          ...                             segmentation=mc.Constant(4), rngs=nnx.Rngs(0))
+          >>> _, cache = layer.extend(jnp.ones((2, 9, 8)), layer.init_cache(2, 20, rewind=5))
+          >>> cache.rewind(jnp.array([5, 0])).position.tolist()
+          [4, 9]
+        """
+        return taken_back_from(self, tokens, self.batch_size)
+
+    def rewound(self: C, tokens: Int[Array, "b"]) -> C:
+        """As ``rewind``, of traced values that are not checked."""
+        raise ValueError(f"{type(self).__name__} does not go back by tokens")
 
     def replace(self: C, **changes: Any) -> C:
         """Returns the cache with these fields replaced."""

@@ -39,6 +39,7 @@ _MAY_CHANGE = (
     "sample.",
     "model.implementation",
     "model.exchange",
+    "model.keep_states",
     "model.offload_states",
     "mesh.",
     "accumulate",
@@ -61,7 +62,7 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         lambda x: x >= 0,
         (
             *("optimizer.weight_decay", "optimizer.z_loss", "optimizer.final_fraction"),
-            *("sample.temperature", "sample.max_new_tokens"),
+            *("sample.temperature", "sample.max_new_tokens", "sample.every"),
         ),
     ),
     "be in [0, 1)": (lambda x: 0 <= x < 1, ("optimizer.b1", "optimizer.b2")),
@@ -82,6 +83,7 @@ _FREE = ("model.memory", "model.aggregation", "model.segmentation", "optimizer.a
 # Keys that runs of earlier versions lack, with the values they used.
 _ADDED: dict[str, Any] = {"data.streams": 1, "optimizer.name": "adamw"}
 _ADDED |= dict.fromkeys(_OPEN, False)
+_ADDED["sample.every"] = 0
 _ADDED |= {"pretrained": None, "tune": "all", "lora.rank": 16, "lora.alpha": 16.0}
 
 
@@ -136,6 +138,7 @@ def default_config() -> Config:
     config.model.mlp_features = config_dict.placeholder(int)  # 8/3 features by default; 0: no MLP
     config.model.tie_embeddings = False
     config.model.remat = False  # recompute activations in the backward pass, to save memory
+    config.model.keep_states = False  # with remat: keep memories' states
     config.model.offload_states = False  # with remat: keep memories' states on the host
     config.model.dtype = "float32"  # of activations, or "bfloat16"; parameters are float32
     config.model.mixers = ("memory_caching",)  # of consecutive blocks, repeated; see models.py
@@ -184,6 +187,7 @@ def default_config() -> Config:
     config.optimizer.z_loss = 0.0  # weight of the mean squared log-partition; 1e-4 is usual
 
     config.sample = ConfigDict()  # text generated at the end of the run
+    config.sample.every = 0  # steps between samples on the way, which are printed; 0 for none
     config.sample.prompt = ""  # if empty, the end-of-document token
     config.sample.max_new_tokens = 256  # 0 for no sample
     config.sample.temperature = 0.8

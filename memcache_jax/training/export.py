@@ -80,8 +80,10 @@ def load_model(workdir: str | os.PathLike[str]) -> tuple[LanguageModel, Tokenize
     Adapters are merged. Without that folder the export serves, if it is as new as the checkpoint.
 
     Raises:
-      ValueError: if the workdir holds no run, or no parameters; or if the public model's folder is
-        needed, and is gone or changed.
+      ImportError: if the public model's folder is needed, and the package ``safetensors`` is not
+        installed.
+      ValueError: if the workdir holds no run, or no parameters; or if that folder is needed, and is
+        gone or changed.
     """
     check_instance("workdir", workdir, (str, os.PathLike), "a path")
     workdir = Path(os.path.abspath(workdir))
@@ -142,12 +144,14 @@ def _load_params(workdir: Path, target: Params, exported: Exported | None = None
     if exported is not None and steps:
         try:
             frozen = exported.frozen(workdir)
-        except (ValueError, OSError) as e:
+        except (ImportError, OSError, ValueError) as e:
             said = (
                 f"{workdir} trained only some parameters of the public model in "
                 f"{exported.config.pretrained}, and needs that folder as it was: {root_cause(e)}"
             )
             if not exports or read_results(workdir, steps[0]) is None:  # written after the export
+                if isinstance(e, ImportError):
+                    raise
                 raise ValueError(f"{said}. Put it back, or a link to where it is now") from e
             _log.warning("Reading the export of step %d: %s.", steps[0], said)
             steps, exports = [], exports[:1]  # not one of before

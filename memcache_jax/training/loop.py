@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh
 
 from memcache_jax.sharding import AXES, make_mesh
@@ -32,7 +33,7 @@ from memcache_jax.training.export import TOKENIZER_FILE, read_results
 from memcache_jax.training.metrics import MetricsWriter, Progress, read_metrics
 from memcache_jax.training.optimizer import make_optimizer, make_schedule
 from memcache_jax.training.pretrained import FILE, PublicModel, begin, merged, run_model
-from memcache_jax.training.report import write_report
+from memcache_jax.training.report import sample, write_report
 from memcache_jax.training.signals import StoppedError, StopSignal
 from memcache_jax.training.step import (
     abstract_state,
@@ -234,6 +235,9 @@ class _Run:
                             f"perplexity {row['heldout_perplexity']:.2f} per token"
                         )
                         self.troubles.tell()
+                    if not last and self._samples_now():
+                        text = self._sample()
+                        progress.note(f"step {self.step}/{config.steps}  sample:\n{text}\n")
                     if row and self.metrics is not None:
                         self.metrics.write(self.step, row)
                     # After the metrics: a run that resumes here does not write this line again.
@@ -273,6 +277,16 @@ class _Run:
         if self.config.get("wait_for_checkpoints", True):
             self.checkpoints.wait(for_digests=False)
 
+    def _samples_now(self) -> bool:
+        """Whether the run prints a sample here; one of several processes has not all parameters."""
+        wanted = self.config.sample
+        every = wanted.get("every", 0) if wanted.max_new_tokens else 0
+        return bool(every) and self.step % every == 0 and jax.process_count() == 1
+
+    def _sample(self) -> str:
+        model = nnx.merge(*merged(self.graph, self.state.whole))
+        return sample(self.config, model, self.corpus.tokenizer)
+
     def _evaluate(self) -> dict[str, float]:
         return evaluate(
             self.eval_step,
@@ -289,13 +303,14 @@ class _Run:
         measured = {k: v for row in rows for k, v in row.items() if k.startswith("heldout_")}
         if not all_agree(bool(measured)):  # another host may not see the last line yet
             measured = {}
+        results = {"step": self.step, **(measured or self._evaluate())}
         return write_report(
             self.workdir,
             self.config,
-            *merged(self.graph, self.state.whole),
+            *merged(self.graph, self.state.whole, delete=True),  # which uses the state up
             self.corpus.tokenizer,
             self.corpus.heldout.bytes_per_token,
-            {"step": self.step, **(measured or self._evaluate())},
+            results,
         )
 
     def close(self) -> None:

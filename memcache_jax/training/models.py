@@ -17,10 +17,13 @@ from memcache_jax.training.config import Config, check_keys, default_config
 # Keys that are fields of ``LanguageModelConfig``.
 _MODEL = (
     *("vocab_size", "num_layers", "features", "num_heads", "head_dim", "mlp_features"),
-    *("tie_embeddings", "remat", "offload_states"),
+    *("tie_embeddings", "remat", "keep_states", "offload_states"),
 )
 # Keys that runs of earlier versions lack.
-_LATER = ("offload_states", "connector", "distances", "bounded", "implementation", "exchange")
+_LATER = (
+    *("keep_states", "offload_states", "connector", "distances", "bounded", "implementation"),
+    "exchange",
+)
 MIXERS = ("memory_caching", "attention", "sliding_window")
 # Keys that are fields of every mixer with caches, and those of ``MemoryCachingMixer``.
 _CACHES = ("start", "implementation", "exchange")

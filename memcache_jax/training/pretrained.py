@@ -16,6 +16,7 @@ from memcache_jax._checks import check_choice
 from memcache_jax.nn import LanguageModel, LanguageModelConfig, LoRA, Mixer, merge_lora
 from memcache_jax.nn.language_model import abstract_model
 from memcache_jax.nn.recurrent import RecurrentMixer
+from memcache_jax.nn.tuning import merge_in_place
 from memcache_jax.pretrained import load
 from memcache_jax.pretrained.given import Given, read_given
 from memcache_jax.pretrained.read import described
@@ -94,7 +95,8 @@ class PublicModel(NamedTuple):
 
         model = self.described(config).with_mixers(cached)
         lora = LoRA(config.lora.rank, config.lora.alpha) if config.tune == "lora" else None
-        options = {name: config.model[name] for name in ("remat", "offload_states")}
+        remat = ("remat", "keep_states", "offload_states")
+        options = {name: config.model.get(name, False) for name in remat}  # of earlier runs
         return dataclasses.replace(model, lora=lora, **options)
 
     def frozen(self, config: Config) -> frozenset[tuple]:
@@ -213,17 +215,18 @@ def _flat(params: Params) -> dict[tuple, Any]:
     return dict(flatten_dict(params))
 
 
-def merged(graph: nnx.GraphDef, params: Params) -> tuple[nnx.GraphDef, Params]:
-    """A model without its adapters, whose parts they become."""
+def merged(
+    graph: nnx.GraphDef, params: Params, *, delete: bool = False
+) -> tuple[nnx.GraphDef, Params]:
+    """A model without its adapters, which become parts of its projections.
+
+    With ``delete`` the arrays that are summed are deleted one after the other.
+    """
     model = nnx.merge(graph, params)
     if model.config.lora is None:
         return graph, params
-    params = jax.jit(lambda params: _merged_params(graph, params))(params)
-    return abstract_model(dataclasses.replace(model.config, lora=None))[0], params
-
-
-def _merged_params(graph: nnx.GraphDef, params: Params) -> Params:
-    return pure(nnx.state(merge_lora(nnx.merge(graph, params)), nnx.Param))
+    params = pure(nnx.state(merge_in_place(model, delete=delete), nnx.Param))
+    return abstract_model(model.config)[0], params
 
 
 class Exported(NamedTuple):
@@ -249,7 +252,11 @@ class Exported(NamedTuple):
     ) -> "Exported":
         """Of the run's model, and the shapes of its parameters."""
         graph = abstract_model(dataclasses.replace(public.model(config), lora=None))[0]
-        target = jax.eval_shape(lambda params: _merged_params(run, params), whole)
+
+        def merge(params: Params) -> Params:
+            return pure(nnx.state(merge_lora(nnx.merge(run, params)), nnx.Param))
+
+        target = jax.eval_shape(merge, whole)
         return cls(public, config, run, graph, target)
 
     def frozen(self, workdir: Path) -> Params:
@@ -266,8 +273,13 @@ class Exported(NamedTuple):
         return found.parameters(self.config)
 
     def complete(self, trained: Params, frozen: Params) -> Params:
-        """The whole model's parameters, of those that a checkpoint has and those of ``frozen``."""
-        return merged(self.run, joined(trained, frozen))[1] if frozen else trained
+        """The whole model's parameters, of those that a checkpoint has and those of ``frozen``.
+
+        Adapters are merged, as ``merged`` does.
+        """
+        if not frozen:
+            return trained
+        return merged(self.run, joined(trained, frozen), delete=True)[1]
 
     def model(self, params: Params) -> LanguageModel:
         """The model, which ``mc.pretrained.save`` takes."""

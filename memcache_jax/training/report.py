@@ -57,7 +57,7 @@ def write_report(
     # Each of several processes has only a part of the parameters.
     if config.sample.max_new_tokens and jax.process_count() == 1:
         began = time.monotonic()
-        text = _sample(config, nnx.merge(graph, params), tokenizer)
+        text = sample(config, nnx.merge(graph, params), tokenizer)
         replace_file(workdir / "sample.txt", text + "\n")
         results |= {"sample": text, "sample_seconds": round(time.monotonic() - began, 1)}
     # Last, since this file marks a run as complete.
@@ -65,7 +65,8 @@ def write_report(
     return results
 
 
-def _sample(config: Config, model: LanguageModel, tokenizer: Tokenizer) -> str:
+def sample(config: Config, model: LanguageModel, tokenizer: Tokenizer) -> str:
+    """Returns a text of the model, as ``config.sample`` asks for it."""
     prompt = tokenizer.encode(config.sample.prompt.encode())
     if not len(prompt):
         prompt = np.array([tokenizer.eos_id], np.int32)

@@ -151,10 +151,14 @@ def make_train_step(
     """
 
     def loss_fn(params: Params, frozen: Params, tokens: Array) -> tuple[Array, dict[str, Array]]:
-        whole = joined(params, frozen)
-        loss, log_partition = _cross_entropy(graph, whole, tokens, end_token)
-        metrics = {"loss": loss.mean(), "z_loss": z_loss * jnp.mean(log_partition**2)}
-        return metrics["loss"] + metrics["z_loss"], metrics
+        model = nnx.merge(graph, joined(params, frozen))
+        hidden, targets = _hidden(model, tokens, end_token), tokens[:, 1:]
+        total, log_probability, log_partition = model.cross_entropy(hidden, targets, z_loss=z_loss)
+        metrics = {
+            "loss": -log_probability.mean(),
+            "z_loss": z_loss * jnp.mean(log_partition**2),
+        }
+        return total / targets.size, metrics
 
     def mean_gradient(state: TrainState, tokens: Array) -> tuple[Params, dict[str, Array]]:
         gradient = functools.partial(jax.grad(loss_fn, has_aux=True), state.params, state.frozen)
@@ -197,7 +201,9 @@ def make_eval_step(
     """
 
     def summed(params: Params, tokens: Array, mask: Array) -> tuple[Array, Array]:
-        loss, _ = _cross_entropy(graph, params, tokens, end_token)
+        model = nnx.merge(graph, params)
+        hidden, targets = _hidden(model, tokens, end_token), tokens[:, 1:]
+        loss = -model.token_scores(hidden, targets).log_probability
         return jnp.sum(loss * mask[:, None]), jnp.sum(mask) * loss.shape[1]
 
     def eval_step(params: Params, tokens: Array, mask: Array) -> tuple[Array, Array]:
@@ -216,16 +222,11 @@ def make_eval_step(
     return jax.jit(eval_step)
 
 
-def _cross_entropy(
-    graph: nnx.GraphDef, params: Params, tokens: Array, end_token: int | None
-) -> tuple[Array, Array]:
-    """Returns the loss of each target in float32 or wider, and its log-partition."""
+def _hidden(model: LanguageModel, tokens: Array, end_token: int | None) -> Array:
+    """Returns what the output layer is given at the position before each target."""
     inputs = tokens[:, :-1]
     documents = () if end_token is None else (document_ids(inputs, end_token),)
-    logits = nnx.merge(graph, params)(inputs, *documents)
-    log_partition = jax.nn.logsumexp(logits, axis=-1)
-    target = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-    return log_partition - target, log_partition
+    return model.hidden(inputs, *documents)
 
 
 def evaluate(

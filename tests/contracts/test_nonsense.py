@@ -117,7 +117,7 @@ def constructors():
     yield parts.ForgetGate, dict(least=0.5)
     delta: dict[str, Any] = dict(memory=mc.memories.DeltaNet())
     yield parts.Declared, delta
-    yield parts.Trapezoid, dict(turns=True)
+    yield parts.Trapezoid, dict(rates=True, turns=True)
     yield parts.Output, vars(parts.Output())
     caches: dict[str, Any] = dict(aggregation=mc.GRM(), segmentation=mc.Constant(8))
     caches |= dict(heads=2, head_dim=4, start="independent", implementation=None, exchange="gather")
@@ -138,6 +138,8 @@ def constructors():
     yield mc.sharding.make_mesh, dict(sizes=dict(data=-1), slices=1, devices=jax.devices())
     for axis in mc.sharding.AXES:
         yield (lambda size, axis=axis: mc.sharding.make_mesh({axis: size})), dict(size=-1)
+    yield mc.PrefixStore, dict(max_bytes=10**6)
+    yield mc.NGrams, dict(tokens=4, longest=2)
     yield Sampling, dict(temperature=1.0, top_k=3, top_p=0.5)
 
 
@@ -148,7 +150,7 @@ def calls():
     rule: dict[str, Any] = {name: whole[name] for name in names}
     tokens = {name: whole[name] for name in ("query", "key", "value", "connector", "controls")}
     cached = rule | dict(weights=whole["weights"], max_segments=3, max_length=None)
-    bounds = dict(policy="error", dtype="float32", cache_dtype=None, placement="device")
+    bounds = dict(policy="error", dtype="float32", cache_dtype=None, placement="device", rewind=0)
     sizes = dict(batch=2, heads=2, key_dim=8, value_dim=8, sharding=None)
     yield mc.memory_caching, whole
     yield mc.init_cache, sizes | cached | bounds
@@ -156,6 +158,7 @@ def calls():
     yield mc.extend, dict(cache=cache, lengths=None, weights=whole["weights"]) | tokens | rule
     yield cache.reset, dict(rows=np.array([True, False]))
     yield cache.take, dict(rows=np.array([1, 0]))
+    yield mc.init_cache(2, 2, 8, 8, **cached, rewind=2).rewind, dict(tokens=np.array([0, 0]))
 
     host: dict[str, Any] = dict(use_bias=False, kernel_init=nnx.initializers.zeros)
     host |= dict(qkv_features=8, num_kv_heads=2)
@@ -172,7 +175,7 @@ def calls():
     x: dict[str, Any] = dict(x=rows(2, 16, 8), document_ids=None, inputs_v=None, inputs_k=None)
     x |= dict(cache=None, segment_ids=None, positions=None, mask=None, is_causal=None, decode=None)
     options: dict[str, Any] = dict(batch_size=2, max_length=32, sharding=None, max_segments=None)
-    options |= dict(policy="error", cache_dtype=None, placement="device")
+    options |= dict(policy="error", cache_dtype=None, placement="device", rewind=0)
     for layer in (
         mc.nn.MemoryCaching(8, 2, **rule, rngs=rngs),
         mc.nn.Attention(8, 2, window=8, rngs=rngs),
@@ -186,6 +189,12 @@ def calls():
     yield model, ids | dict(document_ids=None, cache=None, segment_ids=None, positions=None)
     yield model.logits, dict(hidden=rows(2, 16, 8))
     yield model.hidden, ids | dict(document_ids=None)
+    scored: dict[str, Any] = dict(hidden=rows(2, 16, 8), targets=np.ones((2, 16), int))
+    yield model.token_scores, scored
+    yield mc.nn.token_scores, scored | dict(matrix=rows(8, 17), scale=0.5)
+    scored |= dict(weights=None, z_loss=1e-4)
+    yield model.cross_entropy, scored
+    yield mc.nn.cross_entropy, scored | dict(matrix=rows(8, 17), scale=0.5)
     yield model.gates, ids
     yield model.init_cache, options
     streams = model.init_cache(2, 32)

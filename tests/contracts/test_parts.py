@@ -1,5 +1,6 @@
 """Memory caching over parts of a sequence equals memory caching on one device."""
 
+import functools
 from typing import Any
 
 import jax
@@ -67,6 +68,18 @@ CASES = {
         mc.Constant(4),
         dict(document_ids=DOCUMENTS[:, :30], start="checkpoint", exchange="ring"),
     ),
+    "documents, log": (
+        mc.memories.SSD(),
+        mc.SSC(top_k=2, pooling="sum"),
+        mc.Logarithmic(4),
+        dict(document_ids=DOCUMENTS[:, :30]),
+    ),
+    "documents, log, carried on": (
+        mc.memories.SWLA(),
+        mc.GRM(gate="position"),
+        mc.Logarithmic(4),
+        dict(document_ids=DOCUMENTS[:, :30], start="checkpoint"),
+    ),
     "documents, ring, selected": (
         mc.memories.SWLA(),
         mc.SSC(top_k=2, pooling="sum"),
@@ -126,6 +139,26 @@ def test_a_layer_keeps_documents_apart_over_parts():
     wanted = run()
     with jax.set_mesh(make_mesh(dict(seq=8))):
         assert_close(run(), wanted, 1e-12)
+
+
+@functools.cache
+def buckets_of_documents():
+    """Arguments with buckets of up to four blocks that follow documents, and both on one device."""
+    memory = mc.memories.GatedDeltaNet()
+    inputs = make_inputs(memory, 32, heads=2)
+    options: Any = dict(memory=memory, aggregation=mc.GRM(), segmentation=mc.Logarithmic(2))
+    options["document_ids"] = jnp.concatenate([DOCUMENTS, DOCUMENTS[:, ::-1]])
+    return inputs, options, both(mc.memory_caching, inputs, **options)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("parts", with_slow({"2": 2, "4": 4, "8": 8}, "8"))
+def test_buckets_of_documents(parts):
+    inputs, options, wanted = buckets_of_documents()
+    with jax.set_mesh(make_mesh(dict(seq=parts), devices=jax.devices()[:parts])):
+        got = both(mc.memory_caching, inputs, **options)
+    assert_close(got[0], wanted[0], 1e-12)
+    assert_close(got[1], wanted[1], 1e-10, scale=1.0)
 
 
 @pytest.mark.slow

@@ -50,3 +50,15 @@ def test_every_rule_has_a_row_of_every_aggregation():
     for rule in (*rules, "Titans depth 1"):
         for kind in ("Residual", "GRM", "Soup", "SSC", "SSC soup"):
             assert f"'{rule} + {kind}'" in done.stderr + done.stdout
+
+
+@pytest.mark.slow
+def test_steps_of_both_losses(tmp_path):
+    path = tmp_path / "table.json"
+    done = bench("--losses=40", f"--json={path}")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(path.read_text())
+    assert [row["loss"] for row in rows] == ["all logits", "in pieces"]
+    for row in rows:
+        assert min(row[name] for name in ("ms", "cpu_ms", "temporary_bytes")) > 0
+        assert f"{row['loss']:12} {40:8,} {row['temporary_bytes'] / 2**30:7.3f}" in done.stdout

@@ -21,6 +21,7 @@ from experiments import _lm_eval
 from experiments._lm_eval import TrainedLM
 from experiments.evaluate import OWN_TASKS, SETS, table
 from experiments.tasks import utils
+from memcache_jax.nn import in_pieces
 from memcache_jax.training.tokenizers import ByteTokenizer, FileTokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -102,9 +103,10 @@ def test_few_programs_and_pieces_of_logits(lm, model, monkeypatch):
     pairs = [(TEXT[:i], TEXT[i : i + 1 + i % 7]) for i in range(1, 50)]
     whole = lm.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
     assert program._cache_size() - before <= 1  # another test may have compiled it
-    monkeypatch.setattr(_lm_eval, "_LOGITS", 257 * 4 * 5)  # four places at once
-    in_pieces = lm.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
-    assert in_pieces == [(pytest.approx(value, abs=1e-4), greedy) for value, greedy in whole]
+    monkeypatch.setattr(in_pieces, "LOGITS", 257 * 4 * 5)  # of 20 tokens at once
+    program.clear_cache()
+    parts = lm.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
+    assert parts == [(pytest.approx(value, abs=1e-4), greedy) for value, greedy in whole]
 
 
 def continuation(model, prompt, count):

@@ -55,3 +55,35 @@ def test_an_unknown_rule_takes_one_line():
     done = growth("--rules=Nothing")
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: --rules must be of")
+
+
+@pytest.mark.slow
+def test_the_operation_alone():
+    done = growth("--operation", "--lengths=16", "--rules=SSD")
+    assert done.returncode == 0, done.stderr
+    assert "gradient of the operation" in done.stdout
+    assert "SSD, T = 16: Logarithmic + GRM / alone" in done.stdout
+
+
+@pytest.mark.slow
+def test_states_that_are_carried():
+    done = growth("--starts=4", "--lengths=16", "--rules=DeltaNet")
+    assert done.returncode == 0, done.stderr
+    title, *lines = done.stdout.splitlines()
+    assert title.split() == [
+        "rule",
+        "chunk",
+        "k",
+        "=",
+        "v",
+        "in",
+        "turn,",
+        "ms",
+        "at",
+        "once,",
+        "ms",
+    ]
+    assert [line.split()[:3] for line in lines] == [
+        ["DeltaNet", "4", str(k)] for k in (8, 16, 32, 64)
+    ]
+    assert all(float(x) > 0 for line in lines for x in line.split()[3:])

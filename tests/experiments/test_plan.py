@@ -40,6 +40,50 @@ ENTRY %main (x: f32[4]) -> f32[8] {
     assert collectives(text) == {"all-gather": (1, 32)}
 
 
+def test_a_chain_of_fusions_is_one_collective():
+    text = """
+%begins (x: f32[4]) -> f32[8] {
+  %g.0 = f32[8]{0} all-gather(%x), channel_id=1, frontend_attributes={chain_id="0"}
+  ROOT %start = f32[8]{0} custom-call(%g.0), custom_call_target="AsyncCollectiveStart"
+}
+
+%goes_on (x: f32[4]) -> f32[8] {
+  ROOT %g.1 = f32[8]{0} all-gather(%x), channel_id=1, frontend_attributes={chain_id="0"}
+}
+
+%ends (x: f32[4]) -> f32[8] {
+  %g.2 = f32[8]{0} all-gather(%x), channel_id=1, frontend_attributes={chain_id="0"}
+  ROOT %done = f32[8]{0} custom-call(%g.2), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (x: f32[4]) -> f32[8] {
+  %a = f32[8]{0} fusion(%x), kind=kCustom, calls=%begins
+  %b = f32[8]{0} fusion(%x), kind=kCustom, calls=%goes_on
+  ROOT %c = f32[8]{0} fusion(%x), kind=kCustom, calls=%ends
+}
+"""
+    assert collectives(text) == {"all-gather": (1, 32)}
+
+
+@pytest.mark.slow
+def test_a_layer_is_told_apart_from_attention():
+    from experiments._crossing import crossing
+
+    config = default_config()
+    config.sequence_length, config.batch_size = 64, 2
+    config.model.update(features=16, num_heads=2)
+    config.model.memory = ConfigDict({"name": "SSD"})
+    config.model.segmentation = ConfigDict({"name": "Constant", "size": 4})
+    mesh = make_mesh(dict(seq=8))
+    with jax.set_mesh(mesh):
+        found = {pass_[:2]: pass_[2] for pass_ in crossing(config, mesh, {})}
+    tokens, row = 2 * 64, 2 * 8  # of all rows, and of all heads
+    keys_and_values = 2 * tokens * row * 4
+    assert found["attention", "forward"] == {"all-gather": (2, keys_and_values)}
+    pooled = tokens // 4 * row * 4
+    assert found["SSD", "forward"]["all-gather"][1] == pooled + pooled * 8
+
+
 def test_advice_follows_what_fills_the_memory():
     from experiments._advice import changes
 
@@ -85,12 +129,12 @@ def test_advised_meshes_fill_the_chips_and_divide_the_model():
     assert advised(1, 1, 1, 8) == []
 
 
-def test_parts_of_a_sequence_are_advised_where_documents_allow_them():
+def test_parts_of_a_sequence_are_advised_where_the_rule_allows_them():
     from experiments._advice import changes
 
     config = default_config()
     config.model.update(remat=True, dtype="bfloat16", num_heads=3)
-    config.model.memory = ConfigDict({"name": "SSD"})
+    config.model.memory = ConfigDict({"name": "Titans"})
     config.model.segmentation = ConfigDict({"name": "Logarithmic", "size": 128})
     report = dict(mesh=dict(data=2, fsdp=1, seq=1, tensor=1), hbm=16, state_bytes=1)
 
@@ -98,22 +142,21 @@ def test_parts_of_a_sequence_are_advised_where_documents_allow_them():
         return any("mesh.seq=2" in line for line in changes(config, report))
 
     assert not parts()
-    config.data.isolate_documents = False
+    config.model.memory = ConfigDict({"name": "SSD"})
     assert parts()
-    # One segment goes on over the parts, with any documents.
-    config.data.isolate_documents = True
+    # One segment goes on over the parts.
     config.model.segmentation = ConfigDict({"name": "Constant", "size": 2**20})
     assert parts()
 
 
 def test_memories_beside_attention_count():
     from configs.pretrained import get_config
-    from experiments._advice import _memory_mixers
+    from experiments._advice import memory_mixers
     from tests.pretrained.test_read import FOLDERS
 
     config = get_config()
     config.pretrained = str(FOLDERS / "falcon_h1")
-    assert {type(mixer.memory).__name__ for mixer in _memory_mixers(config)} == {"SSD"}
+    assert {type(mixer.memory).__name__ for mixer in memory_mixers(config)} == {"SSD"}
 
 
 @pytest.mark.parametrize("topology", ["", "v5e:0x0", "v5e:4x0", "v5p=2x2x0", "v4_00x4_twisted"])

@@ -1,5 +1,6 @@
 """A study measures each case once, whatever interrupts it."""
 
+import importlib
 import json
 import multiprocessing
 import time
@@ -7,7 +8,9 @@ import time
 import pytest
 from ml_collections import ConfigDict
 
-from experiments._study import Study, markdown, mean_and_spread
+from experiments import extrapolate, needle, throughput
+from experiments._recall import recall_config
+from experiments._study import Study, check_keys, markdown, mean_and_spread
 
 CASES = [[dict(name="a", size=n)] for n in (1, 2, 3)]
 
@@ -85,3 +88,26 @@ def test_tables():
         "| - | ----- |",
         "| x | 0.250 |",
     ]
+
+
+def test_configurations_have_the_keys_of_their_study():
+    check_keys(ConfigDict({"steps": 1, "seeds": (0,)}), ("seeds", "steps"))
+    with pytest.raises(ValueError, match="unknown key step; known are seeds, steps"):
+        check_keys(ConfigDict({"seeds": (0,), "step": 1, "steps": 1}), ("seeds", "steps"))
+    with pytest.raises(ValueError, match="lacks the key steps"):
+        check_keys(ConfigDict({"seeds": (0,)}), ("seeds", "steps"))
+
+
+@pytest.mark.parametrize(
+    "name", ["ablate", "extrapolate", "mqar", "needle", "recall", "throughput"]
+)
+def test_every_configuration_in_the_folder_has_the_keys_of_its_program(name):
+    keys = {
+        "ablate": (*recall_config(), "changes"),
+        "extrapolate": extrapolate.KEYS,
+        "needle": needle.needle_config().keys(),
+        "throughput": throughput.KEYS,
+    }
+    check_keys(
+        importlib.import_module(f"configs.{name}").get_config(), keys.get(name, recall_config())
+    )

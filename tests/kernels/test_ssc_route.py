@@ -7,6 +7,7 @@ import pytest
 
 import memcache_jax as mc
 from memcache_jax.kernels import _table
+from memcache_jax.kernels._dispatch import ROUTED, interpret_kernels
 from memcache_jax.kernels._triton import lowered_for_gpu
 from memcache_jax.kernels.ssc_route import _shared, ssc_route, tpu
 from memcache_jax.kernels.ssc_route import gpu as _gpu
@@ -54,6 +55,17 @@ def compare_case(implementation, case):
 @pytest.mark.parametrize("implementation", ["xla", *KERNELS])
 def test_equals_reference(implementation, case):
     compare_case(implementation, case)
+
+
+def test_what_is_kept_for_the_backward_pass_is_named():
+    operation, arrays = make_case(*CASES["constant"])
+
+    def loss(*arrays):
+        return operation(*arrays, implementation="pallas_tpu")[0].sum()
+
+    with interpret_kernels():
+        traced = jax.make_jaxpr(jax.grad(loss))(*arrays)
+    assert str(traced).count(f"name={ROUTED}") == 3  # gates, those of the online state, and states
 
 
 @pytest.mark.usefixtures("x64")

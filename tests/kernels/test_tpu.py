@@ -102,6 +102,19 @@ def test_train_steps_compile(chip):
     }
 
 
+@pytest.mark.slow
+@pytest.mark.tpu
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("chip", "shape"),
+    [("v6e", "GatedDeltaNet SSC h=3 k=96"), ("v5p", "KDA SSC"), ("v5e", "Titans Soup")],
+    ids=["v6e", "v5p", "v5e"],
+)
+def test_odd_shapes_compile(chip, shape):
+    (line,) = printed("experiments.schedules", "--shapes", f"--chips={chip}", f"--only={shape}")
+    assert line.startswith(f"{chip}  {shape}")
+
+
 def test_what_does_not_fit_is_told():
     bank, query, gates = (
         jax.ShapeDtypeStruct((1, 1, *shape), jnp.float32)

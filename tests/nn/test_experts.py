@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.core.spmd import logical_axis_rules
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import memcache_jax as mc
-from memcache_jax.nn.experts import over_groups
+from memcache_jax.nn.experts import SparseExperts, over_groups
 from tests.cases import assert_close
 
 
@@ -47,29 +49,55 @@ def test_experts_are_the_weighted_sum_of_their_mlps(probabilities):
         assert np.abs(gradient[...]).max() > 0, path
 
 
-@pytest.mark.slow
-def test_a_mesh_divides_the_channels_of_each_expert(monkeypatch):
-    layer = mc.nn.Experts(4, 2, 6).build(3, rngs=nnx.Rngs(0))
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 3)), jnp.float32)
-    routed, shapes = type(layer)._routed, []
+def gradients_and_output(layer, x):
+    def loss(layer, x):
+        y = layer(x)
+        return jnp.sum(jnp.sin(y)), y
+
+    return nnx.grad(loss, argnums=(0, 1), has_aux=True)(layer, x)
+
+
+@pytest.fixture
+def shapes(monkeypatch):
+    """Of the rows and kernels that each call works on."""
+    routed, shapes = SparseExperts._routed, []
 
     def watched(self, x, logits, gate, up, down, **options):
         shapes.append((len(x), gate.shape, down.shape))
         return routed(self, x, logits, gate, up, down, **options)
 
-    monkeypatch.setattr(type(layer), "_routed", watched)
+    monkeypatch.setattr(SparseExperts, "_routed", watched)
+    return shapes
 
-    def run(layer, x):
-        def loss(layer, x):
-            y = layer(x)
-            return jnp.sum(jnp.sin(y)), y
 
-        return nnx.grad(loss, argnums=(0, 1), has_aux=True)(layer, x)
-
-    wanted = nnx.jit(run)(layer, x)
+@pytest.mark.slow
+def test_a_mesh_divides_the_channels_of_each_expert(shapes):
+    layer = mc.nn.Experts(4, 2, 6).build(3, rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 3)), jnp.float32)
+    wanted = nnx.jit(gradients_and_output)(layer, x)
     with jax.set_mesh(mc.sharding.make_mesh(dict(fsdp=2, tensor=2), devices=jax.devices()[:4])):
-        got = nnx.jit(run)(layer, x)
+        got = nnx.jit(gradients_and_output)(layer, x)
     assert shapes == [(2, (4, 3, 6), (4, 6, 3)), (1, (4, 3, 3), (4, 3, 3))]
+    for ours, one in zip(*map(jax.tree.leaves, (got, wanted)), strict=True):
+        assert_close(jax.device_get(ours), one, 1e-5)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_a_hosts_axis_divides_the_experts_and_may_divide_rows_too(kind, shapes):
+    def build():
+        return mc.nn.Experts(4, 2, 6, 5).build(3, rngs=nnx.Rngs(0))
+
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 8, 3)), jnp.float32)
+    wanted = nnx.jit(gradients_and_output)(build(), x)
+    axes, devices = ("data", "expert"), jax.devices()[:4]
+    mesh = jax.make_mesh((2, 2), axes, axis_types=(kind, kind), devices=devices)
+    rules = (("batch", axes), ("experts", "expert"))
+    with jax.set_mesh(mesh), logical_axis_rules(rules):
+        layer = build()
+        assert {shard.data.shape for shard in layer.gate[...].addressable_shards} == {(2, 3, 6)}
+        x = jax.device_put(x, NamedSharding(mesh, PartitionSpec(axes)))
+        got = nnx.jit(gradients_and_output)(layer, x)
+    assert shapes == [(4, (4, 3, 6), (4, 6, 3)), (2, (2, 3, 6), (2, 6, 3))]
     for ours, one in zip(*map(jax.tree.leaves, (got, wanted)), strict=True):
         assert_close(jax.device_get(ours), one, 1e-5)
 

@@ -144,14 +144,18 @@ def test_states_on_the_host_change_no_number_and_are_not_written_anew():
     from experiments._flops import count_flops
 
     tokens = ids()
-    remat, offload = (make(**WIDE, remat=True, offload_states=moves) for moves in (False, True))
+    options = ({}, dict(offload_states=True), dict(keep_states=True))
+    remat, offload, keep = (make(**WIDE, remat=True, **each) for each in options)
     assert_close(gradient(offload, tokens), with_remat(), 1e-12)
 
-    assert count_flops(gradient, offload, tokens) < count_flops(gradient, remat, tokens)
+    flops = [count_flops(gradient, model, tokens) for model in (remat, offload, keep)]
+    assert flops[1] == flops[2] < flops[0]
     # Here the host is the device: what a TPU program would move is told by the traced form alone.
     assert "host" in str(jax.make_jaxpr(gradient)(offload, tokens)).lower()
     with pytest.raises(ValueError, match="offload_states needs remat"):
         make(offload_states=True)
+    with pytest.raises(ValueError, match="keep_states and offload_states"):
+        make(remat=True, keep_states=True, offload_states=True)
 
 
 @pytest.mark.slow

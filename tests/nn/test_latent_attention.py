@@ -120,13 +120,16 @@ class Adapted(Linear):
 
     lora_a: Any
     lora_b: Any
+    calls = 0
 
     def __call__(self, inputs, out_sharding=None):
         del out_sharding
+        Adapted.calls += 1
         return super().__call__(inputs) + inputs @ self.lora_a[...] @ self.lora_b[...]
 
 
-def test_a_stream_reads_through_adapters_of_others():
+def test_a_stream_reads_once_through_adapters_of_others(monkeypatch):
+    """Their dropout would draw another mask at each call."""
     layer, x = build()
     before = whole(layer, x)
     up: Any = layer.up
@@ -135,7 +138,9 @@ def test_a_stream_reads_through_adapters_of_others():
     up.__class__ = Adapted
     expected = whole(layer, x)
     assert np.abs(expected - before).max() > 0.1
+    monkeypatch.setattr(Adapted, "calls", 0)
     y, _ = jax.jit(type(layer).extend)(layer, x, layer.init_cache(2, LENGTH))
+    assert Adapted.calls == 1
     assert_close(y, expected, 1e-5)
 
 

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import memcache_jax as mc
+from memcache_jax.nn.tuning import merge_in_place
 from tests.cases import assert_close
 from tests.nn.test_lora import adapters
 from tests.pretrained.test_read import FOLDERS, expected
@@ -72,3 +73,21 @@ def test_adapters_once():
     other: Any = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"model must be an mc\.nn\.LanguageModel, got"):
         mc.nn.merge_lora(other)
+
+
+def test_adapters_are_merged_in_place_and_their_arrays_deleted():
+    config = mc.nn.LanguageModelConfig(
+        11, 2, features=8, num_heads=2, mixers=(mc.nn.AttentionMixer(),), lora=mc.nn.LoRA(2)
+    )
+    model = mc.nn.LanguageModel(config, rngs=nnx.Rngs(0))
+    for path, param in nnx.to_flat_state(nnx.state(model, nnx.PathContains("low_rank"))):
+        param.set_value(jax.random.normal(jax.random.key(len(path)), param.shape))
+    wanted = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(mc.nn.merge_lora(model))))
+    before = {path: param[...] for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    merged = merge_in_place(model, delete=True)
+    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(merged)), wanted)
+    assert merged.config.lora is None
+    deleted = {path for path, x in before.items() if x.is_deleted()}
+    adapted = {path[: path.index("low_rank")] for path in before if "low_rank" in path}
+    assert len(adapted) == 7
+    assert deleted == {path for path in before if path[:-1] in adapted or "low_rank" in path}

@@ -124,3 +124,50 @@ def test_layers_of_attention_among_those_of_flash_linear_attention(tmp_path):
     mc.pretrained.save(model, tmp_path / "saved")
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert saved.keys() == read.keys()
+
+
+def test_attention_between_layers_of_rwkv7_passes_on_the_values_of_the_first(tmp_path):
+    """A layer between them that adds nothing leaves the logits as they were."""
+    from safetensors.numpy import load_file
+
+    random, where, size = np.random.default_rng(0), "model.layers.1.", 32
+
+    def with_a_layer_between(read):
+        read = {name.replace(where, "model.layers.2."): x for name, x in read.items()}
+        hidden = read["model.layers.0.ffn.key.weight"].shape[0]
+        new = {f"attn.{letter}_proj.weight": random.normal(size=(size, size)) for letter in "qkv"}
+        new |= {"attn.o_proj.weight": np.zeros((size, size)), "ffn.x_k": random.normal(size=size)}
+        new |= {"ffn.key.weight": random.normal(size=(hidden, size))}
+        new |= {"ffn.value.weight": np.zeros((size, hidden))}
+        for norm in ("attn_norm", "ffn_norm"):
+            new |= {f"{norm}.{part}": random.normal(size=size) for part in ("weight", "bias")}
+        return read | {f"{where}{name}": x.astype(np.float32) for name, x in new.items()}
+
+    attn = dict(layers=[1], num_heads=4)
+    options: dict[str, Any] = dict(num_hidden_layers=3, value_dim=size, attn=attn)
+    folder = changed(tmp_path, "fla_rwkv7", with_a_layer_between, **options)
+    model, (tokens, wanted) = mc.pretrained.load(folder), expected("fla_rwkv7")
+    one_pass = jax.jit(lambda model, tokens: model(tokens))
+    assert_close(one_pass(model, tokens), wanted, 2e-5)
+    mc.pretrained.save(model, tmp_path / "saved")
+    saved, read = (load_file(path / "model.safetensors") for path in (tmp_path / "saved", folder))
+    jax.tree.map(np.testing.assert_array_equal, saved, read)
+
+    @jax.jit
+    def stream(model, tokens):
+        first, cache = model.extend(tokens[:, :7], model.init_cache(*tokens.shape))
+        rest, _ = model.extend(tokens[:, 7:], cache)
+        return model.logits(jnp.concatenate([first, rest], axis=1))
+
+    out = mixer_of(model, 1).out.kernel
+    out.set_value(jnp.asarray(random.normal(size=out.shape), out.dtype))
+    logits = one_pass(model, tokens)
+    assert np.abs(logits - wanted).max() > 0.1
+    assert_close(stream(model, tokens), logits, 2e-5)
+
+
+def mixer_of(model, layer):
+    """The mixer of a model whose layers repeat nowhere."""
+    stacks = model.layers if isinstance(model.layers, nnx.List) else [model.layers]
+    blocks = [block for stack in stacks for block in stack.blocks]
+    return blocks[layer].mixer

@@ -149,7 +149,7 @@ def changed(tmp_path, name, tensors=None, **config):
         ("fla_gla", dict(attn={"layers": [1]}), "attn has no 'num_heads'"),
         ("fla_gla", dict(attn={"layers": [9], "num_heads": 2}), "different ones of .*, got 9"),
         ("fla_gla", dict(attn={"qk_norm": True}), "attn has qk_norm, which is not served"),
-        ("fla_rwkv7", dict(attn={"layers": [1]}), "attn={'layers': .1.} is not served"),
+        ("fla_rwkv7", dict(attn={"layers": [0], "num_heads": 2}), "layer 0 must not be attention"),
         ("qwen3_5_text", dict(hidden_act="gelu"), "hidden_act='gelu' is not served"),
         ("qwen3_5_text", dict(rope_parameters={"rope_type": "yarn"}), "rope_type='yarn'"),
         ("nemotron_h", dict(layers_block_type=["mlp", "moe"]), "layer 0 of layers_block_type"),

@@ -23,7 +23,6 @@ DOCUMENTS = jnp.array([[7] * 3 + [0] * 17 + [7] * 2 + [5] * 2 + [9] * 8])
         (dict(segmentation=mc.Constant(2**30)), "a segment for each of the 8 devices, got 32"),
         (dict(start="checkpoint"), "independent starts for DLA, whose runs do not compose"),
         (dict(segmentation=mc.Logarithmic(4)), "a Constant segmentation for DLA, or buckets"),
-        (dict(document_ids=DOCUMENTS, segmentation=mc.Logarithmic(4)), "count from where a docum"),
         (dict(implementation="reference"), "not the reference"),
         (
             dict(segmentation=mc.Logarithmic(4), exchange="ring"),

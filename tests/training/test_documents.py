@@ -78,16 +78,15 @@ def test_a_model_that_fits_no_row_is_told_that():
     assert "isolate_documents" not in str(error.value)
 
 
-def test_what_parts_of_a_sequence_do_not_take_is_told():
+def test_parts_of_a_sequence_take_documents():
     mesh = make_mesh(dict(seq=2), devices=jax.devices()[:2])
-    model = caching(segmentation=mc.Logarithmic(8))
-    message = "data.isolate_documents .*a Constant segmentation for document_ids"
+    logarithmic = mc.Logarithmic(8)
     with jax.set_mesh(mesh):
-        with pytest.raises(ValueError, match=message):
-            parted(model, mesh=mesh)
-        assert parted(model, mesh=mesh, isolate_documents=False) is None
-        for takes_them in (caching(), caching(start="checkpoint")):
-            assert parted(takes_them, mesh=mesh) == EOS
+        for model in (caching(), caching(start="checkpoint"), caching(segmentation=logarithmic)):
+            assert parted(model, mesh=mesh) == EOS
+        with pytest.raises(ValueError, match="a rule whose runs compose") as error:
+            parted(caching(mc.memories.Titans(8), logarithmic), mesh=mesh)
+    assert "isolate_documents" not in str(error.value)
 
 
 @pytest.fixture
@@ -149,12 +148,12 @@ def test_a_run_of_before_goes_on_as_it_was(short_documents, tmp_path, caplog):
     assert stored["data"]["isolate_documents"] is False
 
 
-def test_a_run_that_cannot_isolate_leaves_no_workdir(short_documents, tmp_path):
+def test_a_run_that_its_mesh_does_not_take_leaves_no_workdir(short_documents, tmp_path):
     config = short_documents
-    config.model = model_options(caching(segmentation=mc.Logarithmic(8)))
+    config.model = model_options(caching(mc.memories.Titans(8), mc.Logarithmic(8)))
     config.model.vocab_size = 257
     config.mesh.update(fsdp=1, seq=8)
     config.sequence_length = 64
-    with pytest.raises(ValueError, match=r"--config.data.isolate_documents=False"):
+    with pytest.raises(ValueError, match="a rule whose runs compose"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

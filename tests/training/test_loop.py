@@ -40,9 +40,9 @@ def stop_before(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_leaves_everything_behind(config, tmp_path, caplog):
+def test_a_run_leaves_everything_behind(config, tmp_path, caplog, capfd):
     caplog.set_level(logging.INFO, "memcache_jax")
-    config.sample.max_new_tokens = 5
+    config.sample.max_new_tokens, config.sample.every = 5, 4
     config.sample.prompt = "3 app"
     results = train(config, tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
@@ -64,6 +64,9 @@ def test_a_run_leaves_everything_behind(config, tmp_path, caplog):
     assert results["heldout_loss"] == rows(tmp_path / "run")[-1]["heldout_loss"]
     assert Checkpoints.steps_in(tmp_path / "run") == [6, 3]
     assert "files to train on" in caplog.text
+    shown = "".join(capfd.readouterr())
+    assert "step 4/6  sample:\n3 app" in shown
+    assert shown.count("sample:") == 1
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,7 +105,7 @@ def test_step_zero_is_the_uniform_model_and_only_what_is_trained_has_moments(con
 @pytest.mark.slow
 @pytest.mark.parametrize("tune", ["all", "caches", "lora"])
 def test_a_run_is_exported_and_written_as_its_library_does(config, tmp_path, tune):
-    config.tune = tune
+    config.tune, config.sample.every = tune, 2 if tune == "lora" else 0
     whole = tmp_path / "whole"
     results = train(config, whole)
     assert results["step"] == 4
@@ -221,16 +222,23 @@ def test_a_mesh_changes_no_loss(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_another_folder_is_not_the_model_that_the_run_began_with(config, tmp_path):
+def test_another_folder_is_not_the_model_that_the_run_began_with(config, tmp_path, monkeypatch):
     config.steps = 2
     train(config, tmp_path / "run")
+    results = tmp_path / "run" / "results.json"
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "safetensors", None)
+        assert load_model(tmp_path / "run")[0].published is not None
+        results.rename(tmp_path / "aside")
+        with pytest.raises(ImportError, match=r"pip install memcache_jax\[pretrained\]"):
+            load_model(tmp_path / "run")
+    (tmp_path / "aside").rename(results)
     flip_a_bit(tmp_path / "public" / "model.safetensors")
     config.steps = 4
     with pytest.raises(ValueError, match="is not the model that the run began with"):
         train(config, tmp_path / "run")
     # The export has all of it, as long as it is of the newest checkpoint.
     assert load_model(tmp_path / "run")[0].published is not None
-    results = tmp_path / "run" / "results.json"
     results.write_text(json.dumps({"step": 1}))
     with pytest.raises(ValueError, match=r"files of weights changed.*Put it back, or a link to"):
         load_model(tmp_path / "run")

@@ -23,6 +23,6 @@ def test_a_sample_is_as_long_as_listed_segments_allow(config, monkeypatch):
     monkeypatch.setattr(report, "generate", generate)
     for prompt, count in (("3 apples", 256), ("3 apples", 5), ("3 apples " * 9, 256)):
         config.sample.prompt, config.sample.max_new_tokens = prompt, count
-        assert prompt.startswith(report._sample(config, model, ByteTokenizer()))
+        assert prompt.startswith(report.sample(config, model, ByteTokenizer()))
     # 32 tokens are read; the last one is drawn alone.
     assert asked == [(8, 25), (8, 5), (32, 1)]

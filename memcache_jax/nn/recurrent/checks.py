@@ -24,7 +24,12 @@ def check_parts(mixer: Any) -> None:
     for part in mixer.coefficients:
         if isinstance(part, type) or not isinstance(part, Coefficient):
             raise ValueError(f"coefficients must be such as Rate(), got {_checks.shown(part)}")
-    _checks.check_fields(mixer, flags=("skip", "bonus", "shares_values", "matched"))
+    _checks.check_fields(mixer, flags=("skip", "biases", "bonus", "shares_values", "matched"))
+    if mixer.biases and any(path.rope_base for path in (mixer.query, mixer.key)):
+        raise ValueError(
+            "biases are added before queries and keys turn, but rotary positions come first: they "
+            f"need rope_base=None, got {mixer.query}, {mixer.key}"
+        )
     if mixer.query.first is not None or mixer.key.first is not None:
         raise ValueError("only values are shared between layers: query and key have no first")
     _checks.check_choice("exchange", mixer.exchange, get_args(Exchange))

@@ -40,9 +40,14 @@ class RecurrentMixer:
       query: how queries are made.
       key: how keys are made; heads and dim are those of the queries.
       value: how values are made; its heads are the layer's, which those of queries and keys divide.
+        If these are fewer, a memory's chunks still have a row of theirs for each head: compiled for
+        CPUs, rows are repeated where chunks are laid out, in one pass, and no repeated copy comes
+        before that.
       coefficients: how the rule's coefficients are made.
       output: what becomes of the memories' reads.
       skip: whether D_h times the value is added to a read, D one learned number per head.
+      biases: whether one learned vector per head, of ones at first, is added to queries and another
+        to keys before they turn by the data, as to C and B of Mamba-3 (arXiv:2603.15569).
       bonus: whether sum_k(query key u_h) times the value is added after the output's norm, u one
         learned number per key channel, as in RWKV-7 (arXiv:2503.14456).
       shares_values: whether later layers of the model get this one's values: see ``Path.first``.
@@ -67,6 +72,7 @@ class RecurrentMixer:
     coefficients: tuple[Coefficient, ...] = ()
     output: Output = Output()
     skip: bool = False
+    biases: bool = False
     bonus: bool = False
     shares_values: bool = False
     matched: bool = False
@@ -171,6 +177,12 @@ class Recurrent(MemoryLayer):
         if mixer.skip:
             ones = partitioned(jax.nn.initializers.ones, "heads")
             self.skip = nnx.Param(ones(rngs.params(), (heads,), param_dtype))
+        if mixer.biases:
+            ones = partitioned(jax.nn.initializers.ones, "heads", None)
+            shape = heads, self.head_dim
+            self.query_bias, self.key_bias = (
+                nnx.Param(ones(rngs.params(), shape, param_dtype)) for _ in range(2)
+            )
         if mixer.bonus:
             zeros = partitioned(jax.nn.initializers.zeros, "heads", None)
             self.bonus = nnx.Param(zeros(rngs.params(), (heads, self.head_dim), param_dtype))
@@ -288,6 +300,11 @@ class Recurrent(MemoryLayer):
             query, key = (
                 repeat(rows) if division is None else division.compute(repeat, rows, "b t h .")
                 for rows in (query, key)
+            )
+        if hasattr(self, "query_bias"):
+            query, key = (
+                rows + bias[...].astype(rows.dtype)[None, None]
+                for rows, bias in ((query, self.query_bias), (key, self.key_bias))
             )
         controls: dict[str, Array] = {}
         turns = None

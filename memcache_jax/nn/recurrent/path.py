@@ -10,6 +10,7 @@ from flax import nnx
 from memcache_jax import _checks
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.nn.layers import CausalConv, Linear, l2_normalize
+from memcache_jax.nn.norms import Norm
 from memcache_jax.nn.recurrent.low_rank import LowRank
 from memcache_jax.nn.rotary import rotate
 from memcache_jax.nn.token_shift import LayerInput, make_mix
@@ -36,7 +37,8 @@ class Path:
       conv_width: taps of the convolution; None for no convolution and no SiLU.
       conv_bias: whether the convolution has a bias.
       activation: ``"silu"``, ``"relu"`` or ``"elu"``, which is elu(x) + 1; None for none.
-      norm: ``"l2"``, x / sqrt(sum x^2 + 1e-6), or ``"sum"``, x / sum x; None for none.
+      norm: ``"l2"``, x / sqrt(sum x^2 + 1e-6); ``"rms"``, x / sqrt(mean x^2 + 1e-5) times a
+        learned scale (dim,) that heads share; or ``"sum"``, x / sum x; None for none.
       scale: a constant factor.
       rope_base: wavelength base of rotary positions; None for no positions.
     """
@@ -50,7 +52,7 @@ class Path:
     conv_width: int | None = None
     conv_bias: bool = False
     activation: Literal["silu", "relu", "elu"] | None = None
-    norm: Literal["l2", "sum"] | None = None
+    norm: Literal["l2", "rms", "sum"] | None = None
     scale: float = 1.0
     rope_base: float | None = None
 
@@ -65,7 +67,7 @@ class Path:
         if self.first is not None:
             _checks.check_instance("first", self.first, LowRank, "a LowRank")
         _checks.check_choice("activation", self.activation, (None, *_ACTIVATIONS))
-        _checks.check_choice("norm", self.norm, (None, "l2", "sum"))
+        _checks.check_choice("norm", self.norm, (None, "l2", "rms", "sum"))
         if self.rope_base is not None and (self.dim % 2 or self.rope_base <= 0):
             raise ValueError(
                 f"rotary positions need an even dim and rope_base > 0, got {self.dim} and "
@@ -100,6 +102,8 @@ class Rows(nnx.Module):
             dtype=dtype,
             **options,
         )
+        if path.norm == "rms":
+            self.norm = Norm(epsilon=1e-5).build(path.dim, dtype=dtype, **options)
         if path.conv_width:
             init = jax.nn.initializers.normal(path.conv_width**-0.5)
             self.conv = CausalConv(
@@ -139,6 +143,8 @@ class Rows(nnx.Module):
             rows = _ACTIVATIONS[path.activation](rows)
         if path.norm == "l2":
             rows = l2_normalize(rows)
+        elif path.norm == "rms":
+            rows = self.norm(rows)
         elif path.norm == "sum":
             rows = rows / jnp.sum(rows, axis=-1, keepdims=True)
         if path.rope_base is not None:

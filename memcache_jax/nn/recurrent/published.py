@@ -4,7 +4,6 @@ Each function returns a ``RecurrentMixer`` from sizes. Other keywords are the mi
 ``aggregation``, ``segmentation``, ``start``, ``implementation`` and ``exchange``.
 """
 
-import math
 from typing import Any
 
 from memcache_jax import _checks
@@ -91,12 +90,12 @@ def mamba3(
     M_t = alpha_t M_{t-1} + beta_t v_{t-1} k_{t-1}^T + lam_t v_t k_t^T, with the coefficients of
     ``Trapezoid``, the rule of ``SWLA``; y = W_o ((M_t q_t + D v_t) * silu(x W_z)).
 
-    The same as in the paper: the coefficients from a step and a share; keys and queries (B and C)
-    that are normed to a root mean square of 1, shared by the heads of a group, and turned by angles
-    that follow the data, pi tanh(x W) dt at each token; D, the gate, and no convolution. Not the
-    same: A is a constant of each head; the norms have no learned scale, and keys and queries no
-    bias; one input and one output per state (SISO). With a ``rope_base`` keys and queries turn with
-    the position instead.
+    The same as in the paper's layer: the coefficients from a step, a share and a rate
+    A = -max(softplus(x W_A), 1e-4), all three by the data; keys and queries (B and C) that have an
+    RMSNorm and are shared by the heads of a group, then a bias of each head and channel, and then
+    turn by angles that follow the data, pi tanh(x W) dt at each token; D, the gate, and no
+    convolution. Not the same: one input and one output per state (SISO), and all pairs of channels
+    turn. With a ``rope_base`` keys and queries turn with the position instead, and have no biases.
 
     Args:
       heads: number of heads.
@@ -112,12 +111,15 @@ def mamba3(
     Example:
       >>> import memcache_jax as mc
       >>> mc.nn.recurrent.mamba3(4, 8, state_dim=16).coefficients
-      (Trapezoid(turns=True),)
+      (Trapezoid(rates=True, turns=True),)
     """
     state_dim = _checks.check_integer("state_dim", state_dim)
-    path = Path(groups, state_dim, norm="l2", rope_base=rope_base, scale=math.sqrt(state_dim))
-    value, step = Path(heads, head_dim), Trapezoid(turns=rope_base is None)
-    return RecurrentMixer(SWLA(), path, path, value, (step,), Output(None), skip=True, **caches)
+    path, value = Path(groups, state_dim, norm="rms", rope_base=rope_base), Path(heads, head_dim)
+    by_data, output = rope_base is None, Output(None)
+    step = Trapezoid(rates=True, turns=by_data)
+    return RecurrentMixer(
+        SWLA(), path, path, value, (step,), output, skip=True, biases=by_data, **caches
+    )
 
 
 def titans_block(

@@ -14,24 +14,29 @@ from memcache_jax.nn.recurrent.coefficients import Heads, Tokens, first_steps
 from memcache_jax.nn.recurrent.low_rank import wide
 from memcache_jax.nn.token_shift import LayerInput
 
+_LEAST_RATE = 1e-4  # of a head that decays
+
 
 @dataclasses.dataclass(frozen=True)
 class Trapezoid:
     """A step dt that a token and the one before share, for ``SWLA``: Mamba-3's discretization.
 
-    With dt = softplus(x W + dt_bias) and s = sigmoid(x W_s): log_alpha = -exp(A_log) dt,
+    With dt = softplus(x W + dt_bias) and s = sigmoid(x W_s): log_alpha = A dt,
     beta = (1 - s) dt alpha and lam = s dt. At s = 1 it is ``TimeStep``, Euler's rule of Mamba-2.
-    A_log and dt_bias are learned constants of each head, always float32.
+    A = -exp(A_log) is a constant of each head, or follows the data. A_log and dt_bias are learned,
+    always float32.
 
     Attributes:
+      rates: whether A follows the data, A = -max(softplus(x W_A), 1e-4), as in Mamba-3.
       turns: whether queries and keys turn too, their pair i by the angle of the sum over tokens of
         pi tanh(x W_i) dt: the paper's rotation, whose angles follow the data.
     """
 
+    rates: bool = False
     turns: bool = False
 
     def __post_init__(self) -> None:
-        _checks.check_fields(self, flags=("turns",))
+        _checks.check_fields(self, flags=("rates", "turns"))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -42,27 +47,34 @@ class Trapezoid:
         """Returns the module."""
         if self.turns and dim % 2:
             raise ValueError(f"turns need keys of an even dim, got {dim}")
-        return TrapezoidOf(in_features, heads, dim // 2 if self.turns else 0, **options)
+        return TrapezoidOf(self, in_features, heads, dim // 2, **options)
 
 
 class TrapezoidOf(nnx.Module):
     """The module of a ``Trapezoid``."""
 
-    def __init__(self, in_features: int, heads: int, pairs: int, **options: Any) -> None:
+    def __init__(
+        self, part: Trapezoid, in_features: int, heads: int, pairs: int, **options: Any
+    ) -> None:
         axes = ("embed", "heads")
         self.step, self.share = (Linear(in_features, heads, axes=axes, **options) for _ in range(2))
-        if pairs:
+        if part.turns:
             self.angle = Linear(in_features, pairs, axes=("embed", None), **options)
-        self.A_log, self.dt_bias = first_steps(heads, heads)
+        log_rate, self.dt_bias = first_steps(heads, heads)
+        if part.rates:
+            self.rate = Linear(in_features, heads, axes=axes, **options)
+        else:
+            self.A_log = log_rate
 
     def __call__(self, inputs: LayerInput, heads: Heads, tokens: Tokens) -> dict[str, Array]:
         """Returns the coefficients."""
         logits, share = wide(self.step(inputs.x)), wide(self.share(inputs.x))
-        bias, log_rate = (
-            param[...].astype(logits.dtype)[None, None] for param in (self.dt_bias, self.A_log)
-        )
-        step = jax.nn.softplus(logits + bias)
-        log_alpha = -jnp.exp(log_rate) * step
+        step = jax.nn.softplus(logits + self.dt_bias[...].astype(logits.dtype)[None, None])
+        if hasattr(self, "rate"):
+            rate = jnp.maximum(jax.nn.softplus(wide(self.rate(inputs.x))), _LEAST_RATE)
+        else:
+            rate = jnp.exp(self.A_log[...].astype(logits.dtype))[None, None]
+        log_alpha = -rate * step
         made = {
             "log_alpha": log_alpha,
             "beta": jax.nn.sigmoid(-share) * step * jnp.exp(log_alpha),

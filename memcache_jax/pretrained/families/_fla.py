@@ -26,12 +26,12 @@ def model(given: Given, mixer: Mixer, heads: int, **options: Any) -> LanguageMod
         hidden = int(given["hidden_size"] * given.get("hidden_ratio", 4) * 2 / 3)
         hidden = -(-hidden // 256) * 256
     norm = Norm(epsilon=given.number("norm_eps", 1e-6))
-    mixers = [of_layer or mixer for of_layer in _attention(given)]
+    mixers = [of_layer or mixer for of_layer in attention(given)]
     blocks = [BlockConfig(mixer, GatedMLP(hidden), norm) for mixer in mixers]
     return _model.model(given, blocks, norm, heads, **options)
 
 
-def _attention(given: Given) -> list[GroupedAttentionMixer | None]:
+def attention(given: Given) -> list[GroupedAttentionMixer | None]:
     """The attention of each layer; None where there is the model's own mixer."""
     given_attention, features = given.get("attn", []), given["hidden_size"]
     specs = given_attention if isinstance(given_attention, list) else [given_attention]
@@ -62,8 +62,8 @@ def _attention(given: Given) -> list[GroupedAttentionMixer | None]:
 
 def own_layers(given: Given) -> Iterator[Names]:
     """As ``layers``, without those that mix by attention."""
-    pairs = zip(layers(given), _attention(given), strict=True)
-    yield from (names for names, attention in pairs if attention is None)
+    pairs = zip(layers(given), attention(given), strict=True)
+    yield from (names for names, of_layer in pairs if of_layer is None)
 
 
 def layers(given: Given) -> Iterator[Names]:
@@ -79,10 +79,15 @@ def tensors(given: Given) -> Iterator[Tensor]:
         yield names.same("attn_norm.weight", "mixer_norm/scale")
         yield names.same("mlp_norm.weight", "mlp_norm/scale")
         yield from _model.gated_mlp(names)
-    for names, attention in zip(layers(given), _attention(given), strict=True):
-        if attention is not None:
+    yield from attention_tensors(given)
+
+
+def attention_tensors(given: Given) -> Iterator[Tensor]:
+    """Those of the layers that mix by attention."""
+    for names, mixer in zip(layers(given), attention(given), strict=True):
+        if mixer is not None:
             for letter, part in dict(q="query", k="key", v="value", o="out").items():
-                bias = attention.use_bias and letter != "o"
+                bias = mixer.use_bias and letter != "o"
                 yield from names.linear(f"attn.{letter}_proj", f"mixer/{part}", bias=bias)
 
 

@@ -21,16 +21,22 @@ from memcache_jax.pretrained.tensors import Names, Tensor
 
 def config(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig:
     """The model's shape."""
-    given.only(attn=None, hidden_act="sqrelu", norm_bias=True)
+    given.only(hidden_act="sqrelu", norm_bias=True)
     features = given["hidden_size"]
     norm = Norm("layer", given.number("norm_eps", 1e-5))
+    attention = _fla.attention(given)
+    if attention[0] is not None:
+        raise ValueError(
+            f"{given.where}: attn: layer 0 must not be attention: later layers mix in its values"
+        )
     first, *others = (_mixer(given, value, layer) for layer, value in enumerate(_values(given)))
     if others:
         first = dataclasses.replace(first, shares_values=True)
+    mixers = [of_layer or own for of_layer, own in zip(attention, (first, *others), strict=True)]
     hidden = given.get("intermediate_size")
     if hidden is None:
         hidden = -(-int(features * given.get("hidden_ratio", 4)) // 32) * 32
-    blocks = [BlockConfig(mixer, ChannelMix(hidden), norm) for mixer in (first, *others)]
+    blocks = [BlockConfig(mixer, ChannelMix(hidden), norm) for mixer in mixers]
     options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
     if given.get("norm_first", True):
         options["embedding_norm"] = norm
@@ -93,6 +99,11 @@ def tensors(given: Given) -> Iterator[Tensor]:
             yield from Names(names.prefix).norm("pre_norm", "embedding_norm", bias=True)
         yield from names.norm("attn_norm", "mixer_norm", bias=True)
         yield from names.norm("ffn_norm", "mlp_norm", bias=True)
+        yield names.same("ffn.x_k", "mlp/mix")
+        yield from names.linear("ffn.key", "mlp/up")
+        yield from names.linear("ffn.value", "mlp/down")
+    yield from _fla.attention_tensors(given)
+    for names in _fla.own_layers(given):
         paths = dict(r="query", k="key", v="value")
         for letter, path in paths.items():
             yield from names.linear(f"attn.{letter}_proj", f"mixer/{path}/linear")
@@ -116,6 +127,3 @@ def tensors(given: Given) -> Iterator[Tensor]:
         yield names.same("attn.r_k", "mixer/bonus")
         yield names.same("attn.g_norm.weight", "mixer/output/scale")
         yield names.same("attn.g_norm.bias", "mixer/output/bias")
-        yield names.same("ffn.x_k", "mlp/mix")
-        yield from names.linear("ffn.key", "mlp/up")
-        yield from names.linear("ffn.value", "mlp/down")

@@ -1,5 +1,6 @@
 """Layers of papers against the equations of the papers, as plain loops."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -102,18 +103,20 @@ def mamba3(layer, x):
     else:
         angle = np.arange(T)[:, None, None] * 50.0 ** (-np.arange(2) / 2)
 
-    def rows(path):
-        row = x @ kernel(path.linear)
-        row /= np.sqrt(np.mean(row**2, axis=-1, keepdims=True))
-        first, second = np.split(row[:, None], 2, axis=-1)
+    def rows(path, bias):
+        row = normed(x @ kernel(path.linear), path.norm.scale, 1e-5)[:, None]
+        row = row + np.asarray(bias[...], np.float64) if bias is not None else row
+        first, second = np.split(row, 2, axis=-1)
         turned = [first * np.cos(angle) - second * np.sin(angle)]
         turned += [second * np.cos(angle) + first * np.sin(angle)]
         return np.broadcast_to(np.concatenate(turned, axis=-1), (T, 2, 4))
 
-    query, key = rows(layer.query), rows(layer.key)
+    query = rows(layer.query, getattr(layer, "query_bias", None))
+    key = rows(layer.key, getattr(layer, "key_bias", None))
     value = by_head(x @ kernel(layer.value.linear), 2)
     share = sigmoid(x @ kernel(part.share))
-    alpha = np.exp(-np.exp(np.asarray(part.A_log[...], np.float64)) * step)
+    rate = np.maximum(np.log1p(np.exp(x @ kernel(part.rate))), 1e-4)
+    alpha = np.exp(-rate * step)
     memory, written, reads = np.zeros((2, 3, 4)), np.zeros((2, 3, 4)), []
     skip = np.asarray(layer.skip[...], np.float64)[:, None]
     for t in range(T):
@@ -213,9 +216,10 @@ def test_caches_and_streams(name):
         (lambda: recurrent.lightning_attention(0, 4), "heads must be at least 1"),
         (lambda: recurrent.hgrn2(2, 4, least=1.0), r"least must be in \[0, 1\)"),
         (lambda: recurrent.mamba3(2, 4, state_dim=5, rope_base=9.0), "even dim"),
+        (lambda: replace(recurrent.mamba3(2, 4, rope_base=9.0), biases=True), "biases are added"),
         (lambda: recurrent.titans_block(mc.memories.Titans(), 2, 4), "initial weights"),
     ],
-    ids=["heads", "least", "odd", "weights"],
+    ids=["heads", "least", "odd", "biases", "weights"],
 )
 def test_sizes_that_do_not_fit(make, message):
     with pytest.raises(ValueError, match=message):

@@ -1,0 +1,198 @@
+"""Drafts of next tokens, which a model then verifies all at once."""
+
+import abc
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from memcache_jax._checks import check_instance, check_integer, set_fields
+from memcache_jax._typing import Array, Float, Int
+from memcache_jax.generation.sampling import probabilities, sample
+from memcache_jax.nn import LanguageModel
+
+
+class Draft(abc.ABC):
+    """What proposes ``tokens`` next tokens of each row.
+
+    Attributes:
+      tokens: how many are proposed, and verified in one call of the model.
+    """
+
+    tokens: int
+
+    @abc.abstractmethod
+    def split(self) -> tuple[Any, Any]:
+        """This draft without its arrays, hashable, and the arrays; ``merge`` joins them."""
+
+    @abc.abstractmethod
+    def start(self, prompt: Int[Array, "b t"], lengths: Int[Array, "b"], size: int) -> Any:
+        """The past after prompts but for what follows them, with room for ``size`` tokens."""
+
+    @abc.abstractmethod
+    def propose(
+        self,
+        past: Any,
+        known: Int[Array, "b size"],
+        count: Int[Array, "b"],
+        most: Int[Array, "b"],
+        key: Array,
+        numbers: tuple[Any, Any],
+        vocab: int,
+        **sampling: Any,
+    ) -> tuple[Int[Array, "b k"], Float[Array, "b k vocab"], Any]:
+        """Returns the next tokens, the probabilities they were drawn with, and the past.
+
+        Args:
+          past: of ``start``, or ``keep``: of all known tokens but the last.
+          known: the tokens of each row.
+          count: how many are known.
+          most: how many of the proposed tokens count; below 0 for rows that have ended.
+          key: a random key.
+          numbers: how to draw, as for ``sample``.
+          vocab: number of token ids.
+          sampling: likewise.
+        """
+
+    def keep(self, past: Any, dropped: Int[Array, "b"]) -> Any:
+        """The past without the last proposed tokens."""
+        del dropped
+        return past
+
+
+@dataclasses.dataclass(frozen=True)
+class NGrams(Draft):
+    """Proposes what followed the last tokens where they stood before: prompt lookup.
+
+    The place is the one before which most tokens are the same, up to ``longest``; of several, the
+    last. It costs no model, and serves where text repeats itself: code, quotations, edits.
+
+    Attributes:
+      tokens: how many tokens are proposed.
+      longest: how many tokens before a place are compared.
+
+    Raises:
+      ValueError: for numbers below 1.
+    """
+
+    tokens: int = 8
+    longest: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "longest"):
+            set_fields(self, **{name: check_integer(name, getattr(self, name))})
+
+    def split(self) -> tuple[Any, Any]:
+        """As ``Draft.split``; it has no arrays."""
+        return self, None
+
+    def start(self, prompt: Int[Array, "b t"], lengths: Int[Array, "b"], size: int) -> Any:
+        """As ``Draft.start``; it has no past."""
+        return None
+
+    def propose(
+        self,
+        past: Any,
+        known: Int[Array, "b size"],
+        count: Int[Array, "b"],
+        most: Int[Array, "b"],
+        key: Array,
+        numbers: tuple[Any, Any],
+        vocab: int,
+        **sampling: Any,
+    ) -> tuple[Int[Array, "b k"], Float[Array, "b k vocab"], Any]:
+        """As ``Draft.propose``: each token has probability 1."""
+        tokens = jax.vmap(self._following)(known, count)
+        return tokens, jax.nn.one_hot(tokens, vocab), past
+
+    def _following(self, known: Int[Array, "size"], count: Int[Array, ""]) -> Int[Array, "k"]:
+        place = jnp.arange(len(known))
+        same, alike = jnp.ones(len(known), bool), jnp.zeros(len(known), jnp.int32)
+        for ago in range(self.longest):
+            there = jnp.roll(known, ago) == known[count - 1 - ago]
+            same &= there & (place >= ago) & (count > ago)
+            alike += same
+        earlier = place < count - 1
+        best = jnp.argmax(jnp.where(earlier, alike * len(known) + place, -1))
+        # Beyond what is known the text goes round: it is as long as the way back to the place.
+        round_trip = jnp.maximum(count - 1 - best, 1)
+        begin = jnp.minimum(best + 1, count - 1)
+        return known[begin + jnp.arange(self.tokens) % round_trip]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DraftModel(Draft):
+    """Proposes the tokens that a smaller model of the same vocabulary draws.
+
+    Attributes:
+      model: the model.
+      tokens: how many tokens are proposed.
+
+    Raises:
+      ValueError: for another model, or a number below 1.
+    """
+
+    model: LanguageModel
+    tokens: int = 4
+
+    def __post_init__(self) -> None:
+        check_instance("model", self.model, LanguageModel, "an mc.nn.LanguageModel")
+        set_fields(self, tokens=check_integer("tokens", self.tokens))
+
+    def split(self) -> tuple[Any, Any]:
+        """As ``Draft.split``."""
+        graph, state = nnx.split(self.model)
+        return _Graph(graph, self.tokens), state
+
+    def start(self, prompt: Int[Array, "b t"], lengths: Int[Array, "b"], size: int) -> Any:
+        """As ``Draft.start``."""
+        cache = self.model.init_cache(len(prompt), size, rewind=self.tokens)
+        return self.model.extend(prompt, cache, lengths)[1]
+
+    def propose(
+        self,
+        past: Any,
+        known: Int[Array, "b size"],
+        count: Int[Array, "b"],
+        most: Int[Array, "b"],
+        key: Array,
+        numbers: tuple[Any, Any],
+        vocab: int,
+        **sampling: Any,
+    ) -> tuple[Int[Array, "b k"], Float[Array, "b k vocab"], Any]:
+        """As ``Draft.propose``."""
+
+        def step(carry: tuple, i: Array) -> tuple[tuple, tuple]:
+            cache, last = carry
+            hidden, cache = self.model.extend(last[:, None], cache, (i <= most).astype(jnp.int32))
+            logits = self.model.logits(hidden[:, 0])
+            token = sample(jax.random.fold_in(key, i), logits, numbers, **sampling)
+            return (cache, token), (token, probabilities(logits, numbers, **sampling))
+
+        last = jnp.take_along_axis(known, count[:, None] - 1, axis=1)[:, 0]
+        # The last step draws nothing that is used, but takes the last token.
+        (past, _), drawn = lax.scan(step, (past, last), jnp.arange(self.tokens + 1))
+        tokens, chances = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1)[:, :-1], drawn)
+        return tokens, chances, past
+
+    def keep(self, past: Any, dropped: Int[Array, "b"]) -> Any:
+        """As ``Draft.keep``."""
+        return past.rewind(dropped)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Graph:
+    """A ``DraftModel`` without its arrays."""
+
+    graph: Any
+    tokens: int
+
+
+def merge(draft: Any, state: Any) -> Draft:
+    """The draft of these parts, as ``Draft.split`` returns them."""
+    if isinstance(draft, _Graph):
+        return DraftModel(nnx.merge(draft.graph, state), draft.tokens)
+    return draft

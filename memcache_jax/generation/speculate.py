@@ -1,0 +1,136 @@
+"""Speculative decoding: a draft proposes tokens, and the model takes those it would have drawn."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from memcache_jax._typing import Array, Float, Int
+from memcache_jax.generation.drafts import merge
+from memcache_jax.generation.sampling import probabilities, sample
+
+
+@functools.partial(
+    jax.jit, static_argnames=("size", "model", "cache", "draft", "greedy", "top_k", "nucleus")
+)
+def speculate(
+    prompt: Int[Array, "b t"],
+    lengths: Int[Array, "b"],
+    state: Any,
+    drafts: Any,
+    key: Array,
+    numbers: tuple[Any, Any],
+    stops: Int[Array, "stops"],
+    max_new_tokens: Int[Array, ""],
+    *,
+    size: int,
+    model: Any,
+    cache: tuple[tuple[str, Any], ...],
+    draft: Any,
+    **sampling: Any,
+) -> tuple[Int[Array, "b size"], Int[Array, ""]]:
+    """Returns the new tokens of each row, and the number of the model's calls after the prompt.
+
+    A call takes the last token x_0 and proposed ones x_1 .. x_K. With p_i what the model gives to
+    the token after x_i, and q_i what the draft has drawn x_{i+1} with, x_{i+1} stays with
+    probability min(1, p_i / q_i). In place of the first that does not, one is drawn from
+    max(p_i - q_i, 0), normalized; after the last, from p_K. So each token has the distribution p
+    (arXiv:2211.17192), and for temperature 0 is the most likely one. The cache goes back to before
+    the first that did not stay.
+    """
+    net: Any = nnx.merge(model, state)
+    proposer, vocab = merge(draft, drafts), net.config.vocab_size
+    options = dict(cache) | dict(rewind=proposer.tokens)
+    hidden, past = net.extend(prompt, net.init_cache(len(prompt), size, **options), lengths)
+    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+    first = sample(jax.random.fold_in(key, 0), net.logits(last), numbers, **sampling)
+    room = prompt.shape[1] + size + proposer.tokens + 1
+    known = jnp.pad(prompt, ((0, 0), (0, room - prompt.shape[1])))
+    known = _put(known, lengths, first[:, None], jnp.ones_like(lengths))
+    ended = (first[:, None] == stops[None]).any(axis=1)
+
+    def unfinished(carry: tuple) -> Array:
+        _, new, ended, _, _, _ = carry
+        return ((new < max_new_tokens) & ~ended).any()
+
+    def verify(carry: tuple) -> tuple:
+        known, new, ended, past, draft_past, step = carry
+        count, left = lengths + new, max_new_tokens - new
+        # So many proposed tokens count; the last new token is drawn, and not taken.
+        most = jnp.where(ended | (left < 1), -1, jnp.minimum(proposer.tokens, left - 1))
+        of_draft, of_model = jax.random.split(jax.random.fold_in(key, step))
+        args = known, count, most, of_draft, numbers, vocab
+        tokens, chances, draft_past = proposer.propose(draft_past, *args, **sampling)
+        last = jnp.take_along_axis(known, count[:, None] - 1, axis=1)
+        given = jnp.concatenate([last, tokens], axis=1)
+        hidden, past = net.extend(given, past, most + 1)
+        wanted = probabilities(net.logits(hidden), numbers, **sampling)
+        kept, next_token = accept(of_model, tokens, chances, wanted, most)
+        past = past.rewind(jnp.maximum(most - kept, 0))
+        draft_past = proposer.keep(draft_past, jnp.maximum(most - kept, 0))
+        drawn = _put(jnp.pad(tokens, ((0, 0), (0, 1))), kept, next_token[:, None], kept * 0 + 1)
+        # What follows a stop token does not count.
+        stop = (drawn[..., None] == stops[None, None]).any(axis=-1)
+        stop &= jnp.arange(stop.shape[1])[None] <= kept[:, None]
+        added = jnp.where(stop.any(axis=1), jnp.argmax(stop, axis=1), kept) + 1
+        added = jnp.where(most < 0, 0, added).astype(new.dtype)
+        known = _put(known, count, drawn, added)
+        return known, new + added, ended | stop.any(axis=1), past, draft_past, step + 1
+
+    draft_past = proposer.start(prompt, lengths, size)
+    carry = known, jnp.ones_like(lengths), ended, past, draft_past, jnp.int32(1)
+    known, new, _, _, _, step = lax.while_loop(unfinished, verify, carry)
+    place = lengths[:, None] + jnp.minimum(jnp.arange(size)[None], new[:, None] - 1)
+    return jnp.take_along_axis(known, place, axis=1), step - 1
+
+
+def accept(
+    key: Array,
+    tokens: Int[Array, "b k"],
+    chances: Float[Array, "b k vocab"],
+    wanted: Float[Array, "b n vocab"],
+    most: Int[Array, "b"],
+) -> tuple[Int[Array, "b"], Int[Array, "b"]]:
+    """Returns how many proposed tokens stay, and the token after them.
+
+    Args:
+      key: a random key.
+      tokens: the proposed tokens.
+      chances: the distributions that they were drawn from.
+      wanted: the model's distributions of the same tokens, and of the one after them, n = k + 1.
+      most: how many count.
+    """
+    of_uniform, of_token = jax.random.split(key)
+    count = tokens.shape[1]
+
+    def of_tokens(rows: Array) -> Array:
+        return jnp.take_along_axis(rows, tokens[..., None], axis=2)[..., 0]
+
+    share = jax.random.uniform(of_uniform, tokens.shape, wanted.dtype) * of_tokens(chances)
+    stays = (share < of_tokens(wanted[:, :count])) & (jnp.arange(count)[None] < most[:, None])
+    kept = jnp.cumprod(stays, axis=1).sum(axis=1).astype(jnp.int32)
+
+    def at(rows: Array) -> Array:
+        return jnp.take_along_axis(rows, kept[:, None, None], axis=1)[:, 0]
+
+    target = at(wanted)
+    drawn = at(jnp.pad(chances, ((0, 0), (0, 1), (0, 0))))
+    rest = jnp.maximum(target - jnp.where((kept < most)[:, None], drawn, 0), 0)
+    # Where nothing is left, of equal distributions, rounding has refused what stays.
+    rest = jnp.where(rest.sum(axis=1, keepdims=True) > 0, rest, target)
+    return kept, jax.random.categorical(of_token, jnp.log(rest)).astype(jnp.int32)
+
+
+def _put(
+    rows: Int[Array, "b size"],
+    begin: Int[Array, "b"],
+    new: Int[Array, "b n"],
+    counts: Int[Array, "b"],
+) -> Int[Array, "b size"]:
+    """The rows with the first ``counts`` of the new values from ``begin`` on."""
+    ahead = jnp.arange(new.shape[1])[None]
+    place = jnp.where(ahead < counts[:, None], begin[:, None] + ahead, rows.shape[1])
+    return jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop"))(rows, place, new)

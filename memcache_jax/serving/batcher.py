@@ -1,0 +1,319 @@
+"""Many requests at once, in the rows of one cache: continuous batching."""
+
+import collections
+import functools
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from memcache_jax import _checks
+from memcache_jax._typing import Array
+from memcache_jax.generation.generate import extend_in_place
+from memcache_jax.generation.sampling import Sampling
+from memcache_jax.nn import LanguageModel
+from memcache_jax.nn.model_cache import LanguageModelCache
+from memcache_jax.serving.ids import Ids, as_ids
+from memcache_jax.serving.prefix_store import PrefixStore
+from memcache_jax.serving.programs import Draws, decode, draw
+from memcache_jax.serving.request import Limits, Request
+
+
+class Batcher:
+    """Serves requests that come and go at any time, in the rows of one cache.
+
+    A step reads at most one piece of one prompt, in a cache of its own, and then appends one token
+    in all rows that have a request. So a request that has begun waits for no more than a piece of
+    ``piece`` tokens between two of its own; those that wait for a row begin in the order they came.
+    Pieces have sizes of powers of two: all in all log2(piece) + 4 programs are compiled, each once.
+
+    A request's tokens depend on nothing but it: not on its row, nor on what else is served. With a
+    store that is so up to rounding: where the beginning of a prompt is known, the rest is read in
+    other pieces. What goes wrong with one, in its callback or as NaN, ends that request alone.
+
+    A thread does not see contexts such as ``jax.set_mesh``: set them for all threads, or call
+    ``run`` within them.
+
+    Call ``step`` or ``run`` yourself, or use the batcher as a context, in which a thread does.
+
+    Args:
+      model: the model; the batcher does not see later changes of its parameters.
+      rows: the most requests that are decoded at once.
+      max_length: most tokens of a prompt and what follows it.
+      piece: most tokens of a prompt in a step, a power of two.
+      most_waiting: most requests that wait for a row; more are refused.
+      store: where beginnings of prompts are looked up, and prompts' caches inserted.
+      text_of: the text of token ids, for ``stop_texts``.
+      cache: options of ``mc.init_cache``.
+
+    Raises:
+      ValueError: for another model, numbers out of range, or options that do not fit the model.
+
+    Example:
+      >>> import memcache_jax as mc
+      >>> from flax import nnx
+      >>> config = mc.nn.LanguageModelConfig(vocab_size=257, num_layers=1, features=32, num_heads=2)
+      >>> model = mc.nn.LanguageModel(config, rngs=nnx.Rngs(0))
+      >>> batcher = mc.Batcher(model, rows=2, max_length=100)
+      >>> requests = [batcher.submit([7, 8, 9][:n], max_new_tokens=4) for n in (1, 2, 3)]
+      >>> batcher.run()
+      >>> [len(request.tokens) for request in requests]
+      [4, 4, 4]
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        rows: int,
+        max_length: int,
+        piece: int = 128,
+        most_waiting: int = 1024,
+        store: PrefixStore | None = None,
+        text_of: Callable[[list[int]], str] | None = None,
+        cache: dict[str, Any] | None = None,
+    ) -> None:
+        _checks.check_instance("model", model, LanguageModel, "an mc.nn.LanguageModel")
+        rows, max_length = _checks.check_sizes(rows=rows, max_length=max_length)
+        self.piece = _checks.check_integer("piece", piece)
+        if self.piece & (self.piece - 1):
+            raise ValueError(f"piece must be a power of two, got {piece}")
+        self.most_waiting = _checks.check_integer("most_waiting", most_waiting)
+        if store is not None:
+            _checks.check_instance("store", store, PrefixStore, "an mc.PrefixStore")
+        self.model, self.max_length, self.store, self.text_of = model, max_length, store, text_of
+        self._graph, self._state = nnx.split(model)
+        options = _checks.check_mapping("cache", cache)
+        self._new_cache = functools.partial(model.init_cache, rows, max_length, **options)
+        self._cache, self._empty = self._new_cache(), model.init_cache(1, max_length, **options)
+        if self._cache.max_length is not None:  # policies that make no room may have less
+            self.max_length = min(max_length, self._cache.max_length)
+        self._rows: list[Request | None] = [None] * rows
+        self._waiting: collections.deque[Request] = collections.deque()
+        self._reading: tuple[Request, LanguageModelCache, int] | None = None
+        self._lock, self._wake = threading.Lock(), threading.Event()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+
+    def submit(
+        self,
+        prompt: Ids,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop_tokens: Sequence[int] = (),
+        stop_texts: Sequence[str] = (),
+        on_token: Callable[[int], Any] | None = None,
+    ) -> Request:
+        """Asks for tokens that continue a prompt; any thread may.
+
+        Args:
+          prompt: (t,) ids.
+          max_new_tokens: the most new tokens.
+          temperature: as for ``generate``, like the next two; 0 takes the most likely token.
+          top_k: samples from this many most likely tokens.
+          top_p: samples from the most likely tokens that have this probability together.
+          seed: of what is drawn: equal requests with equal seeds get equal tokens.
+          stop_tokens: ids that end it.
+          stop_texts: texts that end it.
+          on_token: is called with each new token, in the thread of the steps.
+
+        Raises:
+          ValueError: for arguments out of range, or more tokens than ``max_length``.
+          queue.Full: if ``most_waiting`` requests wait.
+        """
+        ids, vocab = as_ids(prompt), self.model.config.vocab_size
+        if not len(ids):
+            raise ValueError("prompt must have at least one token, got none")
+        _checks.check_ids("prompt", int(ids.min()), int(ids.max()), vocab)
+        new = _checks.check_integer("max_new_tokens", max_new_tokens)
+        if len(ids) + new > self.max_length:
+            raise ValueError(
+                f"a prompt of {len(ids)} and max_new_tokens={new} are more than the batcher's "
+                f"max_length={self.max_length}"
+            )
+        seed = _checks.check_integer("seed", seed, 0)
+        limits = Limits(stop_tokens, stop_texts)
+        if limits.stop_tokens:
+            of_stops = min(limits.stop_tokens), max(limits.stop_tokens)
+            _checks.check_ids("stop_tokens", *of_stops, vocab)
+        if limits.stop_texts and self.text_of is None:
+            raise ValueError("stop_texts need a batcher with text_of, the text of token ids")
+        request = Request(ids, new, Sampling(temperature, top_k, top_p), seed, limits, on_token)
+        with self._lock:
+            if len(self._waiting) >= self.most_waiting:
+                raise queue.Full(f"{self.most_waiting} requests wait already")
+            self._waiting.append(request)
+        self._wake.set()
+        return request
+
+    def step(self) -> bool:
+        """Reads a piece of a prompt, and appends a token in each row.
+
+        Returns:
+          Whether there was anything to do.
+        """
+        self._end_cancelled()
+        try:
+            read = self._read_piece()
+        except Exception as error:  # of one prompt, such as a store of other caches
+            if self._reading is None:
+                raise
+            self._reading[0].end("error", error)
+            self._reading, read = None, True
+        return self._decode() or read
+
+    def run(self) -> None:
+        """Takes steps until no request is left."""
+        while self.step():
+            pass
+
+    def __enter__(self) -> "Batcher":
+        self._stopping = False
+        self._thread = threading.Thread(target=self._serve_or_end, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Finishes the requests that were submitted, and ends the thread."""
+        self._stopping = True
+        self._wake.set()
+        assert self._thread is not None
+        self._thread.join()
+
+    def _serve_or_end(self) -> None:
+        """Serves; nobody waits for a thread that has died."""
+        try:
+            self._serve()
+        except BaseException as error:
+            with self._lock:
+                waiting, self._waiting = self._waiting, collections.deque()
+            reading = [] if self._reading is None else [self._reading[0]]
+            cause = RuntimeError(f"the batcher's thread ended: {error!r}")
+            for request in (*self._rows, *reading, *waiting):
+                if request is not None and not request.is_done:
+                    request.end("error", cause)
+            raise
+
+    def _serve(self) -> None:
+        while True:
+            self._wake.clear()
+            stopping = self._stopping  # before the step: what was submitted until then is served
+            try:
+                busy = self.step()
+            except Exception as error:  # of the device: what the rows held may be lost
+                for row, request in enumerate(self._rows):
+                    if request is not None:
+                        request.end("error", error)
+                        self._leave(row, request)
+                self._cache, busy = self._new_cache(), True
+            if not busy:
+                if stopping:
+                    return
+                self._wake.wait()
+
+    def _end_cancelled(self) -> None:
+        for row, request in enumerate(self._rows):
+            if request is not None and request.is_cancelled:
+                self._leave(row, request)
+        if self._reading is not None and self._reading[0].is_cancelled:
+            self._reading[0].end("cancelled")
+            self._reading = None
+        with self._lock:
+            gone = [request for request in self._waiting if request.is_cancelled]
+            self._waiting = collections.deque(r for r in self._waiting if not r.is_cancelled)
+        for request in gone:
+            request.end("cancelled")
+
+    def _leave(self, row: int, request: Request) -> None:
+        self._rows[row] = None
+        if not request.is_done:
+            request.end("cancelled")
+
+    def _read_piece(self) -> bool:
+        """Reads the next piece of the prompt whose turn it is."""
+        if self._reading is None:
+            with self._lock:
+                if None not in self._rows or not self._waiting:
+                    return False
+                request = self._waiting.popleft()
+            self._reading = request, self._empty, 0
+            cache, request.known = None, 0
+            if self.store is not None:
+                cache, request.known = self.store.match(request.prompt)
+            if cache is None:
+                cache = jax.tree.map(jnp.copy, self._empty)
+            self._reading = request, cache, request.known
+        request, cache, taken = self._reading
+        left = len(request.prompt) - taken
+        # The largest power of two that does not go beyond a multiple of ``piece``: so prompts with
+        # one beginning are read alike, whatever is known of them.
+        size = 1 << (min(left, self.piece - taken % self.piece).bit_length() - 1)
+        tokens = jnp.asarray(request.prompt[None, taken : taken + size])
+        cache, logits = extend_in_place(self._state, tokens, None, cache, graph=self._graph)
+        taken += size
+        if self.store is not None and (taken % self.piece == 0 or size == left):
+            self.store.insert(request.prompt[:taken], cache)
+        if size < left:
+            self._reading = request, cache, taken
+            return True
+        row = self._rows.index(None)
+        self._cache = _put(self._cache, jnp.int32(row), cache)
+        self._rows[row], self._reading = request, None
+        self._add(row, int(_draw(logits, self._draws([request]))[0]))
+        return True
+
+    def _decode(self) -> bool:
+        """Appends the last token of each row, and draws the next."""
+        active = np.array([request is not None for request in self._rows])
+        if not active.any():
+            return False
+        tokens = np.array([0 if r is None else r.tokens[-1] for r in self._rows], np.int32)
+        new, self._cache = decode(
+            *(self._state, tokens, active, self._draws(self._rows), self._cache),
+            graph=self._graph,
+        )
+        for row, token in enumerate(np.asarray(new).tolist()):
+            if active[row]:
+                self._add(row, token)
+        return True
+
+    def _add(self, row: int, token: int) -> None:
+        request = self._rows[row]
+        assert request is not None
+        if token < 0:
+            request.end("error", FloatingPointError("the model's logits are not finite"))
+        else:
+            request.add(token, self.text_of)
+        if request.is_done:
+            self._leave(row, request)
+
+    def _draws(self, requests: Sequence[Request | None]) -> Draws:
+        def of(request: Request | None) -> tuple:
+            if request is None:
+                return 0, 0, 0.0, 0, 1.0
+            how, drawn = request.sampling, len(request.tokens)
+            return request.seed, drawn, how.temperature, how.top_k or 0, how.top_p
+
+        columns = zip(*map(of, requests), strict=True)
+        dtypes: Any = np.uint32, np.int32, np.float32, np.int32, np.float32
+        arrays: Any = [np.array(x, dtype) for x, dtype in zip(columns, dtypes, strict=True)]
+        return Draws(*arrays)
+
+
+@jax.jit
+def _draw(logits: Array, draws: Draws) -> Array:
+    return draw(logits, draws)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(cache: LanguageModelCache, row: Array, other: LanguageModelCache) -> LanguageModelCache:
+    return cache.put(row, other)

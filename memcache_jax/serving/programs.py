@@ -1,0 +1,76 @@
+"""The compiled parts of a ``Batcher``: a token for every row, and a piece of one prompt."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from memcache_jax._typing import Array, Bool, Float, Int
+from memcache_jax.generation.generate import extend_logits
+from memcache_jax.generation.sampling import scaled, within_nucleus
+
+
+class Draws(NamedTuple):
+    """How each row's next token is drawn.
+
+    Attributes:
+      seed: the request's.
+      drawn: tokens drawn before.
+      temperature: 0 for the most likely token.
+      top_k: how many tokens may be drawn; 0 for all.
+      top_p: their probability in all.
+    """
+
+    seed: Int[Array, "b"]
+    drawn: Int[Array, "b"]
+    temperature: Float[Array, "b"]
+    top_k: Int[Array, "b"]
+    top_p: Float[Array, "b"]
+
+
+@functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
+def decode(
+    state: Any,
+    tokens: Int[Array, "b"],
+    active: Bool[Array, "b"],
+    draws: Draws,
+    cache: Any,
+    *,
+    graph: Any,
+) -> tuple[Int[Array, "b"], Any]:
+    """Appends a token in the active rows; returns the next one, and the cache."""
+    lengths = active.astype(jnp.int32)
+    cache, logits = extend_logits(nnx.merge(graph, state), tokens[:, None], cache, lengths)
+    return draw(logits, draws), cache
+
+
+def draw(logits: Float[Array, "b vocab"], draws: Draws) -> Int[Array, "b"]:
+    """A token of each row, which depends on nothing but it; -1 where logits are not finite."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    rows = scaled(logits, draws.temperature[:, None])
+    limited = (draws.top_k > 0) | (draws.top_p < 1)
+
+    def one(row: Array, of_row: Draws) -> Array:
+        key = jax.random.fold_in(jax.random.key(of_row.seed), of_row.drawn)
+        return jax.random.categorical(key, row).astype(jnp.int32)
+
+    def of_likely(row: Array, of_row: Draws) -> Array:
+        ordered, order = lax.top_k(row, len(row))
+        most = jnp.where(of_row.top_k > 0, of_row.top_k, len(row))
+        ordered = jnp.where(jnp.arange(len(row)) < most, ordered, -jnp.inf)
+        ordered = jnp.where(of_row.top_p < 1, within_nucleus(ordered, of_row.top_p), ordered)
+        return one(jnp.zeros_like(row).at[order].set(ordered), of_row)
+
+    # Sorting a vocabulary takes time, and most rows ask for none.
+    token = lax.cond(
+        limited.any(),
+        lambda: jnp.where(limited, jax.vmap(of_likely)(rows, draws), jax.vmap(one)(rows, draws)),
+        lambda: jax.vmap(one)(rows, draws),
+    )
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    token = jnp.where(draws.temperature > 0, token, greedy)
+    broken = jnp.isnan(logits) | (logits == jnp.inf)  # a logit of -inf is a token that never comes
+    return jnp.where(broken.any(axis=-1), -1, token)

@@ -1,0 +1,183 @@
+"""A request to a ``Batcher``: what it asks for, and the tokens that come."""
+
+import asyncio
+import contextlib
+import dataclasses
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from memcache_jax import _checks
+from memcache_jax.generation.sampling import Sampling
+
+Reason = Literal["length", "stop", "cancelled", "error"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """When a request ends, besides its number of tokens.
+
+    Attributes:
+      stop_tokens: ids that end it, the last of its tokens.
+      stop_texts: texts that end it, once the text of its new tokens has one of them.
+    """
+
+    stop_tokens: Sequence[int] = ()
+    stop_texts: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("stop_tokens", "stop_texts"):
+            given = getattr(self, name)
+            if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
+                raise ValueError(f"{name} must be a tuple, got {_checks.shown(given)}")
+        wrong = [text for text in self.stop_texts if not (isinstance(text, str) and text)]
+        if wrong:
+            raise ValueError(f"stop_texts must be texts, not empty, got {_checks.shown(wrong[0])}")
+        stops = tuple(_checks.check_integer("a stop token", stop, 0) for stop in self.stop_tokens)
+        _checks.set_fields(self, stop_tokens=stops, stop_texts=tuple(self.stop_texts))
+
+
+class Request:
+    """Tokens that continue a prompt, as they come.
+
+    Iterate over it, with ``for`` or ``async for``, to get each new token; ``result`` waits for all.
+
+    Attributes:
+      prompt: the prompt's ids.
+      max_new_tokens: the most new tokens.
+      sampling: how they are drawn.
+      seed: of what is drawn: equal requests with equal seeds get equal tokens.
+      limits: what else ends it.
+      tokens: the new tokens so far.
+      known: how many of the prompt's tokens were known to the store.
+      finish_reason: ``"length"``, ``"stop"``, ``"cancelled"`` or ``"error"``; None before its end.
+      error: what went wrong, if it did.
+    """
+
+    def __init__(
+        self,
+        prompt: np.ndarray,
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int,
+        limits: Limits,
+        on_token: Callable[[int], Any] | None,
+    ) -> None:
+        self.prompt, self.max_new_tokens, self.seed = prompt, max_new_tokens, seed
+        self.sampling, self.limits = sampling, limits
+        self.tokens: list[int] = []
+        self.known = 0
+        self.finish_reason: Reason | None = None
+        self.error: Exception | None = None
+        self._on_token = on_token
+        self._changed = threading.Condition()
+        self._wakers: list[Callable[[], None]] = []
+        self._cancelled = False
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no more tokens come."""
+        return self.finish_reason is not None
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether it has been cancelled, and ends before its next token."""
+        return self._cancelled
+
+    def cancel(self) -> None:
+        """Ends the request before its next token; its row is free for another."""
+        self._cancelled = True
+
+    def result(self, timeout: float | None = None) -> list[int]:
+        """Waits for the end, and returns all new tokens.
+
+        Raises:
+          TimeoutError: if it takes more than so many seconds.
+          Exception: what went wrong with this request.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.is_done, timeout):
+                raise TimeoutError(f"the request did not end within {timeout} seconds")
+        if self.error is not None:
+            raise self.error
+        return self.tokens
+
+    def __iter__(self) -> Iterator[int]:
+        """The new tokens; raises what went wrong, if it did."""
+        count = 0
+        while not self.is_done or count < len(self.tokens):
+            with self._changed:
+                while not self.is_done and count == len(self.tokens):
+                    self._changed.wait()
+            if count < len(self.tokens):
+                yield self.tokens[count]
+                count += 1
+        self.result()
+
+    async def __aiter__(self) -> AsyncIterator[int]:
+        """As ``iter``, within an event loop."""
+        loop, event, count = asyncio.get_running_loop(), asyncio.Event(), 0
+
+        def wake() -> None:
+            with contextlib.suppress(RuntimeError):  # of a loop that has closed
+                loop.call_soon_threadsafe(event.set)
+
+        with self._changed:
+            self._wakers.append(wake)
+        try:
+            while True:
+                event.clear()
+                ended = self.is_done
+                while count < len(self.tokens):
+                    yield self.tokens[count]
+                    count += 1
+                if ended:
+                    break
+                await event.wait()
+        finally:
+            with self._changed:
+                self._wakers.remove(wake)
+        self.result()
+
+    # For the batcher.
+
+    def add(self, token: int, text_of: Callable[[list[int]], str] | None) -> None:
+        """Takes a new token; ends if it is the last."""
+        self.tokens.append(token)
+        try:
+            if self._on_token is not None:
+                self._on_token(token)
+            ends = token in self.limits.stop_tokens or self._has_stop_text(text_of)
+        except Exception as error:  # of the caller's functions
+            self.end("error", error)
+            return
+        if ends:
+            self.end("stop")
+        elif len(self.tokens) == self.max_new_tokens:
+            self.end("length")
+        else:
+            self._notify()
+
+    def end(self, reason: Reason, error: Exception | None = None) -> None:
+        """Ends the request."""
+        with self._changed:
+            self.finish_reason, self.error = reason, error
+        self._notify()
+
+    def _has_stop_text(self, text_of: Callable[[list[int]], str] | None) -> bool:
+        texts = self.limits.stop_texts
+        if not texts or text_of is None:
+            return False
+        # A token stands for a byte or more, so that no stop text has more tokens than bytes.
+        most = max(len(text.encode()) for text in texts)
+        last = text_of(self.tokens[-most:])
+        return any(text in last for text in texts)
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+            wakers = list(self._wakers)
+        for wake in wakers:
+            wake()

@@ -1,0 +1,66 @@
+"""Blocks written in turn, all at once, and as maps: equality, and the precision of products."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memcache_jax.engine.types import Rows, Writing
+from memcache_jax.engine.write import (
+    transitions,
+    write_at_once,
+    write_blocks,
+    write_in_turn,
+)
+from tests.cases import MEMORIES, assert_close, value_and_vjp, with_slow
+from tests.engine.test_affine import AFFINE, initial_of, make_rows
+
+ALL, HIGHEST = np.array([True, True]), "(Precision.HIGHEST, Precision.HIGHEST)"
+
+
+def precisions(function, rows):
+    """Those of all matrix products in a function and its gradient, where the default is another."""
+
+    def total(rows):
+        return sum(jnp.sum(x) for x in jax.tree.leaves(function(rows)))
+
+    with jax.default_matmul_precision("bfloat16"):
+        text = str(jax.make_jaxpr(jax.grad(total))(rows))
+    return set(re.findall(r"precision=(None|\(.*?\))", text))
+
+
+@pytest.mark.parametrize("memory", with_slow(AFFINE, "gated_deltanet"))
+def test_all_chunks_at_once_are_chunks_in_turn(memory):
+    """Of blocks of two chunks; the second and the last go on from the one before."""
+    rows = jax.tree.map(lambda x: x.reshape(2, 1, 4, 2, 4, *x.shape[4:]), make_rows(memory, 4))
+    how = Writing(memory, ("reads",), initial_of(memory), None)
+
+    def run(write):
+        def written(*rows):
+            return write(how, Rows(*rows), np.array([True, False, True, False]))
+
+        return value_and_vjp(written, *rows)
+
+    got, wanted = run(write_at_once), run(write_in_turn)
+    assert_close(got[0], wanted[0], 1e-6)
+    assert_close(got[1], wanted[1], 2e-6)
+
+
+@pytest.mark.parametrize("name", with_slow(["deltanet", "rwkv7", "kda", "gdn2"], "kda"))
+def test_maps_are_made_and_composed_at_the_highest_precision(name):
+    memory = MEMORIES[name]
+    rows = Rows(*jax.tree.map(lambda x: x[:, :, :, None], make_rows(memory, 2)))
+    how = Writing(memory, (), initial_of(memory), None)
+
+    def composed(rows):
+        runs, _ = write_blocks(how.with_maps(), rows, ALL)
+        first = jax.tree.map(lambda x: x[:, :, 0], runs)
+        then = jax.tree.map(lambda x: x[:, :, 1], runs)
+        return jax.vmap(jax.vmap(memory.compose))(first, then)
+
+    assert precisions(composed, rows) == {HIGHEST}
+    assert precisions(lambda rows: transitions(how, rows, ALL), rows) == {HIGHEST}
+    # What is written without a map has the precision that the context asks for.
+    assert precisions(lambda rows: write_blocks(how, rows, ALL)[0], rows) > {HIGHEST}
