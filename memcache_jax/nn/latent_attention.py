@@ -10,7 +10,7 @@ from memcache_jax import _checks
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.nn.attend import AttentionCache, SharedCache
 from memcache_jax.nn.attention import Attention
-from memcache_jax.nn.layers import Linear
+from memcache_jax.nn.layers import Linear, is_adapted
 from memcache_jax.nn.norms import Norm
 from memcache_jax.sharding.division import Division
 
@@ -179,9 +179,8 @@ class LatentAttention(Attention):
 
     def _kernels(self, dtype: Any, division: Division | None) -> list[Array]:
         """From a latent row to each head's keys and values, (c, h, k) and (c, h, v)."""
-        if any(isinstance(part, nnx.LoRAParam) for part in vars(self.up).values()):
-            # Adapters of others, such as qwix's, act where the layer is called, and only there. A
-            # call draws one dropout mask, so that keys and values are of one kernel.
+        if is_adapted(self.up):
+            # A call draws one dropout mask, so that keys and values are of one kernel.
             kernel = self.up(jnp.eye(self.mixer.rank, dtype=dtype)).astype(dtype)
         else:
             kernel = self.up.kernel[...].astype(dtype)

@@ -242,3 +242,8 @@ def l2_normalize(x: Float[Array, "... k"], epsilon: float = 1e-6) -> Float[Array
 def copy_of(param: nnx.Param) -> Any:
     """An initialiser that returns a copy of another parameter, so that both can be donated."""
     return lambda key, shape, dtype: jnp.array(param[...], dtype)
+
+
+def is_adapted(layer: nnx.Module) -> bool:
+    """Whether a library such as qwix has attached adapters: they act only where it is called."""
+    return any(isinstance(part, nnx.LoRAParam) for part in vars(layer).values())

@@ -3,12 +3,11 @@
 from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx
 
 from memcache_jax._checks import check_array
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.nn.config import LanguageModelConfig
-from memcache_jax.nn.layers import Embed, Linear
+from memcache_jax.nn.layers import Embed, Linear, is_adapted
 from memcache_jax.nn.loss import CrossEntropy, TokenScores, cross_entropy, token_scores
 
 
@@ -70,7 +69,6 @@ class Output:
     def _matrix(self) -> Any:
         if self.config.tie_embeddings:
             return self.embedding.embedding[...].T
-        if any(isinstance(part, nnx.LoRAParam) for part in vars(self.head).values()):
-            # Adapters of others, such as qwix's, act where the layer is called, and only there.
+        if is_adapted(self.head):
             return self.head(jnp.eye(self.config.features, dtype=self.config.dtype))
         return self.head.kernel[...]
