@@ -29,7 +29,7 @@ def load(
         ignored.
     """
     folder = Path(workdir)
-    is_public = "model_type" in read_json(folder / "config.json")
+    is_public = not {"model_type", "ssm_cfg"}.isdisjoint(read_json(folder / "config.json"))
     tokenizer = published_tokenizer(folder) if is_public else load_tokenizer(folder)
     known = {key: options[key] for key in ("name", "data_files", "data_dir") if key in options}
     docs = []
