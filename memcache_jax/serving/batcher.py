@@ -100,6 +100,7 @@ class Batcher:
         self._lock, self._wake = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self._died: RuntimeError | None = None
 
     def submit(
         self,
@@ -135,6 +136,7 @@ class Batcher:
         Raises:
           ValueError: for arguments out of range, or more tokens than ``max_length``.
           queue.Full: if ``most_waiting`` requests wait.
+          RuntimeError: if the thread of the steps has died.
         """
         ids, vocab = as_ids(prompt), self.model.config.vocab_size
         if not len(ids):
@@ -156,6 +158,8 @@ class Batcher:
         sampling, scoring = Sampling(temperature, top_k, top_p), Scoring(logprobs, score_prompt)
         request = Request(ids, new, sampling, seed, limits, scoring, on_token)
         with self._lock:
+            if self._died is not None:
+                raise self._died
             if len(self._waiting) >= self.most_waiting:
                 raise queue.Full(f"{self.most_waiting} requests wait already")
             self._waiting.append(request)
@@ -197,7 +201,7 @@ class Batcher:
             pass
 
     def __enter__(self) -> "Batcher":
-        self._stopping = False
+        self._stopping, self._died = False, None
         self._thread = threading.Thread(target=self._serve_or_end, daemon=True)
         self._thread.start()
         return self
@@ -214,10 +218,11 @@ class Batcher:
         try:
             self._serve()
         except BaseException as error:
+            cause = RuntimeError(f"the batcher's thread ended: {error!r}")
             with self._lock:
                 waiting, self._waiting = self._waiting, collections.deque()
+                self._died = cause
             reading = [] if self._reading is None else [self._reading[0]]
-            cause = RuntimeError(f"the batcher's thread ended: {error!r}")
             for request in (*self._rows, *reading, *waiting):
                 if request is not None and not request.is_done:
                     request.end("error", cause)

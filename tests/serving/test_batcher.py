@@ -160,6 +160,9 @@ def test_nobody_waits_for_a_thread_that_has_died():
         for request in asked:
             with pytest.raises(RuntimeError, match="the batcher's thread ended: SystemExit"):
                 request.result(60)
+        assert not served.is_serving
+        with pytest.raises(RuntimeError, match="the batcher's thread ended"):
+            served.submit([1], 4)
 
 
 @pytest.mark.slow
@@ -223,7 +226,8 @@ def test_what_is_refused():
 
 
 def test_how_likely_tokens_are():
-    prompt, options = ids(2, 11), dict(temperature=0.9, seed=5)
+    options: dict[str, Any] = dict(temperature=0.9, seed=5)
+    prompt = ids(2, 11)
     served = batcher(store=mc.PrefixStore(10**8))
     plain = served.submit(prompt, 6, **options)
     served.run()
