@@ -102,6 +102,7 @@ def test_pages_name_every_program_and_target():
 )
 def test_the_reference_has_everything_public(page):
     own = {"core": "memcache_jax", "recurrent": "memcache_jax.nn.recurrent"}
+    own["http"] = "memcache_jax.serving.http"
     module = importlib.import_module(own.get(page.stem, f"memcache_jax.{page.stem}"))
     listed = {name.rsplit(".", 1)[1] for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M)}
     names = [name for name in getattr(module, "__all__", ()) if name != "FAMILIES"]

@@ -4,6 +4,8 @@ import asyncio
 import queue
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -158,6 +160,9 @@ def test_nobody_waits_for_a_thread_that_has_died():
         for request in asked:
             with pytest.raises(RuntimeError, match="the batcher's thread ended: SystemExit"):
                 request.result(60)
+        assert not served.is_serving
+        with pytest.raises(RuntimeError, match="the batcher's thread ended"):
+            served.submit([1], 4)
 
 
 @pytest.mark.slow
@@ -203,6 +208,8 @@ def test_what_is_refused():
         lambda: served.submit([1] * 20, 5): "20 and max_new_tokens=5 .* max_length=24",
         lambda: served.submit([1], 2, temperature=-1): "temperature must be",
         lambda: served.submit([1], 2, seed=-1): "seed must be at least 0",
+        lambda: served.submit([1], 2, logprobs=21): "logprobs must be at most 20, got 21",
+        lambda: served.submit([1], 2, score_prompt=True): "score_prompt needs logprobs",
         lambda: served.submit([1], 2, stop_tokens=[1, 23]): "stop_tokens must hold token ids",
         lambda: served.submit([1], 2, stop_tokens=one): "stop_tokens must be a tuple, got 3",
         lambda: served.submit([1], 2, stop_texts="no"): "stop_texts must be a tuple, got 'no'",
@@ -216,3 +223,28 @@ def test_what_is_refused():
         served.submit([1], 2)
     with pytest.raises(TimeoutError, match=r"within 0\.01 seconds"):
         waits.result(0.01)
+
+
+def test_how_likely_tokens_are():
+    options: dict[str, Any] = dict(temperature=0.9, seed=5)
+    prompt = ids(2, 11)
+    served = batcher(store=mc.PrefixStore(10**8))
+    plain = served.submit(prompt, 6, **options)
+    served.run()
+    scored = served.submit(prompt, 6, **options, logprobs=3, score_prompt=True)
+    few = served.submit(prompt, 6, **options, logprobs=0)
+    served.run()
+    assert plain.tokens == scored.tokens == few.tokens
+    assert plain.logprobs == plain.prompt_logprobs == few.prompt_logprobs == []
+    assert [logprob.likely for logprob in few.logprobs] == [()] * 6
+    whole = np.append(prompt, scored.tokens)
+    wanted = np.asarray(jax.nn.log_softmax(model()(jnp.asarray(whole)[None])[0]), np.float64)
+    told = scored.prompt_logprobs + scored.logprobs
+    assert len(scored.prompt_logprobs) == 10
+    for place, (logprob, token) in enumerate(zip(told, whole[1:], strict=True)):
+        assert logprob.value == pytest.approx(wanted[place, token], abs=1e-4)
+        best = np.sort(wanted[place])[::-1][:3]
+        np.testing.assert_allclose([value for _, value in logprob.likely], best, atol=1e-4)
+        for token, value in logprob.likely:
+            assert value == pytest.approx(wanted[place, token], abs=1e-4)
+    assert (plain.known, scored.known, few.known) == (0, 0, 8)
