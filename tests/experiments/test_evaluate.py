@@ -97,6 +97,7 @@ def test_rolling_windows(lm, model):
         assert value == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_few_programs_and_pieces_of_logits(lm, model, monkeypatch):
     program: Any = _lm_eval._score
     before = program._cache_size()

@@ -63,6 +63,7 @@ def whole(model, tokens, document_ids=None):
     return model(tokens, document_ids)
 
 
+@pytest.mark.slow
 def test_each_row_of_a_stream_takes_its_own_number_of_tokens(model, tokens):
     expected, extend = whole(model, tokens), jax.jit(type(model).extend)
     cache = model.init_cache(2, LENGTH)

@@ -82,6 +82,7 @@ def test_a_mesh_divides_the_channels_of_each_expert(shapes):
         assert_close(jax.device_get(ours), one, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
 def test_a_hosts_axis_divides_the_experts_and_may_divide_rows_too(kind, shapes):
     def build():
@@ -102,6 +103,7 @@ def test_a_hosts_axis_divides_the_experts_and_may_divide_rows_too(kind, shapes):
         assert_close(jax.device_get(ours), one, 1e-5)
 
 
+@pytest.mark.slow
 def test_experts_are_chosen_by_groups_and_with_a_bias_of_their_own():
     experts = mc.nn.Experts(
         *(8, 3, 6),

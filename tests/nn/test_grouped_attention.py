@@ -66,6 +66,7 @@ def test_it_is_the_equation_whole_and_in_a_stream(name):
     assert_close(jnp.concatenate(pieces, axis=1), wanted, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_bad_key_spoils_the_heads_that_read_it_alone():
     layer, x = MIXERS["all"].build(6, rngs=nnx.Rngs(0)), inputs(1, 6, 6)
     y = layer(x.at[0, 3].set(jnp.nan))

@@ -72,6 +72,7 @@ def test_the_equations_and_a_stream_that_keeps_latent_rows(changes):
     assert_close(last[0], expected[1, 5:], 1e-5)
 
 
+@pytest.mark.slow
 def test_no_document_sees_another():
     layer, x = build()
     documents = jnp.where(jnp.arange(LENGTH) < 5, 3, 4)[None].repeat(2, axis=0)
@@ -97,6 +98,7 @@ def test_on_a_mesh(kind):
     assert_close(jax.device_get(y), expected, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_stream_divides_the_heads_of_its_queries(monkeypatch):
     layer, x = build()
     expected, inner = whole(layer, x), attention.attend_stream
@@ -128,6 +130,7 @@ class Adapted(Linear):
         return super().__call__(inputs) + inputs @ self.lora_a[...] @ self.lora_b[...]
 
 
+@pytest.mark.slow
 def test_a_stream_reads_once_through_adapters_of_others(monkeypatch):
     """Their dropout would draw another mask at each call."""
     layer, x = build()
@@ -153,6 +156,7 @@ def test_the_table_of_a_cache_counts_latent_rows():
     assert "896" in table[-1]
 
 
+@pytest.mark.slow
 def test_a_stream_reads_through_adapters_too():
     block = mc.nn.BlockConfig(MIXER)
     config = mc.nn.LanguageModelConfig(17, 1, FEATURES, 2, blocks=(block,))
