@@ -36,6 +36,7 @@ def whole(layer, x, document_ids=None):
     return layer(x, document_ids)
 
 
+@nnx.jit
 def by_hand(layer, x):
     """The equations, for each head and token."""
     mixer, length = layer.mixer, x.shape[1]
@@ -43,14 +44,14 @@ def by_hand(layer, x):
     query = query.reshape(*x.shape[:2], mixer.num_heads, -1)
     latent, shared = layer.down(x)[..., : mixer.rank], layer.down(x)[..., mixer.rank :]
     made = layer.up(layer.norm(latent)).reshape(*x.shape[:2], mixer.num_heads, -1)
-    out = np.zeros((*x.shape[:2], mixer.num_heads, mixer.value_dim))
+    out = []
     for head in range(mixer.num_heads):
-        key = np.concatenate([made[:, :, head, : mixer.key_dim], shared], axis=-1)
-        scores = np.einsum("btk,bsk->bts", query[:, :, head], key) / np.sqrt(key.shape[-1])
-        weights = np.exp(np.where(np.tri(length, dtype=bool), scores, -np.inf))
+        key = jnp.concatenate([made[:, :, head, : mixer.key_dim], shared], axis=-1)
+        scores = jnp.einsum("btk,bsk->bts", query[:, :, head], key) / np.sqrt(key.shape[-1])
+        weights = jnp.exp(jnp.where(np.tri(length, dtype=bool), scores, -jnp.inf))
         weights /= weights.sum(axis=-1, keepdims=True)
-        out[:, :, head] = np.einsum("bts,bsv->btv", weights, made[:, :, head, mixer.key_dim :])
-    return layer.out(jnp.asarray(out.reshape(*x.shape[:2], -1), x.dtype))
+        out.append(jnp.einsum("bts,bsv->btv", weights, made[:, :, head, mixer.key_dim :]))
+    return layer.out(jnp.concatenate(out, axis=-1))
 
 
 @pytest.mark.parametrize(
