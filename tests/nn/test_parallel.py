@@ -57,6 +57,7 @@ def test_caches_are_added_to_the_one_that_is_a_memory(model):
     assert [gates.shape for gates in other.gates(tokens)] == [(1, 12, 2, 2)] * 2
 
 
+@pytest.mark.slow
 def test_gates_of_both_have_names():
     one = mc.nn.MemoryCachingMixer(mc.memories.RetNet(), mc.GRM(), mc.Constant(4))
     other = mc.nn.MemoryCachingMixer(mc.memories.RetNet(), mc.GRM(), mc.Constant(6))

@@ -91,6 +91,7 @@ def whole(layer, x, document_ids=None):
     return layer(x, document_ids)
 
 
+@pytest.mark.slow
 @every_mixer
 def test_a_stream_gives_what_one_call_gives(name):
     layer, x = build(cached(MIXERS[name])), inputs(2, 14, 8)
