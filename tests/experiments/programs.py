@@ -12,6 +12,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 # The server has no threads yet.
 warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
@@ -28,7 +29,7 @@ def run_here(module, flags, environment, outputs):
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def run(program, *flags, timeout=300, **environment):
+def run(program, *flags, timeout: Any = 300, **environment):
     """Runs ``python -m experiments.PROGRAM`` with flags to its end."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = Path(folder, "stdout"), Path(folder, "stderr")
