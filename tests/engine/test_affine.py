@@ -67,7 +67,7 @@ def in_turn(memory):
     return three_blocks(memory, "reference")
 
 
-@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("implementation", with_slow(KERNELS, "pallas_tpu"))
 @pytest.mark.parametrize("memory", with_slow(AFFINE, "linear"))
 def test_kernels_equal_chunks_in_turn(memory, implementation):
     with interpret_kernels():

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from experiments.__main__ import main, programs
 
 FOLDER = Path(__file__).parents[2] / "experiments"
@@ -19,6 +21,7 @@ def test_every_program_has_a_line_of_its_own(capsys):
         assert len(summary) <= 90, name
 
 
+@pytest.mark.slow
 def test_the_command():
     command = [sys.executable, "-m", "experiments"]
     done = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True, check=True)

@@ -1,18 +1,17 @@
 """The growth of a block's time with the length: what a row and a ratio say."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+
+from tests.experiments.programs import run
 
 SIZES = dict(features=8, heads=2, segment=4, top_k=2, rounds=2)
 
 
 def growth(*flags):
     sizes = [f"--{name}={size}" for name, size in SIZES.items()]
-    command = [sys.executable, "-m", "experiments.growth", *sizes, *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return run("growth", *sizes, *flags)
 
 
 @pytest.mark.slow
@@ -51,6 +50,7 @@ def test_errors_of_composed_runs():
         assert 0 < error <= 4 * other < 1e-4
 
 
+@pytest.mark.slow
 def test_an_unknown_rule_takes_one_line():
     done = growth("--rules=Nothing")
     assert done.returncode == 1

@@ -4,8 +4,6 @@ import base64
 import html
 import json
 import re
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -17,6 +15,7 @@ from experiments._gates_page import as_json, page
 from experiments._reads import inspect, pieces
 from memcache_jax.training import default_config, train
 from memcache_jax.training.tokenizers import ByteTokenizer
+from tests.experiments.programs import run
 
 TEXT = "if a < b:  # né & </script><b>\n    swap(a, b)\n" * 2
 
@@ -130,17 +129,13 @@ def test_command(tmp_path, trained_run):
     train(config, tmp_path / "run")
     jax.clear_caches()
 
-    def run(workdir, *flags):
-        command = [sys.executable, "-m", "experiments.inspect", f"--workdir={workdir}"]
-        command += [f"--text={text}", "--max_tokens=20", *flags]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-
-    done = run(trained_run, f"--output={tmp_path}/read")
+    flags = f"--text={text}", "--max_tokens=20"
+    done = run("inspect", f"--workdir={trained_run}", f"--output={tmp_path}/read", *flags)
     assert done.returncode == 0, done.stderr
     assert "layer 0: LinearAttention, GRM" in done.stdout
     assert "<span>&lt;</span>" in (tmp_path / "read" / "inspect.html").read_text()
     stored = json.loads((tmp_path / "read" / "inspect.json").read_text())
     assert np.shape(stored["layers"][0]["gates"]) == (20, 2, 3)
-    done = run(tmp_path / "run")
+    done = run("inspect", f"--workdir={tmp_path}/run", *flags)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: the model has no memory caching")

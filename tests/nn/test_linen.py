@@ -231,7 +231,7 @@ def test_boxed_and_unboxed_variables_give_the_same():
         np.testing.assert_allclose(y, full[:, :10], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", with_slow([*LAYERS], "linear attention, grm", "attention"))
+@pytest.mark.parametrize("name", with_slow([*LAYERS], "attention"))
 def test_stream_equals_the_full_pass(name):
     module = LAYERS[name]
     variables, full = prepared(module)
@@ -404,6 +404,7 @@ def test_scan_over_layers(name, remat):
     assert (abs(kernel.value).max(axis=(1, 2)) > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", [nn.jit, nn.remat])
 def test_transformed_class(transform):
     variables, full = prepared(GRM)

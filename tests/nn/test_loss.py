@@ -62,6 +62,7 @@ def test_it_is_the_plain_loss(dtype, tolerance, x64):
     assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {jnp.dtype(dtype)}
 
 
+@pytest.mark.slow
 def test_products_of_bfloat16_are_summed_in_float32():
     hidden, matrix, targets, weights = arrays("float32")
     hidden, rounded = hidden.astype(jnp.bfloat16), matrix.astype(jnp.bfloat16)
@@ -84,6 +85,7 @@ def test_targets_of_weight_zero_do_not_count():
     assert np.isnan(gradients(ours)(hidden, matrix, weights, targets.at[0, 0].set(VOCAB))[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", ["hidden", "matrix"])
 def test_what_is_not_finite_spoils_what_it_spoils_in_the_plain_loss(where, number):
@@ -100,6 +102,7 @@ def test_what_is_not_finite_spoils_what_it_spoils_in_the_plain_loss(where, numbe
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, wanted)
 
 
+@pytest.mark.slow
 def test_it_never_holds_the_logits():
     hidden, matrix, targets, weights = arrays("float32")
     traced = jax.make_jaxpr(gradients(ours))(hidden, matrix, weights, targets)
@@ -139,7 +142,8 @@ def test_scores_are_those_of_the_logits():
     check(got, wanted[:2], 1e-6)
 
 
-@pytest.mark.parametrize("kind", ["auto", pytest.param("explicit", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
 def test_a_mesh_divides_tokens_and_words(kind):
     hidden, matrix, targets, weights = arrays("float32")
     wanted = gradients(plain)(hidden, matrix, weights, targets)

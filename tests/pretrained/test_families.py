@@ -77,6 +77,7 @@ def test_the_first_version_of_rwkv7_has_the_mixes_of_six_paths_in_one(tmp_path):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.slow
 def test_layers_of_attention_among_those_of_flash_linear_attention(tmp_path):
     """Of grouped heads, with biases, a window and a base of its own, as by hand."""
     from safetensors.numpy import load_file
@@ -129,6 +130,7 @@ def test_layers_of_attention_among_those_of_flash_linear_attention(tmp_path):
     assert saved.keys() == read.keys()
 
 
+@pytest.mark.slow
 def test_attention_between_layers_of_rwkv7_passes_on_the_values_of_the_first(tmp_path):
     """A layer between them that adds nothing leaves the logits as they were."""
     from safetensors.numpy import load_file

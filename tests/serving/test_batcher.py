@@ -25,6 +25,7 @@ def text_of(tokens):
     return "".join(chr(97 + token) for token in tokens)
 
 
+@pytest.mark.slow
 def test_requests_get_the_tokens_of_generate():
     """More requests than rows, with prompts and ends of all lengths."""
     sizes = [(1, 9), (13, 20), (4, 1), (7, 30), (20, 3), (2, 12), (11, 11)]
@@ -43,6 +44,7 @@ def test_requests_get_the_tokens_of_generate():
     assert not served.step()
 
 
+@pytest.mark.slow
 def test_sampled_tokens_do_not_depend_on_neighbours():
     how: list[dict] = [
         dict(temperature=1.0, seed=3),
