@@ -38,7 +38,7 @@ class Pair:
 
 
 _BLOCK = "ours also has convolutions, norms of q and k, and an output gate"
-_MEMORY = "another memory: no residual, biases, and all of it begins at zero"
+_MEMORY = "its memory has biases and no residual; it begins at zero, where keys have no effect"
 CPU = (
     Pair("linear + GRM", "linear GRM", "memory-caching", "linear GRM", _BLOCK, 75),
     Pair("Titans + GRM", "Titans GRM", "memory-caching", "Titans GRM", _MEMORY, 40),
