@@ -52,7 +52,7 @@ def main() -> None:
     found = [compare() for compare in (_on_cpu, _for_tpus, _on_gpu)]
     if not any(found):
         every = ", ".join(_name("cpu", p) for p in _rows.CPU)
-        raise ValueError(f"--only={','.join(_ONLY.value)} matches no row, such as {every}")
+        raise ValueError(f"--only={','.join(_ONLY.value or ())} matches no row, such as {every}")
 
 
 def _name(device: str, pair: _rows.Pair) -> str:

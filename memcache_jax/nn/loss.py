@@ -178,11 +178,11 @@ def _backward(
     gradient, (hidden, matrix, targets, weights) = kept
     of_total, *of_scores = cotangents
     if isinstance(of_total, SymbolicZero):
-        of_total = jnp.zeros(of_total.shape, of_total.dtype)
+        of_total = jnp.zeros((), gradient[2].dtype)
     arrays = zip(gradient, (hidden, matrix, weights), strict=True)
     d_hidden, d_matrix, d_weights = ((of_total * d).astype(x.dtype) for d, x in arrays)
     if not all(isinstance(x, SymbolicZero) for x in of_scores):
-        scores, pull = jax.vjp(lambda *x: layer.scores(*x, targets)[:2], hidden, matrix)
+        scores, pull = jax.vjp(lambda h, w: layer.scores(h, w, targets)[:2], hidden, matrix)
         d_scores = tuple(
             jnp.zeros_like(score) if isinstance(d, SymbolicZero) else d
             for score, d in zip(scores, of_scores, strict=True)
