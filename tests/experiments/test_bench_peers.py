@@ -108,11 +108,13 @@ def test_an_environment_is_made_once_for_its_requirements(tmp_path, monkeypatch)
     python = environment("none", tmp_path / "made")
     told = subprocess.run([python, "-c", "import sys; print(sys.prefix)"], capture_output=True)
     assert told.stdout.decode().strip() == str(tmp_path / "made" / "none")
-    monkeypatch.setattr(_environments, "_run", pytest.fail)
+    made = []
+    monkeypatch.setattr(_environments, "_run", made.append)
     assert environment("none", tmp_path / "made") == python
+    assert not made
     requirements.write_text("# something\n")
-    with pytest.raises(pytest.fail.Exception):
-        environment("none", tmp_path / "made")
+    environment("none", tmp_path / "made")
+    assert [command[1:3] for command in made] == [["-m", "venv"], ["-m", "pip"]]
 
 
 def test_error_of_linear_memories(tmp_path):
@@ -161,7 +163,6 @@ def test_a_job_of_ours_runs():
 @pytest.mark.slow
 def test_rows_without_their_library_say_so(tmp_path):
     assert "matches no row" in bench("--only=no such row").stderr
-    assert "chips must be of" in bench("--chips=v1").stderr
     assert "no NVIDIA GPU" in bench("--only=gpu:KDA", PATH="").stdout
     done = bench(
         *("--only=cpu:linear+GRM/", f"--folder={tmp_path}"), PIP_NO_INDEX="1", PIP_FIND_LINKS=""
