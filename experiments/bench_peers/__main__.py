@@ -44,15 +44,23 @@ _FAILURES = (NoEnvironmentError, WorkerError, ValueError)
 
 def main() -> None:
     """Compares on each kind of device that rows are chosen for."""
-    cores = len(os.sched_getaffinity(0))
-    if not -cores <= _CORE.value < cores:
-        raise ValueError(f"--core must be below the number of cores, {cores}, got {_CORE.value}")
+    _core()
     if unknown := set(_CHIPS.value) - set(TPUS):
         raise ValueError(f"chips must be of {', '.join(TPUS)}, got {', '.join(sorted(unknown))}")
     found = [compare() for compare in (_on_cpu, _for_tpus, _on_gpu)]
     if not any(found):
         every = ", ".join(_name("cpu", p) for p in _rows.CPU)
         raise ValueError(f"--only={','.join(_ONLY.value or ())} matches no row, such as {every}")
+
+
+def _core() -> int | None:
+    """The core of timed processes; None where processes cannot be kept on one."""
+    if not hasattr(os, "sched_getaffinity"):
+        return None
+    cores = sorted(os.sched_getaffinity(0))
+    if not -len(cores) <= _CORE.value < len(cores):
+        raise ValueError(f"--core must be below the {len(cores)} cores, got {_CORE.value}")
+    return cores[_CORE.value]
 
 
 def _name(device: str, pair: _rows.Pair) -> str:
@@ -111,9 +119,9 @@ def _on_cpu() -> int:
 
 def _time_on_cpu(pair: _rows.Pair, sizes: dict[str, int]) -> list[str]:
     """A row: workers end with it, so that only two are there at once."""
-    core, output = sorted(os.sched_getaffinity(0))[_CORE.value], "same shape"
+    output = "same shape"
     python = environment("torch", _folder(), newest="3.12")  # memory-caching takes no newer one
-    with _workers((sys.executable, "ours"), (python, "torch_cpu"), core=core) as (ours, peer):
+    with _workers((sys.executable, "ours"), (python, "torch_cpu"), core=_core()) as (ours, peer):
         times = _rows.timed(pair, ours, peer, _ROUNDS.value, **sizes)
         if pair.theirs == "linear GRM":
             saved = dict(length=24, features=16, heads=2, segment=8)

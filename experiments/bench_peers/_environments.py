@@ -24,7 +24,8 @@ def environment(name: str, folder: Path, oldest: str = "3.11", newest: str = "3.
       newest: the last.
 
     Raises:
-      NoEnvironmentError: if there is no such Python, or the packages are not to be had.
+      NoEnvironmentError: if there is no such Python, the packages are not to be had, or the place
+        is taken.
     """
     file = _HERE / f"requirements-{name}.txt"
     own = (folder / name).absolute()
@@ -32,6 +33,8 @@ def environment(name: str, folder: Path, oldest: str = "3.11", newest: str = "3.
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     if made.exists() and made.read_text() == digest:
         return python
+    if own.exists() and not (own / "pyvenv.cfg").exists():
+        raise NoEnvironmentError(f"{own} is there already, and no environment of Python")
     print(f"Installing {', '.join(pins(name))} into {own} ...", file=sys.stderr, flush=True)
     _run([interpreter(oldest, newest), "-m", "venv", "--clear", str(own)])
     quiet = ["--quiet", "--disable-pip-version-check"]

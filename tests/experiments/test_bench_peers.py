@@ -100,6 +100,12 @@ def test_a_python_that_is_not_there():
         interpreter("3.98", "3.99")
 
 
+def test_a_folder_of_something_else_stays_as_it_is(tmp_path):
+    (tmp_path / "torch").mkdir()
+    with pytest.raises(NoEnvironmentError, match="torch is there already"):
+        environment("torch", tmp_path)
+
+
 @pytest.mark.slow
 def test_an_environment_is_made_once_for_its_requirements(tmp_path, monkeypatch):
     monkeypatch.setattr(_environments, "_HERE", tmp_path)
