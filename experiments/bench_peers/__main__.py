@@ -8,7 +8,7 @@ and tokamax, by what one compiler tells. On an NVIDIA GPU beside flash-linear-at
 library is installed into an environment of its own below --folder, where it stays: 3 GB for a CPU
 and TPUs, with Python 3.12 for the latter. A row whose library is not to be had says so.
 
-Hardware: one core and 8 GB. For other chips of TPUs: --chips.
+Hardware: a CPU core. Compiling ours for TPUs, with gradients, takes minutes a row.
 """
 
 import contextlib
