@@ -15,7 +15,7 @@
 #   as described
 #
 # Of use here: experiments/bench_peers times this Titans memory beside ours, and says so in its row;
-# ours begins with learned weights (tests/memories/test_deep.py).
+# ours begins with learned weights (`DeepMemory.init`, memcache_jax/memories/deep.py).
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
