@@ -88,7 +88,8 @@ def test_the_readme_is_short():
 
 
 def test_pages_name_every_program_and_target():
-    programs = {path.stem for path in (ROOT / "experiments").glob("[!_]*.py")} | {"hosts"}
+    programs = {path.stem for path in (ROOT / "experiments").glob("[!_]*.py")}
+    programs |= {path.parent.name for path in (ROOT / "experiments").glob("*/__main__.py")}
     listed = re.findall(r"^\| `experiments\.(\w+)`", (ROOT / "docs/programs.md").read_text(), re.M)
     assert sorted(programs) == sorted(listed)
     (targets,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)
