@@ -139,7 +139,8 @@ class PrefixStore:
             self._entries.move_to_end(key)
             entry, like = self._entries[key], self._like
             pieces = self._pieces.of(entry.arrays)
-        arrays = jax.device_put(join(pieces, entry.arrays), like.shardings)
+        joined = zip(join(pieces, entry.arrays), like.shardings, strict=True)
+        arrays = [jax.device_put(x, sharding) for x, sharding in joined]
         return jax.tree.unflatten(like.structure, arrays), entry.length
 
     def prefill(
@@ -257,7 +258,17 @@ class PrefixStore:
 def _like(cache: LanguageModelCache) -> _Like:
     leaves, structure = jax.tree.flatten(cache)
     shapes = [(x.shape, x.dtype.name) for x in leaves]
-    return _Like(structure, shapes, [x.sharding for x in leaves])
+    return _Like(structure, shapes, [_place(x) for x in leaves])
+
+
+def _place(array: Array) -> Any:
+    """The sharding of an array that has been placed; None where JAX chose it.
+
+    Those would have programs compiled once more.
+    """
+    usual = next(iter(array.devices())).default_memory().kind
+    chosen = array.committed or array.sharding.memory_kind != usual
+    return array.sharding if chosen else None
 
 
 def _read(

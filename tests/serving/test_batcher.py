@@ -135,8 +135,11 @@ def test_a_store_of_prefixes():
     prompts = [ids(0, 21), np.append(ids(0, 17), ids(1, 8)), ids(0, 21)]
     requests = []
     for prompt in prompts:
+        compiled = [program._cache_size() for program in (extend_in_place, decode)]
         requests.append(served.submit(prompt, 10))
         served.run()
+    # The programs of what is found are those of what is read.
+    assert compiled == [program._cache_size() for program in (extend_in_place, decode)]
     assert [request.known for request in requests] == [0, 16, 20]
     assert requests[0].tokens == requests[2].tokens
     plain = batcher()
