@@ -120,5 +120,6 @@ def test_the_reference_has_everything_public(page):
     own = {"core": "memcache_jax", "recurrent": "memcache_jax.nn.recurrent"}
     module = importlib.import_module(own.get(page.stem, f"memcache_jax.{page.stem}"))
     listed = {name.rsplit(".", 1)[1] for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M)}
+    assert "\n\n*On GitHub this page only lists names: `make docs` renders" in page.read_text()
     names = [name for name in getattr(module, "__all__", ()) if name != "FAMILIES"]
     assert {name for name in names if not inspect.ismodule(getattr(module, name))} <= listed
