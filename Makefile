@@ -86,12 +86,12 @@ $(VENV)/.demo: $(SPEC) | $(RUN)
 	    esac; \
 	fi; \
 	if [ "$$extra" = cpu ]; then target=".[train]"; else target=".[train,$$extra]"; fi; \
-	echo "Installing $$target into $(VENV) ..."; \
+	echo "Installing $$target into $(VENV): minutes, the first time ..."; \
 	$(PIP) -e "$$target"
 	@touch $@
 
 $(VENV)/.test $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(SPEC) | $(RUN)
-	@echo "Installing .[$*] into $(VENV) ..."
+	@echo "Installing .[$*] into $(VENV): minutes, the first time ..."
 	@$(PIP) -e '.[$*]'
 	@touch $@
 
