@@ -4,7 +4,8 @@
 
 Run from the repository. What is measured is read from docs/studies.md and experiments/LOG.md, so
 that a picture shows what its table says. ``states`` is counted. Two pictures are their programs'
-own: needle.png has more numbers than its table, and gates.png is that of ``experiments.inspect``.
+own: needle.png has more numbers than its table, and gates.png is from the tutorial on
+``experiments.inspect``.
 """
 
 import re

@@ -47,7 +47,7 @@ def new_figure(
     from matplotlib.figure import Figure
 
     looks = [look(number) for number in range(len(COLORS))]
-    style = {
+    style: Any = {
         "axes.prop_cycle": cycler(**{name: [one[name] for one in looks] for name in looks[0]}),
         "axes.grid": True,
         "axes.axisbelow": True,

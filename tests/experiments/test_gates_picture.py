@@ -1,12 +1,14 @@
 """The picture of what tokens read."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from experiments._gates_picture import effective, over_text, picture
 
 
-def layer(block):
+def layer(block) -> dict[str, Any]:
     """Two segments of two tokens, and one of one, with one head that reads all states alike."""
     visible = np.array([[0, 0, 1], [0, 0, 1], [1, 0, 1], [1, 0, 1], [1, 1, 1]], np.float32)
     gates = (visible / visible.sum(axis=-1, keepdims=True))[:, None]
