@@ -184,6 +184,7 @@ def test_command(tmp_path, trained_run):
     assert done.returncode == 0, done.stderr
     assert "layer 0: LinearAttention, GRM" in done.stdout
     assert "<span>&lt;</span>" in (tmp_path / "read" / "inspect.html").read_text()
+    assert (tmp_path / "read" / "inspect.png").read_bytes().startswith(b"\x89PNG")
     stored = json.loads((tmp_path / "read" / "inspect.json").read_text())
     assert np.shape(stored["layers"][0]["gates"]) == (20, 2, 3)
     done = run(tmp_path / "run")
