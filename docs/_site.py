@@ -24,7 +24,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Points links to where the files are on the site."""
+    """Drops what is meant for GitHub, and points links to where the files are on the site."""
+    markdown = re.sub(r"^\*On GitHub .*\*\n\n", "", markdown, flags=re.M)
     here = page.file.src_uri
     source = {page: source for source, page in ELSEWHERE.items()}.get(here, f"docs/{here}")
 

@@ -1,6 +1,6 @@
 """Compares public models with their own library: logits, speed and memory.
 
-    pip install torch transformers==5.24.0 'memcache_jax[pretrained]'
+    pip install torch transformers==5.24.0 '.[pretrained]'
     python -m experiments.published
 
 For each tiny model of the tests, ``mc.pretrained.save`` writes what ``load`` has read, transformers

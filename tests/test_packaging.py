@@ -154,7 +154,8 @@ def test_only_training_imports_what_training_needs():
     shape, message = out
     assert shape == "(1, 7)"
     assert re.fullmatch(
-        r"memcache_jax.training needs \w+: pip install 'memcache_jax\[train\]'", message
+        r"memcache_jax.training needs \w+: pip install '\.\[train\]' in a checkout of memcache_jax",
+        message,
     )
 
 

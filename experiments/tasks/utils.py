@@ -42,7 +42,7 @@ def load(
 
 
 def truncate(context: str, answer: str | None, length: int, tokenizer: Tokenizer) -> str:
-    """Returns at most ``length`` tokens of a context, centred on the beginning of the answer.
+    """Returns at most ``length`` tokens of a context, centered on the beginning of the answer.
 
     Without an answer in the context, these are the first tokens. An answer near the end has fewer
     tokens after it.

@@ -1,4 +1,4 @@
-"""The protocol that a write rule fulfils to get every aggregation and segmentation."""
+"""The protocol that a write rule fulfills to get every aggregation and segmentation."""
 
 import abc
 from collections.abc import Mapping

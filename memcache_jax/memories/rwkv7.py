@@ -1,4 +1,4 @@
-"""RWKV-7's generalised delta rule, which erases at one place and writes at another."""
+"""RWKV-7's generalized delta rule, which erases at one place and writes at another."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ def _unit(x: Float[Array, "... k"]) -> Float[Array, "... k"]:
 
 @dataclasses.dataclass(frozen=True)
 class RWKV7(MatrixMemory):
-    """RWKV-7's generalised delta rule (arXiv:2503.14456).
+    """RWKV-7's generalized delta rule (arXiv:2503.14456).
 
     M_t = M_{t-1} (diag(w_t) - kappa_t (a_t * kappa_t)^T) + v_t k_t^T.
 

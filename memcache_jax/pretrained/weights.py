@@ -16,7 +16,8 @@ def safetensors() -> Any:
         import safetensors
     except ImportError as error:
         raise ImportError(
-            "published checkpoints need safetensors: pip install memcache_jax[pretrained]"
+            "public checkpoints need safetensors and ml_dtypes: pip install '.[pretrained]' in a "
+            "checkout of memcache_jax"
         ) from error
     return safetensors
 

@@ -178,7 +178,7 @@ def init_cache(
       policy: for ``Constant`` segments, what happens when a segment ends while ``max_segments``
         are cached. ``"error"`` raises. ``"drop_oldest"`` drops the oldest state,
         ``"drop_least_read"`` the one with the smallest mean gate. ``"merge"`` replaces the two
-        neighbours in time with the fewest tokens by the mean of their states and of their pooled
+        neighbors in time with the fewest tokens by the mean of their states and of their pooled
         keys, weighted by tokens; a state of n segments counts n times in its gate.
       dtype: dtype of live states, sums and pooled keys: float32 or float64.
       cache_dtype: dtype of cached states: ``dtype`` by default, bfloat16, or int8 with a scale per

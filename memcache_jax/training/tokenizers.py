@@ -82,7 +82,7 @@ class FileTokenizer:
             import tokenizers
         except ImportError as e:
             raise ImportError(
-                f"reading {path} needs the package tokenizers: pip install 'memcache_jax[data]'"
+                f"reading {path} needs the package tokenizers: pip install tokenizers"
             ) from e
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))

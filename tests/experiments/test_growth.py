@@ -16,9 +16,10 @@ def growth(*flags):
 
 @pytest.mark.slow
 def test_small(tmp_path):
-    path = tmp_path / "table.json"
-    done = growth("--lengths=16,64", "--rules=SSD", f"--json={path}")
+    path, picture = tmp_path / "table.json", tmp_path / "growth.png"
+    done = growth("--lengths=16,64", "--rules=SSD", f"--json={path}", f"--picture={picture}")
     assert done.returncode == 0, done.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
     table = json.loads(path.read_text())
     seconds = {}
     for row in table["rows"]:
