@@ -2,7 +2,7 @@
 
 ``FOLDER`` is the workdir of ``experiments.train``; the program loads its newest checkpoint.
 ``--pretrained=FOLDER`` serves a public model instead, and ``--segment`` gives it caches. Needs
-``pip install 'memcache_jax[serve]'``. It listens on this machine alone, and has no passwords: put a
+``pip install '.[serve]'``. It listens on this machine alone, and has no passwords: put a
 proxy before it that does before others can reach it.
 
 SIGTERM or Ctrl-C ends it after the requests that run, at most ``--grace`` seconds later; a second
@@ -48,7 +48,7 @@ def program() -> None:
     try:
         from memcache_jax.serving.http import Limits, Server, serve
     except ImportError as e:
-        raise ImportError(f"{e}: pip install 'memcache_jax[serve]'") from e
+        raise ImportError(f"{e}: pip install '.[serve]' in a checkout") from e
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax logs every step it takes
     folder, template = source(), _template()
     model, tokenizer = read_model()

@@ -1,4 +1,4 @@
-"""OpenAI's HTTP API over a batcher. ``pip install 'memcache_jax[serve]'``."""
+"""OpenAI's HTTP API over a batcher. ``pip install '.[serve]'``."""
 
 from memcache_jax.serving.http.chat import PLAIN, ChatTemplate
 from memcache_jax.serving.http.listen import listening, serve

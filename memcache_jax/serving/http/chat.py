@@ -37,7 +37,7 @@ class ChatTemplate:
             import jinja2
             from jinja2 import ext, sandbox
         except ImportError as error:
-            raise ImportError(f"{error}: pip install 'memcache_jax[serve]'") from error
+            raise ImportError(f"{error}: pip install '.[serve]' in a checkout") from error
         _checks.check_instance("source", source, str, "a template's text")
         self.source, self._tokens = source, _checks.check_mapping("tokens", tokens)
         self._error = jinja2.TemplateError
