@@ -27,6 +27,11 @@ def in_whole_matrices() -> Iterator[None]:
         _WHOLE.reset(token)
 
 
+def whole_matrices() -> bool:
+    """Whether ``in_whole_matrices`` traces."""
+    return _WHOLE.get()
+
+
 @jax.custom_vjp
 def solve_unit_lower(
     system: Float[Array, "m m"], sides: Float[Array, "m n"]

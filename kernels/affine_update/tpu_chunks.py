@@ -36,7 +36,8 @@ def affine_update(
     Products of bfloat16 rows are made in one pass of bfloat16 with sums in float32; those of
     float32 rows in float32, unless ``jax.default_matmul_precision`` asks for less.
     """
-    state = empty_matrices(chunk, rows, batch_dims) if state is None else state
+    if state is None:
+        state = empty_matrices(chunk, rows, batch_dims).astype(jnp.float32)
     dtypes = dtype_reasons(*jax.tree.leaves((state, rows)))
     check_served("affine_update", "pallas_tpu", dtypes)
     batch = state.shape[:batch_dims]

@@ -61,7 +61,7 @@ def write_affine(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> t
         batch_dims=len(lead),
         keep=chunks,
         implementation=how.implementation,
-        on_chip=rows.value.dtype if on_chip else None,
+        on_chip=jnp.result_type(rows.query, rows.key, rows.value) if on_chip else None,
     )
     last = jax.tree.map(lambda x: x[:, :, :, -1], carried)
     states = last._replace(matrix=ends.reshape(*batch, *ends.shape[-2:]))

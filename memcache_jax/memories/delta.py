@@ -185,6 +185,7 @@ class KDA(_BetaMemory):
     """
 
     largest_chunk: ClassVar[int] = 32
+    on_chip: ClassVar[bool] = True
 
     @property
     def controls(self) -> Mapping[str, Control]:
@@ -210,6 +211,7 @@ class GDN2(DeltaMemory):
     """
 
     largest_chunk: ClassVar[int] = 32
+    on_chip: ClassVar[bool] = True
 
     @property
     def controls(self) -> Mapping[str, Control]:

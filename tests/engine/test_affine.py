@@ -11,7 +11,7 @@ from jax.extend.core import jaxprs_in_params
 
 import memcache_jax as mc
 from memcache_jax.engine.run import full_controls
-from memcache_jax.engine.types import Rows, Writing
+from memcache_jax.engine.types import Rows, Tokens, Writing
 from memcache_jax.engine.write import initial_states, write_blocks
 from memcache_jax.kernels._dispatch import interpret_kernels
 from tests.cases import MEMORIES, assert_close, make_inputs, value_and_vjp, with_slow
@@ -140,6 +140,20 @@ def kernels_of(jaxpr):
         else:
             for inner in jaxprs_in_params(equation.params):
                 yield from kernels_of(inner)
+
+
+def test_states_are_kept_in_float32():
+    memory = AFFINE["gated_deltanet"]
+    rows = jax.tree.map(lambda x: x[:, :, :, None], make_rows(memory, 2))
+    bf16: Any = jnp.bfloat16
+    narrow = Tokens(bf16, bf16, bf16, bf16, dict.fromkeys(memory.controls, bf16))
+    how = Writing(memory, ("reads",), initial_of(memory), "pallas_tpu", dtypes=narrow)
+    for restarts in np.array([[True, True], [True, False]]):
+        (ends, _), kept = jax.eval_shape(
+            lambda *rows, restarts=restarts: write_blocks(how, Rows(*rows), restarts), *rows
+        )
+        assert ends.matrix.dtype == jnp.float32
+        assert kept["reads"].dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
