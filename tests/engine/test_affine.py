@@ -146,7 +146,8 @@ def test_states_are_kept_in_float32():
     memory = AFFINE["gated_deltanet"]
     rows = jax.tree.map(lambda x: x[:, :, :, None], make_rows(memory, 2))
     bf16: Any = jnp.bfloat16
-    narrow = Tokens(bf16, bf16, bf16, bf16, dict.fromkeys(memory.controls, bf16))
+    controls: Any = dict.fromkeys(memory.controls, bf16)
+    narrow = Tokens(bf16, bf16, bf16, bf16, controls)
     how = Writing(memory, ("reads",), initial_of(memory), "pallas_tpu", dtypes=narrow)
     for restarts in np.array([[True, True], [True, False]]):
         (ends, _), kept = jax.eval_shape(

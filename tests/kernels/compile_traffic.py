@@ -8,6 +8,7 @@ Command: python -m tests.kernels.compile_traffic v5e
 """
 
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,10 +41,10 @@ def main(chip):
     device = described_tpu(chip)
     per_head = jax.ShapeDtypeStruct((1, TOKENS, HEADS), jnp.bfloat16)
     tokens = jax.ShapeDtypeStruct((*per_head.shape, DIM), jnp.bfloat16)
-    rows = dict.fromkeys(("query", "key", "value"), tokens)
+    rows: dict[str, Any] = dict.fromkeys(("query", "key", "value"), tokens)
     rows["controls"] = dict.fromkeys(mc.memories.GatedDeltaNet().controls, per_head)
     for function in (forward, both):
-        compiled = jax.jit(function).lower(*placed((rows,), device)).compile()
+        compiled: Any = jax.jit(function).lower(*placed((rows,), device)).compile()
         memory = compiled.memory_analysis()
         passed = memory.argument_size_in_bytes + memory.output_size_in_bytes
         print(function.__name__, compiled.cost_analysis()["bytes accessed"] / passed, flush=True)
