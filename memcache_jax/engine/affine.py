@@ -1,6 +1,7 @@
 """Writing blocks of an affine memory: the maps of all chunks are made at once, then applied."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,10 @@ def write_affine(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> t
     if not apart and begins.sum() > 1:
         goes_on = jnp.broadcast_to(jnp.asarray(~begins, key.dtype), key.shape[:4])
 
+    on_chip = how.implementation == "pallas_tpu" and memory.on_chip
+    if on_chip:
+        rows = _as_they_came(memory, rows, how.dtypes)
+
     def chunk(operands: tuple) -> AffineChunk:
         before, goes_on, rows = operands
         matrix = jnp.zeros((rows.key.shape[-1], rows.value.shape[-1]), rows.key.dtype)
@@ -56,10 +61,31 @@ def write_affine(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> t
         batch_dims=len(lead),
         keep=chunks,
         implementation=how.implementation,
+        on_chip=jnp.result_type(rows.query, rows.key, rows.value) if on_chip else None,
     )
     last = jax.tree.map(lambda x: x[:, :, :, -1], carried)
     states = last._replace(matrix=ends.reshape(*batch, *ends.shape[-2:]))
     return states, {"reads": y.reshape(*rows.query.shape[:-1], -1)}
+
+
+def _as_they_came(memory: AffineMemory, rows: Rows, dtypes: Any) -> Rows:
+    """The rows in bfloat16 again if they came so, and documents as controls that forget."""
+    if dtypes is not None:
+        came = {name: getattr(dtypes, name) for name in ("query", "key", "value", "controls")}
+        narrow = {name: jax.tree.map(_narrowed, getattr(rows, name), came[name]) for name in came}
+        rows = rows._replace(**narrow)
+    if rows.begun is None:
+        return rows
+    firsts = _for_each(first_of_documents, 4)(rows.begun.astype(jnp.int32))
+    controls = _for_each(memory.forgetting, 4)(rows.controls, firsts)
+    made = {
+        name: x.astype(jnp.float32) for name, x in controls.items() if name not in rows.controls
+    }
+    return rows._replace(controls={**controls, **made}, begun=None)
+
+
+def _narrowed(x: Array, dtype: Any) -> Array:
+    return x.astype(dtype) if dtype == jnp.bfloat16 else x
 
 
 def _for_each(function: Callable, dims: int) -> Callable:

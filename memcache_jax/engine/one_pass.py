@@ -6,7 +6,16 @@ from memcache_jax._typing import Array, Float, Implementation, Int, Start
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.engine import reference
 from memcache_jax.engine.documents import count_documents
-from memcache_jax.engine.run import OnePass, cut_for, full_controls, run, widen, writing
+from memcache_jax.engine.run import (
+    OnePass,
+    cut_for,
+    full_controls,
+    heads_first,
+    run,
+    wide_dtype,
+    widened,
+    writing,
+)
 from memcache_jax.engine.types import Tokens
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Segmentation
@@ -27,12 +36,12 @@ def one_pass(
     value, length = tokens.value, tokens.key.shape[1]
     plan = segmentation.plan(length)
     full = full_controls(memory, tokens.controls, tokens.key, tokens.value)
-    tokens = widen(**tokens._replace(controls=full)._asdict())
-    weights = {name: weight.astype(tokens.key.dtype) for name, weight in weights.items()}
+    tokens = heads_first(**tokens._replace(controls=full)._asdict())
+    weights = {name: weight.astype(wide_dtype(tokens)) for name, weight in weights.items()}
     document = None if document_ids is None else count_documents(document_ids)
     if implementation == "reference":
         y = reference.memory_caching(
-            tokens,
+            widened(tokens),
             weights,
             document,
             memory=memory,

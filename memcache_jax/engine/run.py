@@ -111,10 +111,11 @@ def writing(
 
     def initial(shape: tuple[int, ...]) -> State:
         sizes = tokens.key.shape[-1], tokens.value.shape[-1]
-        states = initial_states(memory, weights, shape, *sizes, tokens.key.dtype)
+        states = initial_states(memory, weights, shape, *sizes, wide_dtype(tokens))
         return vary(states, varying(tokens.key))
 
-    return Writing(memory, needs_of(aggregation, memory), initial, implementation)
+    dtypes = jax.tree.map(lambda x: x.dtype, tokens)
+    return Writing(memory, needs_of(aggregation, memory), initial, implementation, dtypes=dtypes)
 
 
 def needs_of(aggregation: Aggregation, memory: Memory) -> tuple[LivePart, ...]:
@@ -183,11 +184,31 @@ def widen(
     dtype: DTypeLike | None = None,
 ) -> Tokens:
     """Tokens (b, h, t, ...), by default in float32 or wider, from arrays (b, t, h, ...)."""
-    if dtype is None:
-        dtype = jnp.promote_types(jnp.result_type(query, key, value), jnp.float32)
+    tokens = heads_first(query, key, value, connector, controls)
+    return widened(tokens, dtype)
+
+
+def heads_first(
+    query: Array,
+    key: Array,
+    value: Array,
+    connector: Array | None,
+    controls: Mapping[str, Array],
+) -> Tokens:
+    """Tokens (b, h, t, ...) in the dtypes of these arrays (b, t, h, ...)."""
     connector = jnp.zeros_like(query) if connector is None else connector
     tokens = Tokens(query, key, value, connector, dict(controls))
-    return jax.tree.map(lambda x: jnp.moveaxis(x.astype(dtype), 2, 1), tokens)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 2, 1), tokens)
+
+
+def wide_dtype(tokens: Tokens) -> Any:
+    """The dtype that tokens are computed in: float32, or what they have if it is wider."""
+    return jnp.promote_types(jnp.result_type(tokens.query, tokens.key, tokens.value), jnp.float32)
+
+
+def widened(tokens: Tokens, dtype: DTypeLike | None = None) -> Tokens:
+    """Tokens in this dtype, by default ``wide_dtype``."""
+    return jax.tree.map(lambda x: x.astype(dtype or wide_dtype(tokens)), tokens)
 
 
 def full_controls(
@@ -225,7 +246,11 @@ def cut_for(
 def cut(
     tokens: Tokens, document: Int[Array, "b t"] | None, plan: ReadPlan, block: int, chunk: int
 ) -> Blocks:
-    """Cuts tokens (b, h, t, ...) into the plan's blocks, of ``block`` tokens, and chunks."""
+    """Cuts tokens (b, h, t, ...) into the plan's blocks, of ``block`` tokens, and chunks.
+
+    They are widened last of all: what takes narrow ones undoes just that.
+    """
+    dtype = wide_dtype(tokens)
     padding = plan.num_blocks * block - tokens.key.shape[2]
 
     def split(x: Array) -> Array:
@@ -238,11 +263,16 @@ def cut(
     if document is not None:
         document = jnp.pad(document, ((0, 0), (0, padding)), mode="edge")
         document = document.reshape(-1, plan.num_blocks, block)
-        begun = begun_in_chunk(document, chunk).astype(tokens.key.dtype)
+        begun = begun_in_chunk(document, chunk).astype(dtype)
         begun = jnp.broadcast_to(begun[:, None], tokens.key.shape[:4])
-    rows = Rows(tokens.query, tokens.key, tokens.value, tokens.controls, begun, bad)
-    rows = jax.tree.map(lambda x: x.reshape(*x.shape[:3], -1, chunk, *x.shape[4:]), rows)
-    return Blocks(tokens, document, rows, raw.key)
+
+    def in_chunks(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.reshape(*x.shape[:3], -1, chunk, *x.shape[4:]), tree)
+
+    in_rows = widened(in_chunks(tokens))
+    rows = Rows(in_rows.query, in_rows.key, in_rows.value, in_rows.controls)
+    rows = rows._replace(begun=in_chunks(begun), bad=in_chunks(bad))
+    return Blocks(widened(tokens), document, rows, raw.key.astype(dtype))
 
 
 def exact_chunk(block: int, length: int, most: int) -> int:
