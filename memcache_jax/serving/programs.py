@@ -5,12 +5,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import lax
 
 from memcache_jax._typing import Array, Bool, Float, Int
+from memcache_jax.generation.apart import Frame
 from memcache_jax.generation.generate import extend_logits
 from memcache_jax.generation.sampling import scaled, within_nucleus
+from memcache_jax.nn import LanguageModelConfig
+from memcache_jax.nn.unrolled import UnrolledCache, unrolled_cache
 
 
 class Draws(NamedTuple):
@@ -39,12 +41,20 @@ def decode(
     draws: Draws,
     cache: Any,
     *,
-    graph: Any,
+    graph: Frame,
 ) -> tuple[Int[Array, "b"], Any]:
     """Appends a token in the active rows; returns the next one, and the cache."""
     lengths = active.astype(jnp.int32)
-    cache, logits = extend_logits(nnx.merge(graph, state), tokens[:, None], cache, lengths)
+    cache, logits = extend_logits(graph.merge(state), tokens[:, None], cache, lengths)
     return draw(logits, draws), cache
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def put(cache: Any, row: Array, other: Any, *, config: LanguageModelConfig) -> Any:
+    """Puts a cache of one row, which a prompt has been read into, in place of a row."""
+    if isinstance(cache, UnrolledCache):
+        other = unrolled_cache(config, other)
+    return cache.put(row, other)
 
 
 def draw(logits: Float[Array, "b vocab"], draws: Draws) -> Int[Array, "b"]:
