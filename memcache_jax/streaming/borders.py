@@ -43,9 +43,14 @@ def borders_of(cache: Any, length: int) -> np.ndarray:
 
 
 def num_ends(config: Any) -> int:
-    """How many segments' ends rows can return to at most, to keep inputs of."""
+    """How many segments' ends to keep inputs of: none that rows can return to is overwritten.
+
+    They are those of all cached states, the one after them, and those that ``rewind`` takes back.
+    """
     slots = config.slots
-    return len(slots.schedule.begins) if isinstance(slots, Planned) else max(1, slots.num_slots)
+    if isinstance(slots, Planned):
+        return len(slots.schedule.begins)
+    return slots.num_slots + 1 - (-config.rewind // config.segmentation.size)
 
 
 def returned(
