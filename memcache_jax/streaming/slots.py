@@ -175,11 +175,13 @@ class Recent:
     def store(
         self, record: Kept, block: Int[Array, "b"], ends: Bool[Array, "b"]
     ) -> tuple[Kept, Int[Array, "b 1"], Merge | None]:
-        """An empty slot, or the one that the policy frees."""
+        """An empty slot, or the one that the policy frees; none where no policy does."""
         empty = record.segments == 0
         full = ~empty.any(axis=1)
         place, merge = jnp.argmax(empty, axis=1), None
-        if self.eviction is not None:
+        if self.eviction is None:  # the row ends with the block, and nothing will read its state
+            ends &= ~full
+        else:
             record, room, merge = self.eviction.make_room(record, block, full & ends)
             place = jnp.where(full, room, place)
         place = jnp.where(ends, place, self.num_slots)

@@ -31,7 +31,7 @@ def go_back(model, **options):
     )
     tokens = np.random.default_rng(0).integers(VOCAB, size=(ROWS, LENGTH))
     cache = model.init_cache(ROWS, LENGTH, **options)
-    taken, then = np.array([29, 17, 32]), np.array([13, 16, 30])
+    taken, then = np.array([LENGTH, 17, 32]), np.array([13, 16, 30])
     begin = then // SEGMENT * SEGMENT
     wanted = model.init_cache(ROWS, LENGTH, **options)
     for at in range(0, LENGTH, SEGMENT):
@@ -66,7 +66,7 @@ def test_near_and_far():
     known: Any = np.array([0, 1, 2])
     for given, position, message in (
         (tokens[:, :20], np.array([0, 1, 21]), "at least 21 of each row, got 20"),
-        (tokens, np.array([0, 1, 33]), r"taken \[29, 17, 32\] tokens, cannot return to \[0, 1, 33"),
+        (tokens, np.array([0, 1, 33]), r"taken \[40, 17, 32\] tokens, cannot return to \[0, 1, 33"),
         (tokens, known[:2], r"position must be integers \(b,\) of the cache's 3 rows, got"),
         (tokens[:2], known, r"tokens must be integers \(b, t\) of the cache's 3 rows, got"),
         (tokens + VOCAB, known, "tokens must hold token ids from 0 to 22, got"),
