@@ -82,6 +82,7 @@ def test_layers_that_shift_and_turn():
     keys = recurrent.Path(2, 4, shift=True, conv_width=3)
     shifted = recurrent.RecurrentMixer(
         *(mc.memories.RetNet(), keys, keys, recurrent.Path(2, 6, shift=True)),
+        aggregation=mc.GRM(),
         segmentation=mc.Constant(SEGMENT),
     )
     go_back(model_of(shifted, mc.nn.ParallelMixer(CACHING, mc.nn.AttentionMixer())), keep_ends=True)
