@@ -11,6 +11,7 @@ from jax import lax
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.generation.drafts import merge
 from memcache_jax.generation.sampling import probabilities, sample
+from memcache_jax.nn.unrolled import Unrolled, for_steps, unrolled_cache
 
 
 @functools.partial(
@@ -45,6 +46,9 @@ def speculate(
     proposer, vocab = merge(draft, drafts), net.config.vocab_size
     options = dict(cache) | dict(rewind=proposer.tokens)
     hidden, past = net.extend(prompt, net.init_cache(len(prompt), size, **options), lengths)
+    stepping = for_steps(net)
+    if isinstance(stepping, Unrolled):
+        past = unrolled_cache(net.config, past)
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
     first = sample(jax.random.fold_in(key, 0), net.logits(last), numbers, **sampling)
     room = prompt.shape[1] + size + proposer.tokens + 1
@@ -66,7 +70,7 @@ def speculate(
         tokens, chances, draft_past = proposer.propose(draft_past, *args, **sampling)
         last = jnp.take_along_axis(known, count[:, None] - 1, axis=1)
         given = jnp.concatenate([last, tokens], axis=1)
-        hidden, past = net.extend(given, past, most + 1)
+        hidden, past = stepping.extend(given, past, most + 1)
         wanted = probabilities(net.logits(hidden), numbers, **sampling)
         kept, next_token = accept(of_model, tokens, chances, wanted, most)
         past = past.rewind(jnp.maximum(most - kept, 0))

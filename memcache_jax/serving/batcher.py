@@ -10,14 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from memcache_jax import _checks
 from memcache_jax._typing import Array
+from memcache_jax.generation.apart import apart
 from memcache_jax.generation.generate import extend_in_place
 from memcache_jax.generation.sampling import Sampling
 from memcache_jax.nn import LanguageModel
 from memcache_jax.nn.model_cache import LanguageModelCache
+from memcache_jax.nn.unrolled import for_steps
 from memcache_jax.serving.ids import Ids, as_ids
 from memcache_jax.serving.prefix_store import PrefixStore
 from memcache_jax.serving.programs import Draws, decode, draw_scored, put
@@ -88,12 +89,15 @@ class Batcher:
         if store is not None:
             _checks.check_instance("store", store, PrefixStore, "an mc.PrefixStore")
         self.model, self.max_length, self.store, self.text_of = model, max_length, store, text_of
-        self._graph, self._state = nnx.split(model)
+        self._graph, self._state = apart(model)
         options = _checks.check_mapping("cache", cache)
-        self._new_cache = functools.partial(model.init_cache, rows, max_length, **options)
-        self._cache, self._empty = self._new_cache(), model.init_cache(1, max_length, **options)
-        if self._cache.max_length is not None:  # policies that make no room may have less
-            self.max_length = min(max_length, self._cache.max_length)
+        self._empty = model.init_cache(1, max_length, **options)
+        steps: Any = model if "sharding" in options else for_steps(model)
+        self._steps = apart(steps)
+        self._new_cache = functools.partial(steps.init_cache, rows, max_length, **options)
+        self._cache: Any = self._new_cache()
+        if self._empty.max_length is not None:  # policies that make no room may have less
+            self.max_length = min(max_length, self._empty.max_length)
         self._rows: list[Request | None] = [None] * rows
         self._waiting: collections.deque[Request] = collections.deque()
         self._reading: tuple[Request, LanguageModelCache, int] | None = None
@@ -182,18 +186,17 @@ class Batcher:
     def step(self) -> bool:
         """Reads a piece of a prompt, and appends a token in each row.
 
+        If the device fails, requests in rows end with its error, and the batcher serves the others.
+
         Returns:
           Whether there was anything to do.
         """
         self._end_cancelled()
         try:
-            read = self._read_piece()
-        except Exception as error:  # of one prompt, such as a store of other caches
-            if self._reading is None:
-                raise
-            self._reading[0].end("error", error)
-            self._reading, read = None, True
-        return self._decode() or read
+            return self._read_or_end() | self._decode()
+        except Exception as error:  # of the device: what the rows held may be lost
+            self._end_rows(error)
+            return True
 
     def run(self) -> None:
         """Takes steps until no request is left."""
@@ -232,18 +235,30 @@ class Batcher:
         while True:
             self._wake.clear()
             stopping = self._stopping  # before the step: what was submitted until then is served
-            try:
-                busy = self.step()
-            except Exception as error:  # of the device: what the rows held may be lost
-                for row, request in enumerate(self._rows):
-                    if request is not None:
-                        request.end("error", error)
-                        self._leave(row, request)
-                self._cache, busy = self._new_cache(), True
+            busy = self.step()
             if not busy:
                 if stopping:
                     return
                 self._wake.wait()
+
+    def _read_or_end(self) -> bool:
+        """Reads a piece; what goes wrong with a prompt, such as another store, ends it."""
+        try:
+            return self._read_piece()
+        except Exception as error:
+            if self._reading is None:
+                raise
+            self._reading[0].end("error", error)
+            self._reading = None
+            return True
+
+    def _end_rows(self, error: Exception) -> None:
+        """Ends the requests in all rows, and empties them for others."""
+        for row, request in enumerate(self._rows):
+            if request is not None:
+                request.end("error", error)
+                self._leave(row, request)
+        self._cache = self._new_cache()
 
     def _end_cancelled(self) -> None:
         for row, request in enumerate(self._rows):
@@ -290,7 +305,7 @@ class Batcher:
             self._reading = request, cache, taken
             return True
         row = self._rows.index(None)
-        self._cache = put(self._cache, jnp.int32(row), cache)
+        self._cache = put(self._cache, jnp.int32(row), cache, config=self.model.config)
         self._rows[row], self._reading = request, None
         self._add([row], *draw_scored(logits, Draws.of([request])))
         return True
@@ -315,9 +330,9 @@ class Batcher:
         if not active.any():
             return False
         tokens = np.array([0 if r is None else r.tokens[-1] for r in self._rows], np.int32)
+        graph, state = self._steps
         new, scores, self._cache = decode(
-            *(self._state, tokens, active, Draws.of(self._rows), self._cache),
-            graph=self._graph,
+            *(state, tokens, active, Draws.of(self._rows), self._cache), graph=graph
         )
         self._add(list(range(len(self._rows))), new, scores)
         return True

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from memcache_jax._checks import check_ids, check_instance, check_integer
 from memcache_jax._typing import Array, Float
+from memcache_jax.generation.apart import apart
 from memcache_jax.generation.generate import extend_in_place
 from memcache_jax.generation.prompts import buffer_size, longest
 from memcache_jax.nn import LanguageModel
@@ -185,7 +185,7 @@ class PrefixStore:
         cache, known = self.match(ids)
         if cache is None:
             cache = jax.tree.map(jnp.copy, empty)
-        graph, state = nnx.split(model)
+        graph, state = apart(model)
         logits: Any = None
         ends = [*range((known // step + 1) * step, len(ids), step), len(ids)]
         for begin, end in zip([known, *ends], ends, strict=False):

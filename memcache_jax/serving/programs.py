@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 
 from memcache_jax._typing import Array, Bool, Float, Int
+from memcache_jax.generation.apart import Frame
 from memcache_jax.generation.generate import extend_logits
 from memcache_jax.generation.sampling import scaled, within_nucleus
-from memcache_jax.nn.model_cache import LanguageModelCache
+from memcache_jax.nn import LanguageModelConfig
+from memcache_jax.nn.unrolled import UnrolledCache, unrolled_cache
 from memcache_jax.serving.request import Request
 from memcache_jax.serving.scores import Scores, scores_if
 
@@ -62,11 +63,11 @@ def decode(
     draws: Draws,
     cache: Any,
     *,
-    graph: Any,
+    graph: Frame,
 ) -> tuple[Int[Array, "b"], Scores, Any]:
     """Appends a token in the active rows; returns the next one, its scores, and the cache."""
     lengths = active.astype(jnp.int32)
-    cache, logits = extend_logits(nnx.merge(graph, state), tokens[:, None], cache, lengths)
+    cache, logits = extend_logits(graph.merge(state), tokens[:, None], cache, lengths)
     return *draw_scored(logits, draws), cache
 
 
@@ -75,6 +76,14 @@ def draw_scored(logits: Float[Array, "b vocab"], draws: Draws) -> tuple[Int[Arra
     """As ``draw``, and the tokens' scores if any row wants them."""
     tokens = draw(logits, draws)
     return tokens, scores_if(draws.scored.any(), logits, tokens)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def put(cache: Any, row: Array, other: Any, *, config: LanguageModelConfig) -> Any:
+    """Puts a cache of one row, which a prompt has been read into, in place of a row."""
+    if isinstance(cache, UnrolledCache):
+        other = unrolled_cache(config, other)
+    return cache.put(row, other)
 
 
 def draw(logits: Float[Array, "b vocab"], draws: Draws) -> Int[Array, "b"]:
@@ -104,9 +113,3 @@ def draw(logits: Float[Array, "b vocab"], draws: Draws) -> Int[Array, "b"]:
     token = jnp.where(draws.temperature > 0, token, greedy)
     broken = jnp.isnan(logits) | (logits == jnp.inf)  # a logit of -inf is a token that never comes
     return jnp.where(broken.any(axis=-1), -1, token)
-
-
-@functools.partial(jax.jit, donate_argnames="cache")
-def put(cache: LanguageModelCache, row: Array, other: LanguageModelCache) -> LanguageModelCache:
-    """A cache with another one's row in place of one of its own; its arrays are used again."""
-    return cache.put(row, other)

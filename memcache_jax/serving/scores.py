@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 
 from memcache_jax import _checks
 from memcache_jax._typing import Array, Bool, Float, Int
+from memcache_jax.generation.apart import Frame
 
 MOST_LIKELY = 20
 """The most tokens of a place that are told."""
@@ -87,7 +87,7 @@ def scores_if(wanted: Bool[Array, ""], logits: Array, tokens: Array) -> Scores:
 
 
 def read_scored(
-    state: Any, prompt: Int[np.ndarray, "n"], begin: int, end: int, cache: Any, *, graph: Any
+    state: Any, prompt: Int[np.ndarray, "n"], begin: int, end: int, cache: Any, *, graph: Frame
 ) -> tuple[Any, Float[Array, "1 vocab"], Scores]:
     """Extends a cache by a piece of a prompt.
 
@@ -104,9 +104,9 @@ def read_scored(
 
 @functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
 def _extend_scored(
-    state: Any, tokens: Array, following: Array, cache: Any, *, graph: Any
+    state: Any, tokens: Array, following: Array, cache: Any, *, graph: Frame
 ) -> tuple[Any, Float[Array, "1 vocab"], Scores]:
-    model = nnx.merge(graph, state)
+    model = graph.merge(state)
     hidden, cache = model.extend(tokens, cache)
     logits = model.logits(hidden)[0]
     return cache, logits[-1:], scores_of(logits, following)

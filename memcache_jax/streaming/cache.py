@@ -7,16 +7,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from memcache_jax import _checks
 from memcache_jax._checks import check_weights
-from memcache_jax._typing import Array, Int, Start, State
+from memcache_jax._typing import Array, Bool, Int, Start, State
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Segmentation
 from memcache_jax.streaming import storage
+from memcache_jax.streaming.borders import borders_of, returned
 from memcache_jax.streaming.config import CacheConfig
 from memcache_jax.streaming.eviction import Eviction
 from memcache_jax.streaming.past import Past, empty_past, rewound
@@ -134,6 +136,16 @@ class Cache(MixerCache):
     def rewound(self, tokens: Int[Array, "b"]) -> "Cache":
         """As ``MixerCache.rewound``."""
         return rewound(self, tokens)
+
+    def borders(self, length: int) -> np.ndarray:
+        """As ``MixerCache.borders``."""
+        return borders_of(self, length)
+
+    def returned(
+        self, position: Int[Array, "b"], rows: Bool[Array, "b"]
+    ) -> tuple["Cache", Bool[Array, "b"]]:
+        """As ``MixerCache.returned``."""
+        return returned(self, position, rows)
 
 
 def init_cache(

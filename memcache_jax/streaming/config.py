@@ -21,7 +21,7 @@ from memcache_jax.streaming.slots import Planned, Recent, Slots
 
 def check_options(options: Mapping[str, Any]) -> None:
     """Raises ValueError unless these are options of ``init_cache`` for keeping states."""
-    known = ("max_segments", "policy", "cache_dtype", "placement", "rewind")
+    known = ("max_segments", "policy", "cache_dtype", "placement", "rewind", "keep_ends")
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(f"a cache has no options {unknown}; it has {list(known)}")

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -73,6 +74,20 @@ class Planned:
         """
         stores = self._row(self.schedule.stores, block)
         return record, jnp.where(ends[:, None] & (stores >= 0), stores, self.num_slots), None
+
+    def returned(
+        self, record: Any, now: Int[Array, "b"], then: Int[Array, "b"]
+    ) -> tuple[Any, Bool[Array, "b slots"], Int[Array, "b"], Bool[Array, "b"]]:
+        """Goes back from one block to the begin of another.
+
+        Returns:
+          The record there, the slots that were empty, the slot of the newest state, and in which
+          rows all slots that were not empty hold what they did.
+        """
+        held, last = self.schedule.held, len(self.schedule.held) - 1
+        now, was = (jnp.asarray(held)[jnp.clip(x, 0, last)] for x in (now, then))
+        place = self._row(self.schedule.stores, jnp.maximum(then - 1, 0))[:, 0]
+        return record, (now >= 0) & (was < 0), place, ((now == was) | (was < 0)).all(axis=1)
 
     def tokens(self, block: Int[Array, "b"]) -> Int[Array, "b tracks"]:
         """Number of tokens of each state that ends with the block."""
@@ -139,6 +154,20 @@ class Recent:
         gates = jnp.where(active[:, None], gates, 0)
         return record._replace(gates=record.gates + gates.astype(record.gates.dtype))
 
+    def returned(
+        self, record: Kept, now: Int[Array, "b"], then: Int[Array, "b"]
+    ) -> tuple[Kept, Bool[Array, "b slots"], Int[Array, "b"], Bool[Array, "b"]]:
+        """Goes back to the begin of an earlier segment."""
+        del now
+        held = record.segments > 0
+        stays = held & (record.newest < then[:, None])
+        kept = jax.tree.map(lambda x: jnp.where(stays, x, jnp.zeros((), x.dtype)), record)
+        newest = stays & (record.newest == then[:, None] - 1)
+        place = jnp.argmax(newest, axis=1)
+        # As many as there were: none has been dropped since, or merged with a later one.
+        whole = stays.sum(axis=1) == jnp.minimum(then, self.num_slots)
+        return kept, held & ~stays, place, whole
+
     def tokens(self, block: Int[Array, "b"]) -> Int[Array, "b 1"]:
         """A segment's."""
         return jnp.full((len(block), 1), self.size)
@@ -146,11 +175,13 @@ class Recent:
     def store(
         self, record: Kept, block: Int[Array, "b"], ends: Bool[Array, "b"]
     ) -> tuple[Kept, Int[Array, "b 1"], Merge | None]:
-        """An empty slot, or the one that the policy frees."""
+        """An empty slot, or the one that the policy frees; none where no policy does."""
         empty = record.segments == 0
         full = ~empty.any(axis=1)
         place, merge = jnp.argmax(empty, axis=1), None
-        if self.eviction is not None:
+        if self.eviction is None:  # the row ends with the block, and nothing will read its state
+            ends &= ~full
+        else:
             record, room, merge = self.eviction.make_room(record, block, full & ends)
             place = jnp.where(full, room, place)
         place = jnp.where(ends, place, self.num_slots)

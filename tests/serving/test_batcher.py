@@ -154,6 +154,27 @@ def test_a_store_of_prefixes():
         failed.result(0)
 
 
+def test_a_device_that_fails_once(monkeypatch):
+    """Requests in rows get its error; those that wait are served, as if nothing had been."""
+    served, calls = batcher(), []
+
+    def decode_but_once(*args, **options):
+        calls.append(None)
+        if len(calls) == 7:
+            jax.tree.map(lambda x: x.delete(), args[-1])  # as after a call that was given it
+            raise OSError("the device has gone")
+        return decode(*args, **options)
+
+    monkeypatch.setattr("memcache_jax.serving.batcher.decode", decode_but_once)
+    requests = [served.submit(ids(1, 6), 9) for _ in range(5)]
+    served.run()
+    for request in requests[:3]:
+        with pytest.raises(OSError, match="the device has gone"):
+            request.result()
+    assert [len(request.tokens) for request in requests[3:]] == [9, 9]
+    assert requests[3].tokens == requests[4].tokens
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_nobody_waits_for_a_thread_that_has_died():
     def leave(token):
