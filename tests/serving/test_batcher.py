@@ -133,13 +133,14 @@ def test_a_store_of_prefixes():
     store = mc.PrefixStore(10**8)
     served = batcher(store=store)
     prompts = [ids(0, 21), np.append(ids(0, 17), ids(1, 8)), ids(0, 21)]
-    requests = []
+    requests, compiled = [], []
+    programs: tuple[Any, Any] = extend_in_place, decode
     for prompt in prompts:
-        compiled = [program._cache_size() for program in (extend_in_place, decode)]
+        compiled = [program._cache_size() for program in programs]
         requests.append(served.submit(prompt, 10))
         served.run()
     # The programs of what is found are those of what is read.
-    assert compiled == [program._cache_size() for program in (extend_in_place, decode)]
+    assert compiled == [program._cache_size() for program in programs]
     assert [request.known for request in requests] == [0, 16, 20]
     assert requests[0].tokens == requests[2].tokens
     plain = batcher()
