@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import re
 import threading
 from pathlib import Path
 
@@ -33,6 +34,13 @@ def address():
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
         thread.join()
+
+
+def test_links_lead_to_files(address):
+    for page in SITE.rglob("index.html"):
+        for link in re.findall(r'(?:href|src)="([^":#?]+)[#?"]', page.read_text()):
+            target = (page.parent / link).resolve() if link[0] != "/" else SITE / link[1:]
+            assert (target / "index.html").exists() or target.is_file(), f"{page}: {link}"
 
 
 def test_every_page(address):
