@@ -91,10 +91,12 @@ class Study:
     def _result(self, case: Case) -> Row | None:
         return next((row["result"] for row in self._measured if row["case"] == case), None)
 
-    def write_table(self, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Prints a table and writes it to ``table.md``."""
+    def write_table(
+        self, header: Sequence[str], rows: Sequence[Sequence[Any]], name: str = "table"
+    ) -> None:
+        """Prints a table and writes it to ``table.md``, or under another name."""
         text = markdown(header, rows)
-        replace_file(self.workdir / "table.md", text + "\n")
+        replace_file(self.workdir / f"{name}.md", text + "\n")
         print(f"\n{text}\n")
 
     def write_picture(self, figure: Any, name: str) -> None:

@@ -1,6 +1,7 @@
 """Memory Caching (arXiv:2602.24281) in JAX: recurrent sequence models whose memory grows."""
 
 from memcache_jax import memories, nn, presets, pretrained, sharding
+from memcache_jax.adaptive import Adaptive
 from memcache_jax.aggregation import GRM, SSC, Aggregation, Residual, Soup
 from memcache_jax.caching import memory_caching
 from memcache_jax.gating import Gate
@@ -15,6 +16,7 @@ __version__ = "0.2.0"
 __all__ = [
     "GRM",
     "SSC",
+    "Adaptive",
     "Aggregation",
     "Batcher",
     "Cache",

@@ -3,8 +3,10 @@
 import jax.numpy as jnp
 
 from memcache_jax._typing import Array, Float, Implementation, Int, Start
+from memcache_jax.adaptive import Adaptive
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.engine import reference
+from memcache_jax.engine.borders import find_borders
 from memcache_jax.engine.documents import count_documents
 from memcache_jax.engine.run import (
     OnePass,
@@ -39,19 +41,26 @@ def one_pass(
     tokens = heads_first(**tokens._replace(controls=full)._asdict())
     weights = {name: weight.astype(wide_dtype(tokens)) for name, weight in weights.items()}
     document = None if document_ids is None else count_documents(document_ids)
+    borders = None
+    if isinstance(segmentation, Adaptive):
+        borders = find_borders(segmentation, tokens.key, document)
     if implementation == "reference":
         y = reference.memory_caching(
             widened(tokens),
             weights,
             document,
+            borders,
             memory=memory,
             aggregation=aggregation,
             plan=plan,
             start=start,
         )
     else:
+        carries = start == "checkpoint"
+        if borders is not None and not carries:  # segments begin as documents do
+            document = borders.of_tokens(length)
         blocks = cut_for(memory, tokens, document, plan, length)
         how = writing(memory, aggregation, tokens, weights, implementation)
-        y, _, _ = run(OnePass(plan, start == "checkpoint"), how, aggregation, blocks)
+        y, _, _ = run(OnePass(plan, carries, borders), how, aggregation, blocks)
         y = y.reshape(*y.shape[:2], -1, y.shape[-1])[:, :, :length]
     return jnp.moveaxis(y, 1, 2).astype(value.dtype)

@@ -7,12 +7,15 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from memcache_jax._typing import Array, Float, Int, State
 from memcache_jax._varying import vary, varying
+from memcache_jax.adaptive import Adaptive
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.engine.bank import bucket_states, compose_plan, document_states
+from memcache_jax.engine.borders import Borders, adaptive_candidates, find_borders, states_of
 from memcache_jax.engine.documents import begun_in_chunk, document_candidates
 from memcache_jax.engine.finite import cleaned
 from memcache_jax.engine.read import ArrayBank, Bank, Live
@@ -68,14 +71,21 @@ class OnePass(Layout):
     Attributes:
       plan: its buckets and who reads them.
       carries: whether each segment continues from the one before.
+      borders: where segments end if the tokens decide; None if the plan does.
     """
 
     plan: ReadPlan
     carries: bool
+    borders: Borders | None = None
 
     def write(self, how: Writing, rows: Rows) -> tuple[Run, Views]:
-        """In sequence, or in parallel if every segment begins anew."""
+        """In sequence, or in parallel if every segment begins anew.
+
+        Where tokens decide, segments begin within a sequence as documents do.
+        """
         plan = self.plan
+        if self.borders is not None:
+            return write_blocks(how, rows, np.arange(plan.num_blocks) == 0)
         spans = bool(plan.spans_segments.any()) and not self.carries
         how = how.with_maps(spans and compose_plan(how.memory, plan))
         return write_blocks(how, rows, plan.begins & (not self.carries))
@@ -83,6 +93,10 @@ class OnePass(Layout):
     def cached(self, how: Writing, ends: Run, blocks: Blocks) -> tuple[Bank, Candidates]:
         """The states at the ends of buckets, and the buckets that each block may read."""
         plan, document, keys = self.plan, blocks.document, (blocks.tokens.key, blocks.pooled)
+        if self.borders is not None:
+            candidates = adaptive_candidates(plan, *keys, self.borders)
+            matrices = how.memory.matrices(states_of(self.borders, ends.state))
+            return ArrayBank(how.memory, matrices, how.implementation), candidates
         if document is None:
             candidates = candidates_of(plan, *keys)
         else:
@@ -167,7 +181,12 @@ def gates_of_tokens(
     dtype = jnp.promote_types(jnp.result_type(key, connector), jnp.float32)
     tokens = widen(key, key, key, connector, {}, dtype)
     blocks = cut(tokens, None, plan, min(plan.block_size, length), chunk=1)
-    candidates = candidates_of(plan, blocks.tokens.key, blocks.pooled)
+    keys = blocks.tokens.key, blocks.pooled
+    if isinstance(segmentation, Adaptive):
+        borders = find_borders(segmentation, tokens.key, None)
+        candidates = adaptive_candidates(plan, *keys, borders)
+    else:
+        candidates = candidates_of(plan, *keys)
     selection = aggregation.select(blocks.tokens.connector, candidates)
     cached = gates_by_state(selection, len(plan.buckets))
     gates = jnp.concatenate([cached, selection.live[..., None]], axis=-1)

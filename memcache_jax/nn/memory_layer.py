@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from memcache_jax import _checks
 from memcache_jax._typing import Array, Exchange, Float, Implementation, Int, Start
+from memcache_jax.adaptive import Adaptive
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.caching import memory_caching
 from memcache_jax.engine.run import gates_of_tokens
@@ -239,7 +240,8 @@ class MemoryLayer(nnx.Module):
         division = Division.of(*((row, "b t h .") for row in rows))
         if division is None:
             return gates(*rows)
-        return division.whole("t").run(gates, rows, ("b t h .", "b t h ."), "b t h .")
+        whole = ("t", "h") if isinstance(self.segmentation, Adaptive) else ("t",)
+        return division.whole(*whole).run(gates, rows, ("b t h .", "b t h ."), "b t h .")
 
     def init_cache(
         self,

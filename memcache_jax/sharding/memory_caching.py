@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memcache_jax._typing import Array, Exchange, Float, Implementation, Int, Start
+from memcache_jax.adaptive import Adaptive
 from memcache_jax.aggregation import GRM, SSC, Aggregation, Residual, Soup
 from memcache_jax.engine.bank import compose_plan
 from memcache_jax.engine.documents import count_documents
@@ -168,7 +169,7 @@ def check_parts(
     spans, checkpoint = plan.spans_segments.any(), start == "checkpoint"
     wanted = (
         (
-            plan.begins.all() and not isinstance(segmentation, Lengths),
+            plan.begins.all() and not isinstance(segmentation, (Lengths, Adaptive)),
             f"segments of one size, got {segmentation}",
         ),
         (

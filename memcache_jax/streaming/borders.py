@@ -9,7 +9,7 @@ import numpy as np
 
 from memcache_jax._typing import Array, Bool, Int
 from memcache_jax.streaming.ring import where_rows
-from memcache_jax.streaming.slots import Planned
+from memcache_jax.streaming.slots import Decided, Planned
 
 
 def borders_of(cache: Any, length: int) -> np.ndarray:
@@ -20,7 +20,9 @@ def borders_of(cache: Any, length: int) -> np.ndarray:
     """
     config, slots = cache.config, cache.config.slots
     why = None
-    if slots.num_tracks > 1:
+    if isinstance(slots, Decided):
+        why = f"{config.segmentation} decides borders as it goes, and keeps no list of them"
+    elif slots.num_tracks > 1:
         why = (
             f"{config.segmentation} writes buckets over several segments, and keeps only their ends"
         )
@@ -48,6 +50,11 @@ def num_ends(config: Any) -> int:
     They are those of all cached states, the one after them, and those that ``rewind`` takes back.
     """
     slots = config.slots
+    if isinstance(slots, Decided):
+        raise ValueError(
+            f"keep_ends needs segments with known ends, which {config.segmentation} does not have; "
+            "a PrefixStore keeps caches"
+        )
     if isinstance(slots, Planned):
         return len(slots.schedule.begins)
     return slots.num_slots + 1 - (-config.rewind // config.segmentation.size)

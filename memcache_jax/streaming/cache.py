@@ -268,7 +268,7 @@ def _empty(
         anchor=own(state) if memory.gradient_chunk else None,
         transition=own(transition),
         key_sum=jnp.zeros((batch, heads, slots.num_tracks, key_dim), dtype),
-        record=own(slots.init(batch)),
+        record=own(slots.init(batch, heads, key_dim, dtype)),
         bank=None,
         pooled=None,
         past=None,

@@ -2,19 +2,20 @@
 
 ``Planned`` follows the tables of a read plan. ``Recent`` is for segments of one size, all of which
 later tokens read: it needs no plan, so a stream may go on for ever, and where its slots are full a
-policy makes room. Both have the same methods, which ``extend`` calls at each block (b,) of the
-rows.
+policy makes room. ``Decided`` is for segments that end where the tokens say. All have the same
+methods, which ``extend`` calls at each block (b,) of the rows.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memcache_jax._typing import Array, Bool, Int
+from memcache_jax._typing import Array, Bool, Float, Int
+from memcache_jax.adaptive import Adaptive
 from memcache_jax.engine.types import Candidates, Keys, Selection
 from memcache_jax.gating import gates_by_state
 from memcache_jax.streaming.eviction import Eviction, Kept, Merge, put
@@ -37,16 +38,16 @@ class Planned:
         """Number of runs that are written side by side, the live one first."""
         return self.schedule.begins.shape[1]
 
-    def init(self, batch: int) -> Any:
+    def init(self, batch: int, heads: int, key_dim: int, dtype: Any) -> Any:
         """The record of what each slot holds, a pytree of arrays (b, ...): here none."""
-        del batch
+        del batch, heads, key_dim, dtype
         return ()
 
-    def begins(self, block: Int[Array, "b"]) -> Bool[Array, "b tracks"]:
+    def begins(self, record: Any, block: Int[Array, "b"]) -> Bool[Array, "b tracks"]:
         """The runs that begin with the block."""
         return self._row(self.schedule.begins, block)
 
-    def first(self, block: Int[Array, "b"]) -> Int[Array, "b"]:
+    def first(self, record: Any, block: Int[Array, "b"]) -> Int[Array, "b"]:
         """The first block of the block's segment."""
         return self._row(self.schedule.first, block)
 
@@ -64,7 +65,11 @@ class Planned:
         return record
 
     def store(
-        self, record: Any, block: Int[Array, "b"], ends: Bool[Array, "b"]
+        self,
+        record: Any,
+        block: Int[Array, "b"],
+        ends: Bool[Array, "b"],
+        key_sum: Float[Array, "b h tracks k"],
     ) -> tuple[Any, Int[Array, "b tracks"], Merge | None]:
         """Makes room for the states that end with the block, in rows where ``ends``.
 
@@ -89,7 +94,7 @@ class Planned:
         place = self._row(self.schedule.stores, jnp.maximum(then - 1, 0))[:, 0]
         return record, (now >= 0) & (was < 0), place, ((now == was) | (was < 0)).all(axis=1)
 
-    def tokens(self, block: Int[Array, "b"]) -> Int[Array, "b tracks"]:
+    def tokens(self, record: Any, block: Int[Array, "b"]) -> Int[Array, "b tracks"]:
         """Number of tokens of each state that ends with the block."""
         return self._row(self.schedule.tokens, block)
 
@@ -116,16 +121,17 @@ class Recent:
 
     num_tracks = 1
 
-    def init(self, batch: int) -> Kept:
+    def init(self, batch: int, heads: int, key_dim: int, dtype: Any) -> Kept:
         """Empty slots."""
+        del heads, key_dim, dtype
         empty = jnp.zeros((batch, self.num_slots), jnp.int32)
         return Kept(empty, empty, empty.astype(jnp.float32))
 
-    def begins(self, block: Int[Array, "b"]) -> Bool[Array, "b 1"]:
+    def begins(self, record: Any, block: Int[Array, "b"]) -> Bool[Array, "b 1"]:
         """All: each block is a segment."""
         return jnp.ones((len(block), 1), bool)
 
-    def first(self, block: Int[Array, "b"]) -> Int[Array, "b"]:
+    def first(self, record: Any, block: Int[Array, "b"]) -> Int[Array, "b"]:
         """The block itself."""
         return block
 
@@ -168,12 +174,16 @@ class Recent:
         whole = stays.sum(axis=1) == jnp.minimum(then, self.num_slots)
         return kept, held & ~stays, place, whole
 
-    def tokens(self, block: Int[Array, "b"]) -> Int[Array, "b 1"]:
+    def tokens(self, record: Any, block: Int[Array, "b"]) -> Int[Array, "b 1"]:
         """A segment's."""
         return jnp.full((len(block), 1), self.size)
 
     def store(
-        self, record: Kept, block: Int[Array, "b"], ends: Bool[Array, "b"]
+        self,
+        record: Kept,
+        block: Int[Array, "b"],
+        ends: Bool[Array, "b"],
+        key_sum: Float[Array, "b h tracks k"],
     ) -> tuple[Kept, Int[Array, "b 1"], Merge | None]:
         """An empty slot, or the one that the policy frees; none where no policy does."""
         empty = record.segments == 0
@@ -193,4 +203,85 @@ class Recent:
         return kept, place[:, None], merge
 
 
-Slots: TypeAlias = Planned | Recent
+class Ended(NamedTuple):
+    """The segments of each row so far.
+
+    Attributes:
+      segments: those that ended; the i-th is in slot i.
+      first: the block with which the live one began.
+      before: the sum of its keys before the current block.
+    """
+
+    segments: Int[Array, "b"]
+    first: Int[Array, "b"]
+    before: Float[Array, "b h k"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decided:
+    """A slot for each segment that may end among so many tokens, where the keys say."""
+
+    segmentation: Adaptive
+    length: int
+
+    @property
+    def num_slots(self) -> int:
+        """Number of slots."""
+        return self.segmentation.most_states(self.length)
+
+    num_tracks = 1
+
+    def init(self, batch: int, heads: int, key_dim: int, dtype: Any) -> Ended:
+        """No segment."""
+        empty = jnp.zeros(batch, jnp.int32)
+        return Ended(empty, empty, jnp.zeros((batch, heads, key_dim), dtype))
+
+    def begins(self, record: Ended, block: Int[Array, "b"]) -> Bool[Array, "b 1"]:
+        """Whether the segment before ended with the block before."""
+        return (record.first == block)[:, None]
+
+    def first(self, record: Ended, block: Int[Array, "b"]) -> Int[Array, "b"]:
+        """As the record says."""
+        del block
+        return record.first
+
+    def candidates(
+        self, record: Ended, block: Int[Array, "b"], keys: Callable[[str], Keys]
+    ) -> Candidates:
+        """The slots of the segments that ended."""
+        del block
+        slot = jnp.arange(self.num_slots)[None, None]
+        distances = record.segments[:, None, None] - slot
+        return Candidates(jnp.where(distances > 0, slot, -1), distances, keys)
+
+    def count_reads(self, record: Ended, selection: Selection, active: Bool[Array, "b"]) -> Ended:
+        """Unchanged."""
+        del selection, active
+        return record
+
+    def tokens(self, record: Ended, block: Int[Array, "b"]) -> Int[Array, "b 1"]:
+        """Those of the live segment up to the block's end."""
+        return ((block + 1 - record.first) * self.segmentation.size)[:, None]
+
+    def store(
+        self,
+        record: Ended,
+        block: Int[Array, "b"],
+        ends: Bool[Array, "b"],
+        key_sum: Float[Array, "b h tracks k"],
+    ) -> tuple[Ended, Int[Array, "b 1"], Merge | None]:
+        """The next slot if the segment ends with the block."""
+        total = key_sum[:, :, 0]
+        own = total - record.before
+        closes = ends & self.segmentation.ends(block - record.first, record.before, own)
+        place = jnp.where(closes, record.segments, self.num_slots)
+        closed, whole = closes[:, None, None], ends[:, None, None]
+        kept = Ended(
+            record.segments + closes,
+            jnp.where(closes, block + 1, record.first),
+            jnp.where(closed, 0, jnp.where(whole, total, record.before)),
+        )
+        return kept, place[:, None], None
+
+
+Slots: TypeAlias = Planned | Recent | Decided

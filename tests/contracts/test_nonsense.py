@@ -82,7 +82,11 @@ def constructors():
     yield mc.Constant, dict(size=8)
     yield mc.Logarithmic, dict(size=8)
     yield mc.Lengths, dict(lengths=(8, 16))
-    for segmentation in (mc.Constant(8), mc.Logarithmic(8), mc.Lengths((8, 16))):
+    yield mc.Adaptive, dict(min=8, max=16, threshold=0.5, block=4)
+    yield mc.Adaptive(8, 16).most_states, dict(length=20)
+    for segmentation in (
+        *(mc.Constant(8), mc.Logarithmic(8), mc.Lengths((8, 16)), mc.Adaptive(8, 16)),
+    ):
         yield segmentation.plan, dict(length=20)
         yield segmentation.span, dict(segments=2)
     yield mc.ReadPlan, vars(plan)
