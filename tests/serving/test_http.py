@@ -220,7 +220,7 @@ def test_what_is_refused(served):
         (one | dict(best_of=3), "best_of", "not supported"),
         (one | dict(suffix="b"), "suffix", "not supported"),
         (one | dict(frequency_penalty=0.5), "frequency_penalty", "not supported"),
-        (one | dict(promt="b"), "promt", "unrecognized field 'promt'"),
+        (one | dict(prompt_="b"), "prompt_", "unrecognized field 'prompt_'"),
         (dict(messages=[]), "messages", "a list of objects with role and content"),
         (dict(messages=[{"role": "user"}]), "messages", "a role and a content"),
         (dict(messages=[{"role": "user", "content": 3}]), "messages[0].content", "a text, got 3"),

@@ -53,7 +53,7 @@ def test_stops():
     for stops, wanted, found in [
         (["END"], "one ", True),
         (["two", " END"], "one", True),
-        (["ENDE"], text, False),
+        (["ENDS"], text, False),
         ([], text, False),
     ]:
         for size in (1, 2, 5, 20):
