@@ -46,9 +46,9 @@ def rules() -> dict[str, Rule]:
     """Every rule but ``Vector``, which keeps one value and ignores queries, by its name.
 
     Delta rules write with beta = 0.2, and RWKV-7 is that rule with kappa = k. With beta = 1 the
-    newest pair is exact, and older ones are lost the sooner. SWLA gives half of a
-    pair's weight to the token after it. Deep memories take a step after each token, the longest of
-    those tried with which 64 pairs of d = 16 do not make them diverge.
+    newest pair is exact, and older ones are lost sooner. SWLA gives half of a pair's weight to the
+    token after it. Deep memories take a step after each token, the longest of those tried at which
+    they do not diverge on 64 pairs of d = 16.
     """
     m = mc.memories
     return {
@@ -103,9 +103,9 @@ def linear_snr(pairs: Any, dim: int, correlation: float = 0.0) -> Any:
     M k_i = v_i + sum_{j != i} <k_j, k_i> v_j. Values are random and of norm one, so that the noise
     has the power of K - 1 squared products of keys: SNR = 1 / ((K - 1) E<k_j, k_i>^2). For random
     keys the mean is 1 / d: SNR = d / (K - 1). With a topic that all share it is
-    rho^2 + (1 - rho)^2 / (d - 1). Only orthogonal keys, at most d, have none (Sec. 4.1 of
-    arXiv:2102.11174). A router that always finds the right one of several memories leaves the noise
-    of that segment alone: K is then the segment's size.
+    rho^2 + (1 - rho)^2 / (d - 1). Only orthogonal keys, at most d, are free of noise (Sec. 4.1 of
+    arXiv:2102.11174). A router that always finds the right one of several memories leaves only the
+    noise of that segment: K is then the segment's size.
 
     Args:
       pairs: K, at least 2.
@@ -117,7 +117,7 @@ def linear_snr(pairs: Any, dim: int, correlation: float = 0.0) -> Any:
 
 
 def initial_weights(memory: mc.memories.Memory, heads: int, dim: int) -> dict[str, Array]:
-    """Random ones of a deep memory, of variance 1 / fan-in, and a hundredth of that in W1."""
+    """Random weights of a deep memory, of variance 1 / fan-in, and a hundredth of that in W1."""
     made = {}
     for i, (name, shape) in enumerate(memory.weight_shapes(dim, dim).items()):
         scale = (0.1 if name == "W1" else 1.0) / math.sqrt(shape[1])

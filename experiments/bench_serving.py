@@ -13,8 +13,8 @@ on the machine disturbs less; below each part are ratios of both.
 - ``draft``: greedy decoding with ``mc.NGrams`` beside plain decoding, and whether tokens are equal.
 
 Prompts are Python code, that of the standard library, as bytes. Without ``--workdir``, the folder
-of a training run, the model is the configuration's, not trained: what it writes then repeats itself
-more than a trained model's text, which drafts gain by.
+of a training run, the model is the configuration's, not trained: its text repeats itself more than
+a trained model's, which favors drafts.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def read_model() -> Any:
     """The model to time.
 
     Raises:
-      ValueError: for a vocabulary that has not all bytes.
+      ValueError: for a vocabulary that lacks some bytes.
     """
     from flax import nnx
 

@@ -3,10 +3,10 @@
 ``FOLDER`` is the workdir of ``experiments.train``; the program loads its newest checkpoint.
 ``--pretrained=FOLDER`` serves a public model instead, and ``--segment`` gives it caches. Needs
 ``pip install '.[serve]'``. It listens on this machine alone, and has no passwords: put a
-proxy before it that does before others can reach it.
+proxy that has them in front of it before others can reach it.
 
-SIGTERM or Ctrl-C ends it after the requests that run, at most ``--grace`` seconds later; a second
-one at once. What is served is in docs/serving.md.
+SIGTERM or Ctrl-C ends it once running requests are done, at most ``--grace`` seconds later; a
+second one ends it at once. docs/serving.md lists what it serves.
 """
 
 import sys

@@ -12,7 +12,7 @@ from memcache_jax.segmentation import ReadPlan, Segmentation
 
 @dataclasses.dataclass(frozen=True)
 class Adaptive(Segmentation):
-    """Segments of ``min`` to ``max`` tokens that end when the keys turn elsewhere.
+    """Segments of ``min`` to ``max`` tokens that end when the keys change direction.
 
     Borders lie between blocks of ``block`` tokens. A segment with the keys' sum K ends with a block
     whose keys sum to k if it has ``min`` tokens and::
@@ -25,10 +25,10 @@ class Adaptive(Segmentation):
     same for all heads of a row. No gradient passes through the choice of borders.
 
     A token reads the states of all segments before its own, at most length / min. Every row has its
-    own borders; arrays have the shapes of the most segments. Where documents are packed, each
-    begins a segment, and its borders depend on no other. Blocks wait for each other even with
-    independent starts, which need a rule that takes ``document_ids``. On a mesh rows may be
-    divided; heads are not, and a division of time is refused. A surprise within rounding of the
+    own borders; arrays have room for the most segments. Each packed document begins a segment,
+    and its borders depend on no other document. Blocks wait for each other even with
+    independent starts, which need a rule that takes ``document_ids``. A mesh may divide rows;
+    it does not divide heads, and dividing time is refused. A surprise within rounding of the
     threshold may fall on either side of it in another program.
 
     The paper (arXiv:2602.24281) has segments of fixed sizes only.
@@ -38,11 +38,11 @@ class Adaptive(Segmentation):
       max: most tokens in a segment.
       threshold: of the surprise, which is 1 for keys at a right angle to the segment's, and 0 in a
         segment's first block. At 2 or more all segments have ``max`` tokens.
-      block: tokens between which no border lies, ``min`` by default; divides both. A segment ends
+      block: tokens between possible borders, ``min`` by default; divides both. A segment can end
         early only with its second block or a later one.
 
     Raises:
-      ValueError: for sizes below 1, a ``max`` below ``min``, a ``block`` that does not divide both,
+      ValueError: for sizes below 1, ``max`` below ``min``, a ``block`` that does not divide both,
         or a negative threshold.
 
     Example:

@@ -3,10 +3,10 @@
     python -m experiments.bench_peers [--only=memory-caching,tokamax] [--quick] [--rounds=5]
 
 On a CPU, gradients of layers beside memory-caching, titans-pytorch and attention of PyTorch, by
-processor time on one core, in turn. For TPUs, which need not be here, kernels beside deltanet-tpu
-and tokamax, by what one compiler tells. On an NVIDIA GPU beside flash-linear-attention. Each
+processor time on one core, in turn. For TPUs, without one, kernels beside deltanet-tpu and tokamax,
+by what one compiler counts. On an NVIDIA GPU beside flash-linear-attention. Each
 library is installed into an environment of its own below --folder, where it stays: 3 GB for a CPU
-and TPUs, with Python 3.12 for the latter. A row whose library is not to be had says so.
+and TPUs, with Python 3.12 for the latter. A row whose library cannot be installed says so.
 
 Hardware: a CPU core. Compiling ours for TPUs, with gradients, takes minutes a row.
 """

@@ -24,7 +24,7 @@ def environment(name: str, folder: Path, oldest: str = "3.11", newest: str = "3.
       newest: the last.
 
     Raises:
-      NoEnvironmentError: if there is no such Python, the packages are not to be had, or the place
+      NoEnvironmentError: if there is no such Python, the packages cannot be installed, or the place
         is taken.
     """
     file = _HERE / f"requirements-{name}.txt"

@@ -21,13 +21,13 @@ def rewind_to(
     tokens: jax.typing.ArrayLike,
     position: jax.typing.ArrayLike,
 ) -> LanguageModelCache:
-    """Returns the cache as after the first ``position`` tokens of each row.
+    """Returns the cache as it was after the first ``position`` tokens of each row.
 
     A row that goes back by at most its ``cache.rewindable`` tokens is rewound. Any other returns to
-    the begin of the segment that the position is in, from the states that the cache keeps of those
-    before, and reads the tokens from there on again, less than a segment. If layers have segments
-    of several sizes, it is the last position where all of them begin one. Convolutions and token
-    shift need their inputs there: ``init_cache(..., keep_ends=True)``.
+    where the position's segment begins, from the cached states of earlier segments, and rereads
+    the tokens from there on, less than a segment. If layers have segments of several sizes, it
+    returns to the last position at which all of them begin one. Convolutions and token shift need
+    their inputs there: ``init_cache(..., keep_ends=True)``.
 
     Args:
       model: the model.
@@ -42,10 +42,10 @@ def rewind_to(
 
     Raises:
       ValueError: for tokens that are not integers (b, t) or too few, positions that are not
-        integers (b,) or beyond the cache's, or what the cache does not keep: the states of buckets
-        that ``Logarithmic`` writes over several segments, those that a policy has dropped or merged
-        since, the momentum of memories with checkpoint starts, or what a window has left. A
-        ``PrefixStore`` keeps whole caches.
+        integers (b,) or beyond the cache's, or what the cache does not keep: the buckets that
+        ``Logarithmic`` writes over several segments, the borders of ``Adaptive``, states that a
+        policy has dropped or merged, the momentum of memories with checkpoint starts, or what
+        has left a window. A ``PrefixStore`` keeps whole caches.
 
     Example:
       >>> import jax.numpy as jnp, memcache_jax as mc

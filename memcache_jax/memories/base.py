@@ -72,7 +72,7 @@ class Memory(abc.ABC):
 
     on_chip: ClassVar[bool] = False
     """Whether kernels for TPUs may trace ``affine`` of an affine memory, so that the maps of chunks
-    never leave the chip. If not, all maps are made first, and pass through the main memory.
+    never leave the chip. If not, all maps are made first, and pass through HBM.
     """
 
     depth: int = 1

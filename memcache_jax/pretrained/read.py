@@ -33,7 +33,7 @@ def load(
 ) -> LanguageModel:
     """Reads a recurrent model as it is published, or as its own library saves it.
 
-    Of a model of text and images, the text model is read. The log says what else the files hold.
+    From a model of text and images, the text model is read. The log says what else the files hold.
     Each parameter is read to where it lives before the next is: what is held at once is the model
     and one parameter. Under ``jax.set_mesh`` parameters are divided as ``sharding.param_shardings``
     says.
@@ -100,7 +100,7 @@ def described(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelCon
 
 
 def _check_names(weights: Weights, tensors: list[Tensor], given: Given) -> None:
-    """Says what is beside the text model; ValueError for tensors of which nothing is known."""
+    """Logs what is beside the text model; ValueError for tensors that the family does not know."""
     left = weights.names - {name for tensor in tensors for name in tensor.names}
     for prefix in SKIPPED.get(given["model_type"], ()):
         if others := {name for name in left if name.startswith(prefix)}:

@@ -132,9 +132,9 @@ class Batcher:
           seed: of what is drawn: equal requests with equal seeds get equal tokens.
           stop_tokens: ids that end it.
           stop_texts: texts that end it.
-          logprobs: tells the log-probability of each new token, and of so many of the most likely
-            ones at its place, up to 20.
-          score_prompt: tells the same of the prompt's tokens, all of which are then read.
+          logprobs: gives the log-probability of each new token, and of this many of the most
+            likely ones at its place, up to 20.
+          score_prompt: gives the same for the prompt's tokens, all of which are then read.
           on_token: is called with each new token, in the thread of the steps.
 
         Raises:

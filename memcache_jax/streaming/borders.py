@@ -1,4 +1,4 @@
-"""Going back to where a segment begins, by the states that a cache keeps of those before."""
+"""Going back to where a segment begins, from the states that a cache keeps of earlier ones."""
 
 import dataclasses
 from typing import Any
@@ -16,7 +16,7 @@ def borders_of(cache: Any, length: int) -> np.ndarray:
     """The positions up to ``length`` at which a segment of a ``streaming.Cache`` begins.
 
     Raises:
-      ValueError: if the cache does not keep what a stream is there.
+      ValueError: if the cache does not keep what a stream needs there.
     """
     config, slots = cache.config, cache.config.slots
     why = None

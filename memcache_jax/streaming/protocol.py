@@ -143,17 +143,17 @@ class MixerCache:
         """The positions up to ``length`` that rows may return to, 0 among them.
 
         Raises:
-          ValueError: if the cache does not keep what it was there.
+          ValueError: if the cache does not keep its state there.
         """
         raise ValueError(f"{type(self).__name__} does not return to a segment's begin")
 
     def returned(
         self: C, position: Int[Array, "b"], rows: Bool[Array, "b"]
     ) -> tuple[C, Bool[Array, "b"]]:
-        """The marked rows as after their first ``position`` tokens, one of ``borders``.
+        """The marked rows as they were after ``position`` tokens, one of ``borders``.
 
         Returns:
-          The cache, and the rows that it still has all states of, or that are not marked.
+          The cache, and the rows that are not marked or whose states it still has in full.
         """
         raise ValueError(f"{type(self).__name__} does not return to a segment's begin")
 

@@ -1,4 +1,4 @@
-"""The text of a conversation, by a template of Jinja."""
+"""The text of a conversation, by a Jinja template."""
 
 import datetime
 import json
@@ -16,7 +16,7 @@ PLAIN = (
 
 
 class ChatTemplate:
-    r"""A template as the package transformers has them, run in a sandbox.
+    r"""A chat template as the package transformers has them, run in a sandbox.
 
     Args:
       source: in Jinja, of ``messages``, ``add_generation_prompt`` and the special tokens.

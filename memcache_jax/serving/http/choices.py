@@ -17,7 +17,7 @@ class Piece(NamedTuple):
 
     Attributes:
       text: never ends within a character.
-      tokens: that it came with, prompt and new ones.
+      tokens: those that it came with, of the prompt and new ones.
       logprobs: of each, if asked for; None of a prompt's first token.
       offsets: where each begins, in characters of the whole answer.
       new: how many of the tokens are new ones.

@@ -1,4 +1,4 @@
-"""A server's socket, and its end."""
+"""A server's socket and its shutdown."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ async def listening(
 ) -> AsyncIterator[int]:
     """Answers at an address; at the end refuses new requests and finishes those that run.
 
-    Clients that go cancel their requests.
+    Clients that disconnect cancel their requests.
 
     Args:
       server: what answers.

@@ -35,7 +35,7 @@ class Counter:
 
 
 class Histogram:
-    """How many observations were at most so large.
+    """How many observations were at most as large as each bound.
 
     Args:
       name: with its unit.

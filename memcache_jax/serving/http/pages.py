@@ -1,4 +1,4 @@
-"""What a server answers besides completions: its model, its health, its numbers, its tokens."""
+"""What a server answers besides completions: its model, health, metrics and tokenizer."""
 
 import asyncio
 import json

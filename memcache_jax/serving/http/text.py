@@ -1,4 +1,4 @@
-"""Text as it comes from tokens: never half a character, and nothing of what ends it."""
+"""Text as it comes from tokens: never half a character, and no part of a stop text."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
