@@ -21,7 +21,7 @@ from memcache_jax.nn.layer_cache import LayerCache
 from memcache_jax.segmentation import Segmentation
 from memcache_jax.sharding.division import Division
 from memcache_jax.streaming import check_options, extend, init_cache
-from memcache_jax.streaming.borders import num_ends
+from memcache_jax.streaming.borders import check_keeps_ends, num_ends
 from memcache_jax.streaming.protocol import placed
 from memcache_jax.streaming.ring import Ring
 from memcache_jax.streaming.tails import next_tails, tails_at_ends
@@ -284,6 +284,8 @@ class MemoryLayer(nnx.Module):
             tails, rewind = self._empty_tails(batch_size, dtype), cache.config.rewind
             past = Ring(rewind, tails).empty(batch_size) if rewind else None
             ends = None
+            if keep_ends:
+                check_keeps_ends(cache.config)
             if keep_ends and jax.tree.leaves(tails):
                 ends = Ring(num_ends(cache.config), tails).empty(batch_size)
             return LayerCache(cache, tails, past, ends=ends)

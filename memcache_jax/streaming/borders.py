@@ -44,17 +44,21 @@ def borders_of(cache: Any, length: int) -> np.ndarray:
     return np.arange(0, length + 1, size)
 
 
+def check_keeps_ends(config: Any) -> None:
+    """Raises ValueError for a cache whose segments end where the content says."""
+    if isinstance(config.slots, Decided):
+        raise ValueError(
+            f"keep_ends needs segments with known ends, which {config.segmentation} does not have; "
+            "a PrefixStore keeps caches"
+        )
+
+
 def num_ends(config: Any) -> int:
     """How many segments' ends to keep inputs of: none that rows can return to is overwritten.
 
     They are those of all cached states, the one after them, and those that ``rewind`` takes back.
     """
     slots = config.slots
-    if isinstance(slots, Decided):
-        raise ValueError(
-            f"keep_ends needs segments with known ends, which {config.segmentation} does not have; "
-            "a PrefixStore keeps caches"
-        )
     if isinstance(slots, Planned):
         return len(slots.schedule.begins)
     return slots.num_slots + 1 - (-config.rewind // config.segmentation.size)
