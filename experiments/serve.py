@@ -56,7 +56,8 @@ def program() -> None:
     store = mc.PrefixStore(_STORE_MB.value * 10**6) if _STORE_MB.value else None
     sizes: dict[str, Any] = dict(rows=_ROWS.value, max_length=length, piece=_PIECE.value)
     batcher = mc.Batcher(model, **sizes, most_waiting=_QUEUE.value, store=store)
-    limits = Limits(body=_MAX_BODY.value, new_tokens=_MAX_TOKENS.value)
+    choices = min(Limits.choices, _QUEUE.value)  # more would never find room in the queue
+    limits = Limits(body=_MAX_BODY.value, new_tokens=_MAX_TOKENS.value, choices=choices)
     name = _NAME.value or folder.absolute().name
     server = Server(batcher, tokenizer, model=name, template=template, limits=limits)
 
@@ -69,7 +70,10 @@ def program() -> None:
 
 
 def _compile(batcher: mc.Batcher, tokenizer: Tokenizer) -> None:
-    """Answers a prompt that has pieces of all sizes, so that no client waits for compilation."""
+    """Answers a prompt that has pieces of all sizes, so that clients wait for no compilation.
+
+    Programs that score prompts are compiled when the first client asks for scores.
+    """
     print("Compiling ...", file=sys.stderr, flush=True)
     length = min(2 * batcher.piece - 1, batcher.max_length - 2)
     if length > 0:

@@ -43,7 +43,8 @@ def one_pass(
     document = None if document_ids is None else count_documents(document_ids)
     borders = None
     if isinstance(segmentation, Adaptive):
-        borders = find_borders(segmentation, tokens.key, document)
+        keys = tokens.key.astype(wide_dtype(tokens))  # as streams see them
+        borders = find_borders(segmentation, keys, document)
     if implementation == "reference":
         y = reference.memory_caching(
             widened(tokens),

@@ -87,12 +87,13 @@ class BlockCache(MixerCache):
 
     def borders(self, length: int) -> np.ndarray:
         """As ``MixerCache.borders``."""
+        found = self.mixer.borders(length)
         if self.ends is None:
             raise ValueError(
                 "cannot return to a segment's begin without the last input of an MLP there: make "
                 "the cache with init_cache(..., keep_ends=True), or use a PrefixStore"
             )
-        return self.mixer.borders(length)
+        return found
 
     def returned(
         self, position: Int[Array, "b"], rows: Bool[Array, "b"]

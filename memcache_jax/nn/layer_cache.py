@@ -60,12 +60,13 @@ class LayerCache(MixerCache):
 
     def borders(self, length: int) -> np.ndarray:
         """As ``MixerCache.borders``."""
+        found = self.memory.borders(length)
         if self.ends is None and jax.tree.leaves(self.tails):
             raise ValueError(
                 "cannot return to a segment's begin without the last inputs of convolutions there: "
                 "make the cache with init_cache(..., keep_ends=True), or use a PrefixStore"
             )
-        return self.memory.borders(length)
+        return found
 
     def returned(
         self, position: Int[Array, "b"], rows: Bool[Array, "b"]

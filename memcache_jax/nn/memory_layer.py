@@ -219,7 +219,8 @@ class MemoryLayer(nnx.Module):
         """The weight that each token gives to each state it may read, for inspection.
 
         In float32 or wider: one per cached state of ``segmentation.plan(t).buckets``, in that
-        order, then the live state's. It is 0 for states that a token does not read; ``Residual``
+        order, then the live state's; of ``Adaptive``, for the segments that ended in each row, from
+        the first on. It is 0 for states that a token does not read; ``Residual``
         weighs all others with 1. ``first`` is as in ``operands``.
 
         Example:

@@ -32,7 +32,8 @@ class Batcher:
     A step reads at most one piece of one prompt, in a cache of its own, and then appends one token
     in all rows that have a request. So a request that has begun waits for no more than a piece of
     ``piece`` tokens between two of its own; those that wait for a row begin in the order they came.
-    Pieces have sizes of powers of two: all in all log2(piece) + 4 programs are compiled, each once.
+    Pieces have sizes of powers of two: all in all log2(piece) + 4 programs are compiled, each once,
+    and log2(piece) + 1 more for prompts that are scored.
 
     A request's tokens depend on nothing but it: not on its row, nor on what else is served. With a
     store that is so up to rounding: where the beginning of a prompt is known, the rest is read in
@@ -229,6 +230,8 @@ class Batcher:
             for request in (*self._rows, *reading, *waiting):
                 if request is not None and not request.is_done:
                     request.end("error", cause)
+            self._rows, self._reading = [None] * len(self._rows), None
+            self._cache = self._new_cache()
             raise
 
     def _serve(self) -> None:
@@ -304,9 +307,9 @@ class Batcher:
         if size < left:
             self._reading = request, cache, taken
             return True
-        row = self._rows.index(None)
+        row, self._reading = self._rows.index(None), None
+        self._rows[row] = request  # whose cache is lost with the others' if this fails
         self._cache = put(self._cache, jnp.int32(row), cache, config=self.model.config)
-        self._rows[row], self._reading = request, None
         self._add([row], *draw_scored(logits, Draws.of([request])))
         return True
 

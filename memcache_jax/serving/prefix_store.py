@@ -14,6 +14,7 @@ import numpy as np
 
 from memcache_jax._checks import check_ids, check_instance, check_integer
 from memcache_jax._typing import Array, Float
+from memcache_jax.adaptive import Adaptive
 from memcache_jax.generation.apart import apart
 from memcache_jax.generation.generate import extend_in_place
 from memcache_jax.generation.prompts import buffer_size, longest
@@ -301,4 +302,7 @@ def _check_same(got: _Like, wanted: _Like) -> None:
 
 def _longest_segment(model: LanguageModel) -> int:
     parts = [getattr(mixer, "segmentation", None) for mixer in model.config.mixers]
-    return max((part.size for part in parts if isinstance(part, Segmentation)), default=256)
+    found = [part for part in parts if isinstance(part, Segmentation)]
+    return max(
+        (part.max if isinstance(part, Adaptive) else part.size for part in found), default=256
+    )

@@ -28,6 +28,8 @@ def borders_of(cache: Any, length: int) -> np.ndarray:
         )
     elif config.eviction is not None and config.eviction.counts_reads:
         why = f"policy={config.policy!r} adds up the gates of all tokens, and keeps no earlier sums"
+    elif config.start == "checkpoint" and config.eviction is not None and not config.eviction.drops:
+        why = "segments with start='checkpoint' go on from whole states, and the cache merges them"
     elif config.start == "checkpoint":
         whole = jax.eval_shape(_whole_state, cache)
         if whole is None or config.cache_dtype != jnp.dtype(cache.key_sum.dtype).name:

@@ -10,6 +10,8 @@ import pytest
 from flax import nnx
 
 import memcache_jax as mc
+from memcache_jax.engine import one_pass
+from memcache_jax.engine.borders import find_borders
 from memcache_jax.sharding import make_mesh
 from tests.cases import (
     AGGREGATIONS,
@@ -53,6 +55,23 @@ def run(inputs, memory, cases, segmentation=SEGMENTATION, ids=None, implementati
             )
             for case in cases
         }
+
+
+def test_borders_of_narrow_keys_are_those_of_streams(monkeypatch):
+    """Sums in bfloat16 would end segments elsewhere: streams have float32."""
+    found = []
+
+    def spied(segmentation, key, document):
+        found.append(key.dtype)
+        return find_borders(segmentation, key, document)
+
+    monkeypatch.setattr(one_pass, "find_borders", spied)
+    memory = MEMORIES["linear"]
+    inputs = topics(memory, jnp.bfloat16)
+    how: Any = dict(memory=memory, aggregation=mc.GRM(), segmentation=SEGMENTATION)
+    y = jax.eval_shape(lambda inputs: mc.memory_caching(**inputs, **how), inputs)
+    assert y.dtype == jnp.bfloat16
+    assert found == [jnp.float32]
 
 
 def row_of(inputs, memory, row):

@@ -157,6 +157,20 @@ def test_states_are_kept_in_float32():
         assert kept["reads"].dtype == jnp.bfloat16
 
 
+def test_larger_states_take_maps_that_are_made_before():
+    def operands(keys, values):
+        rows = tokens(4, keys, values, jnp.bfloat16, 400)
+        with interpret_kernels():
+            program = jax.make_jaxpr(lambda rows: gated_deltanet(rows, "pallas_tpu"))(rows)
+        update = next(kernels_of(program.jaxpr))
+        return {x.aval.dtype for x in update.invars[1:]}
+
+    assert operands(128, 128) == {jnp.dtype("bfloat16")}  # tokens, of which kernels make the maps
+    assert operands(256, 512) == {jnp.dtype("float32")}  # maps
+    with pytest.raises(NotImplementedError, match="with maps made in the kernels: affine"):
+        operands(2048, 2048)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_what_tpu_kernels_read_and_write(dtype):
     rows = tokens(2, 32, 24, dtype)

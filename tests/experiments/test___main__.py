@@ -14,7 +14,8 @@ FOLDER = Path(__file__).parents[2] / "experiments"
 def test_every_program_has_a_line_of_its_own(capsys):
     main()
     shown = capsys.readouterr().out.splitlines()
-    names = {path.stem for path in FOLDER.glob("[!_]*.py")} | {"hosts"}
+    names = {path.stem for path in FOLDER.glob("[!_]*.py")}
+    names |= {path.parent.name for path in FOLDER.glob("*/__main__.py")}
     assert {line.split()[0] for line in shown[2:]} == names
     for name, summary in programs().items():
         assert summary, name

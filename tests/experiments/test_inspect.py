@@ -51,6 +51,12 @@ def found():
     return inspect(model, tokenizer, tokenizer.encode(TEXT.encode()))
 
 
+def test_borders_that_depend_on_the_text_are_refused():
+    model = model_of(caching(mc.GRM(), mc.Adaptive(8, 16)))
+    with pytest.raises(ValueError, match="depend on the text, and are not shown"):
+        inspect(model, ByteTokenizer(), [1, 2, 3])
+
+
 @pytest.mark.slow
 def test_gates_are_of_the_states_that_a_token_can_read(found):
     assert "".join(found["tokens"]) == TEXT

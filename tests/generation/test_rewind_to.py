@@ -111,6 +111,16 @@ def test_what_is_not_kept():
     ):
         with pytest.raises(ValueError, match=message):
             mc.rewind_to(*after(mixer, **options), tokens, position)
+    for segmentation, message in (
+        (mc.Adaptive(8, 16), "keep_ends needs segments with known ends"),
+        (mc.Constant(8), "go on from whole states, and the cache merges them"),
+    ):
+        mixer = mc.nn.MemoryCachingMixer(
+            mc.memories.SSD(), segmentation=segmentation, start="checkpoint"
+        )
+        merging = dict(policy="merge", max_segments=2) if message.startswith("go") else {}
+        with pytest.raises(ValueError, match=message):
+            model_of(mixer).init_cache(1, LENGTH, keep_ends=True, **merging)
     model = model_of(mc.nn.MemoryCachingMixer(segmentation=mc.Logarithmic(64)))
     with pytest.raises(ValueError, match="buckets over several segments"):
         model.init_cache(1, 4 * 64, keep_ends=True)

@@ -1,6 +1,5 @@
 """Fields of a JSON object, each taken once and checked; those left over are refused."""
 
-import math
 from typing import Any
 
 from memcache_jax._checks import shown
@@ -46,7 +45,7 @@ class Fields:
             return default
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self._wrong(name, "a number", value)
-        if not (math.isfinite(value) and least <= value <= most):
+        if not least <= value <= most:  # nor is NaN
             raise self._wrong(name, f"from {least} to {most}", value)
         return float(value)
 

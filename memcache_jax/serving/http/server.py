@@ -78,6 +78,11 @@ class Server:
         self.batcher, self.metrics = batcher, Metrics()
         self._vocabulary = Vocabulary(tokenizer)
         size = batcher.model.config.vocab_size
+        if not 0 <= tokenizer.eos_id < size:
+            raise ValueError(
+                f"the tokenizer's eos_id must be an id of the model, from 0 to {size - 1}, got "
+                f"{tokenizer.eos_id}"
+            )
         options: Any = dict(limits=limits, template=template)
         self._protocol = Protocol(model, self._vocabulary, size, batcher.max_length, **options)
         self._running: set[Request] = set()
@@ -128,8 +133,7 @@ class Server:
             with self._submitted(asked) as requests:
                 answers = form(self._protocol.model, self._vocabulary, asked.logprobs is not None)
                 streams = [
-                    self._counted(request, asked, i // asked.n, began)
-                    for i, request in enumerate(requests)
+                    self._counted(request, asked, i, began) for i, request in enumerate(requests)
                 ]
                 if asked.stream:
                     return await self._stream(http, asked, requests, streams, answers)
@@ -202,18 +206,19 @@ class Server:
                 self._running.discard(request)
 
     async def _counted(
-        self, request: Request, asked: Asked, prompt: int, began: float
+        self, request: Request, asked: Asked, choice: int, began: float
     ) -> AsyncGenerator[Piece, None]:
         """A choice's pieces, counted."""
         reason = "cancelled"
         try:
             first = True
-            made = pieces(request, asked.prompts[prompt], asked, self._vocabulary)
+            made = pieces(request, asked.prompts[choice // asked.n], asked, self._vocabulary)
             async with contextlib.aclosing(made) as told:
                 async for piece in told:
                     if first:
                         self.metrics.first.observe(time.monotonic() - began)
-                        self.metrics.known_tokens.add(request.known)
+                        if choice % asked.n == 0:  # prompts are counted once too
+                            self.metrics.known_tokens.add(request.known)
                     first = False
                     self.metrics.new_tokens.add(piece.new)
                     reason = piece.finish_reason or reason
