@@ -118,7 +118,7 @@ def test_what_is_not_kept():
         mixer = mc.nn.MemoryCachingMixer(
             mc.memories.SSD(), segmentation=segmentation, start="checkpoint"
         )
-        merging = dict(policy="merge", max_segments=2) if message.startswith("go") else {}
+        merging: Any = dict(policy="merge", max_segments=2) if message.startswith("go") else {}
         with pytest.raises(ValueError, match=message):
             model_of(mixer).init_cache(1, LENGTH, keep_ends=True, **merging)
     model = model_of(mc.nn.MemoryCachingMixer(segmentation=mc.Logarithmic(64)))
