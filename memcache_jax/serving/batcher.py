@@ -174,7 +174,8 @@ class Batcher:
     @property
     def is_serving(self) -> bool:
         """Whether its thread takes steps, as it does within the context."""
-        return self._thread is not None and self._thread.is_alive() and not self._stopping
+        alive = self._thread is not None and self._thread.is_alive()
+        return alive and self._died is None and not self._stopping
 
     @property
     def load(self) -> Load:
@@ -205,6 +206,8 @@ class Batcher:
             pass
 
     def __enter__(self) -> "Batcher":
+        if self._died is not None:  # with what the rows held
+            self._cache = self._new_cache()
         self._stopping, self._died = False, None
         self._thread = threading.Thread(target=self._serve_or_end, daemon=True)
         self._thread.start()
@@ -231,7 +234,6 @@ class Batcher:
                 if request is not None and not request.is_done:
                     request.end("error", cause)
             self._rows, self._reading = [None] * len(self._rows), None
-            self._cache = self._new_cache()
             raise
 
     def _serve(self) -> None:

@@ -42,7 +42,7 @@ def test_its_code_gives_perplexity_with_and_without_caches_and_adapters(tmp_path
 
 
 def test_it_names_the_families_that_are_served():
-    table = PAGE[PAGE.index("| `model_type`") : PAGE.index("The tests hold")]
+    table = PAGE[PAGE.index("| `model_type`") : PAGE.index("For each family the tests hold")]
     cells = [row.split("|")[1] for row in table.strip().splitlines()[2:]]
     named = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
     assert sorted(named) == sorted([*mc.pretrained.FAMILIES, *TEXT_OF])
