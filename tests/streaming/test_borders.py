@@ -61,7 +61,7 @@ def test_every_rule(rule):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["linear", "gated_delta", "vector"])
+@pytest.mark.parametrize("rule", ["linear", "gated_deltanet", "vector"])
 def test_states_that_go_on(rule):
     go_back(rule, CHECKPOINT)
 
