@@ -2,7 +2,7 @@
 #
 #   make demo         trains a small model on this machine's own Python files, in runs/demo
 #   make test         all tests; make test-fast leaves out the slow ones
-#   make lint         ruff and pyright
+#   make lint         ruff, codespell and pyright
 #   make docs         the documentation, as a site in site/
 #   make bench        time of the layer, forward and backward
 #   make recall       associative recall with and without cached memories, in runs/recall*
@@ -43,6 +43,7 @@ test-fast: $(VENV)/.test
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m codespell_lib
 	$(RUN) -m pyright --pythonpath $(RUN)
 
 docs: $(VENV)/.docs
@@ -85,12 +86,12 @@ $(VENV)/.demo: $(SPEC) | $(RUN)
 	    esac; \
 	fi; \
 	if [ "$$extra" = cpu ]; then target=".[train]"; else target=".[train,$$extra]"; fi; \
-	echo "Installing $$target into $(VENV) ..."; \
+	echo "Installing $$target into $(VENV): minutes, the first time ..."; \
 	$(PIP) -e "$$target"
 	@touch $@
 
 $(VENV)/.test $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(SPEC) | $(RUN)
-	@echo "Installing .[$*] into $(VENV) ..."
+	@echo "Installing .[$*] into $(VENV): minutes, the first time ..."
 	@$(PIP) -e '.[$*]'
 	@touch $@
 

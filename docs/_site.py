@@ -3,6 +3,7 @@
 Pages link to these files where they are, so that the links work on GitHub too.
 """
 
+import logging
 import posixpath
 import re
 from typing import Any
@@ -24,7 +25,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Points links to where the files are on the site."""
+    """Drops what is meant for GitHub, and points links to where the files are on the site."""
+    markdown = re.sub(r"^\*On GitHub .*\*\n\n", "", markdown, flags=re.M)
     here = page.file.src_uri
     source = {page: source for source, page in ELSEWHERE.items()}.get(here, f"docs/{here}")
 
@@ -35,3 +37,19 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return f"]({posixpath.relpath(target, posixpath.dirname(here) or '.')}{anchor})"
 
     return re.sub(r"\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)", moved, markdown)
+
+
+def on_page_content(html: str, page: Any, files: Any, **_: Any) -> str:
+    """Points links and pictures of notebooks, which mkdocs leaves alone, to those of the site."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        return html
+
+    def moved(link: re.Match[str]) -> str:
+        path = posixpath.join(posixpath.dirname(page.file.src_uri), link[2])
+        file = files.get_file_from_path(posixpath.normpath(path))
+        if file is None:
+            logging.getLogger("mkdocs.hooks").warning("%s: no file %s", page.file.src_uri, path)
+            return link[0]
+        return f'{link[1]}="{file.url_relative_to(page.file)}{link[3] or ""}"'
+
+    return re.sub(r'(href|src)="([^":#]+\.(?:md|ipynb|png))(#[^"]*)?"', moved, html)

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from experiments._hlo import printed
 from experiments._schedules import Figures, bundles, launches, registers
 
 TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -101,6 +102,7 @@ def tpu_figures(chip: str, function: Callable[..., Any], *arguments: Any) -> dic
 
     Raises:
       NoCompilerError: if libtpu is not installed.
+      NotImplementedError: if XLA cannot print the program.
       RuntimeError: if libtpu did not write a kernel's schedule.
     """
     device, dumped = _tpu(chip)
@@ -108,7 +110,7 @@ def tpu_figures(chip: str, function: Callable[..., Any], *arguments: Any) -> dic
     for path in folder.iterdir():
         path.unlink()
     compiled = jax.jit(function).lower(*placed(arguments, device)).compile()
-    calls = [line for line in (compiled.as_text() or "").splitlines() if "tpu_custom_call" in line]
+    calls = [line for line in printed(compiled).splitlines() if "tpu_custom_call" in line]
     found = {}
     for path in folder.glob("*[0-9]-final_bundles.txt"):
         if name := KERNEL.search(path.name):

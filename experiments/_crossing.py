@@ -9,7 +9,7 @@ from flax import nnx
 
 import memcache_jax as mc
 from experiments._advice import memory_mixers
-from experiments._hlo import collectives
+from experiments._hlo import collectives, printed
 from memcache_jax.nn.attend import attend_causally
 from memcache_jax.sharding.division import Division
 from memcache_jax.sharding.layout import as_spec
@@ -64,7 +64,7 @@ def crossing(
         passes = {"forward": (run, given), "gradient": _gradient(run, given)}
         for kind, (function, *arguments) in passes.items():
             compiled = jax.jit(function).lower(*arguments).compile(compiler_options=options)
-            yield name, kind, collectives(compiled.as_text() or "")
+            yield name, kind, collectives(printed(compiled))
 
 
 def _attention(rows: dict[str, Any]) -> jax.Array:

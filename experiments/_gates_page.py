@@ -13,17 +13,23 @@ header { padding: 12px 24px; border-bottom: 1px solid #d8dde6 }
 h1 { font-size: 18px; margin: 0 } h2 { font-size: 13px; margin: 16px 0 4px; font-weight: 600 }
 p { margin: 4px 0; color: #556 }
 main { display: grid; grid-template-columns: minmax(0, 1fr) 460px; gap: 24px; padding: 16px 24px }
+@media (max-width: 900px) {
+  header, main { padding: 12px } main { grid-template-columns: minmax(0, 1fr); gap: 12px }
+  aside { top: 0; order: -1; max-height: 40vh; background: #fff; border-bottom: 1px solid #d8dde6 }
+}
 #text { font: 13px/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere }
 #text span { cursor: pointer; border-radius: 2px }
 #text span.begins { border-left: 2px solid #c2410c }
-#text span.here { outline: 2px solid #1c2330 }
+#text span.here, .head:focus-visible { outline: 2px solid #1c2330 }
 #text span.empty::before { content: "\\00b7"; color: #99a }
 aside { position: sticky; top: 8px; align-self: start; max-height: 96vh; overflow-y: auto }
-.head { display: flex; height: 18px; margin: 1px 0; cursor: pointer }
+h2, #where { overflow-wrap: anywhere }
+.head { display: flex; width: calc(100% - 4px); height: 18px; margin: 1px 2px; padding: 0;
+  border: 0; background: none; text-align: left; cursor: pointer }
 .head.chosen { outline: 2px solid #2563eb }
 .head b { width: 56px; font: 12px/18px system-ui; flex: none }
-.head i { height: 18px; box-sizing: border-box; border-right: 1px solid #fff; background: #2563eb }
-.head i.live { background: #c2410c }
+.head i { height: 18px; box-sizing: border-box; border-right: 1px solid #fff; background: #1d4ed8 }
+.head i.live { background: repeating-linear-gradient(45deg, #c2410c 0 4px, #f4c3a5 4px 7px) }
 """
 
 _SCRIPT = """
@@ -31,7 +37,7 @@ const data = JSON.parse(document.getElementById('data').textContent);
 const spans = [...document.querySelectorAll('#text span')];
 for (const layer of data) layer.bytes = Uint8Array.from(atob(layer.gates), c => c.charCodeAt(0));
 const every = data.flatMap((layer, l) => [...Array(layer.heads).keys()].map(head => [l, head]));
-let pinned = null, chosen = null;
+let pinned = null, chosen = null, shown = 0;
 
 function gate(layer, token, head, state) {
   const states = layer.states.length + 1;
@@ -51,6 +57,7 @@ function reads(layer, token, head) {
   return found;
 }
 function show(token) {
+  shown = token;
   const heat = new Float64Array(spans.length);
   for (const [l, head] of chosen ? [chosen] : every)
     for (const read of reads(data[l], token, head))
@@ -59,13 +66,16 @@ function show(token) {
   spans.forEach((span, i) => {
     span.style.background = heat[i] > 0 ? `rgba(37, 99, 235, ${0.75 * heat[i] / most})` : '';
     span.classList.toggle('here', i === token);
+    span.ariaSelected = i === token;
     span.classList.toggle('begins', i > 0 && data.some(layer => layer.begin.includes(i)));
   });
   document.getElementById('where').textContent =
     `token ${token}, ${JSON.stringify(spans[token].textContent)}`;
   every.forEach(([l, head]) => {
     const row = document.getElementById(`head-${l}-${head}`);
-    row.classList.toggle('chosen', chosen !== null && chosen[0] === l && chosen[1] === head);
+    const pressed = chosen !== null && chosen[0] === l && chosen[1] === head;
+    row.classList.toggle('chosen', pressed);
+    row.ariaPressed = pressed;
     row.replaceChildren(row.firstChild, ...reads(data[l], token, head).map(read => {
       const bar = document.createElement('i');
       bar.style.width = `${(100 * read.weight).toFixed(2)}%`;
@@ -77,16 +87,50 @@ function show(token) {
     }));
   });
 }
+// One stop of the Tab key for all elements; arrow keys, Home and End go from one to another.
+function arrows(elements, arrived) {
+  const stop = to => elements.forEach((element, i) => element.tabIndex = i === to ? 0 : -1);
+  elements.forEach((element, i) => {
+    element.addEventListener('focus', () => { stop(i); arrived(i); });
+    element.addEventListener('keydown', event => {
+      const last = elements.length - 1, top = element.offsetTop;
+      const [above, below] = [x => x.offsetTop < top, x => x.offsetTop > top];
+      const to = {
+        ArrowLeft: Math.max(i - 1, 0),
+        ArrowRight: Math.min(i + 1, last),
+        ArrowUp: elements.findLastIndex((x, j) => j < i && above(x)),
+        ArrowDown: elements.findIndex((x, j) => j > i && below(x)),
+        Home: 0,
+        End: last,
+      }[event.key];
+      if (to === undefined) return;
+      event.preventDefault();
+      if (to >= 0) elements[to].focus();
+    });
+  });
+  stop(elements.length - 1);
+}
+function keep(token) {
+  pinned = pinned === token ? null : token;
+  show(token);
+}
 spans.forEach((span, i) => {
+  span.role = 'option';
   span.addEventListener('mouseenter', () => { if (pinned === null) show(i); });
-  span.addEventListener('click', () => { pinned = pinned === i ? null : i; show(i); });
+  span.addEventListener('click', () => { span.focus(); keep(i); });
+  span.addEventListener('keydown', event => {
+    if (event.key !== 'Enter' && event.key !== ' ') return;
+    event.preventDefault();
+    keep(i);
+  });
 });
-every.forEach(([l, head]) => document.getElementById(`head-${l}-${head}`).addEventListener(
-  'click', () => {
-    const again = chosen && chosen[0] === l && chosen[1] === head;
-    chosen = again ? null : [l, head];
-    show(pinned === null ? spans.length - 1 : pinned);
-  }));
+arrows(spans, i => { if (pinned === null) show(i); });
+const rows = every.map(([l, head]) => document.getElementById(`head-${l}-${head}`));
+rows.forEach((row, i) => row.addEventListener('click', () => {
+  chosen = chosen === every[i] ? null : every[i];
+  show(shown);
+}));
+arrows(rows, () => {});
 show(spans.length - 1);
 """
 
@@ -119,7 +163,7 @@ def page(found: dict[str, Any], title: str) -> str:
     layers = "".join(
         f"<h2>{html.escape(layer['name'])}</h2>"
         + "".join(
-            f'<div class="head" id="head-{place}-{head}"><b>head {head}</b></div>'
+            f'<button class="head" id="head-{place}-{head}"><b>head {head}</b></button>'
             for head in range(layer["gates"].shape[1])
         )
         for place, layer in enumerate(found["layers"])
@@ -128,13 +172,16 @@ def page(found: dict[str, Any], title: str) -> str:
     numbers = json.dumps(data).replace("<", "\\u003c")
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style>{_STYLE}</style></head><body>
 <header><h1>{html.escape(title)}</h1>
-<p>Point at a token to see what it read; click to keep it selected. The colour of the text shows the
+<p>Point at a token to see what it read; click to keep it selected. With the keyboard: Tab into the
+text, move with the arrow keys, Enter to keep a token. The darker a piece of text, the larger the
 gates of the states that hold it, as a mean over layers and heads; click the bar of a head to see
-that head alone. Blue bars are cached states, oldest first; the orange bar is the live state. Orange
-lines in the text mark the beginnings of segments.</p></header>
-<main><div id="text">{text}</div><aside><p id="where"></p>{layers}</aside></main>
+that head alone. Plain bars are cached states, oldest first; the striped bar is the live state.
+Lines in the text mark where segments begin.</p></header>
+<main><div id="text" role="listbox" aria-label="tokens of the text">{text}</div>
+<aside><p id="where"></p>{layers}</aside></main>
 <script type="application/json" id="data">{numbers}</script><script>{_SCRIPT}</script>
 </body></html>
 """

@@ -2,6 +2,9 @@
 
 import re
 from collections import defaultdict
+from typing import Any
+
+import jax
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}
@@ -15,6 +18,20 @@ _OF_CHAIN, _CHAIN_ENDS = "frontend_attributes={chain_id=", '"AsyncCollectiveDone
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
 
 
+def printed(compiled: Any) -> str:
+    """Returns the text of a compiled program.
+
+    Raises:
+      NotImplementedError: if XLA cannot print it. jaxlib 0.10 cannot read back programs that run
+        gathers on the sparse cores of a TPU v5p or v6e, though it compiles them.
+    """
+    try:
+        return compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError as e:
+        reason = str(e).splitlines()[0]
+        raise NotImplementedError(f"the program compiles, but XLA cannot print it: {reason}") from e
+
+
 def collectives(text: str) -> dict[str, tuple[int, int]]:
     """Returns, for each kind of collective, how often one call runs it and its total bytes.
 
@@ -22,7 +39,7 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
     names a collective in each of the fusions beside which it runs, as one chain: the last counts.
 
     Args:
-      text: the compiled program, as ``compiled.as_text()``.
+      text: the compiled program, as ``printed`` returns it.
     """
     lines, entry = _computations(text)
     totals: dict[str, list[int]] = defaultdict(lambda: [0, 0])

@@ -1,5 +1,7 @@
-"""What a compiled program needs of a device's memory."""
+"""What a compiled program needs of a device's memory, and what a process keeps of its own."""
 
+import ctypes
+import sys
 from typing import Any
 
 
@@ -19,3 +21,12 @@ def memory_of(compiled: Any) -> dict[str, int]:
         temporary_bytes=memory.temp_size_in_bytes,
         peak_bytes=max(allocated, memory.peak_memory_in_bytes),
     )
+
+
+def keep_freed_memory() -> bool:
+    """Makes glibc keep all freed memory; returns whether that worked."""
+    if sys.platform != "linux":
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    m_trim_threshold, m_mmap_max = -1, -4  # of malloc.h
+    return mallopt is not None and bool(mallopt(m_trim_threshold, 2**30) * mallopt(m_mmap_max, 0))

@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from memcache_jax._typing import Array
+from memcache_jax.adaptive import Adaptive
 from memcache_jax.aggregation import Residual
 from memcache_jax.nn import LanguageModel, MemoryCachingMixer
 from memcache_jax.nn.parallel import side_by_side
@@ -32,7 +33,8 @@ def inspect(model: LanguageModel, tokenizer: Tokenizer, tokens: np.ndarray) -> d
       live state last.
 
     Raises:
-      ValueError: if there are no tokens, or the model has no gates.
+      ValueError: if there are no tokens, or the model has no gates, or segments whose borders
+        depend on the text, ``Adaptive``.
     """
     config = model.config
     mixers = [config.mixers[i % len(config.mixers)] for i in range(config.num_layers)]
@@ -42,6 +44,12 @@ def inspect(model: LanguageModel, tokenizer: Tokenizer, tokens: np.ndarray) -> d
         raise ValueError(f"the model has no memory caching: its mixers are {mixers}")
     if all(isinstance(mixer.aggregation, Residual) for mixer in caching):
         raise ValueError("the model has no gates: Residual reads all states alike")
+    for mixer in caching:
+        if isinstance(mixer.segmentation, Adaptive):
+            raise ValueError(
+                f"borders of {mixer.segmentation} depend on the text, and are not shown: inspect a "
+                "model with another segmentation"
+            )
     if not len(tokens):
         raise ValueError("the text has no tokens")
     graph, state = nnx.split(model)

@@ -22,6 +22,7 @@ from experiments._program import ConfigFlag
 from experiments._program import run as run_program
 from memcache_jax.training.config import to_json
 from memcache_jax.training.durable import read_json, replace_file
+from memcache_jax.training.pictures import new_figure as new_figure
 from memcache_jax.training.workdir import lock_workdir
 
 Case = dict[str, Any]
@@ -90,10 +91,12 @@ class Study:
     def _result(self, case: Case) -> Row | None:
         return next((row["result"] for row in self._measured if row["case"] == case), None)
 
-    def write_table(self, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Prints a table and writes it to ``table.md``."""
+    def write_table(
+        self, header: Sequence[str], rows: Sequence[Sequence[Any]], name: str = "table"
+    ) -> None:
+        """Prints a table and writes it to ``table.md``, or under another name."""
         text = markdown(header, rows)
-        replace_file(self.workdir / "table.md", text + "\n")
+        replace_file(self.workdir / f"{name}.md", text + "\n")
         print(f"\n{text}\n")
 
     def write_picture(self, figure: Any, name: str) -> None:
@@ -168,18 +171,6 @@ def mean_and_spread(values: Sequence[float]) -> str:
     mean = sum(values) / len(values)
     spread = (max(values) - min(values)) / 2
     return f"{mean:.3f}" if len(values) == 1 else f"{mean:.3f} ± {spread:.3f}"
-
-
-def new_figure(
-    columns: int, rows: int = 1, *, size: tuple[float, float] = (4.8, 3.6), **options: Any
-) -> tuple[Any, Any]:
-    """Returns a matplotlib figure that needs no display, and its axes of ``size`` inches each."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def check_keys(config: ConfigDict, known: Collection[str]) -> None:

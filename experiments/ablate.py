@@ -13,6 +13,7 @@ from typing import Any
 
 from experiments._recall import measure_recall, recall_config, recall_groups, recall_model
 from experiments._study import Row, Study, mean_and_spread, new_figure, run
+from memcache_jax.training.pictures import COLORS
 
 
 def program(config: Any, study: Study) -> None:
@@ -30,7 +31,7 @@ def program(config: Any, study: Study) -> None:
             for name, mine in by_name.items()
         ],
     )
-    study.write_picture(_picture(by_name, tests[-1]), "ablate")
+    study.write_picture(picture(by_name, tests[-1]), "ablate")
 
 
 def changed(model: Mapping[str, Any], parts: Any) -> dict[str, Any]:
@@ -47,16 +48,18 @@ def changed(model: Mapping[str, Any], parts: Any) -> dict[str, Any]:
     return {**model, **parts}
 
 
-def _picture(rows: dict[str, list[Row]], test: str) -> Any:
+def picture(rows: dict[str, list[Row]], test: str) -> Any:
     """Draws a bar for each model, with the range over seeds."""
     figure, ((axis,),) = new_figure(1, size=(7.0, 1.0 + 0.3 * len(rows)))
     values = [[row["accuracy"][test] for row in mine] for mine in rows.values()]
     means = [sum(v) / len(v) for v in values]
     below = [mean - min(v) for mean, v in zip(means, values, strict=True)]
     above = [max(v) - mean for mean, v in zip(means, values, strict=True)]
-    colors = ["C1", *["C0"] * (len(rows) - 1)]
+    whole, changed = COLORS[0], COLORS[6]
+    colors = [whole, *[changed] * (len(rows) - 1)]
     axis.barh(list(rows), means, xerr=[below, above], color=colors)
-    axis.axvline(means[0], color="C1", linewidth=0.8)
+    axis.axvline(means[0], color=whole, linestyle="--", linewidth=1)
+    axis.grid(visible=False, axis="y")
     axis.invert_yaxis()
     length, pairs = test.split("/")
     axis.set(xlabel="accuracy", title=f"L = {length}, K = {pairs}")

@@ -17,16 +17,15 @@ with loop bodies counted once per trip; "x matmul" is the time divided by the ti
 at the rate of a large float32 matmul, measured in the same rounds.
 """
 
-import ctypes
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 
 from absl import app, flags
 
+from experiments._memory import keep_freed_memory
 from experiments._operation import operation
 from experiments._program import run
 
@@ -116,15 +115,6 @@ def programs(build: Callable) -> dict[str, tuple[Callable, tuple]]:
     if isinstance(layer, mc.nn.MemoryCaching):
         found["operation"] = operation(layer, x)
     return found
-
-
-def keep_freed_memory() -> bool:
-    """Makes glibc keep all freed memory; returns whether that worked."""
-    if sys.platform != "linux":
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    m_trim_threshold, m_mmap_max = -1, -4  # of malloc.h
-    return mallopt is not None and bool(mallopt(m_trim_threshold, 2**30) * mallopt(m_mmap_max, 0))
 
 
 def program() -> None:

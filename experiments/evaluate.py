@@ -4,7 +4,7 @@
 
 ``FOLDER`` is the workdir of ``experiments.train``; the program loads its newest checkpoint.
 ``--pretrained=FOLDER --max_length=TOKENS`` reads a public model instead, and ``--segment`` gives it
-caches. Needs ``pip install 'memcache_jax[eval]'``, and internet access for the tasks' data.
+caches. Needs ``pip install '.[eval]'``, and internet access for the tasks' data.
 
 Tasks come from lm-evaluation-harness, from ``experiments/tasks`` and from ``--include_path``. The
 paper's sets expand to these tasks:
@@ -95,7 +95,7 @@ def program() -> None:
     try:
         from lm_eval import __version__ as version
     except ImportError as e:
-        raise ImportError(f"{e}: pip install 'memcache_jax[eval]'") from e
+        raise ImportError(f"{e}: pip install '.[eval]' in a checkout of memcache_jax") from e
     from experiments._lm_eval import TrainedLM
     from memcache_jax.training.durable import replace_file
 

@@ -40,6 +40,7 @@ from memcache_jax.training import (
 from memcache_jax.training.config import to_json
 from memcache_jax.training.corpus import load_corpus
 from memcache_jax.training.durable import digest_of_all
+from memcache_jax.training.pictures import tick_values
 from memcache_jax.training.pretrained import digest_of_weights
 from memcache_jax.training.tokenizers import end_token_of, published_tokenizer
 
@@ -215,8 +216,7 @@ def picture(rows: list[Row]) -> Any:
     figure, ((axis,),) = new_figure(1, size=(7.5, 4.8))
     for row in rows:
         middle = [(begin + end) / 2 for begin, end, _ in row["bins"]]
-        look = ":" if row["post"] else "-"
-        axis.plot(middle, [bits for *_, bits in row["bins"]], f"o{look}", label=row["name"])
+        axis.plot(middle, [bits for *_, bits in row["bins"]], label=row["name"])
     first = rows[0]
     what, length = "segment", first.get("segment")
     if "training" in first:
@@ -224,9 +224,8 @@ def picture(rows: list[Row]) -> Any:
     if length is not None:
         axis.axvline(length, color="gray", linestyle="--", linewidth=1)
         axis.text(length, 0.99, f" {what}", transform=axis.get_xaxis_transform(), va="top")
-    axis.set_xscale("log", base=2)
+    tick_values(axis, [end for _, end, _ in first["bins"]])
     axis.set(xlabel="position", ylabel="bits per byte, held out")
-    axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
     return figure
 

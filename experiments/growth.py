@@ -1,6 +1,6 @@
 """Times a block's token against the sequence length.
 
-    python -m experiments.growth [--lengths=4096,65536 --rules=SSD,GatedDeltaNet --rounds=5]
+    python -m experiments.growth [--lengths=4096,65536 --rules=SSD,GatedDeltaNet --picture=FILE]
     python -m experiments.growth --operation [--lengths=8192]
     python -m experiments.growth --errors=4096 [--rules=DeltaNet,GatedDeltaNet,RWKV7,KDA,GDN2]
     python -m experiments.growth --starts=16,32,64 [--rules=GatedDeltaNet --lengths=2048]
@@ -43,6 +43,7 @@ flags.DEFINE_integer("errors", None, "Segments whose runs are composed, to print
 flags.DEFINE_bool("operation", False, "Time the memory's operation alone.")
 flags.DEFINE_list("starts", None, "Tokens of a chunk, to time how states are carried.")
 flags.DEFINE_string("json", None, "File to write the table to.")
+flags.DEFINE_string("picture", None, "File to draw the times to, such as growth.png.")
 
 ALONE, LOGARITHMIC, ROUTED = "alone", "Logarithmic + GRM", "Constant + SSC"
 
@@ -196,6 +197,10 @@ def program() -> None:
     if FLAGS.json:
         with open(FLAGS.json, "w") as file:
             json.dump(dict(rows=table, ratios=ratios), file, indent=2)
+    if FLAGS.picture:
+        from experiments._growth_picture import picture
+
+        picture(table).savefig(FLAGS.picture, dpi=120)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 ``RUN`` is the workdir of ``experiments.train``. ``--pretrained=FOLDER`` reads a public model
 instead, and ``--segment`` gives it caches. The model reads the text, and its gates over cached and
 live states become a page, ``inspect.html``, which needs no network. Pointing at a token shows what
-it read, in each layer and head, and colours the text by those gates. ``inspect.json`` has the
-numbers.
+it read, in each layer and head, and colors the text by those gates. ``inspect.png`` draws the
+gates of three layers, and ``inspect.json`` has the numbers.
 """
 
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments._gates_page import as_json, page
+from experiments._gates_picture import picture
 from experiments._program import run
 from experiments._reads import inspect
 from experiments._source import read_model, source
@@ -22,6 +23,8 @@ from memcache_jax.training.durable import replace_file
 _TEXT = flags.DEFINE_string("text", None, "The file to read.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder of the results; the workdir by default.")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 1024, "Maximum tokens to read from the text.")
+
+_KINDS = ("html", "png", "json")
 
 
 def program() -> None:
@@ -38,12 +41,13 @@ def program() -> None:
     replace_file(folder / "inspect.json", as_json(found) + "\n")
     title = f"{file.name} read by {source().resolve().name}"
     replace_file(folder / "inspect.html", page(found, title))
+    picture(found).savefig(folder / "inspect.png", dpi=120)
     print(f"{len(tokens)} tokens")
     for layer in found["layers"]:
         cached = 1 - layer["gates"][..., -1].mean(axis=0)
         shown = " ".join(f"{x:.3f}" for x in cached)
         print(f"{layer['name']}\n  weight of cached states by head, mean over tokens: {shown}")
-    print(f"written: {folder / 'inspect.html'}, {folder / 'inspect.json'}")
+    print(f"written: {', '.join(str(folder / f'inspect.{kind}') for kind in _KINDS)}")
 
 
 if __name__ == "__main__":

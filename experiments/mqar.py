@@ -13,6 +13,7 @@ from typing import Any
 
 from experiments._recall import best, measure_recall, recall_config, recall_groups, recall_model
 from experiments._study import Row, Study, mean_and_spread, new_figure, run
+from memcache_jax.training.pictures import look, tick_values
 
 
 def program(config: Any, study: Study) -> None:
@@ -39,31 +40,32 @@ def program(config: Any, study: Study) -> None:
             for name, mine in rows.items()
         ],
     )
-    study.write_picture(_picture(config, rows, tests, longest), "mqar")
+    study.write_picture(picture(config, rows, tests, longest), "mqar")
 
 
-def _picture(config: Any, rows: dict[str, list[Row]], tests: list[str], longest: str) -> Any:
+def picture(config: Any, rows: dict[str, list[Row]], tests: list[str], longest: str) -> Any:
     """Plots accuracy by test at the largest width, by bytes of state, and by width."""
     figure, (axes,) = new_figure(3 if len(config.widths) > 1 else 2)
     by_test, by_bytes, *by_width = axes
     hardest = tests[-1]
     length, pairs = hardest.split("/")
     for number, model in enumerate(config.models):
-        look: dict[str, Any] = dict(color=f"C{number % 10}", marker="os^Dv"[number // 10 % 5])
         widest = rows[f"{model} d={config.widths[-1]}"]
-        _line(by_test, range(len(tests)), [[r["accuracy"][t] for r in widest] for t in tests], look)
+        _line(
+            by_test, range(len(tests)), [[r["accuracy"][t] for r in widest] for t in tests], number
+        )
         by_test.lines[-1].set_label(model)
         of_widths = [rows[f"{model} d={width}"] for width in config.widths]
         hard = [[row["accuracy"][hardest] for row in mine] for mine in of_widths]
         for axis in by_width:
-            _line(axis, config.widths, hard, look)
-        _line(by_bytes, [mine[0]["state_bytes"][longest] for mine in of_widths], hard, look)
+            _line(axis, config.widths, hard, number)
+        _line(by_bytes, [mine[0]["state_bytes"][longest] for mine in of_widths], hard, number)
     by_test.set_xticks(range(len(tests)), [f"L={t.replace('/', chr(10) + 'K=')}" for t in tests])
     by_test.set(ylabel="accuracy", title=f"d = {config.widths[-1]}")
     figure.legend(loc="outside right center")
     for axis in by_width:
-        axis.set(xlabel="model dimension d", title=f"L = {length}, K = {pairs}", xscale="log")
-        axis.set_xticks(config.widths, list(map(str, config.widths)))
+        axis.set(xlabel="model dimension d", title=f"L = {length}, K = {pairs}")
+        tick_values(axis, config.widths)
     by_bytes.set(xlabel=f"bytes of state at {longest} tokens", xscale="log")
     by_bytes.set_title(f"L = {length}, K = {pairs}")
     for axis in axes:
@@ -71,13 +73,13 @@ def _picture(config: Any, rows: dict[str, list[Row]], tests: list[str], longest:
     return figure
 
 
-def _line(axis: Any, x: Any, values: list[list[float]], look: dict[str, Any]) -> None:
+def _line(axis: Any, x: Any, values: list[list[float]], number: int) -> None:
     """Plots means, with the range over seeds."""
     means = [sum(v) / len(v) for v in values]
-    axis.plot(x, means, **look)
-    axis.fill_between(
-        x, list(map(min, values)), list(map(max, values)), color=look["color"], alpha=0.15
-    )
+    how = look(number)
+    axis.plot(x, means, **how)
+    low, high = ([extreme(v) for v in values] for extreme in (min, max))
+    axis.fill_between(x, low, high, color=how["color"], alpha=0.15, linewidth=0)
 
 
 if __name__ == "__main__":

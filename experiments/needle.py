@@ -23,6 +23,7 @@ from experiments._needles import LITE_VOCABULARY, essay, found, lite, needle
 from experiments._recall import groups, recall_model, state_bytes
 from experiments._study import Case, Row, Study, mean_and_spread, new_figure, run
 from memcache_jax.training import load_model, model_config
+from memcache_jax.training.pictures import MAP
 
 _TASK = (
     "train",
@@ -82,7 +83,7 @@ def program(config: Any, study: Study) -> None:
             for name, grid in grids.items()
         ],
     )
-    study.write_picture(_picture(config, grids), "needle")
+    study.write_picture(picture(config, grids), "needle")
 
 
 def _light(config: Any, study: Study) -> list[Row]:
@@ -184,7 +185,7 @@ def _depths(count: int) -> list[float]:
     return np.linspace(0, 1, count).tolist() if count > 1 else [0.5]
 
 
-def _picture(config: Any, grids: dict[str, np.ndarray]) -> Any:
+def picture(config: Any, grids: dict[str, np.ndarray]) -> Any:
     """Plots length by depth for each model, as means over seeds."""
     columns = min(4, len(grids))
     figure, axes = new_figure(columns, -(-len(grids) // columns), size=(3.2, 2.6))
@@ -192,11 +193,12 @@ def _picture(config: Any, grids: dict[str, np.ndarray]) -> Any:
     for axis in axes.flat[len(grids) :]:
         axis.axis("off")
     for axis, (name, grid) in zip(axes.flat, grids.items(), strict=False):
-        image = axis.imshow(grid.mean(axis=0).T, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        image = axis.imshow(grid.mean(axis=0).T, vmin=0, vmax=1, cmap=MAP, aspect="auto")
         axis.set_xticks(range(len(config.lengths)), list(map(str, config.lengths)))
         depths = _depths(config.depths)
         axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         axis.set(title=name, xlabel="tokens", ylabel="depth")
+        axis.grid(visible=False)
     figure.colorbar(image, ax=axes, label="accuracy")
     return figure
 

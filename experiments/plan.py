@@ -63,7 +63,7 @@ def plan(config: Any, topology: str, *, quick: bool = False) -> dict[str, Any]:
     import jax.numpy as jnp
 
     from experiments._flops import count_flops
-    from experiments._hlo import collectives
+    from experiments._hlo import collectives, printed
     from experiments._memory import memory_of
     from memcache_jax.sharding import batch_sharding
     from memcache_jax.training.config import check_config, with_choices_made
@@ -137,10 +137,9 @@ def plan(config: Any, topology: str, *, quick: bool = False) -> dict[str, Any]:
     report["evaluation"] = memory_of(evaluation)
     report["evaluation"]["peak_bytes"] += bytes_per_chip(target.opt_state)
     try:
-        report["collectives"] = collectives(compiled.as_text())
-    except jax.errors.JaxRuntimeError as e:
-        # jaxlib 0.10 cannot read back programs that run gathers on sparse cores (v5p, v6e).
-        report["unlisted"] = _first_lines(str(e))
+        report["collectives"] = collectives(printed(compiled))
+    except NotImplementedError as e:
+        report["unlisted"] = str(e)
     return report
 
 

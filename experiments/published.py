@@ -1,6 +1,6 @@
 """Compares public models with their own library: logits, speed and memory.
 
-    pip install torch transformers==5.24.0 'memcache_jax[pretrained]'
+    pip install torch transformers==5.24.0 '.[pretrained]'
     python -m experiments.published
 
 For each tiny model of the tests, ``mc.pretrained.save`` writes what ``load`` has read, transformers
@@ -37,7 +37,8 @@ from memcache_jax.nn.language_model import abstract_model
 from memcache_jax.pretrained.given import Given
 from memcache_jax.pretrained.read import described
 
-FOLDERS = Path(__file__).parents[1] / "tests" / "data" / "pretrained"
+_DATA = Path(__file__).parents[1] / "tests" / "data"
+FOLDERS, PUBLISHED = _DATA / "pretrained", _DATA / "published"
 _PROMPT = flags.DEFINE_integer("prompt", 512, "Tokens of the prompt that is timed.")
 _NEW = flags.DEFINE_integer("new", 64, "Tokens that are decoded after it.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Times of each, in turn; the median counts.")
@@ -90,7 +91,7 @@ def program() -> None:
     print(f"transformers {transformers.__version__}, torch {torch.__version__}, {jax.__version__=}")
     if "logits" in _PARTS.value:
         print(f"{'model':<20} {'error of the largest logit':>28}")
-        for folder in sorted(FOLDERS.iterdir()):
+        for folder in [*sorted(FOLDERS.iterdir()), *sorted(PUBLISHED.iterdir())]:
             if not folder.name.startswith("fla_"):  # read by flash-linear-attention alone
                 print(f"{folder.name:<20} {_error(folder):28.1e}")
     for size in [part for part in _PARTS.value if part not in ("logits", "memory")]:

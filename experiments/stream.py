@@ -162,36 +162,33 @@ def measure(name: str, mixer: Any, length: int) -> list[dict[str, Any]]:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Plots time and bytes by position."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from memcache_jax.training.pictures import look, new_figure
 
     lines = {
         "milliseconds per token": {
-            "": ("ms_per_token", "-o", 1.0),
-            ", cache made for this length": ("ms_made_for", ":", 1.0),
+            "": ("ms_per_token", 1.0),
+            ", cache made for this length": ("ms_made_for", 1.0),
         },
         "megabytes": {
-            "": ("bytes", "-o", 1e-6),
-            ", cache made for this length": ("bytes_made_for", ":", 1e-6),
-            ", resident": ("peak_bytes", "--", 1e-6),
+            "": ("bytes", 1e-6),
+            ", cache made for this length": ("bytes_made_for", 1e-6),
+            ", resident": ("peak_bytes", 1e-6),
         },
     }
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
+    figure, (axes,) = new_figure(2, size=(6, 4))
     names = dict.fromkeys(row["model"] for row in rows)
     for axis, (title, keys) in zip(axes, lines.items(), strict=True):
-        for color, name in enumerate(names):
+        for place, name in enumerate(names):
             mine = [row for row in rows if row["model"] == name]
-            for label, (key, style, scale) in keys.items():
+            for line, (label, (key, scale)) in enumerate(keys.items()):
                 known = [row for row in mine if row[key] is not None]
                 x, y = [row["position"] for row in known], [row[key] * scale for row in known]
-                axis.plot(x, y, style, color=f"C{color}", label=name + label)
+                how = look(place) | dict(linestyle=("-", ":", "--")[line])
+                axis.plot(x, y, **how, label=name + label)
         axis.set(xscale="log", yscale="log", xlabel="tokens of history", ylabel=title)
     handles = axes[1].get_legend_handles_labels()
     figure.legend(*handles, loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def program() -> None:

@@ -29,6 +29,7 @@ from memcache_jax import presets
 from memcache_jax.nn import AttentionMixer, LanguageModel, LanguageModelConfig
 from memcache_jax.training import default_config
 from memcache_jax.training.optimizer import make_optimizer
+from memcache_jax.training.pictures import tick_values
 from memcache_jax.training.step import abstract_state, create_state, make_train_step
 
 _MODEL = ("vocab_size", "num_layers", "features", "num_heads", "segment", "top_k", "dtype", "remat")
@@ -201,22 +202,23 @@ HEADER = ("pass", "T or history", "model", "tokens/s", "ms", "cache MB", "compil
 
 
 def picture(rows: list[Row]) -> Any:
-    """Plots tokens/s by T, and time per token and megabytes of cache by history."""
-    figure, ((speed, token, size),) = new_figure(3)
+    """Plots tokens/s by T, and time per token and megabytes of cache by history, where measured."""
     panels = (
-        (speed, "train", "tokens_per_second", 1, "T", "tokens per second, training"),
-        (token, "decode", "ms", 1, "tokens of history", "milliseconds per token"),
-        (size, "decode", "cache_bytes", 1e-6, "tokens of history", "megabytes of cache"),
+        ("train", "tokens_per_second", 1, "T", "tokens per second, training"),
+        ("decode", "ms", 1, "tokens of history", "milliseconds per token"),
+        ("decode", "cache_bytes", 1e-6, "tokens of history", "megabytes of cache"),
     )
-    for axis, what, key, scale, x_label, y_label in panels:
+    panels = [panel for panel in panels if any(panel[1] in row for row in rows)]
+    figure, (axes,) = new_figure(max(len(panels), 1))
+    for axis, (what, key, scale, x_label, y_label) in zip(axes, panels, strict=False):
         for name in dict.fromkeys(row["name"] for row in rows):
             mine = [r for r in rows if (r["name"], r["what"]) == (name, what) and key in r]
-            axis.plot([r["tokens"] for r in mine], [r[key] * scale for r in mine], "-o", label=name)
+            axis.plot([r["tokens"] for r in mine], [r[key] * scale for r in mine], label=name)
         axis.set(xlabel=x_label, ylabel=y_label)
-        axis.set_xscale("log", base=2)
-        axis.grid(alpha=0.3)
-    size.set_yscale("log")
-    speed.legend(fontsize="x-small")
+        tick_values(axis, sorted({r["tokens"] for r in rows if r["what"] == what and key in r}))
+        if key == "cache_bytes":
+            axis.set_yscale("log")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     return figure
 
 

@@ -29,10 +29,11 @@ FLAGS.set_default("minutes", 60)
 IMPLEMENTATIONS = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}
 _WARPS = dict(num_warps=(4, 8), num_stages=(1, 2, 3))
 _TRITON = dict(rows=(16, 32, 64, 128)) | _WARPS
-_SWEEP = dict(units=(1, 2, 4, 8), group=(4, 16, 64))
+_SWEEP = dict(units=(1, 2, 4, 8), group=(1, 4, 16, 64))
 CANDIDATES = {
     "affine_update/pallas_gpu": dict(columns=(16, 32, 64)) | _WARPS,
     "affine_update/pallas_tpu": _SWEEP,
+    "affine_update/pallas_tpu_chunks": _SWEEP,
     "bank_read/pallas_gpu": _TRITON,
     "bank_read/pallas_tpu": dict(rows=(128, 256, 512), bank_bytes=(2**20, 2**22, 2**23)),
     "chunk_update/pallas_tpu": _SWEEP,

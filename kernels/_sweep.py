@@ -1,7 +1,7 @@
 """TPU kernels that keep states in VMEM from chunk to chunk.
 
 The grid runs over memories and, in order, over their chunks. The forward pass writes the state
-after each group of chunks to HBM. The backward pass walks the groups from last to first and visits
+before each group of chunks to HBM. The backward pass walks the groups from last to first and visits
 each one twice: once forward, to recompute in VMEM the states that its chunks start from, and once
 in reverse.
 """
@@ -28,7 +28,9 @@ Pull = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 """(states, rows, d_next, d_outputs) -> (d_states, d_rows)."""
 
 
-def forward(sweep: Sweep, step: Step, state: Any, rows: Any, y: Any) -> tuple[Any, Any, Any]:
+def forward(
+    sweep: Sweep, step: Step, state: Any, rows: Any, y: Any, *, starts: bool = True
+) -> tuple[Any, Any, Any]:
     """Returns the states at the ends of runs, the outputs, and the states that groups start from.
 
     Args:
@@ -37,47 +39,54 @@ def forward(sweep: Sweep, step: Step, state: Any, rows: Any, y: Any) -> tuple[An
       state: the first states, (units, ...).
       rows: (units, chunks, ...).
       y: shapes of the outputs, (units, chunks, ...).
+      starts: whether to write the states that groups start from; if not, None takes their place.
     """
     units, chunks = jax.tree.leaves(rows)[0].shape[:2]
-    groups = chunks // sweep.group
-    kept = jax.tree.map(lambda x: _shaped(x, (units, groups, *x.shape[1:])), state)
-    group = np.int32(sweep.group)
+    lengths = sweep.group * sweep.every, sweep.group
+    of_runs, of_groups = (
+        jax.tree.map(lambda x, n=n: _shaped(x, (units, chunks // n, *x.shape[1:])), state)
+        for n in lengths
+    )
+    of_groups = of_groups if starts else None
+    run, group = map(np.int32, lengths)
     of_chunk = functools.partial(_specs, sweep, 2, lambda i, c: (i, c))
+    of_run = functools.partial(_specs, sweep, 2, lambda i, c: (i, lax.div(c, run)))
     of_group = functools.partial(_specs, sweep, 2, lambda i, c: (i, lax.div(c, group)))
 
-    def kernel(state_refs, rows_refs, y_refs, after_refs, carried_refs):
+    def kernel(state_refs, rows_refs, y_refs, end_refs, start_refs, carried_refs):
         chunk = pl.program_id(1)
 
         @pl.when(chunk == 0)
         def _():
             _fill(carried_refs, _load(state_refs, state, 1))
 
-        after, outputs = step(_load(carried_refs, state, 1), _load(rows_refs, rows, 2))
+        before = _load(carried_refs, state, 1)
+        if starts:
+
+            @pl.when(lax.rem(chunk, group) == 0)
+            def _():
+                _fill(start_refs, before)
+
+        after, outputs = step(before, _load(rows_refs, rows, 2))
         _fill(y_refs, outputs)
         _fill(carried_refs, after)
 
-        @pl.when(lax.rem(chunk, group) == group - 1)
+        @pl.when(lax.rem(chunk, run) == run - 1)
         def _():
-            _fill(after_refs, after)
+            _fill(end_refs, after)
 
-    out, after = tpu_call(
+    out, ends, first = tpu_call(
         kernel,
         grid=(units // sweep.together, chunks),
         in_specs=[_specs(sweep, 1, lambda i, c: (i,), state), of_chunk(rows)],
-        out_specs=[of_chunk(y), of_group(kept)],
-        out_shape=[_wide(y, 2), _wide(kept, 2)],
+        out_specs=[of_chunk(y), of_run(of_runs), of_group(of_groups)],
+        out_shape=[_wide(y, 2), _wide(of_runs, 2), _wide(of_groups, 2)],
         scratch_shapes=[_scratch(sweep, state)],
         name=f"{sweep.name}_forward",
         dimension_semantics=("parallel", "arbitrary"),
         vmem_bytes=sweep.forward_bytes,
     )(_wide(state, 1), _wide(rows, 2))
-    out, after = (
-        jax.tree.map(lambda x, w: x.reshape(w.shape), *p) for p in ((out, y), (after, kept))
-    )
-    starts = jax.tree.map(
-        lambda first, after: jnp.concatenate([first[:, None], after[:, :-1]], axis=1), state, after
-    )
-    return jax.tree.map(lambda x: x[:, sweep.every - 1 :: sweep.every], after), out, starts
+    return _reshaped(ends, of_runs), _reshaped(out, y), _reshaped(first, of_groups)
 
 
 def backward(
@@ -138,6 +147,10 @@ def backward(
         def _():
             carried = _load(carried_refs, state, 1)
             jax.tree.map(lambda ref, x: _put(ref, s, x), starts_refs, carried)
+
+        @pl.when(s < length - 1)
+        def _():
+            carried = _load(carried_refs, state, 1)
             _fill(carried_refs, step(carried, _load(rows_refs, rows, 2))[0])
 
         @pl.when(s >= length)

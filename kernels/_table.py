@@ -17,6 +17,15 @@ TABLE = {
             "units": 4,
         },
     },
+    "affine_update/pallas_tpu_chunks": {
+        "default": {
+            "group": 4,
+            "row_work": 64,
+            "start_bytes": 4194304,
+            "state_work": 24,
+            "units": 4,
+        },
+    },
     "bank_read/pallas_gpu": {
         "default": {
             "num_stages": 2,

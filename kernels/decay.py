@@ -5,8 +5,10 @@ small decays that follow a strong one. A decay of exactly zero (a log of -inf) m
 """
 
 import jax.numpy as jnp
+from jax import lax
 
 from memcache_jax._typing import Array, Bool, Float
+from memcache_jax.kernels.triangular import whole_matrices
 
 _ZERO = -1e6  # the log of a decay that is as good as zero, in any sum
 
@@ -60,6 +62,9 @@ def start_decay(
 
 def end_decay(log_decay: Float[Array, "m *k"]) -> Float[Array, "m *k"]:
     """Returns the product of the decays after each token."""
+    if whole_matrices():
+        later = jnp.tri(len(log_decay), k=-1, dtype=log_decay.dtype).T
+        return jnp.exp(jnp.tensordot(later, jnp.maximum(log_decay, _ZERO), 1, precision="highest"))
     after = jnp.pad(log_decay[1:], [(0, 1)] + [(0, 0)] * (log_decay.ndim - 1))
     return jnp.flip(start_decay(jnp.flip(after, 0)), 0)
 
@@ -78,6 +83,8 @@ def channel_scores(
       key: what was written.
       log_decay: logs of the decays, <= 0.
     """
+    if whole_matrices():
+        return _channel_scores_in_whole(x, key, jnp.maximum(log_decay, _ZERO))
     size, width = x.shape
     filled = 1 << (size - 1).bit_length()
     x, key, since = (
@@ -102,3 +109,24 @@ def channel_scores(
         to_end = jnp.stack([to_middle + second[:, -1:], rest], axis=1)
         scores = jnp.concatenate([upper, lower], axis=1)
     return scores[0, :size, :size]
+
+
+def _channel_scores_in_whole(
+    x: Float[Array, "m k"], key: Float[Array, "m k"], log_decay: Float[Array, "m k"]
+) -> Float[Array, "m m"]:
+    """``channel_scores`` of all blocks of a size at once, in products of whole matrices."""
+    shape = (len(x), len(x))
+    row, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+
+    def sums(of: Bool[Array, "m m"]) -> Float[Array, "m k"]:
+        return jnp.matmul(of.astype(log_decay.dtype), log_decay, precision="highest")
+
+    scores = jnp.where(row == column, jnp.sum(x * key, axis=1)[:, None], 0.0)
+    for level in range((len(x) - 1).bit_length()):
+        block_row, block_column = row >> level, column >> level
+        same = block_row == block_column
+        readers = x * jnp.exp(sums(same & (column <= row)))  # decays from the middle to a reader
+        writers = key * jnp.exp(sums(same & (column > row)))  # and from a writer to the middle
+        is_corner = (block_row == block_column + 1) & (block_row & 1 == 1)
+        scores += jnp.where(is_corner, jnp.matmul(readers, writers.T), 0.0)
+    return scores

@@ -7,6 +7,7 @@ from memcache_jax._checks import check_arguments, check_choice, check_mapping, s
 from memcache_jax._eager import compiled
 from memcache_jax._typing import Array, Exchange, Float, Implementation, Int, Start
 from memcache_jax._varying import alike
+from memcache_jax.adaptive import Adaptive
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.engine.one_pass import one_pass
 from memcache_jax.engine.types import Tokens
@@ -57,14 +58,15 @@ def memory_caching(
         growth. Constants of a head have shape (h,).
       weights: initial weights of a deep memory by name, one per head: (h, out, in).
       aggregation: how reads become one output: ``Residual()``, ``GRM()``, ``Soup()`` or ``SSC()``.
-      segmentation: where states are cached: ``Constant(C)``, ``Logarithmic(C)`` or ``Lengths``.
+      segmentation: where states are cached: ``Constant(C)``, ``Logarithmic(C)``, ``Lengths`` or
+        ``Adaptive(min, max)``.
       start: what a segment's memory begins with: ``"independent"``, the initial state, or
         ``"checkpoint"``, the state at the end of the segment before. Independent segments run side
         by side, so that the sequential part is C / chunk_size steps at any length.
       document_ids: for documents packed into one sequence, an id per token. Where it changes the
-        memory begins anew, and what other documents cached is not read. With ``Constant`` and
-        ``Logarithmic``, a document that begins on a segment's border has the outputs that it has
-        alone; any other has a shorter first segment and first chunk.
+        memory begins anew, and what other documents cached is not read. Except with ``Lengths``, a
+        document that begins on a block's border has the outputs that it has alone; any other has a
+        shorter first segment and first chunk. Blocks are segments, or ``Adaptive``'s blocks.
       implementation: ``"xla"`` (the default), matrix products over chunks; ``"pallas_tpu"`` or
         ``"pallas_gpu"``, the same with the kernels for that device; or ``"reference"``, the
         recurrence token by token, slow and plain.
@@ -122,6 +124,8 @@ def memory_caching(
     tokens, initial, document_ids = alike((tokens, weights, document_ids))
     if division is None:
         return compiled(one_pass, tokens, initial, document_ids, **how)
+    if isinstance(segmentation, Adaptive):  # all heads decide together where segments end
+        division = division.whole("h")
     return over_mesh(division, tokens, initial, document_ids, exchange, **how)
 
 

@@ -7,7 +7,7 @@ import os
 import jaxtyping
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Programs run for milliseconds and compile for seconds: do not optimise them. Newer versions have
+# Programs run for milliseconds and compile for seconds: do not optimize them. Newer versions have
 # not the last flag, which saves a third of that time.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")

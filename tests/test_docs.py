@@ -1,5 +1,6 @@
 """The classes of docs/write_your_own_parts.md run on every path, and its code as it stands."""
 
+import importlib.util
 import pathlib
 import re
 from typing import Any
@@ -115,3 +116,39 @@ def test_the_growing_segments_span_what_they_say(parts):
 def test_the_code_of_a_page(name):
     blocks = re.findall(r"^```python\n(.*?)^```$", (FOLDER / name).read_text(), re.M | re.S)
     exec(compile("".join(blocks), name, "exec"), {})
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Any:
+    """The program that draws the pages' pictures."""
+    spec = importlib.util.spec_from_file_location("pictures", FOLDER / "_pictures.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pictures_show_their_tables(pictures):
+    by_test, _, *_ = pictures.recall().axes
+    attention = by_test.lines[-1]
+    assert attention.get_label() == "attention"
+    np.testing.assert_allclose(attention.get_ydata(), [1, 0.985, 1])
+    (loss,) = pictures.extrapolate().axes
+    titans = loss.lines[0]
+    assert titans.get_xdata().tolist() == [48, 96, 192, 384, 768, 1536]
+    assert titans.get_ydata().tolist() == [2.242, 1.937, 2.262, 2.084, 2.092, 2.355]
+    ssd, delta = pictures.growth().axes
+    assert ssd.lines[0].get_ydata().tolist() == [177, 121]
+    assert delta.lines[-1].get_ydata().tolist() == [342, 202]
+    trained, decoded = pictures.throughput().axes
+    np.testing.assert_allclose(trained.lines[-1].get_ydata(), [13200, 6500, 3900, 1400])
+    assert decoded.lines[-1].get_ydata().tolist() == [0.24, 0.97]
+
+
+def test_states_that_are_counted(pictures):
+    attention, constant, logarithmic, routed, alone = pictures.states().axes[0].lines
+    assert (attention.get_xdata()[-1], constant.get_ydata()[-1]) == (2**17, 512)
+    assert logarithmic.get_ydata()[-1] == 10  # nine buckets and the live state
+    assert routed.get_ydata().max() == 5
+    assert alone.get_ydata().max() == 1

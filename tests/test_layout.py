@@ -6,7 +6,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 # What is tested of the whole project, not of a module.
-_WHOLE = "docs docstrings layout packaging readme tutorials"
+_WHOLE = "docs docstrings layout packaging readme site tutorials"
 WHOLE = {f"test_{name}.py" for name in _WHOLE.split()}
 FILES = sorted(path.relative_to(TESTS) for path in TESTS.rglob("test_*.py"))
 MIRRORS = [file for file in FILES if file.parts[0] != "contracts" and file.as_posix() not in WHOLE]

@@ -34,6 +34,8 @@ import builtins, importlib, pkgutil
 
 real = builtins.__import__
 needed = {"absl", "grain", "matplotlib", "ml_collections", "optax", "orbax", "tqdm"}
+needed |= {"aiohttp", "jinja2"}
+with_extras = ("memcache_jax.training", "memcache_jax.serving.http")
 
 def without_extra(name, names=None, *rest):
     ours = (names or {}).get("__name__", "").startswith("memcache_jax")
@@ -47,7 +49,7 @@ import memcache_jax as mc
 from flax import nnx
 
 for module in pkgutil.walk_packages(mc.__path__, "memcache_jax.", onerror=lambda name: None):
-    if not module.name.startswith("memcache_jax.training"):
+    if not module.name.startswith(with_extras):
         importlib.import_module(module.name)
 config = mc.nn.LanguageModelConfig(vocab_size=9, num_layers=1, features=8, num_heads=2)
 model = mc.nn.LanguageModel(config, rngs=nnx.Rngs(0))
@@ -135,7 +137,7 @@ def test_metadata(built):
     assert fields["Requires-Python"] == ">=3.11"
     assert fields["License-Expression"] == "Apache-2.0"
     extras = {"tpu", "cuda12", "cuda13", "train", "data", "eval", "pretrained", "tensorboard"}
-    extras |= {"test", "dev", "docs"}
+    extras |= {"serve", "test", "dev", "docs"}
     assert set(fields.get_all("Provides-Extra") or ()) == extras
     assert any(k.endswith("licenses/LICENSE") for k in files)
 
@@ -152,7 +154,8 @@ def test_only_training_imports_what_training_needs():
     shape, message = out
     assert shape == "(1, 7)"
     assert re.fullmatch(
-        r"memcache_jax.training needs \w+: pip install 'memcache_jax\[train\]'", message
+        r"memcache_jax.training needs \w+: pip install '\.\[train\]' in a checkout of memcache_jax",
+        message,
     )
 
 

@@ -83,12 +83,29 @@ def test_links_lead_to_what_exists(page):
         assert path.is_dir() or path.with_suffix(".py").exists(), module
 
 
+def images():
+    """The pages with pictures, and the alternative texts of those."""
+    pages = (path for path in (ROOT / "docs").rglob("*") if path.suffix in (".md", ".ipynb"))
+    for path in [ROOT / "README.md", *sorted(pages)]:
+        text = path.read_text().replace("\\n", " ")
+        if found := re.findall(r"!\[([^\]]*)\]\(([^)\s]+)\)", text):
+            yield pytest.param(path.parent, found, id=str(path.relative_to(ROOT)))
+
+
+@pytest.mark.parametrize(("folder", "found"), list(images()))
+def test_pictures_say_what_they_show(folder, found):
+    for alternative, path in found:
+        assert len(alternative.split()) >= 5, path
+        assert "://" in path or (folder / path).exists(), path
+
+
 def test_the_readme_is_short():
     assert (ROOT / "README.md").read_text().count("\n") <= 150
 
 
 def test_pages_name_every_program_and_target():
-    programs = {path.stem for path in (ROOT / "experiments").glob("[!_]*.py")} | {"hosts"}
+    programs = {path.stem for path in (ROOT / "experiments").glob("[!_]*.py")}
+    programs |= {path.parent.name for path in (ROOT / "experiments").glob("*/__main__.py")}
     listed = re.findall(r"^\| `experiments\.(\w+)`", (ROOT / "docs/programs.md").read_text(), re.M)
     assert sorted(programs) == sorted(listed)
     (targets,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)
@@ -102,7 +119,9 @@ def test_pages_name_every_program_and_target():
 )
 def test_the_reference_has_everything_public(page):
     own = {"core": "memcache_jax", "recurrent": "memcache_jax.nn.recurrent"}
+    own["http"] = "memcache_jax.serving.http"
     module = importlib.import_module(own.get(page.stem, f"memcache_jax.{page.stem}"))
     listed = {name.rsplit(".", 1)[1] for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M)}
+    assert "\n\n*On GitHub this page only lists names: `make docs` renders" in page.read_text()
     names = [name for name in getattr(module, "__all__", ()) if name != "FAMILIES"]
     assert {name for name in names if not inspect.ismodule(getattr(module, name))} <= listed

@@ -19,6 +19,7 @@ def cells(notebook):
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
 def test_it_runs(notebook, monkeypatch):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("STEPS", "24")
     matplotlib.use("agg")
     names = {"__name__": "__main__"}
     with jax.numpy_rank_promotion("allow"):  # as where users run it

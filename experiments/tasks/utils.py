@@ -29,7 +29,7 @@ def load(
         ignored.
     """
     folder = Path(workdir)
-    is_public = "model_type" in read_json(folder / "config.json")
+    is_public = not {"model_type", "ssm_cfg"}.isdisjoint(read_json(folder / "config.json"))
     tokenizer = published_tokenizer(folder) if is_public else load_tokenizer(folder)
     known = {key: options[key] for key in ("name", "data_files", "data_dir") if key in options}
     docs = []
@@ -42,7 +42,7 @@ def load(
 
 
 def truncate(context: str, answer: str | None, length: int, tokenizer: Tokenizer) -> str:
-    """Returns at most ``length`` tokens of a context, centred on the beginning of the answer.
+    """Returns at most ``length`` tokens of a context, centered on the beginning of the answer.
 
     Without an answer in the context, these are the first tokens. An answer near the end has fewer
     tokens after it.

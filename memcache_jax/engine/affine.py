@@ -1,6 +1,7 @@
 """Writing blocks of an affine memory: the maps of all chunks are made at once, then applied."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 
 from memcache_jax._typing import Array, Bool, Float, State
 from memcache_jax.engine.types import Rows, Views, Writing
+from memcache_jax.kernels._dispatch import CannotServeError
 from memcache_jax.kernels.affine_update import AffineChunk, affine_update
 from memcache_jax.memories import AffineMemory
 from memcache_jax.memories.base import first_of_documents
@@ -49,17 +51,66 @@ def write_affine(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> t
         form = memory.affine(before, rows.key, rows.value, rows.query, controls)
         return form if goes_on is None else _detached(form, goes_on)
 
-    ends, y = affine_update(
-        chunk,
-        None if first is None else first.matrix,
-        jax.tree.map(lambda x: x.reshape(*lead, -1, *x.shape[4:]), (before, goes_on, rows)),
-        batch_dims=len(lead),
-        keep=chunks,
-        implementation=how.implementation,
-    )
+    def update(rows: Rows, on_chip: Any) -> tuple[Array, Array]:
+        return affine_update(
+            chunk,
+            None if first is None else first.matrix,
+            jax.tree.map(lambda x: x.reshape(*lead, -1, *x.shape[4:]), (before, goes_on, rows)),
+            batch_dims=len(lead),
+            keep=chunks,
+            implementation=how.implementation,
+            on_chip=on_chip,
+        )
+
+    if how.implementation == "pallas_tpu" and memory.on_chip:
+        ends, y = _on_chip_if_it_fits(update, memory, rows, how.dtypes)
+    else:
+        ends, y = update(rows, None)
     last = jax.tree.map(lambda x: x[:, :, :, -1], carried)
     states = last._replace(matrix=ends.reshape(*batch, *ends.shape[-2:]))
     return states, {"reads": y.reshape(*rows.query.shape[:-1], -1)}
+
+
+def _on_chip_if_it_fits(
+    update: Callable[[Rows, Any], tuple[Array, Array]],
+    memory: AffineMemory,
+    rows: Rows,
+    dtypes: Any,
+) -> tuple[Array, Array]:
+    """The update by kernels that make the maps, or for larger states by those that are given them.
+
+    Raises:
+      CannotServeError: if neither serves, with the reasons of both.
+    """
+    narrow = _as_they_came(memory, rows, dtypes)
+    try:
+        return update(narrow, jnp.result_type(narrow.query, narrow.key, narrow.value))
+    except CannotServeError as error:
+        first = error
+    try:
+        return update(rows, None)
+    except CannotServeError as error:
+        raise CannotServeError(f"{error}; with maps made in the kernels: {first}") from first
+
+
+def _as_they_came(memory: AffineMemory, rows: Rows, dtypes: Any) -> Rows:
+    """The rows in bfloat16 again if they came so, and documents as controls that forget."""
+    if dtypes is not None:
+        came = {name: getattr(dtypes, name) for name in ("query", "key", "value", "controls")}
+        narrow = {name: jax.tree.map(_narrowed, getattr(rows, name), came[name]) for name in came}
+        rows = rows._replace(**narrow)
+    if rows.begun is None:
+        return rows
+    firsts = _for_each(first_of_documents, 4)(rows.begun.astype(jnp.int32))
+    controls = _for_each(memory.forgetting, 4)(rows.controls, firsts)
+    made = {
+        name: x.astype(jnp.float32) for name, x in controls.items() if name not in rows.controls
+    }
+    return rows._replace(controls={**controls, **made}, begun=None)
+
+
+def _narrowed(x: Array, dtype: Any) -> Array:
+    return x.astype(dtype) if dtype == jnp.bfloat16 else x
 
 
 def _for_each(function: Callable, dims: int) -> Callable:

@@ -47,7 +47,7 @@ def buckets_of_documents(plan: ReadPlan, document: Int[Array, "n c"]) -> Documen
     block have nothing to read.
     """
     # Block s counts one more than block s - 1 did of its last document.
-    number = jnp.pad(_blocks_of_last_document(document)[:-1] + 1, (1, 0))
+    number = jnp.pad(blocks_of_last_document(document)[:-1] + 1, (1, 0))
     begun = (np.arange(plan.num_blocks) - number)[:, None]
     bucket = jnp.asarray(plan.reads)[number]
     span = jnp.asarray(plan.buckets)[jnp.maximum(bucket, 0)]
@@ -62,13 +62,13 @@ def runs_of_documents(document: Int[Array, "n c"], size: int) -> Int[Array, "run
     ones may be padding.
     """
     last = document[:, -1]
-    begins = _blocks_of_last_document(document)[: len(last) - size + 1] % size == 0
+    begins = blocks_of_last_document(document)[: len(last) - size + 1] % size == 0
     whole = last[: len(last) - size + 1] == last[size - 1 :]
     (first,) = jnp.nonzero(begins & whole, size=len(last) // size, fill_value=len(last) - size)
     return first
 
 
-def _blocks_of_last_document(document: Int[Array, "n c"]) -> Int[Array, "n"]:
+def blocks_of_last_document(document: Int[Array, "n c"]) -> Int[Array, "n"]:
     """Blocks since the one in which the document of each block's last token began."""
     last = document[:, -1]
     return jnp.arange(len(last)) - jnp.searchsorted(last, last)
@@ -149,7 +149,7 @@ def bucket_candidates(
     def keys(pooling: str) -> Keys:
         def of_head(key: Any, sums: Any, counts: Any, slots: Any, document: Any) -> Keys:
             live = running_document_keys(key, plan, pooling, document)
-            return Keys(live, slots=_slot_keys(sums, counts, slots, pooling))
+            return Keys(live, slots=slot_keys(sums, counts, slots, pooling))
 
         of_row = jax.vmap(of_head, in_axes=(0, 0, None, None, None))
         return jax.vmap(of_row)(key, *sums, slots, document)
@@ -189,7 +189,7 @@ def running_document_keys(
     return sums / (place - first + 1).astype(key.dtype).reshape(n, c, 1)
 
 
-def _slot_keys(
+def slot_keys(
     sums: Float[Array, "blocks k"],
     counts: Float[Array, "blocks"],
     slots: DocumentBuckets,

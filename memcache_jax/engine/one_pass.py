@@ -3,10 +3,21 @@
 import jax.numpy as jnp
 
 from memcache_jax._typing import Array, Float, Implementation, Int, Start
+from memcache_jax.adaptive import Adaptive
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.engine import reference
+from memcache_jax.engine.borders import find_borders
 from memcache_jax.engine.documents import count_documents
-from memcache_jax.engine.run import OnePass, cut_for, full_controls, run, widen, writing
+from memcache_jax.engine.run import (
+    OnePass,
+    cut_for,
+    full_controls,
+    heads_first,
+    run,
+    wide_dtype,
+    widened,
+    writing,
+)
 from memcache_jax.engine.types import Tokens
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Segmentation
@@ -27,22 +38,30 @@ def one_pass(
     value, length = tokens.value, tokens.key.shape[1]
     plan = segmentation.plan(length)
     full = full_controls(memory, tokens.controls, tokens.key, tokens.value)
-    tokens = widen(**tokens._replace(controls=full)._asdict())
-    weights = {name: weight.astype(tokens.key.dtype) for name, weight in weights.items()}
+    tokens = heads_first(**tokens._replace(controls=full)._asdict())
+    weights = {name: weight.astype(wide_dtype(tokens)) for name, weight in weights.items()}
     document = None if document_ids is None else count_documents(document_ids)
+    borders = None
+    if isinstance(segmentation, Adaptive):
+        keys = tokens.key.astype(wide_dtype(tokens))  # as streams see them
+        borders = find_borders(segmentation, keys, document)
     if implementation == "reference":
         y = reference.memory_caching(
-            tokens,
+            widened(tokens),
             weights,
             document,
+            borders,
             memory=memory,
             aggregation=aggregation,
             plan=plan,
             start=start,
         )
     else:
+        carries = start == "checkpoint"
+        if borders is not None and not carries:  # segments begin as documents do
+            document = borders.of_tokens(length)
         blocks = cut_for(memory, tokens, document, plan, length)
         how = writing(memory, aggregation, tokens, weights, implementation)
-        y, _, _ = run(OnePass(plan, start == "checkpoint"), how, aggregation, blocks)
+        y, _, _ = run(OnePass(plan, carries, borders), how, aggregation, blocks)
         y = y.reshape(*y.shape[:2], -1, y.shape[-1])[:, :, :length]
     return jnp.moveaxis(y, 1, 2).astype(value.dtype)

@@ -5,7 +5,7 @@ Nothing here is chunked or parallel in time, and gradients are automatic differe
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax import lax
 from memcache_jax._typing import Array, Float, Int, State
 from memcache_jax._varying import vary, varying
 from memcache_jax.aggregation import Aggregation
+from memcache_jax.engine.borders import Borders
 from memcache_jax.engine.types import Tokens
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import ReadPlan
@@ -24,22 +25,27 @@ def memory_caching(
     tokens: Tokens,
     weights: Mapping[str, Array],
     document: Int[Array, "b t"] | None,
+    borders: Borders | None,
     **configuration: Any,
 ) -> Float[Array, "b h t v"]:
-    """Every head of every row by itself: tokens (b, h, t, ...), and the document of each."""
+    """Every head of every row by itself: tokens (b, h, t, ...), and the document of each.
+
+    Where tokens decide about segments, ``borders`` stand in for the plan's.
+    """
     # Buckets of several segments are counted from the block in which a document begins.
     follows = document is not None and bool(configuration["plan"].spans_segments.any())
     if document is None:
         document = jnp.zeros((tokens.key.shape[0], tokens.key.shape[2]), int)
     one_head = functools.partial(_one_head, follows=follows, **configuration)
-    heads = jax.vmap(one_head, in_axes=(0, 0, None))
-    return jax.vmap(heads, in_axes=(0, None, 0))(tokens, weights, document)
+    heads = jax.vmap(one_head, in_axes=(0, 0, None, None))
+    return jax.vmap(heads, in_axes=(0, None, 0, 0))(tokens, weights, document, borders)
 
 
 def _one_head(
     tokens: Tokens,
     weights: Mapping[str, Array],
     document: Int[Array, "t"],
+    borders: Any,
     *,
     memory: Memory,
     aggregation: Aggregation,
@@ -50,7 +56,8 @@ def _one_head(
     query, key, value, connector, controls = tokens
     length, segment = key.shape[0], plan.block_size
     every = jnp.arange(length)
-    segment_begins = jnp.asarray(np.isin(np.arange(length), plan.first * segment))
+    where: Any = plan if borders is None else _decided(plan, borders)
+    segment_begins = jnp.isin(every, jnp.asarray(where.first) * segment)
     document_begins = document != jnp.pad(document[:-1], (1, 0))
     initial = memory.init(weights, key.shape[-1], value.shape[-1], key.dtype)
     initial = vary(initial, varying(key))
@@ -80,10 +87,10 @@ def _one_head(
     # What is cached, (shifts, buckets, ...): the plan's buckets, counted from each block in which a
     # document may begin. Those that end beyond the sequence are never read.
     live = run(0, length, restarts=start == "independent")
-    shifts = np.arange(plan.num_blocks if follows else 1)[:, None]
-    first, after = ((plan.buckets[:, side] + shifts) * segment for side in (0, 1))
-    last = np.minimum(after, length) - 1
-    if start == "checkpoint":
+    shifts = np.arange(where.num_blocks if follows else 1)[:, None]
+    first, after = ((where.buckets[None, :, side] + shifts) * segment for side in (0, 1))
+    last = (np if borders is None else jnp).minimum(after, length) - 1
+    if start == "checkpoint" or borders is not None:
         bank = memory.matrices(jax.tree.map(lambda x: x[last], live))
     else:
         bank = memory.matrices(_last_states(run, first, after - first, initial))
@@ -92,7 +99,7 @@ def _one_head(
 
     def read(t: Array) -> Array:
         begun = jnp.argmax(document == document[t]) // segment if follows else 0
-        slots = jnp.asarray(plan.reads)[t // segment - begun]
+        slots = jnp.asarray(where.reads)[t // segment - begun]
         visible = (slots >= 0) & (owner[begun, slots] == document[t])
 
         def seen(cached: Array) -> Array:
@@ -100,9 +107,9 @@ def _one_head(
             return jnp.where(rows, cached[begun, slots], 0)  # 0 * NaN is NaN
 
         own = memory.matrices(jax.tree.map(lambda x: x[t], live))
-        begins = jnp.asarray(plan.first)[t // segment] * segment
+        begins = jnp.asarray(where.first)[t // segment] * segment
         keys = _joined(seen(pooled), pool(begins, t + 1, document[t]))
-        distances = jnp.append(jnp.asarray(plan.distances)[t // segment - begun], 0)
+        distances = jnp.append(jnp.asarray(where.distances)[t // segment - begun], 0)
         score = jax.vmap(aggregation.relevance.score, in_axes=(None, 0, 0))
         scores = score(connector[t], keys, distances)
         cached = jnp.where(visible, scores[:-1], -jnp.inf)
@@ -115,6 +122,28 @@ def _one_head(
         )
 
     return lax.map(read, every)
+
+
+class _Plan(NamedTuple):
+    """What ``_one_head`` takes of a plan, of borders that the tokens decided."""
+
+    num_blocks: int
+    block_size: int
+    first: Any
+    buckets: Any
+    reads: Any
+    distances: Any
+
+
+def _decided(plan: ReadPlan, borders: Any) -> _Plan:
+    """The plan of one row's segments."""
+    before, last, *_ = borders
+    slot = np.arange(len(last))
+    first = jnp.searchsorted(before, before)  # of its segment, for each block
+    buckets = jnp.stack([first[last], last + 1], axis=1) if len(last) else plan.buckets
+    reads = jnp.where(slot[None] < before[:, None], slot[None], -1)
+    distances = before[:, None] - slot[None]
+    return _Plan(plan.num_blocks, plan.block_size, first, buckets, reads, distances)
 
 
 def _joined(rows: Float[Array, "r *rest"], row: Float[Array, "*rest"]) -> Float[Array, "_ *rest"]:

@@ -7,12 +7,15 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from memcache_jax._typing import Array, Float, Int, State
 from memcache_jax._varying import vary, varying
+from memcache_jax.adaptive import Adaptive
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.engine.bank import bucket_states, compose_plan, document_states
+from memcache_jax.engine.borders import Borders, adaptive_candidates, find_borders, states_of
 from memcache_jax.engine.documents import begun_in_chunk, document_candidates
 from memcache_jax.engine.finite import cleaned
 from memcache_jax.engine.read import ArrayBank, Bank, Live
@@ -68,14 +71,21 @@ class OnePass(Layout):
     Attributes:
       plan: its buckets and who reads them.
       carries: whether each segment continues from the one before.
+      borders: where segments end if the tokens decide; None if the plan does.
     """
 
     plan: ReadPlan
     carries: bool
+    borders: Borders | None = None
 
     def write(self, how: Writing, rows: Rows) -> tuple[Run, Views]:
-        """In sequence, or in parallel if every segment begins anew."""
+        """In sequence, or in parallel if every segment begins anew.
+
+        Where tokens decide, segments begin within a sequence as documents do.
+        """
         plan = self.plan
+        if self.borders is not None:
+            return write_blocks(how, rows, np.arange(plan.num_blocks) == 0)
         spans = bool(plan.spans_segments.any()) and not self.carries
         how = how.with_maps(spans and compose_plan(how.memory, plan))
         return write_blocks(how, rows, plan.begins & (not self.carries))
@@ -83,6 +93,10 @@ class OnePass(Layout):
     def cached(self, how: Writing, ends: Run, blocks: Blocks) -> tuple[Bank, Candidates]:
         """The states at the ends of buckets, and the buckets that each block may read."""
         plan, document, keys = self.plan, blocks.document, (blocks.tokens.key, blocks.pooled)
+        if self.borders is not None:
+            candidates = adaptive_candidates(plan, *keys, self.borders)
+            matrices = how.memory.matrices(states_of(self.borders, ends.state))
+            return ArrayBank(how.memory, matrices, how.implementation), candidates
         if document is None:
             candidates = candidates_of(plan, *keys)
         else:
@@ -111,10 +125,11 @@ def writing(
 
     def initial(shape: tuple[int, ...]) -> State:
         sizes = tokens.key.shape[-1], tokens.value.shape[-1]
-        states = initial_states(memory, weights, shape, *sizes, tokens.key.dtype)
+        states = initial_states(memory, weights, shape, *sizes, wide_dtype(tokens))
         return vary(states, varying(tokens.key))
 
-    return Writing(memory, needs_of(aggregation, memory), initial, implementation)
+    dtypes = jax.tree.map(lambda x: x.dtype, tokens)
+    return Writing(memory, needs_of(aggregation, memory), initial, implementation, dtypes=dtypes)
 
 
 def needs_of(aggregation: Aggregation, memory: Memory) -> tuple[LivePart, ...]:
@@ -158,7 +173,8 @@ def gates_of_tokens(
 
     Returns:
       In float32 or wider, the gates of the states of ``segmentation.plan(t).buckets``, in that
-      order, and last the live memory's. A state that a token does not read has 0.
+      order, and last the live memory's; of ``Adaptive``, of the segments that ended in each row. A
+      state that a token does not read has 0.
     """
     length = key.shape[1]
     plan = segmentation.plan(length)
@@ -166,7 +182,12 @@ def gates_of_tokens(
     dtype = jnp.promote_types(jnp.result_type(key, connector), jnp.float32)
     tokens = widen(key, key, key, connector, {}, dtype)
     blocks = cut(tokens, None, plan, min(plan.block_size, length), chunk=1)
-    candidates = candidates_of(plan, blocks.tokens.key, blocks.pooled)
+    keys = blocks.tokens.key, blocks.pooled
+    if isinstance(segmentation, Adaptive):
+        borders = find_borders(segmentation, tokens.key, None)
+        candidates = adaptive_candidates(plan, *keys, borders)
+    else:
+        candidates = candidates_of(plan, *keys)
     selection = aggregation.select(blocks.tokens.connector, candidates)
     cached = gates_by_state(selection, len(plan.buckets))
     gates = jnp.concatenate([cached, selection.live[..., None]], axis=-1)
@@ -183,11 +204,31 @@ def widen(
     dtype: DTypeLike | None = None,
 ) -> Tokens:
     """Tokens (b, h, t, ...), by default in float32 or wider, from arrays (b, t, h, ...)."""
-    if dtype is None:
-        dtype = jnp.promote_types(jnp.result_type(query, key, value), jnp.float32)
+    tokens = heads_first(query, key, value, connector, controls)
+    return widened(tokens, dtype)
+
+
+def heads_first(
+    query: Array,
+    key: Array,
+    value: Array,
+    connector: Array | None,
+    controls: Mapping[str, Array],
+) -> Tokens:
+    """Tokens (b, h, t, ...) in the dtypes of these arrays (b, t, h, ...)."""
     connector = jnp.zeros_like(query) if connector is None else connector
     tokens = Tokens(query, key, value, connector, dict(controls))
-    return jax.tree.map(lambda x: jnp.moveaxis(x.astype(dtype), 2, 1), tokens)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 2, 1), tokens)
+
+
+def wide_dtype(tokens: Tokens) -> Any:
+    """The dtype that tokens are computed in: float32, or what they have if it is wider."""
+    return jnp.promote_types(jnp.result_type(tokens.query, tokens.key, tokens.value), jnp.float32)
+
+
+def widened(tokens: Tokens, dtype: DTypeLike | None = None) -> Tokens:
+    """Tokens in this dtype, by default ``wide_dtype``."""
+    return jax.tree.map(lambda x: x.astype(dtype or wide_dtype(tokens)), tokens)
 
 
 def full_controls(
@@ -225,7 +266,11 @@ def cut_for(
 def cut(
     tokens: Tokens, document: Int[Array, "b t"] | None, plan: ReadPlan, block: int, chunk: int
 ) -> Blocks:
-    """Cuts tokens (b, h, t, ...) into the plan's blocks, of ``block`` tokens, and chunks."""
+    """Cuts tokens (b, h, t, ...) into the plan's blocks, of ``block`` tokens, and chunks.
+
+    They are widened last of all: what takes narrow ones undoes just that.
+    """
+    dtype = wide_dtype(tokens)
     padding = plan.num_blocks * block - tokens.key.shape[2]
 
     def split(x: Array) -> Array:
@@ -238,11 +283,16 @@ def cut(
     if document is not None:
         document = jnp.pad(document, ((0, 0), (0, padding)), mode="edge")
         document = document.reshape(-1, plan.num_blocks, block)
-        begun = begun_in_chunk(document, chunk).astype(tokens.key.dtype)
+        begun = begun_in_chunk(document, chunk).astype(dtype)
         begun = jnp.broadcast_to(begun[:, None], tokens.key.shape[:4])
-    rows = Rows(tokens.query, tokens.key, tokens.value, tokens.controls, begun, bad)
-    rows = jax.tree.map(lambda x: x.reshape(*x.shape[:3], -1, chunk, *x.shape[4:]), rows)
-    return Blocks(tokens, document, rows, raw.key)
+
+    def in_chunks(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.reshape(*x.shape[:3], -1, chunk, *x.shape[4:]), tree)
+
+    in_rows = widened(in_chunks(tokens))
+    rows = Rows(in_rows.query, in_rows.key, in_rows.value, in_rows.controls)
+    rows = rows._replace(begun=in_chunks(begun), bad=in_chunks(bad))
+    return Blocks(widened(tokens), document, rows, raw.key.astype(dtype))
 
 
 def exact_chunk(block: int, length: int, most: int) -> int:

@@ -78,6 +78,7 @@ class Writing(NamedTuple):
       initial: makes the states before a run's first token, of a shape (b, h, ...).
       implementation: of the writing operations.
       maps: whether runs are wanted as maps, with their transitions, to compose them.
+      dtypes: in which the tokens came, before they were widened; None for as they are now.
     """
 
     memory: Memory
@@ -85,6 +86,7 @@ class Writing(NamedTuple):
     initial: Callable[[tuple[int, ...]], State]
     implementation: str | None
     maps: bool = False
+    dtypes: Any = None
 
     def with_no_reads(self) -> "Writing":
         """The same, keeping nothing of the live memory."""

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from memcache_jax._checks import check_instance, check_lengths, check_mapping
 from memcache_jax._typing import Array, Int
+from memcache_jax.generation.apart import apart
 from memcache_jax.generation.generate import extend_in_place
 from memcache_jax.generation.prompts import buffer_size, check_prompt, longest
 from memcache_jax.generation.sampling import Sampling, sample
@@ -67,7 +67,7 @@ class Decoder:
         self._sampling = Sampling(temperature, top_k, top_p)
         self._key = self._sampling.check_key(key)
         self._model = model
-        self._graph, self._state = nnx.split(model)
+        self._graph, self._state = apart(model)
         self._cache = model.init_cache(batch_size, max_length, **check_mapping("cache", cache))
         self._logits: Array | None = None
         self._drawn = 0

@@ -43,8 +43,10 @@ class Draft(abc.ABC):
         numbers: tuple[Any, Any],
         vocab: int,
         **sampling: Any,
-    ) -> tuple[Int[Array, "b k"], Float[Array, "b k vocab"], Any]:
+    ) -> tuple[Int[Array, "b k"], Float[Array, "b k vocab"], Int[Array, "b"], Any]:
         """Returns the next tokens, the probabilities they were drawn with, and the past.
+
+        Between them: how many of the tokens each row proposes, at most ``most``.
 
         Args:
           past: of ``start``, or ``keep``: of all known tokens but the last.
@@ -68,22 +70,30 @@ class NGrams(Draft):
     """Proposes what followed the last tokens where they stood before: prompt lookup.
 
     The place is the one before which most tokens are the same, up to ``longest``; of several, the
-    last. It costs no model, and serves where text repeats itself: code, quotations, edits.
+    last. Where fewer than ``shortest`` are the same, nothing is proposed, and the model takes a
+    single token as without a draft. It costs no model, and serves where text repeats itself: code,
+    quotations, edits.
 
     Attributes:
       tokens: how many tokens are proposed.
       longest: how many tokens before a place are compared.
+      shortest: how many must be the same. Raise it where proposals are rarely kept.
 
     Raises:
-      ValueError: for numbers below 1.
+      ValueError: for numbers below 1, or a ``shortest`` above ``longest``.
     """
 
     tokens: int = 8
-    longest: int = 3
+    longest: int = 8
+    shortest: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "longest"):
+        for name in ("tokens", "longest", "shortest"):
             set_fields(self, **{name: check_integer(name, getattr(self, name))})
+        if self.shortest > self.longest:
+            raise ValueError(
+                f"shortest must be at most longest={self.longest}, got {self.shortest}"
+            )
 
     def split(self) -> tuple[Any, Any]:
         """As ``Draft.split``; it has no arrays."""
@@ -103,24 +113,28 @@ class NGrams(Draft):
         numbers: tuple[Any, Any],
         vocab: int,
         **sampling: Any,
-    ) -> tuple[Int[Array, "b k"], Float[Array, "b k vocab"], Any]:
+    ) -> tuple[Int[Array, "b k"], Float[Array, "b k vocab"], Int[Array, "b"], Any]:
         """As ``Draft.propose``: each token has probability 1."""
-        tokens = jax.vmap(self._following)(known, count)
-        return tokens, jax.nn.one_hot(tokens, vocab), past
+        tokens, alike = jax.vmap(self._following)(known, count)
+        proposed = jnp.where(alike >= self.shortest, most, jnp.minimum(most, 0))
+        return tokens, jax.nn.one_hot(tokens, vocab), proposed, past
 
-    def _following(self, known: Int[Array, "size"], count: Int[Array, ""]) -> Int[Array, "k"]:
+    def _following(
+        self, known: Int[Array, "size"], count: Int[Array, ""]
+    ) -> tuple[Int[Array, "k"], Int[Array, ""]]:
+        """What followed, and how many tokens before it are those before the next."""
         place = jnp.arange(len(known))
         same, alike = jnp.ones(len(known), bool), jnp.zeros(len(known), jnp.int32)
         for ago in range(self.longest):
             there = jnp.roll(known, ago) == known[count - 1 - ago]
             same &= there & (place >= ago) & (count > ago)
             alike += same
-        earlier = place < count - 1
-        best = jnp.argmax(jnp.where(earlier, alike * len(known) + place, -1))
+        alike = jnp.where(place < count - 1, alike, 0)
+        best = jnp.argmax(jnp.where(place < count - 1, alike * len(known) + place, -1))
         # Beyond what is known the text goes round: it is as long as the way back to the place.
         round_trip = jnp.maximum(count - 1 - best, 1)
         begin = jnp.minimum(best + 1, count - 1)
-        return known[begin + jnp.arange(self.tokens) % round_trip]
+        return known[begin + jnp.arange(self.tokens) % round_trip], alike[best]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -162,7 +176,7 @@ class DraftModel(Draft):
         numbers: tuple[Any, Any],
         vocab: int,
         **sampling: Any,
-    ) -> tuple[Int[Array, "b k"], Float[Array, "b k vocab"], Any]:
+    ) -> tuple[Int[Array, "b k"], Float[Array, "b k vocab"], Int[Array, "b"], Any]:
         """As ``Draft.propose``."""
 
         def step(carry: tuple, i: Array) -> tuple[tuple, tuple]:
@@ -176,7 +190,7 @@ class DraftModel(Draft):
         # The last step draws nothing that is used, but takes the last token.
         (past, _), drawn = lax.scan(step, (past, last), jnp.arange(self.tokens + 1))
         tokens, chances = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1)[:, :-1], drawn)
-        return tokens, chances, past
+        return tokens, chances, most, past
 
     def keep(self, past: Any, dropped: Int[Array, "b"]) -> Any:
         """As ``Draft.keep``."""

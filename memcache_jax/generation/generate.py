@@ -11,11 +11,13 @@ from jax import lax
 
 from memcache_jax._checks import check_instance, check_integer, check_lengths, check_mapping, shown
 from memcache_jax._typing import Array, Float, Int
+from memcache_jax.generation.apart import Frame
 from memcache_jax.generation.drafts import Draft
 from memcache_jax.generation.prompts import buffer_size, check_prompt, check_stop, longest
 from memcache_jax.generation.sampling import Sampling, sample
 from memcache_jax.generation.speculate import speculate
 from memcache_jax.nn import LanguageModel
+from memcache_jax.nn.unrolled import Unrolled, for_steps, unrolled_cache
 
 
 def generate(
@@ -194,14 +196,17 @@ class _Cached:
     """Extends a cache."""
 
     def __init__(self, model: LanguageModel, options: dict[str, Any]) -> None:
-        self.model, self.options = model, options
+        self.model, self.options, self.stepping = model, options, for_steps(model)
 
     def start(self, prompt: Array, lengths: Array, size: int) -> tuple[Any, Float[Array, "b v"]]:
         cache = self.model.init_cache(len(prompt), size, **self.options)
-        return extend_logits(self.model, prompt, cache, lengths)
+        cache, logits = extend_logits(self.model, prompt, cache, lengths)
+        if isinstance(self.stepping, Unrolled):
+            cache = unrolled_cache(self.model.config, cache)
+        return cache, logits
 
     def next(self, cache: Any, token: Int[Array, "b"]) -> tuple[Any, Float[Array, "b v"]]:
-        return extend_logits(self.model, token[:, None], cache)
+        return extend_logits(self.stepping, token[:, None], cache)
 
 
 class _Uncached:
@@ -231,7 +236,10 @@ class _Uncached:
 
 
 def extend_logits(
-    model: LanguageModel, tokens: Int[Array, "b t"], cache: Any, lengths: Array | None = None
+    model: LanguageModel | Unrolled,
+    tokens: Int[Array, "b t"],
+    cache: Any,
+    lengths: Array | None = None,
 ) -> tuple[Any, Float[Array, "b v"]]:
     """Returns the cache extended by tokens, and the logits after each row's last token."""
     hidden, cache = model.extend(tokens, cache, lengths)
@@ -247,10 +255,10 @@ def extend_in_place(
     lengths: Int[Array, "b"] | None,
     cache: Any,
     *,
-    graph: Any,
+    graph: Frame,
 ) -> tuple[Any, Float[Array, "b v"]]:
-    """``extend_logits`` of a model that was split, compiled; the cache's arrays are used again."""
-    return extend_logits(nnx.merge(graph, state), tokens, cache, lengths)
+    """``extend_logits`` of a model ``apart``, compiled; the cache's arrays are used again."""
+    return extend_logits(graph.merge(state), tokens, cache, lengths)
 
 
 def _at(rows: Float[Array, "b t d"], position: Int[Array, "b"]) -> Float[Array, "b d"]:

@@ -11,6 +11,7 @@ from jax import lax
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.generation.drafts import merge
 from memcache_jax.generation.sampling import probabilities, sample
+from memcache_jax.nn.unrolled import Unrolled, for_steps, unrolled_cache
 
 
 @functools.partial(
@@ -38,13 +39,16 @@ def speculate(
     the token after x_i, and q_i what the draft has drawn x_{i+1} with, x_{i+1} stays with
     probability min(1, p_i / q_i). In place of the first that does not, one is drawn from
     max(p_i - q_i, 0), normalized; after the last, from p_K. So each token has the distribution p
-    (arXiv:2211.17192), and for temperature 0 is the most likely one. The cache goes back to before
-    the first that did not stay.
+    (arXiv:2211.17192), and for temperature 0 is the most likely one. If a row keeps fewer than were
+    proposed, a second call reads what stays, from the cache before: two calls of K + 1 tokens cost
+    less than states kept between them.
     """
     net: Any = nnx.merge(model, state)
     proposer, vocab = merge(draft, drafts), net.config.vocab_size
-    options = dict(cache) | dict(rewind=proposer.tokens)
-    hidden, past = net.extend(prompt, net.init_cache(len(prompt), size, **options), lengths)
+    hidden, past = net.extend(prompt, net.init_cache(len(prompt), size, **dict(cache)), lengths)
+    stepping = for_steps(net)
+    if isinstance(stepping, Unrolled):
+        past = unrolled_cache(net.config, past)
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
     first = sample(jax.random.fold_in(key, 0), net.logits(last), numbers, **sampling)
     room = prompt.shape[1] + size + proposer.tokens + 1
@@ -63,13 +67,25 @@ def speculate(
         most = jnp.where(ended | (left < 1), -1, jnp.minimum(proposer.tokens, left - 1))
         of_draft, of_model = jax.random.split(jax.random.fold_in(key, step))
         args = known, count, most, of_draft, numbers, vocab
-        tokens, chances, draft_past = proposer.propose(draft_past, *args, **sampling)
+        tokens, chances, proposed, draft_past = proposer.propose(draft_past, *args, **sampling)
         last = jnp.take_along_axis(known, count[:, None] - 1, axis=1)
         given = jnp.concatenate([last, tokens], axis=1)
-        hidden, past = net.extend(given, past, most + 1)
-        wanted = probabilities(net.logits(hidden), numbers, **sampling)
-        kept, next_token = accept(of_model, tokens, chances, wanted, most)
-        past = past.rewind(jnp.maximum(most - kept, 0))
+
+        def read(given: Array) -> tuple[Array, Any]:
+            hidden, after = stepping.extend(given, past, proposed + 1)
+            wanted = probabilities(net.logits(hidden), numbers, **sampling)
+            return jnp.pad(
+                wanted, ((0, 0), (0, 1 + tokens.shape[1] - given.shape[1]), (0, 0))
+            ), after
+
+        wanted, ahead = lax.cond((proposed > 0).any(), lambda: read(given), lambda: read(last))
+        kept, next_token = accept(of_model, tokens, chances, wanted, proposed)
+        stays = jnp.minimum(kept, proposed)  # -1 in rows that have ended
+        past = lax.cond(
+            (stays == proposed).all(),
+            lambda: ahead,
+            lambda: stepping.extend(given, past, stays + 1)[1],
+        )
         draft_past = proposer.keep(draft_past, jnp.maximum(most - kept, 0))
         drawn = _put(jnp.pad(tokens, ((0, 0), (0, 1))), kept, next_token[:, None], kept * 0 + 1)
         # What follows a stop token does not count.

@@ -1,4 +1,4 @@
-"""The protocol that a write rule fulfils to get every aggregation and segmentation."""
+"""The protocol that a write rule fulfills to get every aggregation and segmentation."""
 
 import abc
 from collections.abc import Mapping
@@ -18,7 +18,9 @@ is a step of gradient descent on a small network; ``DeepMemory``.
 """
 
 
-_STATED = ("form", "merges", "erases", "reads_query", "accumulates", "zeros_add_nothing")
+_STATED = (
+    *("form", "merges", "erases", "reads_query", "accumulates", "zeros_add_nothing", "on_chip"),
+)
 
 
 class Run(NamedTuple):
@@ -45,7 +47,7 @@ class Memory(abc.ABC):
     ``apply(layer, x)``. So one ``forward`` serves a frozen state (``x W``), the live state after
     every token of a chunk (``apply``), and a mixture of many states.
 
-    A rule states what it is in class attributes, ``form`` to ``zeros_add_nothing``. A class that
+    A rule states what it is in class attributes, ``form`` to ``on_chip``. A class that
     derives from a finished rule is a ``"scan"`` with the defaults below until it states them again:
     whatever it overrides then runs on every path.
     """
@@ -67,6 +69,11 @@ class Memory(abc.ABC):
 
     zeros_add_nothing: ClassVar[bool] = False
     """Whether padding with zeros does not change the gradient of a deep memory's loss."""
+
+    on_chip: ClassVar[bool] = False
+    """Whether kernels for TPUs may trace ``affine`` of an affine memory, so that the maps of chunks
+    never leave the chip. If not, all maps are made first, and pass through HBM.
+    """
 
     depth: int = 1
     """Layers that a read passes through one after the other."""

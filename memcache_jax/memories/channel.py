@@ -39,8 +39,8 @@ class ChannelChunk(NamedTuple):
 
     def scores(self, x: Float[Array, "m k"]) -> Float[Array, "m wm"]:
         """How much of each value row t of x reads in M_t."""
-        scores = jax.vmap(channel_scores, in_axes=(None, 0, None))(x, self.keys, self.log_decay)
-        return jnp.moveaxis(scores, 0, 1).reshape(len(x), -1)
+        each = [channel_scores(x, self.keys[w], self.log_decay) for w in range(len(self.keys))]
+        return jnp.concatenate(each, axis=1)
 
     def adding(self, value: Float[Array, "m v"]) -> "ChannelChunk":
         """The same chunk, of one write per token, with other values."""

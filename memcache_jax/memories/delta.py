@@ -135,6 +135,8 @@ class DeltaNet(_BetaMemory):
       ['beta']
     """
 
+    on_chip: ClassVar[bool] = True
+
     @property
     def controls(self) -> Mapping[str, Control]:
         """beta, how much of the error a token corrects."""
@@ -157,6 +159,8 @@ class GatedDeltaNet(_BetaMemory):
       >>> sorted(mc.memories.GatedDeltaNet().controls)
       ['beta', 'log_alpha']
     """
+
+    on_chip: ClassVar[bool] = True
 
     @property
     def controls(self) -> Mapping[str, Control]:
@@ -181,6 +185,7 @@ class KDA(_BetaMemory):
     """
 
     largest_chunk: ClassVar[int] = 32
+    on_chip: ClassVar[bool] = True
 
     @property
     def controls(self) -> Mapping[str, Control]:
@@ -206,6 +211,7 @@ class GDN2(DeltaMemory):
     """
 
     largest_chunk: ClassVar[int] = 32
+    on_chip: ClassVar[bool] = True
 
     @property
     def controls(self) -> Mapping[str, Control]:

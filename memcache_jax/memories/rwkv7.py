@@ -1,4 +1,4 @@
-"""RWKV-7's generalised delta rule, which erases at one place and writes at another."""
+"""RWKV-7's generalized delta rule, which erases at one place and writes at another."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ def _unit(x: Float[Array, "... k"]) -> Float[Array, "... k"]:
 
 @dataclasses.dataclass(frozen=True)
 class RWKV7(MatrixMemory):
-    """RWKV-7's generalised delta rule (arXiv:2503.14456).
+    """RWKV-7's generalized delta rule (arXiv:2503.14456).
 
     M_t = M_{t-1} (diag(w_t) - kappa_t (a_t * kappa_t)^T) + v_t k_t^T.
 
@@ -96,12 +96,15 @@ class RWKV7(MatrixMemory):
         Token t writes e_t = -M_{t-1} kappa_t at a_t * kappa_t, and M_{t-1} has the e_j before.
         """
         log_w, kappa = controls["log_w"], controls["kappa"]
-        before = jnp.pad(start_decay(log_w)[:-1], ((1, 0), (0, 0)), constant_values=1.0)
+        before = jnp.concatenate([jnp.ones_like(log_w[:1]), start_decay(log_w)[:-1]])
         # What reads before token t reads after token t - 1.
-        reads = jnp.pad(kappa[1:], ((0, 1), (0, 0)))
-        written = jnp.stack([controls["a"] * kappa, key])
-        scores = jax.vmap(channel_scores, in_axes=(None, 0, None))(reads, written, log_w)
-        to_erased, to_written = jnp.pad(scores[:, :-1], ((0, 0), (1, 0), (0, 0)))
+        reads = jnp.concatenate([kappa[1:], jnp.zeros_like(kappa[:1])])
+
+        def before_each(written: Float[Array, "m k"]) -> Float[Array, "m m"]:
+            scores = channel_scores(reads, written, log_w)
+            return jnp.concatenate([jnp.zeros_like(scores[:1]), scores[:-1]])
+
+        to_erased, to_written = before_each(controls["a"] * kappa), before_each(key)
         return kappa * before, to_written, to_erased
 
 

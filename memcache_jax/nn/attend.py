@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from memcache_jax import _checks
@@ -76,6 +77,32 @@ class AttentionCache(MixerCache):
         change = moved if self.is_window else emptied
         key, value = jax.tree.map(change, (self.key, self.value))
         return self.replace(key=key, value=value, position=position, rewindable=rewindable)
+
+    def borders(self, length: int) -> np.ndarray:
+        """As ``MixerCache.borders``: all, without a window."""
+        if self.is_window:
+            raise ValueError(
+                "cannot return to a segment's begin: attention to a window keeps its last tokens "
+                "alone; a PrefixStore keeps caches"
+            )
+        return np.arange(length + 1)
+
+    def returned(
+        self, position: Int[Array, "b"], rows: Bool[Array, "b"]
+    ) -> tuple["AttentionCache", Bool[Array, "b"]]:
+        """As ``MixerCache.returned``."""
+        position = jnp.where(rows, position, self.position)
+        goes = rows[:, None] & (jnp.arange(self.key.shape[-2])[None] >= position[:, None])
+
+        def emptied(shared: Array) -> Array:
+            return self.put_rows(
+                shared, jnp.where(goes[:, None, :, None], 0, self.own_rows(shared))
+            )
+
+        key, value = jax.tree.map(emptied, (self.key, self.value))
+        back = None if self.rewindable is None else jnp.where(rows, 0, self.rewindable)
+        changed = self.replace(key=key, value=value, position=position, rewindable=back)
+        return changed, jnp.ones_like(rows)
 
 
 @jax.tree_util.register_dataclass

@@ -5,16 +5,20 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from memcache_jax._typing import Array, Float, Int
+from memcache_jax import _checks
+from memcache_jax._typing import Array, Bool, Float, Int
 from memcache_jax.nn.config import BlockConfig, LanguageModelConfig
+from memcache_jax.nn.layer_cache import LayerCache
 from memcache_jax.nn.recurrent import Recurrent
 from memcache_jax.sharding.layout import like
 from memcache_jax.sharding.names import constrain
+from memcache_jax.streaming.borders import num_ends
 from memcache_jax.streaming.protocol import MixerCache
 from memcache_jax.streaming.ring import Ring
-from memcache_jax.streaming.tails import earlier_tails, next_tails
+from memcache_jax.streaming.tails import earlier_tails, next_tails, tails_at, tails_at_ends
 
 
 class Hidden(NamedTuple):
@@ -48,6 +52,7 @@ class BlockCache(MixerCache):
       tail: the MLP's last input of each row, (b, 1, d).
       past: a ring of those before each of the last tokens; None where rows cannot go back.
       first: this block's number in a stack of blocks, which share ``past``.
+      ends: a ring of tails at the ends of the mixer's segments, with ``keep_ends``; else None.
       rewind_most: by how many tokens a row can go back.
     """
 
@@ -55,11 +60,12 @@ class BlockCache(MixerCache):
     tail: Any
     past: Any = None
     first: Any = None
+    ends: Any = None
     rewind_most: int = dataclasses.field(default=0, metadata=dict(static=True))
 
     nested = ("mixer",)
     small = zeroed = ("tail",)
-    shared = ("past",)
+    shared = ("past", "ends")
     axes: ClassVar = {"tail": "b"}
 
     @property
@@ -78,6 +84,25 @@ class BlockCache(MixerCache):
         places = self.rewind_most, self.position, mixer.position
         tail = earlier_tails(self.tail, self.past, *places, self.first)
         return self.replace(mixer=mixer, tail=tail)
+
+    def borders(self, length: int) -> np.ndarray:
+        """As ``MixerCache.borders``."""
+        found = self.mixer.borders(length)
+        if self.ends is None:
+            raise ValueError(
+                "cannot return to a segment's begin without the last input of an MLP there: make "
+                "the cache with init_cache(..., keep_ends=True), or use a PrefixStore"
+            )
+        return found
+
+    def returned(
+        self, position: Int[Array, "b"], rows: Bool[Array, "b"]
+    ) -> tuple["BlockCache", Bool[Array, "b"]]:
+        """As ``MixerCache.returned``."""
+        mixer, whole = self.mixer.returned(position, rows)
+        config = mixer.memory.config
+        tail = tails_at(self.tail, self.ends, config, position, rows, self.first)
+        return self.replace(mixer=mixer, tail=tail), whole
 
     @property
     def max_length(self) -> int | None:
@@ -145,7 +170,11 @@ class Block(nnx.Module):
         mlp: Any = self.mlp
         tail, most = mlp.init_tail(batch_size), options.get("rewind", 0)
         past = Ring(most, tail).empty(batch_size) if most else None
-        return BlockCache(cache, tail, past, rewind_most=most)
+        ends = None
+        if options.get("keep_ends"):
+            _checks.check_instance("the mixer's cache", cache, LayerCache, "one with segments")
+            ends = Ring(num_ends(cache.memory.config), tail).empty(batch_size)
+        return BlockCache(cache, tail, past, ends=ends, rewind_most=most)
 
     def extend(
         self, between: Between, cache: Any, lengths: Int[Array, "b"] | None
@@ -170,16 +199,19 @@ class Block(nnx.Module):
         else:
             rows = self._input(x, self.mlp_norm)
             counts = jnp.full(len(x), x.shape[1]) if lengths is None else jnp.asarray(lengths)
-            places = cache.rewind_most, cache.tail, cache.position, counts
-            (y, tail), past = next_tails(
-                lambda counts: mlp.extend(rows, cache.tail, counts),
-                cache.past,
-                *places,
-                most=x.shape[1],
-                first=cache.first,
-                axes="b . .",
-            )
-            cache = cache.replace(mixer=of_mixer, tail=tail, past=past)
+            places = cache.tail, cache.position, counts
+            where: dict[str, Any] = dict(most=x.shape[1], first=cache.first, axes="b . .")
+
+            def next_rows(counts: Array) -> tuple[Array, Any]:
+                return mlp.extend(rows, cache.tail, counts)
+
+            (y, tail), past = next_tails(next_rows, cache.past, cache.rewind_most, *places, **where)
+            ends = None
+            if cache.ends is not None:
+                config = of_mixer.memory.config
+                every = num_ends(config), config.segmentation.size
+                ends = tails_at_ends(next_rows, cache.ends, *every, *places, **where)
+            cache = cache.replace(mixer=of_mixer, tail=tail, past=past, ends=ends)
         return _with_stream(between, like(x, x + self._residual(y, self.mlp_norm))), cache
 
 

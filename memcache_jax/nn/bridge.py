@@ -127,6 +127,28 @@ class LinenMixer(linen.Module):
         self.put_variable("cache", name, cache_to_dict(cache))
         return y
 
+    def take_back(self, tokens: Array) -> None:
+        """Takes the last ``tokens`` (b,) of each row back from the cache, as ``MixerCache.rewind``.
+
+        A model's own method calls it for each of its layers.
+
+        Raises:
+          ValueError: as ``rewind``; without a cache, or a ``rewind`` of 0.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, memcache_jax as mc
+          >>> layer = mc.nn.linen.Attention(8, 2, window=4, decode=True, rewind=3)
+          >>> x = jnp.ones((2, 9, 8))
+          >>> variables = layer.init(jax.random.key(0), x)
+          >>> _, changed = layer.apply(variables, x, mutable=["cache"])
+          >>> _, changed = layer.apply({**variables, **changed}, jnp.array([3, 1]),
+          ...                          method="take_back", mutable=["cache"])
+          >>> changed["cache"]["max_length_None"]["position"].tolist()
+          [6, 8]
+        """
+        name, cache = self._stored_cache(self._features, len(tokens))
+        self.put_variable("cache", name, cache_to_dict(cache.rewind(tokens)))
+
     def init_cache(
         self,
         batch_size: int,

@@ -29,6 +29,7 @@ _NAMES = dict(
     value="keys and values",
     past="to go back by tokens",
     rewindable="to go back by tokens",
+    ends="last inputs at segments' ends",
 )
 
 

@@ -62,7 +62,7 @@ class OutputLayer:
     ) -> tuple[Array, ...]:
         """Log-probabilities and -partitions, and the gradients of the total.
 
-        These are of hidden, in its dtype, and of the matrix, in float32 or wider.
+        These are of hidden, in its ``gradient_dtype``, and of the matrix, in float32 or wider.
         """
         arrays, out = (hidden, matrix, targets, weights), ("b t", "b t", "b t d", "d w")
         return self._run(self._gradient, arrays, out)
@@ -114,7 +114,8 @@ class OutputLayer:
             shares = jnp.exp(logits - log_partition[:, None])
             of_target = jnp.where(words.ids == targets[:, None], weights[:, None], 0)
             d_logits = self.scale * (of_partition[:, None] * shares - of_target)
-            d_logits = jnp.where((weights != 0)[:, None], d_logits, 0).astype(hidden.dtype)
+            d_logits = jnp.where((weights != 0)[:, None], d_logits, 0)
+            d_logits = d_logits.astype(gradient_dtype(hidden))
             d_hidden = _product(d_logits, matrix.T)
             d_matrix += _product(hidden.T, d_logits)
             return d_matrix, (log_probability, log_partition, d_hidden)
@@ -126,7 +127,7 @@ class OutputLayer:
         if self.division is not None:
             d_hidden = _summed(d_hidden, self.division.w)
             d_matrix = _summed(d_matrix, (*self.division.b, *self.division.t))
-        return *scores, d_hidden.astype(hidden.dtype), d_matrix
+        return *scores, d_hidden.astype(gradient_dtype(hidden)), d_matrix
 
     def _logits(self, hidden: Array, matrix: Array) -> Array:
         """The logits of a device's words."""
@@ -161,6 +162,14 @@ class _Words(NamedTuple):
         logit = jnp.take_along_axis(logits, jnp.where(own, place, 0)[:, None], axis=-1)[:, 0]
         logit = _summed(jnp.where(own, logit, 0), self.axes)
         return jnp.where((targets >= 0) & (targets < self.size), logit, jnp.nan)
+
+
+def gradient_dtype(x: Array) -> Any:
+    """The dtype of x's gradient until it has its factor, such as float16's loss scale.
+
+    Gradients of a mean over many tokens and words are below what float16 can express.
+    """
+    return jnp.float32 if x.dtype == jnp.float16 else x.dtype
 
 
 def _log_partition(logits: Array, axes: MeshAxes) -> tuple[Array, Array]:

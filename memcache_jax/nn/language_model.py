@@ -215,7 +215,9 @@ class LanguageModel(Output, nnx.Module):
           sharding: how rows and heads are divided, as in ``mc.init_cache``.
           options: ``max_segments``, ``policy``, ``cache_dtype`` and ``placement`` of
             ``mc.init_cache``, for memory caching layers; and ``rewind``, by how many tokens
-            ``cache.rewind`` takes a row back, for layers of all kinds.
+            ``cache.rewind`` takes a row back, for layers of all kinds; and ``keep_ends``, whether
+            ``mc.rewind_to`` takes it further, to any token, for which convolutions and token shift
+            keep their last inputs at each segment's end.
 
         Raises:
           ValueError: for sizes below 1, or options that do not fit the layers.
@@ -239,7 +241,10 @@ class LanguageModel(Output, nnx.Module):
                 states += [cache.empty_states(batch_size, repeats) for cache in one]
             bounds = [bound for bound in bounds if bound is not None]
             position = jnp.zeros(batch_size, jnp.int32)
-            return LanguageModelCache(layers, states, position, min(bounds, default=None))
+            cache = LanguageModelCache(layers, states, position, min(bounds, default=None))
+            if options.get("keep_ends"):
+                cache.borders(0)
+            return cache
 
         return placed(empty, sharding)
 

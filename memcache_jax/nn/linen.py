@@ -33,10 +33,11 @@ class MemoryCaching(LinenMixer):
       decode: whether to continue the stream of a cache.
       max_length: most tokens per row of a cache; by default as many as ``init`` is given, or any
         number if ``max_segments`` is given.
-      max_segments: as in ``mc.init_cache``, like the next three.
+      max_segments: as in ``mc.init_cache``, like the next four.
       policy: what happens when a segment ends while ``max_segments`` are cached.
       cache_dtype: dtype of cached states.
       placement: where they are kept.
+      rewind: by how many tokens ``take_back`` takes a row back.
       name: as for any Linen module.
 
     Example:
@@ -69,9 +70,10 @@ class MemoryCaching(LinenMixer):
     policy: str | Eviction = "error"
     cache_dtype: DTypeLike | None = None
     placement: Placement = "device"
+    rewind: int = 0
 
     nnx_class = memory_caching.MemoryCaching
-    cache_options = ("max_segments", "policy", "cache_dtype", "placement")
+    cache_options = ("max_segments", "policy", "cache_dtype", "placement", "rewind")
 
     @property
     def _bounded(self) -> bool:
@@ -88,6 +90,7 @@ class Attention(LinenMixer):
       decode: whether to continue the stream of a cache.
       max_length: most tokens per row of a cache without a window; by default as many as ``init`` is
         given.
+      rewind: by how many tokens ``take_back`` takes a row back.
       name: as for any Linen module.
 
     Example:
@@ -102,8 +105,10 @@ class Attention(LinenMixer):
     window: int | None = None
     rope_base: float = 10_000.0
     implementation: Literal["xla", "cudnn"] | None = None
+    rewind: int = 0
 
     nnx_class = attention.Attention
+    cache_options = ("rewind",)
 
     @property
     def _bounded(self) -> bool:

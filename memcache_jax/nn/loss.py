@@ -5,16 +5,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from memcache_jax._checks import check_array, check_number
 from memcache_jax._typing import Array, Bool, Float, Int
 from memcache_jax._varying import alike
-from memcache_jax.nn.in_pieces import OutputLayer
+from memcache_jax.nn.in_pieces import OutputLayer, gradient_dtype
 from memcache_jax.sharding.layout import like
 
 
 class CrossEntropy(NamedTuple):
-    """What ``cross_entropy`` returns. Only the total has a gradient.
+    """What ``cross_entropy`` returns. The total's gradient is there already, the others' is not.
 
     Attributes:
       total: the weighted sum over all targets.
@@ -161,17 +162,34 @@ def _cross_entropy(
 
 
 def _forward(
-    layer: OutputLayer, hidden: Array, matrix: Array, targets: Array, weights: Array
-) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    *scores, d_hidden, d_matrix = layer.gradient(hidden, matrix, targets, weights)
+    layer: OutputLayer, *arguments: CustomVJPPrimal
+) -> tuple[tuple[Array, ...], tuple[tuple[Array, ...], tuple[Array, ...]]]:
+    hidden, matrix, _, weights = arrays = tuple(x.value for x in arguments)
+    *scores, d_hidden, d_matrix = layer.gradient(*arrays)
     total, d_weights = jax.value_and_grad(layer.total, argnums=2)(*scores, weights)
-    gradient = like(hidden, d_hidden), like(matrix, d_matrix.astype(matrix.dtype)), d_weights
-    return (total, *scores), gradient
+    d_matrix = d_matrix.astype(gradient_dtype(matrix))
+    gradient = like(hidden, d_hidden), like(matrix, d_matrix), d_weights
+    return (total, *scores), (gradient, arrays)
 
 
-def _backward(_: OutputLayer, gradient: tuple[Array, ...], cotangents: tuple[Array, ...]) -> tuple:
-    d_hidden, d_matrix, d_weights = ((cotangents[0] * d).astype(d.dtype) for d in gradient)
+def _backward(
+    layer: OutputLayer, kept: tuple[tuple[Array, ...], tuple[Array, ...]], cotangents: tuple
+) -> tuple:
+    gradient, (hidden, matrix, targets, weights) = kept
+    of_total, *of_scores = cotangents
+    if isinstance(of_total, SymbolicZero):
+        of_total = jnp.zeros((), gradient[2].dtype)
+    arrays = zip(gradient, (hidden, matrix, weights), strict=True)
+    d_hidden, d_matrix, d_weights = ((of_total * d).astype(x.dtype) for d, x in arrays)
+    if not all(isinstance(x, SymbolicZero) for x in of_scores):
+        scores, pull = jax.vjp(lambda h, w: layer.scores(h, w, targets)[:2], hidden, matrix)
+        d_scores = tuple(
+            jnp.zeros_like(score) if isinstance(d, SymbolicZero) else d
+            for score, d in zip(scores, of_scores, strict=True)
+        )
+        more = pull(d_scores)
+        d_hidden, d_matrix = d_hidden + more[0], d_matrix + more[1]
     return d_hidden, d_matrix, None, d_weights
 
 
-_cross_entropy.defvjp(_forward, _backward)
+_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -3,6 +3,7 @@
 import functools
 from typing import Any, Unpack, overload
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -10,6 +11,7 @@ from jax.typing import DTypeLike
 
 from memcache_jax import _checks
 from memcache_jax._typing import Array, Exchange, Float, Implementation, Int, Start
+from memcache_jax.adaptive import Adaptive
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.caching import memory_caching
 from memcache_jax.engine.run import gates_of_tokens
@@ -19,9 +21,10 @@ from memcache_jax.nn.layer_cache import LayerCache
 from memcache_jax.segmentation import Segmentation
 from memcache_jax.sharding.division import Division
 from memcache_jax.streaming import check_options, extend, init_cache
+from memcache_jax.streaming.borders import check_keeps_ends, num_ends
 from memcache_jax.streaming.protocol import placed
 from memcache_jax.streaming.ring import Ring
-from memcache_jax.streaming.tails import next_tails
+from memcache_jax.streaming.tails import next_tails, tails_at_ends
 
 
 class MemoryLayer(nnx.Module):
@@ -216,7 +219,8 @@ class MemoryLayer(nnx.Module):
         """The weight that each token gives to each state it may read, for inspection.
 
         In float32 or wider: one per cached state of ``segmentation.plan(t).buckets``, in that
-        order, then the live state's. It is 0 for states that a token does not read; ``Residual``
+        order, then the live state's; of ``Adaptive``, for the segments that ended in each row, from
+        the first on. It is 0 for states that a token does not read; ``Residual``
         weighs all others with 1. ``first`` is as in ``operands``.
 
         Example:
@@ -237,7 +241,8 @@ class MemoryLayer(nnx.Module):
         division = Division.of(*((row, "b t h .") for row in rows))
         if division is None:
             return gates(*rows)
-        return division.whole("t").run(gates, rows, ("b t h .", "b t h ."), "b t h .")
+        whole = ("t", "h") if isinstance(self.segmentation, Adaptive) else ("t",)
+        return division.whole(*whole).run(gates, rows, ("b t h .", "b t h ."), "b t h .")
 
     def init_cache(
         self,
@@ -254,13 +259,15 @@ class MemoryLayer(nnx.Module):
           max_length: most tokens per row; None if ``options`` bound the memory instead.
           sharding: how rows and heads are divided, as in ``mc.init_cache``.
           options: ``max_segments``, ``policy``, ``cache_dtype``, ``placement`` and ``rewind`` of
-            ``mc.init_cache``. To go back, W earlier inputs of each convolution are kept too.
+            ``mc.init_cache``. To go back, W earlier inputs of each convolution are kept too, and
+            with ``keep_ends``, for ``mc.rewind_to``, those at all segments' ends.
 
         Raises:
           ValueError: as ``mc.init_cache``.
         """
         batch_size = _checks.check_integer("batch_size", batch_size)
         check_options(options)
+        keep_ends = _checks.check_flag("keep_ends", options.pop("keep_ends", False))
         dtype = self.param_dtype if self.dtype is None else self.dtype
 
         def empty() -> LayerCache:
@@ -277,7 +284,12 @@ class MemoryLayer(nnx.Module):
             )
             tails, rewind = self._empty_tails(batch_size, dtype), cache.config.rewind
             past = Ring(rewind, tails).empty(batch_size) if rewind else None
-            return LayerCache(cache, tails, past)
+            ends = None
+            if keep_ends:
+                check_keeps_ends(cache.config)
+            if keep_ends and jax.tree.leaves(tails):
+                ends = Ring(num_ends(cache.config), tails).empty(batch_size)
+            return LayerCache(cache, tails, past, ends=ends)
 
         return placed(empty, sharding)
 
@@ -316,10 +328,13 @@ class MemoryLayer(nnx.Module):
             *tokens, tails = self._next_tokens(x, cache.tails, counts, cache.position, first)
             return tuple(tokens), tails
 
-        places = cache.memory.config.rewind, cache.tails, cache.position, counts
+        config, places = cache.memory.config, (cache.tails, cache.position, counts)
+        where: dict[str, Any] = dict(most=x.shape[1], first=cache.first)
         ((tokens, kept), tails), past = next_tails(
-            next_tokens, cache.past, *places, most=x.shape[1], first=cache.first
+            next_tokens, cache.past, config.rewind, *places, **where
         )
+        every = num_ends(config), config.segmentation.size
+        ends = tails_at_ends(next_tokens, cache.ends, *every, *places, **where)
         y, memory = extend(
             cache.memory,
             **tokens,
@@ -327,7 +342,7 @@ class MemoryLayer(nnx.Module):
             **self._rules,
             weights=self._initial_weights(),
         )
-        cache = LayerCache(memory, tails, past, cache.first)
+        cache = LayerCache(memory, tails, past, cache.first, ends)
         return self._output(x, y, kept), cache, kept
 
     @property

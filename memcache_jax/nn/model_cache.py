@@ -1,14 +1,16 @@
 """The cache of a language model: the stacked caches of its layers."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from memcache_jax import _checks
-from memcache_jax._typing import Array, Int
+from memcache_jax._typing import Array, Bool, Int
 from memcache_jax.streaming.protocol import count_bytes, take_rows, zero_rows
 from memcache_jax.streaming.rewind import taken_back, taken_back_from
 
@@ -101,29 +103,37 @@ class LanguageModelCache:
         position, _ = taken_back(self.position, self.layers[0].rewindable[0], tokens)
         return LanguageModelCache(layers, states, position, self.max_length)
 
+    def borders(self, length: int) -> np.ndarray:
+        """The positions up to ``length`` at which all layers begin a segment."""
+        of_layers = [cache.borders(length) for cache in self.with_states(self.layers)]
+        return functools.reduce(np.intersect1d, of_layers)
+
+    def returned(
+        self, position: Int[Array, "b"], rows: Bool[Array, "b"]
+    ) -> tuple["LanguageModelCache", Bool[Array, "b"]]:
+        """As ``MixerCache.returned``."""
+
+        def one(states: Any, layer: tuple) -> tuple[Any, Any]:
+            small, number = layer
+            cache, whole = small.with_states(states, number).returned(position, rows)
+            small = cache.with_states(jax.tree.map(lambda _: None, cache.states))
+            return cache.states, (small, whole)
+
+        of_mixers = zip(self.layers, self.states, self.repeats, strict=True)
+        done = [lax.scan(one, states, (small, jnp.arange(n))) for small, states, n in of_mixers]
+        states, layers = map(list, zip(*done, strict=True))
+        layers, whole = map(list, zip(*layers, strict=True))
+        position = jnp.where(rows, position, self.position)
+        cache = LanguageModelCache(layers, states, position, self.max_length)
+        return cache, jnp.concatenate(whole).all(axis=0)
+
     def put(self, row: jax.typing.ArrayLike, other: "LanguageModelCache") -> "LanguageModelCache":
         """Returns the cache with the one row of another in place of a row.
 
         Raises:
           ValueError: for a cache of another number of rows than one, or of other shapes.
         """
-
-        def update(axes: str, rows: Any, new: Any) -> Any:
-            names = axes.split()
-            if "b" not in names:
-                return rows
-            axis = names.index("b")
-            return jax.tree.map(
-                lambda x, y: lax.dynamic_update_slice_in_dim(x, y, row * y.shape[axis], axis),
-                rows,
-                new,
-            )
-
-        if len(other.position) != 1 or jax.tree.structure(other) != jax.tree.structure(self):
-            raise ValueError(
-                f"a row must be a cache of one row made alike, got {len(other.position)} rows"
-            )
-        return jax.tree.map(update, self.letters(), self, other)
+        return put_row(self.letters(), self, row, other)
 
     def letters(self) -> "LanguageModelCache":
         """Returns a tree of the letters of each array's axes, as ``MixerCache.letters`` does."""
@@ -133,3 +143,24 @@ class LanguageModelCache:
 
     def _first_layers(self) -> list:
         return self.with_states(jax.tree.map(lambda x: x[0], self.layers))
+
+
+def put_row(letters: Any, cache: Any, row: jax.typing.ArrayLike, other: Any) -> Any:
+    """The cache with the one row of another in place of a row, by the letters of its axes."""
+
+    def update(axes: str, rows: Any, new: Any) -> Any:
+        names = axes.split()
+        if "b" not in names:
+            return rows
+        axis = names.index("b")
+        return jax.tree.map(
+            lambda x, y: lax.dynamic_update_slice_in_dim(x, y, row * y.shape[axis], axis),
+            rows,
+            new,
+        )
+
+    if len(other.position) != 1 or jax.tree.structure(other) != jax.tree.structure(cache):
+        raise ValueError(
+            f"a row must be a cache of one row made alike, got {len(other.position)} rows"
+        )
+    return jax.tree.map(update, letters, cache, other)

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from memcache_jax import _checks
-from memcache_jax._typing import Array, Float, Int
+from memcache_jax._typing import Array, Bool, Float, Int
 from memcache_jax.streaming.protocol import MixerCache
 
 
@@ -74,6 +75,18 @@ class ParallelCache(MixerCache):
     def rewound(self, tokens: Int[Array, "b"]) -> "ParallelCache":
         """As ``MixerCache.rewound``."""
         return ParallelCache(self.left.rewound(tokens), self.right.rewound(tokens))
+
+    def borders(self, length: int) -> np.ndarray:
+        """As ``MixerCache.borders``."""
+        return np.intersect1d(self.left.borders(length), self.right.borders(length))
+
+    def returned(
+        self, position: Int[Array, "b"], rows: Bool[Array, "b"]
+    ) -> tuple["ParallelCache", Bool[Array, "b"]]:
+        """As ``MixerCache.returned``."""
+        both = (cache.returned(position, rows) for cache in (self.left, self.right))
+        (left, of_left), (right, of_right) = both
+        return ParallelCache(left, right), of_left & of_right
 
     @property
     def max_length(self) -> int | None:

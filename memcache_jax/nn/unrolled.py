@@ -11,8 +11,15 @@ from memcache_jax import _checks
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.nn.block import Period, stream_of
 from memcache_jax.nn.calls import ModelCall, answer, read_call
+from memcache_jax.nn.config import LanguageModelConfig
 from memcache_jax.nn.language_model import LanguageModel, as_layers, remat_policy
+from memcache_jax.nn.model_cache import LanguageModelCache, put_row
 from memcache_jax.nn.stack import layer_of
+from memcache_jax.sharding.layout import context_mesh
+from memcache_jax.streaming.protocol import count_bytes
+from memcache_jax.streaming.rewind import taken_back
+
+_MOST_PERIODS, _LEAST_BYTES = 8, 1 << 20
 
 
 class UnrolledCache(NamedTuple):
@@ -20,6 +27,41 @@ class UnrolledCache(NamedTuple):
 
     layers: list
     position: Int[Array, "b"]
+
+    @property
+    def rewindable(self) -> Array | None:
+        """By how many tokens each row can go back, (b,); None where none can."""
+        of_layers = [
+            getattr(cache, "rewindable", None) for caches in self.layers for cache in caches
+        ]
+        return None if any(one is None for one in of_layers) else of_layers[0]
+
+    def rewind(self, tokens: jax.typing.ArrayLike) -> "UnrolledCache":
+        """As ``LanguageModelCache.rewind``."""
+        taken = _checks.check_rewind(tokens, self.rewindable, len(self.position))
+        layers = [[cache.rewind(taken) for cache in caches] for caches in self.layers]
+        position, _ = taken_back(self.position, self.layers[0][0].rewindable, taken)
+        return UnrolledCache(layers, position)
+
+    def put(self, row: jax.typing.ArrayLike, other: "UnrolledCache") -> "UnrolledCache":
+        """As ``LanguageModelCache.put``."""
+        letters = [[cache.letters() for cache in caches] for caches in self.layers]
+        return put_row(UnrolledCache(letters, "b"), self, row, other)  # type: ignore[arg-type]
+
+
+def unrolled_cache(config: LanguageModelConfig, cache: LanguageModelCache) -> UnrolledCache:
+    """The cache of a ``LanguageModel``, whose layers share arrays, as one for its ``Unrolled``."""
+
+    def layer(number: int, own: slice) -> list:
+        one = jax.tree.map(lambda x: x[number], (cache.layers[own], cache.states[own]))
+        return [small.with_states(states) for small, states in zip(*one, strict=True)]
+
+    layers, begin = [], 0
+    for blocks, repeats in config.stacks:
+        own = slice(begin, begin + len(blocks))
+        layers += [layer(number, own) for number in range(repeats)]
+        begin += len(blocks)
+    return UnrolledCache(layers, cache.position)
 
 
 class Unrolled(nnx.Module):
@@ -89,9 +131,29 @@ class Unrolled(nnx.Module):
         hidden = self.outer.norm(stream_of(x))
         return hidden, UnrolledCache(layers, _checks.advanced(cache.position, taken))
 
+    def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
+        """As ``LanguageModel.logits``."""
+        return self.outer.logits(hidden)
+
     @property
     def _stacking(self) -> dict[str, Any]:
         return dict(partition_name=self.axis_name)
+
+
+def for_steps(model: LanguageModel) -> LanguageModel | Unrolled:
+    """The model as it takes single tokens fastest, over and over in one program.
+
+    A loop over layers copies the parameters of each before their products, for every token. Apart,
+    they are copied once, and the program has the layers one by one: so it is done for few layers
+    that have many parameters, on one device.
+    """
+    repeats = [repeats for _, repeats in model.config.stacks]
+    if max(repeats) == 1 or sum(repeats) > _MOST_PERIODS:
+        return model
+    params = jax.tree.leaves(nnx.state(model.layers, nnx.Param))
+    if count_bytes(params) < _LEAST_BYTES or context_mesh(*params) is not None:
+        return model
+    return Unrolled(model)
 
 
 def _axis_name(layers: nnx.Module) -> Any:

@@ -65,14 +65,14 @@ class Given:
         """Several numbers."""
         return tuple(map(_number, self.get(name, default)))
 
-    def rope(self) -> tuple[float, float]:
+    def rope(self, part: float = 1.0) -> tuple[float, float]:
         """The base of rotary positions, and the part of the channels that have them."""
         given = self.get("rope_parameters", self.get("rope_scaling", {}))
         kind = given.get("rope_type", given.get("type", "default"))
         if kind != "default":
             raise ValueError(f"{self.where}: rope_type={kind!r} is not served, only 'default'")
         base = given.get("rope_theta", self.get("rope_theta", 10_000.0))
-        part = given.get("partial_rotary_factor", self.get("partial_rotary_factor", 1.0))
+        part = given.get("partial_rotary_factor", self.get("partial_rotary_factor", part))
         return float(base), float(part)
 
 
@@ -81,7 +81,7 @@ def _number(value: Any) -> float:
 
 
 def read_given(folder: Path) -> Given:
-    """Returns a folder's ``config.json``.
+    """Returns a folder's ``config.json`` as it is.
 
     Raises:
       ValueError: if there is none, or it is no JSON object.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,23 @@ from memcache_jax._checks import check_dtype, check_flag, check_instance
 from memcache_jax.nn import LanguageModel, LanguageModelConfig
 from memcache_jax.nn.language_model import abstract_model
 from memcache_jax.pretrained.families import family_of
-from memcache_jax.pretrained.given import Given, read_given
+from memcache_jax.pretrained.forms import RENAMED, SKIPPED, read_text_model
+from memcache_jax.pretrained.given import Given
 from memcache_jax.pretrained.places import Places
 from memcache_jax.pretrained.tensors import Tensor
 from memcache_jax.pretrained.weights import Weights
 from memcache_jax.sharding import param_shardings
 
+_log = logging.getLogger(__name__)
+_HEAD = "lm_head.weight"
+
 
 def load(
     folder: str | Path, *, dtype: Any = None, param_dtype: Any = None, scan_layers: bool = True
 ) -> LanguageModel:
-    """Reads a recurrent model as its own library saves it.
+    """Reads a recurrent model as it is published, or as its own library saves it.
 
+    From a model of text and images, the text model is read. The log says what else the files hold.
     Each parameter is read to where it lives before the next is: what is held at once is the model
     and one parameter. Under ``jax.set_mesh`` parameters are divided as ``sharding.param_shardings``
     says.
@@ -56,7 +62,7 @@ def load(
     folder = Path(folder)
     check_dtype("dtype", dtype, optional=True)
     check_dtype("param_dtype", param_dtype, optional=True)
-    given = read_given(folder)
+    given = read_text_model(folder)
     if param_dtype is None:
         param_dtype = jnp.dtype(given.dtype())
     dtype = param_dtype if dtype is None else dtype
@@ -67,7 +73,10 @@ def load(
     shardings = None if mesh.empty else flatten_dict(param_shardings(state, mesh))
     model = nnx.merge(graph, state)
     model.published = json.dumps(dict(given.values))
-    _fill(model, list(family_of(given).tensors(given)), Weights(folder), shardings)
+    weights = Weights(folder, RENAMED.get(given["model_type"]))
+    tensors = [tensor.named_in(weights.names) for tensor in family_of(given).tensors(given)]
+    _check_names(weights, tensors, given)
+    _fill(model, tensors, weights, shardings)
     return model
 
 
@@ -78,6 +87,7 @@ def described(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelCon
       ValueError: that names the file, for values of which there is no model.
     """
     family = family_of(given)
+    given.only(quantization_config=None)
     try:
         return family.config(given, dtype=dtype, param_dtype=param_dtype)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -89,6 +99,29 @@ def described(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelCon
         ) from error
 
 
+def _check_names(weights: Weights, tensors: list[Tensor], given: Given) -> None:
+    """Logs what is beside the text model; ValueError for tensors that the family does not know."""
+    left = weights.names - {name for tensor in tensors for name in tensor.names}
+    for prefix in SKIPPED.get(given["model_type"], ()):
+        if others := {name for name in left if name.startswith(prefix)}:
+            left -= others
+            text = "%s: %d tensors %s* are not of the text model, and are not read"
+            _log.warning(text, weights.folder, len(others), prefix)
+    if given.get("tie_word_embeddings", False) and _HEAD in left:
+        (embedding,) = (t.names[0] for t in tensors if t.parts[0].path == "embedding/embedding")
+        if not np.array_equal(weights.read(_HEAD), weights.read(embedding)):
+            raise ValueError(
+                f"{weights.folder} has a {_HEAD} unlike {embedding}, but config.json ties them: "
+                "say tie_word_embeddings=false there, or leave the tensor out"
+            )
+        left -= {_HEAD}
+    if left:
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        raise ValueError(
+            f"{weights.folder} has unknown tensors: {', '.join(sorted(left)[:3])}{more}"
+        )
+
+
 def _fill(
     model: LanguageModel,
     tensors: list[Tensor],
@@ -96,11 +129,7 @@ def _fill(
     shardings: Mapping[tuple, Any] | None,
 ) -> None:
     """Reads the parameters of an abstract model."""
-    tensors = [tensor.named_in(weights.names) for tensor in tensors]
-    places, known = Places(model), {name for tensor in tensors for name in tensor.names}
-    if left := sorted(weights.names - known):
-        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-        raise ValueError(f"{weights.folder} has unknown tensors: {', '.join(left[:3])}{more}")
+    places = Places(model)
     for path, uses in places.uses(tensors).items():
         if not uses:
             raise ValueError(f"the family says nothing of the parameter {'/'.join(map(str, path))}")

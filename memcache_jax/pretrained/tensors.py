@@ -68,23 +68,21 @@ class Tensor:
         pairs = zip(self.parts, pieces, sizes, strict=True)
         return [_from_file(part, piece).reshape(size) for part, piece, size in pairs]
 
-    def rows_of(self, number: int, sizes: list[tuple[int, ...]]) -> slice | None:
+    def rows_of(
+        self, number: int, sizes: list[tuple[int, ...]]
+    ) -> slice | tuple[slice, ...] | None:
         """The rows that are this part alone; None if it is spread over the tensor, or several."""
-        if len(self.names) > 1:
-            return None
-        if self.row is not None:
-            return slice(self.row, self.row + 1)
-        if len(self.parts) == 1:
-            return slice(None)
-        if self.groups > 1 or self.axis:
+        if len(self.names) > 1 or self.groups > 1 or self.axis:
             return None
         rows = [_rows(part, size) for part, size in zip(self.parts, sizes, strict=True)]
         begin = sum(rows[:number])
-        return slice(begin, begin + rows[number])
+        own = slice(begin, begin + rows[number]) if len(rows) > 1 else slice(None)
+        return own if self.row is None else (slice(self.row, self.row + 1), own)
 
     def part_of(self, number: int, rows: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
         """The part whose rows these are, in its parameter's form."""
-        return _from_file(self.parts[number], rows).reshape(size)
+        own = rows if self.row is None else rows[0]
+        return _from_file(self.parts[number], own).reshape(size)
 
     def join(self, values: list[np.ndarray]) -> dict[str, np.ndarray]:
         """The file's tensors, by name, of the parts' parameters."""

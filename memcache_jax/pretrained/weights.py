@@ -1,5 +1,6 @@
 """The tensors of a folder of ``safetensors`` files, read one by one."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ def safetensors() -> Any:
         import safetensors
     except ImportError as error:
         raise ImportError(
-            "published checkpoints need safetensors: pip install memcache_jax[pretrained]"
+            "public checkpoints need safetensors and ml_dtypes: pip install '.[pretrained]' in a "
+            "checkout of memcache_jax"
         ) from error
     return safetensors
 
@@ -23,11 +25,15 @@ def safetensors() -> Any:
 class Weights:
     """The tensors of a folder: ``model.safetensors``, or the parts that its index names.
 
+    Args:
+      folder: the folder.
+      renamed: beginnings of names in the files, and what they are called here.
+
     Raises:
       ValueError: if the folder has neither, or a part is missing or damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, renamed: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         index = folder / "model.safetensors.index.json"
         if index.is_file():
@@ -39,10 +45,15 @@ class Weights:
             files = ["model.safetensors"]
         missing = [name for name in files if not (folder / name).is_file()]
         if missing:
-            raise ValueError(f"{folder} lacks {', '.join(missing)}")
+            raise ValueError(f"{folder} lacks {', '.join(missing)}{_pickles(folder)}")
         self._open: dict[str, Any] = {}
-        names = {file: self._file(file).keys() for file in files}
-        self._owner = {name: file for file in files for name in names[file]}
+        self._owner: dict[str, tuple[str, str]] = {}
+        for file in files:
+            for inside in sorted(self._file(file).keys()):
+                name = _renamed(inside, renamed or {})
+                if name in self._owner:
+                    raise ValueError(f"{folder} has both {self._owner[name][1]} and {inside}")
+                self._owner[name] = file, inside
         self.close()
 
     def _file(self, file: str) -> Any:
@@ -62,7 +73,8 @@ class Weights:
     def _tensor(self, name: str) -> Any:
         if name not in self._owner:
             raise ValueError(f"{self.folder} has no tensor {name!r}")
-        return self._file(self._owner[name]).get_slice(name)
+        file, inside = self._owner[name]
+        return self._file(file).get_slice(inside)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape.
@@ -72,7 +84,7 @@ class Weights:
         """
         return tuple(self._tensor(name).get_shape())
 
-    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+    def read(self, name: str, rows: slice | tuple[slice, ...] = slice(None)) -> np.ndarray:
         """A tensor, or some of its rows, read now.
 
         Raises:
@@ -83,3 +95,21 @@ class Weights:
     def close(self) -> None:
         """Closes the files until the next read; what was read of them is in memory until then."""
         self._open.clear()
+
+
+def _renamed(name: str, renamed: Mapping[str, str]) -> str:
+    for old, new in renamed.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def _pickles(folder: Path) -> str:
+    """What to do with weights of another format, if the folder has some."""
+    found = sorted(path.name for end in ("bin", "pt", "pth") for path in folder.glob(f"*.{end}"))
+    if not found:
+        return ""
+    return (
+        f"; {found[0]} is a pickle, which could run any code and is not read: load it with its own "
+        "library and write it with safetensors"
+    )

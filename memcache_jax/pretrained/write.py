@@ -18,7 +18,9 @@ from memcache_jax.pretrained.weights import safetensors
 def save(model: LanguageModel, folder: str | Path) -> None:
     """Writes a model of ``load`` as its own library does: ``config.json``, ``model.safetensors``.
 
-    Caches have no place in these files, nor have the parameters of their gates.
+    Of a model of text and images, of which ``load`` reads the text model, that is written, as the
+    library saves it alone. Caches have no place in these files, nor have the parameters of their
+    gates.
 
     Args:
       model: from ``load``, trained further or not.

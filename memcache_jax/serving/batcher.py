@@ -10,18 +10,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from memcache_jax import _checks
 from memcache_jax._typing import Array
+from memcache_jax.generation.apart import apart
 from memcache_jax.generation.generate import extend_in_place
 from memcache_jax.generation.sampling import Sampling
 from memcache_jax.nn import LanguageModel
 from memcache_jax.nn.model_cache import LanguageModelCache
+from memcache_jax.nn.unrolled import for_steps
 from memcache_jax.serving.ids import Ids, as_ids
 from memcache_jax.serving.prefix_store import PrefixStore
-from memcache_jax.serving.programs import Draws, decode, draw
-from memcache_jax.serving.request import Limits, Request
+from memcache_jax.serving.programs import Draws, decode, draw_scored, put
+from memcache_jax.serving.request import Limits, Load, Request
+from memcache_jax.serving.scores import Scores, Scoring, read_scored
 
 
 class Batcher:
@@ -30,7 +32,8 @@ class Batcher:
     A step reads at most one piece of one prompt, in a cache of its own, and then appends one token
     in all rows that have a request. So a request that has begun waits for no more than a piece of
     ``piece`` tokens between two of its own; those that wait for a row begin in the order they came.
-    Pieces have sizes of powers of two: all in all log2(piece) + 4 programs are compiled, each once.
+    Pieces have sizes of powers of two: all in all log2(piece) + 4 programs are compiled, each once,
+    and log2(piece) + 1 more for prompts that are scored.
 
     A request's tokens depend on nothing but it: not on its row, nor on what else is served. With a
     store that is so up to rounding: where the beginning of a prompt is known, the rest is read in
@@ -87,18 +90,22 @@ class Batcher:
         if store is not None:
             _checks.check_instance("store", store, PrefixStore, "an mc.PrefixStore")
         self.model, self.max_length, self.store, self.text_of = model, max_length, store, text_of
-        self._graph, self._state = nnx.split(model)
+        self._graph, self._state = apart(model)
         options = _checks.check_mapping("cache", cache)
-        self._new_cache = functools.partial(model.init_cache, rows, max_length, **options)
-        self._cache, self._empty = self._new_cache(), model.init_cache(1, max_length, **options)
-        if self._cache.max_length is not None:  # policies that make no room may have less
-            self.max_length = min(max_length, self._cache.max_length)
+        self._empty = model.init_cache(1, max_length, **options)
+        steps: Any = model if "sharding" in options else for_steps(model)
+        self._steps = apart(steps)
+        self._new_cache = functools.partial(steps.init_cache, rows, max_length, **options)
+        self._cache: Any = self._new_cache()
+        if self._empty.max_length is not None:  # policies that make no room may have less
+            self.max_length = min(max_length, self._empty.max_length)
         self._rows: list[Request | None] = [None] * rows
         self._waiting: collections.deque[Request] = collections.deque()
         self._reading: tuple[Request, LanguageModelCache, int] | None = None
         self._lock, self._wake = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self._died: RuntimeError | None = None
 
     def submit(
         self,
@@ -111,6 +118,8 @@ class Batcher:
         seed: int = 0,
         stop_tokens: Sequence[int] = (),
         stop_texts: Sequence[str] = (),
+        logprobs: int | None = None,
+        score_prompt: bool = False,
         on_token: Callable[[int], Any] | None = None,
     ) -> Request:
         """Asks for tokens that continue a prompt; any thread may.
@@ -124,11 +133,15 @@ class Batcher:
           seed: of what is drawn: equal requests with equal seeds get equal tokens.
           stop_tokens: ids that end it.
           stop_texts: texts that end it.
+          logprobs: gives the log-probability of each new token, and of this many of the most
+            likely ones at its place, up to 20.
+          score_prompt: gives the same for the prompt's tokens, all of which are then read.
           on_token: is called with each new token, in the thread of the steps.
 
         Raises:
           ValueError: for arguments out of range, or more tokens than ``max_length``.
           queue.Full: if ``most_waiting`` requests wait.
+          RuntimeError: if the thread of the steps has died.
         """
         ids, vocab = as_ids(prompt), self.model.config.vocab_size
         if not len(ids):
@@ -147,29 +160,45 @@ class Batcher:
             _checks.check_ids("stop_tokens", *of_stops, vocab)
         if limits.stop_texts and self.text_of is None:
             raise ValueError("stop_texts need a batcher with text_of, the text of token ids")
-        request = Request(ids, new, Sampling(temperature, top_k, top_p), seed, limits, on_token)
+        sampling, scoring = Sampling(temperature, top_k, top_p), Scoring(logprobs, score_prompt)
+        request = Request(ids, new, sampling, seed, limits, scoring, on_token)
         with self._lock:
+            if self._died is not None:
+                raise self._died
             if len(self._waiting) >= self.most_waiting:
                 raise queue.Full(f"{self.most_waiting} requests wait already")
             self._waiting.append(request)
         self._wake.set()
         return request
 
+    @property
+    def is_serving(self) -> bool:
+        """Whether its thread takes steps, as it does within the context."""
+        alive = self._thread is not None and self._thread.is_alive()
+        return alive and self._died is None and not self._stopping
+
+    @property
+    def load(self) -> Load:
+        """How many requests it has."""
+        with self._lock:
+            waiting = len(self._waiting)
+        decoding = sum(request is not None for request in self._rows)
+        return Load(len(self._rows), decoding, int(self._reading is not None), waiting)
+
     def step(self) -> bool:
         """Reads a piece of a prompt, and appends a token in each row.
+
+        If the device fails, requests in rows end with its error, and the batcher serves the others.
 
         Returns:
           Whether there was anything to do.
         """
         self._end_cancelled()
         try:
-            read = self._read_piece()
-        except Exception as error:  # of one prompt, such as a store of other caches
-            if self._reading is None:
-                raise
-            self._reading[0].end("error", error)
-            self._reading, read = None, True
-        return self._decode() or read
+            return self._read_or_end() | self._decode()
+        except Exception as error:  # of the device: what the rows held may be lost
+            self._end_rows(error)
+            return True
 
     def run(self) -> None:
         """Takes steps until no request is left."""
@@ -177,7 +206,9 @@ class Batcher:
             pass
 
     def __enter__(self) -> "Batcher":
-        self._stopping = False
+        if self._died is not None:  # with what the rows held
+            self._cache = self._new_cache()
+        self._stopping, self._died = False, None
         self._thread = threading.Thread(target=self._serve_or_end, daemon=True)
         self._thread.start()
         return self
@@ -194,31 +225,45 @@ class Batcher:
         try:
             self._serve()
         except BaseException as error:
+            cause = RuntimeError(f"the batcher's thread ended: {error!r}")
             with self._lock:
                 waiting, self._waiting = self._waiting, collections.deque()
+                self._died = cause
             reading = [] if self._reading is None else [self._reading[0]]
-            cause = RuntimeError(f"the batcher's thread ended: {error!r}")
             for request in (*self._rows, *reading, *waiting):
                 if request is not None and not request.is_done:
                     request.end("error", cause)
+            self._rows, self._reading = [None] * len(self._rows), None
             raise
 
     def _serve(self) -> None:
         while True:
             self._wake.clear()
             stopping = self._stopping  # before the step: what was submitted until then is served
-            try:
-                busy = self.step()
-            except Exception as error:  # of the device: what the rows held may be lost
-                for row, request in enumerate(self._rows):
-                    if request is not None:
-                        request.end("error", error)
-                        self._leave(row, request)
-                self._cache, busy = self._new_cache(), True
+            busy = self.step()
             if not busy:
                 if stopping:
                     return
                 self._wake.wait()
+
+    def _read_or_end(self) -> bool:
+        """Reads a piece; what goes wrong with a prompt, such as another store, ends it."""
+        try:
+            return self._read_piece()
+        except Exception as error:
+            if self._reading is None:
+                raise
+            self._reading[0].end("error", error)
+            self._reading = None
+            return True
+
+    def _end_rows(self, error: Exception) -> None:
+        """Ends the requests in all rows, and empties them for others."""
+        for row, request in enumerate(self._rows):
+            if request is not None:
+                request.end("error", error)
+                self._leave(row, request)
+        self._cache = self._new_cache()
 
     def _end_cancelled(self) -> None:
         for row, request in enumerate(self._rows):
@@ -247,7 +292,7 @@ class Batcher:
                 request = self._waiting.popleft()
             self._reading = request, self._empty, 0
             cache, request.known = None, 0
-            if self.store is not None:
+            if self.store is not None and not request.scoring.prompt:
                 cache, request.known = self.store.match(request.prompt)
             if cache is None:
                 cache = jax.tree.map(jnp.copy, self._empty)
@@ -257,19 +302,32 @@ class Batcher:
         # The largest power of two that does not go beyond a multiple of ``piece``: so prompts with
         # one beginning are read alike, whatever is known of them.
         size = 1 << (min(left, self.piece - taken % self.piece).bit_length() - 1)
-        tokens = jnp.asarray(request.prompt[None, taken : taken + size])
-        cache, logits = extend_in_place(self._state, tokens, None, cache, graph=self._graph)
+        cache, logits = self._extend(request, taken, taken + size, cache)
         taken += size
         if self.store is not None and (taken % self.piece == 0 or size == left):
             self.store.insert(request.prompt[:taken], cache)
         if size < left:
             self._reading = request, cache, taken
             return True
-        row = self._rows.index(None)
-        self._cache = _put(self._cache, jnp.int32(row), cache)
-        self._rows[row], self._reading = request, None
-        self._add(row, int(_draw(logits, self._draws([request]))[0]))
+        row, self._reading = self._rows.index(None), None
+        self._rows[row] = request  # whose cache is lost with the others' if this fails
+        self._cache = put(self._cache, jnp.int32(row), cache, config=self.model.config)
+        self._add([row], *draw_scored(logits, Draws.of([request])))
         return True
+
+    def _extend(
+        self, request: Request, begin: int, end: int, cache: LanguageModelCache
+    ) -> tuple[LanguageModelCache, Array]:
+        """Reads a piece of a prompt; returns the logits after it."""
+        if not request.scoring.prompt:
+            tokens = jnp.asarray(request.prompt[None, begin:end])
+            return extend_in_place(self._state, tokens, None, cache, graph=self._graph)
+        scored = read_scored(self._state, request.prompt, begin, end, cache, graph=self._graph)
+        cache, logits, scores = scored
+        count = request.scoring.likely or 0
+        places = min(end, len(request.prompt) - 1) - begin  # the last token has none after it
+        request.prompt_logprobs += [scores.of(i, count) for i in range(places)]
+        return cache, logits
 
     def _decode(self) -> bool:
         """Appends the last token of each row, and draws the next."""
@@ -277,43 +335,27 @@ class Batcher:
         if not active.any():
             return False
         tokens = np.array([0 if r is None else r.tokens[-1] for r in self._rows], np.int32)
-        new, self._cache = decode(
-            *(self._state, tokens, active, self._draws(self._rows), self._cache),
-            graph=self._graph,
+        graph, state = self._steps
+        new, scores, self._cache = decode(
+            *(state, tokens, active, Draws.of(self._rows), self._cache), graph=graph
         )
-        for row, token in enumerate(np.asarray(new).tolist()):
-            if active[row]:
-                self._add(row, token)
+        self._add(list(range(len(self._rows))), new, scores)
         return True
 
-    def _add(self, row: int, token: int) -> None:
-        request = self._rows[row]
-        assert request is not None
-        if token < 0:
-            request.end("error", FloatingPointError("the model's logits are not finite"))
-        else:
-            request.add(token, self.text_of)
-        if request.is_done:
-            self._leave(row, request)
-
-    def _draws(self, requests: Sequence[Request | None]) -> Draws:
-        def of(request: Request | None) -> tuple:
+    def _add(self, rows: list[int], tokens: Array, scores: Scores) -> None:
+        """Gives the requests in these rows a token each."""
+        requests = [self._rows[row] for row in rows]
+        if any(request is not None and request.scoring.likely is not None for request in requests):
+            scores = jax.device_get(scores)
+        for i, token in enumerate(np.asarray(tokens).tolist()):
+            request = requests[i]
             if request is None:
-                return 0, 0, 0.0, 0, 1.0
-            how, drawn = request.sampling, len(request.tokens)
-            return request.seed, drawn, how.temperature, how.top_k or 0, how.top_p
-
-        columns = zip(*map(of, requests), strict=True)
-        dtypes: Any = np.uint32, np.int32, np.float32, np.int32, np.float32
-        arrays: Any = [np.array(x, dtype) for x, dtype in zip(columns, dtypes, strict=True)]
-        return Draws(*arrays)
-
-
-@jax.jit
-def _draw(logits: Array, draws: Draws) -> Array:
-    return draw(logits, draws)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(cache: LanguageModelCache, row: Array, other: LanguageModelCache) -> LanguageModelCache:
-    return cache.put(row, other)
+                continue
+            if token < 0:
+                request.end("error", FloatingPointError("the model's logits are not finite"))
+            else:
+                if request.scoring.likely is not None:
+                    request.logprobs.append(scores.of(i, request.scoring.likely))
+                request.add(token, self.text_of)
+            if request.is_done:
+                self._leave(rows[i], request)

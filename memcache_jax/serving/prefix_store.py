@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from memcache_jax._checks import check_ids, check_instance, check_integer
 from memcache_jax._typing import Array, Float
+from memcache_jax.adaptive import Adaptive
+from memcache_jax.generation.apart import apart
 from memcache_jax.generation.generate import extend_in_place
 from memcache_jax.generation.prompts import buffer_size, longest
 from memcache_jax.nn import LanguageModel
@@ -139,7 +140,8 @@ class PrefixStore:
             self._entries.move_to_end(key)
             entry, like = self._entries[key], self._like
             pieces = self._pieces.of(entry.arrays)
-        arrays = jax.device_put(join(pieces, entry.arrays), like.shardings)
+        joined = zip(join(pieces, entry.arrays), like.shardings, strict=True)
+        arrays = [jax.device_put(x, sharding) for x, sharding in joined]
         return jax.tree.unflatten(like.structure, arrays), entry.length
 
     def prefill(
@@ -184,7 +186,7 @@ class PrefixStore:
         cache, known = self.match(ids)
         if cache is None:
             cache = jax.tree.map(jnp.copy, empty)
-        graph, state = nnx.split(model)
+        graph, state = apart(model)
         logits: Any = None
         ends = [*range((known // step + 1) * step, len(ids), step), len(ids)]
         for begin, end in zip([known, *ends], ends, strict=False):
@@ -257,7 +259,17 @@ class PrefixStore:
 def _like(cache: LanguageModelCache) -> _Like:
     leaves, structure = jax.tree.flatten(cache)
     shapes = [(x.shape, x.dtype.name) for x in leaves]
-    return _Like(structure, shapes, [x.sharding for x in leaves])
+    return _Like(structure, shapes, [_place(x) for x in leaves])
+
+
+def _place(array: Array) -> Any:
+    """The sharding of an array that has been placed; None where JAX chose it.
+
+    Those would have programs compiled once more.
+    """
+    usual = next(iter(array.devices())).default_memory().kind
+    chosen = array.committed or array.sharding.memory_kind != usual
+    return array.sharding if chosen else None
 
 
 def _read(
@@ -290,4 +302,7 @@ def _check_same(got: _Like, wanted: _Like) -> None:
 
 def _longest_segment(model: LanguageModel) -> int:
     parts = [getattr(mixer, "segmentation", None) for mixer in model.config.mixers]
-    return max((part.size for part in parts if isinstance(part, Segmentation)), default=256)
+    found = [part for part in parts if isinstance(part, Segmentation)]
+    return max(
+        (part.max if isinstance(part, Adaptive) else part.size for part in found), default=256
+    )

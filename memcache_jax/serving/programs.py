@@ -1,16 +1,22 @@
 """The compiled parts of a ``Batcher``: a token for every row, and a piece of one prompt."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+import numpy as np
 from jax import lax
 
 from memcache_jax._typing import Array, Bool, Float, Int
+from memcache_jax.generation.apart import Frame
 from memcache_jax.generation.generate import extend_logits
 from memcache_jax.generation.sampling import scaled, within_nucleus
+from memcache_jax.nn import LanguageModelConfig
+from memcache_jax.nn.unrolled import UnrolledCache, unrolled_cache
+from memcache_jax.serving.request import Request
+from memcache_jax.serving.scores import Scores, scores_if
 
 
 class Draws(NamedTuple):
@@ -22,6 +28,7 @@ class Draws(NamedTuple):
       temperature: 0 for the most likely token.
       top_k: how many tokens may be drawn; 0 for all.
       top_p: their probability in all.
+      scored: whether to tell how likely tokens are.
     """
 
     seed: Int[Array, "b"]
@@ -29,6 +36,23 @@ class Draws(NamedTuple):
     temperature: Float[Array, "b"]
     top_k: Int[Array, "b"]
     top_p: Float[Array, "b"]
+    scored: Bool[Array, "b"]
+
+    @classmethod
+    def of(cls, requests: Sequence[Request | None]) -> "Draws":
+        """Those of each row's request."""
+
+        def of_row(request: Request | None) -> tuple:
+            if request is None:
+                return 0, 0, 0.0, 0, 1.0, False
+            how, drawn = request.sampling, len(request.tokens)
+            scored = request.scoring.likely is not None
+            return request.seed, drawn, how.temperature, how.top_k or 0, how.top_p, scored
+
+        columns = zip(*map(of_row, requests), strict=True)
+        dtypes: Any = np.uint32, np.int32, np.float32, np.int32, np.float32, bool
+        arrays: Any = [np.array(x, dtype) for x, dtype in zip(columns, dtypes, strict=True)]
+        return cls(*arrays)
 
 
 @functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
@@ -39,12 +63,27 @@ def decode(
     draws: Draws,
     cache: Any,
     *,
-    graph: Any,
-) -> tuple[Int[Array, "b"], Any]:
-    """Appends a token in the active rows; returns the next one, and the cache."""
+    graph: Frame,
+) -> tuple[Int[Array, "b"], Scores, Any]:
+    """Appends a token in the active rows; returns the next one, its scores, and the cache."""
     lengths = active.astype(jnp.int32)
-    cache, logits = extend_logits(nnx.merge(graph, state), tokens[:, None], cache, lengths)
-    return draw(logits, draws), cache
+    cache, logits = extend_logits(graph.merge(state), tokens[:, None], cache, lengths)
+    return *draw_scored(logits, draws), cache
+
+
+@jax.jit
+def draw_scored(logits: Float[Array, "b vocab"], draws: Draws) -> tuple[Int[Array, "b"], Scores]:
+    """As ``draw``, and the tokens' scores if any row wants them."""
+    tokens = draw(logits, draws)
+    return tokens, scores_if(draws.scored.any(), logits, tokens)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def put(cache: Any, row: Array, other: Any, *, config: LanguageModelConfig) -> Any:
+    """Puts a cache of one row, which a prompt has been read into, in place of a row."""
+    if isinstance(cache, UnrolledCache):
+        other = unrolled_cache(config, other)
+    return cache.put(row, other)
 
 
 def draw(logits: Float[Array, "b vocab"], draws: Draws) -> Int[Array, "b"]:

@@ -5,12 +5,13 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from memcache_jax import _checks
 from memcache_jax.generation.sampling import Sampling
+from memcache_jax.serving.scores import Logprob, Scoring
 
 Reason = Literal["length", "stop", "cancelled", "error"]
 
@@ -39,6 +40,22 @@ class Limits:
         _checks.set_fields(self, stop_tokens=stops, stop_texts=tuple(self.stop_texts))
 
 
+class Load(NamedTuple):
+    """How many requests a batcher has.
+
+    Attributes:
+      rows: those that it decodes at most.
+      decoding: those in rows.
+      reading: those whose prompt is being read, at most one.
+      waiting: those that have not begun.
+    """
+
+    rows: int
+    decoding: int
+    reading: int
+    waiting: int
+
+
 class Request:
     """Tokens that continue a prompt, as they come.
 
@@ -50,7 +67,10 @@ class Request:
       sampling: how they are drawn.
       seed: of what is drawn: equal requests with equal seeds get equal tokens.
       limits: what else ends it.
+      scoring: what it tells of tokens.
       tokens: the new tokens so far.
+      logprobs: how likely each was, if asked for.
+      prompt_logprobs: how likely the prompt's tokens were from the second on, if asked for.
       known: how many of the prompt's tokens were known to the store.
       finish_reason: ``"length"``, ``"stop"``, ``"cancelled"`` or ``"error"``; None before its end.
       error: what went wrong, if it did.
@@ -63,11 +83,14 @@ class Request:
         sampling: Sampling,
         seed: int,
         limits: Limits,
+        scoring: Scoring,
         on_token: Callable[[int], Any] | None,
     ) -> None:
         self.prompt, self.max_new_tokens, self.seed = prompt, max_new_tokens, seed
-        self.sampling, self.limits = sampling, limits
+        self.sampling, self.limits, self.scoring = sampling, limits, scoring
         self.tokens: list[int] = []
+        self.logprobs: list[Logprob] = []
+        self.prompt_logprobs: list[Logprob] = []
         self.known = 0
         self.finish_reason: Reason | None = None
         self.error: Exception | None = None

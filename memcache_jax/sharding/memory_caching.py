@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from memcache_jax._typing import Array, Exchange, Float, Implementation, Int, Start
+from memcache_jax.adaptive import Adaptive
 from memcache_jax.aggregation import GRM, SSC, Aggregation, Residual, Soup
 from memcache_jax.engine.bank import compose_plan
 from memcache_jax.engine.documents import count_documents
 from memcache_jax.engine.one_pass import one_pass
-from memcache_jax.engine.run import cut_for, full_controls, run, widen, writing
+from memcache_jax.engine.run import cut_for, full_controls, heads_first, run, wide_dtype, writing
 from memcache_jax.engine.types import Tokens
 from memcache_jax.gating import in_order
 from memcache_jax.memories import Memory
@@ -143,11 +144,11 @@ def _one_part(
         own_document = document - last_before(document[:, -1:], document[:, :1], division.time_axis)
         document = document.reshape(len(document), own.num_blocks, -1)
     full = full_controls(memory, tokens.controls, tokens.key, tokens.value)
-    widened = widen(**tokens._replace(controls=full)._asdict())
-    weights = {name: weight.astype(widened.key.dtype) for name, weight in weights.items()}
-    blocks = cut_for(memory, widened, own_document, own, length)
+    tokens = heads_first(**tokens._replace(controls=full)._asdict())
+    weights = {name: weight.astype(wide_dtype(tokens)) for name, weight in weights.items()}
+    blocks = cut_for(memory, tokens, own_document, own, length)
     layout = Part(division.time_axis, own, plan, start == "checkpoint", ring, document)
-    writes = writing(memory, aggregation, widened, weights, implementation)
+    writes = writing(memory, aggregation, tokens, weights, implementation)
     y, _, _ = run(layout, writes, aggregation, blocks)
     return jnp.moveaxis(y.reshape(*y.shape[:2], -1, y.shape[-1]), 1, 2).astype(value.dtype)
 
@@ -168,7 +169,7 @@ def check_parts(
     spans, checkpoint = plan.spans_segments.any(), start == "checkpoint"
     wanted = (
         (
-            plan.begins.all() and not isinstance(segmentation, Lengths),
+            plan.begins.all() and not isinstance(segmentation, (Lengths, Adaptive)),
             f"segments of one size, got {segmentation}",
         ),
         (

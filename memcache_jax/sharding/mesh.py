@@ -23,7 +23,7 @@ def make_mesh(
 ) -> Mesh:
     """Returns a mesh with the axes ``data``, ``fsdp``, ``seq`` and ``tensor``, in this order.
 
-    Neighbours along the later axes are neighbours in the hardware, where there is the most traffic.
+    Neighbors along the later axes are neighbors in the hardware, where there is the most traffic.
 
     Args:
       sizes: devices along each axis, 1 by default; one may be -1, for all remaining devices.

@@ -7,16 +7,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from memcache_jax import _checks
 from memcache_jax._checks import check_weights
-from memcache_jax._typing import Array, Int, Start, State
+from memcache_jax._typing import Array, Bool, Int, Start, State
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Segmentation
 from memcache_jax.streaming import storage
+from memcache_jax.streaming.borders import borders_of, returned
 from memcache_jax.streaming.config import CacheConfig
 from memcache_jax.streaming.eviction import Eviction
 from memcache_jax.streaming.past import Past, empty_past, rewound
@@ -135,6 +137,16 @@ class Cache(MixerCache):
         """As ``MixerCache.rewound``."""
         return rewound(self, tokens)
 
+    def borders(self, length: int) -> np.ndarray:
+        """As ``MixerCache.borders``."""
+        return borders_of(self, length)
+
+    def returned(
+        self, position: Int[Array, "b"], rows: Bool[Array, "b"]
+    ) -> tuple["Cache", Bool[Array, "b"]]:
+        """As ``MixerCache.returned``."""
+        return returned(self, position, rows)
+
 
 def init_cache(
     batch: int,
@@ -178,7 +190,7 @@ def init_cache(
       policy: for ``Constant`` segments, what happens when a segment ends while ``max_segments``
         are cached. ``"error"`` raises. ``"drop_oldest"`` drops the oldest state,
         ``"drop_least_read"`` the one with the smallest mean gate. ``"merge"`` replaces the two
-        neighbours in time with the fewest tokens by the mean of their states and of their pooled
+        neighbors in time with the fewest tokens by the mean of their states and of their pooled
         keys, weighted by tokens; a state of n segments counts n times in its gate.
       dtype: dtype of live states, sums and pooled keys: float32 or float64.
       cache_dtype: dtype of cached states: ``dtype`` by default, bfloat16, or int8 with a scale per
@@ -256,7 +268,7 @@ def _empty(
         anchor=own(state) if memory.gradient_chunk else None,
         transition=own(transition),
         key_sum=jnp.zeros((batch, heads, slots.num_tracks, key_dim), dtype),
-        record=own(slots.init(batch)),
+        record=own(slots.init(batch, heads, key_dim, dtype)),
         bank=None,
         pooled=None,
         past=None,

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from memcache_jax import _checks
 from memcache_jax._typing import Start
+from memcache_jax.adaptive import Adaptive
 from memcache_jax.aggregation import SSC, Aggregation
 from memcache_jax.caching import check_configuration
 from memcache_jax.memories import Memory
@@ -16,12 +17,12 @@ from memcache_jax.segmentation import Constant, Segmentation
 from memcache_jax.streaming import storage
 from memcache_jax.streaming.eviction import POLICIES, Eviction
 from memcache_jax.streaming.schedule import make_schedule
-from memcache_jax.streaming.slots import Planned, Recent, Slots
+from memcache_jax.streaming.slots import Decided, Planned, Recent, Slots
 
 
 def check_options(options: Mapping[str, Any]) -> None:
     """Raises ValueError unless these are options of ``init_cache`` for keeping states."""
-    known = ("max_segments", "policy", "cache_dtype", "placement", "rewind")
+    known = ("max_segments", "policy", "cache_dtype", "placement", "rewind", "keep_ends")
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(f"a cache has no options {unknown}; it has {list(known)}")
@@ -84,6 +85,9 @@ class CacheConfig:
             drops = eviction is not None and eviction.drops
             by_age = drops and not self.aggregation.sums_all
             return Recent(self.max_segments, self.segmentation.size, eviction, by_age)
+        if isinstance(self.segmentation, Adaptive):
+            assert self.max_length is not None  # from _bounded
+            return Decided(self.segmentation, self.max_length)
         return Planned(make_schedule(self.segmentation, self.max_length))
 
     @property

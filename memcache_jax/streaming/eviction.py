@@ -101,7 +101,7 @@ class DropLeastRead(Eviction):
 
 @dataclasses.dataclass(frozen=True)
 class MergeNeighbours(Eviction):
-    """Merges the two neighbours in time with the fewest segments; of equal ones the oldest."""
+    """Merges the two neighbors in time with the fewest segments; of equal ones the oldest."""
 
     drops = False
 
@@ -113,7 +113,7 @@ class MergeNeighbours(Eviction):
     def make_room(
         self, kept: Kept, block: Int[Array, "b"], rows: Bool[Array, "b"]
     ) -> tuple[Kept, Int[Array, "b"], Merge | None]:
-        """Merges in the marked rows, the new state among the neighbours."""
+        """Merges in the marked rows, the new state among the neighbors."""
         segments, newest, _ = kept
         slots = segments.shape[1]
         order = jnp.pad(jnp.argsort(newest, axis=1), ((0, 0), (0, 1)), constant_values=slots)

@@ -13,6 +13,7 @@ from memcache_jax._checks import check_arguments
 from memcache_jax._eager import compiled
 from memcache_jax._typing import Array, Float, Int, Start
 from memcache_jax._varying import alike
+from memcache_jax.adaptive import Adaptive
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.engine.run import exact_chunk, full_controls, widen
 from memcache_jax.engine.types import Tokens
@@ -110,7 +111,8 @@ def extend(
     division = Division.of(*rows, (cache.position, "b"), (cache.key_sum, "b h . ."))
     if division is None:
         return compiled(_extend, cache, tokens, counts)
-    if config.placement == "host":  # where a row's heads lie side by side
+    # On the host a row's heads lie side by side, and all decide together where segments end.
+    if config.placement == "host" or isinstance(config.segmentation, Adaptive):
         division = division.whole("h")
     row: Any = "b . h ."
     of_controls: Any = {

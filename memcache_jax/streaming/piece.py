@@ -82,7 +82,7 @@ def take_piece(
 def _begun(cache: Cache, block: Int[Array, "b"], into_block: Int[Array, "b"]) -> Cache:
     """The cache after resetting the runs that begin with a row's next token."""
     config = cache.config
-    begins = (into_block == 0)[:, None] & config.slots.begins(block)
+    begins = (into_block == 0)[:, None] & config.slots.begins(cache.record, block)
     restart = begins if config.start == "independent" else (cache.position == 0)[:, None]
     state = jax.tree.map(
         lambda old, new: _where(restart, jnp.broadcast_to(new[None, :, None], old.shape), old),
@@ -175,7 +175,10 @@ class Piece(Layout):
                 )
             live = cache.key_sum[:, :, :1, None] + jnp.cumsum(key, axis=3)
             if pooling == "mean":
-                before = cache.position - slots.first(self.block) * config.segmentation.size
+                before = (
+                    cache.position
+                    - slots.first(cache.record, self.block) * config.segmentation.size
+                )
                 tokens = before[:, None] + jnp.arange(1, key.shape[3] + 1)[None]
                 live /= tokens.astype(live.dtype)[:, None, None, :, None]
             return Keys(live, cache.storages[1].all(cache.pooled))
@@ -248,7 +251,7 @@ def _store(
     # XLA copies an array that is read and written, unless the write depends on the read.
     most = lax.stop_gradient(after).max()
     ends &= ~(most > jnp.maximum(most, 0))
-    record, place, merge = slots.store(cache.record, block, ends)
+    record, place, merge = slots.store(cache.record, block, ends, cache.key_sum)
     if keeps is not None:
         past, place, merge = remember_slots(cache, block, keeps, place, merge)
         cache = dataclasses.replace(cache, past=past)
@@ -257,7 +260,7 @@ def _store(
         shape = pooled.shape[:3]
         states = jax.tree.map(lambda x: jnp.broadcast_to(x, (*shape, *x.shape[3:])), states)
     if config.aggregation.pooling == "mean":
-        pooled /= slots.tokens(block).astype(pooled.dtype)[:, None, :, None]
+        pooled /= slots.tokens(cache.record, block).astype(pooled.dtype)[:, None, :, None]
     pooled = jnp.where(jnp.isfinite(pooled), pooled, jnp.nan)  # as in one pass: no gate is known
     states, bank, keys = config.memory.matrices(states), cache.bank, cache.pooled
     of_states, of_keys = cache.storages

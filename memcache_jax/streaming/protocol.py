@@ -7,12 +7,13 @@ from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from memcache_jax import _checks
-from memcache_jax._typing import Array, Int
+from memcache_jax._typing import Array, Bool, Int
 from memcache_jax.sharding.division import Division
 from memcache_jax.sharding.layout import axes_of, by_compiler, context_mesh, num_devices
 from memcache_jax.streaming.rewind import taken_back_from
@@ -44,6 +45,7 @@ class MixerCache:
 
     A cache that goes back by tokens has a field or property ``rewindable``, by how many each row
     can, (b,), or None if it was not made to; and a method ``rewound``, ``rewind`` without checks.
+    One that ``mc.rewind_to`` takes further back has ``borders`` and ``returned``.
 
     Example:
       >>> import dataclasses, jax, jax.numpy as jnp, memcache_jax as mc
@@ -136,6 +138,24 @@ class MixerCache:
     def rewound(self: C, tokens: Int[Array, "b"]) -> C:
         """As ``rewind``, of traced values that are not checked."""
         raise ValueError(f"{type(self).__name__} does not go back by tokens")
+
+    def borders(self, length: int) -> np.ndarray:
+        """The positions up to ``length`` that rows may return to, 0 among them.
+
+        Raises:
+          ValueError: if the cache does not keep its state there.
+        """
+        raise ValueError(f"{type(self).__name__} does not return to a segment's begin")
+
+    def returned(
+        self: C, position: Int[Array, "b"], rows: Bool[Array, "b"]
+    ) -> tuple[C, Bool[Array, "b"]]:
+        """The marked rows as they were after ``position`` tokens, one of ``borders``.
+
+        Returns:
+          The cache, and the rows that are not marked or whose states it still has in full.
+        """
+        raise ValueError(f"{type(self).__name__} does not return to a segment's begin")
 
     def replace(self: C, **changes: Any) -> C:
         """Returns the cache with these fields replaced."""

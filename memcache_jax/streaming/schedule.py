@@ -35,6 +35,18 @@ class Schedule:
     first: np.ndarray
     num_slots: int
 
+    @functools.cached_property
+    def held(self) -> np.ndarray:
+        """(blocks + 1, slots) the block whose end left its state in each slot, before each block.
+
+        -1 for an empty slot.
+        """
+        held = np.full((len(self.stores) + 1, self.num_slots), -1)
+        for block, slots in enumerate(self.stores):
+            held[block + 1] = held[block]
+            held[block + 1, slots[slots >= 0]] = block
+        return held
+
 
 @functools.lru_cache(maxsize=64)
 def make_schedule(segmentation: Segmentation, length: int) -> Schedule:

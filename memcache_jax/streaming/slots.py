@@ -2,18 +2,20 @@
 
 ``Planned`` follows the tables of a read plan. ``Recent`` is for segments of one size, all of which
 later tokens read: it needs no plan, so a stream may go on for ever, and where its slots are full a
-policy makes room. Both have the same methods, which ``extend`` calls at each block (b,) of the
-rows.
+policy makes room. ``Decided`` is for segments that end where the tokens say. All have the same
+methods, which ``extend`` calls at each block (b,) of the rows.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memcache_jax._typing import Array, Bool, Int
+from memcache_jax._typing import Array, Bool, Float, Int
+from memcache_jax.adaptive import Adaptive
 from memcache_jax.engine.types import Candidates, Keys, Selection
 from memcache_jax.gating import gates_by_state
 from memcache_jax.streaming.eviction import Eviction, Kept, Merge, put
@@ -36,16 +38,16 @@ class Planned:
         """Number of runs that are written side by side, the live one first."""
         return self.schedule.begins.shape[1]
 
-    def init(self, batch: int) -> Any:
+    def init(self, batch: int, heads: int, key_dim: int, dtype: Any) -> Any:
         """The record of what each slot holds, a pytree of arrays (b, ...): here none."""
-        del batch
+        del batch, heads, key_dim, dtype
         return ()
 
-    def begins(self, block: Int[Array, "b"]) -> Bool[Array, "b tracks"]:
+    def begins(self, record: Any, block: Int[Array, "b"]) -> Bool[Array, "b tracks"]:
         """The runs that begin with the block."""
         return self._row(self.schedule.begins, block)
 
-    def first(self, block: Int[Array, "b"]) -> Int[Array, "b"]:
+    def first(self, record: Any, block: Int[Array, "b"]) -> Int[Array, "b"]:
         """The first block of the block's segment."""
         return self._row(self.schedule.first, block)
 
@@ -63,7 +65,11 @@ class Planned:
         return record
 
     def store(
-        self, record: Any, block: Int[Array, "b"], ends: Bool[Array, "b"]
+        self,
+        record: Any,
+        block: Int[Array, "b"],
+        ends: Bool[Array, "b"],
+        key_sum: Float[Array, "b h tracks k"],
     ) -> tuple[Any, Int[Array, "b tracks"], Merge | None]:
         """Makes room for the states that end with the block, in rows where ``ends``.
 
@@ -74,7 +80,21 @@ class Planned:
         stores = self._row(self.schedule.stores, block)
         return record, jnp.where(ends[:, None] & (stores >= 0), stores, self.num_slots), None
 
-    def tokens(self, block: Int[Array, "b"]) -> Int[Array, "b tracks"]:
+    def returned(
+        self, record: Any, now: Int[Array, "b"], then: Int[Array, "b"]
+    ) -> tuple[Any, Bool[Array, "b slots"], Int[Array, "b"], Bool[Array, "b"]]:
+        """Goes back from one block to the begin of another.
+
+        Returns:
+          The record there, the slots that were empty, the slot of the newest state, and in which
+          rows all slots that were not empty hold what they did.
+        """
+        held, last = self.schedule.held, len(self.schedule.held) - 1
+        now, was = (jnp.asarray(held)[jnp.clip(x, 0, last)] for x in (now, then))
+        place = self._row(self.schedule.stores, jnp.maximum(then - 1, 0))[:, 0]
+        return record, (now >= 0) & (was < 0), place, ((now == was) | (was < 0)).all(axis=1)
+
+    def tokens(self, record: Any, block: Int[Array, "b"]) -> Int[Array, "b tracks"]:
         """Number of tokens of each state that ends with the block."""
         return self._row(self.schedule.tokens, block)
 
@@ -101,16 +121,17 @@ class Recent:
 
     num_tracks = 1
 
-    def init(self, batch: int) -> Kept:
+    def init(self, batch: int, heads: int, key_dim: int, dtype: Any) -> Kept:
         """Empty slots."""
+        del heads, key_dim, dtype
         empty = jnp.zeros((batch, self.num_slots), jnp.int32)
         return Kept(empty, empty, empty.astype(jnp.float32))
 
-    def begins(self, block: Int[Array, "b"]) -> Bool[Array, "b 1"]:
+    def begins(self, record: Any, block: Int[Array, "b"]) -> Bool[Array, "b 1"]:
         """All: each block is a segment."""
         return jnp.ones((len(block), 1), bool)
 
-    def first(self, block: Int[Array, "b"]) -> Int[Array, "b"]:
+    def first(self, record: Any, block: Int[Array, "b"]) -> Int[Array, "b"]:
         """The block itself."""
         return block
 
@@ -139,18 +160,38 @@ class Recent:
         gates = jnp.where(active[:, None], gates, 0)
         return record._replace(gates=record.gates + gates.astype(record.gates.dtype))
 
-    def tokens(self, block: Int[Array, "b"]) -> Int[Array, "b 1"]:
+    def returned(
+        self, record: Kept, now: Int[Array, "b"], then: Int[Array, "b"]
+    ) -> tuple[Kept, Bool[Array, "b slots"], Int[Array, "b"], Bool[Array, "b"]]:
+        """Goes back to the begin of an earlier segment."""
+        del now
+        held = record.segments > 0
+        stays = held & (record.newest < then[:, None])
+        kept = jax.tree.map(lambda x: jnp.where(stays, x, jnp.zeros((), x.dtype)), record)
+        newest = stays & (record.newest == then[:, None] - 1)
+        place = jnp.argmax(newest, axis=1)
+        # As many as there were: none has been dropped since, or merged with a later one.
+        whole = stays.sum(axis=1) == jnp.minimum(then, self.num_slots)
+        return kept, held & ~stays, place, whole
+
+    def tokens(self, record: Any, block: Int[Array, "b"]) -> Int[Array, "b 1"]:
         """A segment's."""
         return jnp.full((len(block), 1), self.size)
 
     def store(
-        self, record: Kept, block: Int[Array, "b"], ends: Bool[Array, "b"]
+        self,
+        record: Kept,
+        block: Int[Array, "b"],
+        ends: Bool[Array, "b"],
+        key_sum: Float[Array, "b h tracks k"],
     ) -> tuple[Kept, Int[Array, "b 1"], Merge | None]:
-        """An empty slot, or the one that the policy frees."""
+        """An empty slot, or the one that the policy frees; none where no policy does."""
         empty = record.segments == 0
         full = ~empty.any(axis=1)
         place, merge = jnp.argmax(empty, axis=1), None
-        if self.eviction is not None:
+        if self.eviction is None:  # the row ends with the block, and nothing will read its state
+            ends &= ~full
+        else:
             record, room, merge = self.eviction.make_room(record, block, full & ends)
             place = jnp.where(full, room, place)
         place = jnp.where(ends, place, self.num_slots)
@@ -162,4 +203,85 @@ class Recent:
         return kept, place[:, None], merge
 
 
-Slots: TypeAlias = Planned | Recent
+class Ended(NamedTuple):
+    """The segments of each row so far.
+
+    Attributes:
+      segments: those that ended; the i-th is in slot i.
+      first: the block with which the live one began.
+      before: the sum of its keys before the current block.
+    """
+
+    segments: Int[Array, "b"]
+    first: Int[Array, "b"]
+    before: Float[Array, "b h k"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decided:
+    """A slot for each segment that may end among so many tokens, where the keys say."""
+
+    segmentation: Adaptive
+    length: int
+
+    @property
+    def num_slots(self) -> int:
+        """Number of slots."""
+        return self.segmentation.most_states(self.length)
+
+    num_tracks = 1
+
+    def init(self, batch: int, heads: int, key_dim: int, dtype: Any) -> Ended:
+        """No segment."""
+        empty = jnp.zeros(batch, jnp.int32)
+        return Ended(empty, empty, jnp.zeros((batch, heads, key_dim), dtype))
+
+    def begins(self, record: Ended, block: Int[Array, "b"]) -> Bool[Array, "b 1"]:
+        """Whether the segment before ended with the block before."""
+        return (record.first == block)[:, None]
+
+    def first(self, record: Ended, block: Int[Array, "b"]) -> Int[Array, "b"]:
+        """As the record says."""
+        del block
+        return record.first
+
+    def candidates(
+        self, record: Ended, block: Int[Array, "b"], keys: Callable[[str], Keys]
+    ) -> Candidates:
+        """The slots of the segments that ended."""
+        del block
+        slot = jnp.arange(self.num_slots)[None, None]
+        distances = record.segments[:, None, None] - slot
+        return Candidates(jnp.where(distances > 0, slot, -1), distances, keys)
+
+    def count_reads(self, record: Ended, selection: Selection, active: Bool[Array, "b"]) -> Ended:
+        """Unchanged."""
+        del selection, active
+        return record
+
+    def tokens(self, record: Ended, block: Int[Array, "b"]) -> Int[Array, "b 1"]:
+        """Those of the live segment up to the block's end."""
+        return ((block + 1 - record.first) * self.segmentation.size)[:, None]
+
+    def store(
+        self,
+        record: Ended,
+        block: Int[Array, "b"],
+        ends: Bool[Array, "b"],
+        key_sum: Float[Array, "b h tracks k"],
+    ) -> tuple[Ended, Int[Array, "b 1"], Merge | None]:
+        """The next slot if the segment ends with the block."""
+        total = key_sum[:, :, 0]
+        own = total - record.before
+        closes = ends & self.segmentation.ends(block - record.first, record.before, own)
+        place = jnp.where(closes, record.segments, self.num_slots)
+        closed, whole = closes[:, None, None], ends[:, None, None]
+        kept = Ended(
+            record.segments + closes,
+            jnp.where(closes, block + 1, record.first),
+            jnp.where(closed, 0, jnp.where(whole, total, record.before)),
+        )
+        return kept, place[:, None], None
+
+
+Slots: TypeAlias = Planned | Recent | Decided

@@ -10,7 +10,9 @@ try:
     from memcache_jax.training.signals import StoppedError
 except ModuleNotFoundError as e:
     raise ModuleNotFoundError(
-        f"memcache_jax.training needs {e.name}: pip install 'memcache_jax[train]'", name=e.name
+        f"memcache_jax.training needs {e.name}: pip install '.[train]' in a checkout of "
+        "memcache_jax",
+        name=e.name,
     ) from e
 
 __all__ = [

@@ -17,7 +17,7 @@ class HeldOut(NamedTuple):
 
     Attributes:
       tokens: (rows, sequence_length + 1) int32. Inputs are ``[:, :-1]`` and targets ``[:, 1:]``;
-        neighbouring rows overlap by one token, so that no target appears twice.
+        neighboring rows overlap by one token, so that no target appears twice.
       bytes_per_token: bytes of text per target, including end tokens. A document that is cut off
         counts by its share of tokens. Bits per byte are the mean loss in nats / ln 2 /
         bytes_per_token.
@@ -94,7 +94,7 @@ def training_iterator(
     dataset = grain.experimental.ConcatThenSplitIterDataset(
         dataset, length_struct={"tokens": sequence_length + 1}
     )
-    # Neighbouring rows are often of one document; a batch should mix documents.
+    # Neighboring rows are often of one document; a batch should mix documents.
     rows = grain.experimental.WindowShuffleIterDataset(
         _PackedTokens(dataset), window_size=shuffle_window, seed=seed
     )

@@ -168,6 +168,7 @@ class _Run:
                 self.public.check_same(PublicModel.of_run(self.workdir), self.workdir)
         restored = self.checkpoints.restore(self.target, self.batches)
         if restored is None:
+            _log.info("Compiling; training begins after that.")
             self.state = self.create()
         else:
             self.step, self.state, notes = restored

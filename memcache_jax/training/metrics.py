@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from memcache_jax.training.durable import replace_file
+from memcache_jax.training.pictures import new_figure
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -60,9 +61,7 @@ def _tensorboard(folder: Path, step: int) -> Any:
     try:
         import tensorboardX
     except ImportError as e:
-        raise ImportError(
-            "tensorboard=True needs tensorboardX: pip install 'memcache_jax[tensorboard]'"
-        ) from e
+        raise ImportError("tensorboard=True needs tensorboardX: pip install tensorboardX") from e
     return tensorboardX.SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
 
@@ -151,21 +150,16 @@ def plot_curve(
 
     With ``bytes_per_token`` losses are in bits per byte, otherwise in nats per token.
     """
-    # Takes a second to import, and most callers never plot.
-    from matplotlib.figure import Figure
-
     scale = 1.0 if bytes_per_token is None else 1 / (math.log(2) * bytes_per_token)
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, ((axes,),) = new_figure(1, size=(7, 4.5))
     rows = read_metrics(workdir)
-    for name, label, style in (("loss", "training", "-"), ("heldout_loss", "held-out", "o--")):
+    for name, label, marker in (("loss", "training", ""), ("heldout_loss", "held-out", "s")):
         points = [(row["step"], row[name] * scale) for row in rows if name in row]
         if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+            axes.plot(*zip(*points, strict=True), label=label, marker=marker)
     axes.set_xlabel("step")
     axes.set_ylabel("nats per token" if bytes_per_token is None else "bits per byte")
     axes.set_title(title)
-    axes.grid(alpha=0.3)
     axes.legend()
     path = Path(workdir) / "loss.png"
     figure.savefig(path, dpi=120)

@@ -38,7 +38,7 @@ def _opened(file: Path) -> Iterator[Any]:
     try:
         import pyarrow.parquet
     except ImportError as e:
-        raise ImportError(f"reading {file} needs pyarrow: pip install 'memcache_jax[data]'") from e
+        raise ImportError(f"reading {file} needs pyarrow: pip install pyarrow") from e
     try:
         with pyarrow.parquet.ParquetFile(file) as parquet:
             yield parquet

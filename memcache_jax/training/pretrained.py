@@ -18,7 +18,8 @@ from memcache_jax.nn.language_model import abstract_model
 from memcache_jax.nn.recurrent import RecurrentMixer
 from memcache_jax.nn.tuning import merge_in_place
 from memcache_jax.pretrained import load
-from memcache_jax.pretrained.given import Given, read_given
+from memcache_jax.pretrained.forms import read_text_model
+from memcache_jax.pretrained.given import Given
 from memcache_jax.pretrained.read import described
 from memcache_jax.training.config import Config, default_config, to_json
 from memcache_jax.training.corpus import digest_of
@@ -40,7 +41,7 @@ class PublicModel(NamedTuple):
 
     Attributes:
       folder: where it is.
-      values: its ``config.json``.
+      values: its ``config.json``, of the text model alone.
       files: a digest of its files of weights, names and all bytes; empty where it was not asked
         for.
     """
@@ -63,7 +64,7 @@ class PublicModel(NamedTuple):
         if config.pretrained is None:
             return None
         folder = Path(config.pretrained).absolute()
-        values = dict(read_given(folder).values)
+        values = dict(read_text_model(folder).values)
         return cls(str(folder), values, digest_of_weights(folder) if digest else "")
 
     @classmethod

@@ -1,5 +1,6 @@
 """Tokenizers: raw bytes, or a Hugging Face ``tokenizers`` JSON file."""
 
+import functools
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -57,6 +58,7 @@ class FileTokenizer:
     like a special token stays text: no document holds the end token, and decoding gives it back.
 
     Attributes:
+      eos_token: the token that ends a document, by name.
       num_replaced_documents: how many documents this process has encoded that were not UTF-8,
         with U+FFFD for invalid bytes; a document read twice counts twice.
     """
@@ -80,7 +82,7 @@ class FileTokenizer:
             import tokenizers
         except ImportError as e:
             raise ImportError(
-                f"reading {path} needs the package tokenizers: pip install 'memcache_jax[data]'"
+                f"reading {path} needs the package tokenizers: pip install tokenizers"
             ) from e
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
@@ -99,9 +101,9 @@ class FileTokenizer:
                 f"{path} has no end-of-document token: looked for {', '.join(candidates)}; "
                 "pass eos_token= a token of its vocabulary"
             )
-        self._eos_token, self.eos_id = found[0], vocab[found[0]]
+        self.eos_token, self.eos_id = found[0], vocab[found[0]]
         self._keep_text_text()
-        self._spelled = self._spell(self._eos_token)
+        self._spelled = self._spell(self.eos_token)
         self.num_replaced_documents = 0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -110,7 +112,7 @@ class FileTokenizer:
         self._keep_text_text()
 
     def _keep_text_text(self) -> None:
-        self._tokenizer.add_special_tokens([self._eos_token])
+        self._tokenizer.add_special_tokens([self.eos_token])
         self._tokenizer.encode_special_tokens = True
 
     def _spell(self, token: str) -> list[int]:
@@ -141,6 +143,17 @@ class FileTokenizer:
         parts = np.split(ids, np.stack([ends, ends + 1], axis=1).ravel())
         parts[1::2] = [np.array(self._spelled, np.int32)] * len(ends)
         return np.concatenate(parts)
+
+    def encode_marked(self, text: bytes) -> np.ndarray:
+        """Returns the ids of ``text`` whose special tokens are tokens, as of chat templates."""
+        string = text.decode("utf-8")
+        return np.asarray(self._marked.encode(string, add_special_tokens=False).ids, np.int32)
+
+    @functools.cached_property
+    def _marked(self) -> Any:
+        import tokenizers
+
+        return tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """Returns the text of ``ids``, without the end-of-document tokens."""

@@ -81,7 +81,8 @@ def assert_same(got, wanted, tolerance=1e-5):
     jax.tree.map(lambda x, y: assert_close(np.asarray(x), np.asarray(y), tolerance), got, wanted)
 
 
-@pytest.mark.parametrize("name", with_slow([*COVER], "linear"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COVER)
 def test_every_rule_where_explicit_axes_divide_rows_and_heads(name):
     memory = MEMORIES[name]
     kind = mc.SSC(top_k=2) if list(COVER).index(name) % 2 else mc.GRM()
@@ -95,21 +96,18 @@ def test_every_rule_where_explicit_axes_divide_rows_and_heads(name):
     assert got[1]["key"].sharding.spec == P("rows", None, "model", None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("types", "options"),
     [
         ((AUTO, AUTO), dict(rules=RULES)),
-        pytest.param((AUTO, AUTO), {}, marks=slow),
-        pytest.param((EXPLICIT, AUTO), {}, marks=slow),
-        pytest.param((EXPLICIT, EXPLICIT), dict(document_ids=DOCUMENTS), marks=slow),
-        pytest.param((EXPLICIT, EXPLICIT), dict(implementation="reference"), marks=slow),
-        pytest.param(
-            (EXPLICIT, EXPLICIT),
-            dict(start="checkpoint", segmentation=mc.Logarithmic(4)),
-            marks=slow,
-        ),
-        pytest.param((EXPLICIT, EXPLICIT), dict(shape=(1, 2)), marks=slow),
-        pytest.param((EXPLICIT, EXPLICIT), dict(shape=(1, 1)), marks=slow),
+        ((AUTO, AUTO), {}),
+        ((EXPLICIT, AUTO), {}),
+        ((EXPLICIT, EXPLICIT), dict(document_ids=DOCUMENTS)),
+        ((EXPLICIT, EXPLICIT), dict(implementation="reference")),
+        ((EXPLICIT, EXPLICIT), dict(start="checkpoint", segmentation=mc.Logarithmic(4))),
+        ((EXPLICIT, EXPLICIT), dict(shape=(1, 2))),
+        ((EXPLICIT, EXPLICIT), dict(shape=(1, 1))),
     ],
     ids=str,
 )
@@ -147,7 +145,7 @@ def test_kernels_on_explicit_axes(implementation):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exchange", with_slow(["gather", "ring"], "ring"))
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
 def test_explicit_axes_divide_time(exchange):
     memory = MEMORIES["gated_deltanet"]
     how: Any = dict(memory=memory, aggregation=mc.GRM(), segmentation=mc.Constant(4))
@@ -188,15 +186,16 @@ def test_rows_on_a_mesh_that_is_not_in_context_and_in_a_shard_map():
         assert_same(jax.jit(by_hand)(tokens, rows["weights"]), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind", "options"),
     [
         ("linear", mc.SSC(top_k=2), {}),
-        pytest.param("vector", mc.Soup(), dict(segmentation=mc.Logarithmic(4)), marks=slow),
-        pytest.param("gated_deltanet", mc.GRM(), dict(start="checkpoint"), marks=slow),
-        pytest.param("titans", mc.GRM(), dict(document_ids=DOCUMENTS), marks=slow),
-        pytest.param("dla", mc.SSC(top_k=2, inner="soup"), dict(start="checkpoint"), marks=slow),
-        pytest.param("swla", mc.Residual(), dict(implementation="reference"), marks=slow),
+        ("vector", mc.Soup(), dict(segmentation=mc.Logarithmic(4))),
+        ("gated_deltanet", mc.GRM(), dict(start="checkpoint")),
+        ("titans", mc.GRM(), dict(document_ids=DOCUMENTS)),
+        ("dla", mc.SSC(top_k=2, inner="soup"), dict(start="checkpoint")),
+        ("swla", mc.Residual(), dict(implementation="reference")),
     ],
     ids=str,
 )
@@ -481,7 +480,8 @@ def test_nothing_gathers_a_batch(name, kind, rules):
     assert not collectives
 
 
-@pytest.mark.parametrize("name", with_slow(["linear", "titans"], "linear"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["linear", "titans"])
 def test_no_state_is_gathered_in_a_stream_that_the_compiler_divides(name):
     memory = MEMORIES[name]
     for kind in (mc.GRM(), mc.SSC(top_k=2)):

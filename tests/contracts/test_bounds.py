@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import memcache_jax as mc
-from tests.cases import assert_close, make_inputs, with_slow
+from tests.cases import assert_close, make_inputs
 
 DIM, CHUNK, CHUNKS = 4, 64, 2048  # 131,072 tokens
 RULES = {
@@ -51,7 +51,7 @@ def lengths(memory, scale, decay, momentum):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", with_slow([*RULES], "titans_depth1"))
+@pytest.mark.parametrize("name", RULES)
 def test_no_input_of_any_scale_exceeds_the_bound(name):
     tokens = CHUNK * np.arange(1, CHUNKS + 1)
     scale, decay, momentum = np.transpose(
@@ -67,8 +67,9 @@ def test_no_input_of_any_scale_exceeds_the_bound(name):
     assert (moments <= 0.5 * (1 + 1e-9)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", with_slow([*RULES], "titans_depth1"))
+@pytest.mark.parametrize("name", RULES)
 def test_chunks_equal_tokens_where_steps_are_shortened(name):
     memory = RULES[name]
     small = type(memory)(4, expansion=2, depth=memory.depth, max_step_norm=0.05)
@@ -105,7 +106,8 @@ def test_a_long_bound_changes_no_bit():
     np.testing.assert_array_equal(mc.memory_caching(**inputs, memory=long, **how), bare)
 
 
-@pytest.mark.parametrize("name", with_slow([*RULES], "titans_depth1"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RULES)
 def test_steps_and_gradients_of_huge_tokens_are_finite_in_float32(name):
     memory = RULES[name]
     small = type(memory)(4, expansion=2, depth=memory.depth, max_step_norm=0.5)

@@ -89,14 +89,15 @@ def test_every_aggregation_equals_the_recurrence(aggregation, segmentation, star
     assert_close(run(), run("reference"), 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("name", "segmentation"),
     [
-        pytest.param("rwkv7", "constant", marks=pytest.mark.slow),
-        pytest.param("titans", "constant", marks=pytest.mark.slow),
+        ("rwkv7", "constant"),
+        ("titans", "constant"),
         ("swla", "logarithmic"),  # merged
-        pytest.param("gated_deltanet", "logarithmic", marks=pytest.mark.slow),  # written once more
+        ("gated_deltanet", "logarithmic"),  # written once more
     ],
 )
 def test_gradients_are_slopes_of_the_recurrence(name, segmentation):
@@ -118,11 +119,12 @@ def test_gradients_are_slopes_of_the_recurrence(name, segmentation):
     assert_slopes(lambda x: loss(x)[0], inputs, gradients, normal, 1e-8, directions=3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("segmentation", "start"), [("constant", "checkpoint"), ("logarithmic", "independent")]
 )
-@pytest.mark.parametrize("memory", with_slow(FAMILIES, "linear"))
+@pytest.mark.parametrize("memory", FAMILIES.values(), ids=FAMILIES)
 def test_a_document_on_a_segment_border_is_as_if_alone(memory, segmentation, start):
     segmentation = SEGMENTATIONS[segmentation]
     inputs = make_inputs(memory, LENGTH)
@@ -158,6 +160,7 @@ def test_side_by_side():
     assert_close(gradients("side_by_side"), gradients("in_turn"), 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("gate", ["position", "uniform"])
 def test_other_gates(gate):
@@ -177,7 +180,8 @@ def test_one_document_is_the_sequence():
     assert_close(packed(inputs, ids, memory, mc.GRM()), wanted, 1e-12)
 
 
-@pytest.mark.parametrize("name", with_slow(["linear", "titans"], "linear"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["linear", "titans"])
 def test_a_document_on_a_segment_border_in_bfloat16(name):
     memory = MEMORIES[name]
     inputs = make_inputs(memory, LENGTH, batch=1, dtype=jnp.float32)

@@ -16,14 +16,13 @@ from tests.cases import (
     assert_close,
     make_inputs,
     scheduled,
-    with_slow,
 )
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("x64")]
 GATED = (("content", "mean"), ("content", "sum"), ("position", "mean"), ("uniform", "mean"))
 
 
-@pytest.mark.parametrize("name", with_slow([*COVER], "linear"))
+@pytest.mark.parametrize("name", COVER)
 def test_every_rule_with_every_gate(name):
     """By the fast path as by the recurrence, the connector a vector of its own or the query.
 

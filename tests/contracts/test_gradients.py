@@ -23,8 +23,9 @@ from tests.cases import (
     kinds_of,
     make_inputs,
     normals,
-    with_slow,
 )
+
+pytestmark = pytest.mark.slow
 
 
 def loss(inputs, masks, memory, plans, implementation=None):
@@ -54,7 +55,7 @@ def plans_of(name):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", with_slow([*MEMORIES], "linear"))
+@pytest.mark.parametrize("name", MEMORIES)
 def test_losses_equal_the_recurrences_and_gradients_are_slopes(name):
     memory, plans, normal = MEMORIES[name], plans_of(name), normals(9)
     inputs = make_inputs(memory, 14, batch=1, heads=1)
@@ -135,7 +136,6 @@ def assert_stays_close(inputs, **how):
 LONG = ("swla", "gla", "gated_deltanet", "titans")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rwkv7", "kda", "gdn2", "dla", "titans_depth1", "vector"])
 def test_lower_precision_stays_close(name):
     memory = MEMORIES[name]
@@ -146,7 +146,6 @@ def test_lower_precision_stays_close(name):
     assert_stays_close(inputs, memory=memory, size=64)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", LONG)
 def test_lower_precision_stays_close_over_long_sequences(name):
     memory = MEMORIES[name]

@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 import memcache_jax as mc
 
+pytestmark = pytest.mark.slow
+
 FEATURES, VOCAB, LENGTH, STEPS = 16, 16, 12, 3
 MEMORY: Any = dict(
     memory=mc.memories.GatedDeltaNet(), aggregation=mc.GRM(), segmentation=mc.Constant(4)
@@ -81,7 +83,6 @@ def wanted():
     return losses
 
 
-@pytest.mark.slow
 def test_explicit_axes_with_captures(wanted):
     mesh = mesh_of(AxisType.Explicit)
     with jax.set_mesh(mesh):
@@ -94,7 +95,6 @@ def test_explicit_axes_with_captures(wanted):
     assert spec_of(model.attn.query.kernel[...]) == P("fsdp", "tp")
 
 
-@pytest.mark.slow
 def test_logical_rules(wanted):
     """As Flax's guide to several devices creates a model."""
     mesh = mesh_of(AxisType.Auto)
@@ -144,7 +144,6 @@ class LinenDecoder(linen.Module):
         return x @ table.T
 
 
-@pytest.mark.slow
 def test_linen_with_rules_scan_remat_and_a_cache():
     model: Any = LinenDecoder()
     mesh = mesh_of(AxisType.Auto)

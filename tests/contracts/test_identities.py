@@ -18,17 +18,16 @@ from tests.cases import (
     run_all,
     run_reference,
     scheduled,
-    slow_unless,
     value_and_vjp,
     with_slow,
 )
 
 DECAYS = {"log_alpha", "log_beta", "log_w"}
-every_memory = pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
-every_family = pytest.mark.parametrize("memory", FAMILIES.values(), ids=FAMILIES)
-every_start = pytest.mark.parametrize("start", with_slow(STARTS, "independent"))
+every_family = pytest.mark.parametrize("memory", with_slow(FAMILIES, "linear"))
+every_start = pytest.mark.parametrize("start", STARTS)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @every_start
 def test_chunks_of_one_token_equal_tokens(start):
@@ -84,11 +83,9 @@ def test_checkpoint_carries_on_across_segments(memory):
     assert_close(y[0, :, 0], np.stack(wanted), 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(
-    "name",
-    with_slow([n for n in MEMORIES if DECAYS & set(MEMORIES[n].controls)], "gated_deltanet"),
-)
+@pytest.mark.parametrize("name", [n for n in MEMORIES if DECAYS & set(MEMORIES[n].controls)])
 def test_a_decay_of_zero_forgets_and_touches_nothing_before(name):
     memory = MEMORIES[name]
     inputs = make_inputs(memory, 21)
@@ -100,13 +97,10 @@ def test_a_decay_of_zero_forgets_and_touches_nothing_before(name):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "length"),
-    [
-        pytest.param(name, length, marks=slow_unless(name == "linear"))
-        for length, names in ((20, MEMORIES), (1, FAMILIES))
-        for name in names
-    ],
+    [(name, length) for length, names in ((20, MEMORIES), (1, FAMILIES)) for name in names],
 )
 def test_extreme_controls_stay_finite(name, length):
     inputs = make_inputs(MEMORIES[name], length)

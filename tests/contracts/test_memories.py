@@ -9,7 +9,7 @@ import pytest
 from memcache_jax.engine.read import bands_of
 from tests.cases import MEMORIES, assert_close, one_head, with_slow
 
-every_memory = pytest.mark.parametrize("memory", with_slow(MEMORIES, "linear", "titans"))
+every_memory = pytest.mark.parametrize("memory", with_slow(MEMORIES, "linear"))
 
 
 @functools.partial(jax.jit, static_argnums=0)

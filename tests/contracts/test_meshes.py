@@ -12,7 +12,8 @@ import pytest
 import memcache_jax as mc
 from memcache_jax.sharding import AXES, batch_sharding, make_mesh
 from memcache_jax.training.step import abstract_state, create_state, make_train_step
-from tests.cases import slow_unless, with_slow
+
+pytestmark = pytest.mark.slow
 
 MIXERS = {
     "titans grm": mc.nn.MemoryCachingMixer(mc.memories.Titans(4, 2), mc.GRM(), mc.Constant(4)),
@@ -93,11 +94,7 @@ def assert_same(got, wanted, tolerance):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [
-        pytest.param(name, shape, marks=slow_unless(name == DELTA and min(shape[1:]) > 1))
-        for shape, names in MESHES.items()
-        for name in names
-    ],
+    [(name, shape) for shape, names in MESHES.items() for name in names],
     ids=str,
 )
 def test_every_mesh_gives_the_gradient_of_one_device(name, shape):
@@ -105,14 +102,13 @@ def test_every_mesh_gives_the_gradient_of_one_device(name, shape):
     assert_same(got, on_one_device(name, jnp.float64), 1e-10)
 
 
-@pytest.mark.parametrize("shape", with_slow({str(s): s for s in [*MESHES][2:]}, "(1, 2, 2, 2)"))
+@pytest.mark.parametrize("shape", [*MESHES][2:], ids=str)
 def test_every_mesh_gives_the_gradient_of_attention(shape):
     """In float32, in which JAX has its softmax."""
     got = on_mesh("transformer", jnp.float32, shape)
     assert_same(got, on_one_device("transformer", jnp.float32), 1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("name", "shape"),
@@ -136,10 +132,10 @@ def test_parts_of_a_batch_give_the_same_gradient():
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        pytest.param("titans grm", (1, 2, 2, 2), marks=pytest.mark.slow),
-        pytest.param("gated_deltanet ssc", (1, 1, 8, 1), marks=pytest.mark.slow),
+        ("titans grm", (1, 2, 2, 2)),
+        ("gated_deltanet ssc", (1, 1, 8, 1)),
         ("transformer", (1, 2, 2, 2)),
-        pytest.param("transformer", (1, 1, 8, 1), marks=pytest.mark.slow),
+        ("transformer", (1, 1, 8, 1)),
     ],
     ids=str,
 )
@@ -151,7 +147,6 @@ def test_packed_documents_give_the_gradient_of_one_device(name, shape):
     assert abs(wanted[1]["loss"] - on_one_device(name, jnp.float32)[1]["loss"]) > 1e-4
 
 
-@pytest.mark.slow
 def test_parts_of_a_batch_with_documents_give_the_same_gradient():
     got = on_mesh("transformer", jnp.float32, (4, 1, 1, 2), accumulate=2, end_token=3)
     assert_same(got, on_one_device("transformer", jnp.float32, end_token=3), 1e-5)

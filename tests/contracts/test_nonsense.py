@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 import memcache_jax as mc
 from memcache_jax.generation.sampling import Sampling
 from memcache_jax.memories import Memory
+from memcache_jax.serving.http import PLAIN, ChatTemplate, Limits
 from memcache_jax.training import default_config, model_config, model_options, preset_config
 from memcache_jax.training.config import check_config
 from memcache_jax.training.optimizer import make_optimizer
@@ -81,7 +82,11 @@ def constructors():
     yield mc.Constant, dict(size=8)
     yield mc.Logarithmic, dict(size=8)
     yield mc.Lengths, dict(lengths=(8, 16))
-    for segmentation in (mc.Constant(8), mc.Logarithmic(8), mc.Lengths((8, 16))):
+    yield mc.Adaptive, dict(min=8, max=16, threshold=0.5, block=4)
+    yield mc.Adaptive(8, 16).most_states, dict(length=20)
+    for segmentation in (
+        *(mc.Constant(8), mc.Logarithmic(8), mc.Lengths((8, 16)), mc.Adaptive(8, 16)),
+    ):
         yield segmentation.plan, dict(length=20)
         yield segmentation.span, dict(segments=2)
     yield mc.ReadPlan, vars(plan)
@@ -139,6 +144,8 @@ def constructors():
     for axis in mc.sharding.AXES:
         yield (lambda size, axis=axis: mc.sharding.make_mesh({axis: size})), dict(size=-1)
     yield mc.PrefixStore, dict(max_bytes=10**6)
+    yield Limits, vars(Limits(new_tokens=5))
+    yield ChatTemplate, dict(source=PLAIN, tokens={"bos_token": "<s>"})
     yield mc.NGrams, dict(tokens=4, longest=2)
     yield Sampling, dict(temperature=1.0, top_k=3, top_p=0.5)
 

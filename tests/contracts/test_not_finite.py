@@ -78,7 +78,8 @@ def test_one_pass(name):
     check(lambda inputs: run_all(inputs, memory, size=SIZE, cases=EACH), inputs, memory)
 
 
-@pytest.mark.parametrize("name", with_slow([*COVER], "linear"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COVER)
 def test_documents(name):
     memory = MEMORIES[name]
     inputs = make_inputs(memory, LENGTH, heads=2, dtype=np.float32)
@@ -86,7 +87,8 @@ def test_documents(name):
     check(run, inputs, memory, IDS, tokens=(8, 5, 12))
 
 
-@pytest.mark.parametrize("name", with_slow([*FAMILIES, "swla", "vector"], "linear"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*FAMILIES, "swla", "vector"])
 @pytest.mark.parametrize("start", ["independent", "checkpoint"])
 def test_streams(name, start):
     memory = MEMORIES[name]
@@ -108,7 +110,8 @@ def test_streams(name, start):
     check(run, inputs, memory)
 
 
-@pytest.mark.parametrize("cache_dtype", with_slow(["float32", "int8"], "float32"))
+@pytest.mark.slow
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
 def test_rows_of_a_stream_whose_buckets_compose(cache_dtype):
     """Each at a position of its own; the row with the broken token begins anew."""
     memory = MEMORIES["gated_deltanet"]
@@ -149,17 +152,14 @@ def test_rows_of_a_stream_whose_buckets_compose(cache_dtype):
     compare(y, clean, [1, 0, 2], position, lengths)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "start", "segmentation", "exchange"),
     [
         ("ssd", "checkpoint", mc.Constant(4), "gather"),
-        pytest.param("ssd", "checkpoint", mc.Constant(4), "ring", marks=pytest.mark.slow),
-        pytest.param(
-            "gated_deltanet", "independent", mc.Constant(4), "ring", marks=pytest.mark.slow
-        ),
-        pytest.param(
-            "gated_deltanet", "independent", mc.Constant(4), "gather", marks=pytest.mark.slow
-        ),
+        ("ssd", "checkpoint", mc.Constant(4), "ring"),
+        ("gated_deltanet", "independent", mc.Constant(4), "ring"),
+        ("gated_deltanet", "independent", mc.Constant(4), "gather"),
         ("gated_deltanet", "independent", mc.Logarithmic(4), "gather"),
     ],
     ids=str,
@@ -189,7 +189,8 @@ def test_parts_of_a_mesh(name, start, segmentation, exchange):
     check(over_time, inputs, memory)
 
 
-@pytest.mark.parametrize("name", with_slow([*FAMILIES], "linear"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
 def test_kernels(name):
     memory = MEMORIES[name]
     how: Any = dict(aggregation=mc.SSC(top_k=1), segmentation=mc.Constant(SIZE))
@@ -204,6 +205,7 @@ def test_kernels(name):
         check(run, inputs, memory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("path", ["whole", "mask", "stream"])

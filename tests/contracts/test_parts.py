@@ -11,7 +11,9 @@ from flax import nnx
 import memcache_jax as mc
 from memcache_jax.kernels._dispatch import interpret_kernels
 from memcache_jax.sharding import make_mesh
-from tests.cases import assert_close, make_inputs, with_slow
+from tests.cases import assert_close, make_inputs
+
+pytestmark = pytest.mark.slow
 
 # One goes on over three parts of eight tokens, one begins with a part, an id comes again.
 DOCUMENTS = jnp.array([[7] * 3 + [0] * 17 + [7] * 2 + [5] * 2 + [9] * 8])
@@ -101,7 +103,7 @@ def both(function, inputs, **options):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("case", with_slow(CASES, "uniform"))
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_parts_of_a_sequence(case):
     memory, aggregation, segmentation, options = case
     options = dict(memory=memory, aggregation=aggregation, segmentation=segmentation, **options)
@@ -114,7 +116,6 @@ def test_parts_of_a_sequence(case):
     assert_close(got[1], wanted[1], 1e-10, scale=1.0)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_layer_keeps_documents_apart_over_parts():
     layer = mc.nn.MemoryCaching(
@@ -152,7 +153,7 @@ def buckets_of_documents():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("parts", with_slow({"2": 2, "4": 4, "8": 8}, "8"))
+@pytest.mark.parametrize("parts", [2, 4, 8])
 def test_buckets_of_documents(parts):
     inputs, options, wanted = buckets_of_documents()
     with jax.set_mesh(make_mesh(dict(seq=parts), devices=jax.devices()[:parts])):
@@ -161,7 +162,6 @@ def test_buckets_of_documents(parts):
     assert_close(got[1], wanted[1], 1e-10, scale=1.0)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("parts", [2, 4])
 def test_fewer_parts_that_carry_on(parts):
@@ -176,7 +176,6 @@ def test_fewer_parts_that_carry_on(parts):
     assert_close(got[1], wanted[1], 1e-10, scale=1.0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("memory", [mc.memories.SWLA(), mc.memories.KDA()], ids=type)
 @pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
 def test_kernels_carry_on_over_parts(memory, implementation):
@@ -190,7 +189,6 @@ def test_kernels_carry_on_over_parts(memory, implementation):
     assert_close(got[1], wanted[1], 2e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_number_that_is_not_finite_ends_with_its_document_over_parts():
     memory = mc.memories.GatedDeltaNet()

@@ -66,7 +66,8 @@ def named(cases):
 class TestEveryRule:
     """Streams of every rule, against tests/vectors.py where it has the outputs."""
 
-    @pytest.mark.parametrize("rule", with_slow([*MEMORIES], "linear"))
+    @pytest.mark.slow
+    @pytest.mark.parametrize("rule", MEMORIES)
     def test_token_by_token(self, rule):
         """Every aggregation; of two forms of rules twice, with every segmentation and start."""
         cases = twice_each(0, KINDS) if rule in ("linear", "titans") else self.few(rule, 0)
@@ -140,8 +141,9 @@ def test_16384_tokens(kind):
     assert_close(jnp.concatenate(outputs, axis=1), wanted, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("memory", with_slow(FAMILIES, "linear"))
+@pytest.mark.parametrize("memory", FAMILIES.values(), ids=FAMILIES)
 def test_rows_at_positions_of_their_own(memory):
     kind, segmentation = mc.GRM(), mc.Constant(8)
     inputs = jax.tree.map(jnp.asarray, make_inputs(memory, LENGTH, batch=3))

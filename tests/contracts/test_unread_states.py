@@ -18,8 +18,9 @@ from tests.cases import (
     combine,
     make_inputs,
     run_all,
-    with_slow,
 )
+
+pytestmark = pytest.mark.slow
 
 LENGTH, SIZE, BORDER = 21, 4, 12
 CONSTANT, LOGARITHMIC = ((name, "independent") for name in SEGMENTATIONS)
@@ -34,7 +35,7 @@ FEW = combine(["grm", "ssc"], [CONSTANT])
 IDS = (np.arange(LENGTH) >= BORDER).astype(np.int32)[None]
 PATHS = {name: (name, ()) for name in ("linear", "swla", "titans", "vector")}
 PATHS |= {"reference": ("linear", REFERENCE)}
-every_path = pytest.mark.parametrize("path", with_slow(PATHS, "linear"))
+every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 
 
 @functools.partial(jax.jit, static_argnames=("memory", "cases", "options"))
@@ -117,7 +118,6 @@ def test_a_state_that_a_token_does_not_read(path):
     compare_where(earlier, inputs, (11, dict(key=np.inf, value=-np.inf)), name, options)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @every_path
 def test_another_document(path):

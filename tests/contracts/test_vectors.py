@@ -28,7 +28,8 @@ from tests.vectors import RULES, assert_agrees, vector_inputs
 class TestVectors:
     """Outputs of every rule and combination against tests/vectors.py, to 1e-10."""
 
-    @pytest.mark.parametrize("rule", with_slow([*RULES], "linear"))
+    @pytest.mark.slow
+    @pytest.mark.parametrize("rule", RULES)
     def test_agrees_and_sees_no_later_token(self, rule):
         memory, inputs = vector_inputs(rule)
         kinds = [kind for kind in AGGREGATIONS if rule in FAMILIES or kind in kinds_of(memory)]
@@ -55,7 +56,8 @@ class TestVectors:
             for name, y in run_all(prefix, memory, cases=cases).items():
                 assert_agrees(rule, name, y)
 
-    @pytest.mark.parametrize("rule", with_slow([*RULES], "linear"))
+    @pytest.mark.slow
+    @pytest.mark.parametrize("rule", RULES)
     def test_reference_agrees(self, rule):
         memory, inputs = vector_inputs(rule)
         cases = combine(["ssc" if memory.depth == 1 else "soup"])

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
+import memcache_jax as mc
 from memcache_jax.engine.run import full_controls
-from memcache_jax.engine.types import Rows, Writing
+from memcache_jax.engine.types import Rows, Tokens, Writing
 from memcache_jax.engine.write import initial_states, write_blocks
 from memcache_jax.kernels._dispatch import interpret_kernels
 from tests.cases import MEMORIES, assert_close, make_inputs, value_and_vjp, with_slow
@@ -67,7 +69,7 @@ def in_turn(memory):
     return three_blocks(memory, "reference")
 
 
-@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("implementation", with_slow(KERNELS, "pallas_tpu"))
 @pytest.mark.parametrize("memory", with_slow(AFFINE, "linear"))
 def test_kernels_equal_chunks_in_turn(memory, implementation):
     with interpret_kernels():
@@ -88,3 +90,104 @@ def test_documents(name, implementation):
     with interpret_kernels():
         got = written(memory, restarts, (*rows, begun), implementation)
     assert_close(got, written(memory, restarts, (*rows, begun), "reference"), 1e-6)
+
+
+def gated_deltanet(rows, implementation, **options):
+    """What a sequence of one segment reads, of two chunks and a part of one."""
+    return mc.memory_caching(
+        **rows,
+        memory=AFFINE["gated_deltanet"],
+        aggregation=mc.Residual(),
+        segmentation=mc.Constant(200),
+        implementation=implementation,
+        **options,
+    )
+
+
+def tokens(heads, keys, values, dtype, length=150):
+    inputs = make_inputs(
+        AFFINE["gated_deltanet"], length, batch=1, heads=heads, dim=keys, value_dim=values
+    )
+    kept = {name: inputs[name] for name in ("query", "key", "value", "controls")}
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), kept)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("heads", "keys", "values", "dtype", "tolerance"),
+    [
+        (3, 32, 24, jnp.bfloat16, 1e-2),
+        pytest.param(1, 96, 128, jnp.bfloat16, 1e-2, marks=pytest.mark.slow),
+        pytest.param(3, 128, 96, jnp.float32, 1e-5, marks=pytest.mark.slow),
+    ],
+)
+def test_tpu_kernels_make_maps_themselves(heads, keys, values, dtype, tolerance):
+    rows = tokens(heads, keys, values, dtype)
+    with interpret_kernels():
+        got = value_and_vjp(lambda rows: gated_deltanet(rows, "pallas_tpu"), rows)
+    exact = jax.tree.map(lambda x: x.astype(jnp.float64), rows)
+    wanted = value_and_vjp(lambda rows: gated_deltanet(rows, "reference"), exact)
+    assert got[0].dtype == dtype
+    assert_close(got[0], wanted[0], tolerance)
+    assert_close(got[1], wanted[1], 2 * tolerance)
+
+
+def kernels_of(jaxpr):
+    """The calls of kernels in a program, and in the programs that it calls."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            yield equation
+        else:
+            for inner in jaxprs_in_params(equation.params):
+                yield from kernels_of(inner)
+
+
+def test_states_are_kept_in_float32():
+    memory = AFFINE["gated_deltanet"]
+    rows = jax.tree.map(lambda x: x[:, :, :, None], make_rows(memory, 2))
+    bf16: Any = jnp.bfloat16
+    controls: Any = dict.fromkeys(memory.controls, bf16)
+    narrow = Tokens(bf16, bf16, bf16, bf16, controls)
+    how = Writing(memory, ("reads",), initial_of(memory), "pallas_tpu", dtypes=narrow)
+    for restarts in np.array([[True, True], [True, False]]):
+        (ends, _), kept = jax.eval_shape(
+            lambda *rows, restarts=restarts: write_blocks(how, Rows(*rows), restarts), *rows
+        )
+        assert ends.matrix.dtype == jnp.float32
+        assert kept["reads"].dtype == jnp.bfloat16
+
+
+def test_larger_states_take_maps_that_are_made_before():
+    def operands(keys, values):
+        rows = tokens(4, keys, values, jnp.bfloat16, 400)
+        with interpret_kernels():
+            program = jax.make_jaxpr(lambda rows: gated_deltanet(rows, "pallas_tpu"))(rows)
+        update = next(kernels_of(program.jaxpr))
+        return {x.aval.dtype for x in update.invars[1:]}
+
+    assert operands(128, 128) == {jnp.dtype("bfloat16")}  # tokens, of which kernels make the maps
+    assert operands(256, 512) == {jnp.dtype("float32")}  # maps
+    with pytest.raises(NotImplementedError, match="with maps made in the kernels: affine"):
+        operands(2048, 2048)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_what_tpu_kernels_read_and_write(dtype):
+    rows = tokens(2, 32, 24, dtype)
+
+    def both(rows):
+        y, pull = jax.vjp(lambda rows: gated_deltanet(rows, "pallas_tpu"), rows)
+        return pull(y)
+
+    with interpret_kernels():
+        calls = list(kernels_of(jax.make_jaxpr(both)(rows).jaxpr))
+    padded, size = 2 * 192, jnp.dtype(dtype).itemsize  # tokens of both heads, in three chunks
+    of_rows, outputs, states = padded * size * (2 * 32 + 24 + 2), padded * size * 24, 2 * 32 * 24
+    # Rows, controls and what they read in their own dtype, and few states in float32: no maps.
+    forward = of_rows + outputs + 3 * 4 * states
+    for call, wanted in zip(calls, (forward, forward + of_rows), strict=True):
+        passed = (*call.invars, *call.outvars)
+        assert sum(x.aval.size * x.aval.dtype.itemsize for x in passed) == wanted
+        text = str(call.params["jaxpr"])
+        products, exact = text.count("dot_general["), text.count("Precision.HIGHEST") // 2
+        assert products > exact if dtype == jnp.bfloat16 else products == exact

@@ -1,20 +1,18 @@
 """The layer's times: which layers there are, and what a row says."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 import memcache_jax as mc
+from tests.experiments.programs import run
 
 SIZES = dict(length=12, features=8, heads=2, segment=4, chunk=2, rounds=2)
 
 
 def bench(*flags):
     sizes = [f"--{name}={size}" for name, size in SIZES.items()]
-    command = [sys.executable, "-m", "experiments.bench_layer", *sizes, *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return run("bench_layer", *sizes, *flags)
 
 
 @pytest.mark.slow

@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from experiments.evaluate import OWN_TASKS, SETS, table
 from experiments.tasks import utils
 from memcache_jax.nn import in_pieces
 from memcache_jax.training.tokenizers import ByteTokenizer, FileTokenizer
+from tests.experiments.programs import run
 
 ROOT = Path(__file__).parents[2]
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom."
@@ -97,6 +95,7 @@ def test_rolling_windows(lm, model):
         assert value == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_few_programs_and_pieces_of_logits(lm, model, monkeypatch):
     program: Any = _lm_eval._score
     before = program._cache_size()
@@ -287,18 +286,10 @@ def test_an_interrupted_run_goes_on(trained_run, tmp_path):
     output = tmp_path / "results.json"
 
     def evaluate(*flags):
-        command = [sys.executable, "-m", "experiments.evaluate", f"--workdir={trained_run}"]
         options = [f"--include_path={tmp_path}/tasks", f"--output={output}"]
-        options += ["--batch_size=2", "--max_length=128"]
+        options += [f"--workdir={trained_run}", "--batch_size=2", "--max_length=128"]
         environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-        return subprocess.run(
-            [*command, *options, *flags],
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
+        return run("evaluate", *options, *flags, timeout=600, **environment)
 
     tasks = "--tasks=tiny_choice,tiny_rolling,tiny_cloze"
     failed = evaluate(tasks)
@@ -340,14 +331,8 @@ def test_an_interrupted_run_goes_on(trained_run, tmp_path):
 def test_errors_are_one_line(trained_run, tmp_path, flag, message):
     foreign = tmp_path / "foreign.json"
     foreign.write_text('{"loss": 1}')
-    command = [sys.executable, "-m", "experiments.evaluate", f"--workdir={trained_run}"]
-    done = subprocess.run(
-        [*command, "--tasks=piqa", *flag.format(foreign=foreign).split()],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    flags = flag.format(foreign=foreign).split()
+    done = run("evaluate", f"--workdir={trained_run}", "--tasks=piqa", *flags)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(message.format(foreign=foreign))
     assert "Traceback" not in done.stderr

@@ -10,17 +10,15 @@ from flax import nnx
 
 import memcache_jax as mc
 from memcache_jax.training import load_model
+from tests.experiments.programs import run
 
 pytestmark = pytest.mark.slow
 
 
-def generate(*flags):
-    command = [sys.executable, "-m", "experiments.generate", *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-
-
 def test_the_text_is_that_of_the_model(trained_run):
-    done = generate(f"--workdir={trained_run}", "--prompt=the c", "--max_new_tokens=20", "--seed=3")
+    done = run(
+        "generate", f"--workdir={trained_run}", "--prompt=the c", "--max_new_tokens=20", "--seed=3"
+    )
     assert done.returncode == 0, done.stderr
     model, tokenizer, _ = load_model(trained_run)
     prompt = tokenizer.encode(b"the c")[None]
@@ -48,7 +46,9 @@ def test_greedy_from_the_cache_is_greedy_by_passing_over_everything(trained_run)
 
 
 def test_a_new_document_without_a_prompt(trained_run):
-    done = generate(f"--workdir={trained_run}", "--max_new_tokens=8", "--temperature=0", "--nostop")
+    done = run(
+        "generate", f"--workdir={trained_run}", "--max_new_tokens=8", "--temperature=0", "--nostop"
+    )
     assert done.returncode == 0, done.stderr
     model, tokenizer, _ = load_model(trained_run)
     prompt = np.array([[tokenizer.eos_id]])
@@ -65,7 +65,7 @@ def test_a_new_document_without_a_prompt(trained_run):
 )
 def test_errors_are_one_line(trained_run, tmp_path, flags, message):
     places = {"empty": tmp_path, "run": trained_run}
-    done = generate(*(flag.format(**places) for flag in flags))
+    done = run("generate", *(flag.format(**places) for flag in flags))
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.splitlines()[-1].startswith(message.format(**places))

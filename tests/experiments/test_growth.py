@@ -1,25 +1,25 @@
 """The growth of a block's time with the length: what a row and a ratio say."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+
+from tests.experiments.programs import run
 
 SIZES = dict(features=8, heads=2, segment=4, top_k=2, rounds=2)
 
 
 def growth(*flags):
     sizes = [f"--{name}={size}" for name, size in SIZES.items()]
-    command = [sys.executable, "-m", "experiments.growth", *sizes, *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return run("growth", *sizes, *flags)
 
 
 @pytest.mark.slow
 def test_small(tmp_path):
-    path = tmp_path / "table.json"
-    done = growth("--lengths=16,64", "--rules=SSD", f"--json={path}")
+    path, picture = tmp_path / "table.json", tmp_path / "growth.png"
+    done = growth("--lengths=16,64", "--rules=SSD", f"--json={path}", f"--picture={picture}")
     assert done.returncode == 0, done.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
     table = json.loads(path.read_text())
     seconds = {}
     for row in table["rows"]:
@@ -51,6 +51,7 @@ def test_errors_of_composed_runs():
         assert 0 < error <= 4 * other < 1e-4
 
 
+@pytest.mark.slow
 def test_an_unknown_rule_takes_one_line():
     done = growth("--rules=Nothing")
     assert done.returncode == 1

@@ -4,8 +4,6 @@ import base64
 import html
 import json
 import re
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -17,6 +15,8 @@ from experiments._gates_page import as_json, page
 from experiments._reads import inspect, pieces
 from memcache_jax.training import default_config, train
 from memcache_jax.training.tokenizers import ByteTokenizer
+from tests.browser import browser
+from tests.experiments.programs import run
 
 TEXT = "if a < b:  # né & </script><b>\n    swap(a, b)\n" * 2
 
@@ -51,6 +51,12 @@ def found():
     return inspect(model, tokenizer, tokenizer.encode(TEXT.encode()))
 
 
+def test_borders_that_depend_on_the_text_are_refused():
+    model = model_of(caching(mc.GRM(), mc.Adaptive(8, 16)))
+    with pytest.raises(ValueError, match="depend on the text, and are not shown"):
+        inspect(model, ByteTokenizer(), [1, 2, 3])
+
+
 @pytest.mark.slow
 def test_gates_are_of_the_states_that_a_token_can_read(found):
     assert "".join(found["tokens"]) == TEXT
@@ -81,7 +87,7 @@ def test_page(found):
     assert text.count("<b>") == 6 * 2  # the heads' names, none of the text
     assert text.count("</script>") == 2
     assert "http" not in text
-    spans = re.search(r'<div id="text">(.*?)</div>', text, re.S)
+    spans = re.search(r'<div id="text"[^>]*>(.*?)</div>', text, re.S)
     assert spans is not None
     assert spans[1].count("<span") == len(TEXT.encode())
     numbers = re.search(r'id="data">(.*?)</script>', text, re.S)
@@ -93,6 +99,50 @@ def test_page(found):
         np.testing.assert_array_equal(gates > 0, layer["gates"] > 0)
     stored = json.loads(as_json(found))
     assert np.abs(np.array(stored["layers"][2]["gates"]) - found["layers"][2]["gates"]).max() < 1e-4
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """A page of twelve tokens in segments of four, in a browser, with what it asks for and logs."""
+    gates = np.ones((12, 2, 3), np.float32) * [0.2, 0.3, 0.5]
+    name = "layer 0: LinearAttention, GRM(gate=" + "a_long_name" * 9
+    layer = dict(name=name, states=[[0, 4], [4, 8]], begin=[0, 4, 8], gates=gates)
+    pieces = ["word "] * 5 + ["\n"] + ["long" * 99] + ["word "] * 5
+    file = tmp_path / "inspect.html"
+    file.write_text(page(dict(tokens=pieces, layers=[layer]), "a text"))
+    with browser() as chromium:
+        yield chromium.open(file.as_uri())
+
+
+@pytest.mark.slow
+def test_page_in_a_browser(opened):
+    tab, seen = opened
+    where = tab.locator("#where")
+    assert where.inner_text() == 'token 11, "word "'
+    # With the keyboard alone.
+    tab.keyboard.press("Tab")
+    tab.keyboard.press("ArrowLeft")
+    assert where.inner_text().startswith("token 10,")
+    tab.keyboard.press("Home")
+    assert where.inner_text().startswith("token 0,")
+    tab.keyboard.press("ArrowDown")
+    assert where.inner_text().startswith("token 6,")
+    tab.keyboard.press("Enter")
+    tab.locator("#text span").nth(2).hover()
+    assert where.inner_text().startswith("token 6,"), "a token that is kept stays"
+    tab.keyboard.press("Tab")
+    tab.keyboard.press("ArrowUp")
+    tab.keyboard.press("Enter")
+    assert tab.locator("#head-0-0").get_attribute("aria-pressed") == "true"
+    assert tab.locator("#head-0-1").get_attribute("aria-pressed") == "false"
+    # With the mouse, and on a telephone.
+    tab.locator("#text span").nth(6).click()
+    tab.locator("#text span").nth(2).hover()
+    assert where.inner_text().startswith("token 2,")
+    tab.set_viewport_size(dict(width=360, height=640))
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+    assert seen.requests == [tab.url]
+    assert seen.errors == []
 
 
 def test_a_character_is_shown_at_its_last_token():
@@ -130,17 +180,14 @@ def test_command(tmp_path, trained_run):
     train(config, tmp_path / "run")
     jax.clear_caches()
 
-    def run(workdir, *flags):
-        command = [sys.executable, "-m", "experiments.inspect", f"--workdir={workdir}"]
-        command += [f"--text={text}", "--max_tokens=20", *flags]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-
-    done = run(trained_run, f"--output={tmp_path}/read")
+    flags = f"--text={text}", "--max_tokens=20"
+    done = run("inspect", f"--workdir={trained_run}", f"--output={tmp_path}/read", *flags)
     assert done.returncode == 0, done.stderr
     assert "layer 0: LinearAttention, GRM" in done.stdout
     assert "<span>&lt;</span>" in (tmp_path / "read" / "inspect.html").read_text()
+    assert (tmp_path / "read" / "inspect.png").read_bytes().startswith(b"\x89PNG")
     stored = json.loads((tmp_path / "read" / "inspect.json").read_text())
     assert np.shape(stored["layers"][0]["gates"]) == (20, 2, 3)
-    done = run(tmp_path / "run")
+    done = run("inspect", f"--workdir={tmp_path}/run", *flags)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: the model has no memory caching")

@@ -1,9 +1,6 @@
 """Programs on a public model's folder."""
 
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +9,7 @@ import pytest
 
 import memcache_jax as mc
 from memcache_jax.training.tokenizers import FileTokenizer
+from tests.experiments.programs import run
 from tests.training.test_pretrained import public_folder
 
 pytestmark = pytest.mark.slow
@@ -21,18 +19,6 @@ pytestmark = pytest.mark.slow
 def folder(tmp_path_factory):
     """A tiny model with a tokenizer of its 97 ids."""
     return public_folder(tmp_path_factory.mktemp("public") / "model", "mamba2")
-
-
-def run(program, *flags, **environment):
-    command = [sys.executable, "-m", f"experiments.{program}", *flags]
-    return subprocess.run(
-        command,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 def test_a_text_is_continued(folder):

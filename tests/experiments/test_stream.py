@@ -1,10 +1,10 @@
 """The long run: a step's time and a cache's bytes against the position."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+
+from tests.experiments.programs import run
 
 pytestmark = pytest.mark.slow
 
@@ -12,8 +12,7 @@ pytestmark = pytest.mark.slow
 def test_small(tmp_path):
     sizes = dict(length=96, attention=64, first=32, features=16, heads=2, layers=2, segment=8)
     flags = [f"--{name}={size}" for name, size in (sizes | dict(piece=32, rounds=3)).items()]
-    command = [sys.executable, "-m", "experiments.stream", f"--workdir={tmp_path}", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    done = run("stream", f"--workdir={tmp_path}", *flags, timeout=600)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "stream.json").read_text())
     assert [(row["model"], row["position"]) for row in rows] == [

@@ -1,7 +1,5 @@
 """Block sizes: every candidate is timed, and the fastest are written where kernels look."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -14,6 +12,7 @@ from memcache_jax.kernels import _table
 from memcache_jax.kernels._block_sizes import block_sizes, tuned_for
 from memcache_jax.kernels._triton import TritonSizes
 from memcache_jax.kernels.bank_read import bank_read
+from tests.experiments.programs import run
 
 KEY = "NVIDIA H200 n3 c4 8x8 float32"
 
@@ -89,8 +88,7 @@ def test_the_table_is_written_as_it_is():
 def test_without_a_device_nothing_is_written():
     path = Path(_table.__file__)
     before = path.read_text()
-    command = [sys.executable, "-m", "experiments.tune_kernels"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = run("tune_kernels")
     assert done.returncode == 1
     assert "no GPU or TPU here" in done.stdout
     assert path.read_text() == before

@@ -16,23 +16,26 @@ from tests.generation.models import count_up, language_model, prompts
 def test_what_followed_the_last_tokens():
     @functools.partial(jax.jit, static_argnums=0)
     def propose(draft, known, count):
-        args = jnp.zeros(1, int), jax.random.key(0), (0.0, 1.0), 128
-        return draft.propose(None, known, count, *args)[:2]
+        args = jnp.full(1, 9), jax.random.key(0), (0.0, 1.0), 128
+        return draft.propose(None, known, count, *args)[:3]
 
     def following(text, tokens=4, longest=3):
+        """What is proposed, and whether it is where all of ``longest`` tokens must be the same."""
         known = np.pad([ord(letter) for letter in text], (0, 20 - len(text)))
-        drawn, chances = propose(mc.NGrams(tokens, longest), known[None], np.array([len(text)]))
+        draft = mc.NGrams(tokens, longest, shortest=longest)
+        drawn, chances, proposed = propose(draft, known[None], np.array([len(text)]))
         np.testing.assert_array_equal(jnp.argmax(chances, axis=-1), drawn)
         assert chances.sum() == tokens
-        return "".join(map(chr, drawn[0].tolist()))
+        assert proposed in (0, 9)
+        return "".join(map(chr, drawn[0].tolist())), bool(proposed)
 
-    assert following("the cat, the c") == "at, "
-    assert following("xab1 yab2 ab") == "2 ab"  # the last of equal places
-    assert following("xab1 yab2 xab") == "1 ya"  # the longest of all
-    assert following("xab1 yab2 xab", longest=2) == "2 xa"
-    assert following("abcabc", tokens=7) == "abcabca"  # round and round
-    assert following("ab") == "bbbb"
-    assert following("a", tokens=1) == "a"
+    assert following("the cat, the c") == ("at, ", True)
+    assert following("xab1 yab2 ab") == ("2 ab", False)  # the last of equal places
+    assert following("xab1 yab2 xab") == ("1 ya", True)  # the longest of all
+    assert following("xab1 yab2 xab", longest=2) == ("2 xa", True)
+    assert following("abcabc", tokens=7) == ("abcabca", True)  # round and round
+    assert following("ab") == ("bbbb", False)
+    assert following("a", tokens=1) == ("a", False)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -45,6 +48,7 @@ def test_what_is_refused():
     for call, message in {
         lambda: mc.NGrams(0): "tokens must be at least 1, got 0",
         lambda: mc.NGrams(longest=0): "longest must be at least 1, got 0",
+        lambda: mc.NGrams(longest=2): "shortest must be at most longest=2, got 3",
         lambda: mc.DraftModel(function): r"model must be an mc\.nn\.LanguageModel",
         lambda: mc.DraftModel(model, tokens=0): "tokens must be at least 1, got 0",
         lambda: greedy(model, tokens, "ngrams"): r"draft must be mc\.NGrams\(\) or mc\.Draft",

@@ -59,6 +59,7 @@ def test_one_trace_for_equal_buffer_lengths():
     assert len(traces) == 4
 
 
+@pytest.mark.slow
 def test_an_updated_model_is_read_anew():
     model, tokens = nnx.clone(language_model()), prompts()
     before = mc.generate(model, tokens, 8, temperature=0)
@@ -77,6 +78,7 @@ def test_rows_are_filled_with_the_stop_token_after_it():
     ]
 
 
+@pytest.mark.slow
 def test_several_stop_tokens():
     got = mc.generate(count_up, np.array([[1], [5]]), 5, temperature=0, stop_token=[4, 7])
     assert got.tolist() == [[1, 2, 3, 4, 4, 4], [5, 6, 7, 7, 7, 7]]
@@ -97,6 +99,7 @@ def test_rows_of_their_own_lengths(mixer):
         np.testing.assert_array_equal(rest, 0)
 
 
+@pytest.mark.slow
 def test_a_cache_of_a_language_model_and_none_agree():
     model, tokens = language_model(), prompts()
     options: dict[str, Any] = dict(temperature=0.8, key=jax.random.key(2))
@@ -137,6 +140,7 @@ def test_as_many_tokens_as_listed_segments_hold():
         mc.generate(model, tokens, 78, temperature=0)
 
 
+@pytest.mark.slow
 def test_generation_ends_when_all_rows_have_stopped():
     steps = []
 
@@ -169,6 +173,7 @@ def test_rows_do_not_depend_on_later_rows():
     np.testing.assert_array_equal(together[:2], first)
 
 
+@pytest.mark.slow
 def test_bfloat16_logits():
     def model(tokens):
         return count_up(tokens).astype(jnp.bfloat16)
@@ -177,6 +182,7 @@ def test_bfloat16_logits():
     assert got.tolist() == [[1, 2, 3, 4], [3, 4, 5, 6]]
 
 
+@pytest.mark.slow
 def test_inside_jit():
     generate = jax.jit(lambda prompt: mc.generate(count_up, prompt, 3, temperature=0))
     assert generate(jnp.array([[4]])).tolist() == [[4, 5, 6, 7]]

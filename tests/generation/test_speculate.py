@@ -85,6 +85,7 @@ def test_bounded_memory():
     np.testing.assert_array_equal(got, mc.generate(model, tokens, 28, **options))
 
 
+@pytest.mark.slow
 def test_sampled_tokens_have_the_models_distribution():
     rows, vocab = 40_000, 4
     wanted = np.array([[0.1, 0.4, 0.2, 0.3], [0.7, 0.0, 0.1, 0.2], [0.25, 0.25, 0.5, 0.0]])

@@ -87,6 +87,7 @@ def test_float32_where_integers_have_64_bits(implementation):
     assert_close(got, wanted, 2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_bfloat16(implementation):
     state, form = make_form(dtype=jnp.bfloat16)
@@ -99,6 +100,7 @@ def test_bfloat16(implementation):
     assert_close(got[1], wanted[1], 2e-2)
 
 
+@pytest.mark.slow
 def test_wrong_blocks_are_found(monkeypatch):
     specs = _sweep._specs
 
@@ -155,6 +157,7 @@ def test_transformations(implementation):
     assert_close(got[1], update(state, form, "reference"), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("every_platform")
 @pytest.mark.parametrize("erasing", [None, 64])
 def test_lowers_to_triton(erasing):

@@ -132,6 +132,7 @@ def test_bfloat16_networks_have_gelu_in_float32():
         assert "f32[" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [mc.memories.LinearAttention(), mc.memories.Titans()])
 def test_gradients_of_gates_are_summed_in_float32(memory):
     shapes = {1: [(4, 4)], 2: [(4, 16), (16, 4)]}[memory.depth]

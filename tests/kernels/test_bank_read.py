@@ -12,7 +12,7 @@ from memcache_jax.engine.read import blind_where_gates_are_zero
 from memcache_jax.kernels import _table
 from memcache_jax.kernels._triton import lowered_for_gpu
 from memcache_jax.kernels.bank_read import _shared, bank_read, gpu, tpu
-from tests.cases import SCHEDULES, assert_close, normals, scheduled, value_and_vjp
+from tests.cases import SCHEDULES, assert_close, normals, scheduled, value_and_vjp, with_slow
 from tests.kernels.interpreters import (
     KERNELS,
     all_parallel,
@@ -47,7 +47,7 @@ def make(memory, reads, dtype):
     return memory, (bank, jnp.asarray(query), jnp.asarray(gates))
 
 
-@pytest.mark.parametrize("reads", READS.values(), ids=READS)
+@pytest.mark.parametrize("reads", with_slow(READS, "ragged"))
 @pytest.mark.parametrize(
     ("memory", "precision"), [("matrix", "float64"), ("deep", "float64"), ("matrix", "float32")]
 )
@@ -124,6 +124,7 @@ def test_kernels_equal_reference(implementation, case):
     compare_case(implementation, case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("implementation", "sizes"),
     [
@@ -139,6 +140,7 @@ def test_tiles_of_rows_and_chunks_of_states(monkeypatch, implementation, sizes, 
     compare_case(implementation, (reads, "matrix", 1, 150, 8, 8, "float32"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["xla", *KERNELS])
 @pytest.mark.parametrize("name", ["ragged", "each row its own"])
 def test_empty_slots_are_not_read(implementation, name):
@@ -156,6 +158,7 @@ def test_empty_slots_are_not_read(implementation, name):
     np.testing.assert_array_equal(d_gates[0, :, 0], 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", KERNELS)
 @pytest.mark.parametrize("error", ["slot", "state", "block"])
 def test_a_wrong_pair_is_seen(monkeypatch, implementation, error):
@@ -308,6 +311,7 @@ def test_triton_tells_of_states_too_large():
         operation("deep", RAGGED)(*make_case(*case), implementation="pallas_gpu")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("every_platform")
 @pytest.mark.parametrize("k", [32, 64, 96, 128])
 def test_triton_kernels_lower(k):
@@ -322,6 +326,7 @@ def test_triton_kernels_lower(k):
         assert f"bank_read_{kernel}" in text
 
 
+@pytest.mark.slow
 def test_work_grows_with_the_pairs_that_are_read():
     from experiments._flops import count_flops
 

@@ -20,11 +20,12 @@ from tests.cases import (
     make_inputs,
     scheduled,
     value_and_vjp,
+    with_slow,
 )
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("memory", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("memory", with_slow(FAMILIES, "linear"))
 def test_xla_equals_reference(memory):
     inputs = make_inputs(memory, 12, batch=2, heads=3)
 

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memcache_jax.kernels.decay import decay_matrix
+from memcache_jax.kernels.decay import channel_scores, decay_matrix, end_decay
+from memcache_jax.kernels.triangular import in_whole_matrices
+from tests.cases import assert_close, normals, value_and_vjp
 
 
 @pytest.mark.usefixtures("x64")
@@ -21,3 +23,19 @@ def test_decay_matrix():
 def test_decay_matrix_keeps_small_decays_after_strong_ones():
     log_decay = jnp.array([-1e4, -1e4, -1e-3, -1e-3], jnp.float32)
     np.testing.assert_allclose(decay_matrix(log_decay)[3, 1], np.exp(-2e-3), rtol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("size", [1, 6, 16])
+def test_channels_in_whole_matrices(size):
+    normal = normals(size)
+    log_decay = -np.abs(5 * normal(size, 3))
+    log_decay[size // 2] = -1e4
+    rows = normal(size, 3), normal(size, 3), log_decay
+
+    def both(x, key, log_decay):
+        return channel_scores(x, key, log_decay), end_decay(log_decay)
+
+    wanted = value_and_vjp(both, *rows)
+    with in_whole_matrices():
+        assert_close(value_and_vjp(lambda *rows: both(*rows), *rows), wanted, 1e-12)

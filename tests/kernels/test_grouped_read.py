@@ -47,6 +47,7 @@ def compare(memory, arguments, chosen, tolerance, schedule="in_turn"):
     assert_close(got[1], wanted[1], 2 * tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("precision", "tolerance"), [("float64", 1e-12), ("float32", 1e-6)])
 @pytest.mark.parametrize("memory", MEMORIES)
@@ -55,6 +56,7 @@ def test_xla_equals_reference(memory, precision, tolerance, schedule):
         compare(*make(memory, 7, jnp.dtype(precision)), tolerance, schedule)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("states", [1, 40])
 def test_few_and_many_states(states):
@@ -67,6 +69,7 @@ def test_one_row_of_a_block(memory):
     compare(*make(memory, 7, jnp.float64, rows=1), 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_all_rows_may_choose_one_state_and_one_state_twice():
     memory, arguments, chosen = make("matrix", 5, jnp.float64)
@@ -113,12 +116,14 @@ def compare_case(implementation, case):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_kernels_equal_reference(implementation, case):
     compare_case(implementation, case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_several_blocks_of_a_state(monkeypatch, implementation):
     sizes = {**_table.TABLE[f"grouped_read/{implementation}"]["default"], "rows": 16}
@@ -126,6 +131,7 @@ def test_several_blocks_of_a_state(monkeypatch, implementation):
     compare_case(implementation, (29, 2, 4, 1, 4, 4, "matrix", "float32"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_a_wrong_state_is_seen(monkeypatch, implementation):
     def arrange(*args):
@@ -144,6 +150,7 @@ def test_float32_where_integers_have_64_bits(implementation):
     compare_case(implementation, CASES["matrix"])
 
 
+@pytest.mark.slow
 def test_units_are_read_in_parts_where_scalar_memory_is_small(monkeypatch):
     case = CASES["matrix"]
     operation, arrays = make_case(*case)
@@ -180,6 +187,7 @@ def test_kernels_take_no_float64(implementation):
             grouped_read(memory.read, *arguments, chosen, implementation=implementation)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("every_platform")
 def test_triton_kernels_lower():
     operation, arrays = make_case(256, 4, 16, 1, 96, 96, "matrix", "bfloat16")

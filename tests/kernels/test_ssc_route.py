@@ -85,6 +85,7 @@ def test_equals_the_gates_of_ssc(name):
     assert_close(got, all_gates, 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["reference", "xla", *KERNELS])
 def test_of_equally_relevant_states_the_older(implementation):
     reads = mc.Constant(1).plan(6).reads
@@ -102,6 +103,7 @@ def test_of_equally_relevant_states_the_older(implementation):
     np.testing.assert_array_equal(gates[0, 0, 1, :, 1], 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_tiles_of_rows(monkeypatch, implementation):
     rows = {"pallas_tpu": 128, "pallas_gpu": 32}[implementation]
@@ -110,6 +112,7 @@ def test_tiles_of_rows(monkeypatch, implementation):
     compare_case(implementation, (mc.Constant(1).plan(4).reads, 1, 150, 4, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_bfloat16(implementation):
     operation, arrays = make_case(*CASES["constant"], dtype="bfloat16")
@@ -118,6 +121,7 @@ def test_bfloat16(implementation):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", KERNELS)
 @pytest.mark.parametrize("error", ["mask", "scatter"])
 def test_a_wrong_mask_is_seen(monkeypatch, implementation, error):
@@ -147,6 +151,7 @@ def test_no_two_cores_write_one_block(monkeypatch):
     assert finds_races(run, *(x[:1] for x in arrays))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["constant", "any order"])
 @pytest.mark.parametrize("implementation", KERNELS)
@@ -168,6 +173,7 @@ def lowered(states):
     ).as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("every_platform")
 def test_as_many_states_as_a_gpus_registers_hold():
     assert "ssc_route_backward_keys" in lowered(512)
@@ -186,6 +192,7 @@ def test_refusals():
         operation(*arrays, implementation="cuda")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("every_platform")
 def test_triton_kernels_lower():
     operation, arrays = make_case(mc.Constant(256).plan(17 * 256).reads, 1, 256, 128, 4)

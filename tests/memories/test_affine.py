@@ -12,7 +12,7 @@ from memcache_jax.memories.base import Run
 from tests.cases import MEMORIES, assert_close, one_head, with_slow
 
 AFFINE = {name: memory for name, memory in MEMORIES.items() if memory.form == "affine"}
-every_rule = pytest.mark.parametrize("memory", with_slow(AFFINE, "swla", "gated_deltanet"))
+every_rule = pytest.mark.parametrize("memory", with_slow(AFFINE, "gated_deltanet"))
 STRENGTHS = (0.0, -1e-4, -1e-2, -1.0, -30.0, -200.0, -np.inf)
 
 
@@ -76,6 +76,7 @@ def test_a_diagonal_is_a_vector(memory):
 SEGMENTS, LENGTH = 4096, 4
 
 
+@pytest.mark.slow
 @every_rule
 def test_long_compositions_are_as_exact_as_writing_in_turn(memory):
     initial, *tokens, _ = one_head(memory, SEGMENTS * LENGTH, dim=8, dtype=np.float32)

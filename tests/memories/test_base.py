@@ -33,6 +33,14 @@ class Mixed(Both, mc.memories.SSD):
     pass
 
 
+def test_kernels_trace_the_maps_of_finished_rules_alone():
+    class Own(mc.memories.GatedDeltaNet):
+        pass
+
+    assert mc.memories.GatedDeltaNet.on_chip
+    assert not Own.on_chip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("memory", [Doubled(), FromOnes(), Mixed()], ids=lambda x: type(x).__name__)
 def test_a_class_that_does_something_its_own_way_is_served_by_its_own_methods(memory):

@@ -63,6 +63,7 @@ def whole(model, tokens, document_ids=None):
     return model(tokens, document_ids)
 
 
+@pytest.mark.slow
 def test_each_row_of_a_stream_takes_its_own_number_of_tokens(model, tokens):
     expected, extend = whole(model, tokens), jax.jit(type(model).extend)
     cache = model.init_cache(2, LENGTH)
@@ -80,6 +81,7 @@ def test_each_row_of_a_stream_takes_its_own_number_of_tokens(model, tokens):
     assert_close(model.logits(hidden)[0], expected[0, :1], 1e-5)
 
 
+@pytest.mark.slow
 def test_no_document_sees_another(model, tokens):
     begin = 8
     documents = jnp.where(jnp.arange(LENGTH) < begin, 0, 1)[None].repeat(2, axis=0)

@@ -83,6 +83,7 @@ def test_a_known_mask_is_refused_and_a_traced_one_gives_nan(masked, name):
         assert_close(y[:, right], causal[:, right], 1e-5)
 
 
+@pytest.mark.slow
 def test_only_the_rows_that_are_wrong_are_nan():
     layer, x = make("linear"), tokens(LENGTH)
     masks = np.stack([CAUSAL, WINDOW])
@@ -93,6 +94,7 @@ def test_only_the_rows_that_are_wrong_are_nan():
         layer(x, mask=masks)
 
 
+@pytest.mark.slow
 def test_a_mask_that_is_added_to_scores():
     layer, x = make("linear"), tokens(LENGTH)
     added = np.where(CAUSAL, 0, -1e9).astype(np.float32)
@@ -112,6 +114,7 @@ def test_a_model_refuses_them_too():
     assert np.isfinite(logits[:, :3]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("traced", [False, True], ids=["known", "traced"])
 def test_attention_follows_any_mask_of_earlier_tokens(traced):
     layer, x = mc.nn.Attention(16, 2, rngs=nnx.Rngs(0)), tokens(LENGTH)

@@ -55,8 +55,9 @@ def answers(layer, x, calls):
     return {name: layer(x, **call) for name, call in calls.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("traced", [False, True], ids=["known", "traced"])
-@pytest.mark.parametrize("name", with_slow([*LAYERS], "attention"))
+@pytest.mark.parametrize("name", LAYERS)
 def test_documents_come_out_as_alone(name, traced):
     layer, x = LAYERS[name](nnx.Rngs(0)), inputs()
     every = name == "attention" or (name == "ssd, grm" and not traced)

@@ -1,5 +1,7 @@
 """Sparse experts: who goes where, and what comes of it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,20 +15,23 @@ from memcache_jax.nn.experts import SparseExperts, over_groups
 from tests.cases import assert_close
 
 
+@functools.partial(jax.jit, static_argnames="block")
+def through_kernels(rows, groups, kernels, block):
+    """Rows by the kernel of their group, and back."""
+    return over_groups(
+        lambda x, group: (x @ kernels[group]) @ kernels[group].T, rows, groups, 4, block=block
+    )
+
+
 @pytest.mark.parametrize("block", [1, 2, 128])
 @pytest.mark.parametrize("chosen", [[0, 1, 2, 0, 1], [3, 3, 3, 3, 3]], ids=str)
 def test_rows_of_groups_come_back_in_their_places(chosen, block):
     rng = np.random.default_rng(0)
     rows, kernels = rng.standard_normal((5, 3)), rng.standard_normal((4, 3, 2))
     groups = np.stack([chosen, [2, 0, 3, 1, 2]], axis=1)
-    kernels = jnp.asarray(kernels)
-    got = over_groups(
-        lambda x, group: (x @ kernels[group]) @ kernels[group].T,
-        *(jnp.asarray(rows), jnp.asarray(groups), 4),
-        block=block,
-    )
-    each = kernels[groups] @ jnp.swapaxes(kernels[groups], -1, -2)
-    assert_close(got, jnp.einsum("nd,nkde->nke", rows, each), 1e-5)
+    each = kernels[groups] @ np.swapaxes(kernels[groups], -1, -2)
+    wanted = np.einsum("nd,nkde->nke", rows, each)
+    assert_close(through_kernels(rows, groups, kernels, block=block), wanted, 1e-5)
 
 
 @pytest.mark.parametrize("probabilities", ["softmax", "top"])
@@ -34,17 +39,25 @@ def test_experts_are_the_weighted_sum_of_their_mlps(probabilities):
     experts = mc.nn.Experts(4, 2, 6, 5, probabilities=probabilities, shared_gate=True)
     layer = experts.build(3, rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 7, 3)), jnp.float32)
-    logits = layer.router(x)
-    chosen = jnp.argsort(-logits, axis=-1)[..., :2]
-    weights = jax.nn.softmax(jnp.take_along_axis(logits, chosen, axis=-1))
-    gate, up, down = (kernel[...] for kernel in (layer.gate, layer.up, layer.down))
-    hidden = jax.nn.silu(jnp.einsum("btd,edf->btef", x, gate)) * jnp.einsum("btd,edf->btef", x, up)
-    every = jnp.einsum("btef,efd->bted", hidden, down)
-    routed = jnp.take_along_axis(every, chosen[..., None], axis=2)
-    wanted = jnp.einsum("btkd,btk->btd", routed, weights)
-    wanted += jax.nn.sigmoid(layer.shared_gate(x)) * layer.shared(x)
-    assert_close(layer(x), wanted, 1e-5)
-    gradients = nnx.grad(lambda layer: jnp.sum(layer(x) ** 2))(layer)
+
+    def by_hand(layer, x):
+        logits = layer.router(x)
+        chosen = jnp.argsort(-logits, axis=-1)[..., :2]
+        weights = jax.nn.softmax(jnp.take_along_axis(logits, chosen, axis=-1))
+        gate, up, down = (kernel[...] for kernel in (layer.gate, layer.up, layer.down))
+        hidden = jax.nn.silu(jnp.einsum("btd,edf->btef", x, gate))
+        every = jnp.einsum("btef,efd->bted", hidden * jnp.einsum("btd,edf->btef", x, up), down)
+        routed = jnp.take_along_axis(every, chosen[..., None], axis=2)
+        y = jnp.einsum("btkd,btk->btd", routed, weights)
+        return y + jax.nn.sigmoid(layer.shared_gate(x)) * layer.shared(x)
+
+    @nnx.jit
+    def both(layer, x):
+        gradients = nnx.grad(lambda layer: jnp.sum(layer(x) ** 2))(layer)
+        return layer(x), by_hand(layer, x), gradients
+
+    y, wanted, gradients = both(layer, x)
+    assert_close(y, wanted, 1e-5)
     for path, gradient in nnx.to_flat_state(gradients):
         assert np.abs(gradient[...]).max() > 0, path
 
@@ -82,6 +95,7 @@ def test_a_mesh_divides_the_channels_of_each_expert(shapes):
         assert_close(jax.device_get(ours), one, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
 def test_a_hosts_axis_divides_the_experts_and_may_divide_rows_too(kind, shapes):
     def build():
@@ -102,6 +116,7 @@ def test_a_hosts_axis_divides_the_experts_and_may_divide_rows_too(kind, shapes):
         assert_close(jax.device_get(ours), one, 1e-5)
 
 
+@pytest.mark.slow
 def test_experts_are_chosen_by_groups_and_with_a_bias_of_their_own():
     experts = mc.nn.Experts(
         *(8, 3, 6),

@@ -63,7 +63,8 @@ def with_remat():
     return gradient(make(**WIDE, remat=True), ids())
 
 
-@pytest.mark.parametrize("mixers", with_slow(MIXERS, "attention"))
+@pytest.mark.slow
+@pytest.mark.parametrize("mixers", MIXERS.values(), ids=MIXERS)
 def test_scan_equals_the_blocks_one_by_one(mixers):
     model, tokens = make(mixers=mixers), ids()
 
@@ -116,6 +117,7 @@ def test_logits_of_bfloat16_are_products_in_float32(tied, mesh):
     np.testing.assert_array_equal(logits.argmax(-1), wanted.argmax(-1))
 
 
+@pytest.mark.slow
 def test_no_two_layers_start_alike():
     for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(make().layers)):
         assert leaf.shape[0] == 4, jax.tree_util.keystr(path)
@@ -167,6 +169,7 @@ def test_tied_embeddings_are_the_output_layer():
     assert_close(model(tokens), wanted, 1e-5)
 
 
+@pytest.mark.slow
 def test_blocks_without_an_mlp():
     model = make(mixers=LINEAR, mlp_features=0)
     assert not any("mlp" in str(path) for path, _ in nnx.to_flat_state(nnx.state(model)))

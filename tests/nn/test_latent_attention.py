@@ -36,6 +36,7 @@ def whole(layer, x, document_ids=None):
     return layer(x, document_ids)
 
 
+@nnx.jit
 def by_hand(layer, x):
     """The equations, for each head and token."""
     mixer, length = layer.mixer, x.shape[1]
@@ -43,14 +44,14 @@ def by_hand(layer, x):
     query = query.reshape(*x.shape[:2], mixer.num_heads, -1)
     latent, shared = layer.down(x)[..., : mixer.rank], layer.down(x)[..., mixer.rank :]
     made = layer.up(layer.norm(latent)).reshape(*x.shape[:2], mixer.num_heads, -1)
-    out = np.zeros((*x.shape[:2], mixer.num_heads, mixer.value_dim))
+    out = []
     for head in range(mixer.num_heads):
-        key = np.concatenate([made[:, :, head, : mixer.key_dim], shared], axis=-1)
-        scores = np.einsum("btk,bsk->bts", query[:, :, head], key) / np.sqrt(key.shape[-1])
-        weights = np.exp(np.where(np.tri(length, dtype=bool), scores, -np.inf))
+        key = jnp.concatenate([made[:, :, head, : mixer.key_dim], shared], axis=-1)
+        scores = jnp.einsum("btk,bsk->bts", query[:, :, head], key) / np.sqrt(key.shape[-1])
+        weights = jnp.exp(jnp.where(np.tri(length, dtype=bool), scores, -jnp.inf))
         weights /= weights.sum(axis=-1, keepdims=True)
-        out[:, :, head] = np.einsum("bts,bsv->btv", weights, made[:, :, head, mixer.key_dim :])
-    return layer.out(jnp.asarray(out.reshape(*x.shape[:2], -1), x.dtype))
+        out.append(jnp.einsum("bts,bsv->btv", weights, made[:, :, head, mixer.key_dim :]))
+    return layer.out(jnp.concatenate(out, axis=-1))
 
 
 @pytest.mark.parametrize(
@@ -72,6 +73,7 @@ def test_the_equations_and_a_stream_that_keeps_latent_rows(changes):
     assert_close(last[0], expected[1, 5:], 1e-5)
 
 
+@pytest.mark.slow
 def test_no_document_sees_another():
     layer, x = build()
     documents = jnp.where(jnp.arange(LENGTH) < 5, 3, 4)[None].repeat(2, axis=0)
@@ -97,6 +99,7 @@ def test_on_a_mesh(kind):
     assert_close(jax.device_get(y), expected, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_stream_divides_the_heads_of_its_queries(monkeypatch):
     layer, x = build()
     expected, inner = whole(layer, x), attention.attend_stream
@@ -128,6 +131,7 @@ class Adapted(Linear):
         return super().__call__(inputs) + inputs @ self.lora_a[...] @ self.lora_b[...]
 
 
+@pytest.mark.slow
 def test_a_stream_reads_once_through_adapters_of_others(monkeypatch):
     """Their dropout would draw another mask at each call."""
     layer, x = build()
@@ -153,6 +157,7 @@ def test_the_table_of_a_cache_counts_latent_rows():
     assert "896" in table[-1]
 
 
+@pytest.mark.slow
 def test_a_stream_reads_through_adapters_too():
     block = mc.nn.BlockConfig(MIXER)
     config = mc.nn.LanguageModelConfig(17, 1, FEATURES, 2, blocks=(block,))

@@ -62,6 +62,7 @@ def test_it_is_the_plain_loss(dtype, tolerance, x64):
     assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {jnp.dtype(dtype)}
 
 
+@pytest.mark.slow
 def test_products_of_bfloat16_are_summed_in_float32():
     hidden, matrix, targets, weights = arrays("float32")
     hidden, rounded = hidden.astype(jnp.bfloat16), matrix.astype(jnp.bfloat16)
@@ -74,6 +75,49 @@ def test_products_of_bfloat16_are_summed_in_float32():
     assert (loss.dtype, d_hidden.dtype, d_matrix.dtype) == ("float32", "bfloat16", "float32")
 
 
+def test_small_gradients_of_float16_are_not_lost_before_they_are_scaled():
+    hidden, matrix, targets, weights = arrays("float32")
+
+    def scaled(factor, hidden, matrix):
+        loss = mc.nn.cross_entropy(hidden, matrix, targets, 1e-9 * weights)
+        return factor * loss.total
+
+    gradient = jax.grad(scaled, (1, 2))
+    wanted = gradient(1e9, hidden, matrix)
+    got = gradient(1e9, *(x.astype("float16") for x in (hidden, matrix)))
+    assert {x.dtype.name for x in got} == {"float16"}
+    check(got, wanted, 2e-3)
+
+
+def test_gradients_of_log_probabilities_and_partitions(x64):
+    hidden, matrix, targets, weights = arrays("float64", length=11)
+
+    def scores(hidden, matrix):
+        found = mc.nn.cross_entropy(hidden, matrix, targets, weights)
+        return weights * found.log_probability, weights**2 * found.log_partition
+
+    def plain_scores(hidden, matrix):
+        logits = hidden @ matrix
+        partition = jax.nn.logsumexp(logits, axis=-1)
+        of_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return weights * (of_target - partition), weights**2 * partition
+
+    def gradient(of):
+        return jax.jit(jax.grad(lambda *x: sum(map(jnp.sum, of(*x))), (0, 1)))(hidden, matrix)
+
+    check(gradient(scores), gradient(plain_scores), 1e-10)
+
+
+def test_the_gradient_of_the_total_alone_computes_logits_once():
+    hidden, matrix, targets, weights = arrays("float32")
+
+    def loss(hidden, among):
+        return mc.nn.cross_entropy(hidden, matrix, targets, weights)[among].sum()
+
+    programs = [str(jax.make_jaxpr(jax.grad(loss), static_argnums=1)(hidden, i)) for i in (0, 1)]
+    assert [program.count("scan[") > 1 for program in programs] == [False, True]
+
+
 def test_targets_of_weight_zero_do_not_count():
     hidden, matrix, targets, weights = arrays("float32")
     weights = weights.at[:, 5:].set(0)
@@ -84,6 +128,7 @@ def test_targets_of_weight_zero_do_not_count():
     assert np.isnan(gradients(ours)(hidden, matrix, weights, targets.at[0, 0].set(VOCAB))[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", ["hidden", "matrix"])
 def test_what_is_not_finite_spoils_what_it_spoils_in_the_plain_loss(where, number):
@@ -100,6 +145,7 @@ def test_what_is_not_finite_spoils_what_it_spoils_in_the_plain_loss(where, numbe
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, wanted)
 
 
+@pytest.mark.slow
 def test_it_never_holds_the_logits():
     hidden, matrix, targets, weights = arrays("float32")
     traced = jax.make_jaxpr(gradients(ours))(hidden, matrix, weights, targets)
@@ -139,7 +185,8 @@ def test_scores_are_those_of_the_logits():
     check(got, wanted[:2], 1e-6)
 
 
-@pytest.mark.parametrize("kind", ["auto", pytest.param("explicit", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
 def test_a_mesh_divides_tokens_and_words(kind):
     hidden, matrix, targets, weights = arrays("float32")
     wanted = gradients(plain)(hidden, matrix, weights, targets)

@@ -196,7 +196,8 @@ def test_nnx_loop(name):
     assert losses[-1] < losses[0] / 3
 
 
-@pytest.mark.parametrize("name", with_slow([*LAYERS], "position"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYERS)
 def test_layer(name):
     layer, x = LAYERS[name](nnx.Rngs(0)), inputs()
     graph, state = nnx.split(layer)

@@ -14,8 +14,8 @@ import memcache_jax as mc
 def test_they_are_their_equations(norm):
     layer = norm.build(5, dtype=None, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).standard_normal((2, 3, 5)).astype(np.float32)
-    centred = x - x.mean(-1, keepdims=True) if norm.kind == "layer" else x
-    wanted = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + norm.epsilon)
+    centered = x - x.mean(-1, keepdims=True) if norm.kind == "layer" else x
+    wanted = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + norm.epsilon)
     np.testing.assert_allclose(layer(jnp.asarray(x)), wanted, atol=1e-6)
     layer.scale.set_value(layer.scale[...] + 0.5)
     np.testing.assert_allclose(layer(jnp.asarray(x)), 1.5 * wanted, atol=1e-6)

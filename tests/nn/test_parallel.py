@@ -33,6 +33,7 @@ def test_the_sum_of_both():
     assert_close(layer(x), 0.5 * layer.left(x) - 2 * layer.right(x), 1e-6)
 
 
+@pytest.mark.slow
 def test_a_stream_takes_and_empties_rows_of_both(model):
     tokens = jax.random.randint(jax.random.key(0), (2, 12), 0, 17)
     expected, extend = whole(model, tokens), jax.jit(type(model).extend)
@@ -56,6 +57,7 @@ def test_caches_are_added_to_the_one_that_is_a_memory(model):
     assert [gates.shape for gates in other.gates(tokens)] == [(1, 12, 2, 2)] * 2
 
 
+@pytest.mark.slow
 def test_gates_of_both_have_names():
     one = mc.nn.MemoryCachingMixer(mc.memories.RetNet(), mc.GRM(), mc.Constant(4))
     other = mc.nn.MemoryCachingMixer(mc.memories.RetNet(), mc.GRM(), mc.Constant(6))

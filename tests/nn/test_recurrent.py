@@ -91,6 +91,7 @@ def whole(layer, x, document_ids=None):
     return layer(x, document_ids)
 
 
+@pytest.mark.slow
 @every_mixer
 def test_a_stream_gives_what_one_call_gives(name):
     layer, x = build(cached(MIXERS[name])), inputs(2, 14, 8)
@@ -112,6 +113,7 @@ def test_a_stream_gives_what_one_call_gives(name):
     assert_close(second[1], y[1, 3:12], 1e-5)
 
 
+@pytest.mark.slow
 @every_mixer
 def test_documents_come_out_as_alone(name):
     layer, x = build(cached(MIXERS[name])), inputs(1, 14, 8)
@@ -129,6 +131,7 @@ def test_every_parameter_has_a_gradient(name):
         assert np.abs(gradient[...]).max() > 0, path
 
 
+@pytest.mark.slow
 @every_mixer
 def test_reads_are_those_of_the_functional_core(name):
     layer, x = build(cached(MIXERS[name])), inputs(1, 14, 8)
@@ -156,6 +159,7 @@ def test_content_gates_are_uniform_before_training():
     assert np.abs(gradients.connector.kernel[...]).max() > 0
 
 
+@pytest.mark.slow
 @every_mixer
 def test_rows_and_heads_on_a_mesh(name):
     mesh = jax.make_mesh(

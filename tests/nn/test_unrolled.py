@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import memcache_jax as mc
+from memcache_jax.nn import unrolled
 from memcache_jax.nn.unrolled import Unrolled
 from tests.cases import assert_close
 from tests.nn.adapters.hosts import MIXERS, VOCAB, random_tokens
@@ -59,3 +60,35 @@ def test_parameters_of_lora_have_no_place_in_a_language_model():
     model.layers[0].blocks[0].mixer.query.kernel_lora_a = nnx.LoRAParam(jnp.ones((16, 2)))
     with pytest.raises(ValueError, match="LoRA"):
         model.language_model()
+
+
+def test_few_large_layers_decode_apart(monkeypatch):
+    """A row's tokens are those of layers in a loop, also in a batcher and with drafts."""
+    model = language_model("memory")
+    prompts = random_tokens(3, 9)
+    wanted = mc.generate(model, prompts, 12, temperature=0)[:, 9:].tolist()
+    assert unrolled.for_steps(model) is model
+    monkeypatch.setattr(unrolled, "_LEAST_BYTES", 0)
+    assert isinstance(unrolled.for_steps(model), Unrolled)
+    got = mc.generate(model, prompts[:2], 12, temperature=0)[:, 9:].tolist()
+    drafted = mc.generate(model, prompts[:1], 12, temperature=0, draft=mc.NGrams(tokens=3))
+    batcher = mc.Batcher(model, rows=2, max_length=30, piece=4)
+    requests = [batcher.submit(prompt, 12) for prompt in prompts]
+    batcher.run()
+    assert got == wanted[:2]
+    assert drafted[:, 9:].tolist() == wanted[:1]
+    assert [request.tokens for request in requests] == wanted
+
+
+@pytest.mark.slow
+def test_the_caches_of_a_list_go_back():
+    model, tokens = Unrolled(language_model("memory", "attention")), random_tokens(2, 9)
+    extend = nnx.jit(lambda model, tokens, cache: model.extend(tokens, cache, None))
+    hidden, cache = extend(model, tokens, model.init_cache(2, 20, rewind=3))
+    assert cache.rewindable.tolist() == [3, 3]
+    back = cache.rewind(np.array([3, 3]))
+    assert back.position.tolist() == [6, 6]
+    again, _ = extend(model, jnp.concatenate([tokens[:, 6:], tokens[:, :6]], axis=1), back)
+    assert_close(again[:, :3], hidden[:, 6:], 1e-5)
+    with pytest.raises(ValueError, match=r"at most \[0, 0\] tokens"):
+        back.rewind(np.array([1, 0]))

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import memcache_jax as mc
 from memcache_jax.nn.rotary import rotate
 from memcache_jax.nn.windows import block_size
-from tests.cases import assert_close, value_and_vjp
+from tests.cases import assert_close, value_and_vjp, with_slow
 
 WINDOW, LENGTH = 6, 150  # two blocks, and a part of a third
 DOCUMENTS = np.arange(LENGTH)[None] // np.array([[40], [33]])
@@ -46,7 +46,7 @@ def test_blocks_are_for_many_tokens():
     assert [block_size(100, length) for length in (200, 201)] == [200, 100]
 
 
-@pytest.mark.parametrize("of", ["window", "documents", "mask"])
+@pytest.mark.parametrize("of", with_slow(["window", "documents", "mask"], "window"))
 def test_values_and_gradients_are_those_of_all_at_once(of):
     attention, x = layer(), tokens()
     same = (DOCUMENTS[:, :, None] == DOCUMENTS[:, None])[:, None]
@@ -77,6 +77,7 @@ def test_a_stream_takes_many_tokens_at_once(window):
     assert_close(last, wanted[:, -2:], 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [WINDOW, 100])
 def test_parts_of_a_sequence_give_the_whole(window):
     attention, x = layer(window), tokens(2 * LENGTH)
@@ -89,6 +90,7 @@ def test_parts_of_a_sequence_give_the_whole(window):
         assert_close(run(jax.device_put(x, NamedSharding(mesh, P(None, "time")))), wanted, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", [False, True])
 def test_memory_grows_as_the_tokens_do(streams):
     attention = layer()

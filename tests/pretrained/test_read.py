@@ -51,7 +51,8 @@ def test_logits_are_those_of_the_familys_own_library(name):
             assert np.abs(gradient[...]).max() > 0, path
 
 
-@every_folder
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_a_stream_of_a_prompt_and_single_tokens_gives_the_same_logits(name):
     model = mc.pretrained.load(FOLDERS / name)
     tokens, wanted = expected(name)

@@ -4,6 +4,8 @@ import asyncio
 import queue
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -23,6 +25,7 @@ def text_of(tokens):
     return "".join(chr(97 + token) for token in tokens)
 
 
+@pytest.mark.slow
 def test_requests_get_the_tokens_of_generate():
     """More requests than rows, with prompts and ends of all lengths."""
     sizes = [(1, 9), (13, 20), (4, 1), (7, 30), (20, 3), (2, 12), (11, 11)]
@@ -41,6 +44,7 @@ def test_requests_get_the_tokens_of_generate():
     assert not served.step()
 
 
+@pytest.mark.slow
 def test_sampled_tokens_do_not_depend_on_neighbours():
     how: list[dict] = [
         dict(temperature=1.0, seed=3),
@@ -129,10 +133,14 @@ def test_a_store_of_prefixes():
     store = mc.PrefixStore(10**8)
     served = batcher(store=store)
     prompts = [ids(0, 21), np.append(ids(0, 17), ids(1, 8)), ids(0, 21)]
-    requests = []
+    requests, compiled = [], []
+    programs: tuple[Any, Any] = extend_in_place, decode
     for prompt in prompts:
+        compiled = [program._cache_size() for program in programs]
         requests.append(served.submit(prompt, 10))
         served.run()
+    # The programs of what is found are those of what is read.
+    assert compiled == [program._cache_size() for program in programs]
     assert [request.known for request in requests] == [0, 16, 20]
     assert requests[0].tokens == requests[2].tokens
     plain = batcher()
@@ -147,6 +155,27 @@ def test_a_store_of_prefixes():
         failed.result(0)
 
 
+def test_a_device_that_fails_once(monkeypatch):
+    """Requests in rows get its error; those that wait are served, as if nothing had been."""
+    served, calls = batcher(), []
+
+    def decode_but_once(*args, **options):
+        calls.append(None)
+        if len(calls) == 7:
+            jax.tree.map(lambda x: x.delete(), args[-1])  # as after a call that was given it
+            raise OSError("the device has gone")
+        return decode(*args, **options)
+
+    monkeypatch.setattr("memcache_jax.serving.batcher.decode", decode_but_once)
+    requests = [served.submit(ids(1, 6), 9) for _ in range(5)]
+    served.run()
+    for request in requests[:3]:
+        with pytest.raises(OSError, match="the device has gone"):
+            request.result()
+    assert [len(request.tokens) for request in requests[3:]] == [9, 9]
+    assert requests[3].tokens == requests[4].tokens
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_nobody_waits_for_a_thread_that_has_died():
     def leave(token):
@@ -158,6 +187,9 @@ def test_nobody_waits_for_a_thread_that_has_died():
         for request in asked:
             with pytest.raises(RuntimeError, match="the batcher's thread ended: SystemExit"):
                 request.result(60)
+        assert not served.is_serving
+        with pytest.raises(RuntimeError, match="the batcher's thread ended"):
+            served.submit([1], 4)
 
 
 @pytest.mark.slow
@@ -203,6 +235,8 @@ def test_what_is_refused():
         lambda: served.submit([1] * 20, 5): "20 and max_new_tokens=5 .* max_length=24",
         lambda: served.submit([1], 2, temperature=-1): "temperature must be",
         lambda: served.submit([1], 2, seed=-1): "seed must be at least 0",
+        lambda: served.submit([1], 2, logprobs=21): "logprobs must be at most 20, got 21",
+        lambda: served.submit([1], 2, score_prompt=True): "score_prompt needs logprobs",
         lambda: served.submit([1], 2, stop_tokens=[1, 23]): "stop_tokens must hold token ids",
         lambda: served.submit([1], 2, stop_tokens=one): "stop_tokens must be a tuple, got 3",
         lambda: served.submit([1], 2, stop_texts="no"): "stop_texts must be a tuple, got 'no'",
@@ -216,3 +250,28 @@ def test_what_is_refused():
         served.submit([1], 2)
     with pytest.raises(TimeoutError, match=r"within 0\.01 seconds"):
         waits.result(0.01)
+
+
+def test_how_likely_tokens_are():
+    options: dict[str, Any] = dict(temperature=0.9, seed=5)
+    prompt = ids(2, 11)
+    served = batcher(store=mc.PrefixStore(10**8))
+    plain = served.submit(prompt, 6, **options)
+    served.run()
+    scored = served.submit(prompt, 6, **options, logprobs=3, score_prompt=True)
+    few = served.submit(prompt, 6, **options, logprobs=0)
+    served.run()
+    assert plain.tokens == scored.tokens == few.tokens
+    assert plain.logprobs == plain.prompt_logprobs == few.prompt_logprobs == []
+    assert [logprob.likely for logprob in few.logprobs] == [()] * 6
+    whole = np.append(prompt, scored.tokens)
+    wanted = np.asarray(jax.nn.log_softmax(model()(jnp.asarray(whole)[None])[0]), np.float64)
+    told = scored.prompt_logprobs + scored.logprobs
+    assert len(scored.prompt_logprobs) == 10
+    for place, (logprob, token) in enumerate(zip(told, whole[1:], strict=True)):
+        assert logprob.value == pytest.approx(wanted[place, token], abs=1e-4)
+        best = np.sort(wanted[place])[::-1][:3]
+        np.testing.assert_allclose([value for _, value in logprob.likely], best, atol=1e-4)
+        for token, value in logprob.likely:
+            assert value == pytest.approx(wanted[place, token], abs=1e-4)
+    assert (plain.known, scored.known, few.known) == (0, 0, 8)

@@ -60,6 +60,7 @@ def test_prompts_that_share_a_beginning():
     assert same(store.match(np.append(told, 1))[0], again)
 
 
+@pytest.mark.slow
 def test_the_oldest_go_first(tmp_path):
     prompts = [ids(seed, 30) for seed in range(3)]
     large, sizes, cache = mc.PrefixStore(10**8), [], empty()
@@ -95,6 +96,7 @@ def test_the_oldest_go_first(tmp_path):
     assert len(mc.PrefixStore.load(tmp_path / "empty", empty(), 10)) == 0
 
 
+@pytest.mark.slow
 def test_threads():
     """Each thread finds its own prompts, whatever the others insert and drive out."""
     one = mc.PrefixStore(10**8)

@@ -17,7 +17,7 @@ import memcache_jax as mc
 ROWS, HEADS, DIM, SEGMENTS = 2, 4, 64, 512
 
 
-def analyse(memory, struct):
+def analyze(memory, struct):
     """What a step of one token holds, in bytes."""
     weights = {
         name: jnp.zeros((HEADS, *shape)) for name, shape in memory.weight_shapes(DIM, DIM).items()
@@ -57,7 +57,7 @@ def main():
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     for memory in (mc.memories.LinearAttention(), mc.memories.Titans(chunk_size=64)):
-        print(json.dumps(analyse(memory, struct)))
+        print(json.dumps(analyze(memory, struct)))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import memcache_jax as mc
-from tests.cases import MEMORIES, make_inputs, with_slow
+from tests.cases import MEMORIES, make_inputs
 from tests.streams import empty, over_time
 
 LENGTH, REWIND = 22, 5  # more than a segment of 4: the tokens taken back may end two
@@ -110,7 +110,8 @@ def go_back(rule, kinds):
     assert_same(rewind_all(then, jnp.full(3, 5)), two)
 
 
-@pytest.mark.parametrize("rule", with_slow([*MEMORIES], "linear"))
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", MEMORIES)
 def test_every_rule(rule):
     go_back(rule, FEW)
 

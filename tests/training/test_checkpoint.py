@@ -73,6 +73,7 @@ def test_state_data_and_notes_come_back(saved, batches):
     np.testing.assert_array_equal(next(data), upcoming)
 
 
+@pytest.mark.slow
 def test_the_flat_optimizer_of_earlier_versions_comes_back(tmp_path, batches):
     checkpoints, data = Checkpoints(tmp_path), batches()
     state: Any = state_of(3)
@@ -89,6 +90,7 @@ def test_nothing_to_restore(tmp_path, batches):
     assert restore(tmp_path, batches()) == (None, [])
 
 
+@pytest.mark.slow
 def test_a_save_is_not_changed_by_later_steps(tmp_path, batches):
     checkpoints, data = Checkpoints(tmp_path), batches()
     state = TrainState({"kernel": jnp.zeros((1000, 1000))}, (jnp.zeros(3),))
@@ -170,6 +172,7 @@ def test_damage_falls_back_to_the_last_good_one(saved, batches, damage, caplog):
     np.testing.assert_array_equal(next(data), next(fresh))
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_any_file_is_noticed(saved):
     checkpoint = saved[0] / "checkpoints" / "3"
     files = [path for path in checkpoint.rglob("*") if path.is_file()]
@@ -200,6 +203,7 @@ def test_a_checkpoint_without_digests_is_restored_and_told(saved, batches, caplo
     assert "3 has no digests: damage to its files can go unnoticed" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_all_damaged_is_an_error_and_nothing_is_moved(saved, batches):
     workdir, _ = saved

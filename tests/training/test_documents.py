@@ -50,6 +50,7 @@ def test_an_end_token_opens_the_next_document():
     assert document_ids(inputs, EOS).tolist() == [[1, 1, 1, 2, 2], [0, 1, 2, 2, 2]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
     [

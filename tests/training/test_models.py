@@ -74,7 +74,7 @@ def test_a_new_rule_is_found(monkeypatch):
         ("memory", {"name": "Titans", "depth": 3}, "depth 1 or 2, got depth=3"),
         ("memory", {"name": "Titans", "chunk_size": "8"}, "model.memory: cannot make Titans"),
         ("aggregation", {"name": "Sum"}, "model.aggregation.name must be one of GRM.*Residual"),
-        ("segmentation", {"name": "Equal"}, "model.segmentation.name must be one of Constant"),
+        ("segmentation", {"name": "Equal"}, "model.segmentation.name must be one of Adaptive"),
         ("segmentation", {"name": "Constant", "size": 0}, "size must be at least 1, got 0"),
         ("mixers", ("attention", "rnn"), "model.mixers must be of .*got rnn"),
         ("mixers", (), "model.mixers must be of .*got none"),

@@ -230,7 +230,7 @@ def test_another_folder_is_not_the_model_that_the_run_began_with(config, tmp_pat
         without.setitem(sys.modules, "safetensors", None)
         assert load_model(tmp_path / "run")[0].published is not None
         results.rename(tmp_path / "aside")
-        with pytest.raises(ImportError, match=r"pip install memcache_jax\[pretrained\]"):
+        with pytest.raises(ImportError, match=r"pip install '\.\[pretrained\]'"):
             load_model(tmp_path / "run")
     (tmp_path / "aside").rename(results)
     flip_a_bit(tmp_path / "public" / "model.safetensors")

@@ -96,10 +96,10 @@ def test_parquet_that_is_none(tmp_path):
         Records(find_files(str(tmp_path)))
 
 
-def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
+def test_parquet_without_pyarrow_names_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     write(tmp_path, {"a.parquet": "x"})
-    with pytest.raises(ImportError, match=r"memcache_jax\[data\]"):
+    with pytest.raises(ImportError, match="needs pyarrow: pip install pyarrow"):
         Records(find_files(str(tmp_path)))
 
 

@@ -63,6 +63,7 @@ def test_the_loss_of_bfloat16_is_that_of_logits_in_float32(tokens):
     assert metrics["loss"] == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_state_can_be_sharded_as_it_is_made():
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -106,6 +107,7 @@ def test_step_donates_its_state(tokens):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 
+@pytest.mark.slow
 def test_loss_is_float32_in_bfloat16(tokens):
     config, optimizer = attention(dtype=jnp.bfloat16), make_optimizer(OPTIONS, 10)
     graph, _ = abstract_state(config, optimizer)
@@ -187,6 +189,7 @@ def test_a_step_on_packed_documents_is_one_on_each_alone(model, remat, accumulat
         jax.tree.map(same, mixed, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
 def test_evaluation_does_not_depend_on_the_batches(batch_size):
     optimizer = make_optimizer(OPTIONS, 10)

@@ -178,11 +178,11 @@ def test_refuses_a_file_that_is_no_tokenizer(hf, tmp_path):
         FileTokenizer(path)
 
 
-def test_missing_package_names_the_extra(monkeypatch, tmp_path):
+def test_missing_package_is_named(monkeypatch, tmp_path):
     path = tmp_path / "some.json"
     path.write_text("{}")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match=r"memcache_jax\[data\]"):
+    with pytest.raises(ImportError, match="needs the package tokenizers: pip install tokenizers"):
         FileTokenizer(path)
 
 

@@ -15,11 +15,13 @@ from memcache_jax.pretrained.families import (
     mamba2,
     nemotron_h,
     olmo_hybrid,
+    qwen3_5_moe_text,
     qwen3_5_text,
     qwen3_next,
     retnet,
     rwkv7,
 )
+from memcache_jax.pretrained.forms import TEXT_OF
 from memcache_jax.pretrained.given import Given
 from memcache_jax.pretrained.tensors import Tensor
 
@@ -48,12 +50,13 @@ FAMILIES: dict[str, Any] = {
     "mamba2": mamba2,
     "nemotron_h": nemotron_h,
     "olmo_hybrid": olmo_hybrid,
+    "qwen3_5_moe_text": qwen3_5_moe_text,
     "qwen3_5_text": qwen3_5_text,
     "qwen3_next": qwen3_next,
     "retnet": retnet,
     "rwkv7": rwkv7,
 }
-"""By the ``model_type`` of ``config.json``."""
+"""By the ``model_type`` of a text model's ``config.json``."""
 
 
 def family_of(given: Given) -> Family:
@@ -64,7 +67,6 @@ def family_of(given: Given) -> Family:
     """
     kind = given["model_type"]
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ValueError(
-            f"{given.where}: model_type={kind!r} is not served, only {', '.join(FAMILIES)}"
-        )
+        served = ", ".join(sorted([*FAMILIES, *TEXT_OF]))
+        raise ValueError(f"{given.where}: model_type={kind!r} is not served, only {served}")
     return FAMILIES[kind]

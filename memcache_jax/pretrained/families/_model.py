@@ -46,6 +46,27 @@ def gated_mlp(
         yield from names.linear(f"{where}.{part}_proj", f"{path}/{part}", bias=bias)
 
 
+def joined_experts(names: Names, where: str, count: int, path: str = "mlp") -> Iterator[Tensor]:
+    """Sparse experts, of which other files have two tensors: gates and ups of all, and downs."""
+    yield from names.linear(f"{where}.gate", f"{path}/router")
+    for expert in range(count):
+        own, both = f"{names.prefix}{where}.experts", ("gate", "up")
+        yield Tensor(
+            tuple(f"{own}.{expert}.{part}_proj.weight" for part in both),
+            tuple(Part(f"{path}/{part}", "matrix", expert) for part in both),
+            names.layer,
+            others=(f"{own}.gate_up_proj",),
+            others_row=expert,
+        )
+        yield Tensor(
+            (f"{own}.{expert}.down_proj.weight",),
+            (Part(f"{path}/down", "matrix", expert),),
+            names.layer,
+            others=(f"{own}.down_proj",),
+            others_row=expert,
+        )
+
+
 def experts(
     names: Names,
     where: str,
@@ -86,5 +107,10 @@ def attention_tensors(
 
 
 def layer_types(given: Given) -> list[str]:
-    """What each layer mixes tokens by."""
-    return list(given["layer_types"])
+    """What each layer mixes tokens by; older files say how often one is attention."""
+    kinds = given.get("layer_types")
+    if kinds is None:
+        count, every = given["num_hidden_layers"], given.get("full_attention_interval", 4)
+        names = "linear_attention", "full_attention"
+        kinds = [names[(layer + 1) % every == 0] for layer in range(count)]
+    return list(kinds)

@@ -11,9 +11,9 @@ from memcache_jax.pretrained.tensors import Names, Tensor
 
 def config(given: Given, mlp: Callable[[int], FeedForward], **options: Any) -> LanguageModelConfig:
     """The model's shape, with each layer's MLP."""
-    given.only(hidden_act="silu")
+    given.only(hidden_act="silu", attn_output_gate=(None, True))
     norm = Norm(epsilon=given.number("rms_norm_eps", 1e-6), offset=1.0)
-    base, fraction = given.rope()
+    base, fraction = given.rope(0.25)
     mixers = {
         "linear_attention": _gated_delta.mixer(
             given["linear_num_key_heads"],

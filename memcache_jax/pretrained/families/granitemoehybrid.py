@@ -11,13 +11,14 @@ from memcache_jax.pretrained.tensors import Names, Part, Tensor
 
 def config(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig:
     """The model's shape."""
-    given.only(hidden_act="silu", position_embedding_type=(None, "rope"))
+    given.only(hidden_act="silu", position_embedding_type=(None, "rope", "nope"))
     norm = Norm(epsilon=given.number("rms_norm_eps", 1e-6))
     rope = given.get("position_embedding_type") == "rope"
+    heads, dim = _mamba.sizes(given, given.get("mamba_expand", 2) * given["hidden_size"])
     mixers = {
         "linear_attention": _mamba.mixer(
-            given["mamba_n_heads"],
-            given["mamba_d_head"],
+            heads,
+            dim,
             given["mamba_n_groups"],
             given["mamba_d_state"],
             given["mamba_d_conv"],

@@ -62,7 +62,8 @@ def tensors(given: Given) -> Iterator[Tensor]:
 
 def _bare(given: Given) -> Given:
     """Its attention has no biases and its head is its own, whatever the configuration says."""
-    return given.replaced(attention_bias=False, tie_word_embeddings=False)
+    sizes = dict(head_dim=given.get("head_dim", 128))
+    return given.replaced(attention_bias=False, tie_word_embeddings=False, **sizes)
 
 
 def _pairs(given: Given) -> list[tuple[int, str, int | None]]:

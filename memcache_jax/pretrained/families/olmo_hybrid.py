@@ -13,7 +13,6 @@ def config(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig
     """The model's shape."""
     given.only(hidden_act="silu")
     norm = Norm(epsilon=given.number("rms_norm_eps", 1e-6))
-    base = given.rope()[0] if given.get("rope_parameters") else None
     linear = _gated_delta.mixer(
         given["linear_num_key_heads"],
         given["linear_num_value_heads"],
@@ -23,7 +22,7 @@ def config(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig
         epsilon=1e-5,  # whatever the configuration says
         rate=2.0 if given.get("linear_allow_neg_eigval", True) else 1.0,
     )
-    full = _model.attention(given, norm=norm, norm_over="all", rope_base=base)
+    full = _model.attention(given, norm=norm, norm_over="all", rope_base=_rope_base(given))
     mlp = GatedMLP(given["intermediate_size"])
     blocks = [
         BlockConfig(linear, mlp, norm)
@@ -33,6 +32,12 @@ def config(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig
     ]
     heads = given["num_attention_heads"]
     return _model.model(given, blocks, norm, heads, dtype=dtype, param_dtype=param_dtype)
+
+
+def _rope_base(given: Given) -> float | None:
+    """The base of rotary positions; published models have none, which their files say by a null."""
+    said = {**given.values, **given.get("rope_parameters", {})}
+    return None if said.get("rope_theta", 0) is None else given.rope()[0]
 
 
 def tensors(given: Given) -> Iterator[Tensor]:

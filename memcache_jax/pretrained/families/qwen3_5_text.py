@@ -17,10 +17,11 @@ def config(given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig
 
 def tensors(given: Given) -> Iterator[Tensor]:
     """The tensors of its files."""
-    return _qwen.tensors(given, _projections, _model.gated_mlp)
+    return _qwen.tensors(given, projections, _model.gated_mlp)
 
 
-def _projections(names: Names) -> Iterator[Tensor]:
+def projections(names: Names) -> Iterator[Tensor]:
+    """Those of a recurrent layer's inputs."""
     of = _gated_delta
     yield from names.linear("linear_attn.in_proj_qkv", of.QUERY, of.KEY, of.VALUE)
     for letter, path in dict(z=of.GATE, b=of.RATE, a=of.DECAY).items():

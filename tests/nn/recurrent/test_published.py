@@ -166,13 +166,14 @@ def block(caches):
 EQUATIONS = dict(lightning=lightning, hgrn2=hgrn2, mamba3=mamba3, positions=mamba3)
 
 
-@pytest.mark.parametrize("name", EQUATIONS)
+@pytest.mark.parametrize("name", with_slow([*EQUATIONS], "lightning"))
 def test_the_equation(name):
     layer, x, equation = made(name), inputs(), EQUATIONS[name]
     y = jax.jit(lambda layer, x: layer(x))(layer, jnp.asarray(x, jnp.float32))
     assert_close(y[0], equation(layer, x[0]), 1e-5)
 
 
+@pytest.mark.slow
 def test_the_block_is_that_of_memory_caching():
     own, composed = block(CACHES)
     x = jnp.asarray(inputs(), jnp.float32)
@@ -190,7 +191,8 @@ def test_the_block_starts_as_memory_caching_does():
     assert np.any(layer.value.linear.kernel[...] != query)
 
 
-@pytest.mark.parametrize("name", with_slow(list(LAYERS), "mamba3"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYERS)
 def test_caches_and_streams(name):
     """One pass is the reference, and a stream is one pass."""
     layer = made(name, **CACHES)
