@@ -54,7 +54,7 @@ def found():
 def test_borders_that_depend_on_the_text_are_refused():
     model = model_of(caching(mc.GRM(), mc.Adaptive(8, 16)))
     with pytest.raises(ValueError, match="depend on the text, and are not shown"):
-        inspect(model, ByteTokenizer(), [1, 2, 3])
+        inspect(model, ByteTokenizer(), np.arange(3))
 
 
 @pytest.mark.slow
