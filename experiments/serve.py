@@ -70,9 +70,9 @@ def program() -> None:
 
 
 def _compile(batcher: mc.Batcher, tokenizer: Tokenizer) -> None:
-    """Answers a prompt that has pieces of all sizes, so that clients wait for no compilation.
+    """Answers a prompt that has pieces of all sizes, so that no client waits for compilation.
 
-    Programs that score prompts are compiled when the first client asks for scores.
+    Only the programs that score prompts compile when a client first asks for scores.
     """
     print("Compiling ...", file=sys.stderr, flush=True)
     length = min(2 * batcher.piece - 1, batcher.max_length - 2)

@@ -43,7 +43,7 @@ def one_pass(
     document = None if document_ids is None else count_documents(document_ids)
     borders = None
     if isinstance(segmentation, Adaptive):
-        keys = tokens.key.astype(wide_dtype(tokens))  # as streams see them
+        keys = tokens.key.astype(wide_dtype(tokens))  # those of a stream
         borders = find_borders(segmentation, keys, document)
     if implementation == "reference":
         y = reference.memory_caching(

@@ -173,8 +173,8 @@ def gates_of_tokens(
 
     Returns:
       In float32 or wider, the gates of the states of ``segmentation.plan(t).buckets``, in that
-      order, and last the live memory's; of ``Adaptive``, of the segments that ended in each row. A
-      state that a token does not read has 0.
+      order, and last the live memory's. With ``Adaptive`` the states are those of each row's
+      finished segments. A state that a token does not read has 0.
     """
     length = key.shape[1]
     plan = segmentation.plan(length)

@@ -44,9 +44,9 @@ class Draft(abc.ABC):
         vocab: int,
         **sampling: Any,
     ) -> tuple[Int[Array, "b k"], Float[Array, "b k vocab"], Int[Array, "b"], Any]:
-        """Returns the next tokens, the probabilities they were drawn with, and the past.
+        """Returns the next tokens, their probabilities, how many count in each row, and the past.
 
-        Between them: how many of the tokens each row proposes, at most ``most``.
+        The probabilities are those that the tokens were drawn with; at most ``most`` count.
 
         Args:
           past: of ``start``, or ``keep``: of all known tokens but the last.
@@ -122,19 +122,21 @@ class NGrams(Draft):
     def _following(
         self, known: Int[Array, "size"], count: Int[Array, ""]
     ) -> tuple[Int[Array, "k"], Int[Array, ""]]:
-        """What followed, and how many tokens before it are those before the next."""
+        """What followed the best match, and the length of that match."""
         place = jnp.arange(len(known))
         same, alike = jnp.ones(len(known), bool), jnp.zeros(len(known), jnp.int32)
         for ago in range(self.longest):
             there = jnp.roll(known, ago) == known[count - 1 - ago]
             same &= there & (place >= ago) & (count > ago)
             alike += same
-        alike = jnp.where(place < count - 1, alike, 0)
-        best = jnp.argmax(jnp.where(place < count - 1, alike * len(known) + place, -1))
+        earlier = place < count - 1
+        best = jnp.argmax(jnp.where(earlier, alike * len(known) + place, -1))
         # Beyond what is known the text goes round: it is as long as the way back to the place.
         round_trip = jnp.maximum(count - 1 - best, 1)
         begin = jnp.minimum(best + 1, count - 1)
-        return known[begin + jnp.arange(self.tokens) % round_trip], alike[best]
+        return known[begin + jnp.arange(self.tokens) % round_trip], jnp.where(
+            earlier[best], alike[best], 0
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from memcache_jax.generation.prompts import buffer_size, check_prompt, check_sto
 from memcache_jax.generation.sampling import Sampling, sample
 from memcache_jax.generation.speculate import speculate
 from memcache_jax.nn import LanguageModel
-from memcache_jax.nn.unrolled import Unrolled, for_steps, unrolled_cache
+from memcache_jax.nn.unrolled import Unrolled, cache_for, for_steps
 
 
 def generate(
@@ -201,9 +201,7 @@ class _Cached:
     def start(self, prompt: Array, lengths: Array, size: int) -> tuple[Any, Float[Array, "b v"]]:
         cache = self.model.init_cache(len(prompt), size, **self.options)
         cache, logits = extend_logits(self.model, prompt, cache, lengths)
-        if isinstance(self.stepping, Unrolled):
-            cache = unrolled_cache(self.model.config, cache)
-        return cache, logits
+        return cache_for(self.stepping, cache), logits
 
     def next(self, cache: Any, token: Int[Array, "b"]) -> tuple[Any, Float[Array, "b v"]]:
         return extend_logits(self.stepping, token[:, None], cache)

@@ -11,7 +11,7 @@ from jax import lax
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.generation.drafts import merge
 from memcache_jax.generation.sampling import probabilities, sample
-from memcache_jax.nn.unrolled import Unrolled, for_steps, unrolled_cache
+from memcache_jax.nn.unrolled import cache_for, for_steps
 
 
 @functools.partial(
@@ -40,15 +40,14 @@ def speculate(
     probability min(1, p_i / q_i). In place of the first that does not, one is drawn from
     max(p_i - q_i, 0), normalized; after the last, from p_K. So each token has the distribution p
     (arXiv:2211.17192), and for temperature 0 is the most likely one. If a row keeps fewer than were
-    proposed, a second call reads what stays, from the cache before: two calls of K + 1 tokens cost
-    less than states kept between them.
+    proposed, a second call reads the kept tokens from the cache before: two calls of K + 1 tokens
+    cost less than a state kept for each token.
     """
     net: Any = nnx.merge(model, state)
     proposer, vocab = merge(draft, drafts), net.config.vocab_size
     hidden, past = net.extend(prompt, net.init_cache(len(prompt), size, **dict(cache)), lengths)
     stepping = for_steps(net)
-    if isinstance(stepping, Unrolled):
-        past = unrolled_cache(net.config, past)
+    past = cache_for(stepping, past)
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
     first = sample(jax.random.fold_in(key, 0), net.logits(last), numbers, **sampling)
     room = prompt.shape[1] + size + proposer.tokens + 1

@@ -219,8 +219,8 @@ class MemoryLayer(nnx.Module):
         """The weight that each token gives to each state it may read, for inspection.
 
         In float32 or wider: one per cached state of ``segmentation.plan(t).buckets``, in that
-        order, then the live state's; of ``Adaptive``, for the segments that ended in each row, from
-        the first on. It is 0 for states that a token does not read; ``Residual``
+        order, then the live state's. With ``Adaptive`` the states are those of each row's finished
+        segments, in order. The weight is 0 for states that a token does not read; ``Residual``
         weighs all others with 1. ``first`` is as in ``operands``.
 
         Example:
@@ -287,8 +287,8 @@ class MemoryLayer(nnx.Module):
             ends = None
             if keep_ends:
                 check_keeps_ends(cache.config)
-            if keep_ends and jax.tree.leaves(tails):
-                ends = Ring(num_ends(cache.config), tails).empty(batch_size)
+                if jax.tree.leaves(tails):
+                    ends = Ring(num_ends(cache.config), tails).empty(batch_size)
             return LayerCache(cache, tails, past, ends=ends)
 
         return placed(empty, sharding)

@@ -156,6 +156,11 @@ def for_steps(model: LanguageModel) -> LanguageModel | Unrolled:
     return Unrolled(model)
 
 
+def cache_for(stepping: LanguageModel | Unrolled, cache: LanguageModelCache) -> Any:
+    """A model's cache, as what ``for_steps`` returned for the model takes it."""
+    return unrolled_cache(stepping.config, cache) if isinstance(stepping, Unrolled) else cache
+
+
 def _axis_name(layers: nnx.Module) -> Any:
     """What the axis over layers is called in their parameters."""
     metadata = (param.get_metadata() for _, param in nnx.to_flat_state(nnx.state(layers)))

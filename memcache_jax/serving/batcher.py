@@ -206,7 +206,7 @@ class Batcher:
             pass
 
     def __enter__(self) -> "Batcher":
-        if self._died is not None:  # with what the rows held
+        if self._died is not None:  # the cache may be half written
             self._cache = self._new_cache()
         self._stopping, self._died = False, None
         self._thread = threading.Thread(target=self._serve_or_end, daemon=True)
@@ -310,7 +310,7 @@ class Batcher:
             self._reading = request, cache, taken
             return True
         row, self._reading = self._rows.index(None), None
-        self._rows[row] = request  # whose cache is lost with the others' if this fails
+        self._rows[row] = request  # a failure of put ends it with the other rows
         self._cache = put(self._cache, jnp.int32(row), cache, config=self.model.config)
         self._add([row], *draw_scored(logits, Draws.of([request])))
         return True
