@@ -77,7 +77,8 @@ class NGrams(Draft):
     Attributes:
       tokens: how many tokens are proposed.
       longest: how many tokens before a place are compared.
-      shortest: how many must be the same. Raise it where proposals are rarely kept.
+      shortest: how many must be the same, by default 3, or ``longest`` where that is less. Raise it
+        where proposals are rarely kept.
 
     Raises:
       ValueError: for numbers below 1, or a ``shortest`` above ``longest``.
@@ -85,15 +86,23 @@ class NGrams(Draft):
 
     tokens: int = 8
     longest: int = 8
-    shortest: int = 3
+    shortest: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "longest", "shortest"):
+        for name in ("tokens", "longest"):
             set_fields(self, **{name: check_integer(name, getattr(self, name))})
+        if self.shortest is None:
+            return
+        set_fields(self, shortest=check_integer("shortest", self.shortest))
         if self.shortest > self.longest:
             raise ValueError(
                 f"shortest must be at most longest={self.longest}, got {self.shortest}"
             )
+
+    @property
+    def _needed(self) -> int:
+        """How many tokens must match."""
+        return min(3, self.longest) if self.shortest is None else self.shortest
 
     def split(self) -> tuple[Any, Any]:
         """As ``Draft.split``; it has no arrays."""
@@ -116,7 +125,7 @@ class NGrams(Draft):
     ) -> tuple[Int[Array, "b k"], Float[Array, "b k vocab"], Int[Array, "b"], Any]:
         """As ``Draft.propose``: each token has probability 1."""
         tokens, alike = jax.vmap(self._following)(known, count)
-        proposed = jnp.where(alike >= self.shortest, most, jnp.minimum(most, 0))
+        proposed = jnp.where(alike >= self._needed, most, jnp.minimum(most, 0))
         return tokens, jax.nn.one_hot(tokens, vocab), proposed, past
 
     def _following(

@@ -48,7 +48,7 @@ def test_what_is_refused():
     for call, message in {
         lambda: mc.NGrams(0): "tokens must be at least 1, got 0",
         lambda: mc.NGrams(longest=0): "longest must be at least 1, got 0",
-        lambda: mc.NGrams(longest=2): "shortest must be at most longest=2, got 3",
+        lambda: mc.NGrams(longest=2, shortest=3): "shortest must be at most longest=2, got 3",
         lambda: mc.DraftModel(function): r"model must be an mc\.nn\.LanguageModel",
         lambda: mc.DraftModel(model, tokens=0): "tokens must be at least 1, got 0",
         lambda: greedy(model, tokens, "ngrams"): r"draft must be mc\.NGrams\(\) or mc\.Draft",
