@@ -129,10 +129,14 @@ def test_values_that_published_files_have_or_leave_out(name, left_out, published
 def test_published_olmo_hybrid_has_no_rotary_positions():
     values = dict(read_text_model(FOLDERS / "olmo_hybrid").values)
     del values["rope_parameters"]
-    for published in (dict(rope_theta=None), dict(rope_parameters=dict(rope_theta=None))):
+    for published, base in (
+        (dict(rope_theta=None), None),
+        (dict(rope_parameters=dict(rope_theta=None)), None),
+        (dict(rope_parameters=None), 10_000.0),  # as transformers reads it
+    ):
         model = described(Given(values | published), dtype=jnp.float32, param_dtype=jnp.float32)
         attention = [x for x in model.mixers if isinstance(x, mc.nn.GroupedAttentionMixer)]
-        assert {mixer.rope_base for mixer in attention} == {None}
+        assert {mixer.rope_base for mixer in attention} == {base}
 
 
 def test_mamba2_as_its_authors_package_names_it(tmp_path):
