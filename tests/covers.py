@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 
-from tests.cases import MEMORIES, slow_unless
+from tests.cases import MEMORIES
 
 
 def exhaustive_unless(kept):
-    """Marks of a case that only the exhaustive suite runs, unless it is kept for ``make test``."""
-    return () if kept else (pytest.mark.slow, pytest.mark.exhaustive)
+    """Marks of a case that only the exhaustive suite runs, unless ``make test`` keeps it."""
+    return pytest.mark.slow if kept else (pytest.mark.slow, pytest.mark.exhaustive)
 
 
 def kept_of(cases, *kept, fast=()):
@@ -21,7 +21,7 @@ def kept_of(cases, *kept, fast=()):
       fast: names of those that ``make test-fast`` runs too.
     """
     named = cases if isinstance(cases, dict) else {name: name for name in cases}
-    marks = {name: exhaustive_unless(name in kept) or slow_unless(False) for name in named}
+    marks = {name: exhaustive_unless(name in kept) for name in named}
     marks |= dict.fromkeys(fast, ())
     return [pytest.param(x, id=name, marks=marks[name]) for name, x in named.items()]
 
@@ -34,22 +34,18 @@ def forms():
     return tuple(groups.values())
 
 
-def rules_of(turn):
-    """One rule of each form; in the next turn the next ones, so that each rule has its own."""
-    return tuple(names[turn % len(names)] for names in forms())
-
-
-def rules(turn, *fast, among=None):
+def rules(turn, *fast, among=MEMORIES, values=False):
     """Every rule for ``parametrize``, of which this turn's are kept.
 
     Args:
       turn: a number of one's own for each test.
       *fast: names of those that ``make test-fast`` runs too.
-      among: those that there are, if not all.
+      among: names of those that there are.
+      values: the rules themselves, instead of their names.
     """
-    there = MEMORIES if among is None else among
-    kept = (names for names in ([n for n in group if n in there] for group in forms()) if names)
-    return kept_of(there, *(names[turn % len(names)] for names in kept), fast=fast)
+    groups = ([name for name in group if name in among] for group in forms())
+    kept = [names[turn % len(names)] for names in groups if names]
+    return kept_of({n: MEMORIES[n] if values else n for n in among}, *kept, fast=fast)
 
 
 def pairwise(cases):
@@ -74,19 +70,50 @@ def pairwise(cases):
     return chosen
 
 
-def product(*axes, fast=()):
-    """Every combination of named values for ``parametrize``; those beyond a cover are exhaustive.
+def each_value(turn, axes):
+    """As many cases as the longest axis has values, such that each value is in one of them.
+
+    Of another turn the values meet in other pairs: where the test is one of the parameters, tests
+    with turns of their own have all pairs together.
+
+    Args:
+      turn: a number of one's own for each test.
+      axes: the values of each.
+    """
+    count = max(map(len, axes))
+    return [
+        tuple(axis[(case + turn * i) % len(axis)] for i, axis in enumerate(axes))
+        for case in range(count)
+    ]
+
+
+def product(*axes, turn=None, fast=()):
+    """Every combination for ``parametrize``; those beyond a cover are exhaustive.
 
     Args:
       *axes: names, or values by name.
-      fast: tuples of names of those that ``make test-fast`` runs too; the cover has them.
+      turn: for a cover of values, ``each_value``; a cover of pairs without.
+      fast: tuples of names of those that ``make test-fast`` runs too.
     """
     named = [axis if isinstance(axis, dict) else {name: name for name in axis} for axis in axes]
-    names = list(itertools.product(*named))
-    kept = pairwise(names)
+    cases = [*itertools.product(*named)]
+    kept = pairwise(cases) if turn is None else each_value(turn, [[*axis] for axis in named])
     params = []
-    for case in names:
-        marks = () if case in fast else exhaustive_unless(case in kept) or slow_unless(False)
+    for case in cases:
+        marks = () if case in fast else exhaustive_unless(case in kept)
         values = (axis[name] for axis, name in zip(named, case, strict=True))
         params.append(pytest.param(*values, id="-".join(map(str, case)), marks=marks))
     return params
+
+
+def first_kept(count, rows):
+    """Rows of arguments for ``parametrize``, by name or with none; the first ones are kept."""
+    named = rows.items() if isinstance(rows, dict) else ((None, row) for row in rows)
+    return [
+        pytest.param(
+            *(row if isinstance(row, tuple) else (row,)),
+            id=name,
+            marks=exhaustive_unless(i < count),
+        )
+        for i, (name, row) in enumerate(named)
+    ]

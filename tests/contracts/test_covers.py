@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cases import COVER, MEMORIES
-from tests.covers import forms, kept_of, pairwise, product, rules, rules_of
+from tests.covers import each_value, first_kept, forms, kept_of, pairwise, product, rules
 
 
 def met(cases):
@@ -57,13 +57,33 @@ def test_marks_of_names():
     assert [names_of(p) for p in params] == [set(), {"slow"}, {"slow", "exhaustive"}]
 
 
+@pytest.mark.parametrize("sizes", [(3, 2), (5, 2), (3, 3), (4, 3)])
+def test_over_the_turns_every_two_values_meet(sizes):
+    axes = [*map(range, sizes)]
+    turns = [each_value(turn, axes) for turn in range(max(sizes))]
+    for cases in turns:
+        assert len(cases) == max(sizes)
+        assert [{*values} for values in zip(*cases, strict=True)] == [{*axis} for axis in axes]
+    assert met(itertools.chain(*turns)) == met(itertools.product(*axes))
+
+
+def test_marks_of_rows():
+    params = first_kept(1, [("a", 1), ("b", 2)]) + first_kept(1, dict(x=3, y=4))
+    assert [p.values for p in params] == [("a", 1), ("b", 2), (3,), (4,)]
+    assert ["exhaustive" in names_of(p) for p in params] == [False, True] * 2
+    assert [p.id for p in params] == [None, None, "x", "y"]
+
+
 def test_each_turn_has_every_form_and_every_rule_has_its_turn():
-    turns = [rules_of(turn) for turn in range(max(map(len, forms())))]
-    assert all(len(names) == len(forms()) == 4 for names in turns)
-    assert set().union(*turns) == MEMORIES.keys()
-    for turn in range(5):
-        kept = [p for p in rules(turn, among=COVER) if "exhaustive" not in names_of(p)]
-        assert len(kept) == 4
+    kept = [
+        {p.id for p in rules(turn, among=among) if "exhaustive" not in names_of(p)}
+        for among in (MEMORIES, COVER)
+        for turn in range(5)
+    ]
+    assert all([len(names & {*form}) for form in forms()] == [1] * 4 for names in kept)
+    assert set().union(*kept[:5]) == MEMORIES.keys()
+    assert set().union(*kept[5:]) == COVER.keys()
+    assert rules(0, values=True)[1].values == (MEMORIES["retnet"],)
 
 
 def contracts():
