@@ -21,8 +21,8 @@ from tests.cases import (
     make_inputs,
     scheduled,
     value_and_vjp,
-    with_slow,
 )
+from tests.covers import kept_of
 from tests.engine.test_borders import keys_of_topics, segments_of
 from tests.streams import empty, over_time
 
@@ -83,7 +83,7 @@ def row_of(inputs, memory, row):
 class TestEveryForm:
     """Rules of each form, in float64."""
 
-    @pytest.mark.parametrize("rule", with_slow([*FAMILIES], "linear"))
+    @pytest.mark.parametrize("rule", kept_of([*FAMILIES], "titans", fast=["linear"]))
     def test_outputs_are_those_of_the_same_segments_by_hand(self, rule):
         memory = MEMORIES[rule]
         inputs = topics(memory)
@@ -94,7 +94,7 @@ class TestEveryForm:
         wanted = run(row_of(inputs, memory, 1), memory, EACH, by_hand)
         assert_close({name: y[1:] for name, y in got.items()}, wanted, 1e-12)
 
-    @pytest.mark.parametrize("rule", with_slow([*FAMILIES], "gated_deltanet"))
+    @pytest.mark.parametrize("rule", kept_of([*FAMILIES], "linear", fast=["gated_deltanet"]))
     def test_reference_documents_and_gradients(self, rule):
         memory = MEMORIES[rule]
         inputs = topics(memory)
@@ -112,7 +112,7 @@ class TestEveryForm:
         alone = run(alone | {"weights": inputs["weights"]}, memory, CASES)
         assert_close({name: y[:1, 12:] for name, y in packed.items()}, alone, 1e-12)
 
-    @pytest.mark.parametrize("rule", with_slow([*FAMILIES], "linear"))
+    @pytest.mark.parametrize("rule", kept_of([*FAMILIES], "titans", fast=["linear"]))
     def test_streams(self, rule):
         memory = MEMORIES[rule]
         inputs = topics(memory)

@@ -14,7 +14,8 @@ from memcache_jax.engine.run import full_controls
 from memcache_jax.engine.types import Rows, Tokens, Writing
 from memcache_jax.engine.write import initial_states, write_blocks
 from memcache_jax.kernels._dispatch import interpret_kernels
-from tests.cases import MEMORIES, assert_close, make_inputs, value_and_vjp, with_slow
+from tests.cases import MEMORIES, assert_close, make_inputs, value_and_vjp
+from tests.covers import product
 
 KERNELS = ("pallas_tpu", "pallas_gpu")
 AFFINE = {name: memory for name, memory in MEMORIES.items() if memory.form == "affine"}
@@ -69,8 +70,10 @@ def in_turn(memory):
     return three_blocks(memory, "reference")
 
 
-@pytest.mark.parametrize("implementation", with_slow(KERNELS, "pallas_tpu"))
-@pytest.mark.parametrize("memory", with_slow(AFFINE, "linear"))
+@pytest.mark.parametrize(
+    ("memory", "implementation"),
+    product(AFFINE, KERNELS, turn=0, fast=[("linear", "pallas_tpu")]),
+)
 def test_kernels_equal_chunks_in_turn(memory, implementation):
     with interpret_kernels():
         got = three_blocks(memory, implementation)
@@ -79,9 +82,10 @@ def test_kernels_equal_chunks_in_turn(memory, implementation):
     assert_close(got[1], wanted[1], 2e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("implementation", [*KERNELS, "xla"])
-@pytest.mark.parametrize("name", ["swla", "gated_deltanet"])
+@pytest.mark.parametrize(
+    ("implementation", "name"),
+    product([*KERNELS, "xla"], ["swla", "gated_deltanet"], turn=0),
+)
 def test_documents(name, implementation):
     memory = AFFINE[name]
     rows = jax.tree.map(lambda x: x[:, :, :, None], make_rows(memory, 3))

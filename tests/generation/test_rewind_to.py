@@ -89,6 +89,7 @@ def test_layers_that_shift_and_turn():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_titans_without_convolutions():
     titans = mc.memories.Titans(chunk_size=4, expansion=1)
     go_back(

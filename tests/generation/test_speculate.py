@@ -13,6 +13,7 @@ import memcache_jax as mc
 from memcache_jax.generation.prompts import check_stop
 from memcache_jax.generation.sampling import Sampling
 from memcache_jax.generation.speculate import accept, speculate
+from tests.covers import exhaustive_unless
 from tests.generation.models import VOCAB, language_model, prompts
 
 
@@ -41,7 +42,7 @@ def rounds(model, draft, tokens, new, sampling):
     ("mixer", "draft"),
     [
         ("linear attention", mc.NGrams(tokens=3)),
-        pytest.param("titans", mc.NGrams(tokens=9), marks=pytest.mark.slow),
+        pytest.param("titans", mc.NGrams(tokens=9), marks=exhaustive_unless(False)),
         pytest.param("attention", "smaller", marks=pytest.mark.slow),
     ],
     ids=["linear", "titans", "attention"],

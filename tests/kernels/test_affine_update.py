@@ -16,6 +16,7 @@ from memcache_jax.kernels._dispatch import interpret_kernels
 from memcache_jax.kernels._triton import lowered_for_gpu
 from memcache_jax.kernels.affine_update import AffineChunk, affine_update, gpu
 from tests.cases import assert_close, normals, value_and_vjp
+from tests.covers import product
 
 KERNELS = ("pallas_tpu", "pallas_gpu")
 CHUNK = 8
@@ -44,9 +45,7 @@ def update(state, form, implementation="pallas_tpu", keep=3):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("keep", [1, 2, 6])
-@pytest.mark.parametrize("implementation", [*KERNELS, "xla"])
+@pytest.mark.parametrize(("implementation", "keep"), product([*KERNELS, "xla"], [1, 2, 6], turn=0))
 def test_states_are_kept_between_runs(implementation, keep):
     def outputs(implementation):
         return value_and_vjp(
@@ -60,9 +59,9 @@ def test_states_are_kept_between_runs(implementation, keep):
     assert_close(got[1], wanted[1], 2e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("erasing", [4, None])
-@pytest.mark.parametrize("implementation", [*KERNELS, "xla", "reference"])
+@pytest.mark.parametrize(
+    ("implementation", "erasing"), product([*KERNELS, "xla", "reference"], [4, None], turn=0)
+)
 def test_no_state_is_zero(implementation, erasing):
     state, form = make_form()
     if erasing is None:

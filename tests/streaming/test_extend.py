@@ -9,6 +9,7 @@ import pytest
 
 import memcache_jax as mc
 from tests.cases import MEMORIES, assert_close, make_inputs
+from tests.covers import first_kept, kept_of
 from tests.streams import empty, over_time, whole
 
 
@@ -38,15 +39,16 @@ def test_segments_begin_with_the_weights_that_are_given():
     np.testing.assert_allclose(slope, (up - down) / 2e-6, rtol=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("memory", "segmentation"),
-    [
-        (mc.memories.LinearAttention(), mc.Constant(1)),
-        (mc.memories.Titans(chunk_size=1, expansion=1), mc.Constant(2)),
-    ],
-    ids=["segments of one", "chunks of one"],
+    first_kept(
+        1,
+        {
+            "chunks of one": (mc.memories.Titans(chunk_size=1, expansion=1), mc.Constant(2)),
+            "segments of one": (mc.memories.LinearAttention(), mc.Constant(1)),
+        },
+    ),
 )
 def test_chunks_of_one_token(memory, segmentation):
     inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 6))
@@ -77,9 +79,8 @@ def test_rows_that_are_full():
     assert jnp.isnan(y).all()
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("memory", ["linear", "titans"])
+@pytest.mark.parametrize("memory", kept_of(["linear", "titans"], "titans"))
 def test_rows_end_where_positions_do(memory):
     memory, plan = MEMORIES[memory], (mc.GRM(), mc.Constant(8))
     inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 20))

@@ -9,6 +9,7 @@ import pytest
 
 import memcache_jax as mc
 from tests.cases import MEMORIES, make_inputs
+from tests.covers import rules
 from tests.streams import empty, over_time
 
 LENGTH, REWIND = 22, 5  # more than a segment of 4: the tokens taken back may end two
@@ -110,8 +111,7 @@ def go_back(rule, kinds):
     assert_same(rewind_all(then, jnp.full(3, 5)), two)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rule", MEMORIES)
+@pytest.mark.parametrize("rule", rules(0))
 def test_every_rule(rule):
     go_back(rule, FEW)
 
