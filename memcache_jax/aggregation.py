@@ -10,8 +10,16 @@ from jax import lax
 
 from memcache_jax._checks import check_choice, check_integer, set_fields, shown
 from memcache_jax._typing import Array, Bool, Float, Matrices
+from memcache_jax.engine.exact import read_of_tokens, scores_of_tokens
 from memcache_jax.engine.read import Bank, Live
-from memcache_jax.engine.types import Candidates, LivePart, OfBlocks, OfTokens, Selection
+from memcache_jax.engine.types import (
+    Beside,
+    Candidates,
+    LivePart,
+    OfBlocks,
+    OfTokens,
+    Selection,
+)
 from memcache_jax.gating import GATES, ContentGate, Gate, finite_rows, scores
 from memcache_jax.kernels._largest import largest
 from memcache_jax.kernels.gate_softmax import softmax_gates
@@ -34,10 +42,12 @@ class Aggregation(abc.ABC):
         ``"position"``, logits of each distance in segments, passed as the connector (b, t, h,
         distances), the live memory's first; or ``"uniform"``.
       pooling: whether pooled keys are the ``"mean"`` or the ``"sum"`` of a bucket's keys.
+      exact: tokens kept beside each cached state, see ``GRM``.
     """
 
     gate: str | Gate = "uniform"
     pooling: str = "mean"
+    exact: int = 0
 
     @property
     def relevance(self) -> Gate:
@@ -62,7 +72,7 @@ class Aggregation(abc.ABC):
     def merges_exactly(self, memory: Memory) -> bool:
         """Whether the mean of n states, counted n times, gives the same output as the n states."""
         linear = self.mixes or memory.depth == 1
-        return self.sums_all and linear and self.relevance == GATES["uniform"]
+        return self.sums_all and linear and self.relevance == GATES["uniform"] and not self.exact
 
     @abc.abstractmethod
     def gates(
@@ -74,6 +84,24 @@ class Aggregation(abc.ABC):
           cached: relevance of each cached state, -inf where it is not visible.
           live: relevance of the live memory.
         """
+
+    def gates_with_tokens(
+        self,
+        cached: Float[Array, "... s"],
+        live: Float[Array, "..."],
+        tokens: Float[Array, "... s r"],
+    ) -> tuple[Float[Array, "... s"], Float[Array, "..."], Float[Array, "... s r"]]:
+        """``gates``, and those of the tokens kept beside the cached states: each is one more state.
+
+        Args:
+          cached: as for ``gates``.
+          live: as for ``gates``.
+          tokens: relevance of the tokens kept beside each cached state.
+        """
+        flat = tokens.reshape(*cached.shape[:-1], -1)
+        gates, live = self.gates(jnp.concatenate([cached, flat], axis=-1), live)
+        states = cached.shape[-1]
+        return gates[..., :states], live, gates[..., states:].reshape(tokens.shape)
 
     def select(
         self,
@@ -90,8 +118,21 @@ class Aggregation(abc.ABC):
           implementation: of the selection.
         """
         del implementation
-        gates, live = self.gates(*scores(connector, candidates, self.relevance, self.pooling))
-        return OfBlocks(candidates.states, gates, live, unread=candidates.same_document is not None)
+        gates, live, beside = self._gates_of(connector, candidates)
+        unread = candidates.same_document is not None
+        return OfBlocks(candidates.states, gates, live, unread, beside)
+
+    def _gates_of(
+        self, connector: Float[Array, "b h n c u"], candidates: Candidates
+    ) -> tuple[Float[Array, "b h n c r"], Float[Array, "b h n c"], Beside | None]:
+        """The gates of all slots and of the live memory, and what the slots' kept tokens add."""
+        how = connector, candidates, self.relevance, self.pooling
+        cached, live = scores(*how)
+        if candidates.exact is None:
+            return *self.gates(cached, live), None
+        gates, live, of_tokens = self.gates_with_tokens(cached, live, scores_of_tokens(*how))
+        read = read_of_tokens(candidates, of_tokens)
+        return gates, live, Beside(of_tokens.sum(axis=-1), read)
 
     def needs(self, memory: Memory) -> tuple[LivePart, ...]:
         """The parts of the live memory that ``read`` takes."""
@@ -114,6 +155,13 @@ class Aggregation(abc.ABC):
           query: the queries, block by block.
           selection: as from ``select``.
         """
+        y = self._read_states(bank, live, query, selection)
+        return y if selection.beside is None else y + selection.beside.read
+
+    def _read_states(
+        self, bank: Bank, live: Live, query: Float[Array, "b h n c k"], selection: Selection
+    ) -> Float[Array, "b h n c v"]:
+        """``read`` without the kept tokens."""
         if not self._mixes_layers(bank.memory):
             return _gated(selection.live, live.reads()) + bank.read(query, selection)
 
@@ -170,18 +218,32 @@ class GRM(Aggregation):
         distance; ``"uniform"``, one over the number of visible states.
       pooling: ``"mean"`` or ``"sum"`` of a bucket's keys. The paper writes MeanPooling and prints a
         sum (Eq. 17), which grows with the segment and saturates the softmax.
+      exact: r, tokens kept beside each cached state: those of its segment, and of its document, for
+        which the error of the cached state, |v - M(k)|^2, is largest. Each is read as one more
+        state, whose pooled key is its key and which returns its value::
+
+            y_t = gamma_live M_t(q_t) + sum_i (gamma_i M_i(q_t) + sum_j gamma_ij v_ij)
+
+        with one softmax over the relevance of all of them, <u_t, k_ij> of tokens. The state at the
+        segment's end says what reads will miss; an error at the time of writing would choose a
+        segment's first tokens, which meet an empty memory. The paper keeps no tokens. Keys and
+        values have gradients, the choice has none. It is for ``Constant``, ``Lengths`` and
+        ``Adaptive`` segments of ``exact`` tokens or more. Choice and reads of tokens are XLA's with
+        every ``implementation``, and so is SSC's router then. A stream keeps the tokens of the live
+        segment to choose from.
 
     Raises:
-      ValueError: for an unknown gate or pooling.
+      ValueError: for an unknown gate or pooling, or ``exact`` below 0.
 
     Example:
       >>> import memcache_jax as mc
-      >>> mc.GRM()
-      GRM(gate='content', pooling='mean')
+      >>> mc.GRM(exact=4)
+      GRM(gate='content', pooling='mean', exact=4)
     """
 
     gate: str | Gate = "content"
     pooling: str = "mean"
+    exact: int = dataclasses.field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         known = isinstance(self.gate, str) and self.gate in GATES
@@ -191,6 +253,7 @@ class GRM(Aggregation):
                 f"{shown(self.gate)}"
             )
         check_choice("pooling", self.pooling, ("mean", "sum"))
+        set_fields(self, exact=check_integer("exact", self.exact, 0))
 
     def gates(self, cached: Array, live: Array) -> tuple[Array, Array]:
         """Softmax of the relevance."""
@@ -208,7 +271,7 @@ class Soup(GRM):
     Example:
       >>> import memcache_jax as mc
       >>> mc.Soup()
-      Soup(gate='content', pooling='mean')
+      Soup(gate='content', pooling='mean', exact=0)
     """
 
     @property
@@ -222,7 +285,8 @@ class SSC(GRM):
     """Sparse selective caching (Eq. 16-17 of arXiv:2602.24281): a router picks the states to read.
 
     GRM over the live memory and the ``top_k`` cached states of highest relevance, per token and
-    head; of equally relevant ones the older. Reads cost the same however long the sequence is.
+    head; of equally relevant ones the older. Reads cost the same however long the sequence is. Of
+    the tokens that ``exact`` keeps, a token reads those beside the states that it selects.
 
     Attributes, beside GRM's:
       top_k: cached states that a token reads.
@@ -252,13 +316,28 @@ class SSC(GRM):
 
     def gates(self, cached: Array, live: Array) -> tuple[Array, Array]:
         """Softmax over the selected states and the live one; zero for the others."""
-        if self.top_k < cached.shape[-1]:
-            _, chosen = largest(lax.stop_gradient(cached), self.top_k)
-            selected = jnp.zeros(cached.shape, bool)
-            selected = jnp.put_along_axis(selected, chosen, True, axis=-1, inplace=False)
-            others = jnp.where(_unknown(cached), jnp.nan, -jnp.inf)
-            cached = jnp.where(selected, cached, others)
-        return softmax_gates(cached, live)
+        return softmax_gates(self._selected(cached), live)
+
+    def gates_with_tokens(
+        self, cached: Array, live: Array, tokens: Array
+    ) -> tuple[Array, Array, Array]:
+        """Softmax over the selected states, their tokens and the live one."""
+        cached = self._selected(cached)
+        flat = jnp.where(cached[..., None] > -jnp.inf, tokens, -jnp.inf)
+        flat = flat.reshape(*cached.shape[:-1], -1)
+        gates, live = softmax_gates(jnp.concatenate([cached, flat], axis=-1), live)
+        states = cached.shape[-1]
+        return gates[..., :states], live, gates[..., states:].reshape(tokens.shape)
+
+    def _selected(self, cached: Float[Array, "*r states"]) -> Float[Array, "*r states"]:
+        """The relevance of the selected states, -inf for the others."""
+        if self.top_k >= cached.shape[-1]:
+            return cached
+        _, chosen = largest(lax.stop_gradient(cached), self.top_k)
+        selected = jnp.zeros(cached.shape, bool)
+        selected = jnp.put_along_axis(selected, chosen, True, axis=-1, inplace=False)
+        others = jnp.where(_unknown(cached), jnp.nan, -jnp.inf)
+        return jnp.where(selected, cached, others)
 
     def select(
         self,
@@ -274,6 +353,7 @@ class SSC(GRM):
             assert isinstance(selection, OfBlocks)
             return selection._replace(unread=selection.unread or self.top_k < states.shape[-1])
         by_block = candidates.same_document is None and candidates.counts is None
+        by_block &= candidates.exact is None
         routed = type(self) is SSC and self.relevance == ContentGate()
         if routed and by_block and isinstance(states, np.ndarray):
             keys = candidates.keys(self.pooling)
@@ -289,10 +369,19 @@ class SSC(GRM):
             return OfTokens(chosen, gates, live)
         cached, live = scores(connector, candidates, self.relevance, self.pooling)
         _, slots = largest(lax.stop_gradient(cached), self.top_k)
-        cached = jnp.where(_unknown(cached), jnp.nan, jnp.take_along_axis(cached, slots, axis=-1))
         chosen = jnp.take_along_axis(jnp.asarray(states)[:, None, :, None], slots, axis=-1)
-        gates, live = self.gates(cached, live)
-        return OfTokens(jnp.where(gates != 0, chosen, -1), gates, live)
+        beside = None
+        if candidates.exact is None:
+            few = jnp.take_along_axis(cached, slots, axis=-1)
+            gates, live = self.gates(jnp.where(_unknown(cached), jnp.nan, few), live)
+        else:
+            gates, live, beside = self._gates_of(connector, candidates)
+            assert beside is not None
+            gates, of_tokens = (
+                jnp.take_along_axis(x, slots, axis=-1) for x in (gates, beside.gates)
+            )
+            beside = beside._replace(gates=of_tokens)
+        return OfTokens(jnp.where(gates != 0, chosen, -1), gates, live, beside)
 
     def _all_are_few(self, states: np.ndarray | Array) -> bool:
         """Whether all that blocks may read is no more than what their tokens would select."""

@@ -9,6 +9,7 @@ from memcache_jax._typing import Array, Exchange, Float, Implementation, Int, St
 from memcache_jax._varying import alike
 from memcache_jax.adaptive import Adaptive
 from memcache_jax.aggregation import Aggregation
+from memcache_jax.engine.exact import check_keeps
 from memcache_jax.engine.one_pass import one_pass
 from memcache_jax.engine.types import Tokens
 from memcache_jax.kernels._platform import check_platform
@@ -139,7 +140,7 @@ def check_configuration(
     """Raises ValueError for what cannot be configured, whatever the arrays.
 
     The first three must be instances of their classes, the chunk size must divide the segment's,
-    and start and implementation must be known.
+    segments must have the tokens that are kept, and start and implementation must be known.
     """
     for what, got, wanted, example in (
         ("memory", memory, Memory, "mc.memories.Titans(chunk_size=64)"),
@@ -153,5 +154,7 @@ def check_configuration(
             f"the chunk size of {type(memory).__name__}, {memory.gradient_chunk}, must divide the "
             f"segment size, got {segmentation}"
         )
+    if aggregation.exact:
+        check_keeps(aggregation.exact, segmentation)
     check_choice("start", start, get_args(Start))
     check_choice("implementation", implementation, (None, *get_args(Implementation)))

@@ -15,7 +15,13 @@ from memcache_jax.segmentation import ReadPlan
 
 
 def gates_by_state(selection: Selection, count: int) -> Float[Array, "b h n c states"]:
-    """The gates of all ``count`` states of the bank, zero for those that a token does not read."""
+    """The gates of all ``count`` states of the bank, zero for those that a token does not read.
+
+    Those of the tokens kept beside a state are counted with its own.
+    """
+    if selection.beside is not None:
+        gates = selection.gates + selection.beside.gates
+        selection = selection._replace(gates=gates, beside=None)
     if isinstance(selection, OfTokens):
         states = selection.states
     elif in_order(selection.states, count):

@@ -62,6 +62,7 @@ def one_pass(
             document = borders.of_tokens(length)
         blocks = cut_for(memory, tokens, document, plan, length)
         how = writing(memory, aggregation, tokens, weights, implementation)
-        y, _, _ = run(OnePass(plan, carries, borders), how, aggregation, blocks)
+        most = segmentation.max // segmentation.size if isinstance(segmentation, Adaptive) else 1
+        y, _, _ = run(OnePass(plan, carries, borders, most), how, aggregation, blocks)
         y = y.reshape(*y.shape[:2], -1, y.shape[-1])[:, :, :length]
     return jnp.moveaxis(y, 1, 2).astype(value.dtype)

@@ -17,6 +17,7 @@ from memcache_jax._varying import vary, varying
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.engine.borders import Borders
 from memcache_jax.engine.types import Tokens
+from memcache_jax.kernels._largest import largest
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import ReadPlan
 
@@ -84,6 +85,15 @@ def _one_head(
         sums = jnp.sum(key, axis=0, where=seen[:, None])
         return sums / jnp.maximum(seen.sum(), 1) if aggregation.pooling == "mean" else sums
 
+    def worst(matrices: Any, first: Array, after: Array, of: Array) -> tuple:
+        """The tokens of a bucket that its state recalls worst, and whether there are so many."""
+        errors = jnp.sum((value - memory.read(matrices, key)) ** 2, axis=-1)
+        there = (first <= every) & (every < after) & (document == of)
+        unknown = jnp.any(there & jnp.isnan(errors))
+        errors = jnp.where(there & ~jnp.isnan(errors), errors, -jnp.inf)
+        _, chosen = largest(lax.stop_gradient(errors), min(aggregation.exact, length))
+        return jnp.where(unknown, jnp.nan, key[chosen]), value[chosen], there[chosen]
+
     # What is cached, (shifts, buckets, ...): the plan's buckets, counted from each block in which a
     # document may begin. Those that end beyond the sequence are never read.
     live = run(0, length, restarts=start == "independent")
@@ -95,7 +105,9 @@ def _one_head(
     else:
         bank = memory.matrices(_last_states(run, first, after - first, initial))
     owner = document[last]
-    pooled = jax.vmap(jax.vmap(pool))(jnp.asarray(first), jnp.asarray(after), owner)
+    spans = jnp.asarray(first), jnp.asarray(after), owner
+    pooled = jax.vmap(jax.vmap(pool))(*spans)
+    exact = jax.vmap(jax.vmap(worst))(bank, *spans) if aggregation.exact else None
 
     def read(t: Array) -> Array:
         begun = jnp.argmax(document == document[t]) // segment if follows else 0
@@ -113,13 +125,19 @@ def _one_head(
         score = jax.vmap(aggregation.relevance.score, in_axes=(None, 0, 0))
         scores = score(connector[t], keys, distances)
         cached = jnp.where(visible, scores[:-1], -jnp.inf)
-        gates = aggregation.gates(cached, scores[-1])
-        return aggregation.read_token(
-            memory,
-            jax.tree.map(lambda cached, own: _joined(seen(cached), own), bank, own),
-            query[t],
-            jnp.append(*gates),
-        )
+        added = jnp.zeros(value.shape[1:], value.dtype)
+        if exact is None:
+            gates, last = aggregation.gates(cached, scores[-1])
+        else:
+            keys, values, there = (x[begun, slots] for x in exact)
+            distances = jnp.broadcast_to(distances[:-1, None], there.shape)
+            of_tokens = jax.vmap(score, in_axes=(None, 0, 0))(connector[t], keys, distances)
+            of_tokens = jnp.where(visible[:, None] & there, of_tokens, -jnp.inf)
+            gates, last, of_tokens = aggregation.gates_with_tokens(cached, scores[-1], of_tokens)
+            values = jnp.where(of_tokens[..., None] != 0, values, 0)
+            added = jnp.einsum("sr,srv->v", of_tokens, values)
+        states = jax.tree.map(lambda cached, own: _joined(seen(cached), own), bank, own)
+        return aggregation.read_token(memory, states, query[t], jnp.append(gates, last)) + added
 
     return lax.map(read, every)
 

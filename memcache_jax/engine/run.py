@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from memcache_jax._typing import Array, Float, Int, State
+from memcache_jax._typing import Array, Float, Int, Matrices, State
 from memcache_jax._varying import vary, varying
 from memcache_jax.adaptive import Adaptive
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.engine.bank import bucket_states, compose_plan, document_states
 from memcache_jax.engine.borders import Borders, adaptive_candidates, find_borders, states_of
 from memcache_jax.engine.documents import begun_in_chunk, document_candidates
+from memcache_jax.engine.exact import exact_of_blocks
 from memcache_jax.engine.finite import cleaned
 from memcache_jax.engine.read import ArrayBank, Bank, Live
 from memcache_jax.engine.types import (
@@ -72,11 +73,13 @@ class OnePass(Layout):
       plan: its buckets and who reads them.
       carries: whether each segment continues from the one before.
       borders: where segments end if the tokens decide; None if the plan does.
+      most_blocks: in a segment that the tokens decide about.
     """
 
     plan: ReadPlan
     carries: bool
     borders: Borders | None = None
+    most_blocks: int = 1
 
     def write(self, how: Writing, rows: Rows) -> tuple[Run, Views]:
         """In sequence, or in parallel if every segment begins anew.
@@ -96,7 +99,7 @@ class OnePass(Layout):
         if self.borders is not None:
             candidates = adaptive_candidates(plan, *keys, self.borders)
             matrices = how.memory.matrices(states_of(self.borders, ends.state))
-            return ArrayBank(how.memory, matrices, how.implementation), candidates
+            return self._with_exact(how, matrices, blocks, candidates)
         if document is None:
             candidates = candidates_of(plan, *keys)
         else:
@@ -110,8 +113,25 @@ class OnePass(Layout):
             states = jax.tree.map(lambda x: x[:, :, plan.buckets[:, 1] - 1], ends.state)
         else:
             states = bucket_states(how, ends, blocks.rows, plan)
-        matrices = how.memory.matrices(states)
-        return ArrayBank(how.memory, matrices, how.implementation), candidates
+        return self._with_exact(how, how.memory.matrices(states), blocks, candidates)
+
+    def _with_exact(
+        self, how: Writing, matrices: Matrices, blocks: Blocks, candidates: Candidates
+    ) -> tuple[Bank, Candidates]:
+        """The bank, and the candidates with the tokens kept beside them."""
+        bank = ArrayBank(how.memory, matrices, how.implementation)
+        if not how.exact or not len(self.plan.buckets):
+            return bank, candidates
+        if self.borders is not None:
+            last, owner, span = self.borders.last, self.borders.segment, self.most_blocks
+        else:
+            owner, (first, after) = blocks.document, self.plan.buckets.T
+            last, span = after[None] - 1, int(np.max(after - first))
+            if span > 1:
+                owner = np.cumsum(self.plan.begins)[None, :, None] + (0 if owner is None else owner)
+                owner = jnp.broadcast_to(owner, (len(owner), *blocks.tokens.key.shape[2:4]))
+        exact = exact_of_blocks(how.memory, matrices, blocks, last, owner, span, how.exact)
+        return bank, candidates._replace(exact=exact)
 
 
 def writing(
@@ -129,7 +149,8 @@ def writing(
         return vary(states, varying(tokens.key))
 
     dtypes = jax.tree.map(lambda x: x.dtype, tokens)
-    return Writing(memory, needs_of(aggregation, memory), initial, implementation, dtypes=dtypes)
+    needs = needs_of(aggregation, memory)
+    return Writing(memory, needs, initial, implementation, dtypes=dtypes, exact=aggregation.exact)
 
 
 def needs_of(aggregation: Aggregation, memory: Memory) -> tuple[LivePart, ...]:
@@ -175,7 +196,15 @@ def gates_of_tokens(
       In float32 or wider, the gates of the states of ``segmentation.plan(t).buckets``, in that
       order, and last the live memory's. With ``Adaptive`` the states are those of each row's
       finished segments. A state that a token does not read has 0.
+
+    Raises:
+      ValueError: for an aggregation with ``exact`` tokens, which what memories recall decides.
     """
+    if aggregation.exact:
+        raise ValueError(
+            f"gates beside exact tokens depend on what memories recall, got {aggregation}: only an "
+            "aggregation with exact=0 has gates without a memory"
+        )
     length = key.shape[1]
     plan = segmentation.plan(length)
     connector = jnp.zeros_like(key) if connector is None else connector

@@ -79,6 +79,7 @@ class Writing(NamedTuple):
       implementation: of the writing operations.
       maps: whether runs are wanted as maps, with their transitions, to compose them.
       dtypes: in which the tokens came, before they were widened; None for as they are now.
+      exact: tokens to keep beside each cached state, as ``Aggregation.exact``.
     """
 
     memory: Memory
@@ -87,6 +88,7 @@ class Writing(NamedTuple):
     implementation: str | None
     maps: bool = False
     dtypes: Any = None
+    exact: int = 0
 
     def with_no_reads(self) -> "Writing":
         """The same, keeping nothing of the live memory."""
@@ -125,6 +127,22 @@ class Keys(NamedTuple):
         return self.live, jnp.where(flat[..., None] >= 0, slots, 0).reshape(*shape, -1)
 
 
+class Exact(NamedTuple):
+    """Tokens kept beside cached states, by the states' numbers in the bank.
+
+    Attributes:
+      key: their keys, NaN where it is unknown which tokens to keep.
+      value: their values, finite.
+      counts: how many tokens a state has, the first ones; None if all have all.
+      in_order: whether slot i of the candidates is known to hold state i or none.
+    """
+
+    key: Float[Array, "b h states r k"]
+    value: Float[Array, "b h states r v"]
+    counts: Int[Array, "_ states"] | None
+    in_order: bool
+
+
 class Candidates(NamedTuple):
     """The cached states that the tokens of each block may read, and what gates are made from.
 
@@ -137,6 +155,7 @@ class Candidates(NamedTuple):
       counts: segments that a state stands for, 0 for an empty slot; None for one each. A stream
         knows its empty slots by counts alone: ask ``gating.visible``.
       held: which numbers have a state, so that keys of others are ignored; None if unknown.
+      exact: the tokens kept beside the states; None if there are none.
     """
 
     states: np.ndarray | Int[Array, "_ n r"]
@@ -145,6 +164,19 @@ class Candidates(NamedTuple):
     same_document: Bool[Array, "b n c r"] | None = None
     counts: Int[Array, "b n r"] | None = None
     held: Bool[Array, "b states"] | None = None
+    exact: Exact | None = None
+
+
+class Beside(NamedTuple):
+    """What tokens kept exactly add to the outputs of a selection.
+
+    Attributes:
+      gates: the sum of the gates of each selected state's tokens, as the selection's own gates.
+      read: the gated sum of their values.
+    """
+
+    gates: Float[Array, "b h n c r"]
+    read: Float[Array, "b h n c v"]
 
 
 class OfBlocks(NamedTuple):
@@ -155,12 +187,14 @@ class OfBlocks(NamedTuple):
       gates: of the cached states.
       live: of the live memory.
       unread: if true, a token with a gate of 0 skips the state, even if that contains NaN.
+      beside: what kept tokens add; None for nothing.
     """
 
     states: np.ndarray | Int[Array, "_ n r"]
     gates: Float[Array, "b h n c r"]
     live: Float[Array, "b h n c"]
     unread: bool = False
+    beside: Beside | None = None
 
 
 class OfTokens(NamedTuple):
@@ -170,11 +204,13 @@ class OfTokens(NamedTuple):
       states: numbers of states in the bank, -1 for none.
       gates: of the cached states.
       live: of the live memory.
+      beside: what kept tokens add; None for nothing.
     """
 
     states: Int[Array, "b h n c s"]
     gates: Float[Array, "b h n c s"]
     live: Float[Array, "b h n c"]
+    beside: Beside | None = None
 
 
 Selection: TypeAlias = OfBlocks | OfTokens

@@ -21,6 +21,7 @@ from memcache_jax.streaming import storage
 from memcache_jax.streaming.borders import borders_of, returned
 from memcache_jax.streaming.config import CacheConfig
 from memcache_jax.streaming.eviction import Eviction
+from memcache_jax.streaming.exact import empty_recent, stored_shapes
 from memcache_jax.streaming.past import Past, empty_past, rewound
 from memcache_jax.streaming.protocol import MixerCache, placed, take_rows, zero_rows
 
@@ -42,8 +43,11 @@ class Cache(MixerCache):
         None.
       key_sum: the sum of each track's keys so far, (b, h, tracks, k).
       record: what each slot holds.
-      bank: matrices of the cached states, (b, h, slots, in, out), in ``cache_dtype``; for their
-        layout on the host see ``storage.HostStorage``.
+      recent: the tokens of the live segment, of which some will be kept beside its state, where the
+        aggregation has ``exact`` tokens; else None.
+      bank: matrices of the cached states, (b, h, slots, in, out), in ``cache_dtype``, and after
+        them the keys and values of the tokens kept beside them, (b, h, slots, exact, k or v); for
+        their layout on the host see ``storage.HostStorage``.
       pooled: pooled keys of the cached states, (b, h, slots, k).
       past: what ``rewind`` needs; None where rows cannot go back.
       rewindable: by how many tokens each row can go back, (b,); None likewise.
@@ -60,6 +64,7 @@ class Cache(MixerCache):
     transition: Any
     key_sum: Any
     record: Any
+    recent: Any
     bank: Any
     pooled: Any
     past: Any
@@ -68,16 +73,19 @@ class Cache(MixerCache):
     config: CacheConfig = dataclasses.field(metadata=dict(static=True))
 
     common = ("initial",)
-    small = ("position", "state", "anchor", "transition", "key_sum", "record", "rewindable")
+    small = (
+        *("position", "state", "anchor", "transition", "key_sum", "record", "recent"),
+        "rewindable",
+    )
     shared = ("bank", "pooled", "past")
     zeroed = (
         "position",
         "record",
         "rewindable",
     )  # the first token of a segment resets states and sums
-    axes = dict.fromkeys(("state", "anchor", "transition", "key_sum", "bank", "pooled"), "b h") | {
-        "initial": "h"
-    }
+    axes = dict.fromkeys(
+        ("state", "anchor", "transition", "key_sum", "recent", "bank", "pooled"), "b h"
+    ) | {"initial": "h"}
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -95,10 +103,10 @@ class Cache(MixerCache):
     def storages(self) -> tuple[storage.Storage, storage.Storage]:
         """How ``bank`` and ``pooled`` store the cached states and their pooled keys."""
         config, first = self.config, self.first
-        matrices = jax.eval_shape(
-            lambda state: storage.pack(config.memory.matrices(state), config.cache_dtype),
-            self.initial,
-        )
+        matrices = jax.eval_shape(config.memory.matrices, self.initial)
+        _, key_dim, value_dim = self.sizes
+        matrices = stored_shapes(config, matrices, key_dim, value_dim, self.key_sum.dtype)
+        matrices = jax.eval_shape(lambda x: storage.pack(x, config.cache_dtype), matrices)
         key = jax.ShapeDtypeStruct(self.key_sum.shape[1::2], self.key_sum.dtype)
         bank = storage.HostStorage if config.placement == "host" else storage.Storage
         slots = config.slots.num_slots
@@ -269,6 +277,7 @@ def _empty(
         transition=own(transition),
         key_sum=jnp.zeros((batch, heads, slots.num_tracks, key_dim), dtype),
         record=own(slots.init(batch, heads, key_dim, dtype)),
+        recent=empty_recent(config, batch, heads, key_dim, value_dim, dtype=dtype),
         bank=None,
         pooled=None,
         past=None,

@@ -118,6 +118,12 @@ class CacheConfig:
                 "placement='host' is for SSC, which reads few states, and policies other than "
                 f"'merge', got {self.aggregation} and policy={config.policy!r}"
             )
+        if self.aggregation.exact and (merges or self.placement == "host"):
+            raise ValueError(
+                "tokens kept exactly are on the device and have no mean: exact needs "
+                f"placement='device' and a policy other than 'merge', got {self.aggregation}, "
+                f"placement={self.placement!r} and policy={config.policy!r}"
+            )
         return config if config.slots.num_slots else dataclasses.replace(config, placement="device")
 
     def _bounded(self) -> "CacheConfig":

@@ -32,6 +32,7 @@ from memcache_jax.memories.base import Run
 from memcache_jax.streaming import storage
 from memcache_jax.streaming.cache import Cache
 from memcache_jax.streaming.eviction import Merge
+from memcache_jax.streaming.exact import exact_of, matrices_of, remember, with_worst
 from memcache_jax.streaming.past import remember_slots, remember_token
 
 
@@ -74,6 +75,7 @@ def take_piece(
         transition=ends.transition,
         key_sum=keep(cache.key_sum + piece.key.sum(axis=2)[:, :, None], cache.key_sum),
         record=slots.count_reads(cache.record, selection, active),
+        recent=remember(cache, tokens, bad, active),
     )
     keeps = ended if config.rewind and size == 1 else None
     return _store(cache, block, complete, after=y, keeps=keeps), y
@@ -184,6 +186,8 @@ class Piece(Layout):
             return Keys(live, cache.storages[1].all(cache.pooled))
 
         candidates = slots.candidates(cache.record, self.block, keys)
+        exact = exact_of(cache, candidates.states, key.dtype)
+        candidates = candidates._replace(exact=exact)
         return SlotBank(how.memory, cache, key.dtype), candidates
 
 
@@ -217,14 +221,14 @@ class SlotBank(Bank):
         stored, slots = cache.storages[0], cache.config.slots.num_slots
         few = isinstance(selection, OfTokens) and size * selection.states.shape[-1] < slots
         if cache.config.placement == "device" and not few:
-            matrices = storage.unpack(stored.all(cache.bank), self.dtype)
+            matrices = storage.unpack(stored.all(matrices_of(cache)), self.dtype)
             return ArrayBank(self.memory, matrices, None), selection, x
         states = jnp.asarray(selection.states)
         if isinstance(selection, OfBlocks):
             states = jnp.where(selection.gates != 0, states[:, None, :, None], -1)
         # Each token becomes a block of its own, with its states side by side.
         states = states.reshape(batch, heads, -1)
-        near = stored.take(cache.bank, jnp.maximum(states, 0))
+        near = stored.take(matrices_of(cache), jnp.maximum(states, 0))
         matrices = storage.unpack(near, self.dtype)
         # A slot that is not read may hold NaN, and its gate of zero would not hide it.
         matrices = jax.tree.map(lambda m: jnp.where(states[..., None, None] >= 0, m, 0), matrices)
@@ -251,6 +255,7 @@ def _store(
     # XLA copies an array that is read and written, unless the write depends on the read.
     most = lax.stop_gradient(after).max()
     ends &= ~(most > jnp.maximum(most, 0))
+    before = cache
     record, place, merge = slots.store(cache.record, block, ends, cache.key_sum)
     if keeps is not None:
         past, place, merge = remember_slots(cache, block, keeps, place, merge)
@@ -262,7 +267,8 @@ def _store(
     if config.aggregation.pooling == "mean":
         pooled /= slots.tokens(cache.record, block).astype(pooled.dtype)[:, None, :, None]
     pooled = jnp.where(jnp.isfinite(pooled), pooled, jnp.nan)  # as in one pass: no gate is known
-    states, bank, keys = config.memory.matrices(states), cache.bank, cache.pooled
+    states = with_worst(before, config.memory.matrices(states), block, ends)
+    bank, keys = cache.bank, cache.pooled
     of_states, of_keys = cache.storages
     if merge is not None:
         bank, keys = lax.cond(
