@@ -34,10 +34,12 @@ class Aggregation(abc.ABC):
         ``"position"``, logits of each distance in segments, passed as the connector (b, t, h,
         distances), the live memory's first; or ``"uniform"``.
       pooling: whether pooled keys are the ``"mean"`` or the ``"sum"`` of a bucket's keys.
+      num_keys: pooled keys of each state, those of equal spans of its tokens.
     """
 
     gate: str | Gate = "uniform"
     pooling: str = "mean"
+    num_keys: int = 1
 
     @property
     def relevance(self) -> Gate:
@@ -90,8 +92,11 @@ class Aggregation(abc.ABC):
           implementation: of the selection.
         """
         del implementation
-        gates, live = self.gates(*scores(connector, candidates, self.relevance, self.pooling))
+        gates, live = self.gates(*self._scores(connector, candidates))
         return OfBlocks(candidates.states, gates, live, unread=candidates.same_document is not None)
+
+    def _scores(self, connector: Array, candidates: Candidates) -> tuple[Array, Array]:
+        return scores(connector, candidates, self.relevance, self.pooling, self.num_keys)
 
     def needs(self, memory: Memory) -> tuple[LivePart, ...]:
         """The parts of the live memory that ``read`` takes."""
@@ -170,18 +175,25 @@ class GRM(Aggregation):
         distance; ``"uniform"``, one over the number of visible states.
       pooling: ``"mean"`` or ``"sum"`` of a bucket's keys. The paper writes MeanPooling and prints a
         sum (Eq. 17), which grows with the segment and saturates the softmax.
+      num_keys: P pooled keys of each state, those of P equal spans of its tokens. A state's
+        relevance is the highest of theirs, max_j <u_t, p_ij>, so that a state is found whose mean
+        key hides what is in it. The live memory's spans are those begun so far. P must divide the
+        size of ``Constant`` or ``Logarithmic`` segments; the paper has P = 1. A cached state
+        takes k (P - 1) numbers more, and above 1 XLA selects, not a kernel.
 
     Raises:
-      ValueError: for an unknown gate or pooling.
+      ValueError: for an unknown gate or pooling, for ``num_keys`` below 1, or above 1 with a gate
+        that compares no keys.
 
     Example:
       >>> import memcache_jax as mc
       >>> mc.GRM()
-      GRM(gate='content', pooling='mean')
+      GRM(gate='content', pooling='mean', num_keys=1)
     """
 
     gate: str | Gate = "content"
     pooling: str = "mean"
+    num_keys: int = dataclasses.field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         known = isinstance(self.gate, str) and self.gate in GATES
@@ -191,6 +203,11 @@ class GRM(Aggregation):
                 f"{shown(self.gate)}"
             )
         check_choice("pooling", self.pooling, ("mean", "sum"))
+        set_fields(self, num_keys=check_integer("num_keys", self.num_keys))
+        if self.num_keys > 1 and not self.relevance.reads_keys:
+            raise ValueError(
+                f"num_keys={self.num_keys} needs a gate that compares keys, got {shown(self.gate)}"
+            )
 
     def gates(self, cached: Array, live: Array) -> tuple[Array, Array]:
         """Softmax of the relevance."""
@@ -208,7 +225,7 @@ class Soup(GRM):
     Example:
       >>> import memcache_jax as mc
       >>> mc.Soup()
-      Soup(gate='content', pooling='mean')
+      Soup(gate='content', pooling='mean', num_keys=1)
     """
 
     @property
@@ -235,6 +252,8 @@ class SSC(GRM):
       >>> import memcache_jax as mc
       >>> mc.SSC(top_k=2).inner
       'grm'
+      >>> mc.SSC(top_k=2, num_keys=4).num_keys  # finds more of the right states
+      4
     """
 
     top_k: int = 4
@@ -274,7 +293,7 @@ class SSC(GRM):
             assert isinstance(selection, OfBlocks)
             return selection._replace(unread=selection.unread or self.top_k < states.shape[-1])
         by_block = candidates.same_document is None and candidates.counts is None
-        routed = type(self) is SSC and self.relevance == ContentGate()
+        routed = type(self) is SSC and self.relevance == ContentGate() and self.num_keys == 1
         if routed and by_block and isinstance(states, np.ndarray):
             keys = candidates.keys(self.pooling)
             assert keys.states is not None
@@ -287,7 +306,7 @@ class SSC(GRM):
             broken = broken[:, :, np.maximum(states[0], 0)] & (states >= 0)[None]
             gates = jnp.where(broken.any(axis=-1)[..., None, None], jnp.nan, gates)
             return OfTokens(chosen, gates, live)
-        cached, live = scores(connector, candidates, self.relevance, self.pooling)
+        cached, live = self._scores(connector, candidates)
         _, slots = largest(lax.stop_gradient(cached), self.top_k)
         cached = jnp.where(_unknown(cached), jnp.nan, jnp.take_along_axis(cached, slots, axis=-1))
         chosen = jnp.take_along_axis(jnp.asarray(states)[:, None, :, None], slots, axis=-1)

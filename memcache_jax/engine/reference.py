@@ -84,6 +84,14 @@ def _one_head(
         sums = jnp.sum(key, axis=0, where=seen[:, None])
         return sums / jnp.maximum(seen.sum(), 1) if aggregation.pooling == "mean" else sums
 
+    def spans(first: Array, after: Array, until: Array, of: Array) -> tuple[Array, Array]:
+        """The keys of equal spans of [first, after), of tokens before ``until``; which have any."""
+        size = (after - first) // aggregation.num_keys
+        begins = first + size * jnp.arange(aggregation.num_keys)
+        ends = jnp.minimum(begins + size, until)
+        tokens = (begins[:, None] <= every) & (every < ends[:, None]) & (document == of)
+        return jax.vmap(pool, in_axes=(0, 0, None))(begins, ends, of), tokens.any(axis=1)
+
     # What is cached, (shifts, buckets, ...): the plan's buckets, counted from each block in which a
     # document may begin. Those that end beyond the sequence are never read.
     live = run(0, length, restarts=start == "independent")
@@ -95,7 +103,8 @@ def _one_head(
     else:
         bank = memory.matrices(_last_states(run, first, after - first, initial))
     owner = document[last]
-    pooled = jax.vmap(jax.vmap(pool))(jnp.asarray(first), jnp.asarray(after), owner)
+    buckets = jnp.asarray(first), jnp.asarray(after)
+    pooled = jax.vmap(jax.vmap(spans))(*buckets, buckets[1], owner)
 
     def read(t: Array) -> Array:
         begun = jnp.argmax(document == document[t]) // segment if follows else 0
@@ -108,10 +117,13 @@ def _one_head(
 
         own = memory.matrices(jax.tree.map(lambda x: x[t], live))
         begins = jnp.asarray(where.first)[t // segment] * segment
-        keys = _joined(seen(pooled), pool(begins, t + 1, document[t]))
+        ends = jnp.maximum(begins + segment, t + 1)
+        here = spans(begins, ends, t + 1, document[t])
+        keys, known = (_joined(seen(x), y) for x, y in zip(pooled, here, strict=True))
         distances = jnp.append(jnp.asarray(where.distances)[t // segment - begun], 0)
-        score = jax.vmap(aggregation.relevance.score, in_axes=(None, 0, 0))
-        scores = score(connector[t], keys, distances)
+        score = jax.vmap(aggregation.relevance.score, in_axes=(None, 0, None))
+        scores = jax.vmap(score, in_axes=(None, 0, 0))(connector[t], keys, distances)
+        scores = jnp.where(known, scores, -jnp.inf).max(axis=1)
         cached = jnp.where(visible, scores[:-1], -jnp.inf)
         gates = aggregation.gates(cached, scores[-1])
         return aggregation.read_token(

@@ -125,6 +125,24 @@ class Keys(NamedTuple):
         return self.live, jnp.where(flat[..., None] >= 0, slots, 0).reshape(*shape, -1)
 
 
+class SpanKeys(NamedTuple):
+    """Several pooled keys of each state, those of equal spans of its tokens.
+
+    Attributes:
+      live: of the span that each token lies in, up to and with it.
+      ended: of the spans of each block, which is a segment.
+      seen: whether a span of a token's segment ended before the token's own, in its document.
+      states: as of ``Keys``.
+      slots: as of ``Keys``.
+    """
+
+    live: Float[Array, "b h n c k"]
+    ended: Float[Array, "b h n spans k"]
+    seen: np.ndarray | Bool[Array, "_ _n c spans"]
+    states: Float[Array, "b h states spans k"] | None = None
+    slots: Float[Array, "b h n r spans k"] | None = None
+
+
 class Candidates(NamedTuple):
     """The cached states that the tokens of each block may read, and what gates are made from.
 
@@ -137,6 +155,8 @@ class Candidates(NamedTuple):
       counts: segments that a state stands for, 0 for an empty slot; None for one each. A stream
         knows its empty slots by counts alone: ask ``gating.visible``.
       held: which numbers have a state, so that keys of others are ignored; None if unknown.
+      spans: makes so many pooled keys of each state, given the pooling too; None where they have
+        one each.
     """
 
     states: np.ndarray | Int[Array, "_ n r"]
@@ -145,6 +165,7 @@ class Candidates(NamedTuple):
     same_document: Bool[Array, "b n c r"] | None = None
     counts: Int[Array, "b n r"] | None = None
     held: Bool[Array, "b states"] | None = None
+    spans: Callable[[str, int], SpanKeys] | None = None
 
 
 class OfBlocks(NamedTuple):

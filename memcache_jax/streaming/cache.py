@@ -40,7 +40,8 @@ class Cache(MixerCache):
       anchor: the states at the start of the current chunk; None for rules exact for any chunk.
       transition: of the live segment's run, (b, h, 1, ...), where ``CacheConfig.composes``; else
         None.
-      key_sum: the sum of each track's keys so far, (b, h, tracks, k).
+      key_sum: the sum of each track's keys so far, (b, h, tracks, k); of each span of its run,
+        (b, h, tracks, spans, k), where states have several pooled keys, as in ``pooled``.
       record: what each slot holds.
       bank: matrices of the cached states, (b, h, slots, in, out), in ``cache_dtype``; for their
         layout on the host see ``storage.HostStorage``.
@@ -82,7 +83,7 @@ class Cache(MixerCache):
     @property
     def sizes(self) -> tuple[int, int, int]:
         """Number of heads h, and their key and value dimensions k and v."""
-        _, heads, _, key_dim = self.key_sum.shape
+        heads, key_dim = self.key_sum.shape[1], self.key_sum.shape[-1]
         return heads, key_dim, self.config.memory.matrices(self.initial)[-1].shape[-1]
 
     def with_weights(self, weights: Mapping[str, Array]) -> "Cache":
@@ -99,7 +100,8 @@ class Cache(MixerCache):
             lambda state: storage.pack(config.memory.matrices(state), config.cache_dtype),
             self.initial,
         )
-        key = jax.ShapeDtypeStruct(self.key_sum.shape[1::2], self.key_sum.dtype)
+        sums = self.key_sum
+        key = jax.ShapeDtypeStruct((sums.shape[1], *sums.shape[3:]), sums.dtype)
         bank = storage.HostStorage if config.placement == "host" else storage.Storage
         slots = config.slots.num_slots
         return bank(slots, matrices, first), storage.Storage(slots, key, first)
@@ -267,7 +269,7 @@ def _empty(
         state=own(state),
         anchor=own(state) if memory.gradient_chunk else None,
         transition=own(transition),
-        key_sum=jnp.zeros((batch, heads, slots.num_tracks, key_dim), dtype),
+        key_sum=jnp.zeros((batch, heads, slots.num_tracks, *config.spans, key_dim), dtype),
         record=own(slots.init(batch, heads, key_dim, dtype)),
         bank=None,
         pooled=None,

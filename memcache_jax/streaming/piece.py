@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -33,6 +34,7 @@ from memcache_jax.streaming import storage
 from memcache_jax.streaming.cache import Cache
 from memcache_jax.streaming.eviction import Merge
 from memcache_jax.streaming.past import remember_slots, remember_token
+from memcache_jax.streaming.spans import check_pooling, span_keys, sums_of
 
 
 def take_piece(
@@ -72,7 +74,7 @@ def take_piece(
         position=_checks.advanced(cache.position, size * active),
         state=_followed(memory, ends, complete) if config.composes else ends.state,
         transition=ends.transition,
-        key_sum=keep(cache.key_sum + piece.key.sum(axis=2)[:, :, None], cache.key_sum),
+        key_sum=keep(cache.key_sum + sums_of(cache, block, piece.key), cache.key_sum),
         record=slots.count_reads(cache.record, selection, active),
     )
     keeps = ended if config.rewind and size == 1 else None
@@ -169,10 +171,7 @@ class Piece(Layout):
         config, slots = cache.config, cache.config.slots
 
         def keys(pooling: str) -> Keys:
-            if pooling != config.aggregation.pooling:
-                raise ValueError(
-                    f"the cache pools keys by {config.aggregation.pooling!r}, got {pooling!r}"
-                )
+            check_pooling(config, pooling)
             live = cache.key_sum[:, :, :1, None] + jnp.cumsum(key, axis=3)
             if pooling == "mean":
                 before = (
@@ -184,6 +183,7 @@ class Piece(Layout):
             return Keys(live, cache.storages[1].all(cache.pooled))
 
         candidates = slots.candidates(cache.record, self.block, keys)
+        candidates = candidates._replace(spans=functools.partial(span_keys, cache, key))
         return SlotBank(how.memory, cache, key.dtype), candidates
 
 
@@ -260,7 +260,8 @@ def _store(
         shape = pooled.shape[:3]
         states = jax.tree.map(lambda x: jnp.broadcast_to(x, (*shape, *x.shape[3:])), states)
     if config.aggregation.pooling == "mean":
-        pooled /= slots.tokens(cache.record, block).astype(pooled.dtype)[:, None, :, None]
+        tokens = slots.tokens(cache.record, block) // math.prod(config.spans)
+        pooled /= tokens.astype(pooled.dtype).reshape(len(tokens), 1, -1, *[1] * (pooled.ndim - 3))
     pooled = jnp.where(jnp.isfinite(pooled), pooled, jnp.nan)  # as in one pass: no gate is known
     states, bank, keys = config.memory.matrices(states), cache.bank, cache.pooled
     of_states, of_keys = cache.storages

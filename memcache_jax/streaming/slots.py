@@ -98,6 +98,11 @@ class Planned:
         """Number of tokens of each state that ends with the block."""
         return self._row(self.schedule.tokens, block)
 
+    def runs(self, block: Int[Array, "b"]) -> tuple[Array, Array]:
+        """The first block and the length of the runs (b, tracks) that the block lies in."""
+        begin, length = (self._row(table, block) for table in self.schedule.runs)
+        return begin, length
+
     def _row(self, table: np.ndarray, block: Int[Array, "b"]) -> Array:
         # A full row stays in the last block.
         return jnp.asarray(table)[jnp.minimum(block, len(table) - 1)]
