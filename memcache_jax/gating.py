@@ -246,8 +246,8 @@ def _scores_of_spans(
             "without spans"
         )
     keys, states = candidates.spans(pooling, num_keys), candidates.states
-    xp, span = (np if isinstance(states, np.ndarray) else jnp), np.arange(num_keys)
-    numbers = xp.where(states[..., None] >= 0, states[..., None] * num_keys + span, -1)
+    xp, span = (np if isinstance(states, np.ndarray) else jnp), np.arange(num_keys)[None, None]
+    numbers = xp.where(states[..., None] >= 0, states[..., None] * num_keys + span[:, :, None], -1)
     held = candidates.held
 
     def flat(x: Array | None) -> Array | None:

@@ -89,8 +89,12 @@ def _one_head(
         size = (after - first) // aggregation.num_keys
         begins = first + size * jnp.arange(aggregation.num_keys)
         ends = jnp.minimum(begins + size, until)
-        tokens = (begins[:, None] <= every) & (every < ends[:, None]) & (document == of)
-        return jax.vmap(pool, in_axes=(0, 0, None))(begins, ends, of), tokens.any(axis=1)
+
+        def any_in(first: Array, after: Array) -> Array:
+            return ((first <= every) & (every < after) & (document == of)).any()
+
+        pools = jax.vmap(pool, in_axes=(0, 0, None))
+        return pools(begins, ends, of), jax.vmap(any_in)(begins, ends)
 
     # What is cached, (shifts, buckets, ...): the plan's buckets, counted from each block in which a
     # document may begin. Those that end beyond the sequence are never read.
@@ -113,7 +117,8 @@ def _one_head(
 
         def seen(cached: Array) -> Array:
             rows = visible.reshape(-1, *[1] * (cached.ndim - 2))
-            return jnp.where(rows, cached[begun, slots], 0)  # 0 * NaN is NaN
+            nothing = jnp.zeros((), cached.dtype)
+            return jnp.where(rows, cached[begun, slots], nothing)  # 0 * NaN is NaN
 
         own = memory.matrices(jax.tree.map(lambda x: x[t], live))
         begins = jnp.asarray(where.first)[t // segment] * segment
@@ -158,7 +163,7 @@ def _decided(plan: ReadPlan, borders: Any) -> _Plan:
     return _Plan(plan.num_blocks, plan.block_size, first, buckets, reads, distances)
 
 
-def _joined(rows: Float[Array, "r *rest"], row: Float[Array, "*rest"]) -> Float[Array, "_ *rest"]:
+def _joined(rows: Array, row: Array) -> Array:
     return jnp.concatenate([rows, row[None]])
 
 

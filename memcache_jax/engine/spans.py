@@ -110,7 +110,7 @@ def document_span_keys(
     sums = jnp.sum(pooled, axis=3, where=same[:, None, ..., None])
     counts = same.sum(axis=-1).astype(sums.dtype)
     size = jnp.repeat(slots.after - slots.first, num_keys, axis=-1)
-    number = np.arange(size.shape[-1]) % num_keys
+    number = (np.arange(size.shape[-1]) % num_keys)[None, None]
     first = jnp.repeat(slots.first, num_keys, axis=-1) * num_keys + number * size
     spans = DocumentBuckets(first, first + size, size)
 

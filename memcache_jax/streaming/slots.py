@@ -69,7 +69,7 @@ class Planned:
         record: Any,
         block: Int[Array, "b"],
         ends: Bool[Array, "b"],
-        key_sum: Float[Array, "b h tracks k"],
+        key_sum: Float[Array, "b h tracks *spans k"],
     ) -> tuple[Any, Int[Array, "b tracks"], Merge | None]:
         """Makes room for the states that end with the block, in rows where ``ends``.
 
@@ -188,7 +188,7 @@ class Recent:
         record: Kept,
         block: Int[Array, "b"],
         ends: Bool[Array, "b"],
-        key_sum: Float[Array, "b h tracks k"],
+        key_sum: Float[Array, "b h tracks *spans k"],
     ) -> tuple[Kept, Int[Array, "b 1"], Merge | None]:
         """An empty slot, or the one that the policy frees; none where no policy does."""
         empty = record.segments == 0
@@ -273,7 +273,7 @@ class Decided:
         record: Ended,
         block: Int[Array, "b"],
         ends: Bool[Array, "b"],
-        key_sum: Float[Array, "b h tracks k"],
+        key_sum: Float[Array, "b h tracks *spans k"],
     ) -> tuple[Ended, Int[Array, "b 1"], Merge | None]:
         """The next slot if the segment ends with the block."""
         total = key_sum[:, :, 0]

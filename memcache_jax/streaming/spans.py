@@ -33,9 +33,9 @@ def sums_of(
     if isinstance(slots, Planned):
         begin, length = slots.runs(block)
     token = cache.position[:, None] - begin * size  # of each track's run
-    token = token[..., None] + np.arange(key.shape[2])
+    token = token[..., None] + np.arange(key.shape[2])[None, None]
     span = token // (length * size // num_keys)[..., None]
-    own = span[..., None] == np.arange(num_keys)  # (b, tracks, m, spans)
+    own = span[..., None] == np.arange(num_keys)[None, None, None]  # (b, tracks, m, spans)
     # Chosen rather than multiplied: 0 * NaN is NaN.
     return jnp.sum(jnp.where(own[:, None, ..., None], key[:, :, None, :, None], 0), axis=3)
 
@@ -45,16 +45,17 @@ def span_keys(cache: Any, key: Float[Array, "b h 1 m k"], pooling: str, num_keys
     config = cache.config
     check_pooling(config, pooling, num_keys)
     size = config.segmentation.size // num_keys
-    token = (cache.position % config.segmentation.size)[:, None] + np.arange(key.shape[3])
+    token = (cache.position % config.segmentation.size)[:, None] + np.arange(key.shape[3])[None]
     span, before = token // size, cache.key_sum[:, :, 0]
-    same = (span[:, :, None] == span[:, None]) & np.tri(key.shape[3], dtype=bool)
+    same = (span[:, :, None] == span[:, None]) & np.tri(key.shape[3], dtype=bool)[None]
+    number = np.arange(num_keys)[None, None]
     live = jnp.einsum("bts,bhsk->bhtk", same.astype(key.dtype), key[:, :, 0], precision="highest")
     live += jnp.take_along_axis(before, span[:, None, :, None], axis=2)
-    own = (span[..., None] == np.arange(num_keys)).astype(key.dtype)
+    own = (span[..., None] == number).astype(key.dtype)
     ended = before + jnp.einsum("btp,bhtk->bhpk", own, key[:, :, 0], precision="highest")
     if pooling == "mean":
         live /= (token % size + 1).astype(live.dtype)[:, None, :, None]
         ended /= size
-    seen = np.arange(num_keys) < span[..., None]
+    seen = number < span[..., None]
     states = cache.storages[1].all(cache.pooled)
     return SpanKeys(live[:, :, None], ended[:, :, None], seen[:, None], states=states)
