@@ -42,11 +42,13 @@ class Aggregation(abc.ABC):
         ``"position"``, logits of each distance in segments, passed as the connector (b, t, h,
         distances), the live memory's first; or ``"uniform"``.
       pooling: whether pooled keys are the ``"mean"`` or the ``"sum"`` of a bucket's keys.
+      num_keys: pooled keys of each state, those of equal spans of its tokens.
       exact: tokens kept beside each cached state, see ``GRM``.
     """
 
     gate: str | Gate = "uniform"
     pooling: str = "mean"
+    num_keys: int = 1
     exact: int = 0
 
     @property
@@ -126,13 +128,16 @@ class Aggregation(abc.ABC):
         self, connector: Float[Array, "b h n c u"], candidates: Candidates
     ) -> tuple[Float[Array, "b h n c r"], Float[Array, "b h n c"], Beside | None]:
         """The gates of all slots and of the live memory, and what the slots' kept tokens add."""
-        how = connector, candidates, self.relevance, self.pooling
-        cached, live = scores(*how)
+        cached, live = self._scores(connector, candidates)
         if candidates.exact is None:
             return *self.gates(cached, live), None
-        gates, live, of_tokens = self.gates_with_tokens(cached, live, scores_of_tokens(*how))
+        of_tokens = scores_of_tokens(connector, candidates, self.relevance, self.pooling)
+        gates, live, of_tokens = self.gates_with_tokens(cached, live, of_tokens)
         read = read_of_tokens(candidates, of_tokens)
         return gates, live, Beside(of_tokens.sum(axis=-1), read)
+
+    def _scores(self, connector: Array, candidates: Candidates) -> tuple[Array, Array]:
+        return scores(connector, candidates, self.relevance, self.pooling, self.num_keys)
 
     def needs(self, memory: Memory) -> tuple[LivePart, ...]:
         """The parts of the live memory that ``read`` takes."""
@@ -218,6 +223,11 @@ class GRM(Aggregation):
         distance; ``"uniform"``, one over the number of visible states.
       pooling: ``"mean"`` or ``"sum"`` of a bucket's keys. The paper writes MeanPooling and prints a
         sum (Eq. 17), which grows with the segment and saturates the softmax.
+      num_keys: P pooled keys of each state, those of P equal spans of its tokens. A state's
+        relevance is the highest of theirs, max_j <u_t, p_ij>, so that a state is found whose mean
+        key hides what is in it. The live memory's spans are those begun so far. P must divide the
+        size of ``Constant`` or ``Logarithmic`` segments; the paper has P = 1. A cached state
+        takes k (P - 1) numbers more, and above 1 XLA selects, not a kernel.
       exact: r, tokens kept beside each cached state: those of its segment, and of its document, for
         which the error of the cached state, |v - M(k)|^2, is largest. Each is read as one more
         state, whose pooled key is its key and which returns its value::
@@ -233,16 +243,18 @@ class GRM(Aggregation):
         segment to choose from.
 
     Raises:
-      ValueError: for an unknown gate or pooling, or ``exact`` below 0.
+      ValueError: for an unknown gate or pooling, for ``num_keys`` below 1, or above 1 with a gate
+        that compares no keys, or for ``exact`` below 0.
 
     Example:
       >>> import memcache_jax as mc
       >>> mc.GRM(exact=4)
-      GRM(gate='content', pooling='mean', exact=4)
+      GRM(gate='content', pooling='mean', num_keys=1, exact=4)
     """
 
     gate: str | Gate = "content"
     pooling: str = "mean"
+    num_keys: int = dataclasses.field(default=1, kw_only=True)
     exact: int = dataclasses.field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -253,6 +265,11 @@ class GRM(Aggregation):
                 f"{shown(self.gate)}"
             )
         check_choice("pooling", self.pooling, ("mean", "sum"))
+        set_fields(self, num_keys=check_integer("num_keys", self.num_keys))
+        if self.num_keys > 1 and not self.relevance.reads_keys:
+            raise ValueError(
+                f"num_keys={self.num_keys} needs a gate that compares keys, got {shown(self.gate)}"
+            )
         set_fields(self, exact=check_integer("exact", self.exact, 0))
 
     def gates(self, cached: Array, live: Array) -> tuple[Array, Array]:
@@ -271,7 +288,7 @@ class Soup(GRM):
     Example:
       >>> import memcache_jax as mc
       >>> mc.Soup()
-      Soup(gate='content', pooling='mean', exact=0)
+      Soup(gate='content', pooling='mean', num_keys=1, exact=0)
     """
 
     @property
@@ -299,6 +316,8 @@ class SSC(GRM):
       >>> import memcache_jax as mc
       >>> mc.SSC(top_k=2).inner
       'grm'
+      >>> mc.SSC(top_k=2, num_keys=4).num_keys  # finds more of the right states
+      4
     """
 
     top_k: int = 4
@@ -354,7 +373,7 @@ class SSC(GRM):
             return selection._replace(unread=selection.unread or self.top_k < states.shape[-1])
         by_block = candidates.same_document is None and candidates.counts is None
         by_block &= candidates.exact is None
-        routed = type(self) is SSC and self.relevance == ContentGate()
+        routed = type(self) is SSC and self.relevance == ContentGate() and self.num_keys == 1
         if routed and by_block and isinstance(states, np.ndarray):
             keys = candidates.keys(self.pooling)
             assert keys.states is not None
@@ -367,7 +386,7 @@ class SSC(GRM):
             broken = broken[:, :, np.maximum(states[0], 0)] & (states >= 0)[None]
             gates = jnp.where(broken.any(axis=-1)[..., None, None], jnp.nan, gates)
             return OfTokens(chosen, gates, live)
-        cached, live = scores(connector, candidates, self.relevance, self.pooling)
+        cached, live = self._scores(connector, candidates)
         _, slots = largest(lax.stop_gradient(cached), self.top_k)
         chosen = jnp.take_along_axis(jnp.asarray(states)[:, None, :, None], slots, axis=-1)
         beside = None

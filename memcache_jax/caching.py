@@ -14,7 +14,7 @@ from memcache_jax.engine.one_pass import one_pass
 from memcache_jax.engine.types import Tokens
 from memcache_jax.kernels._platform import check_platform
 from memcache_jax.memories import Memory
-from memcache_jax.segmentation import Segmentation
+from memcache_jax.segmentation import Constant, Logarithmic, Segmentation
 from memcache_jax.sharding.division import Division
 from memcache_jax.sharding.memory_caching import over_mesh
 
@@ -149,6 +149,14 @@ def check_configuration(
     ):
         if not isinstance(got, wanted):
             raise ValueError(f"{what} must be an object such as {example}, got {shown(got)}")
+    count = aggregation.num_keys
+    if count > 1 and (
+        not isinstance(segmentation, (Constant, Logarithmic)) or segmentation.size % count
+    ):
+        raise ValueError(
+            f"num_keys={count} needs Constant or Logarithmic segments of a size that it divides, "
+            f"got {segmentation}"
+        )
     if memory.gradient_chunk and segmentation.size % memory.gradient_chunk:
         raise ValueError(
             f"the chunk size of {type(memory).__name__}, {memory.gradient_chunk}, must divide the "

@@ -94,6 +94,18 @@ def _one_head(
         _, chosen = largest(lax.stop_gradient(errors), min(aggregation.exact, length))
         return jnp.where(unknown, jnp.nan, key[chosen]), value[chosen], there[chosen]
 
+    def spans(first: Array, after: Array, until: Array, of: Array) -> tuple[Array, Array]:
+        """The keys of equal spans of [first, after), of tokens before ``until``; which have any."""
+        size = (after - first) // aggregation.num_keys
+        begins = first + size * jnp.arange(aggregation.num_keys)
+        ends = jnp.minimum(begins + size, until)
+
+        def any_in(first: Array, after: Array) -> Array:
+            return ((first <= every) & (every < after) & (document == of)).any()
+
+        pools = jax.vmap(pool, in_axes=(0, 0, None))
+        return pools(begins, ends, of), jax.vmap(any_in)(begins, ends)
+
     # What is cached, (shifts, buckets, ...): the plan's buckets, counted from each block in which a
     # document may begin. Those that end beyond the sequence are never read.
     live = run(0, length, restarts=start == "independent")
@@ -105,9 +117,9 @@ def _one_head(
     else:
         bank = memory.matrices(_last_states(run, first, after - first, initial))
     owner = document[last]
-    spans = jnp.asarray(first), jnp.asarray(after), owner
-    pooled = jax.vmap(jax.vmap(pool))(*spans)
-    exact = jax.vmap(jax.vmap(worst))(bank, *spans) if aggregation.exact else None
+    buckets = jnp.asarray(first), jnp.asarray(after)
+    pooled = jax.vmap(jax.vmap(spans))(*buckets, buckets[1], owner)
+    exact = jax.vmap(jax.vmap(worst))(bank, *buckets, owner) if aggregation.exact else None
 
     def read(t: Array) -> Array:
         begun = jnp.argmax(document == document[t]) // segment if follows else 0
@@ -116,22 +128,25 @@ def _one_head(
 
         def seen(cached: Array) -> Array:
             rows = visible.reshape(-1, *[1] * (cached.ndim - 2))
-            return jnp.where(rows, cached[begun, slots], 0)  # 0 * NaN is NaN
+            nothing = jnp.zeros((), cached.dtype)
+            return jnp.where(rows, cached[begun, slots], nothing)  # 0 * NaN is NaN
 
         own = memory.matrices(jax.tree.map(lambda x: x[t], live))
         begins = jnp.asarray(where.first)[t // segment] * segment
-        keys = _joined(seen(pooled), pool(begins, t + 1, document[t]))
+        ends = jnp.maximum(begins + segment, t + 1)
+        here = spans(begins, ends, t + 1, document[t])
+        keys, known = (_joined(seen(x), y) for x, y in zip(pooled, here, strict=True))
         distances = jnp.append(jnp.asarray(where.distances)[t // segment - begun], 0)
-        score = jax.vmap(aggregation.relevance.score, in_axes=(None, 0, 0))
-        scores = score(connector[t], keys, distances)
+        score = jax.vmap(aggregation.relevance.score, in_axes=(None, 0, None))
+        scores = jax.vmap(score, in_axes=(None, 0, 0))(connector[t], keys, distances)
+        scores = jnp.where(known, scores, -jnp.inf).max(axis=1)
         cached = jnp.where(visible, scores[:-1], -jnp.inf)
         added = jnp.zeros(value.shape[1:], value.dtype)
         if exact is None:
             gates, last = aggregation.gates(cached, scores[-1])
         else:
             keys, values, there = (x[begun, slots] for x in exact)
-            distances = jnp.broadcast_to(distances[:-1, None], there.shape)
-            of_tokens = jax.vmap(score, in_axes=(None, 0, 0))(connector[t], keys, distances)
+            of_tokens = jax.vmap(score, in_axes=(None, 0, 0))(connector[t], keys, distances[:-1])
             of_tokens = jnp.where(visible[:, None] & there, of_tokens, -jnp.inf)
             gates, last, of_tokens = aggregation.gates_with_tokens(cached, scores[-1], of_tokens)
             values = jnp.where(of_tokens[..., None] != 0, values, 0)
@@ -164,7 +179,7 @@ def _decided(plan: ReadPlan, borders: Any) -> _Plan:
     return _Plan(plan.num_blocks, plan.block_size, first, buckets, reads, distances)
 
 
-def _joined(rows: Float[Array, "r *rest"], row: Float[Array, "*rest"]) -> Float[Array, "_ *rest"]:
+def _joined(rows: Array, row: Array) -> Array:
     return jnp.concatenate([rows, row[None]])
 
 

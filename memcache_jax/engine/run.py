@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -20,6 +21,7 @@ from memcache_jax.engine.documents import begun_in_chunk, document_candidates
 from memcache_jax.engine.exact import exact_of_blocks
 from memcache_jax.engine.finite import cleaned
 from memcache_jax.engine.read import ArrayBank, Bank, Live
+from memcache_jax.engine.spans import document_span_keys, span_keys
 from memcache_jax.engine.types import (
     Blocks,
     Candidates,
@@ -103,7 +105,8 @@ class OnePass(Layout):
         if document is None:
             candidates = candidates_of(plan, *keys)
         else:
-            candidates = document_candidates(plan, *keys, document)
+            spans = functools.partial(document_span_keys, plan, *keys, document)
+            candidates = document_candidates(plan, *keys, document)._replace(spans=spans)
         if document is not None and plan.spans_segments.any():
             states, reads = document_states(
                 how, ends, blocks.rows, plan, document, carries=self.carries
@@ -174,7 +177,8 @@ def candidates_of(
 
         return Keys(*jax.vmap(jax.vmap(of_head))(key, pooled))
 
-    return Candidates(plan.reads[None], plan.distances[None], keys)
+    spans = functools.partial(span_keys, plan, plan, key, pooled)
+    return Candidates(plan.reads[None], plan.distances[None], keys, spans=spans)
 
 
 def gates_of_tokens(

@@ -143,6 +143,24 @@ class Exact(NamedTuple):
     in_order: bool
 
 
+class SpanKeys(NamedTuple):
+    """Several pooled keys of each state, those of equal spans of its tokens.
+
+    Attributes:
+      live: of the span that each token lies in, up to and with it.
+      ended: of the spans of each block, which is a segment.
+      seen: whether a span of a token's segment ended before the token's own, in its document.
+      states: as of ``Keys``.
+      slots: as of ``Keys``.
+    """
+
+    live: Float[Array, "b h n c k"]
+    ended: Float[Array, "b h n spans k"]
+    seen: np.ndarray | Bool[Array, "_ _n c spans"]
+    states: Float[Array, "b h states spans k"] | None = None
+    slots: Float[Array, "b h n r spans k"] | None = None
+
+
 class Candidates(NamedTuple):
     """The cached states that the tokens of each block may read, and what gates are made from.
 
@@ -155,6 +173,8 @@ class Candidates(NamedTuple):
       counts: segments that a state stands for, 0 for an empty slot; None for one each. A stream
         knows its empty slots by counts alone: ask ``gating.visible``.
       held: which numbers have a state, so that keys of others are ignored; None if unknown.
+      spans: makes so many pooled keys of each state, given the pooling too; None where they have
+        one each.
       exact: the tokens kept beside the states; None if there are none.
     """
 
@@ -164,6 +184,7 @@ class Candidates(NamedTuple):
     same_document: Bool[Array, "b n c r"] | None = None
     counts: Int[Array, "b n r"] | None = None
     held: Bool[Array, "b states"] | None = None
+    spans: Callable[[str, int], SpanKeys] | None = None
     exact: Exact | None = None
 
 

@@ -1,6 +1,7 @@
 """One part of a sequence on a mesh: it writes its own segments and reads those of all parts."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from memcache_jax.engine.documents import (
 from memcache_jax.engine.exact import exact_of_blocks
 from memcache_jax.engine.read import ArrayBank, Bank, blind_where_gates_are_zero
 from memcache_jax.engine.run import Layout
+from memcache_jax.engine.spans import span_keys
 from memcache_jax.engine.types import (
     Blocks,
     Candidates,
@@ -189,7 +191,12 @@ class Part(Layout):
             of_state = lax.all_gather(self.document[:, :, -1], self.axis, axis=1, tiled=True)
             after = jnp.asarray(plan.buckets[:, 1])[jnp.maximum(states[0], 0)]
             same = self.document[..., None] == of_state[:, after - 1][:, :, None]
-        return Candidates(states, distances, keys, same_document=same)
+        spans = functools.partial(
+            *(span_keys, own, plan, blocks.tokens.key, blocks.pooled),
+            document=blocks.document,
+            gather=lambda x, dim: lax.all_gather(x, self.axis, axis=dim, tiled=True),
+        )
+        return Candidates(states, distances, keys, same_document=same, spans=spans)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,7 +41,8 @@ class Cache(MixerCache):
       anchor: the states at the start of the current chunk; None for rules exact for any chunk.
       transition: of the live segment's run, (b, h, 1, ...), where ``CacheConfig.composes``; else
         None.
-      key_sum: the sum of each track's keys so far, (b, h, tracks, k).
+      key_sum: the sum of each track's keys so far, (b, h, tracks, k); of each span of its run,
+        (b, h, tracks, spans, k), where states have several pooled keys, as in ``pooled``.
       record: what each slot holds.
       recent: the tokens of the live segment, of which some will be kept beside its state, where the
         aggregation has ``exact`` tokens; else None.
@@ -90,7 +91,7 @@ class Cache(MixerCache):
     @property
     def sizes(self) -> tuple[int, int, int]:
         """Number of heads h, and their key and value dimensions k and v."""
-        _, heads, _, key_dim = self.key_sum.shape
+        heads, key_dim = self.key_sum.shape[1], self.key_sum.shape[-1]
         return heads, key_dim, self.config.memory.matrices(self.initial)[-1].shape[-1]
 
     def with_weights(self, weights: Mapping[str, Array]) -> "Cache":
@@ -107,7 +108,8 @@ class Cache(MixerCache):
         _, key_dim, value_dim = self.sizes
         matrices = stored_shapes(config, matrices, key_dim, value_dim, self.key_sum.dtype)
         matrices = jax.eval_shape(lambda x: storage.pack(x, config.cache_dtype), matrices)
-        key = jax.ShapeDtypeStruct(self.key_sum.shape[1::2], self.key_sum.dtype)
+        sums = self.key_sum
+        key = jax.ShapeDtypeStruct((sums.shape[1], *sums.shape[3:]), sums.dtype)
         bank = storage.HostStorage if config.placement == "host" else storage.Storage
         slots = config.slots.num_slots
         return bank(slots, matrices, first), storage.Storage(slots, key, first)
@@ -275,7 +277,7 @@ def _empty(
         state=own(state),
         anchor=own(state) if memory.gradient_chunk else None,
         transition=own(transition),
-        key_sum=jnp.zeros((batch, heads, slots.num_tracks, key_dim), dtype),
+        key_sum=jnp.zeros((batch, heads, slots.num_tracks, *config.spans, key_dim), dtype),
         record=own(slots.init(batch, heads, key_dim, dtype)),
         recent=empty_recent(config, batch, heads, key_dim, value_dim, dtype=dtype),
         bank=None,

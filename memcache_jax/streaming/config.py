@@ -91,6 +91,12 @@ class CacheConfig:
         return Planned(make_schedule(self.segmentation, self.max_length))
 
     @property
+    def spans(self) -> tuple[int, ...]:
+        """The axis of spans of arrays of keys, which is there if states have several keys each."""
+        count = self.aggregation.num_keys
+        return (count,) if count > 1 and self.slots.num_slots else ()
+
+    @property
     def composes(self) -> bool:
         """Whether states of several segments follow from the maps of single ones."""
         slots = self.slots

@@ -108,7 +108,7 @@ def extend(
     some: Any = connector  # or None, which has no arrays to divide
     cache, tokens, counts = alike((cache, Tokens(query, key, value, some, controls), counts))
     rows = ((x, "b . h .") for x in (query, key, value, connector))
-    division = Division.of(*rows, (cache.position, "b"), (cache.key_sum, "b h . ."))
+    division = Division.of(*rows, (cache.position, "b"), (cache.key_sum, "b h"))
     if division is None:
         return compiled(_extend, cache, tokens, counts)
     # On the host a row's heads lie side by side, and all decide together where segments end.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -34,6 +35,7 @@ from memcache_jax.streaming.cache import Cache
 from memcache_jax.streaming.eviction import Merge
 from memcache_jax.streaming.exact import exact_of, matrices_of, remember, with_worst
 from memcache_jax.streaming.past import remember_slots, remember_token
+from memcache_jax.streaming.spans import check_pooling, span_keys, sums_of
 
 
 def take_piece(
@@ -73,7 +75,7 @@ def take_piece(
         position=_checks.advanced(cache.position, size * active),
         state=_followed(memory, ends, complete) if config.composes else ends.state,
         transition=ends.transition,
-        key_sum=keep(cache.key_sum + piece.key.sum(axis=2)[:, :, None], cache.key_sum),
+        key_sum=keep(cache.key_sum + sums_of(cache, block, piece.key), cache.key_sum),
         record=slots.count_reads(cache.record, selection, active),
         recent=remember(cache, tokens, bad, active),
     )
@@ -171,10 +173,7 @@ class Piece(Layout):
         config, slots = cache.config, cache.config.slots
 
         def keys(pooling: str) -> Keys:
-            if pooling != config.aggregation.pooling:
-                raise ValueError(
-                    f"the cache pools keys by {config.aggregation.pooling!r}, got {pooling!r}"
-                )
+            check_pooling(config, pooling)
             live = cache.key_sum[:, :, :1, None] + jnp.cumsum(key, axis=3)
             if pooling == "mean":
                 before = (
@@ -187,7 +186,8 @@ class Piece(Layout):
 
         candidates = slots.candidates(cache.record, self.block, keys)
         exact = exact_of(cache, candidates.states, key.dtype)
-        candidates = candidates._replace(exact=exact)
+        spans = functools.partial(span_keys, cache, key)
+        candidates = candidates._replace(exact=exact, spans=spans)
         return SlotBank(how.memory, cache, key.dtype), candidates
 
 
@@ -265,7 +265,8 @@ def _store(
         shape = pooled.shape[:3]
         states = jax.tree.map(lambda x: jnp.broadcast_to(x, (*shape, *x.shape[3:])), states)
     if config.aggregation.pooling == "mean":
-        pooled /= slots.tokens(cache.record, block).astype(pooled.dtype)[:, None, :, None]
+        tokens = slots.tokens(cache.record, block) // math.prod(config.spans)
+        pooled /= tokens.astype(pooled.dtype).reshape(len(tokens), 1, -1, *[1] * (pooled.ndim - 3))
     pooled = jnp.where(jnp.isfinite(pooled), pooled, jnp.nan)  # as in one pass: no gate is known
     states = with_worst(before, config.memory.matrices(states), block, ends)
     bank, keys = cache.bank, cache.pooled
