@@ -151,9 +151,8 @@ def writing(
         states = initial_states(memory, weights, shape, *sizes, wide_dtype(tokens))
         return vary(states, varying(tokens.key))
 
-    dtypes = jax.tree.map(lambda x: x.dtype, tokens)
     needs = needs_of(aggregation, memory)
-    return Writing(memory, needs, initial, implementation, dtypes=dtypes, exact=aggregation.exact)
+    return Writing(memory, needs, initial, implementation, exact=aggregation.exact)
 
 
 def needs_of(aggregation: Aggregation, memory: Memory) -> tuple[LivePart, ...]:
@@ -293,15 +292,20 @@ def cut_for(
     chunk = memory.gradient_chunk or exact_chunk(block, length, memory.largest_chunk)
     if length <= block:  # nothing reads the state at its end
         block = -(-length // chunk) * chunk
-    return cut(tokens, document, plan, block, chunk)
+    return cut(tokens, document, plan, block, chunk, came=memory.on_chip)
 
 
 def cut(
-    tokens: Tokens, document: Int[Array, "b t"] | None, plan: ReadPlan, block: int, chunk: int
+    tokens: Tokens,
+    document: Int[Array, "b t"] | None,
+    plan: ReadPlan,
+    block: int,
+    chunk: int,
+    came: bool = False,
 ) -> Blocks:
     """Cuts tokens (b, h, t, ...) into the plan's blocks, of ``block`` tokens, and chunks.
 
-    They are widened last of all: what takes narrow ones undoes just that.
+    With ``came``, the rows also as they came.
     """
     dtype = wide_dtype(tokens)
     padding = plan.num_blocks * block - tokens.key.shape[2]
@@ -322,9 +326,11 @@ def cut(
     def in_chunks(tree: Any) -> Any:
         return jax.tree.map(lambda x: x.reshape(*x.shape[:3], -1, chunk, *x.shape[4:]), tree)
 
-    in_rows = widened(in_chunks(tokens))
-    rows = Rows(in_rows.query, in_rows.key, in_rows.value, in_rows.controls)
-    rows = rows._replace(begun=in_chunks(begun), bad=in_chunks(bad))
+    def rows_of(tokens: Tokens) -> Rows:
+        return Rows(*in_chunks((tokens.query, tokens.key, tokens.value, tokens.controls)))
+
+    rows = rows_of(widened(tokens))._replace(begun=in_chunks(begun), bad=in_chunks(bad))
+    rows = rows._replace(came=rows_of(raw) if came else None)
     return Blocks(widened(tokens), document, rows, raw.key.astype(dtype))
 
 

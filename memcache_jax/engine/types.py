@@ -28,6 +28,8 @@ class Rows(NamedTuple):
         that it has a cotangent. None without packed documents.
       bad: the tokens with a number that was not finite and is zero now, see ``finite``; None if
         there are none.
+      came: the same rows before that, in their own dtype, for kernels that clean them; None if none
+        will.
     """
 
     query: Float[Array, "b h n chunks m k"]
@@ -36,6 +38,7 @@ class Rows(NamedTuple):
     controls: Controls
     begun: Float[Array, "b h n chunks m"] | None = None
     bad: Bool[Array, "b h n chunks m"] | None = None
+    came: Any = None
 
 
 class Blocks(NamedTuple):
@@ -78,7 +81,6 @@ class Writing(NamedTuple):
       initial: makes the states before a run's first token, of a shape (b, h, ...).
       implementation: of the writing operations.
       maps: whether runs are wanted as maps, with their transitions, to compose them.
-      dtypes: in which the tokens came, before they were widened; None for as they are now.
       exact: tokens to keep beside each cached state, as ``Aggregation.exact``.
     """
 
@@ -87,7 +89,6 @@ class Writing(NamedTuple):
     initial: Callable[[tuple[int, ...]], State]
     implementation: str | None
     maps: bool = False
-    dtypes: Any = None
     exact: int = 0
 
     def with_no_reads(self) -> "Writing":
