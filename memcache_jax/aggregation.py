@@ -314,12 +314,14 @@ class SSC(GRM):
 
     Example:
       >>> import memcache_jax as mc
-      >>> mc.SSC(top_k=2).inner
+      >>> mc.SSC(2).inner
       'grm'
-      >>> mc.SSC(top_k=2, num_keys=4).num_keys  # finds more of the right states
+      >>> mc.SSC(2, num_keys=4).num_keys  # finds more of the right states
       4
     """
 
+    gate: str | Gate = dataclasses.field(default="content", kw_only=True)
+    pooling: str = dataclasses.field(default="mean", kw_only=True)
     top_k: int = 4
     inner: str = "grm"
 

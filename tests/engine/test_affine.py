@@ -159,9 +159,7 @@ def test_states_are_kept_in_float32():
     how = Writing(memory, ("reads",), initial_of(memory), "pallas_tpu")
     for restarts in np.array([[True, True], [True, False]]):
         (ends, _), kept = jax.eval_shape(
-            lambda *rows, restarts=restarts: write_blocks(
-                how, Rows(*rows, came=narrow), restarts
-            ),
+            lambda *rows, restarts=restarts: write_blocks(how, Rows(*rows, came=narrow), restarts),
             *rows,
         )
         assert ends.matrix.dtype == jnp.float32
