@@ -106,7 +106,7 @@ def test_train_steps_compile(chip):
 @pytest.mark.parametrize(
     ("chip", "shape"),
     first_kept(
-        1,
+        0,
         dict(
             v5p=("v5p", "KDA SSC"),
             v6e=("v6e", "GatedDeltaNet SSC h=3 k=96"),
