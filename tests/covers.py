@@ -21,6 +21,7 @@ def kept_of(cases, *kept, fast=()):
       fast: names of those that ``make test-fast`` runs too.
     """
     named = cases if isinstance(cases, dict) else {name: name for name in cases}
+    assert {*kept, *fast} <= named.keys(), (kept, fast)
     marks = {name: exhaustive_unless(name in kept) for name in named}
     marks |= dict.fromkeys(fast, ())
     return [pytest.param(x, id=name, marks=marks[name]) for name, x in named.items()]

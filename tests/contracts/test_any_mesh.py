@@ -328,10 +328,9 @@ def step_of_one_device():
 @pytest.mark.parametrize(
     ("shape", "names", "types", "rows", "axis_names"),
     first_kept(
-        3,
+        2,
         {
             "auto": ((2, 2, 2), ("dp", "fsdp", "tp"), (AUTO,), (("dp", "fsdp"),), None),
-            "time": ((4, 2), ("fsdp", "sp"), (EXPLICIT,), ("fsdp", "sp"), dict(embed="fsdp")),
             "many axes": (
                 (1, 2, 1, 2, 1, 1, 1, 2, 1, 1, 1, 1),
                 MANY_AXES,
@@ -339,6 +338,7 @@ def step_of_one_device():
                 (("data", "fsdp"),),
                 dict(embed=("fsdp", "sequence"), heads=("tensor", "autoregressive"), mlp="tensor"),
             ),
+            "time": ((4, 2), ("fsdp", "sp"), (EXPLICIT,), ("fsdp", "sp"), dict(embed="fsdp")),
             "dp": ((2,), ("dp",), (EXPLICIT,), ("dp",), {}),
             "explicit": ((2, 2, 2), ("dp", "fsdp", "tp"), (EXPLICIT,), (("dp", "fsdp"),), None),
         },
@@ -395,7 +395,7 @@ def hidden_of_one_device():
 @pytest.mark.parametrize(
     ("kind", "sharding"),
     first_kept(
-        2,
+        1,
         [
             (EXPLICIT, P("dp", "tp")),
             (AUTO, P("dp")),

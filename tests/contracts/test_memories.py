@@ -51,13 +51,14 @@ def test_write_equals_steps(memory):
             wanted.append((states[end], reads))
         return got, wanted
 
-    assert_close(*both(anchor, tokens), 1e-12)
+    got, wanted = both(anchor, tokens)
+    assert_close(got, wanted, 1e-12)
 
 
 @pytest.mark.usefixtures("x64")
 @every_memory
 def test_gated_read_is_the_read_times_the_gate(memory):
-    state, *tokens, query = one_head(memory, 5)
+    state, key, value, controls, query = one_head(memory, 5)
     gate = jnp.array([0.0, 0.5, 1.0, 2.0, -1.0])
 
     @jax.jit
@@ -66,7 +67,8 @@ def test_gated_read_is_the_read_times_the_gate(memory):
         matrices = memory.matrices(end)
         return memory.read(matrices, query, gate), gate[:, None] * memory.read(matrices, query)
 
-    assert_close(*both(state, tokens), 1e-14)
+    gated, wanted = both(state, (key, value, controls))
+    assert_close(gated, wanted, 1e-14)
 
 
 @pytest.mark.slow

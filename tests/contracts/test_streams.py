@@ -25,7 +25,6 @@ from tests.cases import (
     scheduled,
     twice_each,
     value_and_vjp,
-    with_slow,
 )
 from tests.covers import kept_of, rules
 from tests.streams import empty, over_time, whole
@@ -174,7 +173,7 @@ def test_rows_at_positions_of_their_own(memory):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", with_slow(["linear", "titans"], "linear"))
+@pytest.mark.parametrize("name", kept_of(["linear", "titans"], fast=["linear"]))
 def test_gradients_pass_from_call_to_call(name):
     memory = MEMORIES[name]
     inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 21, batch=1, heads=1))

@@ -78,6 +78,7 @@ def test_near_and_far():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_layers_that_shift_and_turn():
     keys = recurrent.Path(2, 4, shift=True, conv_width=3)
     shifted = recurrent.RecurrentMixer(

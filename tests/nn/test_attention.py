@@ -39,7 +39,7 @@ def test_a_stream_ends_where_positions_do(window, length):
     layer = mc.nn.Attention(16, 2, window=window, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (2, length, 16))
     extend = jax.jit(layer.extend)
-    wanted, empty = layer(x), layer.init_cache(2, length)
+    wanted, empty = jax.jit(layer)(x), layer.init_cache(2, length)
     far = 2**31 - 1 - (0 if window is None else length - 2)
     last = empty.replace(position=jnp.array([far, 0], jnp.int32))
     with pytest.raises(ValueError, match="a row"):

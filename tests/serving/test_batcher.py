@@ -39,9 +39,11 @@ def test_requests_get_the_tokens_of_generate():
     served = batcher(model=nnx.merge(graph, jax.device_put(state, jax.devices()[0])))
     requests = [served.submit(ids(i, count), new) for i, (count, new) in enumerate(sizes)]
     served.run()
-    for i, (request, (count, new)) in enumerate(zip(requests, sizes, strict=True)):
-        wanted = mc.generate(model(), ids(i, count)[None], new, temperature=0)[0, count:]
-        assert request.tokens == wanted.tolist()
+    counts = np.array([count for count, _ in sizes])
+    prompts = np.stack([np.resize(ids(i, count), 20) for i, count in enumerate(counts)])
+    alone = np.asarray(mc.generate(model(), prompts, 30, lengths=counts, temperature=0))
+    for row, request, (count, new) in zip(alone, requests, sizes, strict=True):
+        assert request.tokens == row[count : count + new].tolist()
         assert request.finish_reason == "length"
     # Pieces of 4, 2 and 1 tokens, and one program for all steps.
     after = [program._cache_size() for program in programs]
