@@ -33,6 +33,7 @@ def get_config() -> Any:
     config.segments = (8, 16, 64)
     config.aggregations = ("GRM", "SSC")
     config.top_k = (1, 4)
+    config.exact = (4, 16)  # tokens kept beside each state of GRM, at most half of a segment's
     config.seed = 0
     # Segmentations to compare where topics have so many pairs.
     config.borders = (

@@ -148,6 +148,7 @@ class Aggregation(abc.ABC):
         """The outputs of all tokens, which the reference makes by ``read_token``.
 
         A state that a token does not read reaches neither its output nor a gradient, NaN or not.
+        What exact tokens give, ``selection.beside``, is added afterwards.
 
         Args:
           bank: the cached states.
@@ -155,13 +156,6 @@ class Aggregation(abc.ABC):
           query: the queries, block by block.
           selection: as from ``select``.
         """
-        y = self._read_states(bank, live, query, selection)
-        return y if selection.beside is None else y + selection.beside.read
-
-    def _read_states(
-        self, bank: Bank, live: Live, query: Float[Array, "b h n c k"], selection: Selection
-    ) -> Float[Array, "b h n c v"]:
-        """``read`` without the kept tokens."""
         if not self._mixes_layers(bank.memory):
             return _gated(selection.live, live.reads()) + bank.read(query, selection)
 
@@ -224,8 +218,9 @@ class GRM(Aggregation):
 
             y_t = gamma_live M_t(q_t) + sum_i (gamma_i M_i(q_t) + sum_j gamma_ij v_ij)
 
-        with one softmax over the relevance of all of them, <u_t, k_ij> of tokens. The state at the
-        segment's end says what reads will miss; an error at the time of writing would choose a
+        with one softmax over the relevance of all of them, <u_t, k_ij> - log C of tokens: as a
+        state of n merged segments counts n times, a token counts 1 / C times, C being the most
+        tokens in a segment. The state at the segment's end says what reads will miss; an error at the time of writing would choose a
         segment's first tokens, which meet an empty memory. The paper keeps no tokens. Keys and
         values have gradients, the choice has none. It is for ``Constant``, ``Lengths`` and
         ``Adaptive`` segments of ``exact`` tokens or more. Choice and reads of tokens are XLA's with

@@ -186,8 +186,7 @@ class Piece(Layout):
             return Keys(live, cache.storages[1].all(cache.pooled))
 
         candidates = slots.candidates(cache.record, self.block, keys)
-        exact = exact_of(cache, candidates.states, key.dtype)
-        candidates = candidates._replace(exact=exact)
+        candidates = candidates._replace(exact=exact_of(cache, key.dtype))
         return SlotBank(how.memory, cache, key.dtype), candidates
 
 
