@@ -220,12 +220,14 @@ class GRM(Aggregation):
 
         with one softmax over the relevance of all of them, <u_t, k_ij> - log C of tokens: as a
         state of n merged segments counts n times, a token counts 1 / C times, C being the most
-        tokens in a segment. The state at the segment's end says what reads will miss; an error at the time of writing would choose a
-        segment's first tokens, which meet an empty memory. The paper keeps no tokens. Keys and
-        values have gradients, the choice has none. It is for ``Constant``, ``Lengths`` and
-        ``Adaptive`` segments of ``exact`` tokens or more. Choice and reads of tokens are XLA's with
-        every ``implementation``, and so is SSC's router then. A stream keeps the tokens of the live
-        segment to choose from.
+        tokens in a segment. The state at the segment's end says what reads will miss; an error at
+        the time of writing would choose a segment's first tokens, which meet an empty memory. The
+        paper keeps no tokens.
+
+        Keys and values have gradients, the choice has none. Segments are ``Constant``, ``Lengths``
+        or ``Adaptive``, of ``exact`` tokens or more. The choice and the reads of tokens are XLA's
+        with every ``implementation``, and so is SSC's router then. A stream also holds the tokens
+        of the live segment, to choose from.
 
     Raises:
       ValueError: for an unknown gate or pooling, or ``exact`` below 0.

@@ -141,8 +141,8 @@ def scores_of_tokens(
 ) -> Float[Array, "b h n c slots r"]:
     """The relevance of the tokens kept beside the states in all slots, as of states of one token.
 
-    The pooled key of such a state is its token's key, and it counts 1 / C times, where C is the most
-    tokens in a segment. Tokens of states that are not visible score -inf.
+    The pooled key of such a state is its token's key, and it counts 1 / C times, where C is the
+    most tokens in a segment. Tokens of states that are not visible score -inf.
     """
     exact = candidates.exact
     assert exact is not None

@@ -4,6 +4,7 @@ Nothing here is chunked or parallel in time, and gradients are automatic differe
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -133,7 +134,7 @@ def _one_head(
             keys, values, there = (x[begun, slots] for x in exact)
             distances = jnp.broadcast_to(distances[:-1, None], there.shape)
             of_tokens = jax.vmap(score, in_axes=(None, 0, 0))(connector[t], keys, distances)
-            of_tokens -= jnp.log(longest)  # a token is one of so many that a state stands for
+            of_tokens -= math.log(longest)  # a token is one of so many that a state stands for
             of_tokens = jnp.where(visible[:, None] & there, of_tokens, -jnp.inf)
             gates, last, of_tokens = aggregation.gates_with_tokens(cached, scores[-1], of_tokens)
             values = jnp.where(of_tokens[..., None] != 0, values, 0)
