@@ -2,7 +2,7 @@
 
 Command:   python -m experiments.capacity --config=configs/capacity.py --workdir=runs/capacity
 Hardware:  two CPU cores
-Time:      about two minutes of one core on a busy machine
+Time:      about two and a half minutes of one core on a busy machine
 Expected:  on 2026-11-29, with random keys of d = 16: a linear memory recalls 0.9 or more of 16
            pairs and 0.30 of 64, with GRM and segments of 16 pairs 0.45; attention recalls all.
 """

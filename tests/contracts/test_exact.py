@@ -1,5 +1,6 @@
 """Tokens kept exactly beside cached states: every path agrees with the equations."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from flax import nnx
 
 import memcache_jax as mc
+from memcache_jax.kernels._dispatch import interpret_kernels
 from memcache_jax.sharding import make_mesh
 from tests.cases import (
     FAMILIES,
@@ -230,6 +232,69 @@ def test_layers_decode_as_they_train():
     np.testing.assert_allclose(np.concatenate(outputs, axis=1), layer(x), atol=1e-5)
     with pytest.raises(ValueError, match="gates beside exact tokens depend on what memories"):
         layer.gates(x)
+
+
+@pytest.mark.slow
+def test_rows_return_to_a_segments_begin():
+    """A stream that goes on from whole states finds them beside their tokens."""
+    mixer = mc.nn.MemoryCachingMixer(
+        memory=mc.memories.SSD(), aggregation=GRM, segmentation=CONSTANT, start="checkpoint"
+    )
+    config = mc.nn.LanguageModelConfig(17, 1, features=8, num_heads=2, mixers=(mixer,))
+    model = mc.nn.LanguageModel(config, rngs=nnx.Rngs(0))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 17, (2, 30)))
+    hidden, cache = model.extend(tokens, model.init_cache(2, 30, keep_ends=True))
+    cache = mc.rewind_to(model, cache, tokens, np.array([21, 11]))
+    rest = jnp.stack([tokens[0, 21:29], tokens[1, 11:19]])
+    again, _ = model.extend(rest, cache)
+    np.testing.assert_allclose(again, np.stack([hidden[0, 21:29], hidden[1, 11:19]]), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["pallas_tpu", "pallas_gpu"])
+def test_kernels_write_and_read_the_states(kernels):
+    memory = MEMORIES["gated_deltanet"]
+    inputs = make_inputs(memory, 32, batch=1, heads=1, dim=8, dtype=np.float32)
+    cases = tuple((kind, CONSTANT, "independent") for kind in (GRM, SSC))
+    with interpret_kernels():
+        assert_close(run(inputs, memory, cases, None, kernels), run(inputs, memory, cases), 1e-4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sigmoid(mc.GRM):
+    """States and tokens that do not compete."""
+
+    def gates(self, cached, live):
+        return jax.nn.sigmoid(cached), jax.nn.sigmoid(live)
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoHops(mc.GRM):
+    """A second read with what the first one found; tokens are read once."""
+
+    def needs(self, memory):
+        return ("layers",)
+
+    def read(self, bank, live, query, selection):
+        again = query + super().read(bank, live, query, selection)
+        return super().read(bank, dataclasses.replace(live, query=again), again, selection)
+
+    def read_token(self, memory, states, query, gates):
+        again = query + super().read_token(memory, states, query, gates)
+        return super().read_token(memory, states, again, gates)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+def test_aggregations_of_ones_own():
+    memory = MEMORIES["linear"]
+    inputs = make_inputs(memory, 30, dtype=np.float64)
+    cases = tuple((kind(exact=2), CONSTANT, "independent") for kind in (Sigmoid, TwoHops))
+    wanted = run(inputs, memory, cases, None, "reference")
+    assert_close(run(inputs, memory, cases), wanted, 1e-12)
+    for case, y in zip(cases, wanted, strict=True):
+        (got,), _ = streamed(inputs, memory, case, ((0, 30),))
+        assert_close(got, y, 1e-12)
 
 
 def test_refusals():
