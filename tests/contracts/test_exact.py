@@ -35,7 +35,7 @@ CASES = (
 
 
 @functools.partial(jax.jit, static_argnames=("memory", "cases", "implementation", "exchange"))
-def run(inputs, memory, cases=CASES, ids=None, implementation=None, exchange="gather"):
+def run(inputs, memory, cases=CASES, ids=None, implementation=None, exchange: Any = "gather"):
     with scheduled("in_turn"):
         return [
             mc.memory_caching(
@@ -129,7 +129,7 @@ def test_keeps_what_the_cached_state_recalls_worst():
     dim = 16
     key = np.eye(dim)[[0, 1, 2, 3, 4, 5, 0, 6, 7, 7]][None, :, None]
     value = np.random.default_rng(0).standard_normal((1, 10, 1, dim))
-    inputs = dict(query=key * 0, key=key, value=value, connector=100 * key)
+    inputs: dict[str, Any] = dict(query=key * 0, key=key, value=value, connector=100 * key)
     inputs["controls"] = {"beta": np.ones((1, 10, 1))}
     inputs["connector"][0, 9, 0] = 100 * np.eye(dim)[0]
     inputs = jax.tree.map(lambda x: x.astype(np.float32), inputs)
@@ -302,7 +302,8 @@ def test_refusals():
     for segmentation in (mc.Logarithmic(8), mc.Constant(4), mc.Lengths((8, 4)), mc.Adaptive(4, 8)):
         with pytest.raises(ValueError, match="exact=5 tokens beside each state need Constant"):
             mc.init_cache(1, 1, 4, 4, **how, segmentation=segmentation, max_length=12)
-    for options in (dict(policy="merge"), dict(placement="host")):
+    refused: tuple[dict[str, Any], ...] = dict(policy="merge"), dict(placement="host")
+    for options in refused:
         with pytest.raises(ValueError, match="exact needs placement='device' and a policy"):
             mc.init_cache(1, 1, 4, 4, **how, segmentation=CONSTANT, max_segments=2, **options)
     # No mean of states stands for their tokens.
