@@ -139,18 +139,20 @@ def measure_memory(
 
     Args:
       rule: how they are written.
-      aggregation: how cached states are read, with pooled keys of ``pooling="sum"``: tokens that
-        ask have a key of zero, and count in no sum.
+      aggregation: how cached states are read. Tokens that ask have a key of zero: they count in no
+        ``pooling="sum"``. With ``exact`` tokens, whose keys have no other scale, it is ``"mean"``,
+        and each question has a sequence of its own.
       segment: pairs in a segment; None for one memory of all.
       keys: (trials, pairs, d).
       values: the same.
       asked: from ``draw_questions``. Where there are segments, each ends after one of its points.
-      temperature: of content gates: connectors are so many queries, over ``segment``, which makes
-        pooled keys the means of full segments.
+      temperature: of content gates: connectors are so many queries, scaled to make pooled keys the
+        means of a full segment's pairs.
 
     Returns:
       By name, at each point: ``recall``, the share of reads that are nearest to the value asked
-      for among all values so far, by angle; ``snr``; and ``bytes`` of states and pooled keys.
+      for among all values so far, by angle; ``snr``; and ``bytes`` of states, pooled keys and exact
+      tokens.
     """
     trials, pairs, dim = keys.shape
     number, questions = asked.shape[1:]
@@ -158,27 +160,41 @@ def measure_memory(
     if segment is not None and segment != piece:
         raise ValueError(f"segments must end where pairs are asked for, got {segment} and {piece}")
 
+    asking = 1 if aggregation.exact else questions
+
     def interleave(of_pairs: np.ndarray, of_questions: np.ndarray) -> np.ndarray:
-        """Rows (1, t, trials, d), ``piece`` pairs and their questions in turn."""
-        rows = np.concatenate([of_pairs.reshape(trials, number, piece, dim), of_questions], axis=2)
-        return np.moveaxis(rows.reshape(1, trials, -1, dim), 1, 2)
+        """Rows (b, t, trials, d), ``piece`` pairs and their ``asking`` questions in turn."""
+        of_questions = of_questions.reshape(trials, number, -1, asking, dim)
+        of_questions = np.moveaxis(of_questions, 2, 0)
+        of_pairs = of_pairs.reshape(1, trials, number, piece, dim)
+        of_pairs = np.broadcast_to(of_pairs, (len(of_questions), *of_pairs.shape[1:]))
+        rows = np.concatenate([of_pairs, of_questions], axis=3)
+        return np.moveaxis(rows.reshape(len(rows), trials, -1, dim), 1, 2)
 
     every = np.arange(trials)[:, None, None]
     queries = keys[every, asked]
     nothing = np.zeros_like(queries)
     query, key = (jnp.asarray(interleave(keys, x)) for x in (queries, nothing))
-    tokens = piece + questions
+    tokens = piece + asking
+    pooled = tokens if aggregation.pooling == "mean" else 1
     weights = initial_weights(rule.memory, trials, dim)
     y = mc.memory_caching(
-        *(query, key, jnp.asarray(interleave(values, nothing)), temperature / piece * query),
+        *(
+            query,
+            key,
+            jnp.asarray(interleave(values, nothing)),
+            temperature * pooled / piece * query,
+        ),
         memory=rule.memory,
         controls=rule.coefficients(key),
         weights=weights,
         aggregation=aggregation,
         segmentation=mc.Constant(tokens if segment else number * tokens),
     )
-    y = np.moveaxis(np.asarray(y)[0], 1, 0).reshape(trials, number, tokens, dim)[:, :, piece:]
+    y = np.moveaxis(np.asarray(y), 2, 1).reshape(-1, trials, number, tokens, dim)[..., piece:, :]
+    y = np.moveaxis(y, 0, 2).reshape(trials, number, questions, dim)
     state, cached = _bytes_of_states(rule.memory, weights, trials, dim)
+    cached += 4 * aggregation.exact * 2 * dim
     return quality(y, values, asked) | {
         "bytes": [state + (i if segment else 0) * cached for i in range(number)]
     }

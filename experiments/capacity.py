@@ -5,7 +5,8 @@
 Writes random pairs of keys and values of norm one into each rule, alone and with cached segments,
 and asks for the pairs so far: how often the read is nearest to the right value, and its
 signal-to-noise ratio. Beside them stand softmax attention over all pairs, the theory of linear
-memories, and the share of questions for which SSC's router finds the segment. Rules write without
+memories, and the share of questions for which SSC's router finds the segment, and GRM with the
+tokens that each cached state recalls worst kept beside it. Rules write without
 decay and with the coefficients of ``experiments._capacity.rules``.
 
 Then it draws keys whose topic changes after random numbers of pairs, and counts how often a router
@@ -33,7 +34,7 @@ from experiments._study import Case, Row, Study, new_figure, run
 
 KEYS = (
     *("dim", "pairs", "trials", "questions", "temperature", "enough", "report", "keys"),
-    *("alone_every", "rules", "cached_rules", "segments", "aggregations", "top_k"),
+    *("alone_every", "rules", "cached_rules", "segments", "aggregations", "top_k", "exact"),
     *("seed", "borders", "topic_pairs", "topic_correlations"),
 )
 ALONE, ATTENTION = "alone", "attention"
@@ -65,6 +66,12 @@ def groups(config: Any) -> list[list[Case]]:
                     continue  # GRM, for a matrix
                 for top_k in config.top_k if name == "SSC" else (None,):
                     readers.append(dict(rule=rule, reader=name, segment=segment, top_k=top_k))
+                if name == "GRM":
+                    readers += [
+                        dict(rule=rule, reader=name, segment=segment, top_k=None, exact=exact)
+                        for exact in config.exact
+                        if 2 * exact <= segment
+                    ]
     common = {
         name: config[name]
         for name in ("dim", "pairs", "trials", "questions", "temperature", "alone_every", "seed")
@@ -117,8 +124,8 @@ def segmentation(options: dict | None) -> mc.Segmentation | None:
     return known[name](**arguments)
 
 
-def aggregation(name: str, top_k: int | None) -> mc.Aggregation:
-    """The aggregation of a name, whose pooled keys leave out tokens that only ask.
+def aggregation(name: str, top_k: int | None, exact: int = 0) -> mc.Aggregation:
+    """The aggregation of a name, as ``measure_memory`` takes it.
 
     Raises:
       ValueError: for an unknown name.
@@ -130,7 +137,7 @@ def aggregation(name: str, top_k: int | None) -> mc.Aggregation:
         return mc.SSC(top_k=top_k, pooling="sum")
     if name not in ("GRM", "Soup"):
         raise ValueError(f"aggregations must be of Residual, GRM, Soup and SSC, got {name}")
-    return getattr(mc, name)(pooling="sum")
+    return getattr(mc, name)(pooling="mean" if exact else "sum", exact=exact)
 
 
 def measure(cases: list[Case]) -> list[Row]:
@@ -147,7 +154,7 @@ def measure(cases: list[Case]) -> list[Row]:
         if case["rule"] == ATTENTION:
             row = measure_attention(keys, values, asked, **how)
         else:
-            kind = aggregation(case["reader"], case.get("top_k"))
+            kind = aggregation(case["reader"], case.get("top_k"), case.get("exact", 0))
             row = measure_memory(
                 rules()[case["rule"]], kind, case["segment"], keys, values, asked, **how
             )
@@ -175,6 +182,7 @@ def name_of(row: Row) -> str:
     if row["segment"] is None:
         return row["rule"] if row["reader"] == ATTENTION else f"{row['rule']} alone"
     k = f"(k = {row['top_k']})" if row["reader"] == "SSC" else ""
+    k = f"(exact = {row['exact']})" if row.get("exact") else k
     return f"{row['rule']}, {row['reader']}{k}, C = {row['segment']}"
 
 
@@ -253,6 +261,8 @@ def _picture(config: Any, rows: list[Row]) -> Any:
         for row in (row for row in chosen if row["segment"] == segment):
             if row["reader"] not in ("GRM", "SSC") or row.get("top_k") not in (None, 1):
                 continue
+            if row.get("exact"):
+                continue
             look = "-" if row["reader"] == "GRM" else ":"
             label = f"{row['reader']}, C = {segment}"
             cached.plot(counts(row), row["recall"], f"C{number}{look}", label=label)
@@ -261,9 +271,12 @@ def _picture(config: Any, rows: list[Row]) -> Any:
     of_rules = {}
     for row in rows:
         if row["keys"] == routed:
-            of_rules.setdefault(row["rule"], []).append((row["bytes"][-1], row["recall"][-1]))
-    for rule in (ATTENTION, *config.cached_rules):
-        size.plot(*zip(*of_rules.get(rule, []), strict=True), "o", label=rule)
+            kind = f"{row['rule']}, exact tokens" if row.get("exact") else row["rule"]
+            of_rules.setdefault(kind, []).append((row["bytes"][-1], row["recall"][-1]))
+    for number, rule in enumerate((ATTENTION, *config.cached_rules)):
+        for kind, look in ((rule, "o"), (f"{rule}, exact tokens", "x")):
+            if kind in of_rules:
+                size.plot(*zip(*of_rules[kind], strict=True), f"C{number}{look}", label=kind)
     size.set(xscale="log", xlabel=f"bytes at {config.pairs} pairs", ylabel="recall")
     size.set_title(f"{config.pairs} pairs, {routed}")
     for axis in (noise, alone, cached):

@@ -153,6 +153,7 @@ class Aggregation(abc.ABC):
         """The outputs of all tokens, which the reference makes by ``read_token``.
 
         A state that a token does not read reaches neither its output nor a gradient, NaN or not.
+        What exact tokens give, ``selection.beside``, is added afterwards.
 
         Args:
           bank: the cached states.
@@ -160,13 +161,6 @@ class Aggregation(abc.ABC):
           query: the queries, block by block.
           selection: as from ``select``.
         """
-        y = self._read_states(bank, live, query, selection)
-        return y if selection.beside is None else y + selection.beside.read
-
-    def _read_states(
-        self, bank: Bank, live: Live, query: Float[Array, "b h n c k"], selection: Selection
-    ) -> Float[Array, "b h n c v"]:
-        """``read`` without the kept tokens."""
         if not self._mixes_layers(bank.memory):
             return _gated(selection.live, live.reads()) + bank.read(query, selection)
 
@@ -234,13 +228,16 @@ class GRM(Aggregation):
 
             y_t = gamma_live M_t(q_t) + sum_i (gamma_i M_i(q_t) + sum_j gamma_ij v_ij)
 
-        with one softmax over the relevance of all of them, <u_t, k_ij> of tokens. The state at the
-        segment's end says what reads will miss; an error at the time of writing would choose a
-        segment's first tokens, which meet an empty memory. The paper keeps no tokens. Keys and
-        values have gradients, the choice has none. It is for ``Constant``, ``Lengths`` and
-        ``Adaptive`` segments of ``exact`` tokens or more. Choice and reads of tokens are XLA's with
-        every ``implementation``, and so is SSC's router then. A stream keeps the tokens of the live
-        segment to choose from.
+        with one softmax over the relevance of all of them, <u_t, k_ij> - log C of tokens: as a
+        state of n merged segments counts n times, a token counts 1 / C times, C being the most
+        tokens in a segment. The state at the segment's end says what reads will miss; an error at
+        the time of writing would choose a segment's first tokens, which meet an empty memory. The
+        paper keeps no tokens.
+
+        Keys and values have gradients, the choice has none. Segments are ``Constant``, ``Lengths``
+        or ``Adaptive``, of ``exact`` tokens or more. The choice and the reads of tokens are XLA's
+        with every ``implementation``, and so is SSC's router then. A stream also holds the tokens
+        of the live segment, to choose from.
 
     Raises:
       ValueError: for an unknown gate or pooling, for ``num_keys`` below 1, or above 1 with a gate

@@ -1,5 +1,6 @@
 """Tokens kept exactly beside cached states: which ones, and what they add to later tokens."""
 
+import math
 from typing import Any
 
 import jax
@@ -14,6 +15,13 @@ from memcache_jax.gating import Gate, finite_rows, in_order, scores
 from memcache_jax.kernels._largest import largest
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Constant, Lengths, Segmentation
+
+
+def longest_segment(segmentation: Segmentation) -> int:
+    """Most tokens in a segment, of which some may be kept."""
+    lengths = segment_lengths(segmentation)
+    assert lengths is not None  # from check_keeps
+    return lengths[1]
 
 
 def segment_lengths(segmentation: Segmentation) -> tuple[int, int] | None:
@@ -84,6 +92,7 @@ def exact_of_blocks(
     owner: Int[Array, "_ n c"] | None,
     span: int,
     count: int,
+    longest: int,
 ) -> Exact:
     """The tokens kept of segments that are runs of blocks.
 
@@ -96,6 +105,7 @@ def exact_of_blocks(
         if all tokens of a block are.
       span: most blocks in a segment.
       count: tokens to keep of each.
+      longest: most tokens in a segment of such a segmentation.
     """
     assert blocks.rows.bad is not None
     tokens = blocks.tokens
@@ -123,7 +133,7 @@ def exact_of_blocks(
         there = (owner == owner[:, :, -1:]) & jnp.repeat(inside, tokens.key.shape[3], axis=2)
     kept = worst_recalled(memory, matrices, key, value, there, count)
     counts = None if there is None else jnp.minimum(there.sum(axis=2, dtype=jnp.int32), count)
-    return Exact(*kept, counts, in_order=True)
+    return Exact(*kept, longest, counts)
 
 
 def scores_of_tokens(
@@ -131,8 +141,8 @@ def scores_of_tokens(
 ) -> Float[Array, "b h n c slots r"]:
     """The relevance of the tokens kept beside the states in all slots, as of states of one token.
 
-    The pooled key of such a state is its token's key. Tokens of states that are not visible
-    score -inf.
+    The pooled key of such a state is its token's key, and it counts 1 / C times, where C is the
+    most tokens in a segment. Tokens of states that are not visible score -inf.
     """
     exact = candidates.exact
     assert exact is not None
@@ -146,9 +156,11 @@ def scores_of_tokens(
     if counts is not None:
         counts = _each(jnp.minimum(counts, 1), count)
     if exact.counts is not None:
-        assert counts is None
-        assert exact.in_order
-        counts = (each < exact.counts[:, None, :, None]).astype(jnp.int32)
+        assert counts is None  # there are no documents in a stream
+        counts = exact.counts[:, None]
+        if not _in_order(candidates):
+            counts = _by_slot(candidates, exact.counts)
+        counts = (each < counts[..., None]).astype(jnp.int32)
         counts = counts.reshape(*counts.shape[:2], -1)
     of_tokens = candidates._replace(
         states=states.reshape(*states.shape[:2], -1),
@@ -158,7 +170,7 @@ def scores_of_tokens(
         counts=counts,
         held=_each(candidates.held, count),
     )
-    relevance, _ = scores(connector, of_tokens, gate, pooling)
+    relevance = scores(connector, of_tokens, gate, pooling)[0] - math.log(exact.longest)
     return relevance.reshape(*relevance.shape[:-1], -1, count)
 
 
@@ -168,21 +180,34 @@ def read_of_tokens(
     """The gated sum of the values of the tokens in all slots."""
     exact = candidates.exact
     assert exact is not None
-    if exact.in_order:
+    if _in_order(candidates):
         return jnp.einsum("bhncsr,bhsrv->bhncv", gates, exact.value, precision="highest")
-    states = jnp.broadcast_to(
-        jnp.maximum(jnp.asarray(candidates.states), 0),
-        (len(gates), *candidates.states.shape[1:]),
-    )
-    value = jax.vmap(lambda value, states: value[:, states])(exact.value, states)
+    value = jnp.moveaxis(_by_slot(candidates, jnp.moveaxis(exact.value, 2, 1)), 3, 1)
     return jnp.einsum("bhncsr,bhnsrv->bhncv", gates, value, precision="highest")
 
 
-def stored_exact(key: Float[Array, "b h s r k"], value: Float[Array, "b h s r v"], states: Any):
-    """The tokens that a cache holds, whose slots a block reads as ``states`` says."""
+def stored_exact(
+    key: Float[Array, "b h s r k"], value: Float[Array, "b h s r v"], longest: int
+) -> Exact:
+    """The tokens that a cache holds, of segments of at most ``longest``."""
     value, broken = finite_rows(value)
-    key = jnp.where(broken[..., None], jnp.nan, key)
-    return Exact(key, value, None, in_order(states, key.shape[2]))
+    return Exact(jnp.where(broken[..., None], jnp.nan, key), value, longest)
+
+
+def _in_order(candidates: Candidates) -> bool:
+    """Whether slot i is known to hold state i or none."""
+    exact = candidates.exact
+    assert exact is not None
+    table = exact.table is not None and candidates.states is exact.table
+    return table or in_order(candidates.states, exact.key.shape[2])
+
+
+def _by_slot(candidates: Candidates, x: Array) -> Array:
+    """What there is of each state, (_, states, ...), for each slot, (b, n, slots, ...)."""
+    states = jnp.maximum(jnp.asarray(candidates.states), 0)
+    rows = max(len(x), len(states))
+    x, states = (jnp.broadcast_to(each, (rows, *each.shape[1:])) for each in (x, states))
+    return jax.vmap(lambda x, states: x[states])(x, states)
 
 
 def _each(x: Any, count: int) -> Any:

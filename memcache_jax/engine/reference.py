@@ -4,6 +4,7 @@ Nothing here is chunked or parallel in time, and gradients are automatic differe
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -52,6 +53,7 @@ def _one_head(
     aggregation: Aggregation,
     plan: ReadPlan,
     start: str,
+    longest: int,
     follows: bool,
 ) -> Float[Array, "t v"]:
     query, key, value, connector, controls = tokens
@@ -147,6 +149,7 @@ def _one_head(
         else:
             keys, values, there = (x[begun, slots] for x in exact)
             of_tokens = jax.vmap(score, in_axes=(None, 0, 0))(connector[t], keys, distances[:-1])
+            of_tokens -= math.log(longest)  # a token is one of so many that a state stands for
             of_tokens = jnp.where(visible[:, None] & there, of_tokens, -jnp.inf)
             gates, last, of_tokens = aggregation.gates_with_tokens(cached, scores[-1], of_tokens)
             values = jnp.where(of_tokens[..., None] != 0, values, 0)

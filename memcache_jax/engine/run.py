@@ -64,7 +64,9 @@ def run(
     bank, candidates = layout.cached(how, ends, blocks)
     selection = aggregation.select(tokens.connector, candidates, implementation=how.implementation)
     live = Live(how.memory, tokens.query, kept, how.implementation)
-    return aggregation.read(bank, live, tokens.query, selection), ends, selection
+    y = aggregation.read(bank, live, tokens.query, selection)
+    beside = getattr(selection, "beside", None)  # a selection may be of a user's own type
+    return y if beside is None else y + beside.read, ends, selection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +77,13 @@ class OnePass(Layout):
       plan: its buckets and who reads them.
       carries: whether each segment continues from the one before.
       borders: where segments end if the tokens decide; None if the plan does.
-      most_blocks: in a segment that the tokens decide about.
+      longest: most tokens in a segment, where some are kept beside states.
     """
 
     plan: ReadPlan
     carries: bool
     borders: Borders | None = None
-    most_blocks: int = 1
+    longest: int = 0
 
     def write(self, how: Writing, rows: Rows) -> tuple[Run, Views]:
         """In sequence, or in parallel if every segment begins anew.
@@ -126,14 +128,16 @@ class OnePass(Layout):
         if not how.exact or not len(self.plan.buckets):
             return bank, candidates
         if self.borders is not None:
-            last, owner, span = self.borders.last, self.borders.segment, self.most_blocks
+            last, owner = self.borders.last, self.borders.segment
+            span = self.longest // self.plan.block_size
         else:
             owner, (first, after) = blocks.document, self.plan.buckets.T
             last, span = after[None] - 1, int(np.max(after - first))
             if span > 1:
                 owner = np.cumsum(self.plan.begins)[None, :, None] + (0 if owner is None else owner)
                 owner = jnp.broadcast_to(owner, (len(owner), *blocks.tokens.key.shape[2:4]))
-        exact = exact_of_blocks(how.memory, matrices, blocks, last, owner, span, how.exact)
+        sizes = span, how.exact, self.longest
+        exact = exact_of_blocks(how.memory, matrices, blocks, last, owner, *sizes)
         return bank, candidates._replace(exact=exact)
 
 

@@ -134,14 +134,17 @@ class Exact(NamedTuple):
     Attributes:
       key: their keys, NaN where it is unknown which tokens to keep.
       value: their values, finite.
+      longest: most tokens in a segment: a token counts so many times less than a state.
       counts: how many tokens a state has, the first ones; None if all have all.
-      in_order: whether slot i of the candidates is known to hold state i or none.
+      table: ``Candidates.states`` of which slot i is known to hold state i or none, though it is
+        not static; None if there is none.
     """
 
     key: Float[Array, "b h states r k"]
     value: Float[Array, "b h states r v"]
-    counts: Int[Array, "_ states"] | None
-    in_order: bool
+    longest: int
+    counts: Int[Array, "_ states"] | None = None
+    table: Any = None
 
 
 class SpanKeys(NamedTuple):

@@ -21,6 +21,7 @@ _NAMES = dict(
     key_sum="sums of keys",
     record="record of the slots",
     bank="cached states",
+    recent="tokens of live segments",
     pooled="pooled keys",
     tails="convolution tails",
     tail="last tokens of MLPs",

@@ -109,7 +109,7 @@ class Part(Layout):
         candidates = self._candidates(blocks)
         matrices = how.memory.matrices(ends.state)
         if how.exact and len(self.plan.buckets):
-            candidates = candidates._replace(exact=self._exact(how, matrices, blocks))
+            candidates = candidates._replace(exact=self._exact(how, matrices, blocks, candidates))
         if self.ring:
             bank = RingBank(how.memory, matrices, how.implementation, candidates.states, self.axis)
             return bank, candidates
@@ -146,16 +146,19 @@ class Part(Layout):
         bank = ArrayBank(how.memory, matrices, how.implementation)
         return bank, candidates._replace(states=reads)
 
-    def _exact(self, how: Writing, matrices: Matrices, blocks: Blocks) -> Exact:
+    def _exact(
+        self, how: Writing, matrices: Matrices, blocks: Blocks, candidates: Candidates
+    ) -> Exact:
         """The tokens kept of all parts' segments, each of which is a block; each part chooses."""
         each = np.arange(self.own.num_blocks)[None]
-        own = exact_of_blocks(how.memory, matrices, blocks, each, blocks.document, 1, how.exact)
+        sizes = 1, how.exact, self.own.block_size
+        own = exact_of_blocks(how.memory, matrices, blocks, each, blocks.document, *sizes)
         count = len(self.plan.buckets)
         key, value = (x[:, :, :count] for x in _gathered((own.key, own.value), self.axis))
         counts = own.counts
         if counts is not None:
             counts = _gathered(counts, self.axis, dim=1)[:, :count]
-        return own._replace(key=key, value=value, counts=counts)
+        return Exact(key, value, own.longest, counts, table=candidates.states)
 
     def _mine(self, table: Int[Array, "_ blocks r"]) -> Int[Array, "_ n r"]:
         """This part's rows of a table of all blocks."""

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from memcache_jax._typing import Array, Bool, Int, Matrices
-from memcache_jax.engine.exact import segment_lengths, stored_exact, worst_recalled
+from memcache_jax.engine.exact import longest_segment, stored_exact, worst_recalled
 from memcache_jax.engine.types import Exact, Tokens
 from memcache_jax.streaming import storage
 
@@ -30,7 +30,7 @@ class Recent(NamedTuple):
 
 def num_recent(config: Any) -> int:
     """How many tokens to hold: the longest segment's, also after ``rewind``."""
-    return _longest(config) + config.rewind
+    return longest_segment(config.segmentation) + config.rewind
 
 
 def empty_recent(config: Any, *sizes: int, dtype: Any) -> Recent | None:
@@ -77,7 +77,7 @@ def with_worst(
     after = (block + 1) * segment
 
     def choose(matrices: Matrices, recent: Recent) -> tuple[Array, Array]:
-        place = first[:, None] + np.arange(_longest(config))[None]
+        place = first[:, None] + np.arange(longest_segment(config.segmentation))[None]
         there = (place < after[:, None])[:, None]
         take = jax.vmap(lambda x, place: x[:, place])
         key, value = (take(x, place % x.shape[2])[:, :, None] for x in recent)
@@ -106,15 +106,9 @@ def matrices_of(cache: Any) -> Any:
     return cache.bank if cache.recent is None else cache.bank[:-2]
 
 
-def exact_of(cache: Any, states: Any, dtype: Any) -> Exact | None:
-    """The tokens beside all cached states, whose slots a block reads as ``states`` says."""
+def exact_of(cache: Any, dtype: Any) -> Exact | None:
+    """The tokens beside all cached states."""
     if cache.recent is None:
         return None
     key, value = storage.unpack(cache.storages[0].all(cache.bank[-2:]), dtype)
-    return stored_exact(key, value, states)
-
-
-def _longest(config: Any) -> int:
-    lengths = segment_lengths(config.segmentation)
-    assert lengths is not None  # from check_keeps
-    return lengths[1]
+    return stored_exact(key, value, longest_segment(cache.config.segmentation))

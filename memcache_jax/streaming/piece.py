@@ -185,9 +185,8 @@ class Piece(Layout):
             return Keys(live, cache.storages[1].all(cache.pooled))
 
         candidates = slots.candidates(cache.record, self.block, keys)
-        exact = exact_of(cache, candidates.states, key.dtype)
         spans = functools.partial(span_keys, cache, key)
-        candidates = candidates._replace(exact=exact, spans=spans)
+        candidates = candidates._replace(exact=exact_of(cache, key.dtype), spans=spans)
         return SlotBank(how.memory, cache, key.dtype), candidates
 
 

@@ -97,7 +97,7 @@ def default_config() -> Config:
     Example:
       >>> from memcache_jax.training import default_config, model_config
       >>> model_config(default_config().model).mixers[0].aggregation
-      GRM(gate='content', pooling='mean', num_keys=1)
+      GRM(gate='content', pooling='mean', num_keys=1, exact=0)
     """
     config: Config = ConfigDict()
     config.seed = 0  # of the initial parameters, the order of the data and the sample

@@ -92,9 +92,9 @@ def constructors():
         yield segmentation.span, dict(segments=2)
     yield mc.ReadPlan, vars(plan)
     yield mc.Residual, {}
-    yield mc.GRM, dict(gate="content", pooling="mean", num_keys=1)
-    yield mc.Soup, dict(gate="content", pooling="mean", num_keys=1)
-    yield mc.SSC, dict(gate="content", pooling="mean", num_keys=1, top_k=2, inner="grm")
+    yield mc.GRM, dict(gate="content", pooling="mean", num_keys=1, exact=2)
+    yield mc.Soup, dict(gate="content", pooling="mean", num_keys=1, exact=2)
+    yield mc.SSC, dict(gate="content", pooling="mean", num_keys=1, top_k=2, inner="grm", exact=2)
     yield mc.nn.MemoryCachingMixer, mixer
     yield mc.nn.AttentionMixer, attention
     yield mc.nn.LanguageModelConfig, config
