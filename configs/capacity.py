@@ -34,6 +34,11 @@ def get_config() -> Any:
     config.aggregations = ("GRM", "SSC")
     config.top_k = (1, 4)
     config.exact = (4, 16)  # tokens kept beside each state of GRM, at most half of a segment's
+    config.num_keys = (1, 4)  # pooled keys of a state, of GRM and SSC
+    # Routers: of how many pairs, with how many pooled keys of a state beside one for each pair.
+    config.router_pairs = 1024
+    config.router_keys = (1, 2, 4, 8)
+    config.router_top_k = (1, 4)
     config.seed = 0
     # Segmentations to compare where topics have so many pairs.
     config.borders = (

@@ -10,11 +10,14 @@ tokens that each cached state recalls worst kept beside it. Rules write without
 decay and with the coefficients of ``experiments._capacity.rules``.
 
 Then it draws keys whose topic changes after random numbers of pairs, and counts how often a router
-finds a key's own segment, where segments have one size and where they follow the content.
+finds a key's own segment, where segments have one size and where they follow the content. Last, it
+counts for how many questions about ``router_pairs`` pairs a router finds the segment where states
+have several pooled keys.
 
-The workdir gets ``results.json``, ``table.md``, ``borders.md`` and ``capacity.png``.
+The workdir gets ``results.json``, ``table.md``, ``borders.md``, ``router.md`` and ``capacity.png``.
 """
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -34,7 +37,8 @@ from experiments._study import Case, Row, Study, new_figure, run
 
 KEYS = (
     *("dim", "pairs", "trials", "questions", "temperature", "enough", "report", "keys"),
-    *("alone_every", "rules", "cached_rules", "segments", "aggregations", "top_k", "exact"),
+    *("alone_every", "rules", "cached_rules", "segments", "aggregations", "top_k", "num_keys"),
+    *("exact", "router_pairs", "router_keys", "router_top_k"),
     *("seed", "borders", "topic_pairs", "topic_correlations"),
 )
 ALONE, ATTENTION = "alone", "attention"
@@ -64,11 +68,15 @@ def groups(config: Any) -> list[list[Case]]:
             for name in config.aggregations:
                 if name == "Soup" and not deep:
                     continue  # GRM, for a matrix
-                for top_k in config.top_k if name == "SSC" else (None,):
-                    readers.append(dict(rule=rule, reader=name, segment=segment, top_k=top_k))
+                options = itertools.product(
+                    config.top_k if name == "SSC" else (None,),
+                    config.num_keys if name in ("GRM", "SSC") else (1,),
+                )
+                reader = dict(rule=rule, reader=name, segment=segment)
+                readers += [reader | dict(top_k=top_k, num_keys=count) for top_k, count in options]
                 if name == "GRM":
                     readers += [
-                        dict(rule=rule, reader=name, segment=segment, top_k=None, exact=exact)
+                        reader | dict(top_k=None, num_keys=1, exact=exact)
                         for exact in config.exact
                         if 2 * exact <= segment
                     ]
@@ -86,6 +94,36 @@ def groups(config: Any) -> list[list[Case]]:
         ]
         for reader in readers
     ]
+
+
+def router_groups(config: Any) -> list[list[Case]]:
+    """The cases of routers, those of one size of segments together."""
+    names = "dim", "trials", "questions", "seed"
+    common = {name: config[name] for name in names} | dict(pairs=config.router_pairs)
+    return [
+        [
+            common
+            | dict(router=segment, num_keys=count, top_k=top_k)
+            | dict(keys=name, correlation=rho, topic=topic)
+            for count in sorted({*config.router_keys, segment})
+            if segment % count == 0
+            for top_k in config.router_top_k
+            for name, rho, topic in config["keys"]
+        ]
+        for segment in config.segments
+    ]
+
+
+def measure_routers(cases: list[Case]) -> list[Row]:
+    """Measures routers among segments of one size, after all pairs."""
+    rows = []
+    for case in cases:
+        sizes = case["trials"], case["pairs"]
+        keys, _ = draw_pairs(case["seed"], *sizes, case["dim"], case["correlation"], case["topic"])
+        asked = draw_questions(case["seed"] + 1, *sizes, case["router"], case["questions"])
+        found = router_hits(keys, asked, case["top_k"], case["num_keys"], last=True)
+        rows.append(dict(found=found[-1]))
+    return rows
 
 
 def border_groups(config: Any) -> list[list[Case]]:
@@ -124,7 +162,7 @@ def segmentation(options: dict | None) -> mc.Segmentation | None:
     return known[name](**arguments)
 
 
-def aggregation(name: str, top_k: int | None, exact: int = 0) -> mc.Aggregation:
+def aggregation(name: str, top_k: int | None, num_keys: int = 1, exact: int = 0) -> mc.Aggregation:
     """The aggregation of a name, as ``measure_memory`` takes it.
 
     Raises:
@@ -134,10 +172,10 @@ def aggregation(name: str, top_k: int | None, exact: int = 0) -> mc.Aggregation:
         return mc.Residual()
     if name == "SSC":
         assert top_k is not None
-        return mc.SSC(top_k=top_k, pooling="sum")
+        return mc.SSC(top_k=top_k, pooling="sum", num_keys=num_keys)
     if name not in ("GRM", "Soup"):
         raise ValueError(f"aggregations must be of Residual, GRM, Soup and SSC, got {name}")
-    return getattr(mc, name)(pooling="mean" if exact else "sum", exact=exact)
+    return getattr(mc, name)(pooling="mean" if exact else "sum", num_keys=num_keys, exact=exact)
 
 
 def measure(cases: list[Case]) -> list[Row]:
@@ -154,12 +192,14 @@ def measure(cases: list[Case]) -> list[Row]:
         if case["rule"] == ATTENTION:
             row = measure_attention(keys, values, asked, **how)
         else:
-            kind = aggregation(case["reader"], case.get("top_k"), case.get("exact", 0))
+            kind = aggregation(
+                case["reader"], case.get("top_k"), case.get("num_keys", 1), case.get("exact", 0)
+            )
             row = measure_memory(
                 rules()[case["rule"]], kind, case["segment"], keys, values, asked, **how
             )
         if case["reader"] == "SSC":
-            row["found"] = router_hits(keys, asked, case["top_k"])
+            row["found"] = router_hits(keys, asked, case["top_k"], case["num_keys"])
         rows.append(row)
     return rows
 
@@ -182,8 +222,9 @@ def name_of(row: Row) -> str:
     if row["segment"] is None:
         return row["rule"] if row["reader"] == ATTENTION else f"{row['rule']} alone"
     k = f"(k = {row['top_k']})" if row["reader"] == "SSC" else ""
-    k = f"(exact = {row['exact']})" if row.get("exact") else k
-    return f"{row['rule']}, {row['reader']}{k}, C = {row['segment']}"
+    keys = f", {row['num_keys']} keys" if row["num_keys"] > 1 else ""
+    keys = f", {row['exact']} exact" if row.get("exact") else keys
+    return f"{row['rule']}, {row['reader']}{k}{keys}, C = {row['segment']}"
 
 
 def program(config: Any, study: Study) -> None:
@@ -215,19 +256,27 @@ def program(config: Any, study: Study) -> None:
     )
     study.write_picture(_picture(config, rows), "capacity")
     table = []
-    for rows in _grouped(study.measure(border_groups(config), measure_borders)):
+    for rows in _grouped(study.measure(border_groups(config), measure_borders), "borders"):
         cells = [x for row in rows for x in (f"{row['segments']:.0f}", f"{row['found']:.2f}")]
         table.append([segmentation(rows[0]["borders"]) or "the topics themselves", *cells])
     kinds = [f"rho = {rho}" for rho in config.topic_correlations]
     header = [x for kind in kinds for x in (f"segments, {kind}", f"found, {kind}")]
     study.write_table(["segmentation", *header], table, "borders")
+    rows = study.measure(router_groups(config), measure_routers)
+    names = ("router", "num_keys", "top_k")
+    table = [
+        [*(mine[0][name] for name in names), *(f"{row['found']:.2f}" for row in mine)]
+        for mine in _grouped(rows, *names)
+    ]
+    header = [f"found, {name}" for name, *_ in config["keys"]]
+    study.write_table(["C", "keys of a state", "k", *header], table, "router")
 
 
-def _grouped(rows: list[Row]) -> list[list[Row]]:
-    """Rows of equal borders, in order."""
+def _grouped(rows: list[Row], *names: str) -> list[list[Row]]:
+    """Rows that are equal in these, in order."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(str(row["borders"]), []).append(row)
+        groups.setdefault(str([row[name] for name in names]), []).append(row)
     return list(groups.values())
 
 
@@ -258,7 +307,7 @@ def _picture(config: Any, rows: list[Row]) -> Any:
         if row["segment"] and row["rule"] == config.cached_rules[0] and row["keys"] == routed
     ]
     for number, segment in enumerate(config.segments):
-        for row in (row for row in chosen if row["segment"] == segment):
+        for row in (row for row in chosen if (row["segment"], row["num_keys"]) == (segment, 1)):
             if row["reader"] not in ("GRM", "SSC") or row.get("top_k") not in (None, 1):
                 continue
             if row.get("exact"):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -264,7 +263,9 @@ def _store(
         shape = pooled.shape[:3]
         states = jax.tree.map(lambda x: jnp.broadcast_to(x, (*shape, *x.shape[3:])), states)
     if config.aggregation.pooling == "mean":
-        tokens = slots.tokens(cache.record, block) // math.prod(config.spans)
+        tokens = slots.tokens(cache.record, block)
+        if config.spans:
+            tokens //= config.aggregation.num_keys
         pooled /= tokens.astype(pooled.dtype).reshape(len(tokens), 1, -1, *[1] * (pooled.ndim - 3))
     pooled = jnp.where(jnp.isfinite(pooled), pooled, jnp.nan)  # as in one pass: no gate is known
     states = with_worst(before, config.memory.matrices(states), block, ends)

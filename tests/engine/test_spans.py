@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import memcache_jax as mc
 from memcache_jax.engine.run import gates_of_tokens
+from memcache_jax.kernels._dispatch import interpret_kernels
 from memcache_jax.training import model_options
 from tests.cases import MEMORIES, SEGMENTATIONS, assert_close, make_inputs, normals
 from tests.streams import empty, over_time, streamed, whole
@@ -202,6 +203,18 @@ def test_parts_of_a_mesh(segmentation, ids):
         if isinstance(segmentation, mc.Logarithmic):
             with pytest.raises(ValueError, match="got num_keys=2: so have those of several segm"):
                 run(moved[0], jax.device_put(IDS, along))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+def test_kernels_read_what_is_selected():
+    memory = MEMORIES["linear"]
+    inputs = make_inputs(memory, LENGTH, batch=1, heads=1, dtype=np.float32)
+    how: Any = dict(memory=memory, aggregation=SSC, segmentation=mc.Constant(SIZE))
+    wanted = mc.memory_caching(**inputs, **how)
+    with interpret_kernels():
+        got = mc.memory_caching(**inputs, **how, implementation="pallas_tpu")
+    assert_close(got, wanted, 1e-5)
 
 
 def test_what_has_one_key():
