@@ -16,6 +16,7 @@ from memcache_jax._checks import check_weights
 from memcache_jax._typing import Array, Bool, Int, Start, State
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.memories import Memory
+from memcache_jax.memories.pending import no_tokens
 from memcache_jax.segmentation import Segmentation
 from memcache_jax.streaming import storage
 from memcache_jax.streaming.borders import borders_of, returned
@@ -36,8 +37,12 @@ class Cache(MixerCache):
     Attributes:
       initial: the state before the first token, (h, ...).
       position: tokens taken so far by each row, (b,).
-      state: the state of each track, (b, h, tracks, ...).
-      anchor: the states at the start of the current chunk; None for rules exact for any chunk.
+      state: the state of each track, (b, h, tracks, ...); that with which the current chunk began
+        where the cache has ``pending``.
+      anchor: the states at the start of the current chunk, for rules that need them beside the
+        live ones; else None.
+      pending: the tokens of the current chunk so far, (b, h, tracks, ...), of a deep memory whose
+        state is written once the chunk is complete; else None.
       transition: of the live segment's run, (b, h, 1, ...), where ``CacheConfig.composes``; else
         None.
       key_sum: the sum of each track's keys so far, (b, h, tracks, k).
@@ -57,6 +62,7 @@ class Cache(MixerCache):
     position: Any
     state: Any
     anchor: Any
+    pending: Any
     transition: Any
     key_sum: Any
     record: Any
@@ -68,16 +74,19 @@ class Cache(MixerCache):
     config: CacheConfig = dataclasses.field(metadata=dict(static=True))
 
     common = ("initial",)
-    small = ("position", "state", "anchor", "transition", "key_sum", "record", "rewindable")
+    small = (
+        *("position", "state", "anchor", "pending", "transition", "key_sum", "record"),
+        "rewindable",
+    )
     shared = ("bank", "pooled", "past")
     zeroed = (
         "position",
         "record",
         "rewindable",
     )  # the first token of a segment resets states and sums
-    axes = dict.fromkeys(("state", "anchor", "transition", "key_sum", "bank", "pooled"), "b h") | {
-        "initial": "h"
-    }
+    axes = dict.fromkeys(
+        ("state", "anchor", "pending", "transition", "key_sum", "bank", "pooled"), "b h"
+    ) | {"initial": "h"}
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -253,6 +262,12 @@ def _empty(
 
     tracks = slots.num_tracks if config.start == "independent" else 1
     state = jax.tree.map(lambda x: repeat(x, tracks), initial)
+    pending = None
+    if config.defers:
+        pending = jax.tree.map(
+            lambda x: repeat(x, tracks), jax.vmap(functools.partial(no_tokens, memory))(initial)
+        )
+    anchored = memory.gradient_chunk not in (None, 1) and pending is None
     transition = None
     if config.composes:
         identity = memory.identity(key_dim, jnp.dtype(dtype))
@@ -265,7 +280,8 @@ def _empty(
         initial=own(initial),
         position=jnp.zeros(batch, jnp.int32),
         state=own(state),
-        anchor=own(state) if memory.gradient_chunk else None,
+        anchor=own(state) if anchored else None,
+        pending=own(pending),
         transition=own(transition),
         key_sum=jnp.zeros((batch, heads, slots.num_tracks, key_dim), dtype),
         record=own(slots.init(batch, heads, key_dim, dtype)),

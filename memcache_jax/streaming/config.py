@@ -91,6 +91,11 @@ class CacheConfig:
         return Planned(make_schedule(self.segmentation, self.max_length))
 
     @property
+    def defers(self) -> bool:
+        """Whether single tokens are kept as factors, and written once their chunk is complete."""
+        return self.memory.form == "descent" and self.memory.gradient_chunk != 1
+
+    @property
     def composes(self) -> bool:
         """Whether states of several segments follow from the maps of single ones."""
         slots = self.slots

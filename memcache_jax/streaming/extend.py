@@ -129,17 +129,34 @@ def _extend(cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]) -> tuple[Arr
     config, memory, value = cache.config, cache.config.memory, tokens.value
     full = full_controls(memory, tokens.controls, tokens.key, tokens.value)
     tokens = widen(**tokens._replace(controls=full)._asdict(), dtype=cache.key_sum.dtype)
-    batch, heads, count = tokens.key.shape[:3]
+    count = tokens.key.shape[2]
 
     block = config.segmentation.size
     chunk = memory.gradient_chunk
     if chunk is None:
         chunk = exact_chunk(block, config.max_length or 2 * block, memory.largest_chunk)
-    y = jnp.zeros_like(cache.key_sum, shape=(batch, heads, count, value.shape[-1]))
+    start = cache.position
+    cache, y = _taken(cache, tokens, lengths, chunk)
+    # Where positions end nothing advances: what is left of a call has not been taken.
+    token, room = jnp.arange(count)[None], _checks.LARGEST - start[:, None]
+    beyond = (token >= room) & (token < lengths[:, None])
+    y = jnp.where(beyond[:, None, :, None], jnp.nan, y)
+    return jnp.moveaxis(y, 1, 2).astype(value.dtype), cache
+
+
+def _taken(
+    cache: Cache, tokens: Tokens, lengths: Int[Array, "b"], chunk: int
+) -> tuple[Cache, Float[Array, "b h t v"]]:
+    """The cache after as many tokens (b, h, t, ...) of each row, and their outputs."""
+    rewind, (batch, heads, count) = cache.config.rewind, tokens.key.shape[:3]
+    if count == 1:  # a conditional would copy the cache
+        cache, y = take_piece(cache, tokens, lengths > 0)
+        return cache, jnp.where((lengths > 0)[:, None, None, None], y, 0)
+    y = jnp.zeros_like(cache.key_sum, shape=(batch, heads, count, tokens.value.shape[-1]))
     carry = (cache, jnp.zeros_like(lengths, jnp.int32), y)
     single = functools.partial(_advance, tokens, lengths, chunk, 1)
-    singles = chunk - 1 + config.rewind  # the last tokens, which may be taken back, are among them
-    if chunk > 1 and count >= chunk + config.rewind:
+    singles = chunk - 1 + rewind  # the last tokens, which may be taken back, are among them
+    if chunk > 1 and count >= chunk + rewind:
         whole = functools.partial(_advance, tokens, lengths, chunk, chunk)
 
         def some(carry: tuple) -> tuple:
@@ -149,11 +166,7 @@ def _extend(cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]) -> tuple[Arr
         cache, _, y = _repeat(some, 2, carry)
     else:
         cache, _, y = _repeat(single, count, carry)
-    # Where positions end nothing advances: what is left of a call has not been taken.
-    token, room = jnp.arange(count)[None], _checks.LARGEST - carry[0].position[:, None]
-    beyond = (token >= room) & (token < lengths[:, None])
-    y = jnp.where(beyond[:, None, :, None], jnp.nan, y)
-    return jnp.moveaxis(y, 1, 2).astype(value.dtype), cache
+    return cache, y
 
 
 def _repeat(advance: Any, times: int, carry: tuple) -> tuple:
