@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from memcache_jax._typing import Array, Bool
+from memcache_jax.sharding.layout import auto_axes, explicit_axes
 
 T = TypeVar("T")
 
@@ -59,29 +60,47 @@ def change_rows(
     args: tuple = (),
     common: tuple = (),
 ) -> T:
-    """``change(arrays, *args, *common)`` of each marked row alone, of arrays and args (b, ...).
+    """``change(arrays, *args, *common)`` of each marked row, of arrays and args (b, ...).
 
-    The function must not close over traced arrays.
+    One after the other, or, where a mesh may divide them, all in one selection. The function must
+    not close over traced arrays.
     """
-
-    def in_loop(rows: Array, arrays: T, args: tuple, common: tuple) -> T:
-        def of_row(carry: tuple[Array, T]) -> tuple[Array, T]:
-            left, arrays = carry
-            row = jnp.argmax(left)
-            own, its = jax.tree.map(
-                lambda x: lax.dynamic_index_in_dim(x, row, keepdims=False), (arrays, args)
-            )
-            left, its, alike = lax.optimization_barrier((left, its, common))
-            new = change(own, *its, *alike)
-            arrays = jax.tree.map(
-                lambda x, new: lax.dynamic_update_index_in_dim(x, new, row, 0), arrays, new
-            )
-            return left.at[row].set(False), arrays
-
-        return lax.while_loop(lambda carry: carry[0].any(), of_row, (rows, arrays))[1]
-
+    in_loop = functools.partial(_one_by_one if _on_one_device() else _all_if_any, change)
     selected = functools.partial(_selected_rows, change)
     return _by_platform(selected, in_loop, rows, arrays, args, common)
+
+
+def _on_one_device() -> bool:
+    """Whether arrays certainly lie on one device: picking a row of others would gather them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count() == 1
+    return not auto_axes(mesh) and not explicit_axes(mesh)
+
+
+def _one_by_one(change: Callable[..., T], rows: Array, arrays: T, args: tuple, common: tuple) -> T:
+    def of_row(carry: tuple[Array, T]) -> tuple[Array, T]:
+        left, arrays = carry
+        row = jnp.argmax(left)
+        own, its = jax.tree.map(
+            lambda x: lax.dynamic_index_in_dim(x, row, keepdims=False), (arrays, args)
+        )
+        left, its, alike = lax.optimization_barrier((left, its, common))
+        new = change(own, *its, *alike)
+        arrays = jax.tree.map(
+            lambda x, new: lax.dynamic_update_index_in_dim(x, new, row, 0), arrays, new
+        )
+        return left.at[row].set(False), arrays
+
+    return lax.while_loop(lambda carry: carry[0].any(), of_row, (rows, arrays))[1]
+
+
+def _all_if_any(change: Callable[..., T], rows: Array, arrays: T, args: tuple, common: tuple) -> T:
+    def of_all(i: Array, arrays: T) -> T:
+        _, its, alike = lax.optimization_barrier((i, args, common))
+        return _selected_rows(change, rows, arrays, its, alike)
+
+    return lax.fori_loop(0, rows.any().astype(jnp.int32), of_all, arrays)
 
 
 @change_rows.defjvp
