@@ -18,6 +18,7 @@ _NAMES = dict(
     initial="initial states",
     state="live states",
     anchor="states at a chunk's start",
+    pending="tokens of chunks not yet written",
     key_sum="sums of keys",
     record="record of the slots",
     bank="cached states",

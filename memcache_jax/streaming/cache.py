@@ -16,6 +16,7 @@ from memcache_jax._checks import check_weights
 from memcache_jax._typing import Array, Bool, Int, Start, State
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.memories import Memory
+from memcache_jax.memories.pending import no_tokens
 from memcache_jax.segmentation import Segmentation
 from memcache_jax.streaming import storage
 from memcache_jax.streaming.borders import borders_of, returned
@@ -37,8 +38,12 @@ class Cache(MixerCache):
     Attributes:
       initial: the state before the first token, (h, ...).
       position: tokens taken so far by each row, (b,).
-      state: the state of each track, (b, h, tracks, ...).
-      anchor: the states at the start of the current chunk; None for rules exact for any chunk.
+      state: the state of each track, (b, h, tracks, ...); that with which the current chunk began
+        where the cache has ``pending``.
+      anchor: the states at the start of the current chunk, for rules that need them beside the
+        live ones; else None.
+      pending: the tokens of the current chunk so far, (b, h, tracks, ...), of a deep memory whose
+        state is written once the chunk is complete; else None.
       transition: of the live segment's run, (b, h, 1, ...), where ``CacheConfig.composes``; else
         None.
       key_sum: the sum of each track's keys so far, (b, h, tracks, k); of each span of its run,
@@ -62,6 +67,7 @@ class Cache(MixerCache):
     position: Any
     state: Any
     anchor: Any
+    pending: Any
     transition: Any
     key_sum: Any
     record: Any
@@ -75,7 +81,7 @@ class Cache(MixerCache):
 
     common = ("initial",)
     small = (
-        *("position", "state", "anchor", "transition", "key_sum", "record", "recent"),
+        *("position", "state", "anchor", "pending", "transition", "key_sum", "record", "recent"),
         "rewindable",
     )
     shared = ("bank", "pooled", "past")
@@ -85,7 +91,7 @@ class Cache(MixerCache):
         "rewindable",
     )  # the first token of a segment resets states and sums
     axes = dict.fromkeys(
-        ("state", "anchor", "transition", "key_sum", "recent", "bank", "pooled"), "b h"
+        ("state", "anchor", "pending", "transition", "key_sum", "recent", "bank", "pooled"), "b h"
     ) | {"initial": "h"}
 
     @property
@@ -263,6 +269,12 @@ def _empty(
 
     tracks = slots.num_tracks if config.start == "independent" else 1
     state = jax.tree.map(lambda x: repeat(x, tracks), initial)
+    pending = None
+    if config.defers:
+        pending = jax.tree.map(
+            lambda x: repeat(x, tracks), jax.vmap(functools.partial(no_tokens, memory))(initial)
+        )
+    anchored = memory.gradient_chunk not in (None, 1) and pending is None
     transition = None
     if config.composes:
         identity = memory.identity(key_dim, jnp.dtype(dtype))
@@ -275,7 +287,8 @@ def _empty(
         initial=own(initial),
         position=jnp.zeros(batch, jnp.int32),
         state=own(state),
-        anchor=own(state) if memory.gradient_chunk else None,
+        anchor=own(state) if anchored else None,
+        pending=own(pending),
         transition=own(transition),
         key_sum=jnp.zeros((batch, heads, slots.num_tracks, *config.spans, key_dim), dtype),
         record=own(slots.init(batch, heads, key_dim, dtype)),

@@ -97,6 +97,11 @@ class CacheConfig:
         return (count,) if count > 1 and self.slots.num_slots else ()
 
     @property
+    def defers(self) -> bool:
+        """Whether single tokens are kept as factors, and written once their chunk is complete."""
+        return self.memory.form == "descent" and self.memory.gradient_chunk != 1
+
+    @property
     def composes(self) -> bool:
         """Whether states of several segments follow from the maps of single ones."""
         slots = self.slots

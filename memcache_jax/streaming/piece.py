@@ -29,11 +29,19 @@ from memcache_jax.engine.types import (
 from memcache_jax.engine.write import extended, write_chunk
 from memcache_jax.memories import Memory
 from memcache_jax.memories.base import Run
+from memcache_jax.memories.pending import Pending
 from memcache_jax.streaming import storage
 from memcache_jax.streaming.cache import Cache
+from memcache_jax.streaming.deferred import emptied, pending_with, reset, settle
 from memcache_jax.streaming.eviction import Merge
 from memcache_jax.streaming.exact import exact_of, matrices_of, remember, with_worst
-from memcache_jax.streaming.past import remember_slots, remember_token
+from memcache_jax.streaming.in_place import change_if
+from memcache_jax.streaming.past import (
+    remember_chunk,
+    remember_slots,
+    remember_token,
+    without_arrays,
+)
 from memcache_jax.streaming.spans import check_pooling, span_keys, sums_of
 
 
@@ -50,6 +58,7 @@ def take_piece(
         more = jnp.minimum(cache.rewindable + 1, config.rewind) if size == 1 else 0
         rewindable = jnp.where(active, more, cache.rewindable)
         cache = dataclasses.replace(cache, past=past, rewindable=rewindable)
+    defers = config.defers and size == 1
     cache = _begun(cache, block, into_block)
 
     tokens, bad = cleaned(jax.tree.map(lambda x: x[:, :, None], piece))
@@ -57,7 +66,7 @@ def take_piece(
     rows = jax.tree.map(lambda x: x[:, :, None], rows)
     how = Writing(memory, needs_of(aggregation, memory), lambda shape: None, None)
     how = how.with_maps(config.composes)
-    layout = Piece(cache, block)
+    layout = Piece(cache, block, active)
     y, ends, selection = run(layout, how, aggregation, Blocks(tokens, None, rows, tokens.key))
     y = y[:, :, 0]
 
@@ -68,12 +77,15 @@ def take_piece(
         inside = jnp.arange(size)[None] < left
         y, complete = jnp.where(inside[:, None, :, None], y, jnp.nan), complete & inside[:, -1]
     keep = functools.partial(_where, active[:, None])
-    ends = jax.tree.map(keep, ends, Run(cache.state, cache.transition))
+    if defers:
+        cache = _with_pending(cache, ends.state, active, after=y)
+    else:
+        ends = jax.tree.map(keep, ends, Run(cache.state, cache.transition))
+        state = _followed(memory, ends, complete) if config.composes else ends.state
+        cache = dataclasses.replace(cache, state=state, transition=ends.transition)
     cache = dataclasses.replace(
         cache,
         position=_checks.advanced(cache.position, size * active),
-        state=_followed(memory, ends, complete) if config.composes else ends.state,
-        transition=ends.transition,
         key_sum=keep(cache.key_sum + sums_of(cache, block, piece.key), cache.key_sum),
         record=slots.count_reads(cache.record, selection, active),
         recent=remember(cache, tokens, bad, active),
@@ -83,33 +95,60 @@ def take_piece(
 
 
 def _begun(cache: Cache, block: Int[Array, "b"], into_block: Int[Array, "b"]) -> Cache:
-    """The cache after resetting the runs that begin with a row's next token."""
-    config = cache.config
+    """The cache after resetting the runs and chunks that begin with a row's next token."""
+    config, memory = cache.config, cache.config.memory
     begins = (into_block == 0)[:, None] & config.slots.begins(cache.record, block)
     restart = begins if config.start == "independent" else (cache.position == 0)[:, None]
-    state = jax.tree.map(
-        lambda old, new: _where(restart, jnp.broadcast_to(new[None, :, None], old.shape), old),
-        cache.state,
-        cache.initial,
+
+    state, anchor, pending, transition = (
+        *(cache.state, cache.anchor, cache.pending),
+        cache.transition,
     )
-    anchor = cache.anchor
-    if config.memory.gradient_chunk:
-        anew = (cache.position % config.memory.gradient_chunk == 0)[:, None]
-        anchor = jax.tree.map(lambda new, old: _where(anew, new, old), state, anchor)
-    key_sum = _where(begins, jnp.zeros_like(cache.key_sum), cache.key_sum)
-    transition = cache.transition
+    anew = cache.position % (memory.gradient_chunk or 1) == 0
+    if pending is None:  # the state is written for each token, and these selections along with it
+        state = _reset(state, restart, cache.initial)
+    else:
+        state = reset(state, restart, cache.initial)
+        pending = emptied(memory, cache.initial, pending, anew)
+    if anchor is not None:
+        anchor = jax.tree.map(functools.partial(_where, anew[:, None]), state, anchor)
     if config.composes:
-        identity = config.memory.identity(key_sum.shape[-1], key_sum.dtype)
-        transition = jax.tree.map(
-            lambda old, new: _where(
-                begins[:, :1], jnp.broadcast_to(new[None, None, None], old.shape), old
-            ),
-            transition,
-            identity,
-        )
+        identity = memory.identity(cache.key_sum.shape[-1], cache.key_sum.dtype)
+        identity = jax.tree.map(lambda x: x[None], identity)
+        transition = _reset(transition, begins[:, :1], identity)
+    key_sum = _where(begins, jnp.zeros_like(cache.key_sum), cache.key_sum)
     return dataclasses.replace(
-        cache, state=state, anchor=anchor, key_sum=key_sum, transition=transition
+        cache, state=state, anchor=anchor, pending=pending, key_sum=key_sum, transition=transition
     )
+
+
+def _reset(state: Any, restart: Bool[Array, "b tracks"], initial: Any) -> Any:
+    """Arrays (b, h, tracks, ...), the marked ones as at the begin, (h, ...)."""
+    return jax.tree.map(
+        lambda old, new: _where(restart, jnp.broadcast_to(new[None, :, None], old.shape), old),
+        state,
+        initial,
+    )
+
+
+def _once_read(after: Array, rows: Bool[Array, "b"]) -> Bool[Array, "b"]:
+    """The rows, which are known once ``after`` is.
+
+    XLA copies an array that is read and written, unless the write depends on the read.
+    """
+    most = lax.stop_gradient(after).max()
+    return rows & ~(most > jnp.maximum(most, 0))
+
+
+def _with_pending(cache: Cache, pending: Pending, active: Bool[Array, "b"], after: Array) -> Cache:
+    """The cache with one more token in its chunk, written if that is then complete."""
+    chunk = cache.config.memory.gradient_chunk
+    complete = _once_read(after, active & (cache.position % chunk == chunk - 1))
+    cache = dataclasses.replace(cache, pending=pending)
+    if cache.config.rewind:
+        past, complete = remember_chunk(cache, complete)
+        cache = dataclasses.replace(cache, past=past)
+    return dataclasses.replace(cache, state=settle(cache.state, pending, complete))
 
 
 def _followed(memory: Memory, ends: Run, complete: Bool[Array, "b"]) -> State:
@@ -133,16 +172,22 @@ class Piece(Layout):
     Attributes:
       cache: from ``_begun``.
       block: each row's block of the sequence.
+      active: the rows that take the tokens.
     """
 
     cache: Cache
     block: Int[Array, "b"]
+    active: Bool[Array, "b"]
 
     def write(self, how: Writing, rows: Rows) -> tuple[Run, Views]:
         """Writes the tokens into track 0, the live one, which alone is read, and into all others.
 
-        If runs compose, the others are updated once the block is complete.
+        If runs compose, the others are updated once the block is complete. A single token of a deep
+        memory stays pending: its runs' states are those of ``Cache.pending``.
         """
+        if self.cache.config.defers and rows.key.shape[4] == 1:
+            pending, kept = pending_with(how, self.cache, rows, self.active)
+            return Run(pending, None), kept
         chunk = jax.tree.map(lambda x: x[:, :, 0, 0], rows._replace(bad=None))
         states = self.cache.state, self.cache.anchor
 
@@ -250,10 +295,7 @@ def _store(
     config, slots = cache.config, cache.config.slots
     if not slots.num_slots:
         return cache
-    # XLA copies an array that is read and written, unless the write depends on the read.
-    most = lax.stop_gradient(after).max()
-    ends &= ~(most > jnp.maximum(most, 0))
-    before = cache
+    before, ends = cache, _once_read(after, ends)
     record, place, merge = slots.store(cache.record, block, ends, cache.key_sum)
     if keeps is not None:
         past, place, merge = remember_slots(cache, block, keeps, place, merge)
@@ -269,11 +311,28 @@ def _store(
         pooled /= tokens.astype(pooled.dtype).reshape(len(tokens), 1, -1, *[1] * (pooled.ndim - 3))
     pooled = jnp.where(jnp.isfinite(pooled), pooled, jnp.nan)  # as in one pass: no gate is known
     states = with_worst(before, config.memory.matrices(states), block, ends)
-    bank, keys = cache.bank, cache.pooled
+    args = without_arrays(cache), states, pooled, place, merge
+    if config.placement == "host":
+        bank, keys = _stored((cache.bank, cache.pooled), *args)
+    else:
+        bank, keys = change_if(_stored, ends.any(), (cache.bank, cache.pooled), args)
+    return dataclasses.replace(cache, bank=bank, pooled=keys, record=record)
+
+
+def _stored(
+    kept: tuple[Any, Any],
+    cache: Cache,
+    states: Any,
+    pooled: Array,
+    place: Int[Array, "b tracks"],
+    merge: Merge | None,
+) -> tuple[Any, Any]:
+    """The bank and pooled keys with states at their places, after others have merged."""
     of_states, of_keys = cache.storages
+    bank, keys = kept
     if merge is not None:
         bank, keys = lax.cond(
-            (merge.into < slots.num_slots).any(),
+            (merge.into < of_keys.num_slots).any(),
             lambda bank, keys: (
                 _merge(merge, of_states, bank, states),
                 _merge(merge, of_keys, keys, pooled),
@@ -281,9 +340,8 @@ def _store(
             lambda *kept: kept,
             *(bank, keys),
         )
-    keys = of_keys.put(keys, pooled, place)
-    bank = of_states.put(bank, storage.pack(states, config.cache_dtype), place)
-    return dataclasses.replace(cache, bank=bank, pooled=keys, record=record)
+    bank = of_states.put(bank, storage.pack(states, cache.config.cache_dtype), place)
+    return bank, of_keys.put(keys, pooled, place)
 
 
 def _merge(merge: Merge, bank: storage.Storage, kept: Any, new: Any) -> Any:

@@ -75,7 +75,35 @@ def read_later(cache):
     if cache.config.placement == "host":
         split = len(cache.position), -1, cache.sizes[0]
         bank = jax.tree.map(lambda x: x.reshape(*split, *x.shape[1:])[:, :-1], bank)
-    return cache.replace(bank=bank, past=None, rewindable=None, initial=None)
+    cache = cache.replace(bank=bank, past=None, rewindable=None, initial=None)
+    if cache.pending is None:
+        return cache
+    state = cache.state
+    if cache.config.start == "independent":  # the next token resets it
+        ended = np.asarray(cache.position) % cache.config.segmentation.size == 0
+        state = jax.tree.map(
+            lambda x: np.where(ended.reshape(-1, *[1] * (x.ndim - 1)), 0, x), state
+        )
+    return cache.replace(state=state, pending=pending_tokens(cache))
+
+
+def pending_tokens(cache):
+    """The tokens of chunks that have begun; what is left of earlier ones is not read."""
+    taken = np.asarray(cache.position)[:, None] % cache.config.memory.gradient_chunk
+    begun = np.arange(cache.config.memory.gradient_chunk)[None] < taken
+
+    def of(x, axis):
+        shape = [len(x), *[1] * (x.ndim - 1)]
+        shape[axis] = -1 if axis else shape[0]
+        marks = begun if axis else taken[:, 0] > 0
+        return np.where(marks.reshape(shape), x, 0)
+
+    inputs, deltas = (
+        [of(x, axis) for x in rows]
+        for rows, axis in ((cache.pending.inputs, 4), (cache.pending.deltas, 3))
+    )
+    shares = jax.tree.map(lambda x: of(x, 0), (cache.pending.weights, cache.pending.momentum))
+    return inputs, deltas, shares
 
 
 def assert_same(got, wanted, rows=(0, 1, 2)):
