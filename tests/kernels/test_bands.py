@@ -41,7 +41,7 @@ def outputs(memory, aggregation, inputs, implementation, ids=None):
     return value_and_vjp(run, inputs)
 
 
-@pytest.mark.parametrize("case", kept_of(CASES, "soup", "SSC", "documents"))
+@pytest.mark.parametrize("case", kept_of(CASES, "soup", "matrix"))
 def test_memory_caching(monkeypatch, case):
     memory, aggregation, dim, limit, *ids = case
     inputs = make_inputs(memory, 14, batch=1, heads=1, dim=dim, dtype=np.float32)

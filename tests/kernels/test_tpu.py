@@ -150,7 +150,7 @@ def test_a_precision_that_kernels_lack_becomes_float32():
 
 @pytest.mark.tpu
 @needs_libtpu
-@pytest.mark.parametrize("chip", kept_of(["v5e", "v6e"], "v5e"))
+@pytest.mark.parametrize("chip", kept_of(["v5e", "v6e"]))
 def test_maps_of_chunks_stay_on_the_chip(chip):
     lines = [line.split() for line in printed("tests.kernels.compile_traffic", chip)]
     passed = {name: float(number) for name, number in lines}

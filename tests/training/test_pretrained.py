@@ -178,6 +178,7 @@ def test_a_run_of_mixers_side_by_side_in_bfloat16(config, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_that_goes_on_does_so_bit_for_bit(config, tmp_path, monkeypatch):
     from memcache_jax.training import loop
 
