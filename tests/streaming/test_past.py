@@ -176,11 +176,12 @@ def test_too_many_tokens():
     for tokens, message in {
         (3, 0): r"at most \[2, 2\] tokens, got \[3, 0\]: init_cache\(..., rewind=\) keeps more",
         (-1, 0): r"at most \[2, 2\] tokens, got \[-1, 0\]",
-        (1,): r"integers \(b,\) = \(2,\), got int64 \(1,\)",
-        (0.5, 1): r"integers \(b,\) = \(2,\), got float64",
+        (1,): r"= \(2,\), or one for all rows, got int64 \(1,\)",
+        (0.5, 1): r"= \(2,\), or one for all rows, got float64",
     }.items():
         with pytest.raises(ValueError, match=message):
             cache.rewind(np.array(tokens))
+    assert cache.rewind(2).position.tolist() == cache.rewind(np.array([2, 2])).position.tolist()
     step = jax.jit(mc.extend)
     y, _ = step(cache, **part)  # which is as good as before
     assert jnp.isfinite(y).all()
