@@ -11,10 +11,11 @@ from typing import Any
 
 from memcache_jax import memories
 from memcache_jax._checks import check_choice, check_integer
-from memcache_jax.aggregation import GRM, SSC, Aggregation, Residual, Soup
+from memcache_jax.aggregation import GRM, Aggregation, Residual, Soup
 from memcache_jax.memories import Memory
 from memcache_jax.nn import AttentionMixer, LanguageModelConfig, MemoryCachingMixer, Mixer
 from memcache_jax.segmentation import Constant, Logarithmic, Segmentation
+from memcache_jax.sparse import SSC
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,10 +10,11 @@ from jax.typing import DTypeLike
 from memcache_jax import _checks
 from memcache_jax._typing import Start
 from memcache_jax.adaptive import Adaptive
-from memcache_jax.aggregation import SSC, Aggregation
+from memcache_jax.aggregation import Aggregation
 from memcache_jax.caching import check_configuration
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Constant, Segmentation
+from memcache_jax.sparse import SSC
 from memcache_jax.streaming import storage
 from memcache_jax.streaming.eviction import POLICIES, Eviction
 from memcache_jax.streaming.schedule import make_schedule
