@@ -62,11 +62,8 @@ def plan(name: str, state: Any, rows: Any, y: Any, keep: int, blocks: Blocks) ->
     size = max(_bytes(state) // max(units, 1), 1)
     fits = max(blocks.start_bytes // size, 1)
     side = _divisor(units, min(blocks.units, fits))
-    of_state, of_rows, of_y = (
-        _tiles(state, 1),
-        _tiles(units_first(rows), 2),
-        _tiles(units_first(y), 2),
-    )
+    of_state = _tiles(state, 1)
+    of_rows, of_y = (_tiles(units_first(x), 2) for x in (rows, y))
     work = min(blocks.state_work * of_state, blocks.row_work * of_rows)
 
     def of(together: int) -> Sweep:
@@ -78,14 +75,13 @@ def plan(name: str, state: Any, rows: Any, y: Any, keep: int, blocks: Blocks) ->
         forward, backward = fixed - together * 4 * of_rows, fixed + together * group * of_state
         return Sweep(name, together, part, group, keep // group, forward, backward)
 
-    for together in _of_heads((rows, y)) or [side]:
-        sweep = of(together)
-        needs = ("forward", sweep.forward_bytes), ("backward", sweep.backward_bytes)
-        reason = vmem_reason(*needs)
-        if not reason[0]:
-            break
-    check_served(name, "pallas_tpu", [reason])
-    return sweep
+    def reason(sweep: Sweep) -> tuple[bool, str]:
+        return vmem_reason(("forward", sweep.forward_bytes), ("backward", sweep.backward_bytes))
+
+    every = [of(together) for together in _of_heads((rows, y)) or [side]]
+    chosen = next((sweep for sweep in every if not reason(sweep)[0]), every[-1])
+    check_served(name, "pallas_tpu", [reason(chosen)])
+    return chosen
 
 
 def _of_heads(tree: Any) -> list[int]:

@@ -13,6 +13,7 @@ import memcache_jax as mc
 from memcache_jax.engine.run import full_controls
 from memcache_jax.engine.types import Rows, Writing
 from memcache_jax.engine.write import initial_states, write_blocks
+from memcache_jax.kernels import _sweep_plan
 from memcache_jax.kernels._dispatch import interpret_kernels
 from tests.cases import MEMORIES, assert_close, make_inputs, value_and_vjp
 from tests.covers import product
@@ -142,6 +143,17 @@ def test_tpu_kernels_make_maps_themselves(heads, keys, values, dtype, tolerance)
     assert_close(got[1], wanted[1], 2 * tolerance)
 
 
+def test_blocks_of_some_heads(monkeypatch):
+    rows = tokens(10, 8, 8, jnp.float32, 70)  # two blocks of five heads, one at a time
+
+    def both(implementation):
+        with interpret_kernels():
+            return value_and_vjp(lambda rows: gated_deltanet(rows, implementation), rows)
+
+    monkeypatch.setattr(_sweep_plan, "_of_heads", lambda tree: [5])
+    assert_close(both("pallas_tpu"), both("xla"), 1e-5)
+
+
 def kernels_of(jaxpr):
     """The calls of kernels in a program, and in the programs that it calls."""
     for equation in jaxpr.eqns:
@@ -201,3 +213,14 @@ def test_what_tpu_kernels_read_and_write(dtype):
         text = str(call.params["jaxpr"])
         products, exact = text.count("dot_general["), text.count("Precision.HIGHEST") // 2
         assert products > exact if dtype == jnp.bfloat16 else products == exact
+
+
+def test_tokens_reach_tpu_kernels_as_they_lie():
+    """Neither copied nor cleaned before: nothing but reshapes and what XLA makes a view of."""
+    rows = tokens(2, 32, 24, jnp.bfloat16)
+    with interpret_kernels():
+        program = jax.make_jaxpr(lambda rows: gated_deltanet(rows, "pallas_tpu"))(rows)
+    (call,) = kernels_of(program.jaxpr)
+    shapes = [x.aval.shape for x in (*call.invars, *call.outvars)]
+    assert shapes.count((1, 3, 64, 2, 32)) == 2
+    assert shapes.count((1, 3, 64, 2, 24)) == 2

@@ -154,6 +154,6 @@ def test_a_precision_that_kernels_lack_becomes_float32():
 def test_maps_of_chunks_stay_on_the_chip(chip):
     lines = [line.split() for line in printed("tests.kernels.compile_traffic", chip)]
     passed = {name: float(number) for name, number in lines}
-    # Maps in float32, made outside, make it 61 and 41 on a v5e.
-    assert passed["forward"] < 20
-    assert passed["both"] < 15
+    # On a v5e, tokens moved before the kernels make it 8 and 7, maps in float32 61 and 41.
+    assert passed["forward"] < 6
+    assert passed["both"] < 4
