@@ -209,8 +209,8 @@ def init_cache(
       rewind: W, by how many tokens ``Cache.rewind`` takes a row back. It costs the memory of W live
         states and their buckets (of a deep memory with chunks, of those of the chunks that W
         tokens touch, with the factors of their tokens), and of one cached state for every segment's
-        end among W tokens; a write of the live state for each token; and, in calls of more tokens than
-        a chunk, that the last W are written one by one. Going back copies one live state.
+        end among W tokens; a write of the live state for each token; and, in calls of more tokens
+        than a chunk, that the last W are written one by one. Going back copies one live state.
       sharding: how rows, and then heads, are divided over a mesh: ``P("data")`` or
         ``P("data", "model")``. By default ``extend`` lays the cache out as the tokens it gets.
 
@@ -265,8 +265,9 @@ def _empty(
     state = jax.tree.map(lambda x: repeat(x, tracks), initial)
     pending = None
     if config.defers:
+        deep: Any = memory
         pending = jax.tree.map(
-            lambda x: repeat(x, tracks), jax.vmap(functools.partial(no_tokens, memory))(initial)
+            lambda x: repeat(x, tracks), jax.vmap(functools.partial(no_tokens, deep))(initial)
         )
     anchored = memory.gradient_chunk not in (None, 1) and pending is None
     transition = None
