@@ -6,7 +6,7 @@ and writes the state once, at the chunk's end: a token then writes two vectors p
 weights and the momentum.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -92,15 +92,17 @@ def with_token(
         assert momentum.momentum_decay is not None
         beta = jnp.exp(controls["log_beta"][0])
         mixing = jnp.where(here, eta, beta * momentum.mixing)
-        momentum = Shares(momentum.decay, beta * momentum.momentum_decay, mixing)
+        left = beta * momentum.momentum_decay
+        momentum = Shares(momentum.decay, left, mixing)
         weights = Shares(
             alpha * weights.decay,
-            alpha * weights.momentum_decay + momentum.momentum_decay,
+            alpha * weights.momentum_decay + left,
             alpha * weights.mixing + mixing,
         )
     put_in = put(pending.inputs, inputs, 1), put(pending.deltas, deltas, 0)
     # Without a barrier XLA puts once for each use, each time into a copy.
-    pending = Pending(*lax.optimization_barrier(put_in), weights, momentum)
+    rows: Any = lax.optimization_barrier(put_in)
+    pending = Pending(rows[0], rows[1], weights, momentum)
     return pending, _chunk(state, pending, weights)
 
 
@@ -114,6 +116,12 @@ def settled(state: DeepState, pending: Pending) -> DeepState:
 
 def _chunk(state: DeepState, pending: Pending, shares: Shares) -> DeepChunk:
     """The chunk as its last token reads it."""
-    decays = (None if x is None else x[None] for x in shares[:2])
-    inputs = tuple(x.T for x in pending.inputs)
-    return DeepChunk(state, *decays, shares.mixing[None], inputs, pending.deltas)
+    of_momentum = shares.momentum_decay
+    return DeepChunk(
+        start=state,
+        weight_decay=shares.decay[None],
+        momentum_decay=None if of_momentum is None else of_momentum[None],
+        mixing=shares.mixing[None],
+        inputs=tuple(x.T for x in pending.inputs),
+        deltas=pending.deltas,
+    )

@@ -214,9 +214,10 @@ def init_cache(
       placement: where cached states are kept: on the ``"device"``, or, for ``SSC``, in ``"host"``
         memory, from which only the states that a token selects are copied.
       rewind: W, by how many tokens ``Cache.rewind`` takes a row back. It costs the memory of W live
-        states, with their anchors and buckets, and of one cached state for every segment's end
-        among W tokens; a write of the live state for each token; and, in calls of more tokens than
-        a chunk, that the last W are written one by one. Going back copies one live state.
+        states and their buckets (of a deep memory with chunks, of those of the chunks that W
+        tokens touch, with the factors of their tokens), and of one cached state for every segment's
+        end among W tokens; a write of the live state for each token; and, in calls of more tokens
+        than a chunk, that the last W are written one by one. Going back copies one live state.
       sharding: how rows, and then heads, are divided over a mesh: ``P("data")`` or
         ``P("data", "model")``. By default ``extend`` lays the cache out as the tokens it gets.
 
@@ -271,8 +272,9 @@ def _empty(
     state = jax.tree.map(lambda x: repeat(x, tracks), initial)
     pending = None
     if config.defers:
+        deep: Any = memory
         pending = jax.tree.map(
-            lambda x: repeat(x, tracks), jax.vmap(functools.partial(no_tokens, memory))(initial)
+            lambda x: repeat(x, tracks), jax.vmap(functools.partial(no_tokens, deep))(initial)
         )
     anchored = memory.gradient_chunk not in (None, 1) and pending is None
     transition = None

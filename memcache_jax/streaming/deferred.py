@@ -19,7 +19,8 @@ from memcache_jax.streaming.in_place import change_rows
 def emptied(memory: Memory, initial: State, pending: Pending, rows: Bool[Array, "b"]) -> Pending:
     """The marked rows as before a chunk's first token; their factors may stay what they were."""
     first = jax.tree.map(lambda x: x[0], initial)
-    empty = no_tokens(memory, first)
+    deep: Any = memory
+    empty = no_tokens(deep, first)
     shares = jax.tree.map(
         lambda new, old: jnp.where(rows.reshape(-1, *[1] * (old.ndim - 1)), new, old),
         (empty.weights, empty.momentum),
@@ -35,18 +36,19 @@ def pending_with(
 
     A token that is not finite makes the shares NaN, which later tokens and the state then are.
     """
-    place = cache.position % how.memory.gradient_chunk  # to be written by a row's next token anyway
+    deep: Any = how.memory
+    place = cache.position % deep.chunk_size  # to be written by a row's next token anyway
     token = jax.tree.map(lambda x: x[:, :, 0, 0], rows._replace(bad=None))
 
     def of_track(how: Writing, state: State, pending: Pending, place: Array, row: Rows) -> tuple:
-        added = with_token(how.memory, state, pending, place, row.key, row.value, row.controls)
-        return added[0], keep(how.memory, how.needs, added[1], row.query)
+        added = with_token(deep, state, pending, place, row.key, row.value, row.controls)
+        return added[0], keep(deep, how.needs, added[1], row.query)
 
     def of_tracks(tracks: slice, how: Writing) -> tuple[Pending, Views]:
         one = functools.partial(of_track, how)
         each = jax.vmap(jax.vmap(jax.vmap(one, (0, 0, None, None)), (0, 0, None, 0)))
         own = jax.tree.map(lambda x: x[:, :, tracks], (cache.state, cache.pending))
-        return each(*own, place, token)
+        return each(own[0], own[1], place, token)
 
     pending, kept = of_tracks(slice(0, 1), how)
     kept = jax.tree.map(lambda x: x[:, :, :, None], kept)

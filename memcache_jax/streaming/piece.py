@@ -142,7 +142,8 @@ def _once_read(after: Array, rows: Bool[Array, "b"]) -> Bool[Array, "b"]:
 
 def _with_pending(cache: Cache, pending: Pending, active: Bool[Array, "b"], after: Array) -> Cache:
     """The cache with one more token in its chunk, written if that is then complete."""
-    chunk = cache.config.memory.gradient_chunk
+    memory: Any = cache.config.memory
+    chunk = memory.chunk_size
     complete = _once_read(after, active & (cache.position % chunk == chunk - 1))
     cache = dataclasses.replace(cache, pending=pending)
     if cache.config.rewind:
