@@ -343,6 +343,8 @@ class MemoryLayer(nnx.Module):
             **self._rules,
             weights=self._initial_weights(),
         )
+        # Weights come with every call: a cache that took them too would copy them for each token.
+        memory = memory.replace(initial=cache.memory.initial)
         cache = LayerCache(memory, tails, past, cache.first, ends)
         return self._output(x, y, kept), cache, kept
 

@@ -75,7 +75,8 @@ def reset(state: State, restart: Bool[Array, "b tracks"], initial: State) -> Sta
     """The states, with the marked tracks as at the begin, (h, ...)."""
     heads, tracks = jax.tree.leaves(state)[0].shape[1:3]
     again = jnp.tile(restart, (1, heads))
-    start = jax.tree.map(lambda x: jnp.repeat(x, tracks, axis=0), initial)
+    # Turned around as weights are, so that XLA need not copy them for a loop of no rounds.
+    start = jax.tree.map(lambda x: jnp.repeat(x, tracks, axis=0).mT, initial)
     new = change_rows(_reset_row, restart.any(axis=1), _side_by_side(state), (again,), (start,))
     return jax.tree.map(lambda x, like: x.reshape(like.shape), new, state)
 
@@ -90,6 +91,4 @@ def _settled_row(state: State, pending: Pending) -> State:
 
 
 def _reset_row(state: State, again: Bool[Array, "runs"], start: State) -> State:
-    return jax.tree.map(
-        lambda new, old: jnp.where(again.reshape(-1, *[1] * (old.ndim - 1)), new, old), start, state
-    )
+    return jax.tree.map(lambda new, old: jnp.where(again[:, None, None], new.mT, old), start, state)

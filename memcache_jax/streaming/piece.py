@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,7 +41,6 @@ from memcache_jax.streaming.past import (
     remember_chunk,
     remember_slots,
     remember_token,
-    without_arrays,
 )
 from memcache_jax.streaming.spans import check_pooling, span_keys, sums_of
 
@@ -312,24 +312,29 @@ def _store(
         pooled /= tokens.astype(pooled.dtype).reshape(len(tokens), 1, -1, *[1] * (pooled.ndim - 3))
     pooled = jnp.where(jnp.isfinite(pooled), pooled, jnp.nan)  # as in one pass: no gate is known
     states = with_worst(before, config.memory.matrices(states), block, ends)
-    args = without_arrays(cache), states, pooled, place, merge
+    of_states, of_keys = cache.storages
+    put = functools.partial(_stored, config.cache_dtype, of_states.made_again, of_keys.made_again)
+    kept, args = (cache.bank, cache.pooled), (cache.first, states, pooled, place, merge)
     if config.placement == "host":
-        bank, keys = _stored((cache.bank, cache.pooled), *args)
+        bank, keys = put(kept, *args)
     else:
-        bank, keys = change_if(_stored, ends.any(), (cache.bank, cache.pooled), args)
+        bank, keys = change_if(put, ends.any(), kept, args)
     return dataclasses.replace(cache, bank=bank, pooled=keys, record=record)
 
 
 def _stored(
+    cache_dtype: Any,
+    states_of: Callable[[Any], storage.Storage],
+    keys_of: Callable[[Any], storage.Storage],
     kept: tuple[Any, Any],
-    cache: Cache,
+    first: Any,
     states: Any,
     pooled: Array,
     place: Int[Array, "b tracks"],
     merge: Merge | None,
 ) -> tuple[Any, Any]:
     """The bank and pooled keys with states at their places, after others have merged."""
-    of_states, of_keys = cache.storages
+    of_states, of_keys = states_of(first), keys_of(first)
     bank, keys = kept
     if merge is not None:
         bank, keys = lax.cond(
@@ -341,7 +346,7 @@ def _stored(
             lambda *kept: kept,
             *(bank, keys),
         )
-    bank = of_states.put(bank, storage.pack(states, cache.config.cache_dtype), place)
+    bank = of_states.put(bank, storage.pack(states, cache_dtype), place)
     return bank, of_keys.put(keys, pooled, place)
 
 
