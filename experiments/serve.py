@@ -75,7 +75,8 @@ def _compile(batcher: mc.Batcher, tokenizer: Tokenizer) -> None:
     Only the programs that score prompts compile when a client first asks for scores.
     """
     sizes = [2**i for i in range(batcher.piece.bit_length()) if 2**i < batcher.max_length]
-    for number, size in enumerate(sizes, start=1):
+    # The largest first: a store does not know the beginning of those that follow.
+    for number, size in enumerate(reversed(sizes), start=1):
         print(f"Compiling {number} of {len(sizes)} ...", file=sys.stderr, flush=True)
         batcher.submit([tokenizer.eos_id] * size, min(2, batcher.max_length - size)).result()
 

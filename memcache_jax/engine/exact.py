@@ -165,7 +165,7 @@ def scores_of_tokens(
     of_tokens = candidates._replace(
         states=states.reshape(*states.shape[:2], -1),
         distances=_each(candidates.distances, count),
-        keys=lambda pooling: Keys(candidates.keys(pooling).live, states=flat),
+        keys=lambda pooling: Keys(connector, states=flat),  # in place of live keys, not used here
         same_document=_each(candidates.same_document, count),
         counts=counts,
         held=_each(candidates.held, count),

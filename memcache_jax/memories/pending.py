@@ -72,7 +72,7 @@ def with_token(
     here = jnp.arange(memory.chunk_size) == place
 
     def put(rows: Matrices, new: Matrices, axis: int) -> Matrices:
-        # What is left of a token is multiplied by zero in later chunks.
+        # Factors left over from earlier chunks have zero mixing.
         fine = (jnp.where(jnp.isfinite(x), x, 0) for x in new)
         return tuple(
             lax.dynamic_update_slice_in_dim(old, jnp.moveaxis(x, 0, axis), place, axis)

@@ -91,10 +91,10 @@ class Batcher:
         self.model, self.max_length, self.store, self.text_of = model, max_length, store, text_of
         self._graph, self._state = apart(model)
         options = _checks.check_mapping("cache", cache)
-        self._empty = _beside(self._state, model.init_cache(1, max_length, **options))
+        self._empty = _on_device_of(self._state, model.init_cache(1, max_length, **options))
         steps: Any = model if "sharding" in options else for_steps(model)
         self._steps = apart(steps)
-        self._new_cache = lambda: _beside(
+        self._new_cache = lambda: _on_device_of(
             self._state, steps.init_cache(rows, max_length, **options)
         )
         self._cache: Any = self._new_cache()
@@ -362,7 +362,7 @@ class Batcher:
                 self._leave(rows[i], request)
 
 
-def _beside(state: Any, cache: Any) -> Any:
+def _on_device_of(state: Any, cache: Any) -> Any:
     """The cache, committed to the one device that the parameters are committed to, if so.
 
     What a step returns is committed then, and a cache that is not would compile the step again.

@@ -89,7 +89,7 @@ class Cache(MixerCache):
         "position",
         "record",
         "rewindable",
-    )  # the first token of a segment resets states and sums
+    )  # a segment's first token resets states, sums and factors; older tokens are masked
     axes = dict.fromkeys(
         ("state", "anchor", "pending", "transition", "key_sum", "recent", "bank", "pooled"), "b h"
     ) | {"initial": "h"}

@@ -130,11 +130,15 @@ class CacheConfig:
                 "placement='host' is for SSC, which reads few states, and policies other than "
                 f"'merge', got {self.aggregation} and policy={config.policy!r}"
             )
-        if self.aggregation.exact and (merges or self.placement == "host"):
+        if self.aggregation.exact and self.placement == "host":
             raise ValueError(
-                "tokens kept exactly are on the device and have no mean: exact needs "
-                f"placement='device' and a policy other than 'merge', got {self.aggregation}, "
-                f"placement={self.placement!r} and policy={config.policy!r}"
+                "exact tokens stay on the device: they need placement='device', got "
+                f"{self.aggregation} and placement={self.placement!r}"
+            )
+        if self.aggregation.exact and merges:
+            raise ValueError(
+                "exact tokens cannot be averaged: they need a policy other than 'merge', got "
+                f"{self.aggregation} and policy={config.policy!r}"
             )
         return config if config.slots.num_slots else dataclasses.replace(config, placement="device")
 

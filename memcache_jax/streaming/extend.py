@@ -130,6 +130,7 @@ def _extend(cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]) -> tuple[Arr
     full = full_controls(memory, tokens.controls, tokens.key, tokens.value)
     tokens = widen(**tokens._replace(controls=full)._asdict(), dtype=cache.key_sum.dtype)
     count = tokens.key.shape[2]
+    lengths = jnp.minimum(lengths, count)  # as traced, they have not been checked
 
     block = config.segmentation.size
     chunk = memory.gradient_chunk

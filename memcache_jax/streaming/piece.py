@@ -308,7 +308,8 @@ def _store(
     if config.aggregation.pooling == "mean":
         tokens = slots.tokens(cache.record, block)
         if config.spans:
-            tokens //= config.aggregation.num_keys
+            # A track without a state has fewer tokens than keys.
+            tokens = jnp.maximum(tokens // config.aggregation.num_keys, 1)
         pooled /= tokens.astype(pooled.dtype).reshape(len(tokens), 1, -1, *[1] * (pooled.ndim - 3))
     pooled = jnp.where(jnp.isfinite(pooled), pooled, jnp.nan)  # as in one pass: no gate is known
     states = with_worst(before, config.memory.matrices(states), block, ends)

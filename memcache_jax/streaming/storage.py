@@ -216,7 +216,7 @@ class HostStorage(Storage):
 
     def _begin(self, place: Array) -> tuple[Any, ...]:
         layer = () if self.first is None else (self.first,)
-        return *layer, place, 0, 0
+        return tuple(jnp.asarray(x, jnp.int32) for x in (*layer, place, 0, 0))
 
 
 def _to_lines(x: Array) -> Array:

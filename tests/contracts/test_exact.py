@@ -70,6 +70,7 @@ def streamed(inputs, memory, case, calls, rewind=(), options=()):
 
 
 NAMED = dict(zip(("constant", "lengths", "adaptive"), CASES, strict=True))
+NAMED["keys"] = (mc.SSC(1, num_keys=2, exact=2), CONSTANT, "independent")
 CALLS = ((0, 19), (19, 20), (20, LENGTH))
 
 
@@ -304,7 +305,7 @@ def test_refusals():
             mc.init_cache(1, 1, 4, 4, **how, segmentation=segmentation, max_length=12)
     refused: tuple[dict[str, Any], ...] = dict(policy="merge"), dict(placement="host")
     for options in refused:
-        with pytest.raises(ValueError, match="exact needs placement='device' and a policy"):
+        with pytest.raises(ValueError, match=r"exact tokens (stay|cannot be)"):
             mc.init_cache(1, 1, 4, 4, **how, segmentation=CONSTANT, max_segments=2, **options)
     # No mean of states stands for their tokens.
     how["aggregation"] = mc.GRM(gate="uniform", exact=1)

@@ -137,6 +137,21 @@ def test_streams(memory, aggregation, segmentation, start):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
+def test_gradients_of_streams():
+    """Also of levels that hold no state yet."""
+    case = MEMORIES["linear"], mc.GRM(num_keys=2), mc.Logarithmic(8), "independent"
+    inputs = make_inputs(case[0], 21, batch=1, heads=1)
+
+    def gradient(function, **options):
+        return jax.grad(lambda x: function(inputs | x, *case, **options).sum())(
+            {name: jnp.asarray(inputs[name]) for name in ("key", "value", "connector")}
+        )
+
+    assert_close(gradient(streamed, split=(20, 1)), gradient(whole), 1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
 def test_streams_go_back_and_merge():
     memory = MEMORIES["linear"]
     inputs = make_inputs(memory, 19, batch=1, heads=1)

@@ -79,6 +79,16 @@ def test_rows_that_are_full():
     assert jnp.isnan(y).all()
 
 
+def test_traced_lengths_count_no_more_tokens_than_there_are():
+    memory = MEMORIES["linear"]
+    inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 3, dtype=jnp.float32))
+    cache = empty(inputs, memory, mc.GRM(), mc.Constant(8))
+    y, after = jax.jit(mc.extend)(cache, **inputs, lengths=jnp.array([2_000_000, 2]))
+    assert after.position.tolist() == [3, 2]
+    wanted, _ = mc.extend(cache, **inputs)
+    np.testing.assert_array_equal(y[0], wanted[0])
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("memory", kept_of(["linear", "titans"], "titans"))
 def test_rows_end_where_positions_do(memory):
