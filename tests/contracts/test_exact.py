@@ -69,7 +69,7 @@ def streamed(inputs, memory, case, calls, rewind=(), options=()):
     return outputs, cache
 
 
-NAMED = dict(zip(("constant", "lengths", "adaptive"), CASES, strict=True))
+NAMED: dict[str, Any] = dict(zip(("constant", "lengths", "adaptive"), CASES, strict=True))
 NAMED["keys"] = (mc.SSC(1, num_keys=2, exact=2), CONSTANT, "independent")
 CALLS = ((0, 19), (19, 20), (20, LENGTH))
 
