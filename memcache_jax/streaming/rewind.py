@@ -1,5 +1,6 @@
 """Going back by tokens, of caches of all kinds: positions, and calls."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,6 +34,16 @@ def more_rewindable(rewindable: Array | None, taken: Any, most: int) -> Array | 
 def taken_back_from(cache: Any, tokens: jax.typing.ArrayLike, batch: int) -> Any:
     """Checks the tokens, and takes them from a cache wherever its arrays lie on a mesh."""
     taken = _checks.check_rewind(tokens, getattr(cache, "rewindable", None), batch)
+    return where_it_lies(_rewound, cache, taken)[0]
+
+
+def where_it_lies(
+    function: Callable[..., tuple], cache: Any, *of_rows: Array, others: int = 0
+) -> tuple:
+    """Calls a function of a cache and arrays (b,), wherever the cache's arrays lie on a mesh.
+
+    The function returns a cache of the same shapes, and so many other arrays (b,).
+    """
     letters = cache.letters()
     pairs: list = []
     jax.tree.map(
@@ -40,9 +51,10 @@ def taken_back_from(cache: Any, tokens: jax.typing.ArrayLike, batch: int) -> Any
     )
     division = Division.of(*pairs)
     if division is None:
-        return compiled(_rewound, cache, taken)
-    return division.run(_rewound, (cache, taken), (letters, "b"), letters)
+        return compiled(function, cache, *of_rows)
+    given, returned = (letters, *["b"] * len(of_rows)), (letters, *["b"] * others)
+    return division.run(function, (cache, *of_rows), given, returned)
 
 
-def _rewound(cache: Any, tokens: Int[Array, "b"]) -> Any:
-    return cache.rewound(tokens)
+def _rewound(cache: Any, tokens: Int[Array, "b"]) -> tuple[Any]:
+    return (cache.rewound(tokens),)

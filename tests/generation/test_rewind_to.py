@@ -99,6 +99,24 @@ def test_titans_without_convolutions():
     )
 
 
+@pytest.mark.slow
+def test_rows_and_heads_of_a_mesh():
+    model = model_of(CACHING, mc.nn.AttentionMixer())
+    tokens = np.random.default_rng(0).integers(VOCAB, size=(4, LENGTH))
+    then = np.array([13, 16, 30, LENGTH])
+
+    def hidden(**options):
+        cache = model.init_cache(4, LENGTH + 1, keep_ends=True, **options)
+        _, cache = model.extend(jnp.asarray(tokens), cache)
+        cache = mc.rewind_to(model, cache, tokens, then)
+        assert cache.position.tolist() == then.tolist()
+        return model.extend(jnp.asarray(tokens[:, :1]), cache)[0]
+
+    wanted = hidden()
+    with jax.set_mesh(jax.make_mesh((2, 2), ("rows", "heads"), devices=jax.devices()[:4])):
+        assert_close(hidden(sharding=jax.P("rows", "heads")), wanted, 1e-5)
+
+
 def test_what_is_not_kept():
     tokens, position = np.zeros((1, 20), int), np.array([3])
 
