@@ -57,14 +57,14 @@ def forward(
       y: shapes of the outputs, (units, chunks, ...), or ``Inside``.
       starts: whether to write the states that groups start from; if not, None takes their place.
     """
-    units, chunks = jax.tree.leaves(state)[0].shape[0], jax.tree.leaves(rows)[0].shape[1]
+    apart = units_first(rows)
+    units, chunks = jax.tree.leaves(apart)[0].shape[:2]
     lengths = sweep.group * sweep.every, sweep.group
     of_runs, of_groups = (
         jax.tree.map(lambda x, n=n: shaped(x, (units, chunks // n, *x.shape[1:])), state)
         for n in lengths
     )
     of_groups = of_groups if starts else None
-    apart = units_first(rows)
     run, group = map(np.int32, lengths)
     blocks = functools.partial(specs, sweep.together)
     of_chunk = functools.partial(blocks, 2, lambda i, c: (i, c))
@@ -135,10 +135,10 @@ def backward(
       late: a tree of booleans, true for rows that the next state does not depend on: these are
         loaded in reverse only.
     """
-    units, chunks = jax.tree.leaves(starts)[0].shape[0], jax.tree.leaves(rows)[0].shape[1]
+    apart, apart_y = units_first(rows), units_first(d_y)
+    units, chunks = jax.tree.leaves(apart)[0].shape[:2]
     groups, length = chunks // sweep.group, sweep.group
     state = jax.tree.map(lambda x: shaped(x, (units, *x.shape[2:])), starts)
-    apart, apart_y = units_first(rows), units_first(d_y)
 
     def both_ways(i: Any, j: Any, s: Any) -> tuple:
         return i, (groups - 1 - j) * length + jnp.minimum(s, 2 * length - 1 - s)

@@ -58,7 +58,7 @@ def plan(name: str, state: Any, rows: Any, y: Any, keep: int, blocks: Blocks) ->
     Raises:
       CannotServeError: if the forward or the backward pass does not fit into VMEM.
     """
-    units = len(jax.tree.leaves(state)[0])
+    units = len(jax.tree.leaves((state, units_first(rows)))[0])
     size = max(_bytes(state) // max(units, 1), 1)
     fits = max(blocks.start_bytes // size, 1)
     side = _divisor(units, min(blocks.units, fits))
