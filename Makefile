@@ -1,8 +1,8 @@
 # Everything runs in .venv, which the first command makes. Needs Python 3.11 or newer and make.
 #
 #   make demo         trains a small model on this machine's own Python files, in runs/demo
-#   make test         the tests, with a cover of every large product of cases; test-all runs each
-#                     case, test-fast leaves out the slow ones
+#   make test         the tests, with a covering subset of each large product of cases; test-all
+#                     runs every case, test-fast skips the slow ones
 #   make lint         ruff, codespell and pyright
 #   make docs         the documentation, as a site in site/
 #   make bench        time of the layer, forward and backward

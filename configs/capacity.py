@@ -33,9 +33,9 @@ def get_config() -> Any:
     config.segments = (8, 16, 64)
     config.aggregations = ("GRM", "SSC")
     config.top_k = (1, 4)
-    config.exact = (4, 16)  # tokens kept beside each state of GRM, at most half of a segment's
-    config.num_keys = (1, 4)  # pooled keys of a state, of GRM and SSC
-    # Routers: of how many pairs, with how many pooled keys of a state beside one for each pair.
+    config.exact = (4, 16)  # tokens kept beside each state of GRM, at most half a segment
+    config.num_keys = (1, 4)  # pooled keys per state, for GRM and SSC
+    # Routers: the number of pairs, and of pooled keys per state; one key per pair comes on top.
     config.router_pairs = 1024
     config.router_keys = (1, 2, 4, 8)
     config.router_top_k = (1, 4)

@@ -1,4 +1,4 @@
-"""What caches can be made of, in equal bytes and steps: recall, needles and text.
+"""Cache components at equal cache bytes and training steps: recall, needles and text.
 
 Command:   python -m experiments.frontier --config=configs/frontier.py --workdir=runs/frontier
            one part: --config.parts="('recall',)"
@@ -29,7 +29,7 @@ def get_config() -> Any:
     config.parts = ("recall", "needles", "text")
     config.target, config.settled = "256/64", 0.05
     config.against, config.unbounded = "attention", ("attention",)
-    constant = {"name": "Constant"}  # of the smallest size with which bytes do not grow
+    constant = {"name": "Constant"}  # gets the smallest size that keeps within the bytes
     config.changes = ConfigDict(
         {
             "SSD alone": {

@@ -139,16 +139,17 @@ def measure_memory(
 
     Args:
       rule: how they are written.
-      aggregation: how cached states are read. Tokens that ask have a key of zero: they count in no
-        ``pooling="sum"``. With several keys of a state, questions are asked at the end of each of
-        its spans; the last of them count. With ``exact`` tokens, whose keys have no other scale, it
-        is ``"mean"``, each question has a sequence of its own, and a state one key.
+      aggregation: how cached states are read. Tokens that ask have a key of zero, which adds
+        nothing with ``pooling="sum"``. With several keys per state, questions are asked at the end
+        of each span, and those of the last span count. With ``exact`` tokens, whose keys have no
+        other scale, pooling is ``"mean"``, each question has a sequence of its own, and a state one
+        key.
       segment: pairs in a segment; None for one memory of all.
       keys: (trials, pairs, d).
       values: the same.
       asked: from ``draw_questions``. Where there are segments, each ends after one of its points.
-      temperature: of content gates: connectors are so many queries, scaled to make pooled keys the
-        means of the pairs of full segments, or spans.
+      temperature: of content gates: connectors are the queries times this, scaled to make pooled
+        keys the means of the pairs of full segments, or spans.
 
     Returns:
       By name, at each point: ``recall``, the share of reads that are nearest to the value asked

@@ -11,7 +11,7 @@ from jax.extend import core
 def count_flops(function: Callable, *arguments: Any) -> int:
     """Returns 2 x the multiply-adds of all matrix products that ``function`` runs.
 
-    A loop's body counts once per round, one round where their number is not known, and of several
+    A loop's body counts once per trip, or once if the trip count is unknown, and of several
     branches the most expensive one counts. Elementwise work, reductions and gathers do not count.
     """
     return _count(jax.make_jaxpr(function)(*arguments).jaxpr)

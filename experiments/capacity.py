@@ -4,10 +4,10 @@
 
 Writes random pairs of keys and values of norm one into each rule, alone and with cached segments,
 and asks for the pairs so far: how often the read is nearest to the right value, and its
-signal-to-noise ratio. Beside them stand softmax attention over all pairs, the theory of linear
-memories, and the share of questions for which SSC's router finds the segment, and GRM with the
-tokens that each cached state recalls worst kept beside it. Rules write without
-decay and with the coefficients of ``experiments._capacity.rules``.
+signal-to-noise ratio. For comparison it measures softmax attention over all pairs, the theory of
+linear memories, the share of questions for which SSC's router finds the segment, and GRM that keeps
+the tokens that each cached state recalls worst beside it. Rules write without decay and with the
+coefficients of ``experiments._capacity.rules``.
 
 Then it draws keys whose topic changes after random numbers of pairs, and counts how often a router
 finds a key's own segment, where segments have one size and where they follow the content. Last, it

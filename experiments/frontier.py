@@ -1,16 +1,16 @@
-"""Compares what caches can be made of, in equal bytes and steps.
+"""Compares cache components at equal cache bytes and training steps.
 
     python -m experiments.frontier --config=configs/frontier.py --workdir=FOLDER
 
 Trains the first model and one for each of ``config.changes`` on associative recall (MQAR), light
-needles and text, as ``experiments.mqar``, ``needle`` and ``extrapolate`` do. None but those in
-``config.unbounded`` may have a larger cache than the first at the longest length that a part tests;
-``Constant`` segments without a size get the smallest one with which they do not.
+needles and text, as ``experiments.mqar``, ``needle`` and ``extrapolate`` do. At the longest length
+that a part tests, only models in ``config.unbounded`` may have a larger cache than the first;
+``Constant`` segments without a size get the smallest size that fits.
 
-All models train for equally many steps, with every seed. Whether losses have stopped falling is
-judged by recall: the first seed trains again for twice as many, and a model has settled if its
+All models train for the same number of steps, with every seed. Recall shows whether losses have
+stopped falling: the first seed trains again for twice as many steps, and a model has settled if its
 accuracy on ``config.target`` then is at most ``config.settled`` higher. ``closed`` is the share of
-the gap there between the first model and ``config.against`` that a model closes.
+the gap in that accuracy between the first model and ``config.against`` that a model closes.
 
 The workdir gets ``results.json``, ``recall.md``, ``needles.md``, ``text.md`` and ``frontier.png``.
 The same command resumes an interrupted study; ``config.parts`` names the parts to run.
@@ -58,9 +58,9 @@ def models_in(
 
     Args:
       whole: the ``config.model`` of the first.
-      changes: for each other one, the keys that it replaces.
-      unbounded: the names of those that may take more bytes.
-      length: tokens of a stream whose cache counts.
+      changes: for each other model, the keys that it replaces.
+      unbounded: the names of the models that may take more bytes.
+      length: tokens of the stream whose cache is measured.
 
     Raises:
       ValueError: for unknown keys, or a model that takes more bytes.

@@ -70,12 +70,12 @@ def program() -> None:
 
 
 def _compile(batcher: mc.Batcher, tokenizer: Tokenizer) -> None:
-    """Answers a prompt of each size of piece, so that no client waits for compilation.
+    """Answers a prompt of each piece size, so that no client waits for compilation.
 
     Only the programs that score prompts compile when a client first asks for scores.
     """
     sizes = [2**i for i in range(batcher.piece.bit_length()) if 2**i < batcher.max_length]
-    # The largest first: a store does not know the beginning of those that follow.
+    # Largest first: a store then knows no prefix of the prompts that follow.
     for number, size in enumerate(reversed(sizes), start=1):
         print(f"Compiling {number} of {len(sizes)} ...", file=sys.stderr, flush=True)
         batcher.submit([tokenizer.eos_id] * size, min(2, batcher.max_length - size)).result()

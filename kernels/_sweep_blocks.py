@@ -1,8 +1,8 @@
 """The blocks of a sweep's kernels: how arrays are cut, and what a kernel sees of them.
 
-Arrays are (units, chunks, ...), a unit for each memory. Those of tokens may also lie as models make
-them, ``Inside``. A program then takes some heads of one row and turns its blocks around in VMEM, so
-that in the main memory nothing changes its order.
+Arrays are (units, chunks, ...), one unit per memory. Arrays of tokens may also keep the layout that
+models give them, ``Inside``. A program then takes some heads of one row and transposes its blocks
+in VMEM, so that nothing is transposed in HBM.
 """
 
 from collections.abc import Callable
@@ -58,7 +58,7 @@ def wide_shape(x: Any, lead: int) -> tuple[int, ...]:
 
 
 def wide(tree: Any, lead: int) -> Any:
-    """Arrays, or their shapes, as ``wide_shape`` has them."""
+    """Arrays, or their shapes, reshaped to ``wide_shape``."""
 
     def of(x: Any) -> Any:
         shape = wide_shape(x, lead)
@@ -110,7 +110,7 @@ def turned_scratch(together: int, tree: Any) -> list:
 
 
 def turn(refs: Any, turned: list, when: Any) -> None:
-    """Fills ``turned`` from blocks with heads inside, each if its condition in a tree is true."""
+    """Transposes blocks with heads inside into ``turned``, each if its leaf of ``when`` is true."""
     pairs = zip(jax.tree.leaves(refs, is_leaf=is_inside), jax.tree.leaves(when), strict=True)
     blocks = [(ref.heads, condition) for ref, condition in pairs if is_inside(ref)]
     for (ref, condition), into in zip(blocks, turned, strict=True):
@@ -121,20 +121,20 @@ def turn(refs: Any, turned: list, when: Any) -> None:
 
 
 def turn_back(refs: Any, turned: list) -> None:
-    """Fills blocks with heads inside from ``turned``."""
+    """Transposes ``turned`` back into blocks with heads inside."""
     blocks = [x.heads for x in jax.tree.leaves(refs, is_leaf=is_inside) if is_inside(x)]
     for ref, of in zip(blocks, turned, strict=True):
         ref[0, 0] = jnp.swapaxes(of[...], 0, 1).astype(ref.dtype)
 
 
 def with_turned(refs: Any, turned: list) -> Any:
-    """The references, with those of ``turned`` for blocks with heads inside."""
+    """The references, with those of ``turned`` in place of blocks with heads inside."""
     each = iter(turned)
     return mapped(lambda ref: next(each) if is_inside(ref) else ref, refs)
 
 
 def for_each_part(together: int, side: int, body: Callable[[Any], None]) -> None:
-    """Calls a function with the places of ``side`` of a program's units, part by part."""
+    """Calls ``body`` with the indices of ``side`` of a program's units at a time."""
     if side == together:
         body(slice(None))
         return

@@ -85,7 +85,7 @@ def plan(name: str, state: Any, rows: Any, y: Any, keep: int, blocks: Blocks) ->
 
 
 def _of_heads(tree: Any) -> list[int]:
-    """How many heads one block may have, of arrays with heads inside: all, or whole tiles."""
+    """How many heads a block of arrays with heads inside may have: all, or whole tiles."""
     leaves = jax.tree.leaves(tree, is_leaf=is_inside)
     heads = {x.heads.shape[3] for x in leaves if is_inside(x)}
     if not heads:

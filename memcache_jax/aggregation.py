@@ -37,7 +37,7 @@ class Aggregation(abc.ABC):
         ``"position"``, logits of each distance in segments, passed as the connector (b, t, h,
         distances), the live memory's first; or ``"uniform"``.
       pooling: whether pooled keys are the ``"mean"`` or the ``"sum"`` of a bucket's keys.
-      num_keys: pooled keys of each state, those of equal spans of its tokens.
+      num_keys: pooled keys per state, one for each equal span of its tokens.
       exact: tokens kept beside each cached state, see ``GRM``.
     """
 
@@ -147,8 +147,8 @@ class Aggregation(abc.ABC):
     ) -> Float[Array, "b h n c v"]:
         """The outputs of all tokens, which the reference makes by ``read_token``.
 
-        A state that a token does not read reaches neither its output nor a gradient, NaN or not.
-        What exact tokens give, ``selection.beside``, is added afterwards.
+        A state that a token does not read affects neither its output nor a gradient, even if it is
+        NaN. What exact tokens contribute, ``selection.beside``, is added afterwards.
 
         Args:
           bank: the cached states.
@@ -212,27 +212,27 @@ class GRM(Aggregation):
         distance; ``"uniform"``, one over the number of visible states.
       pooling: ``"mean"`` or ``"sum"`` of a bucket's keys. The paper writes MeanPooling and prints a
         sum (Eq. 17), which grows with the segment and saturates the softmax.
-      num_keys: P pooled keys of each state, those of P equal spans of its tokens. A state's
-        relevance is the highest of theirs, max_j <u_t, p_ij>, so that a state is found whose mean
-        key hides what is in it. The live memory's spans are those begun so far. P must divide the
-        size of ``Constant`` or ``Logarithmic`` segments; the paper has P = 1. A cached state
-        takes k (P - 1) numbers more, and above 1 XLA selects, not a kernel.
-      exact: r, tokens kept beside each cached state: those of its segment, and of its document, for
-        which the error of the cached state, |v - M(k)|^2, is largest. Each is read as one more
-        state, whose pooled key is its key and which returns its value::
+      num_keys: P pooled keys per state, one for each of P equal spans of its tokens. A state's
+        relevance is that of its best-matching key, max_j <u_t, p_ij>, so that gates find facts that
+        a single mean key would hide. The live memory has the spans begun so far. P must divide the
+        size of ``Constant`` or ``Logarithmic`` segments; the paper has P = 1. Each cached state
+        takes k (P - 1) more numbers. For P > 1 states are selected by XLA, not by a kernel.
+      exact: r, the tokens kept beside each cached state: those of its segment and document for
+        which the error of the cached state, |v - M(k)|^2, is largest. Each token is read as one
+        more state, with its key as the pooled key and its value as the read::
 
             y_t = gamma_live M_t(q_t) + sum_i (gamma_i M_i(q_t) + sum_j gamma_ij v_ij)
 
-        with one softmax over the relevance of all of them, <u_t, k_ij> - log C of tokens: as a
-        state of n merged segments counts n times, a token counts 1 / C times, C being the most
-        tokens in a segment. The state at the segment's end says what reads will miss; an error at
-        the time of writing would choose a segment's first tokens, which meet an empty memory. The
-        paper keeps no tokens.
+        with one softmax over all relevances; a token's is <u_t, k_ij> - log C. As a state of n
+        merged segments counts n times, a token counts 1 / C times, where C is the most tokens in a
+        segment. The state at the segment's end shows what reads will miss; errors at the time of
+        writing would choose a segment's first tokens, which meet an empty memory. The paper keeps
+        no tokens.
 
-        Keys and values have gradients, the choice has none. Segments are ``Constant``, ``Lengths``
-        or ``Adaptive``, of ``exact`` tokens or more. The choice and the reads of tokens are XLA's
-        with every ``implementation``, and so is SSC's router then. A stream also holds the tokens
-        of the live segment, to choose from.
+        Gradients reach keys and values, but not the choice. Segments must be ``Constant``,
+        ``Lengths`` or ``Adaptive``, of at least ``exact`` tokens. XLA chooses and reads the tokens
+        under every ``implementation``, and then also runs SSC's router. A stream also holds the
+        tokens of the live segment, to choose from.
 
     Raises:
       ValueError: for an unknown gate or pooling, for ``num_keys`` below 1, or above 1 with a gate

@@ -18,7 +18,7 @@ from memcache_jax.segmentation import ReadPlan
 def gates_by_state(selection: Selection, count: int) -> Float[Array, "b h n c states"]:
     """The gates of all ``count`` states of the bank, zero for those that a token does not read.
 
-    Those of the tokens kept beside a state are counted with its own.
+    A state's gate includes those of the tokens kept beside it.
     """
     if selection.beside is not None:
         gates = selection.gates + selection.beside.gates
@@ -222,7 +222,7 @@ def scores(
     """Returns the relevance of the states that each token may read, and of the live memory.
 
     A state that stands for n segments counts n times. Empty slots and states of other documents
-    score -inf. Of ``num_keys`` keys of a state the one of the highest score counts.
+    score -inf. Of a state's ``num_keys`` keys, the one with the highest score counts.
     """
     if num_keys > 1 and candidates.states.shape[-1]:
         cached, live = _scores_of_spans(connector, candidates, gate, pooling, num_keys)

@@ -25,9 +25,9 @@ from memcache_jax.kernels.ssc_route import ssc_route
 class SSC(GRM):
     """Sparse selective caching (Eq. 16-17 of arXiv:2602.24281): a router picks the states to read.
 
-    GRM over the live memory and the ``top_k`` cached states of highest relevance, per token and
-    head; of equally relevant ones the older. Reads cost the same however long the sequence is. Of
-    the tokens that ``exact`` keeps, a token reads those beside the states that it selects.
+    GRM over the live memory and the ``top_k`` most relevant cached states, per token and head; ties
+    go to the older state. Reads cost the same however long the sequence is. Of the tokens that
+    ``exact`` keeps, only those beside the selected states are read.
 
     Attributes, beside GRM's:
       top_k: cached states that a token reads.
@@ -138,5 +138,5 @@ class SSC(GRM):
 
 
 def _unknown(cached: Float[Array, "*r states"]) -> Bool[Array, "*r 1"]:
-    """Whether it is unknown which states to select: the relevance of one is not a number."""
+    """Whether it is unknown which states to select, since a relevance is NaN."""
     return jnp.isnan(cached).any(axis=-1, keepdims=True)

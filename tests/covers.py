@@ -8,12 +8,12 @@ from tests.cases import MEMORIES
 
 
 def exhaustive_unless(kept):
-    """Marks of a case that only the exhaustive suite runs, unless ``make test`` keeps it."""
+    """The marks of a case, which is exhaustive unless ``make test`` keeps it."""
     return pytest.mark.slow if kept else (pytest.mark.slow, pytest.mark.exhaustive)
 
 
 def kept_of(cases, *kept, fast=()):
-    """Named cases for ``parametrize``, or names alone: fast ones, kept ones, and exhaustive ones.
+    """Named cases, or names alone, for ``parametrize``, marked as fast, kept or exhaustive.
 
     Args:
       cases: by name.
@@ -28,7 +28,7 @@ def kept_of(cases, *kept, fast=()):
 
 
 def forms():
-    """Names of rules by the form of their states, and whether writing erases."""
+    """Names of rules, grouped by the form of their states and whether writing erases."""
     groups = {}
     for name, memory in MEMORIES.items():
         groups.setdefault((memory.form, memory.form == "affine" and memory.erases), []).append(name)
@@ -36,12 +36,12 @@ def forms():
 
 
 def rules(turn, *fast, among=MEMORIES, values=False):
-    """Every rule for ``parametrize``, of which this turn's are kept.
+    """Every rule for ``parametrize``; ``make test`` keeps one of each form, chosen by ``turn``.
 
     Args:
-      turn: a number of one's own for each test.
+      turn: a number that differs from test to test.
       *fast: names of those that ``make test-fast`` runs too.
-      among: names of those that there are.
+      among: names of the rules to take.
       values: the rules themselves, instead of their names.
     """
     groups = ([name for name in group if name in among] for group in forms())
@@ -50,9 +50,9 @@ def rules(turn, *fast, among=MEMORIES, values=False):
 
 
 def pairwise(cases):
-    """Some of the cases, such that every two values that meet in a case meet in one of these.
+    """A subset of the cases with every pair of values that occurs in any of them.
 
-    Greedy: the case in which most pairs meet that have not met so far, the first of equals.
+    Greedy: takes the case with the most pairs not covered so far; ties go to the first.
 
     Args:
       cases: tuples of one length, such as a product, whose values can be compared.
@@ -72,13 +72,13 @@ def pairwise(cases):
 
 
 def each_value(turn, axes):
-    """As many cases as the longest axis has values, such that each value is in one of them.
+    """As many cases as the longest axis has values, which together have every value.
 
-    Of another turn the values meet in other pairs: where the test is one of the parameters, tests
-    with turns of their own have all pairs together.
+    Another turn pairs the values differently: tests with turns of their own together cover all
+    pairs, with the test itself as one of the parameters.
 
     Args:
-      turn: a number of one's own for each test.
+      turn: a number that differs from test to test.
       axes: the values of each.
     """
     count = max(map(len, axes))
@@ -93,7 +93,7 @@ def product(*axes, turn=None, fast=()):
 
     Args:
       *axes: names, or values by name.
-      turn: for a cover of values, ``each_value``; a cover of pairs without.
+      turn: if given, ``each_value`` makes the cover; if not, ``pairwise`` does.
       fast: tuples of names of those that ``make test-fast`` runs too.
     """
     named = [axis if isinstance(axis, dict) else {name: name for name in axis} for axis in axes]
@@ -108,7 +108,7 @@ def product(*axes, turn=None, fast=()):
 
 
 def first_kept(count, rows):
-    """Rows of arguments for ``parametrize``, by name or with none; the first ones are kept."""
+    """Rows of arguments for ``parametrize``, named or not; the first ``count`` are kept."""
     named = rows.items() if isinstance(rows, dict) else ((None, row) for row in rows)
     return [
         pytest.param(

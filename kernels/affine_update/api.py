@@ -36,8 +36,8 @@ def affine_update(
       keep: chunks from one returned matrix to the next, a divisor of the number of chunks.
       implementation: ``"xla"`` (the default), ``"pallas_tpu"``, ``"pallas_gpu"`` or
         ``"reference"``.
-      on_chip: for ``"pallas_tpu"`` only, and a ``chunk`` that kernels can trace: makes the maps in
-        the kernels, which then read rows in bfloat16 as well. None makes all maps before the
+      on_chip: only for ``"pallas_tpu"`` and a ``chunk`` that kernels can trace: the kernels make
+        the maps, and read rows in bfloat16 as well. With None all maps are made before the
         kernels run.
 
     Returns:

@@ -39,12 +39,12 @@ class AffineChunk(NamedTuple):
 
 
 class OnChip(NamedTuple):
-    """What kernels need that make the maps themselves.
+    """What kernels that make the maps themselves need.
 
     Attributes:
-      dtype: of what the chunks read.
-      late: a tree of booleans as the rows, true for those that no later matrix depends on.
-      spoilt: numbers (*batch, chunks, m), not zero for the rows whose reads are NaN and have no
+      dtype: the dtype of what the chunks read.
+      late: a tree of booleans like the rows, true for those that no later matrix depends on.
+      spoilt: numbers (*batch, chunks, m), nonzero for the rows whose reads are NaN and have no
         gradient; None if there are none.
     """
 

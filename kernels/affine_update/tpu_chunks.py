@@ -1,7 +1,7 @@
-"""The affine update on TPUs by kernels that trace the chunks: their maps never leave the chip.
+"""The affine update on TPUs by kernels that trace the chunks, so that maps never leave the chip.
 
-What passes through the main memory are the rows as they come, what the chunks read, and a matrix
-now and then. The backward pass makes the maps again.
+Only the rows as they come, what the chunks read, and an occasional matrix pass through HBM.
+The backward pass recomputes the maps.
 """
 
 import contextlib
@@ -32,10 +32,10 @@ def affine_update(
     keep: int,
     on_chip: OnChip,
 ) -> tuple[Array, Array]:
-    """See ``api.affine_update``. The second axis of the batch are heads.
+    """See ``api.affine_update``. The second axis of the batch is heads.
 
-    Products of bfloat16 rows are made in one pass of bfloat16 with sums in float32; those of
-    float32 rows in float32, unless ``jax.default_matmul_precision`` asks for less.
+    Products of bfloat16 rows take one bfloat16 pass with float32 accumulation; those of float32
+    rows are in float32, unless ``jax.default_matmul_precision`` asks for less.
     """
     if state is None:
         state = empty_matrices(chunk, rows, batch_dims).astype(jnp.float32)
@@ -81,7 +81,7 @@ def affine_update(
     return ends, order.unpacked_y(y)
 
 
-# The plan's estimate is for most rules; RWKV-7's backward pass takes 1.6 times as much.
+# The plan's estimate suits most rules; RWKV-7's backward pass takes 1.6 times as much.
 _HEADROOM, _BYTES = 2, ("forward_bytes", "backward_bytes")
 
 
@@ -93,7 +93,7 @@ class _Rows(NamedTuple):
 
 
 class _Order:
-    """How a batch (b, h, *runs) lies as units: heads last, so that they may lie inside of rows."""
+    """How a batch (b, h, *runs) maps to units: heads last, so that they may lie inside rows."""
 
     def __init__(self, batch: tuple[int, ...]) -> None:
         self.outer = (batch[0], *batch[2:]) if len(batch) > 1 else batch
@@ -172,7 +172,7 @@ def _where_spoilt(spoilt: Array | None, value: float, y: Array) -> Array:
 
 
 def _precision(dtype: DTypeLike) -> contextlib.AbstractContextManager:
-    """Float32 products for float32 rows, where nothing else is asked for."""
+    """Float32 products for float32 rows, unless the user has set a precision."""
     config: Any = jax.config
     if config.jax_default_matmul_precision is not None or dtype == jnp.bfloat16:
         return contextlib.nullcontext()

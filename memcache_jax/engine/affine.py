@@ -101,7 +101,7 @@ def write_affine(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> t
 
 
 def _as_they_came(memory: AffineMemory, rows: Rows) -> Rows:
-    """The rows before they were cleaned, in bfloat16 or wide, and documents that forget."""
+    """The rows before cleaning, in bfloat16 or wide, with documents as controls that forget."""
     came = jax.tree.map(
         lambda x, wide: x if x.dtype == jnp.bfloat16 else x.astype(wide.dtype),
         rows.came,

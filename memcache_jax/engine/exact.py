@@ -1,4 +1,4 @@
-"""Tokens kept exactly beside cached states: which ones, and what they add to later tokens."""
+"""Tokens kept exactly beside cached states: which ones, and what they add to later outputs."""
 
 import math
 from typing import Any
@@ -18,14 +18,14 @@ from memcache_jax.segmentation import Constant, Lengths, Segmentation
 
 
 def longest_segment(segmentation: Segmentation) -> int:
-    """Most tokens in a segment, of which some may be kept."""
+    """The most tokens that a segment can have."""
     lengths = segment_lengths(segmentation)
     assert lengths is not None  # from check_keeps
     return lengths[1]
 
 
 def segment_lengths(segmentation: Segmentation) -> tuple[int, int] | None:
-    """Fewest and most tokens in a segment; None for a segmentation whose tokens are not kept."""
+    """Fewest and most tokens in a segment; None for a segmentation that cannot keep tokens."""
     if isinstance(segmentation, Adaptive):
         return segmentation.min, segmentation.max
     if isinstance(segmentation, Lengths):
@@ -36,7 +36,7 @@ def segment_lengths(segmentation: Segmentation) -> tuple[int, int] | None:
 
 
 def check_keeps(exact: int, segmentation: Segmentation) -> None:
-    """Raises ValueError unless so many tokens of each segment can be kept."""
+    """Raises ValueError unless ``exact`` tokens of each segment can be kept."""
     lengths = segment_lengths(segmentation)
     if lengths is None or exact > lengths[0]:
         raise ValueError(
@@ -55,16 +55,16 @@ def worst_recalled(
 ) -> tuple[Float[Array, "b h s r k"], Float[Array, "b h s r v"]]:
     """The ``count`` tokens of each segment for which its state's error |v - M(k)|^2 is largest.
 
-    Of tokens with equal errors, the older. Which ones they are has no gradient. Where the error of
-    a token is not a number, it is unknown which ones they are: their keys are then NaN.
+    Ties go to the older token. The choice has no gradient. If the error of any token is NaN, the
+    choice is unknown, and the keys of the chosen tokens are NaN.
 
     Args:
       memory: the rule.
-      matrices: of the states at the ends of segments, (b, h, s, in, out) each.
-      key: of the segments' tokens, NaN for those that were not finite.
-      value: theirs.
-      there: which tokens belong to the segment; None for all. The others come last.
-      count: r, tokens to keep of each segment.
+      matrices: those of the states at the segments' ends, (b, h, s, in, out) each.
+      key: the keys of the segments' tokens, NaN for tokens that were not finite.
+      value: their values.
+      there: which tokens belong to the segment; None for all. The others rank last.
+      count: r, how many tokens to keep of each segment.
     """
     clean, broken = finite_rows(key)
     value = jnp.where(broken[..., None], 0, value)
@@ -94,18 +94,18 @@ def exact_of_blocks(
     count: int,
     longest: int,
 ) -> Exact:
-    """The tokens kept of segments that are runs of blocks.
+    """The tokens to keep of each segment, where segments are runs of blocks.
 
     Args:
       memory: the rule.
-      matrices: of the states at the ends of segments, (b, h, s, in, out) each.
+      matrices: those of the states at the segments' ends, (b, h, s, in, out) each.
       blocks: all tokens.
       last: the last block of each segment.
-      owner: a number for each token, the same for tokens of the segment that a state is of; None
-        if all tokens of a block are.
-      span: most blocks in a segment.
-      count: tokens to keep of each.
-      longest: most tokens in a segment of such a segmentation.
+      owner: a number for each token, equal for the tokens that a state covers; None if a state
+        covers all tokens of its block.
+      span: the most blocks in a segment.
+      count: how many tokens to keep of each segment.
+      longest: the most tokens that a segment can have.
     """
     assert blocks.rows.bad is not None
     tokens = blocks.tokens
@@ -139,10 +139,10 @@ def exact_of_blocks(
 def scores_of_tokens(
     connector: Float[Array, "b h n c u"], candidates: Candidates, gate: Gate, pooling: str
 ) -> Float[Array, "b h n c slots r"]:
-    """The relevance of the tokens kept beside the states in all slots, as of states of one token.
+    """The relevance of the tokens kept beside the states in all slots.
 
-    The pooled key of such a state is its token's key, and it counts 1 / C times, where C is the
-    most tokens in a segment. Tokens of states that are not visible score -inf.
+    Each token is scored as a state of its own: its key is the pooled key, and it counts 1 / C
+    times, where C is the most tokens in a segment. Tokens of invisible states score -inf.
     """
     exact = candidates.exact
     assert exact is not None
@@ -156,7 +156,7 @@ def scores_of_tokens(
     if counts is not None:
         counts = _each(jnp.minimum(counts, 1), count)
     if exact.counts is not None:
-        assert counts is None  # there are no documents in a stream
+        assert counts is None  # streams have no documents
         counts = exact.counts[:, None]
         if not _in_order(candidates):
             counts = _by_slot(candidates, exact.counts)
@@ -189,7 +189,7 @@ def read_of_tokens(
 def stored_exact(
     key: Float[Array, "b h s r k"], value: Float[Array, "b h s r v"], longest: int
 ) -> Exact:
-    """The tokens that a cache holds, of segments of at most ``longest``."""
+    """The tokens that a cache holds, from segments of at most ``longest`` tokens."""
     value, broken = finite_rows(value)
     return Exact(jnp.where(broken[..., None], jnp.nan, key), value, longest)
 
@@ -203,7 +203,7 @@ def _in_order(candidates: Candidates) -> bool:
 
 
 def _by_slot(candidates: Candidates, x: Array) -> Array:
-    """What there is of each state, (_, states, ...), for each slot, (b, n, slots, ...)."""
+    """Gathers entries of states, (_, states, ...), by slot, (b, n, slots, ...)."""
     states = jnp.maximum(jnp.asarray(candidates.states), 0)
     rows = max(len(x), len(states))
     x, states = (jnp.broadcast_to(each, (rows, *each.shape[1:])) for each in (x, states))
@@ -211,7 +211,7 @@ def _by_slot(candidates: Candidates, x: Array) -> Array:
 
 
 def _each(x: Any, count: int) -> Any:
-    """Entries of the last axis, each so many times."""
+    """Repeats each entry of the last axis ``count`` times."""
     if x is None:
         return None
     repeated = (np if _static(x) else jnp).broadcast_to(x[..., None], (*x.shape, count))

@@ -30,7 +30,7 @@ def cleaned(tokens: Tokens) -> tuple[Tokens, Bool[Array, "b h n c"]]:
 
 
 def with_finite_writes(tokens: Any) -> Any:
-    """Tokens or rows with zero for what is not finite of keys, values and controls."""
+    """Tokens or rows with zeros in place of keys, values and controls that are not finite."""
 
     def clean(name: str, x: Array) -> Array:
         return jnp.where(_is_fine(name, x), x, 0)
@@ -65,7 +65,7 @@ def composed(memory: Memory, first: Run, then: Run) -> Run:
 def spoilt(
     memory: Memory, rows: Rows, restarts: Bool[np.ndarray, "n"]
 ) -> Bool[Array, "b h n chunks m"] | None:
-    """The tokens after which the live memory depends on one that was not finite; None for none.
+    """The tokens after which the live memory depends on a non-finite one; None if none does.
 
     Args:
       memory: the rule.
@@ -109,7 +109,7 @@ def spoil(
 ) -> tuple[State, Views]:
     """Makes the states of spoilt blocks NaN, and notes the spoilt tokens for ``Live``.
 
-    Unless it has been done: kernels return what spoilt tokens read as NaN.
+    Views that already have ``spoilt`` keep it: kernels return NaN for what spoilt tokens read.
     """
     lost = spoilt(memory, rows, restarts)
     if lost is None:

@@ -88,7 +88,7 @@ def _one_head(
         return sums / jnp.maximum(seen.sum(), 1) if aggregation.pooling == "mean" else sums
 
     def worst(matrices: Any, first: Array, after: Array, of: Array) -> tuple:
-        """The tokens of a bucket that its state recalls worst, and whether there are so many."""
+        """The tokens of a bucket that its state recalls worst, and which of them exist."""
         errors = jnp.sum((value - memory.read(matrices, key)) ** 2, axis=-1)
         there = (first <= every) & (every < after) & (document == of)
         unknown = jnp.any(there & jnp.isnan(errors))
@@ -97,7 +97,7 @@ def _one_head(
         return jnp.where(unknown, jnp.nan, key[chosen]), value[chosen], there[chosen]
 
     def spans(first: Array, after: Array, until: Array, of: Array) -> tuple[Array, Array]:
-        """The keys of equal spans of [first, after), of tokens before ``until``; which have any."""
+        """Pooled keys of equal spans of [first, after) before ``until``, and which have tokens."""
         size = (after - first) // aggregation.num_keys
         begins = first + size * jnp.arange(aggregation.num_keys)
         ends = jnp.minimum(begins + size, until)
@@ -149,7 +149,7 @@ def _one_head(
         else:
             keys, values, there = (x[begun, slots] for x in exact)
             of_tokens = jax.vmap(score, in_axes=(None, 0, 0))(connector[t], keys, distances[:-1])
-            of_tokens -= math.log(longest)  # a token is one of so many that a state stands for
+            of_tokens -= math.log(longest)  # a token is one of the many that a state stands for
             of_tokens = jnp.where(visible[:, None] & there, of_tokens, -jnp.inf)
             gates, last, of_tokens = aggregation.gates_with_tokens(cached, scores[-1], of_tokens)
             values = jnp.where(of_tokens[..., None] != 0, values, 0)

@@ -77,7 +77,7 @@ class OnePass(Layout):
       plan: its buckets and who reads them.
       carries: whether each segment continues from the one before.
       borders: where segments end if the tokens decide; None if the plan does.
-      longest: most tokens in a segment, where some are kept beside states.
+      longest: the most tokens in a segment, if some are kept beside states.
     """
 
     plan: ReadPlan
@@ -205,7 +205,7 @@ def gates_of_tokens(
       finished segments. A state that a token does not read has 0.
 
     Raises:
-      ValueError: for an aggregation with ``exact`` tokens, which what memories recall decides.
+      ValueError: for an aggregation with ``exact`` tokens, whose choice depends on the memories.
     """
     if aggregation.exact:
         raise ValueError(
@@ -309,7 +309,7 @@ def cut(
 ) -> Blocks:
     """Cuts tokens (b, h, t, ...) into the plan's blocks, of ``block`` tokens, and chunks.
 
-    With ``came``, the rows also as they came.
+    With ``came``, also keeps the rows as they came.
     """
     dtype = wide_dtype(tokens)
     padding = plan.num_blocks * block - tokens.key.shape[2]

@@ -1,7 +1,6 @@
-"""Several pooled keys of each state, those of equal spans of its tokens.
+"""Several pooled keys per state, one for each equal span of its tokens.
 
-A span of a segment is to these keys what a segment is to one key: they are pooled by the same
-functions, over a plan whose blocks are the spans.
+The functions that pool one key per segment pool these too, over a plan whose blocks are the spans.
 """
 
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from memcache_jax.segmentation import ReadPlan
 def span_plan(plan: ReadPlan, num_keys: int) -> ReadPlan:
     """The plan whose buckets are the spans of a plan's buckets, one after the other.
 
-    Its blocks are the spans of the plan's blocks, each of which is a segment.
+    Its blocks are the spans of the plan's blocks. Each block of ``plan`` must be a segment.
     """
     first, after = plan.buckets.T[..., None]
     begin = (first * num_keys + (after - first) * np.arange(num_keys)).reshape(-1)
@@ -50,17 +49,17 @@ def span_keys(
     document: Int[Array, "b n c"] | None = None,
     gather: Callable[[Array, int], Array] = lambda x, axis: x,
 ) -> SpanKeys:
-    """The keys of spans where a bucket's are the same in every row.
+    """The pooled keys of spans, where a bucket has the same spans in every row.
 
     Args:
       own: the plan of the blocks that read, each of which is a segment.
-      plan: that of the whole sequence, whose states are numbered.
+      plan: the plan of the whole sequence, which numbers the states.
       key: the blocks' keys.
-      pooled: those to pool for states that have ended.
-      pooling: how.
+      pooled: the keys to pool for states that have ended.
+      pooling: ``"mean"`` or ``"sum"``.
       num_keys: spans of a block, and of a bucket.
-      document: the number of each token's document; then a bucket is one segment.
-      gather: from what the blocks have along an axis to what all blocks of the sequence have.
+      document: the number of each token's document; a bucket must then be one segment.
+      gather: takes an array of these blocks along an axis to that of all blocks of the sequence.
     """
     count = own.num_blocks
     block = np.arange(count)
@@ -83,7 +82,7 @@ def span_keys(
     of_row = jax.vmap(of_head, in_axes=(0, 0, None))
     live, ended, states = jax.vmap(of_row)(key, pooled, document)
     if document is not None:
-        # A span that is not of the state's document stands back for the last, which is.
+        # A span outside the state's document gets the key of the last span, which is inside.
         last = gather(_ends(document, num_keys), 1)[:, plan.buckets[:, 1] - 1]
         same = (last == last[..., -1:])[:, None, ..., None]
         states = jnp.where(same, states, states[..., -1:, :])
@@ -98,7 +97,7 @@ def document_span_keys(
     pooling: str,
     num_keys: int,
 ) -> SpanKeys:
-    """The keys of spans where documents are packed; those of several segments are by slot."""
+    """The pooled keys of spans of packed documents; those of several segments are by slot."""
     count = plan.num_blocks
     made = span_keys(plan, plan, key, pooled, pooling, num_keys, document)
     if not plan.spans_segments.any():
@@ -123,7 +122,7 @@ def document_span_keys(
         x.reshape(*x.shape[:3], -1, num_keys, x.shape[-1])
         for x in jax.vmap(of_row)(sums, counts, spans)
     )
-    # In a document's first block spans may end before it begins.
+    # In a document's first block, spans may end before the document begins.
     keys = jnp.where(tokens > 0, keys, keys[..., -1:, :])
     return made._replace(states=None, slots=keys)
 

@@ -28,8 +28,7 @@ class Rows(NamedTuple):
         that it has a cotangent. None without packed documents.
       bad: the tokens with a number that was not finite and is zero now, see ``finite``; None if
         there are none.
-      came: the same rows before that, in their own dtype, for kernels that clean them; None if none
-        will.
+      came: the same rows before that, in their own dtype, for kernels that clean them; else None.
     """
 
     query: Float[Array, "b h n chunks m k"]
@@ -134,10 +133,10 @@ class Exact(NamedTuple):
     Attributes:
       key: their keys, NaN where it is unknown which tokens to keep.
       value: their values, finite.
-      longest: most tokens in a segment: a token counts so many times less than a state.
-      counts: how many tokens a state has, the first ones; None if all have all.
-      table: ``Candidates.states`` of which slot i is known to hold state i or none, though it is
-        not static; None if there is none.
+      longest: the most tokens in a segment; a token counts 1 / longest as much as a state.
+      counts: how many of its tokens each state has, from the first on; None if all states have all.
+      table: the ``Candidates.states`` whose slot i is known to hold state i or none, though they
+        are not static; None if there are none.
     """
 
     key: Float[Array, "b h states r k"]
@@ -148,10 +147,10 @@ class Exact(NamedTuple):
 
 
 class SpanKeys(NamedTuple):
-    """Several pooled keys of each state, those of equal spans of its tokens.
+    """Several pooled keys per state, one for each equal span of its tokens.
 
     Attributes:
-      live: of the span that each token lies in, up to and with it.
+      live: of the span that each token lies in, up to and including the token.
       ended: of the spans of each block, which is a segment.
       seen: whether a span of a token's segment ended before the token's own, in its document.
       states: as of ``Keys``.
@@ -177,8 +176,8 @@ class Candidates(NamedTuple):
       counts: segments that a state stands for, 0 for an empty slot; None for one each. A stream
         knows its empty slots by counts alone: ask ``gating.visible``.
       held: which numbers have a state, so that keys of others are ignored; None if unknown.
-      spans: makes so many pooled keys of each state, given the pooling too; None where they have
-        one each.
+      spans: makes several pooled keys per state, given the pooling and their number; None where
+        states have one each.
       exact: the tokens kept beside the states; None if there are none.
     """
 

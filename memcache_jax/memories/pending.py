@@ -1,9 +1,9 @@
-"""The tokens of a chunk of a deep memory that its state does not have yet.
+"""The tokens of a deep memory's chunk that are not yet written into its state.
 
-All gradients of a chunk are taken at the state that it began with, so a token adds a matrix of rank
-one to each layer. A stream that takes tokens one by one keeps these factors, reads through them,
-and writes the state once, at the chunk's end: a token then writes two vectors per layer, not the
-weights and the momentum.
+All gradients of a chunk are taken at the state that it began with, so a token adds a rank-one
+matrix to each layer. A stream that takes tokens one by one keeps these factors, reads through them,
+and writes the state once, at the chunk's end: a token then writes two vectors per layer instead of
+the weights and the momentum.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from memcache_jax.memories.deep import DeepChunk, DeepMemory, DeepState
 
 
 class Shares(NamedTuple):
-    """What the weights, or the momentum, now have of the state (W, S) and of each token.
+    """The shares of the state (W, S) and of each token in the current weights, or momentum.
 
     They are ``decay W + momentum_decay S - sum_j mixing[j] deltas[j] inputs[j]^T``.
     """
@@ -30,10 +30,11 @@ class Pending(NamedTuple):
     """The first tokens of a chunk of m, over the state with which it began.
 
     Attributes:
-      inputs: of each layer, a column for each token, (in, m); anything finite for tokens to come.
-      deltas: likewise the gradients with respect to each layer's output, in rows, (m, out).
-      weights: what the weights are.
-      momentum: what the momentum is; None for a rule without.
+      inputs: each layer's inputs, one column per token, (in, m); tokens to come have any finite
+        numbers.
+      deltas: gradients with respect to each layer's output, one row per token, (m, out); likewise.
+      weights: the shares that make up the weights.
+      momentum: the shares that make up the momentum; None for a rule without.
     """
 
     inputs: Matrices
@@ -64,7 +65,7 @@ def with_token(
 ) -> tuple[Pending, DeepChunk]:
     """The chunk with one more token, at ``place``, and the view that reads the memory after it.
 
-    Arguments as of ``Memory.write``; the state is the one with which the chunk began.
+    Arguments are as for ``Memory.write``; the state is the one with which the chunk began.
     """
     inputs, deltas = memory.inner_gradient(state.weights, key, value)
     eta = memory.rates(controls, inputs, deltas)
@@ -100,7 +101,7 @@ def with_token(
             alpha * weights.mixing + mixing,
         )
     put_in = put(pending.inputs, inputs, 1), put(pending.deltas, deltas, 0)
-    # Without a barrier XLA puts once for each use, each time into a copy.
+    # Without a barrier XLA repeats the update for each use, each time into a copy.
     rows: Any = lax.optimization_barrier(put_in)
     pending = Pending(rows[0], rows[1], weights, momentum)
     return pending, _chunk(state, pending, weights)

@@ -363,9 +363,9 @@ class Batcher:
 
 
 def _on_device_of(state: Any, cache: Any) -> Any:
-    """The cache, committed to the one device that the parameters are committed to, if so.
+    """The cache, committed to the parameters' device if they are committed to a single one.
 
-    What a step returns is committed then, and a cache that is not would compile the step again.
+    A step's outputs are then committed, and an uncommitted cache would compile the step again.
     """
     places = {x.sharding for x in jax.tree.leaves(state) if x.committed}
     if len(places) != 1 or len(place := places.pop().device_set) != 1:

@@ -149,7 +149,7 @@ class Part(Layout):
     def _exact(
         self, how: Writing, matrices: Matrices, blocks: Blocks, candidates: Candidates
     ) -> Exact:
-        """The tokens kept of all parts' segments, each of which is a block; each part chooses."""
+        """The tokens kept of all parts' segments, which are blocks; each part chooses its own."""
         each = np.arange(self.own.num_blocks)[None]
         sizes = 1, how.exact, self.own.block_size
         own = exact_of_blocks(how.memory, matrices, blocks, each, blocks.document, *sizes)

@@ -38,9 +38,9 @@ class Cache(MixerCache):
     Attributes:
       initial: the state before the first token, (h, ...).
       position: tokens taken so far by each row, (b,).
-      state: the state of each track, (b, h, tracks, ...); that with which the current chunk began
-        where the cache has ``pending``.
-      anchor: the states at the start of the current chunk, for rules that need them beside the
+      state: the state of each track, (b, h, tracks, ...); with ``pending``, the state that the
+        current chunk began with.
+      anchor: the states at the start of the current chunk, for rules that need them besides the
         live ones; else None.
       pending: the tokens of the current chunk so far, (b, h, tracks, ...), of a deep memory whose
         state is written once the chunk is complete; else None.
@@ -49,7 +49,7 @@ class Cache(MixerCache):
       key_sum: the sum of each track's keys so far, (b, h, tracks, k); of each span of its run,
         (b, h, tracks, spans, k), where states have several pooled keys, as in ``pooled``.
       record: what each slot holds.
-      recent: the tokens of the live segment, of which some will be kept beside its state, where the
+      recent: the tokens of the live segment, some of which will be kept beside its state, if the
         aggregation has ``exact`` tokens; else None.
       bank: matrices of the cached states, (b, h, slots, in, out), in ``cache_dtype``, and after
         them the keys and values of the tokens kept beside them, (b, h, slots, exact, k or v); for
@@ -214,10 +214,10 @@ def init_cache(
       placement: where cached states are kept: on the ``"device"``, or, for ``SSC``, in ``"host"``
         memory, from which only the states that a token selects are copied.
       rewind: W, by how many tokens ``Cache.rewind`` takes a row back. It costs the memory of W live
-        states and their buckets (of a deep memory with chunks, of those of the chunks that W
-        tokens touch, with the factors of their tokens), and of one cached state for every segment's
-        end among W tokens; a write of the live state for each token; and, in calls of more tokens
-        than a chunk, that the last W are written one by one. Going back copies one live state.
+        states and their buckets (for a deep memory with chunks, of the states and factors of the
+        chunks that W tokens touch), and of one cached state for every segment's end among W tokens.
+        Each token writes the live state once, and calls of more tokens than a chunk write the last
+        W one by one. Going back copies one live state.
       sharding: how rows, and then heads, are divided over a mesh: ``P("data")`` or
         ``P("data", "model")``. By default ``extend`` lays the cache out as the tokens it gets.
 

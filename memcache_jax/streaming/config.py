@@ -93,7 +93,7 @@ class CacheConfig:
 
     @property
     def spans(self) -> tuple[int, ...]:
-        """The axis of spans of arrays of keys, which is there if states have several keys each."""
+        """The spans axis of arrays of keys, which exists if states have several keys each."""
         count = self.aggregation.num_keys
         return (count,) if count > 1 and self.slots.num_slots else ()
 

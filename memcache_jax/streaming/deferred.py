@@ -17,7 +17,7 @@ from memcache_jax.streaming.in_place import change_rows
 
 
 def emptied(memory: Memory, initial: State, pending: Pending, rows: Bool[Array, "b"]) -> Pending:
-    """The marked rows as before a chunk's first token; their factors may stay what they were."""
+    """Resets the marked rows to before a chunk's first token; factors may keep old values."""
     first = jax.tree.map(lambda x: x[0], initial)
     deep: Any = memory
     empty = no_tokens(deep, first)
@@ -32,12 +32,12 @@ def emptied(memory: Memory, initial: State, pending: Pending, rows: Bool[Array, 
 def pending_with(
     how: Writing, cache: Any, rows: Rows, active: Bool[Array, "b"]
 ) -> tuple[Pending, Views]:
-    """Adds one token (b, h, 1, 1, 1, ...) in active rows; returns it and what the live track reads.
+    """Adds one token (b, h, 1, 1, 1, ...) in active rows; also returns the live track's views.
 
-    A token that is not finite makes the shares NaN, which later tokens and the state then are.
+    A non-finite token makes the shares NaN, and with them later tokens' reads and the state.
     """
     deep: Any = how.memory
-    place = cache.position % deep.chunk_size  # to be written by a row's next token anyway
+    place = cache.position % deep.chunk_size  # an inactive row's next token overwrites it
     token = jax.tree.map(lambda x: x[:, :, 0, 0], rows._replace(bad=None))
 
     def of_track(how: Writing, state: State, pending: Pending, place: Array, row: Rows) -> tuple:
@@ -66,23 +66,23 @@ def pending_with(
 
 
 def settle(state: State, pending: Pending, complete: Bool[Array, "b"]) -> State:
-    """The states, with their tokens written in rows whose chunk is complete."""
+    """Writes the pending tokens into the states of rows whose chunk is complete."""
     new = change_rows(_settled_row, complete, _side_by_side(state), (_side_by_side(pending),))
     return jax.tree.map(lambda x, like: x.reshape(like.shape), new, state)
 
 
 def reset(state: State, restart: Bool[Array, "b tracks"], initial: State) -> State:
-    """The states, with the marked tracks as at the begin, (h, ...)."""
+    """Resets the states of the marked tracks to the initial ones, (h, ...)."""
     heads, tracks = jax.tree.leaves(state)[0].shape[1:3]
     again = jnp.tile(restart, (1, heads))
-    # Turned around as weights are, so that XLA need not copy them for a loop of no rounds.
+    # Transposed as the weights are, so that XLA need not copy them for a loop of no iterations.
     start = jax.tree.map(lambda x: jnp.repeat(x, tracks, axis=0).mT, initial)
     new = change_rows(_reset_row, restart.any(axis=1), _side_by_side(state), (again,), (start,))
     return jax.tree.map(lambda x, like: x.reshape(like.shape), new, state)
 
 
 def _side_by_side(tree: Any) -> Any:
-    """Heads and tracks in one axis: with two, XLA may choose another layout and copy the arrays."""
+    """Merges heads and tracks: with two axes, XLA may choose another layout and copy the arrays."""
     return jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), tree)
 
 

@@ -1,6 +1,6 @@
-"""The tokens of a stream that are kept exactly: those of the live segment, then the worst recalled.
+"""Exact tokens of a stream: all of the live segment, then the worst recalled of each segment.
 
-A bank holds the kept keys and values of a state after its matrices, as two more of them.
+A bank holds the kept keys and values of a state after its matrices, as two more matrices.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from memcache_jax.streaming import storage
 
 
 class Recent(NamedTuple):
-    """The last tokens of each row; that of position p is in place p % size.
+    """The last tokens of each row; the token at position p is in place p % size.
 
     Attributes:
       key: their keys, NaN for a token that was not finite.
@@ -29,7 +29,7 @@ class Recent(NamedTuple):
 
 
 def num_recent(config: Any) -> int:
-    """How many tokens to hold: the longest segment's, also after ``rewind``."""
+    """How many tokens to hold, so that the longest segment is there even after ``rewind``."""
     return longest_segment(config.segmentation) + config.rewind
 
 
@@ -68,7 +68,7 @@ def remember(
 def with_worst(
     cache: Any, matrices: Matrices, block: Int[Array, "b"], ends: Bool[Array, "b"]
 ) -> tuple:
-    """Matrices (b, h, 1, ...) as a bank holds them: then the worst recalled keys and values."""
+    """Matrices (b, h, 1, ...) as a bank holds them, followed by the worst-recalled tokens."""
     if cache.recent is None:
         return tuple(matrices)
     config, recent = cache.config, cache.recent
@@ -102,7 +102,7 @@ def stored_shapes(config: Any, matrices: tuple, key_dim: int, value_dim: int, dt
 
 
 def matrices_of(cache: Any) -> Any:
-    """The cached states alone of ``cache.bank``."""
+    """The matrices in ``cache.bank``, without the tokens beside them."""
     return cache.bank if cache.recent is None else cache.bank[:-2]
 
 

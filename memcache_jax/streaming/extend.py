@@ -130,7 +130,7 @@ def _extend(cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]) -> tuple[Arr
     full = full_controls(memory, tokens.controls, tokens.key, tokens.value)
     tokens = widen(**tokens._replace(controls=full)._asdict(), dtype=cache.key_sum.dtype)
     count = tokens.key.shape[2]
-    lengths = jnp.minimum(lengths, count)  # as traced, they have not been checked
+    lengths = jnp.minimum(lengths, count)  # traced lengths have not been checked
 
     block = config.segmentation.size
     chunk = memory.gradient_chunk
@@ -138,7 +138,7 @@ def _extend(cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]) -> tuple[Arr
         chunk = exact_chunk(block, config.max_length or 2 * block, memory.largest_chunk)
     start = cache.position
     cache, y = _taken(chunk, cache, tokens, lengths)
-    # Where positions end nothing advances: what is left of a call has not been taken.
+    # At the largest position nothing advances: the call's remaining tokens are not taken.
     token, room = jnp.arange(count)[None], _checks.LARGEST - start[:, None]
     beyond = (token >= room) & (token < lengths[:, None])
     y = jnp.where(beyond[:, None, :, None], jnp.nan, y)
@@ -151,7 +151,7 @@ def _taken(
 ) -> tuple[Cache, Float[Array, "b h t v"]]:
     """The cache after so many tokens (b, h, t, ...) of each row, and their outputs.
 
-    Loops go on while a row needs them, and change the cache in place. They have no reverse mode:
+    Loops run while any row needs them, and change the cache in place. They have no reverse mode:
     derivatives are those of ``_taken_in_scans``.
     """
     count = tokens.key.shape[2]
@@ -177,7 +177,7 @@ def _(chunk: int, primals: tuple, tangents: tuple) -> tuple:
 def _taken_in_scans(
     chunk: int, cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]
 ) -> tuple[Cache, Float[Array, "b h t v"]]:
-    """As ``_taken``, in so many steps as any row may need."""
+    """As ``_taken``, in as many steps as any row may need."""
     count = tokens.key.shape[2]
     carry = _begin(cache, tokens, lengths)
     single = functools.partial(_advance, tokens, lengths, chunk, 1)
@@ -214,7 +214,7 @@ def _repeat(advance: Any, times: int, carry: tuple) -> tuple:
 def _exhaust(
     tokens: Tokens, lengths: Int[Array, "b"], chunk: int, size: int, carry: tuple
 ) -> tuple[Cache, Array, Array]:
-    """Takes whole chunks, or single tokens, until no row has any."""
+    """Takes whole chunks, or single tokens, until no row has any left."""
 
     def active(carry: tuple) -> Bool[Array, "b"]:
         cache, done, _ = carry

@@ -1,9 +1,9 @@
-"""Changes that few tokens make, without copies of the arrays for those that do not.
+"""Updates that few tokens make, without copying the arrays for the tokens that make none.
 
-What ``lax.cond`` passes on unchanged XLA copies, but not what a loop of no rounds does. Loops have
-no reverse mode: derivatives are those of selections. A GPU stops for each loop, longer than it
-writes the arrays: there selections are taken too. Barriers keep XLA from computing ahead of a loop
-what the first round would.
+XLA copies what ``lax.cond`` passes on unchanged, but not what a loop of no iterations passes on.
+Loops have no reverse mode, so derivatives are those of a select. A GPU stalls at each loop for
+longer than it takes to write the arrays, so a select is used there too. Barriers keep XLA from
+hoisting the work of the first iteration out of the loop.
 """
 
 import functools
@@ -24,9 +24,9 @@ T = TypeVar("T")
 def change_if(
     change: Callable[..., T], condition: Bool[Array, ""], arrays: T, args: tuple = ()
 ) -> T:
-    """``change(arrays, *args)``, which where the condition does not hold is the arrays anyway.
+    """``change(arrays, *args)``, which must equal ``arrays`` where the condition is false.
 
-    The function must not close over traced arrays.
+    ``change`` must not close over traced arrays.
     """
 
     def in_loop(condition: Array, arrays: T, args: tuple) -> T:
@@ -60,10 +60,10 @@ def change_rows(
     args: tuple = (),
     common: tuple = (),
 ) -> T:
-    """``change(arrays, *args, *common)`` of each marked row, of arrays and args (b, ...).
+    """Applies ``change(arrays, *args, *common)`` to each marked row of arrays and args (b, ...).
 
-    One after the other, or, where a mesh may divide them, all in one selection. The function must
-    not close over traced arrays.
+    Rows change one after the other, or, where a mesh may divide them, all in one select. ``change``
+    must not close over traced arrays.
     """
     in_loop = functools.partial(_one_by_one if _on_one_device() else _all_if_any, change)
     selected = functools.partial(_selected_rows, change)
@@ -71,7 +71,7 @@ def change_rows(
 
 
 def _on_one_device() -> bool:
-    """Whether arrays certainly lie on one device: picking a row of others would gather them."""
+    """Whether arrays are known to lie on one device: indexing a row of others would gather them."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return jax.device_count() == 1

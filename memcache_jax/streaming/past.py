@@ -1,8 +1,8 @@
-"""What takes a cache back by tokens: its arrays before each of them, and the states they replaced.
+"""The history that takes a cache back by tokens: arrays before each token, and replaced states.
 
-A token writes the live arrays anew and, where its segment ends, a few slots. So a cache keeps the
-live arrays before each of the last ``rewind`` tokens, which are therefore written one by one, and
-what the slots held before each of the segments' ends among them.
+A token rewrites the live arrays and, where its segment ends, a few slots. So a cache keeps the live
+arrays from before each of the last ``rewind`` tokens, which are therefore written one by one, and
+what the slots held before each segment's end among these tokens.
 """
 
 import dataclasses
@@ -25,12 +25,13 @@ class Past(NamedTuple):
 
     Attributes:
       live: the state, anchor, transition and sum of keys before each token; for memories that defer
-        writes, what the pending tokens' shares were, and the sum of keys.
-      chunks: the states with which such memories' last chunks began, and their tokens; else None.
+        writes, the shares of the pending tokens and the sum of keys.
+      chunks: the states that such memories' last chunks began with, and the chunks' tokens; None
+        for other memories.
       record: the record of the slots before each token.
-      slots: those that the end of each segment replaced, (b, n); ``num_slots`` for none.
-      bank: the matrices that were there, (b, h, n, in, out).
-      pooled: and their pooled keys, (b, h, n, k).
+      slots: the slots that the end of each segment overwrote, (b, n); ``num_slots`` for none.
+      bank: the matrices that those slots held, (b, h, n, in, out).
+      pooled: their pooled keys, (b, h, n, k).
     """
 
     live: Any
@@ -58,7 +59,7 @@ def rings_of(cache: Any) -> Past:
 
 
 def rings_of_slots(cache: Any) -> tuple[Ring, Ring, Ring]:
-    """Those of what segments' ends replaced."""
+    """The rings of what segments' ends replaced."""
     config = cache.config
     ends = -(-config.rewind // config.segmentation.size)
     count = config.slots.num_tracks + _merges(config)
@@ -81,7 +82,7 @@ def empty_past(cache: Any, rows: int, *layers: int) -> Past:
 
 
 def remember_token(cache: Any, active: Bool[Array, "b"]) -> Past:
-    """What is kept once one more token comes to active rows of this cache."""
+    """Adds the cache's arrays to the history, before active rows take one more token."""
     rings, past = rings_of(cache), cache.past
     at = cache.position[:, None], active[:, None]
     live, record = jax.tree.map(lambda x: x[:, None], (_live(cache), cache.record))
@@ -92,10 +93,10 @@ def remember_token(cache: Any, active: Bool[Array, "b"]) -> Past:
 
 
 def remember_chunk(cache: Any, complete: Bool[Array, "b"]) -> tuple[Past, Bool[Array, "b"]]:
-    """What is kept once chunks are complete, before their tokens are written.
+    """Adds complete chunks to the history, before their tokens are written.
 
     Returns:
-      It, and the rows, to be used in their stead: as of ``remember_slots``.
+      The history, and the rows to use in place of ``complete``: see ``remember_slots``.
     """
     past = cache.past
     number = cache.position // cache.config.memory.gradient_chunk
@@ -120,11 +121,11 @@ def remember_slots(
     place: Int[Array, "b tracks"],
     merge: Any,
 ) -> tuple[Past, Int[Array, "b tracks"], Any]:
-    """What is kept once the slots at ``place``, and those that merge, are written at a block's end.
+    """Adds to the history what a block's end overwrites: slots at ``place``, and those that merge.
 
     Returns:
-      It, the places and the merge, to be used in their stead: writes then wait for reads, without
-      which XLA would copy the bank.
+      The history, and the places and merge to use in place of the arguments: writes then wait for
+      reads; otherwise XLA would copy the bank.
     """
     of_slots = cache.past[3:]
     args = without_arrays(cache), cache.bank, cache.pooled, block, ended

@@ -105,7 +105,7 @@ def _begun(cache: Cache, block: Int[Array, "b"], into_block: Int[Array, "b"]) ->
         cache.transition,
     )
     anew = cache.position % (memory.gradient_chunk or 1) == 0
-    if pending is None:  # the state is written for each token, and these selections along with it
+    if pending is None:  # each token writes the state anyway, and these selects along with it
         state = _reset(state, restart, cache.initial)
     else:
         state = reset(state, restart, cache.initial)
@@ -123,7 +123,7 @@ def _begun(cache: Cache, block: Int[Array, "b"], into_block: Int[Array, "b"]) ->
 
 
 def _reset(state: Any, restart: Bool[Array, "b tracks"], initial: Any) -> Any:
-    """Arrays (b, h, tracks, ...), the marked ones as at the begin, (h, ...)."""
+    """Arrays (b, h, tracks, ...), with the marked tracks reset to the initial ones, (h, ...)."""
     return jax.tree.map(
         lambda old, new: _where(restart, jnp.broadcast_to(new[None, :, None], old.shape), old),
         state,
@@ -132,7 +132,7 @@ def _reset(state: Any, restart: Bool[Array, "b tracks"], initial: Any) -> Any:
 
 
 def _once_read(after: Array, rows: Bool[Array, "b"]) -> Bool[Array, "b"]:
-    """The rows, which are known once ``after`` is.
+    """The rows, made to depend on ``after``.
 
     XLA copies an array that is read and written, unless the write depends on the read.
     """
@@ -181,10 +181,10 @@ class Piece(Layout):
     active: Bool[Array, "b"]
 
     def write(self, how: Writing, rows: Rows) -> tuple[Run, Views]:
-        """Writes the tokens into track 0, the live one, which alone is read, and into all others.
+        """Writes the tokens into all tracks, of which only track 0, the live one, is read.
 
         If runs compose, the others are updated once the block is complete. A single token of a deep
-        memory stays pending: its runs' states are those of ``Cache.pending``.
+        memory stays pending: the runs returned then hold ``Cache.pending`` in place of states.
         """
         if self.cache.config.defers and rows.key.shape[4] == 1:
             pending, kept = pending_with(how, self.cache, rows, self.active)
@@ -291,7 +291,7 @@ def _store(
 ) -> Cache:
     """Stores the states of the runs that end here, once ``after`` has been read.
 
-    In rows where it ``keeps`` them, what they replace can be put back.
+    In the rows that ``keeps`` marks, what they replace is remembered for ``rewind``.
     """
     config, slots = cache.config, cache.config.slots
     if not slots.num_slots:
@@ -311,7 +311,7 @@ def _store(
             # A track without a state has fewer tokens than keys.
             tokens = jnp.maximum(tokens // config.aggregation.num_keys, 1)
         pooled /= tokens.astype(pooled.dtype).reshape(len(tokens), 1, -1, *[1] * (pooled.ndim - 3))
-    pooled = jnp.where(jnp.isfinite(pooled), pooled, jnp.nan)  # as in one pass: no gate is known
+    pooled = jnp.where(jnp.isfinite(pooled), pooled, jnp.nan)  # as in one pass: gates are unknown
     states = with_worst(before, config.memory.matrices(states), block, ends)
     of_states, of_keys = cache.storages
     put = functools.partial(_stored, config.cache_dtype, of_states.made_again, of_keys.made_again)

@@ -51,7 +51,7 @@ class Schedule:
     def runs(self) -> tuple[np.ndarray, np.ndarray]:
         """(blocks, tracks) the first block and the length of the run that a block lies in.
 
-        For blocks that are segments; those of a track in which there is no run are any.
+        Blocks must be segments. Where a track has no run, the numbers are arbitrary.
         """
         count = len(self.begins)
         block = np.arange(count)[:, None]

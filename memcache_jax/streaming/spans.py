@@ -1,4 +1,4 @@
-"""The sums of keys that a stream keeps of its tracks, and of the spans of each track's run."""
+"""A stream's sums of keys: of each track, or of each span of a track's run."""
 
 from typing import Any
 

@@ -66,7 +66,7 @@ class Storage:
 
     @property
     def made_again(self) -> "Callable[[Any], Storage]":
-        """Makes it for another layer number, without the arrays of this one."""
+        """Makes this storage for another layer number, without holding this one's arrays."""
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.state)
         return functools.partial(type(self), self.num_slots, shapes)
 

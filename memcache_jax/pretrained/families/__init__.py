@@ -31,7 +31,7 @@ class Family(Protocol):
     """A file of this folder."""
 
     def config(self, given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig:
-        """The model's shape, of its ``config.json``; ValueError for what is not supported."""
+        """The model's shape, from its ``config.json``; ValueError for what is not supported."""
         ...
 
     def tensors(self, given: Given) -> Iterator[Tensor]:
