@@ -273,9 +273,9 @@ def _empty(
     pending = None
     if config.defers:
         deep: Any = memory
-        pending = jax.tree.map(
-            lambda x: repeat(x, tracks), jax.vmap(functools.partial(no_tokens, deep))(initial)
-        )
+        empty = jax.vmap(functools.partial(no_tokens, deep))(initial)
+        # Zeros, as hosts make caches: a chunk's first token empties it.
+        pending = jax.tree.map(lambda x: jnp.zeros_like(repeat(x, tracks)), empty)
     anchored = memory.gradient_chunk not in (None, 1) and pending is None
     transition = None
     if config.composes:
