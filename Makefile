@@ -1,7 +1,8 @@
 # Everything runs in .venv, which the first command makes. Needs Python 3.11 or newer and make.
 #
 #   make demo         trains a small model on this machine's own Python files, in runs/demo
-#   make test         all tests; make test-fast leaves out the slow ones
+#   make test         the tests, with a covering subset of each large product of cases; test-all
+#                     runs every case, test-fast skips the slow ones
 #   make lint         ruff, codespell and pyright
 #   make docs         the documentation, as a site in site/
 #   make bench        time of the layer, forward and backward
@@ -28,17 +29,17 @@ ifneq ($(filter auto cpu,$(ACCELERATOR)$(wildcard /dev/accel0 /dev/vfio/0)$(shel
 export JAX_PLATFORMS ?= cpu
 endif
 
-.PHONY: demo test test-fast lint docs bench recall hosts gpu-check clean
+.PHONY: demo test test-fast test-all lint docs bench recall hosts gpu-check clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.demo
 	$(RUN) -m experiments.train --config=configs/demo.py --workdir=$(WORKDIR)
 
-test: $(VENV)/.test
-	$(RUN) -m pytest -n auto --maxprocesses=8
+test test-fast test-all: $(VENV)/.test
+	$(RUN) -m pytest -n auto --maxprocesses=8 $(CASES)
 
-test-fast: $(VENV)/.test
-	$(RUN) -m pytest -n auto --maxprocesses=8 -m "not slow"
+test: CASES := -m "not exhaustive"
+test-fast: CASES := -m "not slow"
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .

@@ -2,7 +2,7 @@
 
 Command:   python -m experiments.capacity --config=configs/capacity.py --workdir=runs/capacity
 Hardware:  two CPU cores
-Time:      about two minutes of one core on a busy machine
+Time:      about two and a half minutes of one core on a busy machine
 Expected:  on 2026-11-29, with random keys of d = 16: a linear memory recalls 0.9 or more of 16
            pairs and 0.30 of 64, with GRM and segments of 16 pairs 0.45; attention recalls all.
 """
@@ -33,6 +33,12 @@ def get_config() -> Any:
     config.segments = (8, 16, 64)
     config.aggregations = ("GRM", "SSC")
     config.top_k = (1, 4)
+    config.exact = (4, 16)  # tokens kept beside each state of GRM, at most half a segment
+    config.num_keys = (1, 4)  # pooled keys per state, for GRM and SSC
+    # Routers: the number of pairs, and of pooled keys per state; one key per pair comes on top.
+    config.router_pairs = 1024
+    config.router_keys = (1, 2, 4, 8)
+    config.router_top_k = (1, 4)
     config.seed = 0
     # Segmentations to compare where topics have so many pairs.
     config.borders = (

@@ -139,59 +139,79 @@ def measure_memory(
 
     Args:
       rule: how they are written.
-      aggregation: how cached states are read, with pooled keys of ``pooling="sum"``: tokens that
-        ask have a key of zero, and count in no sum.
+      aggregation: how cached states are read. Tokens that ask have a key of zero, which adds
+        nothing with ``pooling="sum"``. With several keys per state, questions are asked at the end
+        of each span, and those of the last span count. With ``exact`` tokens, whose keys have no
+        other scale, pooling is ``"mean"``, each question has a sequence of its own, and a state one
+        key.
       segment: pairs in a segment; None for one memory of all.
       keys: (trials, pairs, d).
       values: the same.
       asked: from ``draw_questions``. Where there are segments, each ends after one of its points.
-      temperature: of content gates: connectors are so many queries, over ``segment``, which makes
-        pooled keys the means of full segments.
+      temperature: of content gates: connectors are the queries times this, scaled to make pooled
+        keys the means of the pairs of full segments, or spans.
 
     Returns:
       By name, at each point: ``recall``, the share of reads that are nearest to the value asked
-      for among all values so far, by angle; ``snr``; and ``bytes`` of states and pooled keys.
+      for among all values so far, by angle; ``snr``; and ``bytes`` of states, pooled keys and exact
+      tokens.
     """
     trials, pairs, dim = keys.shape
     number, questions = asked.shape[1:]
     piece = pairs // number
     if segment is not None and segment != piece:
         raise ValueError(f"segments must end where pairs are asked for, got {segment} and {piece}")
+    spans = aggregation.num_keys
+
+    asking = 1 if aggregation.exact else questions
 
     def interleave(of_pairs: np.ndarray, of_questions: np.ndarray) -> np.ndarray:
-        """Rows (1, t, trials, d), ``piece`` pairs and their questions in turn."""
-        rows = np.concatenate([of_pairs.reshape(trials, number, piece, dim), of_questions], axis=2)
-        return np.moveaxis(rows.reshape(1, trials, -1, dim), 1, 2)
+        """Rows (b, t, trials, d), the pairs of a span and their ``asking`` questions in turn."""
+        of_questions = of_questions.reshape(trials, number, -1, asking, dim)
+        of_questions = np.moveaxis(of_questions, 2, 0)[:, :, :, None]
+        of_questions = np.repeat(of_questions, spans, axis=3)
+        of_pairs = of_pairs.reshape(1, trials, number, spans, piece // spans, dim)
+        of_pairs = np.broadcast_to(of_pairs, (len(of_questions), *of_pairs.shape[1:]))
+        rows = np.concatenate([of_pairs, of_questions], axis=4)
+        return np.moveaxis(rows.reshape(len(rows), trials, -1, dim), 1, 2)
 
     every = np.arange(trials)[:, None, None]
     queries = keys[every, asked]
     nothing = np.zeros_like(queries)
     query, key = (jnp.asarray(interleave(keys, x)) for x in (queries, nothing))
-    tokens = piece + questions
+    tokens = piece + spans * asking
+    pooled = tokens if aggregation.pooling == "mean" else spans
     weights = initial_weights(rule.memory, trials, dim)
     y = mc.memory_caching(
-        *(query, key, jnp.asarray(interleave(values, nothing)), temperature / piece * query),
+        *(
+            query,
+            key,
+            jnp.asarray(interleave(values, nothing)),
+            temperature * pooled / piece * query,
+        ),
         memory=rule.memory,
         controls=rule.coefficients(key),
         weights=weights,
         aggregation=aggregation,
         segmentation=mc.Constant(tokens if segment else number * tokens),
     )
-    y = np.moveaxis(np.asarray(y)[0], 1, 0).reshape(trials, number, tokens, dim)[:, :, piece:]
-    state, cached = _bytes_of_states(rule.memory, weights, trials, dim)
+    y = np.moveaxis(np.asarray(y), 2, 1).reshape(-1, trials, number, tokens, dim)
+    y = np.moveaxis(y[..., -asking:, :], 0, 2).reshape(trials, number, questions, dim)
+    state, cached = _bytes_of_states(rule.memory, weights, trials, (spans, dim))
+    cached += 4 * aggregation.exact * 2 * dim
     return quality(y, values, asked) | {
         "bytes": [state + (i if segment else 0) * cached for i in range(number)]
     }
 
 
 def _bytes_of_states(
-    memory: mc.memories.Memory, weights: dict[str, Array], heads: int, dim: int
+    memory: mc.memories.Memory, weights: dict[str, Array], heads: int, keys: tuple[int, int]
 ) -> tuple[int, int]:
-    """Bytes of a head's live state, and of a cached one with its pooled key."""
+    """Bytes of a head's live state, and of a cached one with its pooled keys of so many numbers."""
 
     def states(weights: dict[str, Array]) -> Any:
-        live = memory.init(weights, dim, dim, jnp.float32)
-        return live, (memory.matrices(live), jnp.zeros(dim))
+        live = memory.init(weights, keys[1], keys[1], jnp.float32)
+        return live, (memory.matrices(live), jnp.zeros(keys))
 
     shapes = jax.eval_shape(jax.vmap(states, axis_size=heads), weights)
     live, cached = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(x)) for x in shapes)
@@ -243,17 +263,28 @@ def quality(y: np.ndarray, values: np.ndarray, asked: np.ndarray) -> dict[str, l
     return dict(recall=right.mean(axis=(0, 2)).tolist(), snr=snr.tolist())
 
 
-def router_hits(keys: np.ndarray, asked: np.ndarray, top_k: int) -> list[float]:
+def router_hits(
+    keys: np.ndarray, asked: np.ndarray, top_k: int, num_keys: int = 1, last: bool = False
+) -> list[float]:
     """The share of questions for which SSC reads the state that holds the pair, at each point.
 
     An oracle's is 1. The live memory, which every token reads, holds the pairs of its segment.
+
+    Args:
+      keys: (trials, pairs, d).
+      asked: from ``draw_questions``, at the end of each segment.
+      top_k: states that a token reads.
+      num_keys: pooled keys of a state.
+      last: whether to take the last point alone.
     """
     trials, pairs, dim = keys.shape
     number, segment = asked.shape[1], pairs // asked.shape[1]
-    pooled = keys.reshape(trials, number, segment, dim).mean(axis=2)
+    live = np.arange(number)[-1:] if last else np.arange(number)
+    asked, live = asked[:, live], live[:, None, None]
+    pooled = keys.reshape(trials, number * num_keys, segment // num_keys, dim).mean(axis=2)
     queries = keys[np.arange(trials)[:, None, None], asked]
     relevance = np.einsum("hnqk,hsk->hnqs", queries, pooled)
-    live = np.arange(number)[:, None, None]
+    relevance = relevance.reshape(*relevance.shape[:3], number, num_keys).max(axis=-1)
     relevance = np.where(np.arange(number) < live, relevance, -np.inf)
     best = np.argsort(-relevance, axis=-1, kind="stable")[..., :top_k]
     own = asked // segment

@@ -11,8 +11,8 @@ from jax.extend import core
 def count_flops(function: Callable, *arguments: Any) -> int:
     """Returns 2 x the multiply-adds of all matrix products that ``function`` runs.
 
-    A loop's body counts once per trip, and of several branches the most expensive one counts.
-    Elementwise work, reductions and gathers do not count.
+    A loop's body counts once per trip, or once if the trip count is unknown, and of several
+    branches the most expensive one counts. Elementwise work, reductions and gathers do not count.
     """
     return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
 
@@ -29,8 +29,6 @@ def _count(jaxpr: core.Jaxpr) -> int:
                 total += 2 * contracted * math.prod(_shape(equation.outvars[0]))
             case "conv_general_dilated":
                 raise NotImplementedError("convolutions are not counted")
-            case "while":
-                raise NotImplementedError("a while loop has no trip count to multiply by")
             case "scan":
                 total += equation.params["length"] * sum(inner)
             case "cond":

@@ -54,7 +54,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         if "--debug" in argv:
             raise
         flags_given = " ".join(argv[1:])
-        sys.exit(f"error: in the flags {flags_given}: {type(e).__name__}: {_one_line(e)}")
+        kind = "" if isinstance(e, (AttributeError, ValueError)) else f"{type(e).__name__}: "
+        sys.exit(f"error: in the flags {flags_given}: {kind}{_one_line(e)}")
 
 
 def _one_line(error: Any) -> str:

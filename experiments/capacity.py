@@ -4,16 +4,20 @@
 
 Writes random pairs of keys and values of norm one into each rule, alone and with cached segments,
 and asks for the pairs so far: how often the read is nearest to the right value, and its
-signal-to-noise ratio. Beside them stand softmax attention over all pairs, the theory of linear
-memories, and the share of questions for which SSC's router finds the segment. Rules write without
-decay and with the coefficients of ``experiments._capacity.rules``.
+signal-to-noise ratio. For comparison it measures softmax attention over all pairs, the theory of
+linear memories, the share of questions for which SSC's router finds the segment, and GRM that keeps
+the tokens that each cached state recalls worst beside it. Rules write without decay and with the
+coefficients of ``experiments._capacity.rules``.
 
 Then it draws keys whose topic changes after random numbers of pairs, and counts how often a router
-finds a key's own segment, where segments have one size and where they follow the content.
+finds a key's own segment, where segments have one size and where they follow the content. Last, it
+counts for how many questions about ``router_pairs`` pairs a router finds the segment where states
+have several pooled keys.
 
-The workdir gets ``results.json``, ``table.md``, ``borders.md`` and ``capacity.png``.
+The workdir gets ``results.json``, ``table.md``, ``borders.md``, ``router.md`` and ``capacity.png``.
 """
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -33,7 +37,8 @@ from experiments._study import Case, Row, Study, new_figure, run
 
 KEYS = (
     *("dim", "pairs", "trials", "questions", "temperature", "enough", "report", "keys"),
-    *("alone_every", "rules", "cached_rules", "segments", "aggregations", "top_k"),
+    *("alone_every", "rules", "cached_rules", "segments", "aggregations", "top_k", "num_keys"),
+    *("exact", "router_pairs", "router_keys", "router_top_k"),
     *("seed", "borders", "topic_pairs", "topic_correlations"),
 )
 ALONE, ATTENTION = "alone", "attention"
@@ -63,8 +68,18 @@ def groups(config: Any) -> list[list[Case]]:
             for name in config.aggregations:
                 if name == "Soup" and not deep:
                     continue  # GRM, for a matrix
-                for top_k in config.top_k if name == "SSC" else (None,):
-                    readers.append(dict(rule=rule, reader=name, segment=segment, top_k=top_k))
+                options = itertools.product(
+                    config.top_k if name == "SSC" else (None,),
+                    config.num_keys if name in ("GRM", "SSC") else (1,),
+                )
+                reader = dict(rule=rule, reader=name, segment=segment)
+                readers += [reader | dict(top_k=top_k, num_keys=count) for top_k, count in options]
+                if name == "GRM":
+                    readers += [
+                        reader | dict(top_k=None, num_keys=1, exact=exact)
+                        for exact in config.exact
+                        if 2 * exact <= segment
+                    ]
     common = {
         name: config[name]
         for name in ("dim", "pairs", "trials", "questions", "temperature", "alone_every", "seed")
@@ -79,6 +94,36 @@ def groups(config: Any) -> list[list[Case]]:
         ]
         for reader in readers
     ]
+
+
+def router_groups(config: Any) -> list[list[Case]]:
+    """The cases of routers, those of one size of segments together."""
+    names = "dim", "trials", "questions", "seed"
+    common = {name: config[name] for name in names} | dict(pairs=config.router_pairs)
+    return [
+        [
+            common
+            | dict(router=segment, num_keys=count, top_k=top_k)
+            | dict(keys=name, correlation=rho, topic=topic)
+            for count in sorted({*config.router_keys, segment})
+            if segment % count == 0
+            for top_k in config.router_top_k
+            for name, rho, topic in config["keys"]
+        ]
+        for segment in config.segments
+    ]
+
+
+def measure_routers(cases: list[Case]) -> list[Row]:
+    """Measures routers among segments of one size, after all pairs."""
+    rows = []
+    for case in cases:
+        sizes = case["trials"], case["pairs"]
+        keys, _ = draw_pairs(case["seed"], *sizes, case["dim"], case["correlation"], case["topic"])
+        asked = draw_questions(case["seed"] + 1, *sizes, case["router"], case["questions"])
+        found = router_hits(keys, asked, case["top_k"], case["num_keys"], last=True)
+        rows.append(dict(found=found[-1]))
+    return rows
 
 
 def border_groups(config: Any) -> list[list[Case]]:
@@ -117,8 +162,8 @@ def segmentation(options: dict | None) -> mc.Segmentation | None:
     return known[name](**arguments)
 
 
-def aggregation(name: str, top_k: int | None) -> mc.Aggregation:
-    """The aggregation of a name, whose pooled keys leave out tokens that only ask.
+def aggregation(name: str, top_k: int | None, num_keys: int = 1, exact: int = 0) -> mc.Aggregation:
+    """The aggregation of a name, as ``measure_memory`` takes it.
 
     Raises:
       ValueError: for an unknown name.
@@ -127,10 +172,10 @@ def aggregation(name: str, top_k: int | None) -> mc.Aggregation:
         return mc.Residual()
     if name == "SSC":
         assert top_k is not None
-        return mc.SSC(top_k=top_k, pooling="sum")
+        return mc.SSC(top_k=top_k, pooling="sum", num_keys=num_keys)
     if name not in ("GRM", "Soup"):
         raise ValueError(f"aggregations must be of Residual, GRM, Soup and SSC, got {name}")
-    return getattr(mc, name)(pooling="sum")
+    return getattr(mc, name)(pooling="mean" if exact else "sum", num_keys=num_keys, exact=exact)
 
 
 def measure(cases: list[Case]) -> list[Row]:
@@ -147,12 +192,14 @@ def measure(cases: list[Case]) -> list[Row]:
         if case["rule"] == ATTENTION:
             row = measure_attention(keys, values, asked, **how)
         else:
-            kind = aggregation(case["reader"], case.get("top_k"))
+            kind = aggregation(
+                case["reader"], case.get("top_k"), case.get("num_keys", 1), case.get("exact", 0)
+            )
             row = measure_memory(
                 rules()[case["rule"]], kind, case["segment"], keys, values, asked, **how
             )
         if case["reader"] == "SSC":
-            row["found"] = router_hits(keys, asked, case["top_k"])
+            row["found"] = router_hits(keys, asked, case["top_k"], case["num_keys"])
         rows.append(row)
     return rows
 
@@ -175,7 +222,9 @@ def name_of(row: Row) -> str:
     if row["segment"] is None:
         return row["rule"] if row["reader"] == ATTENTION else f"{row['rule']} alone"
     k = f"(k = {row['top_k']})" if row["reader"] == "SSC" else ""
-    return f"{row['rule']}, {row['reader']}{k}, C = {row['segment']}"
+    keys = f", {row['num_keys']} keys" if row["num_keys"] > 1 else ""
+    keys = f", {row['exact']} exact" if row.get("exact") else keys
+    return f"{row['rule']}, {row['reader']}{k}{keys}, C = {row['segment']}"
 
 
 def program(config: Any, study: Study) -> None:
@@ -207,19 +256,27 @@ def program(config: Any, study: Study) -> None:
     )
     study.write_picture(_picture(config, rows), "capacity")
     table = []
-    for rows in _grouped(study.measure(border_groups(config), measure_borders)):
+    for rows in _grouped(study.measure(border_groups(config), measure_borders), "borders"):
         cells = [x for row in rows for x in (f"{row['segments']:.0f}", f"{row['found']:.2f}")]
         table.append([segmentation(rows[0]["borders"]) or "the topics themselves", *cells])
     kinds = [f"rho = {rho}" for rho in config.topic_correlations]
     header = [x for kind in kinds for x in (f"segments, {kind}", f"found, {kind}")]
     study.write_table(["segmentation", *header], table, "borders")
+    rows = study.measure(router_groups(config), measure_routers)
+    names = ("router", "num_keys", "top_k")
+    table = [
+        [*(mine[0][name] for name in names), *(f"{row['found']:.2f}" for row in mine)]
+        for mine in _grouped(rows, *names)
+    ]
+    header = [f"found, {name}" for name, *_ in config["keys"]]
+    study.write_table(["C", "keys of a state", "k", *header], table, "router")
 
 
-def _grouped(rows: list[Row]) -> list[list[Row]]:
-    """Rows of equal borders, in order."""
+def _grouped(rows: list[Row], *names: str) -> list[list[Row]]:
+    """Rows that are equal in these, in order."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(str(row["borders"]), []).append(row)
+        groups.setdefault(str([row[name] for name in names]), []).append(row)
     return list(groups.values())
 
 
@@ -250,8 +307,10 @@ def _picture(config: Any, rows: list[Row]) -> Any:
         if row["segment"] and row["rule"] == config.cached_rules[0] and row["keys"] == routed
     ]
     for number, segment in enumerate(config.segments):
-        for row in (row for row in chosen if row["segment"] == segment):
+        for row in (row for row in chosen if (row["segment"], row["num_keys"]) == (segment, 1)):
             if row["reader"] not in ("GRM", "SSC") or row.get("top_k") not in (None, 1):
+                continue
+            if row.get("exact"):
                 continue
             look = "-" if row["reader"] == "GRM" else ":"
             label = f"{row['reader']}, C = {segment}"
@@ -261,9 +320,12 @@ def _picture(config: Any, rows: list[Row]) -> Any:
     of_rules = {}
     for row in rows:
         if row["keys"] == routed:
-            of_rules.setdefault(row["rule"], []).append((row["bytes"][-1], row["recall"][-1]))
-    for rule in (ATTENTION, *config.cached_rules):
-        size.plot(*zip(*of_rules.get(rule, []), strict=True), "o", label=rule)
+            kind = f"{row['rule']}, exact tokens" if row.get("exact") else row["rule"]
+            of_rules.setdefault(kind, []).append((row["bytes"][-1], row["recall"][-1]))
+    for number, rule in enumerate((ATTENTION, *config.cached_rules)):
+        for kind, look in ((rule, "o"), (f"{rule}, exact tokens", "x")):
+            if kind in of_rules:
+                size.plot(*zip(*of_rules[kind], strict=True), f"C{number}{look}", label=kind)
     size.set(xscale="log", xlabel=f"bytes at {config.pairs} pairs", ylabel="recall")
     size.set_title(f"{config.pairs} pairs, {routed}")
     for axis in (noise, alone, cached):

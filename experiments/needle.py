@@ -25,7 +25,7 @@ from experiments._study import Case, Row, Study, mean_and_spread, new_figure, ru
 from memcache_jax.training import load_model, model_config
 from memcache_jax.training.pictures import MAP
 
-_TASK = (
+TASK = (  # what results of the light version depend on
     "train",
     "lengths",
     "depths",
@@ -90,7 +90,7 @@ def _light(config: Any, study: Study) -> list[Row]:
     models = {
         name: recall_model(config, name, config.width, LITE_VOCABULARY) for name in config.models
     }
-    return study.measure(groups(config, models, _TASK), measure_light, workers=config.workers)
+    return study.measure(groups(config, models, TASK), measure_light, workers=config.workers)
 
 
 def measure_light(cases: list[Case]) -> list[Row]:

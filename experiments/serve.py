@@ -70,14 +70,15 @@ def program() -> None:
 
 
 def _compile(batcher: mc.Batcher, tokenizer: Tokenizer) -> None:
-    """Answers a prompt that has pieces of all sizes, so that no client waits for compilation.
+    """Answers a prompt of each piece size, so that no client waits for compilation.
 
     Only the programs that score prompts compile when a client first asks for scores.
     """
-    print("Compiling ...", file=sys.stderr, flush=True)
-    length = min(2 * batcher.piece - 1, batcher.max_length - 2)
-    if length > 0:
-        batcher.submit([tokenizer.eos_id] * length, 2).result()
+    sizes = [2**i for i in range(batcher.piece.bit_length()) if 2**i < batcher.max_length]
+    # Largest first: a store then knows no prefix of the prompts that follow.
+    for number, size in enumerate(reversed(sizes), start=1):
+        print(f"Compiling {number} of {len(sizes)} ...", file=sys.stderr, flush=True)
+        batcher.submit([tokenizer.eos_id] * size, min(2, batcher.max_length - size)).result()
 
 
 def _template() -> "ChatTemplate | None":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Options of published recurrent models that their own library reads and does not act on.
+# Options of published recurrent models that their own library reads but ignores.
 #
 # Expected: KimiLinearConfig(tie_word_embeddings=True) gives a model whose output layer is its
 # embedding, as for other families; NemotronHConfig(attention_bias=True) gives its attention biases.
@@ -15,7 +15,7 @@
 #   as described
 #
 # Of use here: memcache_jax/pretrained/families/kimi_linear.py and nemotron_h.py leave these options
-# out; tests/pretrained/test_families.py holds it.
+# out; tests/pretrained/test_families.py checks it.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

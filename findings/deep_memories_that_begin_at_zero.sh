@@ -2,10 +2,10 @@
 # Deep memories of memory-caching return the same for every query: their weights stay zero.
 #
 # Expected: after tokens were written to a Titans or DLA memory, a two-layer network, what it returns
-# depends on the query, as that of the package's linear memory does.
+# depends on the query, as for the package's linear memory.
 # Seen: it does not. init_state makes all weights and biases zero, where gelu(0) = 0 and the second
-# layer's weights are the only path to the first: every gradient but the last bias's is zero for
-# ever. So the memory learns a running sum of values, and keys and queries have no part in it.
+# layer's weights are the only path to the first: every gradient but the last bias's stays
+# zero. So the memory learns a running sum of values, and keys and queries play no part in it.
 #
 # Software: memory-caching 0.1.0, torch 2.13.0, CPU, Python 3.11. Date: 2026-11-29.
 # Output seen:

@@ -5,7 +5,7 @@
 # bfloat16, or, as DotAlgorithm's documentation says of an algorithm that a platform does not
 # support, raises when it is compiled.
 # Seen: the compiled program still names the algorithm (dot_bf16_bf16_f32), and the product has the
-# precision of float32. So a test on a CPU says nothing of a kernel's precision on a TPU or GPU.
+# precision of float32. So a test on a CPU says nothing about a kernel's precision on a TPU or GPU.
 #
 # Software: jax 0.10.2 and 0.12.0.1 (Python 3.12), CPU. Date: 2026-11-29.
 # Output seen (jax 0.10.2; 0.12.0.1 alike):
@@ -14,7 +14,7 @@
 #   BF16_BF16_F32_X3: error 5e-07, named in the compiled program: True
 #   as described
 #
-# Of use here: docs/write_your_own_memory.md says so of interpreted kernels.
+# Of use here: docs/write_your_own_memory.md says so about interpreted kernels.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -5,7 +5,7 @@
 # code skips them where config.rope_parameters is None, and its comment says that released
 # checkpoints set it to None.
 # Seen: the configuration replaces None by the default, a base of 10,000, so the model has rotary
-# positions and other logits. Only a rope_theta of None within rope_parameters leaves them out.
+# positions and different logits. Only a rope_theta of None within rope_parameters leaves them out.
 #
 # Software: transformers 5.24.0, torch 2.13.0, CPU. Date: 2026-11-29.
 # Output seen:
@@ -15,7 +15,7 @@
 #   as described
 #
 # Of use here: memcache_jax/pretrained/families/olmo_hybrid.py reads both as transformers does;
-# tests/pretrained/test_forms.py holds it.
+# tests/pretrained/test_forms.py checks it.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -2,10 +2,10 @@
 # The text model of a Qwen3.5 that ties its output layer gets a random one from its own library.
 #
 # Expected: Qwen3_5Config(tie_word_embeddings=True) gives a model of text and images whose text model,
-# saved and read by AutoModelForCausalLM, has the same logits of the same tokens.
-# Seen: other logits. The whole model ties what its own configuration says; the text model asks
-# text_config, which has its default, False, and draws an output layer of random numbers. The report
-# of the read says "lm_head.weight MISSING". With tie_word_embeddings=True in text_config too, as in
+# saved and read by AutoModelForCausalLM, has the same logits for the same tokens.
+# Seen: different logits. The whole model ties as its own configuration says; the text model asks
+# text_config, which has its default, False, and initializes a random output layer. The loading
+# report says "lm_head.weight MISSING". With tie_word_embeddings=True in text_config too, as in
 # Qwen's own files, the logits are equal.
 #
 # Software: transformers 5.24.0, torch 2.13.0, CPU. Date: 2026-11-29.
@@ -15,7 +15,7 @@
 #   as described
 #
 # Of use here: memcache_jax/pretrained/forms.py ties what the whole model ties;
-# tests/pretrained/test_forms.py holds it.
+# tests/pretrained/test_forms.py checks it.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A hybrid RWKV-7 of flash-linear-attention, whose configuration its library takes, cannot be called.
+# A hybrid RWKV-7 whose configuration flash-linear-attention accepts cannot be called.
 #
 # Expected: RWKV7Config(attn={"layers": [0, 1], ...}) gives a model of attention layers that runs, as
 # the option does for the library's other models.
@@ -13,7 +13,7 @@
 #   as described
 #
 # Of use here: memcache_jax/pretrained/families/rwkv7.py reads such files as the library's code would
-# run if attention handed on the first layer's values; tests/pretrained/test_families.py holds it.
+# run if attention handed on the first layer's values; tests/pretrained/test_families.py checks it.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

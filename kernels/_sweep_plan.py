@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from memcache_jax.kernels._dispatch import check_served
+from memcache_jax.kernels._sweep_blocks import is_inside, units_first, wide_shape
 from memcache_jax.kernels._tpu import LANES, vmem_left, vmem_reason
 
 
@@ -34,7 +35,8 @@ class Sweep(NamedTuple):
 
     Attributes:
       name: prefix of the kernels' names.
-      together: memories that one program carries.
+      together: memories that one program carries, and whose blocks it has.
+      side: how many of them it works on side by side, a divisor.
       group: chunks between two kept states.
       every: groups between two returned states.
       forward_bytes: estimate of the VMEM that the forward pass needs.
@@ -43,6 +45,7 @@ class Sweep(NamedTuple):
 
     name: str
     together: int
+    side: int
     group: int
     every: int
     forward_bytes: int
@@ -55,28 +58,41 @@ def plan(name: str, state: Any, rows: Any, y: Any, keep: int, blocks: Blocks) ->
     Raises:
       CannotServeError: if the forward or the backward pass does not fit into VMEM.
     """
-    units = len(jax.tree.leaves(rows)[0])
+    units = len(jax.tree.leaves((state, units_first(rows)))[0])
     size = max(_bytes(state) // max(units, 1), 1)
     fits = max(blocks.start_bytes // size, 1)
-    together = _divisor(units, min(blocks.units, fits))
-    of_state, of_rows, of_y = _tiles(state, 1), _tiles(rows, 2), _tiles(y, 2)
+    side = _divisor(units, min(blocks.units, fits))
+    of_state = _tiles(state, 1)
+    of_rows, of_y = (_tiles(units_first(x), 2) for x in (rows, y))
     work = min(blocks.state_work * of_state, blocks.row_work * of_rows)
-    # Blocks are double-buffered, and cotangents held once more while they are computed.
-    fixed = together * (10 * of_state + 6 * of_rows + 2 * of_y + work)
-    room = vmem_left(fixed) // max(together * of_state, 1)
-    group = _divisor(keep, min(blocks.group, fits // together, room))
-    needs = (
-        ("forward", fixed - together * 4 * of_rows),
-        ("backward", fixed + together * group * of_state),
-    )
-    check_served(name, "pallas_tpu", [vmem_reason(*needs)])
-    return Sweep(name, together, group, keep // group, *dict(needs).values())
+
+    def of(together: int) -> Sweep:
+        part = _divisor(together, side)
+        # Blocks are double-buffered, and cotangents held once more while they are computed.
+        fixed = together * (10 * of_state + 6 * of_rows + 2 * of_y) + part * work
+        room = vmem_left(fixed) // max(together * of_state, 1)
+        group = _divisor(keep, min(blocks.group, max(fits // together, 1), room))
+        forward, backward = fixed - together * 4 * of_rows, fixed + together * group * of_state
+        return Sweep(name, together, part, group, keep // group, forward, backward)
+
+    def reason(sweep: Sweep) -> tuple[bool, str]:
+        return vmem_reason(("forward", sweep.forward_bytes), ("backward", sweep.backward_bytes))
+
+    every = [of(together) for together in _of_heads((rows, y)) or [side]]
+    chosen = next((sweep for sweep in every if not reason(sweep)[0]), every[-1])
+    check_served(name, "pallas_tpu", [reason(chosen)])
+    return chosen
 
 
-def wide_shape(x: Any, lead: int) -> tuple[int, ...]:
-    """The shape of x with at least two axes after its first ``lead`` ones, as blocks need."""
-    rest = x.shape[lead:]
-    return (*x.shape[:lead], *[1] * (2 - len(rest)), *rest)
+def _of_heads(tree: Any) -> list[int]:
+    """How many heads a block of arrays with heads inside may have: all, or whole tiles."""
+    leaves = jax.tree.leaves(tree, is_leaf=is_inside)
+    heads = {x.heads.shape[3] for x in leaves if is_inside(x)}
+    if not heads:
+        return []
+    (every,) = heads
+    tiles = [size for size in range(16, every, 16) if every % size == 0]
+    return [every, *reversed(tiles)]
 
 
 def _tiles(tree: Any, lead: int) -> int:

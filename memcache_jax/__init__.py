@@ -2,12 +2,13 @@
 
 from memcache_jax import memories, nn, presets, pretrained, sharding
 from memcache_jax.adaptive import Adaptive
-from memcache_jax.aggregation import GRM, SSC, Aggregation, Residual, Soup
+from memcache_jax.aggregation import GRM, Aggregation, Residual, Soup
 from memcache_jax.caching import memory_caching
 from memcache_jax.gating import Gate
 from memcache_jax.generation import Decoder, DraftModel, NGrams, generate, rewind_to
 from memcache_jax.segmentation import Constant, Lengths, Logarithmic, ReadPlan, Segmentation
 from memcache_jax.serving import Batcher, PrefixStore
+from memcache_jax.sparse import SSC
 from memcache_jax.streaming import Cache, extend, init_cache
 from memcache_jax.streaming.eviction import Eviction
 

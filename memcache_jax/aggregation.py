@@ -5,17 +5,20 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
 from memcache_jax._checks import check_choice, check_integer, set_fields, shown
-from memcache_jax._typing import Array, Bool, Float, Matrices
+from memcache_jax._typing import Array, Float, Matrices
+from memcache_jax.engine.exact import read_of_tokens, scores_of_tokens
 from memcache_jax.engine.read import Bank, Live
-from memcache_jax.engine.types import Candidates, LivePart, OfBlocks, OfTokens, Selection
-from memcache_jax.gating import GATES, ContentGate, Gate, finite_rows, scores
-from memcache_jax.kernels._largest import largest
+from memcache_jax.engine.types import (
+    Beside,
+    Candidates,
+    LivePart,
+    OfBlocks,
+    Selection,
+)
+from memcache_jax.gating import GATES, Gate, scores
 from memcache_jax.kernels.gate_softmax import softmax_gates
-from memcache_jax.kernels.ssc_route import ssc_route
 from memcache_jax.memories import Memory
 
 
@@ -34,10 +37,14 @@ class Aggregation(abc.ABC):
         ``"position"``, logits of each distance in segments, passed as the connector (b, t, h,
         distances), the live memory's first; or ``"uniform"``.
       pooling: whether pooled keys are the ``"mean"`` or the ``"sum"`` of a bucket's keys.
+      num_keys: pooled keys per state, one for each equal span of its tokens.
+      exact: tokens kept beside each cached state, see ``GRM``.
     """
 
     gate: str | Gate = "uniform"
     pooling: str = "mean"
+    num_keys: int = 1
+    exact: int = 0
 
     @property
     def relevance(self) -> Gate:
@@ -62,7 +69,7 @@ class Aggregation(abc.ABC):
     def merges_exactly(self, memory: Memory) -> bool:
         """Whether the mean of n states, counted n times, gives the same output as the n states."""
         linear = self.mixes or memory.depth == 1
-        return self.sums_all and linear and self.relevance == GATES["uniform"]
+        return self.sums_all and linear and self.relevance == GATES["uniform"] and not self.exact
 
     @abc.abstractmethod
     def gates(
@@ -74,6 +81,24 @@ class Aggregation(abc.ABC):
           cached: relevance of each cached state, -inf where it is not visible.
           live: relevance of the live memory.
         """
+
+    def gates_with_tokens(
+        self,
+        cached: Float[Array, "... s"],
+        live: Float[Array, "..."],
+        tokens: Float[Array, "... s r"],
+    ) -> tuple[Float[Array, "... s"], Float[Array, "..."], Float[Array, "... s r"]]:
+        """``gates``, and those of the tokens kept beside the cached states: each is one more state.
+
+        Args:
+          cached: as for ``gates``.
+          live: as for ``gates``.
+          tokens: relevance of the tokens kept beside each cached state.
+        """
+        flat = tokens.reshape(*cached.shape[:-1], -1)
+        gates, live = self.gates(jnp.concatenate([cached, flat], axis=-1), live)
+        states = cached.shape[-1]
+        return gates[..., :states], live, gates[..., states:].reshape(tokens.shape)
 
     def select(
         self,
@@ -90,8 +115,24 @@ class Aggregation(abc.ABC):
           implementation: of the selection.
         """
         del implementation
-        gates, live = self.gates(*scores(connector, candidates, self.relevance, self.pooling))
-        return OfBlocks(candidates.states, gates, live, unread=candidates.same_document is not None)
+        gates, live, beside = self._gates_of(connector, candidates)
+        unread = candidates.same_document is not None
+        return OfBlocks(candidates.states, gates, live, unread, beside)
+
+    def _gates_of(
+        self, connector: Float[Array, "b h n c u"], candidates: Candidates
+    ) -> tuple[Float[Array, "b h n c r"], Float[Array, "b h n c"], Beside | None]:
+        """The gates of all slots and of the live memory, and what the slots' kept tokens add."""
+        cached, live = self._scores(connector, candidates)
+        if candidates.exact is None:
+            return *self.gates(cached, live), None
+        of_tokens = scores_of_tokens(connector, candidates, self.relevance, self.pooling)
+        gates, live, of_tokens = self.gates_with_tokens(cached, live, of_tokens)
+        read = read_of_tokens(candidates, of_tokens)
+        return gates, live, Beside(of_tokens.sum(axis=-1), read)
+
+    def _scores(self, connector: Array, candidates: Candidates) -> tuple[Array, Array]:
+        return scores(connector, candidates, self.relevance, self.pooling, self.num_keys)
 
     def needs(self, memory: Memory) -> tuple[LivePart, ...]:
         """The parts of the live memory that ``read`` takes."""
@@ -106,7 +147,8 @@ class Aggregation(abc.ABC):
     ) -> Float[Array, "b h n c v"]:
         """The outputs of all tokens, which the reference makes by ``read_token``.
 
-        A state that a token does not read reaches neither its output nor a gradient, NaN or not.
+        A state that a token does not read affects neither its output nor a gradient, even if it is
+        NaN. What exact tokens contribute, ``selection.beside``, is added afterwards.
 
         Args:
           bank: the cached states.
@@ -170,18 +212,42 @@ class GRM(Aggregation):
         distance; ``"uniform"``, one over the number of visible states.
       pooling: ``"mean"`` or ``"sum"`` of a bucket's keys. The paper writes MeanPooling and prints a
         sum (Eq. 17), which grows with the segment and saturates the softmax.
+      num_keys: P pooled keys per state, one for each of P equal spans of its tokens. A state's
+        relevance is that of its best-matching key, max_j <u_t, p_ij>, so that gates find facts that
+        a single mean key would hide. The live memory has the spans begun so far. P must divide the
+        size of ``Constant`` or ``Logarithmic`` segments; the paper has P = 1. Each cached state
+        takes k (P - 1) more numbers. For P > 1 states are selected by XLA, not by a kernel.
+      exact: r, the tokens kept beside each cached state: those of its segment and document for
+        which the error of the cached state, |v - M(k)|^2, is largest. Each token is read as one
+        more state, with its key as the pooled key and its value as the read::
+
+            y_t = gamma_live M_t(q_t) + sum_i (gamma_i M_i(q_t) + sum_j gamma_ij v_ij)
+
+        with one softmax over all relevances; a token's is <u_t, k_ij> - log C. As a state of n
+        merged segments counts n times, a token counts 1 / C times, where C is the most tokens in a
+        segment. The state at the segment's end shows what reads will miss; errors at the time of
+        writing would choose a segment's first tokens, which meet an empty memory. The paper keeps
+        no tokens.
+
+        Gradients reach keys and values, but not the choice. Segments must be ``Constant``,
+        ``Lengths`` or ``Adaptive``, of at least ``exact`` tokens. XLA chooses and reads the tokens
+        under every ``implementation``, and then also runs SSC's router. A stream also holds the
+        tokens of the live segment, to choose from.
 
     Raises:
-      ValueError: for an unknown gate or pooling.
+      ValueError: for an unknown gate or pooling, for ``num_keys`` below 1, or above 1 with a gate
+        that compares no keys, or for ``exact`` below 0.
 
     Example:
       >>> import memcache_jax as mc
-      >>> mc.GRM()
-      GRM(gate='content', pooling='mean')
+      >>> mc.GRM(exact=4)
+      GRM(gate='content', pooling='mean', num_keys=1, exact=4)
     """
 
     gate: str | Gate = "content"
     pooling: str = "mean"
+    num_keys: int = dataclasses.field(default=1, kw_only=True)
+    exact: int = dataclasses.field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         known = isinstance(self.gate, str) and self.gate in GATES
@@ -191,6 +257,12 @@ class GRM(Aggregation):
                 f"{shown(self.gate)}"
             )
         check_choice("pooling", self.pooling, ("mean", "sum"))
+        set_fields(self, num_keys=check_integer("num_keys", self.num_keys))
+        if self.num_keys > 1 and not self.relevance.reads_keys:
+            raise ValueError(
+                f"num_keys={self.num_keys} needs a gate that compares keys, got {shown(self.gate)}"
+            )
+        set_fields(self, exact=check_integer("exact", self.exact, 0))
 
     def gates(self, cached: Array, live: Array) -> tuple[Array, Array]:
         """Softmax of the relevance."""
@@ -208,101 +280,10 @@ class Soup(GRM):
     Example:
       >>> import memcache_jax as mc
       >>> mc.Soup()
-      Soup(gate='content', pooling='mean')
+      Soup(gate='content', pooling='mean', num_keys=1, exact=0)
     """
 
     @property
     def mixes(self) -> bool:
         """True."""
         return True
-
-
-@dataclasses.dataclass(frozen=True)
-class SSC(GRM):
-    """Sparse selective caching (Eq. 16-17 of arXiv:2602.24281): a router picks the states to read.
-
-    GRM over the live memory and the ``top_k`` cached states of highest relevance, per token and
-    head; of equally relevant ones the older. Reads cost the same however long the sequence is.
-
-    Attributes, beside GRM's:
-      top_k: cached states that a token reads.
-      inner: ``"grm"`` for the gated sum of reads, ``"soup"`` for the mixture of parameters.
-
-    Raises:
-      ValueError: as GRM, for ``top_k`` below 1, or an unknown ``inner``.
-
-    Example:
-      >>> import memcache_jax as mc
-      >>> mc.SSC(top_k=2).inner
-      'grm'
-    """
-
-    top_k: int = 4
-    inner: str = "grm"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("inner", self.inner, ("grm", "soup"))
-        set_fields(self, top_k=check_integer("top_k", self.top_k))
-
-    @property
-    def mixes(self) -> bool:
-        """Whether parameters are mixed rather than reads."""
-        return self.inner == "soup"
-
-    def gates(self, cached: Array, live: Array) -> tuple[Array, Array]:
-        """Softmax over the selected states and the live one; zero for the others."""
-        if self.top_k < cached.shape[-1]:
-            _, chosen = largest(lax.stop_gradient(cached), self.top_k)
-            selected = jnp.zeros(cached.shape, bool)
-            selected = jnp.put_along_axis(selected, chosen, True, axis=-1, inplace=False)
-            others = jnp.where(_unknown(cached), jnp.nan, -jnp.inf)
-            cached = jnp.where(selected, cached, others)
-        return softmax_gates(cached, live)
-
-    def select(
-        self,
-        connector: Float[Array, "b h n c u"],
-        candidates: Candidates,
-        *,
-        implementation: str | None = None,
-    ) -> Selection:
-        """Each token's own states, or its block's where these are no more."""
-        states = candidates.states
-        if self._all_are_few(states):
-            selection = super().select(connector, candidates)
-            assert isinstance(selection, OfBlocks)
-            return selection._replace(unread=selection.unread or self.top_k < states.shape[-1])
-        by_block = candidates.same_document is None and candidates.counts is None
-        routed = type(self) is SSC and self.relevance == ContentGate()
-        if routed and by_block and isinstance(states, np.ndarray):
-            keys = candidates.keys(self.pooling)
-            assert keys.states is not None
-            pooled, broken = finite_rows(keys.states)
-            live = jnp.vecdot(connector, keys.live, precision="highest")
-            gates, live, chosen = ssc_route(
-                connector, pooled, live, states[0], self.top_k, implementation=implementation
-            )
-            # Which states to select is unknown where a relevance is.
-            broken = broken[:, :, np.maximum(states[0], 0)] & (states >= 0)[None]
-            gates = jnp.where(broken.any(axis=-1)[..., None, None], jnp.nan, gates)
-            return OfTokens(chosen, gates, live)
-        cached, live = scores(connector, candidates, self.relevance, self.pooling)
-        _, slots = largest(lax.stop_gradient(cached), self.top_k)
-        cached = jnp.where(_unknown(cached), jnp.nan, jnp.take_along_axis(cached, slots, axis=-1))
-        chosen = jnp.take_along_axis(jnp.asarray(states)[:, None, :, None], slots, axis=-1)
-        gates, live = self.gates(cached, live)
-        return OfTokens(jnp.where(gates != 0, chosen, -1), gates, live)
-
-    def _all_are_few(self, states: np.ndarray | Array) -> bool:
-        """Whether all that blocks may read is no more than what their tokens would select."""
-        if self.top_k >= states.shape[-1]:
-            return True
-        if not isinstance(states, np.ndarray):
-            return False
-        return bool(np.sum(states >= 0) <= self.top_k * states.shape[1])
-
-
-def _unknown(cached: Float[Array, "*r states"]) -> Bool[Array, "*r 1"]:
-    """Whether it is unknown which states to select: the relevance of one is not a number."""
-    return jnp.isnan(cached).any(axis=-1, keepdims=True)

@@ -9,11 +9,12 @@ from memcache_jax._typing import Array, Exchange, Float, Implementation, Int, St
 from memcache_jax._varying import alike
 from memcache_jax.adaptive import Adaptive
 from memcache_jax.aggregation import Aggregation
+from memcache_jax.engine.exact import check_keeps
 from memcache_jax.engine.one_pass import one_pass
 from memcache_jax.engine.types import Tokens
 from memcache_jax.kernels._platform import check_platform
 from memcache_jax.memories import Memory
-from memcache_jax.segmentation import Segmentation
+from memcache_jax.segmentation import Constant, Logarithmic, Segmentation
 from memcache_jax.sharding.division import Division
 from memcache_jax.sharding.memory_caching import over_mesh
 
@@ -139,7 +140,7 @@ def check_configuration(
     """Raises ValueError for what cannot be configured, whatever the arrays.
 
     The first three must be instances of their classes, the chunk size must divide the segment's,
-    and start and implementation must be known.
+    segments must have the tokens that are kept, and start and implementation must be known.
     """
     for what, got, wanted, example in (
         ("memory", memory, Memory, "mc.memories.Titans(chunk_size=64)"),
@@ -148,10 +149,20 @@ def check_configuration(
     ):
         if not isinstance(got, wanted):
             raise ValueError(f"{what} must be an object such as {example}, got {shown(got)}")
+    count = aggregation.num_keys
+    if count > 1 and (
+        not isinstance(segmentation, (Constant, Logarithmic)) or segmentation.size % count
+    ):
+        raise ValueError(
+            f"num_keys={count} needs Constant or Logarithmic segments of a size that it divides, "
+            f"got {segmentation}"
+        )
     if memory.gradient_chunk and segmentation.size % memory.gradient_chunk:
         raise ValueError(
             f"the chunk size of {type(memory).__name__}, {memory.gradient_chunk}, must divide the "
             f"segment size, got {segmentation}"
         )
+    if aggregation.exact:
+        check_keeps(aggregation.exact, segmentation)
     check_choice("start", start, get_args(Start))
     check_choice("implementation", implementation, (None, *get_args(Implementation)))

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -15,7 +16,13 @@ from memcache_jax.segmentation import ReadPlan
 
 
 def gates_by_state(selection: Selection, count: int) -> Float[Array, "b h n c states"]:
-    """The gates of all ``count`` states of the bank, zero for those that a token does not read."""
+    """The gates of all ``count`` states of the bank, zero for those that a token does not read.
+
+    A state's gate includes those of the tokens kept beside it.
+    """
+    if selection.beside is not None:
+        gates = selection.gates + selection.beside.gates
+        selection = selection._replace(gates=gates, beside=None)
     if isinstance(selection, OfTokens):
         states = selection.states
     elif in_order(selection.states, count):
@@ -206,18 +213,70 @@ GATES: dict[str, Gate] = {
 
 
 def scores(
-    connector: Float[Array, "b h n c u"], candidates: Candidates, gate: Gate, pooling: str = "mean"
+    connector: Float[Array, "b h n c u"],
+    candidates: Candidates,
+    gate: Gate,
+    pooling: str = "mean",
+    num_keys: int = 1,
 ) -> tuple[Float[Array, "b h n c r"], Float[Array, "b h n c"]]:
     """Returns the relevance of the states that each token may read, and of the live memory.
 
     A state that stands for n segments counts n times. Empty slots and states of other documents
-    score -inf.
+    score -inf. Of a state's ``num_keys`` keys, the one with the highest score counts.
     """
-    cached, live = gate.scores(connector, candidates, pooling)
+    if num_keys > 1 and candidates.states.shape[-1]:
+        cached, live = _scores_of_spans(connector, candidates, gate, pooling, num_keys)
+    else:
+        cached, live = gate.scores(connector, candidates, pooling)
     if candidates.counts is not None:
         counts = candidates.counts[:, None, :, None]
         cached += jnp.log(jnp.maximum(counts, 1).astype(cached.dtype))
     return jnp.where(visible(candidates)[:, None], cached, -jnp.inf), live
+
+
+def _scores_of_spans(
+    connector: Float[Array, "b h n c u"],
+    candidates: Candidates,
+    gate: Gate,
+    pooling: str,
+    num_keys: int,
+) -> tuple[Float[Array, "b h n c r"], Float[Array, "b h n c"]]:
+    """The highest score of each state's keys, and of the live memory's spans so far.
+
+    To the gate each key is a state of its own.
+    """
+    if candidates.spans is None:
+        raise ValueError(
+            f"these states have one pooled key each, got num_keys={num_keys}: so have those of "
+            "several segments of packed documents on a mesh that divides time, and candidates "
+            "without spans"
+        )
+    keys, states = candidates.spans(pooling, num_keys), candidates.states
+    xp, span = (np if isinstance(states, np.ndarray) else jnp), np.arange(num_keys)[None, None]
+    numbers = xp.where(states[..., None] >= 0, states[..., None] * num_keys + span[:, :, None], -1)
+    held = candidates.held
+
+    def flat(x: Array | None) -> Array | None:
+        return None if x is None else x.reshape(*x.shape[:-3], -1, x.shape[-1])
+
+    each = Candidates(
+        numbers.reshape(*states.shape[:-1], -1),
+        xp.repeat(candidates.distances, num_keys, axis=-1),
+        lambda _: Keys(keys.live, flat(keys.states), flat(keys.slots)),
+        held=None if held is None else jnp.repeat(held, num_keys, axis=-1),
+    )
+    cached, live = gate.scores(connector, each, pooling)
+    here = np.zeros((1, connector.shape[2], num_keys), int)
+    own = Candidates(here + span, here, lambda _: Keys(keys.live, slots=keys.ended))
+    ended = jnp.where(keys.seen[:, None], gate.scores(connector, own, pooling)[0], -jnp.inf)
+    spans = [live, *jnp.moveaxis(ended, -1, 0)]
+    cached = jnp.moveaxis(cached.reshape(*cached.shape[:-1], -1, num_keys), -1, 0)
+    return functools.reduce(_higher, cached), functools.reduce(_higher, spans)
+
+
+def _higher(one: Array, other: Array) -> Array:
+    """The larger of two scores, NaN if one is; the gradient is that score's alone."""
+    return jnp.where((other > one) | jnp.isnan(other), other, one)
 
 
 def visible(candidates: Candidates) -> Bool[Array, "_ n _ r"]:

@@ -11,10 +11,11 @@ from typing import Any
 
 from memcache_jax import memories
 from memcache_jax._checks import check_choice, check_integer
-from memcache_jax.aggregation import GRM, SSC, Aggregation, Residual, Soup
+from memcache_jax.aggregation import GRM, Aggregation, Residual, Soup
 from memcache_jax.memories import Memory
 from memcache_jax.nn import AttentionMixer, LanguageModelConfig, MemoryCachingMixer, Mixer
 from memcache_jax.segmentation import Constant, Logarithmic, Segmentation
+from memcache_jax.sparse import SSC
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,7 @@ def mixers(name: str, *, segment: int = 256, top_k: int = 4) -> tuple[Mixer, ...
     Example:
       >>> import memcache_jax as mc
       >>> mc.presets.mixers("swla_ssc", segment=8, top_k=2)[0].aggregation
-      SSC(gate='content', pooling='mean', top_k=2, inner='grm')
+      SSC(gate='content', pooling='mean', num_keys=1, exact=0, top_k=2, inner='grm')
     """
     check_choice("name", name, NAMES)
     segment = check_integer("segment", segment)

@@ -55,7 +55,10 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (dict(query=jnp.ones((2, 20, 3, 4))), r"query must have shape .*\(2, 21, 3, 4\), got"),
+            (
+                dict(query=jnp.ones((2, 20, 3, 4))),
+                r"query and key must have the same shape .* got query \(2, 20",
+            ),
             (dict(key=jnp.ones((2, 21, 4))), r"key must be \(b, t, h, k\).*\(2, 21, 4\)"),
             (dict(key=jnp.ones((2, 0, 3, 4))), "key must not be empty, got shape"),
             (dict(key=jnp.ones((0, 21, 3, 4))), "key must not be empty, got shape"),

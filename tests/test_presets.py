@@ -13,6 +13,7 @@ import memcache_jax as mc
 from memcache_jax.nn import AttentionMixer, LanguageModel, MemoryCachingMixer
 from memcache_jax.presets import NAMES, SIZES, language_model
 from memcache_jax.training import model_config, model_options, preset_config
+from tests.covers import first_kept
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -51,8 +52,7 @@ def test_sizes(size, millions):
     assert parameters("titans_grm") < 1.35 * parameters("transformer")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["titans_mal_grm", "swla_log_linear"])
+@pytest.mark.parametrize("name", first_kept(1, ["titans_mal_grm", "swla_log_linear"]))
 def test_a_preset_learns_a_little(name):
     config = language_model(name, "tiny", vocab_size=11, segment=64, features=32, num_layers=2)
     model = LanguageModel(config, rngs=nnx.Rngs(0))

@@ -4,11 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.typing import DTypeLike
 
 from memcache_jax._typing import Array
 from memcache_jax.kernels._dispatch import choose, implementations
-from memcache_jax.kernels.affine_update.form import AffineChunk
+from memcache_jax.kernels.affine_update.form import AffineChunk, OnChip
 
 _IMPLEMENTATIONS = implementations("affine_update", "reference", "xla", "pallas_tpu", "pallas_gpu")
 _ON_CHIP = implementations("affine_update", "pallas_tpu_chunks")
@@ -22,7 +21,7 @@ def affine_update(
     batch_dims: int,
     keep: int,
     implementation: str | None,
-    on_chip: DTypeLike | None = None,
+    on_chip: OnChip | None = None,
 ) -> tuple[Array, Array]:
     """Carries matrices through chunks, each an affine map of the matrix.
 
@@ -37,9 +36,9 @@ def affine_update(
       keep: chunks from one returned matrix to the next, a divisor of the number of chunks.
       implementation: ``"xla"`` (the default), ``"pallas_tpu"``, ``"pallas_gpu"`` or
         ``"reference"``.
-      on_chip: for ``"pallas_tpu"`` only, and a ``chunk`` that kernels can trace: makes the maps in
-        the kernels, which then read rows in bfloat16 as well, and return what the chunks read in
-        this dtype. None makes all maps before the kernels run.
+      on_chip: only for ``"pallas_tpu"`` and a ``chunk`` that kernels can trace: the kernels make
+        the maps, and read rows in bfloat16 as well. With None all maps are made before the
+        kernels run.
 
     Returns:
       The matrices after every ``keep`` chunks (*batch, chunks // keep, k, v), and what the chunks

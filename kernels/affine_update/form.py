@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from memcache_jax._typing import Array, Float
 
@@ -35,6 +36,21 @@ class AffineChunk(NamedTuple):
             written = written.at[: len(self.erase)].add(-jnp.matmul(self.erase, matrix))
         after = self.decay[:, None] * matrix + jnp.matmul(self.key.T, written)
         return after, jnp.matmul(self.query, matrix) + jnp.matmul(self.scores, written)
+
+
+class OnChip(NamedTuple):
+    """What kernels that make the maps themselves need.
+
+    Attributes:
+      dtype: the dtype of what the chunks read.
+      late: a tree of booleans like the rows, true for those that no later matrix depends on.
+      spoilt: numbers (*batch, chunks, m), nonzero for the rows whose reads are NaN and have no
+        gradient; None if there are none.
+    """
+
+    dtype: DTypeLike
+    late: Any
+    spoilt: Array | None = None
 
 
 def empty_matrices(chunk: Callable[[Any], AffineChunk], rows: Any, batch_dims: int) -> Array:

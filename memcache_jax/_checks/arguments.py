@@ -142,11 +142,12 @@ def check_rewind(tokens: Any, rewindable: Any, batch: int) -> jax.Array:
             "the cache does not go back: make it with init_cache(..., rewind=most tokens)"
         )
     known = tokens if isinstance(tokens, Tracer) else as_numpy("tokens to take back", tokens)
-    if known.shape != (batch,) or not jnp.issubdtype(known.dtype, jnp.integer):
+    if known.shape not in ((), (batch,)) or not jnp.issubdtype(known.dtype, jnp.integer):
         raise ValueError(
-            f"tokens to take back must be integers (b,) = ({batch},), got {known.dtype} "
-            f"{known.shape}"
+            f"tokens to take back must be integers (b,) = ({batch},), or one for all rows, got "
+            f"{known.dtype} {known.shape}"
         )
+    known = (jnp if isinstance(known, Tracer) else np).broadcast_to(known, (batch,))
     if not isinstance(known, Tracer) and is_known(rewindable):
         most = np.asarray(rewindable)
         if np.any(known < 0) or np.any(known > most):
@@ -154,7 +155,7 @@ def check_rewind(tokens: Any, rewindable: Any, batch: int) -> jax.Array:
                 f"rows can go back by at most {most.tolist()} tokens, got {known.tolist()}: "
                 "init_cache(..., rewind=) keeps more"
             )
-    return jnp.asarray(tokens, jnp.int32)
+    return jnp.asarray(known, jnp.int32)
 
 
 def check_room(
@@ -218,6 +219,12 @@ def check_arguments(
         if 0 in shape:
             raise ValueError(f"{name} must not be empty, got shape (b, t, h, {axes}) = {shape}")
     check_shape("key", key, (b, t, h, k), "b, t, h, k")
+    of_query, _ = check_array("query", query)
+    if of_query != of_key:
+        raise ValueError(
+            "query and key must have the same shape (b, t, h, k), got query "
+            f"{of_query}, key {of_key}"
+        )
     check_shape("query", query, (b, t, h, k), "b, t, h, k")
     check_shape("value", value, (b, t, h, v), "b, t, h, v")
     if connector is not None and aggregation.relevance.connector == "distances":

@@ -97,7 +97,7 @@ def as_dtype(name: str, got: Any) -> np.dtype:
             return jnp.dtype(got)
     except (TypeError, ValueError):
         pass
-    raise ValueError(f"{name} must be a dtype such as 'float32', got {shown(got)}")
+    raise ValueError(f"{name} must be a dtype such as 'float32' or 'bfloat16', got {shown(got)}")
 
 
 def check_mapping(what: str, got: Mapping[str, T] | None) -> dict[str, T]:

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from memcache_jax._typing import Array, Bool, Float, State
+from memcache_jax.engine.finite import spoilt, with_finite_writes
 from memcache_jax.engine.types import Rows, Views, Writing
 from memcache_jax.kernels._dispatch import CannotServeError
-from memcache_jax.kernels.affine_update import AffineChunk, affine_update
+from memcache_jax.kernels.affine_update import AffineChunk, OnChip, affine_update
 from memcache_jax.memories import AffineMemory
 from memcache_jax.memories.base import first_of_documents
 
@@ -51,66 +52,69 @@ def write_affine(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> t
         form = memory.affine(before, rows.key, rows.value, rows.query, controls)
         return form if goes_on is None else _detached(form, goes_on)
 
-    def update(rows: Rows, on_chip: Any) -> tuple[Array, Array]:
+    def clean_chunk(operands: tuple) -> AffineChunk:
+        before, goes_on, rows = operands
+        return chunk((before, goes_on, with_finite_writes(rows)))
+
+    def update(rows: Rows, chunk: Callable, on_chip: OnChip | None = None) -> tuple[Array, Array]:
         return affine_update(
             chunk,
             None if first is None else first.matrix,
-            jax.tree.map(lambda x: x.reshape(*lead, -1, *x.shape[4:]), (before, goes_on, rows)),
+            flat((before, goes_on, rows)),
             batch_dims=len(lead),
             keep=chunks,
             implementation=how.implementation,
             on_chip=on_chip,
         )
 
-    if how.implementation == "pallas_tpu" and memory.on_chip:
-        ends, y = _on_chip_if_it_fits(update, memory, rows, how.dtypes)
-    else:
-        ends, y = update(rows, None)
+    def flat(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.reshape(*lead, -1, *x.shape[4:]), tree)
+
+    def made_on_chip() -> tuple[Array, Array]:
+        came = _as_they_came(memory, rows)
+        dtype = jnp.result_type(came.query, came.key, came.value)
+        late = jax.tree.map(lambda x: False, (before, goes_on, came))
+        late = (*late[:2], late[2]._replace(query=True))
+        lost = spoilt(memory, rows, restarts)
+        lost = None if lost is None else flat(lost.astype(jnp.float32))
+        return update(came, clean_chunk, OnChip(dtype, late, lost))
+
     last = jax.tree.map(lambda x: x[:, :, :, -1], carried)
-    states = last._replace(matrix=ends.reshape(*batch, *ends.shape[-2:]))
-    return states, {"reads": y.reshape(*rows.query.shape[:-1], -1)}
 
+    def result(ends: Array, y: Array) -> tuple[State, Views]:
+        states = last._replace(matrix=ends.reshape(*batch, *ends.shape[-2:]))
+        return states, {"reads": y.reshape(*rows.query.shape[:-1], -1)}
 
-def _on_chip_if_it_fits(
-    update: Callable[[Rows, Any], tuple[Array, Array]],
-    memory: AffineMemory,
-    rows: Rows,
-    dtypes: Any,
-) -> tuple[Array, Array]:
-    """The update by kernels that make the maps, or for larger states by those that are given them.
-
-    Raises:
-      CannotServeError: if neither serves, with the reasons of both.
-    """
-    narrow = _as_they_came(memory, rows, dtypes)
+    finite = rows._replace(bad=None, came=None)
+    if how.implementation != "pallas_tpu" or rows.came is None:
+        return result(*update(finite, chunk))
     try:
-        return update(narrow, jnp.result_type(narrow.query, narrow.key, narrow.value))
+        states, views = result(*made_on_chip())
+        return states, {**views, "spoilt": None}
     except CannotServeError as error:
-        first = error
+        refused = error
+    # Larger states may fit kernels that are given the maps.
     try:
-        return update(rows, None)
+        return result(*update(finite, chunk))
     except CannotServeError as error:
-        raise CannotServeError(f"{error}; with maps made in the kernels: {first}") from first
+        raise CannotServeError(f"{error}; with maps made in the kernels: {refused}") from refused
 
 
-def _as_they_came(memory: AffineMemory, rows: Rows, dtypes: Any) -> Rows:
-    """The rows in bfloat16 again if they came so, and documents as controls that forget."""
-    if dtypes is not None:
-        came = {name: getattr(dtypes, name) for name in ("query", "key", "value", "controls")}
-        narrow = {name: jax.tree.map(_narrowed, getattr(rows, name), came[name]) for name in came}
-        rows = rows._replace(**narrow)
+def _as_they_came(memory: AffineMemory, rows: Rows) -> Rows:
+    """The rows before cleaning, in bfloat16 or wide, with documents as controls that forget."""
+    came = jax.tree.map(
+        lambda x, wide: x if x.dtype == jnp.bfloat16 else x.astype(wide.dtype),
+        rows.came,
+        rows._replace(begun=None, bad=None, came=None),
+    )
     if rows.begun is None:
-        return rows
+        return came
     firsts = _for_each(first_of_documents, 4)(rows.begun.astype(jnp.int32))
-    controls = _for_each(memory.forgetting, 4)(rows.controls, firsts)
+    controls = _for_each(memory.forgetting, 4)(came.controls, firsts)
     made = {
-        name: x.astype(jnp.float32) for name, x in controls.items() if name not in rows.controls
+        name: x.astype(jnp.float32) for name, x in controls.items() if name not in came.controls
     }
-    return rows._replace(controls={**controls, **made}, begun=None)
-
-
-def _narrowed(x: Array, dtype: Any) -> Array:
-    return x.astype(dtype) if dtype == jnp.bfloat16 else x
+    return came._replace(controls={**controls, **made})
 
 
 def _for_each(function: Callable, dims: int) -> Callable:

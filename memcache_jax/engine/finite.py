@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from memcache_jax._typing import Array, Bool, Float, State
+from memcache_jax._typing import Array, Bool, State
 from memcache_jax.engine.types import Rows, Tokens, Views
 from memcache_jax.memories import Memory
 from memcache_jax.memories.base import Run
@@ -23,20 +23,29 @@ def cleaned(tokens: Tokens) -> tuple[Tokens, Bool[Array, "b h n c"]]:
 
     Queries and connectors are as they were: they reach no other token.
     """
-    written = {"key": tokens.key, "value": tokens.value}
-    fine = {name: jnp.isfinite(x) for name, x in written.items()}
-    clean: dict[str, Any] = {name: jnp.where(fine[name], x, 0) for name, x in written.items()}
-    of_controls = {name: _is_fine(name, x) for name, x in tokens.controls.items()}
-    clean["controls"] = {n: jnp.where(of_controls[n], x, 0) for n, x in tokens.controls.items()}
     bad = jnp.zeros(tokens.key.shape[:4], bool)
-    for each in (*fine.values(), *of_controls.values()):
-        bad |= ~each.reshape(*bad.shape, -1).all(axis=-1)
-    return tokens._replace(**clean), bad
+    for name, x in dict(key=tokens.key, value=tokens.value, **tokens.controls).items():
+        bad |= ~_is_fine(name, x).reshape(*bad.shape, -1).all(axis=-1)
+    return with_finite_writes(tokens), bad
+
+
+def with_finite_writes(tokens: Any) -> Any:
+    """Tokens or rows with zeros in place of keys, values and controls that are not finite."""
+
+    def clean(name: str, x: Array) -> Array:
+        return jnp.where(_is_fine(name, x), x, 0)
+
+    return tokens._replace(
+        key=clean("key", tokens.key),
+        value=clean("value", tokens.value),
+        controls={name: clean(name, x) for name, x in tokens.controls.items()},
+    )
 
 
 def _is_fine(name: str, x: Array) -> Array:
     """Whether numbers are finite, or the logarithm of zero."""
-    return jnp.isfinite(x) | (x == -jnp.inf) if name.startswith("log_") else jnp.isfinite(x)
+    fine = jnp.isfinite(x)
+    return fine | (x == -jnp.inf) if name.startswith("log_") else fine
 
 
 def composed(memory: Memory, first: Run, then: Run) -> Run:
@@ -53,21 +62,18 @@ def composed(memory: Memory, first: Run, then: Run) -> Run:
     return run._replace(state=state)
 
 
-def _spoilt(
-    memory: Memory,
-    bad: Bool[Array, "b h n chunks m"],
-    begun: Float[Array, "b h n chunks m"] | None,
-    restarts: Bool[np.ndarray, "n"],
-) -> Bool[Array, "b h n chunks m"]:
-    """The tokens after which the live memory depends on one that was not finite.
+def spoilt(
+    memory: Memory, rows: Rows, restarts: Bool[np.ndarray, "n"]
+) -> Bool[Array, "b h n chunks m"] | None:
+    """The tokens after which the live memory depends on a non-finite one; None if none does.
 
     Args:
       memory: the rule.
-      bad: the tokens that were not finite.
-      begun: as of ``Rows``.
+      rows: as for ``write_blocks``.
       restarts: as for ``write_blocks``.
     """
-    if not memory.accumulates:
+    bad, begun = rows.bad, rows.begun
+    if bad is None or not memory.accumulates:
         return bad
     blocks, size = bad.shape[2], bad.shape[3] * bad.shape[4]
     tokens = bad.reshape(*bad.shape[:3], size)
@@ -101,13 +107,16 @@ def _since_the_last(
 def spoil(
     memory: Memory, rows: Rows, restarts: Bool[np.ndarray, "n"], ends: State, kept: Views
 ) -> tuple[State, Views]:
-    """Makes the states of spoilt blocks NaN, and notes the spoilt tokens for ``Live``."""
-    if rows.bad is None:
+    """Makes the states of spoilt blocks NaN, and notes the spoilt tokens for ``Live``.
+
+    Views that already have ``spoilt`` keep it: kernels return NaN for what spoilt tokens read.
+    """
+    lost = spoilt(memory, rows, restarts)
+    if lost is None:
         return ends, kept
-    lost = _spoilt(memory, rows.bad, rows.begun, restarts)
 
     def of_state(x: Array) -> Array:
         at_end = lost[..., -1, -1]
         return jnp.where(at_end.reshape(*at_end.shape, *[1] * (x.ndim - 3)), jnp.nan, x)
 
-    return jax.tree.map(of_state, ends), kept | ({"spoilt": lost} if kept else {})
+    return jax.tree.map(of_state, ends), ({"spoilt": lost} | kept if kept else {})

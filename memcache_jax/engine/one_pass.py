@@ -8,6 +8,7 @@ from memcache_jax.aggregation import Aggregation
 from memcache_jax.engine import reference
 from memcache_jax.engine.borders import find_borders
 from memcache_jax.engine.documents import count_documents
+from memcache_jax.engine.exact import longest_segment
 from memcache_jax.engine.run import (
     OnePass,
     cut_for,
@@ -45,6 +46,7 @@ def one_pass(
     if isinstance(segmentation, Adaptive):
         keys = tokens.key.astype(wide_dtype(tokens))  # those of a stream
         borders = find_borders(segmentation, keys, document)
+    longest = longest_segment(segmentation) if aggregation.exact else 0
     if implementation == "reference":
         y = reference.memory_caching(
             widened(tokens),
@@ -55,6 +57,7 @@ def one_pass(
             aggregation=aggregation,
             plan=plan,
             start=start,
+            longest=longest,
         )
     else:
         carries = start == "checkpoint"
@@ -62,6 +65,6 @@ def one_pass(
             document = borders.of_tokens(length)
         blocks = cut_for(memory, tokens, document, plan, length)
         how = writing(memory, aggregation, tokens, weights, implementation)
-        y, _, _ = run(OnePass(plan, carries, borders), how, aggregation, blocks)
+        y, _, _ = run(OnePass(plan, carries, borders, longest), how, aggregation, blocks)
         y = y.reshape(*y.shape[:2], -1, y.shape[-1])[:, :, :length]
     return jnp.moveaxis(y, 1, 2).astype(value.dtype)

@@ -77,7 +77,7 @@ class Live:
         return self._by_token(y)
 
     def _by_token(self, x: Float[Array, "b h n chunks m v"]) -> Float[Array, "b h n c v"]:
-        if "spoilt" in self.kept:
+        if self.kept.get("spoilt") is not None:
             x = jnp.where(self.kept["spoilt"][..., None], jnp.nan, x)
         return x.reshape(*x.shape[:3], -1, x.shape[-1])
 

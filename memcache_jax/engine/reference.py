@@ -4,6 +4,7 @@ Nothing here is chunked or parallel in time, and gradients are automatic differe
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from memcache_jax._varying import vary, varying
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.engine.borders import Borders
 from memcache_jax.engine.types import Tokens
+from memcache_jax.kernels._largest import largest
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import ReadPlan
 
@@ -51,6 +53,7 @@ def _one_head(
     aggregation: Aggregation,
     plan: ReadPlan,
     start: str,
+    longest: int,
     follows: bool,
 ) -> Float[Array, "t v"]:
     query, key, value, connector, controls = tokens
@@ -84,6 +87,27 @@ def _one_head(
         sums = jnp.sum(key, axis=0, where=seen[:, None])
         return sums / jnp.maximum(seen.sum(), 1) if aggregation.pooling == "mean" else sums
 
+    def worst(matrices: Any, first: Array, after: Array, of: Array) -> tuple:
+        """The tokens of a bucket that its state recalls worst, and which of them exist."""
+        errors = jnp.sum((value - memory.read(matrices, key)) ** 2, axis=-1)
+        there = (first <= every) & (every < after) & (document == of)
+        unknown = jnp.any(there & jnp.isnan(errors))
+        errors = jnp.where(there & ~jnp.isnan(errors), errors, -jnp.inf)
+        _, chosen = largest(lax.stop_gradient(errors), min(aggregation.exact, length))
+        return jnp.where(unknown, jnp.nan, key[chosen]), value[chosen], there[chosen]
+
+    def spans(first: Array, after: Array, until: Array, of: Array) -> tuple[Array, Array]:
+        """Pooled keys of equal spans of [first, after) before ``until``, and which have tokens."""
+        size = (after - first) // aggregation.num_keys
+        begins = first + size * jnp.arange(aggregation.num_keys)
+        ends = jnp.minimum(begins + size, until)
+
+        def any_in(first: Array, after: Array) -> Array:
+            return ((first <= every) & (every < after) & (document == of)).any()
+
+        pools = jax.vmap(pool, in_axes=(0, 0, None))
+        return pools(begins, ends, of), jax.vmap(any_in)(begins, ends)
+
     # What is cached, (shifts, buckets, ...): the plan's buckets, counted from each block in which a
     # document may begin. Those that end beyond the sequence are never read.
     live = run(0, length, restarts=start == "independent")
@@ -95,7 +119,9 @@ def _one_head(
     else:
         bank = memory.matrices(_last_states(run, first, after - first, initial))
     owner = document[last]
-    pooled = jax.vmap(jax.vmap(pool))(jnp.asarray(first), jnp.asarray(after), owner)
+    buckets = jnp.asarray(first), jnp.asarray(after)
+    pooled = jax.vmap(jax.vmap(spans))(*buckets, buckets[1], owner)
+    exact = jax.vmap(jax.vmap(worst))(bank, *buckets, owner) if aggregation.exact else None
 
     def read(t: Array) -> Array:
         begun = jnp.argmax(document == document[t]) // segment if follows else 0
@@ -104,22 +130,32 @@ def _one_head(
 
         def seen(cached: Array) -> Array:
             rows = visible.reshape(-1, *[1] * (cached.ndim - 2))
-            return jnp.where(rows, cached[begun, slots], 0)  # 0 * NaN is NaN
+            nothing = jnp.zeros((), cached.dtype)
+            return jnp.where(rows, cached[begun, slots], nothing)  # 0 * NaN is NaN
 
         own = memory.matrices(jax.tree.map(lambda x: x[t], live))
         begins = jnp.asarray(where.first)[t // segment] * segment
-        keys = _joined(seen(pooled), pool(begins, t + 1, document[t]))
+        ends = jnp.maximum(begins + segment, t + 1)
+        here = spans(begins, ends, t + 1, document[t])
+        keys, known = (_joined(seen(x), y) for x, y in zip(pooled, here, strict=True))
         distances = jnp.append(jnp.asarray(where.distances)[t // segment - begun], 0)
-        score = jax.vmap(aggregation.relevance.score, in_axes=(None, 0, 0))
-        scores = score(connector[t], keys, distances)
+        score = jax.vmap(aggregation.relevance.score, in_axes=(None, 0, None))
+        scores = jax.vmap(score, in_axes=(None, 0, 0))(connector[t], keys, distances)
+        scores = jnp.where(known, scores, -jnp.inf).max(axis=1)
         cached = jnp.where(visible, scores[:-1], -jnp.inf)
-        gates = aggregation.gates(cached, scores[-1])
-        return aggregation.read_token(
-            memory,
-            jax.tree.map(lambda cached, own: _joined(seen(cached), own), bank, own),
-            query[t],
-            jnp.append(*gates),
-        )
+        added = jnp.zeros(value.shape[1:], value.dtype)
+        if exact is None:
+            gates, last = aggregation.gates(cached, scores[-1])
+        else:
+            keys, values, there = (x[begun, slots] for x in exact)
+            of_tokens = jax.vmap(score, in_axes=(None, 0, 0))(connector[t], keys, distances[:-1])
+            of_tokens -= math.log(longest)  # a token is one of the many that a state stands for
+            of_tokens = jnp.where(visible[:, None] & there, of_tokens, -jnp.inf)
+            gates, last, of_tokens = aggregation.gates_with_tokens(cached, scores[-1], of_tokens)
+            values = jnp.where(of_tokens[..., None] != 0, values, 0)
+            added = jnp.einsum("sr,srv->v", of_tokens, values)
+        states = jax.tree.map(lambda cached, own: _joined(seen(cached), own), bank, own)
+        return aggregation.read_token(memory, states, query[t], jnp.append(gates, last)) + added
 
     return lax.map(read, every)
 
@@ -146,7 +182,7 @@ def _decided(plan: ReadPlan, borders: Any) -> _Plan:
     return _Plan(plan.num_blocks, plan.block_size, first, buckets, reads, distances)
 
 
-def _joined(rows: Float[Array, "r *rest"], row: Float[Array, "*rest"]) -> Float[Array, "_ *rest"]:
+def _joined(rows: Array, row: Array) -> Array:
     return jnp.concatenate([rows, row[None]])
 
 

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -10,15 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from memcache_jax._typing import Array, Float, Int, State
+from memcache_jax._typing import Array, Float, Int, Matrices, State
 from memcache_jax._varying import vary, varying
 from memcache_jax.adaptive import Adaptive
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.engine.bank import bucket_states, compose_plan, document_states
 from memcache_jax.engine.borders import Borders, adaptive_candidates, find_borders, states_of
 from memcache_jax.engine.documents import begun_in_chunk, document_candidates
+from memcache_jax.engine.exact import exact_of_blocks
 from memcache_jax.engine.finite import cleaned
 from memcache_jax.engine.read import ArrayBank, Bank, Live
+from memcache_jax.engine.spans import document_span_keys, span_keys
 from memcache_jax.engine.types import (
     Blocks,
     Candidates,
@@ -61,7 +64,9 @@ def run(
     bank, candidates = layout.cached(how, ends, blocks)
     selection = aggregation.select(tokens.connector, candidates, implementation=how.implementation)
     live = Live(how.memory, tokens.query, kept, how.implementation)
-    return aggregation.read(bank, live, tokens.query, selection), ends, selection
+    y = aggregation.read(bank, live, tokens.query, selection)
+    beside = getattr(selection, "beside", None)  # a selection may be of a user's own type
+    return y if beside is None else y + beside.read, ends, selection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +77,13 @@ class OnePass(Layout):
       plan: its buckets and who reads them.
       carries: whether each segment continues from the one before.
       borders: where segments end if the tokens decide; None if the plan does.
+      longest: the most tokens in a segment, if some are kept beside states.
     """
 
     plan: ReadPlan
     carries: bool
     borders: Borders | None = None
+    longest: int = 0
 
     def write(self, how: Writing, rows: Rows) -> tuple[Run, Views]:
         """In sequence, or in parallel if every segment begins anew.
@@ -96,11 +103,12 @@ class OnePass(Layout):
         if self.borders is not None:
             candidates = adaptive_candidates(plan, *keys, self.borders)
             matrices = how.memory.matrices(states_of(self.borders, ends.state))
-            return ArrayBank(how.memory, matrices, how.implementation), candidates
+            return self._with_exact(how, matrices, blocks, candidates)
         if document is None:
             candidates = candidates_of(plan, *keys)
         else:
-            candidates = document_candidates(plan, *keys, document)
+            spans = functools.partial(document_span_keys, plan, *keys, document)
+            candidates = document_candidates(plan, *keys, document)._replace(spans=spans)
         if document is not None and plan.spans_segments.any():
             states, reads = document_states(
                 how, ends, blocks.rows, plan, document, carries=self.carries
@@ -110,8 +118,27 @@ class OnePass(Layout):
             states = jax.tree.map(lambda x: x[:, :, plan.buckets[:, 1] - 1], ends.state)
         else:
             states = bucket_states(how, ends, blocks.rows, plan)
-        matrices = how.memory.matrices(states)
-        return ArrayBank(how.memory, matrices, how.implementation), candidates
+        return self._with_exact(how, how.memory.matrices(states), blocks, candidates)
+
+    def _with_exact(
+        self, how: Writing, matrices: Matrices, blocks: Blocks, candidates: Candidates
+    ) -> tuple[Bank, Candidates]:
+        """The bank, and the candidates with the tokens kept beside them."""
+        bank = ArrayBank(how.memory, matrices, how.implementation)
+        if not how.exact or not len(self.plan.buckets):
+            return bank, candidates
+        if self.borders is not None:
+            last, owner = self.borders.last, self.borders.segment
+            span = self.longest // self.plan.block_size
+        else:
+            owner, (first, after) = blocks.document, self.plan.buckets.T
+            last, span = after[None] - 1, int(np.max(after - first))
+            if span > 1:
+                owner = np.cumsum(self.plan.begins)[None, :, None] + (0 if owner is None else owner)
+                owner = jnp.broadcast_to(owner, (len(owner), *blocks.tokens.key.shape[2:4]))
+        sizes = span, how.exact, self.longest
+        exact = exact_of_blocks(how.memory, matrices, blocks, last, owner, *sizes)
+        return bank, candidates._replace(exact=exact)
 
 
 def writing(
@@ -128,8 +155,8 @@ def writing(
         states = initial_states(memory, weights, shape, *sizes, wide_dtype(tokens))
         return vary(states, varying(tokens.key))
 
-    dtypes = jax.tree.map(lambda x: x.dtype, tokens)
-    return Writing(memory, needs_of(aggregation, memory), initial, implementation, dtypes=dtypes)
+    needs = needs_of(aggregation, memory)
+    return Writing(memory, needs, initial, implementation, exact=aggregation.exact)
 
 
 def needs_of(aggregation: Aggregation, memory: Memory) -> tuple[LivePart, ...]:
@@ -153,7 +180,8 @@ def candidates_of(
 
         return Keys(*jax.vmap(jax.vmap(of_head))(key, pooled))
 
-    return Candidates(plan.reads[None], plan.distances[None], keys)
+    spans = functools.partial(span_keys, plan, plan, key, pooled)
+    return Candidates(plan.reads[None], plan.distances[None], keys, spans=spans)
 
 
 def gates_of_tokens(
@@ -175,7 +203,15 @@ def gates_of_tokens(
       In float32 or wider, the gates of the states of ``segmentation.plan(t).buckets``, in that
       order, and last the live memory's. With ``Adaptive`` the states are those of each row's
       finished segments. A state that a token does not read has 0.
+
+    Raises:
+      ValueError: for an aggregation with ``exact`` tokens, whose choice depends on the memories.
     """
+    if aggregation.exact:
+        raise ValueError(
+            f"gates beside exact tokens depend on what memories recall, got {aggregation}: only an "
+            "aggregation with exact=0 has gates without a memory"
+        )
     length = key.shape[1]
     plan = segmentation.plan(length)
     connector = jnp.zeros_like(key) if connector is None else connector
@@ -260,15 +296,20 @@ def cut_for(
     chunk = memory.gradient_chunk or exact_chunk(block, length, memory.largest_chunk)
     if length <= block:  # nothing reads the state at its end
         block = -(-length // chunk) * chunk
-    return cut(tokens, document, plan, block, chunk)
+    return cut(tokens, document, plan, block, chunk, came=memory.on_chip)
 
 
 def cut(
-    tokens: Tokens, document: Int[Array, "b t"] | None, plan: ReadPlan, block: int, chunk: int
+    tokens: Tokens,
+    document: Int[Array, "b t"] | None,
+    plan: ReadPlan,
+    block: int,
+    chunk: int,
+    came: bool = False,
 ) -> Blocks:
     """Cuts tokens (b, h, t, ...) into the plan's blocks, of ``block`` tokens, and chunks.
 
-    They are widened last of all: what takes narrow ones undoes just that.
+    With ``came``, also keeps the rows as they came.
     """
     dtype = wide_dtype(tokens)
     padding = plan.num_blocks * block - tokens.key.shape[2]
@@ -289,9 +330,11 @@ def cut(
     def in_chunks(tree: Any) -> Any:
         return jax.tree.map(lambda x: x.reshape(*x.shape[:3], -1, chunk, *x.shape[4:]), tree)
 
-    in_rows = widened(in_chunks(tokens))
-    rows = Rows(in_rows.query, in_rows.key, in_rows.value, in_rows.controls)
-    rows = rows._replace(begun=in_chunks(begun), bad=in_chunks(bad))
+    def rows_of(tokens: Tokens) -> Rows:
+        return Rows(*in_chunks((tokens.query, tokens.key, tokens.value, tokens.controls)))
+
+    rows = rows_of(widened(tokens))._replace(begun=in_chunks(begun), bad=in_chunks(bad))
+    rows = rows._replace(came=rows_of(raw) if came else None)
     return Blocks(widened(tokens), document, rows, raw.key.astype(dtype))
 
 

@@ -28,6 +28,7 @@ class Rows(NamedTuple):
         that it has a cotangent. None without packed documents.
       bad: the tokens with a number that was not finite and is zero now, see ``finite``; None if
         there are none.
+      came: the same rows before that, in their own dtype, for kernels that clean them; else None.
     """
 
     query: Float[Array, "b h n chunks m k"]
@@ -36,6 +37,7 @@ class Rows(NamedTuple):
     controls: Controls
     begun: Float[Array, "b h n chunks m"] | None = None
     bad: Bool[Array, "b h n chunks m"] | None = None
+    came: Any = None
 
 
 class Blocks(NamedTuple):
@@ -78,7 +80,7 @@ class Writing(NamedTuple):
       initial: makes the states before a run's first token, of a shape (b, h, ...).
       implementation: of the writing operations.
       maps: whether runs are wanted as maps, with their transitions, to compose them.
-      dtypes: in which the tokens came, before they were widened; None for as they are now.
+      exact: tokens to keep beside each cached state, as ``Aggregation.exact``.
     """
 
     memory: Memory
@@ -86,7 +88,7 @@ class Writing(NamedTuple):
     initial: Callable[[tuple[int, ...]], State]
     implementation: str | None
     maps: bool = False
-    dtypes: Any = None
+    exact: int = 0
 
     def with_no_reads(self) -> "Writing":
         """The same, keeping nothing of the live memory."""
@@ -125,6 +127,43 @@ class Keys(NamedTuple):
         return self.live, jnp.where(flat[..., None] >= 0, slots, 0).reshape(*shape, -1)
 
 
+class Exact(NamedTuple):
+    """Tokens kept beside cached states, by the states' numbers in the bank.
+
+    Attributes:
+      key: their keys, NaN where it is unknown which tokens to keep.
+      value: their values, finite.
+      longest: the most tokens in a segment; a token counts 1 / longest as much as a state.
+      counts: how many of its tokens each state has, from the first on; None if all states have all.
+      table: the ``Candidates.states`` whose slot i is known to hold state i or none, though they
+        are not static; None if there are none.
+    """
+
+    key: Float[Array, "b h states r k"]
+    value: Float[Array, "b h states r v"]
+    longest: int
+    counts: Int[Array, "_ states"] | None = None
+    table: Any = None
+
+
+class SpanKeys(NamedTuple):
+    """Several pooled keys per state, one for each equal span of its tokens.
+
+    Attributes:
+      live: of the span that each token lies in, up to and including the token.
+      ended: of the spans of each block, which is a segment.
+      seen: whether a span of a token's segment ended before the token's own, in its document.
+      states: as of ``Keys``.
+      slots: as of ``Keys``.
+    """
+
+    live: Float[Array, "b h n c k"]
+    ended: Float[Array, "b h n spans k"]
+    seen: np.ndarray | Bool[Array, "_ _n c spans"]
+    states: Float[Array, "b h states spans k"] | None = None
+    slots: Float[Array, "b h n r spans k"] | None = None
+
+
 class Candidates(NamedTuple):
     """The cached states that the tokens of each block may read, and what gates are made from.
 
@@ -137,6 +176,9 @@ class Candidates(NamedTuple):
       counts: segments that a state stands for, 0 for an empty slot; None for one each. A stream
         knows its empty slots by counts alone: ask ``gating.visible``.
       held: which numbers have a state, so that keys of others are ignored; None if unknown.
+      spans: makes several pooled keys per state, given the pooling and their number; None where
+        states have one each.
+      exact: the tokens kept beside the states; None if there are none.
     """
 
     states: np.ndarray | Int[Array, "_ n r"]
@@ -145,6 +187,20 @@ class Candidates(NamedTuple):
     same_document: Bool[Array, "b n c r"] | None = None
     counts: Int[Array, "b n r"] | None = None
     held: Bool[Array, "b states"] | None = None
+    spans: Callable[[str, int], SpanKeys] | None = None
+    exact: Exact | None = None
+
+
+class Beside(NamedTuple):
+    """What tokens kept exactly add to the outputs of a selection.
+
+    Attributes:
+      gates: the sum of the gates of each selected state's tokens, as the selection's own gates.
+      read: the gated sum of their values.
+    """
+
+    gates: Float[Array, "b h n c r"]
+    read: Float[Array, "b h n c v"]
 
 
 class OfBlocks(NamedTuple):
@@ -155,12 +211,14 @@ class OfBlocks(NamedTuple):
       gates: of the cached states.
       live: of the live memory.
       unread: if true, a token with a gate of 0 skips the state, even if that contains NaN.
+      beside: what kept tokens add; None for nothing.
     """
 
     states: np.ndarray | Int[Array, "_ n r"]
     gates: Float[Array, "b h n c r"]
     live: Float[Array, "b h n c"]
     unread: bool = False
+    beside: Beside | None = None
 
 
 class OfTokens(NamedTuple):
@@ -170,11 +228,13 @@ class OfTokens(NamedTuple):
       states: numbers of states in the bank, -1 for none.
       gates: of the cached states.
       live: of the live memory.
+      beside: what kept tokens add; None for nothing.
     """
 
     states: Int[Array, "b h n c s"]
     gates: Float[Array, "b h n c s"]
     live: Float[Array, "b h n c"]
+    beside: Beside | None = None
 
 
 Selection: TypeAlias = OfBlocks | OfTokens

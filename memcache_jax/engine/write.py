@@ -55,7 +55,7 @@ def write_blocks(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> t
     Returns:
       The runs up to the end of each block (b, h, n, ...), and what was kept of its chunks.
     """
-    run, kept = _write_finite(how, rows._replace(bad=None), restarts)
+    run, kept = _write_finite(how, rows, restarts)
     state, kept = spoil(how.memory, rows, restarts, run.state, kept)
     return run._replace(state=state), kept
 
@@ -65,6 +65,7 @@ def _write_finite(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> 
     memory, implementation = how.memory, how.implementation
     if memory.form == "affine" and set(how.needs) <= {"reads"} and _gains(how, rows, restarts):
         return write_at_once(how, rows, restarts)
+    rows = rows._replace(bad=None, came=None)
     if memory.form == "descent" and implementation == "pallas_gpu":
         ends, kept = write_descent(how, *chunk_writer(how, rows), rows, restarts)
         return Run(ends, None), kept
@@ -96,7 +97,8 @@ def _gains(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> bool:
 def write_at_once(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> tuple[Run, Views]:
     """``write_blocks`` of finite rows: maps of all chunks side by side, then applied in turn."""
     ends, kept = write_affine(how, rows, restarts)
-    return Run(ends, transitions(how, rows, restarts) if how.maps else None), kept
+    finite = rows._replace(bad=None, came=None)
+    return Run(ends, transitions(how, finite, restarts) if how.maps else None), kept
 
 
 def write_in_turn(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> tuple[Run, Views]:

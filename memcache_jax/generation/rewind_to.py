@@ -13,6 +13,7 @@ from memcache_jax._typing import Array, Bool, Int
 from memcache_jax.generation.apart import Frame, apart
 from memcache_jax.nn import LanguageModel
 from memcache_jax.nn.model_cache import LanguageModelCache
+from memcache_jax.streaming.rewind import where_it_lies
 
 
 def rewind_to(
@@ -70,7 +71,8 @@ def rewind_to(
         return cache
     borders = cache.borders(int(now.max()))
     begin = np.where(near, then, borders[np.searchsorted(borders, then, side="right") - 1])
-    cache, whole = _returned(cache, jnp.asarray(begin, jnp.int32), jnp.asarray(~near))
+    places = jnp.asarray(begin, jnp.int32), jnp.asarray(~near)
+    cache, whole = where_it_lies(_returned, cache, *places, others=1)
     if not np.all(whole):
         lost = np.flatnonzero(~np.asarray(whole)).tolist()
         raise ValueError(
@@ -117,7 +119,6 @@ def _checked(
     return ids, then
 
 
-@jax.jit
 def _returned(
     cache: LanguageModelCache, position: Int[Array, "b"], rows: Bool[Array, "b"]
 ) -> tuple[LanguageModelCache, Bool[Array, "b"]]:

@@ -1,5 +1,7 @@
 """Write rules: how a memory is written, and how it is read."""
 
+from typing import Any
+
 from memcache_jax.kernels.affine_update import AffineChunk as AffineChunk
 from memcache_jax.memories.affine import AffineMemory as AffineMemory
 from memcache_jax.memories.base import Memory
@@ -33,3 +35,8 @@ __all__ = [
     "Titans",
     "Vector",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    among = "Mamba-2 is SSD" if name.lower() == "mamba2" else f"there are {', '.join(__all__)}"
+    raise AttributeError(f"memcache_jax.memories has no {name}: {among}")

@@ -125,6 +125,7 @@ class DeepMemory(Memory):
     form: ClassVar[Form] = "descent"
     fixed: ClassVar[tuple[str, ...]] = (
         *("init", "write", "write_documents", "matrices", "forward", "read", "read_online"),
+        *("inner_gradient", "rates"),
     )
 
     chunk_size: int = 64
@@ -252,11 +253,8 @@ class DeepMemory(Memory):
         same: Bool[Array, "m m"] | None,
     ) -> tuple[DeepState, DeepChunk]:
         """``write``, where only tokens of the same document see each other."""
-        inputs, deltas = self._inner_gradient(anchor.weights, key, value)
-        if self.max_step_norm is not None:
-            pairs = zip(inputs, deltas, strict=True)
-            lengths = [_length(x) * _length(delta) for x, delta in pairs]
-            controls = {**controls, "eta": self._bounded_rate(controls, lengths)}
+        inputs, deltas = self.inner_gradient(anchor.weights, key, value)
+        controls = {**controls, "eta": self.rates(controls, inputs, deltas)}
         of_weights, *of_momentum = self._coefficients(controls, same)
         chunk = DeepChunk(start=state, inputs=inputs, deltas=deltas, **of_weights._asdict())
         momentum = (chunk._replace(**changed._asdict()).end() for changed in of_momentum)
@@ -275,6 +273,13 @@ class DeepMemory(Memory):
             decay=jnp.stack([jnp.stack(row) for row in decays]),
             mixing=jnp.stack([part.mixing[-1] for part in parts]),
         )
+
+    def rates(self, controls: Controls, inputs: Matrices, deltas: Matrices) -> Float[Array, "m"]:
+        """The ``eta`` of each token, shortened where ``max_step_norm`` asks for it."""
+        if self.max_step_norm is None:
+            return controls["eta"]
+        pairs = zip(inputs, deltas, strict=True)
+        return self._bounded_rate(controls, [_length(x) * _length(delta) for x, delta in pairs])
 
     def _bounded_rate(
         self, controls: Controls, lengths: Sequence[Float[Array, "*m"]]
@@ -317,7 +322,7 @@ class DeepMemory(Memory):
         """The weights; momentum is not read."""
         return state.weights
 
-    def _inner_gradient(
+    def inner_gradient(
         self, weights: Matrices, key: Float[Array, "m k"], value: Float[Array, "m v"]
     ) -> tuple[Matrices, Matrices]:
         """Inputs x_j and output gradients delta_j of each layer: its gradient is delta_j x_j^T.

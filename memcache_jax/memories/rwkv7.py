@@ -37,6 +37,7 @@ class RWKV7(MatrixMemory):
     """
 
     largest_chunk: ClassVar[int] = 32
+    on_chip: ClassVar[bool] = True
 
     @property
     def controls(self) -> Mapping[str, Control]:

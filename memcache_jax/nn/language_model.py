@@ -75,6 +75,7 @@ class LanguageModel(Output, nnx.Module):
         self, config: LanguageModelConfig, *, axis_names: AxisNames | None = None, rngs: nnx.Rngs
     ) -> None:
         check_instance("config", config, LanguageModelConfig, "an mc.nn.LanguageModelConfig")
+        check_instance("rngs", rngs, nnx.Rngs, "nnx.Rngs, such as nnx.Rngs(0)")
         self.config = config
         options: dict[str, Any] = dict(dtype=config.dtype, param_dtype=config.param_dtype)
         size = config.vocab_size, config.features

@@ -39,7 +39,8 @@ class LayerCache(MixerCache):
     @property
     def head_shape(self) -> tuple[int, ...]:
         """Number of heads, and their dimension."""
-        return self.memory.key_sum.shape[1::2]
+        shape = self.memory.key_sum.shape
+        return shape[1], shape[-1]
 
     @property
     def position(self) -> Array:

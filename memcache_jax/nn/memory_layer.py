@@ -260,7 +260,8 @@ class MemoryLayer(nnx.Module):
           sharding: how rows and heads are divided, as in ``mc.init_cache``.
           options: ``max_segments``, ``policy``, ``cache_dtype``, ``placement`` and ``rewind`` of
             ``mc.init_cache``. To go back, W earlier inputs of each convolution are kept too, and
-            with ``keep_ends``, for ``mc.rewind_to``, those at all segments' ends.
+            with ``keep_ends`` those at all segments' ends. These are for ``mc.rewind_to`` of a
+            language model, which rereads tokens: a layer alone does nothing with them.
 
         Raises:
           ValueError: as ``mc.init_cache``.
@@ -342,6 +343,8 @@ class MemoryLayer(nnx.Module):
             **self._rules,
             weights=self._initial_weights(),
         )
+        # Weights come with every call: a cache that took them too would copy them for each token.
+        memory = memory.replace(initial=cache.memory.initial)
         cache = LayerCache(memory, tails, past, cache.first, ends)
         return self._output(x, y, kept), cache, kept
 

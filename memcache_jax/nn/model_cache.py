@@ -11,7 +11,7 @@ from jax import lax
 
 from memcache_jax import _checks
 from memcache_jax._typing import Array, Bool, Int
-from memcache_jax.streaming.protocol import count_bytes, take_rows, zero_rows
+from memcache_jax.streaming.protocol import count_bytes, short_repr, take_rows, zero_rows
 from memcache_jax.streaming.rewind import taken_back, taken_back_from
 
 
@@ -31,6 +31,9 @@ class LanguageModelCache:
     states: list
     position: Any
     max_length: int | None = dataclasses.field(metadata=dict(static=True))
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
     @property
     def nbytes(self) -> int:

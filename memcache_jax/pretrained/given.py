@@ -40,7 +40,7 @@ class Given:
         """
         found = self.get("dtype", self.get("torch_dtype", "float32"))
         if found not in ("float32", "bfloat16", "float16", "float64"):
-            raise ValueError(f"{self.where}: dtype={found!r} is not served")
+            raise ValueError(f"{self.where}: dtype={found!r} is not supported")
         return found
 
     def replaced(self, **values: Any) -> "Given":
@@ -54,7 +54,7 @@ class Given:
             if name in self.values and self.values[name] not in among:
                 one_of = " or ".join(repr(value) for value in among)
                 raise ValueError(
-                    f"{self.where}: {name}={self.values[name]!r} is not served, only {one_of}"
+                    f"{self.where}: {name}={self.values[name]!r} is not supported, only {one_of}"
                 )
 
     def number(self, name: str, default: Any = None) -> float:
@@ -70,7 +70,7 @@ class Given:
         given = self.get("rope_parameters", self.get("rope_scaling", {}))
         kind = given.get("rope_type", given.get("type", "default"))
         if kind != "default":
-            raise ValueError(f"{self.where}: rope_type={kind!r} is not served, only 'default'")
+            raise ValueError(f"{self.where}: rope_type={kind!r} is not supported, only 'default'")
         base = given.get("rope_theta", self.get("rope_theta", 10_000.0))
         part = given.get("partial_rotary_factor", self.get("partial_rotary_factor", part))
         return float(base), float(part)
@@ -87,6 +87,8 @@ def read_given(folder: Path) -> Given:
       ValueError: if there is none, or it is no JSON object.
     """
     path = folder / "config.json"
+    if folder.name == "config.json" and folder.is_file():
+        raise ValueError(f"{folder} is a file: give the folder that it is in")
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json: give a folder as its library saves models")
     return Given(read_object(path), str(path))

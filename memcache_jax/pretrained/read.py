@@ -50,8 +50,8 @@ def load(
 
     Raises:
       ImportError: without the package ``safetensors``.
-      ValueError: for a folder that is not one, a family or an option of it that is not served, or
-        tensors that are missing, left over or of other shapes.
+      ValueError: for a folder that is not one, a family or an option of it that is not supported,
+        or tensors that are missing, left over or of other shapes.
 
     Example::
 

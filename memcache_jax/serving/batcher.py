@@ -1,7 +1,6 @@
 """Many requests at once, in the rows of one cache: continuous batching."""
 
 import collections
-import functools
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -92,10 +91,12 @@ class Batcher:
         self.model, self.max_length, self.store, self.text_of = model, max_length, store, text_of
         self._graph, self._state = apart(model)
         options = _checks.check_mapping("cache", cache)
-        self._empty = model.init_cache(1, max_length, **options)
+        self._empty = _on_device_of(self._state, model.init_cache(1, max_length, **options))
         steps: Any = model if "sharding" in options else for_steps(model)
         self._steps = apart(steps)
-        self._new_cache = functools.partial(steps.init_cache, rows, max_length, **options)
+        self._new_cache = lambda: _on_device_of(
+            self._state, steps.init_cache(rows, max_length, **options)
+        )
         self._cache: Any = self._new_cache()
         if self._empty.max_length is not None:  # policies that make no room may have less
             self.max_length = min(max_length, self._empty.max_length)
@@ -359,3 +360,15 @@ class Batcher:
                 request.add(token, self.text_of)
             if request.is_done:
                 self._leave(rows[i], request)
+
+
+def _on_device_of(state: Any, cache: Any) -> Any:
+    """The cache, committed to the parameters' device if they are committed to a single one.
+
+    A step's outputs are then committed, and an uncommitted cache would compile the step again.
+    """
+    places = {x.sharding for x in jax.tree.leaves(state) if x.committed}
+    if len(places) != 1 or len(place := places.pop().device_set) != 1:
+        return cache
+    device = next(iter(place))
+    return jax.tree.map(lambda x: x if x.committed else jax.device_put(x, device), cache)

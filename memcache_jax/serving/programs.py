@@ -103,13 +103,18 @@ def draw(logits: Float[Array, "b vocab"], draws: Draws) -> Int[Array, "b"]:
         ordered = jnp.where(of_row.top_p < 1, within_nucleus(ordered, of_row.top_p), ordered)
         return one(jnp.zeros_like(row).at[order].set(ordered), of_row)
 
-    # Sorting a vocabulary takes time, and most rows ask for none.
-    token = lax.cond(
-        limited.any(),
-        lambda: jnp.where(limited, jax.vmap(of_likely)(rows, draws), jax.vmap(one)(rows, draws)),
-        lambda: jax.vmap(one)(rows, draws),
-    )
+    def drawn() -> Array:
+        # Sorting a vocabulary takes time, and most rows ask for none.
+        return lax.cond(
+            limited.any(),
+            lambda: jnp.where(
+                limited, jax.vmap(of_likely)(rows, draws), jax.vmap(one)(rows, draws)
+            ),
+            lambda: jax.vmap(one)(rows, draws),
+        )
+
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    token = lax.cond((draws.temperature > 0).any(), drawn, lambda: greedy)
     token = jnp.where(draws.temperature > 0, token, greedy)
     broken = jnp.isnan(logits) | (logits == jnp.inf)  # a logit of -inf is a token that never comes
     return jnp.where(broken.any(axis=-1), -1, token)

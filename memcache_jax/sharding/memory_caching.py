@@ -15,7 +15,7 @@ import numpy as np
 
 from memcache_jax._typing import Array, Exchange, Float, Implementation, Int, Start
 from memcache_jax.adaptive import Adaptive
-from memcache_jax.aggregation import GRM, SSC, Aggregation, Residual, Soup
+from memcache_jax.aggregation import GRM, Aggregation, Residual, Soup
 from memcache_jax.engine.bank import compose_plan
 from memcache_jax.engine.documents import count_documents
 from memcache_jax.engine.one_pass import one_pass
@@ -27,6 +27,7 @@ from memcache_jax.segmentation import Lengths, ReadPlan, Segmentation
 from memcache_jax.sharding.division import Division
 from memcache_jax.sharding.layout import check_not_mapped_over
 from memcache_jax.sharding.parts import Part, last_before
+from memcache_jax.sparse import SSC
 
 
 def over_mesh(

@@ -1,6 +1,7 @@
 """One part of a sequence on a mesh: it writes its own segments and reads those of all parts."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +19,14 @@ from memcache_jax.engine.documents import (
     buckets_of_documents,
     running_document_keys,
 )
+from memcache_jax.engine.exact import exact_of_blocks
 from memcache_jax.engine.read import ArrayBank, Bank, blind_where_gates_are_zero
 from memcache_jax.engine.run import Layout
+from memcache_jax.engine.spans import span_keys
 from memcache_jax.engine.types import (
     Blocks,
     Candidates,
+    Exact,
     Keys,
     OfBlocks,
     OfTokens,
@@ -103,8 +107,10 @@ class Part(Layout):
         if self.document is not None and self.plan.spans_segments.any():
             return self._cached_of_documents(how, ends, blocks)
         candidates = self._candidates(blocks)
+        matrices = how.memory.matrices(ends.state)
+        if how.exact and len(self.plan.buckets):
+            candidates = candidates._replace(exact=self._exact(how, matrices, blocks, candidates))
         if self.ring:
-            matrices = how.memory.matrices(ends.state)
             bank = RingBank(how.memory, matrices, how.implementation, candidates.states, self.axis)
             return bank, candidates
         plan = self.plan
@@ -112,7 +118,6 @@ class Part(Layout):
             ends = _gathered(ends, self.axis)
             matrices = how.memory.matrices(bucket_states(how, ends, blocks.rows, plan))
         else:
-            matrices = how.memory.matrices(ends.state)
             if len(plan.buckets):  # else nothing is read of them
                 matrices = _gathered(matrices, self.axis)
             matrices = jax.tree.map(lambda x: x[:, :, plan.buckets[:, 1] - 1], matrices)
@@ -140,6 +145,20 @@ class Part(Layout):
         matrices = how.memory.matrices(states)
         bank = ArrayBank(how.memory, matrices, how.implementation)
         return bank, candidates._replace(states=reads)
+
+    def _exact(
+        self, how: Writing, matrices: Matrices, blocks: Blocks, candidates: Candidates
+    ) -> Exact:
+        """The tokens kept of all parts' segments, which are blocks; each part chooses its own."""
+        each = np.arange(self.own.num_blocks)[None]
+        sizes = 1, how.exact, self.own.block_size
+        own = exact_of_blocks(how.memory, matrices, blocks, each, blocks.document, *sizes)
+        count = len(self.plan.buckets)
+        key, value = (x[:, :, :count] for x in _gathered((own.key, own.value), self.axis))
+        counts = own.counts
+        if counts is not None:
+            counts = _gathered(counts, self.axis, dim=1)[:, :count]
+        return Exact(key, value, own.longest, counts, table=candidates.states)
 
     def _mine(self, table: Int[Array, "_ blocks r"]) -> Int[Array, "_ n r"]:
         """This part's rows of a table of all blocks."""
@@ -175,7 +194,12 @@ class Part(Layout):
             of_state = lax.all_gather(self.document[:, :, -1], self.axis, axis=1, tiled=True)
             after = jnp.asarray(plan.buckets[:, 1])[jnp.maximum(states[0], 0)]
             same = self.document[..., None] == of_state[:, after - 1][:, :, None]
-        return Candidates(states, distances, keys, same_document=same)
+        spans = functools.partial(
+            *(span_keys, own, plan, blocks.tokens.key, blocks.pooled),
+            document=blocks.document,
+            gather=lambda x, dim: lax.all_gather(x, self.axis, axis=dim, tiled=True),
+        )
+        return Candidates(states, distances, keys, same_document=same, spans=spans)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +224,8 @@ class RingBank(ArrayBank):
             return read_tokens(read, matrices, x, selection, self.implementation, self.axis)
         if selection.states is not self.table:  # a table of the aggregation's own
             slots = lax.axis_size(self.axis) * matrices[0].shape[2]
-            gates, every = gates_by_state(selection, slots), jnp.arange(slots)
+            own = selection._replace(beside=None)
+            gates, every = gates_by_state(own, slots), jnp.arange(slots)
             states = jnp.broadcast_to(every, (*self.table.shape[:2], slots))
             selection = OfBlocks(states, gates, selection.live, unread=True)
         read = blind_where_gates_are_zero(read) if selection.unread else read

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memcache_jax._typing import Array, Bool, Int
+from memcache_jax.streaming.exact import matrices_of
 from memcache_jax.streaming.ring import where_rows
 from memcache_jax.streaming.slots import Decided, Planned
 
@@ -112,7 +113,7 @@ def _whole_state(cache: Any, place: Int[Array, "b"] | None = None) -> Any:
         return cache.initial
     heads = cache.sizes[0]
     slots = jnp.broadcast_to(place[:, None, None], (len(place), heads, 1))
-    kept = cache.storages[0].take(cache.bank, slots)
+    kept = cache.storages[0].take(matrices_of(cache), slots)
     shaped = [
         x.reshape(len(place), heads, 1, *y.shape[1:]) for x, y in zip(kept, leaves, strict=True)
     ]

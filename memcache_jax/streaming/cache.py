@@ -16,11 +16,13 @@ from memcache_jax._checks import check_weights
 from memcache_jax._typing import Array, Bool, Int, Start, State
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.memories import Memory
+from memcache_jax.memories.pending import no_tokens
 from memcache_jax.segmentation import Segmentation
 from memcache_jax.streaming import storage
 from memcache_jax.streaming.borders import borders_of, returned
 from memcache_jax.streaming.config import CacheConfig
 from memcache_jax.streaming.eviction import Eviction
+from memcache_jax.streaming.exact import empty_recent, stored_shapes
 from memcache_jax.streaming.past import Past, empty_past, rewound
 from memcache_jax.streaming.protocol import MixerCache, placed, take_rows, zero_rows
 
@@ -36,14 +38,22 @@ class Cache(MixerCache):
     Attributes:
       initial: the state before the first token, (h, ...).
       position: tokens taken so far by each row, (b,).
-      state: the state of each track, (b, h, tracks, ...).
-      anchor: the states at the start of the current chunk; None for rules exact for any chunk.
+      state: the state of each track, (b, h, tracks, ...); with ``pending``, the state that the
+        current chunk began with.
+      anchor: the states at the start of the current chunk, for rules that need them besides the
+        live ones; else None.
+      pending: the tokens of the current chunk so far, (b, h, tracks, ...), of a deep memory whose
+        state is written once the chunk is complete; else None.
       transition: of the live segment's run, (b, h, 1, ...), where ``CacheConfig.composes``; else
         None.
-      key_sum: the sum of each track's keys so far, (b, h, tracks, k).
+      key_sum: the sum of each track's keys so far, (b, h, tracks, k); of each span of its run,
+        (b, h, tracks, spans, k), where states have several pooled keys, as in ``pooled``.
       record: what each slot holds.
-      bank: matrices of the cached states, (b, h, slots, in, out), in ``cache_dtype``; for their
-        layout on the host see ``storage.HostStorage``.
+      recent: the tokens of the live segment, some of which will be kept beside its state, if the
+        aggregation has ``exact`` tokens; else None.
+      bank: matrices of the cached states, (b, h, slots, in, out), in ``cache_dtype``, and after
+        them the keys and values of the tokens kept beside them, (b, h, slots, exact, k or v); for
+        their layout on the host see ``storage.HostStorage``.
       pooled: pooled keys of the cached states, (b, h, slots, k).
       past: what ``rewind`` needs; None where rows cannot go back.
       rewindable: by how many tokens each row can go back, (b,); None likewise.
@@ -57,9 +67,11 @@ class Cache(MixerCache):
     position: Any
     state: Any
     anchor: Any
+    pending: Any
     transition: Any
     key_sum: Any
     record: Any
+    recent: Any
     bank: Any
     pooled: Any
     past: Any
@@ -68,21 +80,24 @@ class Cache(MixerCache):
     config: CacheConfig = dataclasses.field(metadata=dict(static=True))
 
     common = ("initial",)
-    small = ("position", "state", "anchor", "transition", "key_sum", "record", "rewindable")
+    small = (
+        *("position", "state", "anchor", "pending", "transition", "key_sum", "record", "recent"),
+        "rewindable",
+    )
     shared = ("bank", "pooled", "past")
     zeroed = (
         "position",
         "record",
         "rewindable",
-    )  # the first token of a segment resets states and sums
-    axes = dict.fromkeys(("state", "anchor", "transition", "key_sum", "bank", "pooled"), "b h") | {
-        "initial": "h"
-    }
+    )  # a segment's first token resets states, sums and factors; older tokens are masked
+    axes = dict.fromkeys(
+        ("state", "anchor", "pending", "transition", "key_sum", "recent", "bank", "pooled"), "b h"
+    ) | {"initial": "h"}
 
     @property
     def sizes(self) -> tuple[int, int, int]:
         """Number of heads h, and their key and value dimensions k and v."""
-        _, heads, _, key_dim = self.key_sum.shape
+        heads, key_dim = self.key_sum.shape[1], self.key_sum.shape[-1]
         return heads, key_dim, self.config.memory.matrices(self.initial)[-1].shape[-1]
 
     def with_weights(self, weights: Mapping[str, Array]) -> "Cache":
@@ -95,11 +110,12 @@ class Cache(MixerCache):
     def storages(self) -> tuple[storage.Storage, storage.Storage]:
         """How ``bank`` and ``pooled`` store the cached states and their pooled keys."""
         config, first = self.config, self.first
-        matrices = jax.eval_shape(
-            lambda state: storage.pack(config.memory.matrices(state), config.cache_dtype),
-            self.initial,
-        )
-        key = jax.ShapeDtypeStruct(self.key_sum.shape[1::2], self.key_sum.dtype)
+        matrices = jax.eval_shape(config.memory.matrices, self.initial)
+        _, key_dim, value_dim = self.sizes
+        matrices = stored_shapes(config, matrices, key_dim, value_dim, self.key_sum.dtype)
+        matrices = jax.eval_shape(lambda x: storage.pack(x, config.cache_dtype), matrices)
+        sums = self.key_sum
+        key = jax.ShapeDtypeStruct((sums.shape[1], *sums.shape[3:]), sums.dtype)
         bank = storage.HostStorage if config.placement == "host" else storage.Storage
         slots = config.slots.num_slots
         return bank(slots, matrices, first), storage.Storage(slots, key, first)
@@ -198,9 +214,10 @@ def init_cache(
       placement: where cached states are kept: on the ``"device"``, or, for ``SSC``, in ``"host"``
         memory, from which only the states that a token selects are copied.
       rewind: W, by how many tokens ``Cache.rewind`` takes a row back. It costs the memory of W live
-        states, with their anchors and buckets, and of one cached state for every segment's end
-        among W tokens; a write of the live state for each token; and, in calls of more tokens than
-        a chunk, that the last W are written one by one. Going back copies one live state.
+        states and their buckets (for a deep memory with chunks, of the states and factors of the
+        chunks that W tokens touch), and of one cached state for every segment's end among W tokens.
+        Each token writes the live state once, and calls of more tokens than a chunk write the last
+        W one by one. Going back copies one live state.
       sharding: how rows, and then heads, are divided over a mesh: ``P("data")`` or
         ``P("data", "model")``. By default ``extend`` lays the cache out as the tokens it gets.
 
@@ -253,6 +270,13 @@ def _empty(
 
     tracks = slots.num_tracks if config.start == "independent" else 1
     state = jax.tree.map(lambda x: repeat(x, tracks), initial)
+    pending = None
+    if config.defers:
+        deep: Any = memory
+        empty = jax.vmap(functools.partial(no_tokens, deep))(initial)
+        # Zeros, as hosts make caches: a chunk's first token empties it.
+        pending = jax.tree.map(lambda x: jnp.zeros_like(repeat(x, tracks)), empty)
+    anchored = memory.gradient_chunk not in (None, 1) and pending is None
     transition = None
     if config.composes:
         identity = memory.identity(key_dim, jnp.dtype(dtype))
@@ -265,10 +289,12 @@ def _empty(
         initial=own(initial),
         position=jnp.zeros(batch, jnp.int32),
         state=own(state),
-        anchor=own(state) if memory.gradient_chunk else None,
+        anchor=own(state) if anchored else None,
+        pending=own(pending),
         transition=own(transition),
-        key_sum=jnp.zeros((batch, heads, slots.num_tracks, key_dim), dtype),
+        key_sum=jnp.zeros((batch, heads, slots.num_tracks, *config.spans, key_dim), dtype),
         record=own(slots.init(batch, heads, key_dim, dtype)),
+        recent=empty_recent(config, batch, heads, key_dim, value_dim, dtype=dtype),
         bank=None,
         pooled=None,
         past=None,

@@ -10,10 +10,11 @@ from jax.typing import DTypeLike
 from memcache_jax import _checks
 from memcache_jax._typing import Start
 from memcache_jax.adaptive import Adaptive
-from memcache_jax.aggregation import SSC, Aggregation
+from memcache_jax.aggregation import Aggregation
 from memcache_jax.caching import check_configuration
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Constant, Segmentation
+from memcache_jax.sparse import SSC
 from memcache_jax.streaming import storage
 from memcache_jax.streaming.eviction import POLICIES, Eviction
 from memcache_jax.streaming.schedule import make_schedule
@@ -91,6 +92,17 @@ class CacheConfig:
         return Planned(make_schedule(self.segmentation, self.max_length))
 
     @property
+    def spans(self) -> tuple[int, ...]:
+        """The spans axis of arrays of keys, which exists if states have several keys each."""
+        count = self.aggregation.num_keys
+        return (count,) if count > 1 and self.slots.num_slots else ()
+
+    @property
+    def defers(self) -> bool:
+        """Whether single tokens are kept as factors, and written once their chunk is complete."""
+        return self.memory.form == "descent" and self.memory.gradient_chunk != 1
+
+    @property
     def composes(self) -> bool:
         """Whether states of several segments follow from the maps of single ones."""
         slots = self.slots
@@ -117,6 +129,16 @@ class CacheConfig:
             raise ValueError(
                 "placement='host' is for SSC, which reads few states, and policies other than "
                 f"'merge', got {self.aggregation} and policy={config.policy!r}"
+            )
+        if self.aggregation.exact and self.placement == "host":
+            raise ValueError(
+                "exact tokens stay on the device: they need placement='device', got "
+                f"{self.aggregation} and placement={self.placement!r}"
+            )
+        if self.aggregation.exact and merges:
+            raise ValueError(
+                "exact tokens cannot be averaged: they need a policy other than 'merge', got "
+                f"{self.aggregation} and policy={config.policy!r}"
             )
         return config if config.slots.num_slots else dataclasses.replace(config, placement="device")
 

@@ -11,7 +11,7 @@ from jax import lax
 from memcache_jax import _checks
 from memcache_jax._checks import check_arguments
 from memcache_jax._eager import compiled
-from memcache_jax._typing import Array, Float, Int, Start
+from memcache_jax._typing import Array, Bool, Float, Int, Start
 from memcache_jax._varying import alike
 from memcache_jax.adaptive import Adaptive
 from memcache_jax.aggregation import Aggregation
@@ -108,7 +108,7 @@ def extend(
     some: Any = connector  # or None, which has no arrays to divide
     cache, tokens, counts = alike((cache, Tokens(query, key, value, some, controls), counts))
     rows = ((x, "b . h .") for x in (query, key, value, connector))
-    division = Division.of(*rows, (cache.position, "b"), (cache.key_sum, "b h . ."))
+    division = Division.of(*rows, (cache.position, "b"), (cache.key_sum, "b h"))
     if division is None:
         return compiled(_extend, cache, tokens, counts)
     # On the host a row's heads lie side by side, and all decide together where segments end.
@@ -129,31 +129,80 @@ def _extend(cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]) -> tuple[Arr
     config, memory, value = cache.config, cache.config.memory, tokens.value
     full = full_controls(memory, tokens.controls, tokens.key, tokens.value)
     tokens = widen(**tokens._replace(controls=full)._asdict(), dtype=cache.key_sum.dtype)
-    batch, heads, count = tokens.key.shape[:3]
+    count = tokens.key.shape[2]
+    lengths = jnp.minimum(lengths, count)  # traced lengths have not been checked
 
     block = config.segmentation.size
     chunk = memory.gradient_chunk
     if chunk is None:
         chunk = exact_chunk(block, config.max_length or 2 * block, memory.largest_chunk)
-    y = jnp.zeros_like(cache.key_sum, shape=(batch, heads, count, value.shape[-1]))
-    carry = (cache, jnp.zeros_like(lengths, jnp.int32), y)
-    single = functools.partial(_advance, tokens, lengths, chunk, 1)
-    singles = chunk - 1 + config.rewind  # the last tokens, which may be taken back, are among them
-    if chunk > 1 and count >= chunk + config.rewind:
-        whole = functools.partial(_advance, tokens, lengths, chunk, chunk)
-
-        def some(carry: tuple) -> tuple:
-            return _repeat(whole, count // chunk, _repeat(single, singles, carry))
-
-        # The rest of a chunk that was begun, then whole chunks; then what is left.
-        cache, _, y = _repeat(some, 2, carry)
-    else:
-        cache, _, y = _repeat(single, count, carry)
-    # Where positions end nothing advances: what is left of a call has not been taken.
-    token, room = jnp.arange(count)[None], _checks.LARGEST - carry[0].position[:, None]
+    start = cache.position
+    cache, y = _taken(chunk, cache, tokens, lengths)
+    # At the largest position nothing advances: the call's remaining tokens are not taken.
+    token, room = jnp.arange(count)[None], _checks.LARGEST - start[:, None]
     beyond = (token >= room) & (token < lengths[:, None])
     y = jnp.where(beyond[:, None, :, None], jnp.nan, y)
     return jnp.moveaxis(y, 1, 2).astype(value.dtype), cache
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _taken(
+    chunk: int, cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]
+) -> tuple[Cache, Float[Array, "b h t v"]]:
+    """The cache after so many tokens (b, h, t, ...) of each row, and their outputs.
+
+    Loops run while any row needs them, and change the cache in place. They have no reverse mode:
+    derivatives are those of ``_taken_in_scans``.
+    """
+    count = tokens.key.shape[2]
+    if count == 1:
+        cache, y = take_piece(cache, tokens, lengths > 0)
+        return cache, jnp.where((lengths > 0)[:, None, None, None], y, 0)
+    carry = _begin(cache, tokens, lengths)
+    single = functools.partial(_exhaust, tokens, lengths, chunk, 1)
+    if not _has_wholes(chunk, cache, count):
+        cache, _, y = single(carry)
+    else:
+        whole = functools.partial(_exhaust, tokens, lengths, chunk, chunk)
+        # The rest of a chunk that was begun, then whole chunks; then what is left.
+        cache, _, y = lax.fori_loop(0, 2, lambda _, carry: whole(single(carry)), carry)
+    return cache, y
+
+
+@_taken.defjvp
+def _(chunk: int, primals: tuple, tangents: tuple) -> tuple:
+    return jax.jvp(functools.partial(_taken_in_scans, chunk), primals, tangents)
+
+
+def _taken_in_scans(
+    chunk: int, cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]
+) -> tuple[Cache, Float[Array, "b h t v"]]:
+    """As ``_taken``, in as many steps as any row may need."""
+    count = tokens.key.shape[2]
+    carry = _begin(cache, tokens, lengths)
+    single = functools.partial(_advance, tokens, lengths, chunk, 1)
+    if not _has_wholes(chunk, cache, count):
+        cache, _, y = _repeat(single, count, carry)
+        return cache, y
+    whole = functools.partial(_advance, tokens, lengths, chunk, chunk)
+    singles = chunk - 1 + cache.config.rewind
+
+    def some(carry: tuple) -> tuple:
+        return _repeat(whole, count // chunk, _repeat(single, singles, carry))
+
+    cache, _, y = _repeat(some, 2, carry)
+    return cache, y
+
+
+def _has_wholes(chunk: int, cache: Cache, count: int) -> bool:
+    """Whether a row may take a whole chunk: the last tokens, to be taken back, are never in one."""
+    return chunk > 1 and count >= chunk + cache.config.rewind
+
+
+def _begin(cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]) -> tuple[Cache, Array, Array]:
+    batch, heads, count = tokens.key.shape[:3]
+    shape = batch, heads, count, tokens.value.shape[-1]
+    return cache, jnp.zeros_like(lengths, jnp.int32), jnp.zeros_like(cache.key_sum, shape=shape)
 
 
 def _repeat(advance: Any, times: int, carry: tuple) -> tuple:
@@ -162,27 +211,59 @@ def _repeat(advance: Any, times: int, carry: tuple) -> tuple:
     return lax.scan(lambda carry, _: (advance(carry), None), carry, length=times)[0]
 
 
+def _exhaust(
+    tokens: Tokens, lengths: Int[Array, "b"], chunk: int, size: int, carry: tuple
+) -> tuple[Cache, Array, Array]:
+    """Takes whole chunks, or single tokens, until no row has any left."""
+
+    def active(carry: tuple) -> Bool[Array, "b"]:
+        cache, done, _ = carry
+        return _active(cache, done, lengths, chunk, size)
+
+    return lax.while_loop(
+        lambda carry: active(carry).any(),
+        lambda carry: _step(tokens, size, active(carry), carry),
+        carry,
+    )
+
+
 def _advance(
     tokens: Tokens, lengths: Int[Array, "b"], chunk: int, size: int, carry: tuple
 ) -> tuple[Cache, Array, Array]:
     """Takes a whole chunk in rows that have one, or one token in the others."""
-    cache, done, y = carry
+    cache, done, _ = carry
+    active = _active(cache, done, lengths, chunk, size)
+    return lax.cond(
+        active.any(),
+        functools.partial(_step, tokens, size, active),
+        lambda carry: carry,
+        carry,
+    )
+
+
+def _active(
+    cache: Cache, done: Int[Array, "b"], lengths: Int[Array, "b"], chunk: int, size: int
+) -> Bool[Array, "b"]:
+    """The rows whose next tokens are a whole chunk, or come one by one."""
     last = lengths - cache.config.rewind
     whole = (cache.position % chunk == 0) & (done + chunk <= last)
-    active = whole if size == chunk else ~whole & (done < lengths)
+    if size == chunk and chunk > 1:
+        return whole
+    return done < lengths if chunk == 1 else ~whole & (done < lengths)
 
-    def go(cache: Cache, y: Array) -> tuple[Cache, Array]:
-        # At a row's end the slice is shifted back; the row is then not active.
-        piece = jax.tree.map(
-            lambda x: jax.vmap(lambda x, begin: lax.dynamic_slice_in_dim(x, begin, size, axis=1))(
-                x, done
-            ),
-            tokens,
-        )
-        new, out = take_piece(cache, piece, active)
-        place = jnp.where(active, done, y.shape[2])[:, None] + jnp.arange(size)[None]
-        put = jax.vmap(lambda y, out, place: y.at[:, place].set(out, mode="drop"))
-        return new, put(y, out, place)
 
-    cache, y = lax.cond(active.any(), go, lambda cache, y: (cache, y), cache, y)
-    return cache, done + size * active, y
+def _step(
+    tokens: Tokens, size: int, active: Bool[Array, "b"], carry: tuple
+) -> tuple[Cache, Array, Array]:
+    cache, done, y = carry
+    # At a row's end the slice is shifted back; the row is then not active.
+    piece = jax.tree.map(
+        lambda x: jax.vmap(lambda x, begin: lax.dynamic_slice_in_dim(x, begin, size, axis=1))(
+            x, done
+        ),
+        tokens,
+    )
+    cache, out = take_piece(cache, piece, active)
+    place = jnp.where(active, done, y.shape[2])[:, None] + jnp.arange(size)[None]
+    put = jax.vmap(lambda y, out, place: y.at[:, place].set(out, mode="drop"))
+    return cache, done + size * active, put(y, out, place)

@@ -1,8 +1,8 @@
-"""What takes a cache back by tokens: its arrays before each of them, and the states they replaced.
+"""The history that takes a cache back by tokens: arrays before each token, and replaced states.
 
-A token writes the live arrays anew and, where its segment ends, a few slots. So a cache keeps the
-live arrays before each of the last ``rewind`` tokens, which are therefore written one by one, and
-what the slots held before each of the segments' ends among them.
+A token rewrites the live arrays and, where its segment ends, a few slots. So a cache keeps the live
+arrays from before each of the last ``rewind`` tokens, which are therefore written one by one, and
+what the slots held before each segment's end among these tokens.
 """
 
 import dataclasses
@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from memcache_jax._typing import Array, Bool, Int
+from memcache_jax.memories.pending import Pending
+from memcache_jax.streaming.in_place import change_if
 from memcache_jax.streaming.rewind import taken_back
 from memcache_jax.streaming.ring import Ring, where_rows
 from memcache_jax.streaming.storage import Storage
@@ -22,20 +24,24 @@ class Past(NamedTuple):
     """Rings, or their arrays, of a cache with ``rewind``.
 
     Attributes:
-      live: the state, anchor, transition and sum of keys before each token.
+      live: the state, anchor, transition and sum of keys before each token; for memories that defer
+        writes, the shares of the pending tokens and the sum of keys.
+      chunks: the states that such memories' last chunks began with, and the chunks' tokens; None
+        for other memories.
       record: the record of the slots before each token.
-      slots: those that the end of each segment replaced, (b, n); ``num_slots`` for none.
-      bank: the matrices that were there, (b, h, n, in, out).
-      pooled: and their pooled keys, (b, h, n, k).
+      slots: the slots that the end of each segment overwrote, (b, n); ``num_slots`` for none.
+      bank: the matrices that those slots held, (b, h, n, in, out).
+      pooled: their pooled keys, (b, h, n, k).
     """
 
     live: Any
+    chunks: Any
     record: Any
     slots: Any
     bank: Any
     pooled: Any
 
-    LETTERS = ("b . . h", "b", "b", "b . . h", "b . . h")
+    LETTERS = ("b . . h", "b . . h", "b", "b", "b . . h", "b . . h")
 
 
 def rings_of(cache: Any) -> Past:
@@ -43,20 +49,31 @@ def rings_of(cache: Any) -> Past:
     config, first = cache.config, cache.first
     size, slots = config.rewind, config.slots
     live, record = Ring(size, _live(cache), first), Ring(size, cache.record, first)
+    chunks = None
+    if config.defers:
+        borders = -(-size // config.memory.gradient_chunk)
+        chunks = Ring(borders, _begun(cache), first)
     if not slots.num_slots:
-        return Past(live, record, None, None, None)
-    ends = -(-size // config.segmentation.size)
-    count = slots.num_tracks + _merges(config)
+        return Past(live, chunks, record, None, None, None)
+    return Past(live, chunks, record, *rings_of_slots(cache))
+
+
+def rings_of_slots(cache: Any) -> tuple[Ring, Ring, Ring]:
+    """The rings of what segments' ends replaced."""
+    config = cache.config
+    ends = -(-config.rewind // config.segmentation.size)
+    count = config.slots.num_tracks + _merges(config)
 
     def ring(storage: Storage) -> Ring:
         rows = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((1, len(x), count, *x.shape[1:]), x.dtype),
             storage.state,
         )
-        return Ring(ends, rows, first)
+        return Ring(ends, rows, cache.first)
 
     places = jax.ShapeDtypeStruct((1, count), jnp.int32)
-    return Past(live, record, Ring(ends, places, first), *map(ring, cache.storages))
+    of_states, of_keys = cache.storages
+    return Ring(ends, places, cache.first), ring(of_states), ring(of_keys)
 
 
 def empty_past(cache: Any, rows: int, *layers: int) -> Past:
@@ -65,7 +82,7 @@ def empty_past(cache: Any, rows: int, *layers: int) -> Past:
 
 
 def remember_token(cache: Any, active: Bool[Array, "b"]) -> Past:
-    """What is kept once one more token comes to active rows of this cache."""
+    """Adds the cache's arrays to the history, before active rows take one more token."""
     rings, past = rings_of(cache), cache.past
     at = cache.position[:, None], active[:, None]
     live, record = jax.tree.map(lambda x: x[:, None], (_live(cache), cache.record))
@@ -75,6 +92,28 @@ def remember_token(cache: Any, active: Bool[Array, "b"]) -> Past:
     )
 
 
+def remember_chunk(cache: Any, complete: Bool[Array, "b"]) -> tuple[Past, Bool[Array, "b"]]:
+    """Adds complete chunks to the history, before their tokens are written.
+
+    Returns:
+      The history, and the rows to use in place of ``complete``: see ``remember_slots``.
+    """
+    past = cache.past
+    number = cache.position // cache.config.memory.gradient_chunk
+    args = without_arrays(cache), _begun(cache), number
+    chunks, complete = change_if(_with_chunks, complete.any(), (past.chunks, complete), args)
+    return past._replace(chunks=chunks), complete
+
+
+def _with_chunks(
+    kept: tuple[Any, Array], cache: Any, begun: tuple, number: Int[Array, "b"]
+) -> tuple[Any, Array]:
+    arrays, complete = kept
+    rows = jax.tree.map(lambda x: x[:, None], begun)
+    ring = Ring(-(-cache.config.rewind // cache.config.memory.gradient_chunk), begun, cache.first)
+    return ring.put(arrays, rows, number[:, None], complete[:, None]), complete
+
+
 def remember_slots(
     cache: Any,
     block: Int[Array, "b"],
@@ -82,34 +121,36 @@ def remember_slots(
     place: Int[Array, "b tracks"],
     merge: Any,
 ) -> tuple[Past, Int[Array, "b tracks"], Any]:
-    """What is kept once the slots at ``place``, and those that merge, are written at a block's end.
+    """Adds to the history what a block's end overwrites: slots at ``place``, and those that merge.
 
     Returns:
-      It, the places and the merge, to be used in their stead: writes then wait for reads, without
-      which XLA would copy the bank.
+      The history, and the places and merge to use in place of the arguments: writes then wait for
+      reads; otherwise XLA would copy the bank.
     """
-    rings, batch = rings_of(cache), len(block)
+    of_slots = cache.past[3:]
+    args = without_arrays(cache), cache.bank, cache.pooled, block, ended
+    carry = of_slots, place.astype(jnp.int32), merge
+    of_slots, place, merge = change_if(_with_slots, ended.any(), carry, args)
+    return Past(*cache.past[:3], *of_slots), place, merge
+
+
+def _with_slots(
+    kept: tuple, cache: Any, bank: Any, pooled: Any, block: Int[Array, "b"], ended: Bool[Array, "b"]
+) -> tuple:
+    of_slots, place, merge = kept
     of_states, of_keys = cache.storages
-
-    def save(past: Past, place: Array, merge: Any) -> tuple[Past, Array, Any]:
-        places = [place]
-        if _merges(cache.config):
-            nowhere = jnp.full(batch, of_keys.num_slots)
-            places.append((nowhere if merge is None else merge.into)[:, None])
-        slots = jnp.concatenate(places, axis=1).astype(jnp.int32)
-        each = jnp.broadcast_to(slots[:, None], (batch, len(of_keys.state), slots.shape[1]))
-        held = of_states.take(cache.bank, each), of_keys.take(cache.pooled, each)
-        put = [
-            ring.put(
-                arrays, jax.tree.map(lambda x: x[:, None], rows), block[:, None], ended[:, None]
-            )
-            for ring, arrays, rows in zip(rings[2:], past[2:], (slots, *held), strict=True)
-        ]
-        return Past(*past[:2], *put), place, merge
-
-    return lax.cond(
-        ended.any(), save, lambda *same: same, *(cache.past, place.astype(jnp.int32), merge)
-    )
+    places = [place]
+    if _merges(cache.config):
+        nowhere = jnp.full(len(block), of_keys.num_slots)
+        places.append((nowhere if merge is None else merge.into)[:, None])
+    slots = jnp.concatenate(places, axis=1).astype(jnp.int32)
+    each = jnp.broadcast_to(slots[:, None], (len(block), len(of_keys.state), slots.shape[1]))
+    held = of_states.take(bank, each), of_keys.take(pooled, each)
+    put = [
+        ring.put(arrays, jax.tree.map(lambda x: x[:, None], rows), block[:, None], ended[:, None])
+        for ring, arrays, rows in zip(rings_of_slots(cache), of_slots, (slots, *held), strict=True)
+    ]
+    return tuple(put), place, merge
 
 
 def rewound(cache: Any, tokens: Int[Array, "b"]) -> Any:
@@ -117,18 +158,24 @@ def rewound(cache: Any, tokens: Int[Array, "b"]) -> Any:
     rings, past, config = rings_of(cache), cache.past, cache.config
     position, rewindable = taken_back(cache.position, cache.rewindable, tokens)
     moved = (tokens > 0) & (position < cache.position)
-    state, anchor, transition, key_sum = where_rows(
-        moved, rings.live.at(past.live, position), _live(cache)
-    )
+    live = where_rows(moved, rings.live.at(past.live, position), _live(cache))
     changes: dict[str, Any] = dict(
         position=position,
         rewindable=rewindable,
-        state=state,
-        anchor=anchor,
-        transition=transition,
-        key_sum=key_sum,
         record=where_rows(moved, rings.record.at(past.record, position), cache.record),
     )
+    if rings.chunks is None:
+        names = "state", "anchor", "transition", "key_sum"
+        changes |= dict(zip(names, live, strict=True))
+    else:
+        chunk = config.memory.gradient_chunk
+        number = position // chunk
+        crossed = moved & (number < cache.position // chunk)
+        begun = where_rows(crossed, rings.chunks.at(past.chunks, number), _begun(cache))
+        (weights, momentum), key_sum = live
+        state, inputs, deltas = begun
+        pending = Pending(inputs, deltas, weights, momentum)
+        changes |= dict(state=state, pending=pending, key_sum=key_sum)
     if rings.slots is not None:
         segment, none = config.segmentation.size, config.slots.num_slots
 
@@ -148,7 +195,20 @@ def rewound(cache: Any, tokens: Int[Array, "b"]) -> Any:
     return dataclasses.replace(cache, **changes)
 
 
+def without_arrays(cache: Any) -> Any:
+    """The cache without its large arrays: what ``Cache.storages`` needs."""
+    none = dict.fromkeys(("state", "anchor", "pending", "bank", "pooled", "past"))
+    return dataclasses.replace(cache, **none)
+
+
+def _begun(cache: Any) -> tuple:
+    """The states with which chunks began, and the factors of their tokens."""
+    return cache.state, cache.pending.inputs, cache.pending.deltas
+
+
 def _live(cache: Any) -> tuple:
+    if cache.pending is not None:
+        return (cache.pending.weights, cache.pending.momentum), cache.key_sum
     return cache.state, cache.anchor, cache.transition, cache.key_sum
 
 

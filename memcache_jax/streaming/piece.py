@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,10 +30,19 @@ from memcache_jax.engine.types import (
 from memcache_jax.engine.write import extended, write_chunk
 from memcache_jax.memories import Memory
 from memcache_jax.memories.base import Run
+from memcache_jax.memories.pending import Pending
 from memcache_jax.streaming import storage
 from memcache_jax.streaming.cache import Cache
+from memcache_jax.streaming.deferred import emptied, pending_with, reset, settle
 from memcache_jax.streaming.eviction import Merge
-from memcache_jax.streaming.past import remember_slots, remember_token
+from memcache_jax.streaming.exact import exact_of, matrices_of, remember, with_worst
+from memcache_jax.streaming.in_place import change_if
+from memcache_jax.streaming.past import (
+    remember_chunk,
+    remember_slots,
+    remember_token,
+)
+from memcache_jax.streaming.spans import check_pooling, span_keys, sums_of
 
 
 def take_piece(
@@ -48,6 +58,7 @@ def take_piece(
         more = jnp.minimum(cache.rewindable + 1, config.rewind) if size == 1 else 0
         rewindable = jnp.where(active, more, cache.rewindable)
         cache = dataclasses.replace(cache, past=past, rewindable=rewindable)
+    defers = config.defers and size == 1
     cache = _begun(cache, block, into_block)
 
     tokens, bad = cleaned(jax.tree.map(lambda x: x[:, :, None], piece))
@@ -55,7 +66,7 @@ def take_piece(
     rows = jax.tree.map(lambda x: x[:, :, None], rows)
     how = Writing(memory, needs_of(aggregation, memory), lambda shape: None, None)
     how = how.with_maps(config.composes)
-    layout = Piece(cache, block)
+    layout = Piece(cache, block, active)
     y, ends, selection = run(layout, how, aggregation, Blocks(tokens, None, rows, tokens.key))
     y = y[:, :, 0]
 
@@ -66,47 +77,79 @@ def take_piece(
         inside = jnp.arange(size)[None] < left
         y, complete = jnp.where(inside[:, None, :, None], y, jnp.nan), complete & inside[:, -1]
     keep = functools.partial(_where, active[:, None])
-    ends = jax.tree.map(keep, ends, Run(cache.state, cache.transition))
+    if defers:
+        cache = _with_pending(cache, ends.state, active, after=y)
+    else:
+        ends = jax.tree.map(keep, ends, Run(cache.state, cache.transition))
+        state = _followed(memory, ends, complete) if config.composes else ends.state
+        cache = dataclasses.replace(cache, state=state, transition=ends.transition)
     cache = dataclasses.replace(
         cache,
         position=_checks.advanced(cache.position, size * active),
-        state=_followed(memory, ends, complete) if config.composes else ends.state,
-        transition=ends.transition,
-        key_sum=keep(cache.key_sum + piece.key.sum(axis=2)[:, :, None], cache.key_sum),
+        key_sum=keep(cache.key_sum + sums_of(cache, block, piece.key), cache.key_sum),
         record=slots.count_reads(cache.record, selection, active),
+        recent=remember(cache, tokens, bad, active),
     )
     keeps = ended if config.rewind and size == 1 else None
     return _store(cache, block, complete, after=y, keeps=keeps), y
 
 
 def _begun(cache: Cache, block: Int[Array, "b"], into_block: Int[Array, "b"]) -> Cache:
-    """The cache after resetting the runs that begin with a row's next token."""
-    config = cache.config
+    """The cache after resetting the runs and chunks that begin with a row's next token."""
+    config, memory = cache.config, cache.config.memory
     begins = (into_block == 0)[:, None] & config.slots.begins(cache.record, block)
     restart = begins if config.start == "independent" else (cache.position == 0)[:, None]
-    state = jax.tree.map(
-        lambda old, new: _where(restart, jnp.broadcast_to(new[None, :, None], old.shape), old),
-        cache.state,
-        cache.initial,
+
+    state, anchor, pending, transition = (
+        *(cache.state, cache.anchor, cache.pending),
+        cache.transition,
     )
-    anchor = cache.anchor
-    if config.memory.gradient_chunk:
-        anew = (cache.position % config.memory.gradient_chunk == 0)[:, None]
-        anchor = jax.tree.map(lambda new, old: _where(anew, new, old), state, anchor)
-    key_sum = _where(begins, jnp.zeros_like(cache.key_sum), cache.key_sum)
-    transition = cache.transition
+    anew = cache.position % (memory.gradient_chunk or 1) == 0
+    if pending is None:  # each token writes the state anyway, and these selects along with it
+        state = _reset(state, restart, cache.initial)
+    else:
+        state = reset(state, restart, cache.initial)
+        pending = emptied(memory, cache.initial, pending, anew)
+    if anchor is not None:
+        anchor = jax.tree.map(functools.partial(_where, anew[:, None]), state, anchor)
     if config.composes:
-        identity = config.memory.identity(key_sum.shape[-1], key_sum.dtype)
-        transition = jax.tree.map(
-            lambda old, new: _where(
-                begins[:, :1], jnp.broadcast_to(new[None, None, None], old.shape), old
-            ),
-            transition,
-            identity,
-        )
+        identity = memory.identity(cache.key_sum.shape[-1], cache.key_sum.dtype)
+        identity = jax.tree.map(lambda x: x[None], identity)
+        transition = _reset(transition, begins[:, :1], identity)
+    key_sum = _where(begins, jnp.zeros_like(cache.key_sum), cache.key_sum)
     return dataclasses.replace(
-        cache, state=state, anchor=anchor, key_sum=key_sum, transition=transition
+        cache, state=state, anchor=anchor, pending=pending, key_sum=key_sum, transition=transition
     )
+
+
+def _reset(state: Any, restart: Bool[Array, "b tracks"], initial: Any) -> Any:
+    """Arrays (b, h, tracks, ...), with the marked tracks reset to the initial ones, (h, ...)."""
+    return jax.tree.map(
+        lambda old, new: _where(restart, jnp.broadcast_to(new[None, :, None], old.shape), old),
+        state,
+        initial,
+    )
+
+
+def _once_read(after: Array, rows: Bool[Array, "b"]) -> Bool[Array, "b"]:
+    """The rows, made to depend on ``after``.
+
+    XLA copies an array that is read and written, unless the write depends on the read.
+    """
+    most = lax.stop_gradient(after).max()
+    return rows & ~(most > jnp.maximum(most, 0))
+
+
+def _with_pending(cache: Cache, pending: Pending, active: Bool[Array, "b"], after: Array) -> Cache:
+    """The cache with one more token in its chunk, written if that is then complete."""
+    memory: Any = cache.config.memory
+    chunk = memory.chunk_size
+    complete = _once_read(after, active & (cache.position % chunk == chunk - 1))
+    cache = dataclasses.replace(cache, pending=pending)
+    if cache.config.rewind:
+        past, complete = remember_chunk(cache, complete)
+        cache = dataclasses.replace(cache, past=past)
+    return dataclasses.replace(cache, state=settle(cache.state, pending, complete))
 
 
 def _followed(memory: Memory, ends: Run, complete: Bool[Array, "b"]) -> State:
@@ -130,16 +173,22 @@ class Piece(Layout):
     Attributes:
       cache: from ``_begun``.
       block: each row's block of the sequence.
+      active: the rows that take the tokens.
     """
 
     cache: Cache
     block: Int[Array, "b"]
+    active: Bool[Array, "b"]
 
     def write(self, how: Writing, rows: Rows) -> tuple[Run, Views]:
-        """Writes the tokens into track 0, the live one, which alone is read, and into all others.
+        """Writes the tokens into all tracks, of which only track 0, the live one, is read.
 
-        If runs compose, the others are updated once the block is complete.
+        If runs compose, the others are updated once the block is complete. A single token of a deep
+        memory stays pending: the runs returned then hold ``Cache.pending`` in place of states.
         """
+        if self.cache.config.defers and rows.key.shape[4] == 1:
+            pending, kept = pending_with(how, self.cache, rows, self.active)
+            return Run(pending, None), kept
         chunk = jax.tree.map(lambda x: x[:, :, 0, 0], rows._replace(bad=None))
         states = self.cache.state, self.cache.anchor
 
@@ -169,10 +218,7 @@ class Piece(Layout):
         config, slots = cache.config, cache.config.slots
 
         def keys(pooling: str) -> Keys:
-            if pooling != config.aggregation.pooling:
-                raise ValueError(
-                    f"the cache pools keys by {config.aggregation.pooling!r}, got {pooling!r}"
-                )
+            check_pooling(config, pooling)
             live = cache.key_sum[:, :, :1, None] + jnp.cumsum(key, axis=3)
             if pooling == "mean":
                 before = (
@@ -184,6 +230,8 @@ class Piece(Layout):
             return Keys(live, cache.storages[1].all(cache.pooled))
 
         candidates = slots.candidates(cache.record, self.block, keys)
+        spans = functools.partial(span_keys, cache, key)
+        candidates = candidates._replace(exact=exact_of(cache, key.dtype), spans=spans)
         return SlotBank(how.memory, cache, key.dtype), candidates
 
 
@@ -217,14 +265,14 @@ class SlotBank(Bank):
         stored, slots = cache.storages[0], cache.config.slots.num_slots
         few = isinstance(selection, OfTokens) and size * selection.states.shape[-1] < slots
         if cache.config.placement == "device" and not few:
-            matrices = storage.unpack(stored.all(cache.bank), self.dtype)
+            matrices = storage.unpack(stored.all(matrices_of(cache)), self.dtype)
             return ArrayBank(self.memory, matrices, None), selection, x
         states = jnp.asarray(selection.states)
         if isinstance(selection, OfBlocks):
             states = jnp.where(selection.gates != 0, states[:, None, :, None], -1)
         # Each token becomes a block of its own, with its states side by side.
         states = states.reshape(batch, heads, -1)
-        near = stored.take(cache.bank, jnp.maximum(states, 0))
+        near = stored.take(matrices_of(cache), jnp.maximum(states, 0))
         matrices = storage.unpack(near, self.dtype)
         # A slot that is not read may hold NaN, and its gate of zero would not hide it.
         matrices = jax.tree.map(lambda m: jnp.where(states[..., None, None] >= 0, m, 0), matrices)
@@ -243,14 +291,12 @@ def _store(
 ) -> Cache:
     """Stores the states of the runs that end here, once ``after`` has been read.
 
-    In rows where it ``keeps`` them, what they replace can be put back.
+    In the rows that ``keeps`` marks, what they replace is remembered for ``rewind``.
     """
     config, slots = cache.config, cache.config.slots
     if not slots.num_slots:
         return cache
-    # XLA copies an array that is read and written, unless the write depends on the read.
-    most = lax.stop_gradient(after).max()
-    ends &= ~(most > jnp.maximum(most, 0))
+    before, ends = cache, _once_read(after, ends)
     record, place, merge = slots.store(cache.record, block, ends, cache.key_sum)
     if keeps is not None:
         past, place, merge = remember_slots(cache, block, keeps, place, merge)
@@ -260,13 +306,40 @@ def _store(
         shape = pooled.shape[:3]
         states = jax.tree.map(lambda x: jnp.broadcast_to(x, (*shape, *x.shape[3:])), states)
     if config.aggregation.pooling == "mean":
-        pooled /= slots.tokens(cache.record, block).astype(pooled.dtype)[:, None, :, None]
-    pooled = jnp.where(jnp.isfinite(pooled), pooled, jnp.nan)  # as in one pass: no gate is known
-    states, bank, keys = config.memory.matrices(states), cache.bank, cache.pooled
+        tokens = slots.tokens(cache.record, block)
+        if config.spans:
+            # A track without a state has fewer tokens than keys.
+            tokens = jnp.maximum(tokens // config.aggregation.num_keys, 1)
+        pooled /= tokens.astype(pooled.dtype).reshape(len(tokens), 1, -1, *[1] * (pooled.ndim - 3))
+    pooled = jnp.where(jnp.isfinite(pooled), pooled, jnp.nan)  # as in one pass: gates are unknown
+    states = with_worst(before, config.memory.matrices(states), block, ends)
     of_states, of_keys = cache.storages
+    put = functools.partial(_stored, config.cache_dtype, of_states.made_again, of_keys.made_again)
+    kept, args = (cache.bank, cache.pooled), (cache.first, states, pooled, place, merge)
+    if config.placement == "host":
+        bank, keys = put(kept, *args)
+    else:
+        bank, keys = change_if(put, ends.any(), kept, args)
+    return dataclasses.replace(cache, bank=bank, pooled=keys, record=record)
+
+
+def _stored(
+    cache_dtype: Any,
+    states_of: Callable[[Any], storage.Storage],
+    keys_of: Callable[[Any], storage.Storage],
+    kept: tuple[Any, Any],
+    first: Any,
+    states: Any,
+    pooled: Array,
+    place: Int[Array, "b tracks"],
+    merge: Merge | None,
+) -> tuple[Any, Any]:
+    """The bank and pooled keys with states at their places, after others have merged."""
+    of_states, of_keys = states_of(first), keys_of(first)
+    bank, keys = kept
     if merge is not None:
         bank, keys = lax.cond(
-            (merge.into < slots.num_slots).any(),
+            (merge.into < of_keys.num_slots).any(),
             lambda bank, keys: (
                 _merge(merge, of_states, bank, states),
                 _merge(merge, of_keys, keys, pooled),
@@ -274,9 +347,8 @@ def _store(
             lambda *kept: kept,
             *(bank, keys),
         )
-    keys = of_keys.put(keys, pooled, place)
-    bank = of_states.put(bank, storage.pack(states, config.cache_dtype), place)
-    return dataclasses.replace(cache, bank=bank, pooled=keys, record=record)
+    bank = of_states.put(bank, storage.pack(states, cache_dtype), place)
+    return bank, of_keys.put(keys, pooled, place)
 
 
 def _merge(merge: Merge, bank: storage.Storage, kept: Any, new: Any) -> Any:

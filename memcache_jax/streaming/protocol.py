@@ -77,6 +77,11 @@ class MixerCache:
             metadata = getattr(cls.__dict__.get(name), "metadata", {})
             if name not in declared and not metadata.get("static"):
                 raise TypeError(f"{cls.__name__}.{name} must be in one of {kinds}")
+        if "__repr__" not in vars(cls):  # a dataclass would print every array
+            cls.__repr__ = MixerCache.__repr__
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
     @property
     def nbytes(self) -> int:
@@ -303,6 +308,13 @@ def take_rows(tree: Any, rows: Array, axis: int = 0) -> Any:
         return by_compiler(lambda x, rows: jnp.take(x, rows, axis=axis), x, rows, axes=axes)
 
     return jax.tree.map(take, tree)
+
+
+def short_repr(cache: Any) -> str:
+    """A cache's class and bytes; its arrays would fill pages."""
+    leaves = jax.tree.leaves(cache)
+    arrays = all(hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves)
+    return f"{type(cache).__name__}({f'{count_bytes(leaves):,} bytes' if arrays else '...'})"
 
 
 def count_bytes(tree: Any) -> int:

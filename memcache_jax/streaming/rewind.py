@@ -1,5 +1,6 @@
-"""Going back by tokens, of caches of all kinds: positions, and calls."""
+"""Rewinding caches of all kinds by tokens: positions, and calls."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ def taken_back(
 ) -> tuple[Int[Array, "b"], Int[Array, "b"]]:
     """Positions without the last tokens, and by how many more each row can go back.
 
-    Rows that cannot go back so far are put where positions end: there are only NaN.
+    Rows that cannot go back that far move to the largest position, where outputs are NaN.
     """
     lost = (tokens < 0) | (tokens > rewindable)
     position = jnp.where(lost, _checks.LARGEST, position - tokens).astype(position.dtype)
@@ -24,15 +25,25 @@ def taken_back(
 
 
 def more_rewindable(rewindable: Array | None, taken: Any, most: int) -> Array | None:
-    """By how many tokens rows can go back after so many more; None where they cannot at all."""
+    """By how many tokens rows can go back after ``taken`` more; None where they cannot at all."""
     if rewindable is None:
         return None
     return jnp.minimum(rewindable + jnp.minimum(taken, most), most).astype(rewindable.dtype)
 
 
 def taken_back_from(cache: Any, tokens: jax.typing.ArrayLike, batch: int) -> Any:
-    """Checks the tokens, and takes them from a cache wherever its arrays lie on a mesh."""
+    """Checks the tokens and takes them back, wherever the cache's arrays lie on a mesh."""
     taken = _checks.check_rewind(tokens, getattr(cache, "rewindable", None), batch)
+    return where_it_lies(_rewound, cache, taken)[0]
+
+
+def where_it_lies(
+    function: Callable[..., tuple], cache: Any, *of_rows: Array, others: int = 0
+) -> tuple:
+    """Calls a function of a cache and arrays (b,), wherever the cache's arrays lie on a mesh.
+
+    The function returns a cache of the same shapes, and ``others`` more arrays (b,).
+    """
     letters = cache.letters()
     pairs: list = []
     jax.tree.map(
@@ -40,9 +51,10 @@ def taken_back_from(cache: Any, tokens: jax.typing.ArrayLike, batch: int) -> Any
     )
     division = Division.of(*pairs)
     if division is None:
-        return compiled(_rewound, cache, taken)
-    return division.run(_rewound, (cache, taken), (letters, "b"), letters)
+        return compiled(function, cache, *of_rows)
+    given, returned = (letters, *["b"] * len(of_rows)), (letters, *["b"] * others)
+    return division.run(function, (cache, *of_rows), given, returned)
 
 
-def _rewound(cache: Any, tokens: Int[Array, "b"]) -> Any:
-    return cache.rewound(tokens)
+def _rewound(cache: Any, tokens: Int[Array, "b"]) -> tuple[Any]:
+    return (cache.rewound(tokens),)

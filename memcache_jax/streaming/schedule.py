@@ -47,6 +47,20 @@ class Schedule:
             held[block + 1, slots[slots >= 0]] = block
         return held
 
+    @functools.cached_property
+    def runs(self) -> tuple[np.ndarray, np.ndarray]:
+        """(blocks, tracks) the first block and the length of the run that a block lies in.
+
+        Blocks must be segments. Where a track has no run, the numbers are arbitrary.
+        """
+        count = len(self.begins)
+        block = np.arange(count)[:, None]
+        begin = np.maximum.accumulate(np.where(self.begins, block, 0), axis=0)
+        after = np.where(self.stores >= 0, block + 1, count)
+        length = np.minimum.accumulate(after[::-1], axis=0)[::-1] - begin
+        length[:, 0] = 1  # some segments are never stored alone
+        return begin, length
+
 
 @functools.lru_cache(maxsize=64)
 def make_schedule(segmentation: Segmentation, length: int) -> Schedule:

@@ -69,7 +69,7 @@ class Planned:
         record: Any,
         block: Int[Array, "b"],
         ends: Bool[Array, "b"],
-        key_sum: Float[Array, "b h tracks k"],
+        key_sum: Float[Array, "b h tracks *spans k"],
     ) -> tuple[Any, Int[Array, "b tracks"], Merge | None]:
         """Makes room for the states that end with the block, in rows where ``ends``.
 
@@ -97,6 +97,11 @@ class Planned:
     def tokens(self, record: Any, block: Int[Array, "b"]) -> Int[Array, "b tracks"]:
         """Number of tokens of each state that ends with the block."""
         return self._row(self.schedule.tokens, block)
+
+    def runs(self, block: Int[Array, "b"]) -> tuple[Array, Array]:
+        """The first block and the length of the runs (b, tracks) that the block lies in."""
+        begin, length = (self._row(table, block) for table in self.schedule.runs)
+        return begin, length
 
     def _row(self, table: np.ndarray, block: Int[Array, "b"]) -> Array:
         # A full row stays in the last block.
@@ -183,7 +188,7 @@ class Recent:
         record: Kept,
         block: Int[Array, "b"],
         ends: Bool[Array, "b"],
-        key_sum: Float[Array, "b h tracks k"],
+        key_sum: Float[Array, "b h tracks *spans k"],
     ) -> tuple[Kept, Int[Array, "b 1"], Merge | None]:
         """An empty slot, or the one that the policy frees; none where no policy does."""
         empty = record.segments == 0
@@ -268,7 +273,7 @@ class Decided:
         record: Ended,
         block: Int[Array, "b"],
         ends: Bool[Array, "b"],
-        key_sum: Float[Array, "b h tracks k"],
+        key_sum: Float[Array, "b h tracks *spans k"],
     ) -> tuple[Ended, Int[Array, "b 1"], Merge | None]:
         """The next slot if the segment ends with the block."""
         total = key_sum[:, :, 0]

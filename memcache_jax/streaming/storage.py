@@ -1,6 +1,8 @@
 """How a cache holds its states: dtypes narrower than the arithmetic, and the host's memory."""
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -61,6 +63,12 @@ class Storage:
 
     def __init__(self, num_slots: int, state: Any, first: Any = None) -> None:
         self.num_slots, self.state, self.first = num_slots, state, first
+
+    @property
+    def made_again(self) -> "Callable[[Any], Storage]":
+        """Makes this storage for another layer number, without holding this one's arrays."""
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.state)
+        return functools.partial(type(self), self.num_slots, shapes)
 
     def empty(self, rows: int, *layers: int) -> Any:
         """Allocates the arrays, with zeros."""
@@ -208,7 +216,7 @@ class HostStorage(Storage):
 
     def _begin(self, place: Array) -> tuple[Any, ...]:
         layer = () if self.first is None else (self.first,)
-        return *layer, place, 0, 0
+        return tuple(jnp.asarray(x, jnp.int32) for x in (*layer, place, 0, 0))
 
 
 def _to_lines(x: Array) -> Array:

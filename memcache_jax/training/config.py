@@ -83,7 +83,7 @@ _FREE = ("model.memory", "model.aggregation", "model.segmentation", "optimizer.a
 # Keys that runs of earlier versions lack, with the values they used.
 _ADDED: dict[str, Any] = {"data.streams": 1, "optimizer.name": "adamw"}
 _ADDED |= dict.fromkeys(_OPEN, False)
-_ADDED["sample.every"] = 0
+_ADDED |= {"sample.every": 0, "model.aggregation.num_keys": 1, "model.aggregation.exact": 0}
 _ADDED |= {"pretrained": None, "tune": "all", "lora.rank": 16, "lora.alpha": 16.0}
 
 
@@ -97,7 +97,7 @@ def default_config() -> Config:
     Example:
       >>> from memcache_jax.training import default_config, model_config
       >>> model_config(default_config().model).mixers[0].aggregation
-      GRM(gate='content', pooling='mean')
+      GRM(gate='content', pooling='mean', num_keys=1, exact=0)
     """
     config: Config = ConfigDict()
     config.seed = 0  # of the initial parameters, the order of the data and the sample

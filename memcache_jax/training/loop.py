@@ -168,7 +168,6 @@ class _Run:
                 self.public.check_same(PublicModel.of_run(self.workdir), self.workdir)
         restored = self.checkpoints.restore(self.target, self.batches)
         if restored is None:
-            _log.info("Compiling; training begins after that.")
             self.state = self.create()
         else:
             self.step, self.state, notes = restored
@@ -177,6 +176,8 @@ class _Run:
                 self.state = self.state._replace(frozen=frozen)
             self.since_line = list(notes["since_line"])
             _log.info("Resuming from the checkpoint of step %d.", self.step)
+        if self.step < self.config.steps:
+            _log.info("Compiling; training begins after that. Ctrl-C stops it with a checkpoint.")
         if not is_main_process():
             return
         replace_file(
@@ -228,6 +229,8 @@ class _Run:
                     row["tokens_per_second"] = round(progress.update(self.step, row["loss"]), 1)
                     self.checkpoints.wait(only_if_done=True)
                 with progress.pause():
+                    if last:
+                        progress.note("Evaluating ...")
                     if last or self.step % config.eval_every == 0:
                         row |= self._evaluate()
                         progress.note(
@@ -249,7 +252,7 @@ class _Run:
             self._save()
         self.checkpoints.wait()
         if self.step < config.steps:
-            raise StoppedError(self.step, stop.number or signal.SIGTERM)
+            raise StoppedError(self.step, stop.number or signal.SIGTERM, config.resume)
 
     def _fetch(self) -> None:
         """Fetches the metrics of the last steps from the device."""

@@ -1,5 +1,6 @@
 """Signals that stop a run after a checkpoint."""
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -11,10 +12,11 @@ import jax
 class StoppedError(Exception):
     """A signal stopped the run, after a checkpoint was saved."""
 
-    def __init__(self, step: int, signal_number: int) -> None:
+    def __init__(self, step: int, signal_number: int, resumes: bool = False) -> None:
+        command = "The same command" + ("" if resumes else " with --config.resume=True")
         super().__init__(
             f"{signal.Signals(signal_number).name}: stopped after step {step}, with a checkpoint. "
-            "The same command with --config.resume=True resumes from there."
+            f"{command} resumes from there."
         )
         self.step, self.signal_number = step, signal_number
 
@@ -42,3 +44,5 @@ class StopSignal:
     def _handle(self, number: int, _: FrameType | None) -> None:
         self.number = number
         self.__exit__()
+        # Not through a stream, whose lock the interrupted code may hold.
+        os.write(2, b"\nStopping with a checkpoint; a second signal stops at once.\n")

@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 import memcache_jax as mc
 from memcache_jax.kernels._dispatch import interpret_kernels
-from tests.cases import COVER, MEMORIES, assert_close, make_inputs, with_slow
+from tests.cases import COVER, MEMORIES, assert_close, make_inputs
+from tests.covers import first_kept, kept_of, rules
 
 EXPLICIT, AUTO = AxisType.Explicit, AxisType.Auto
 # The logical names and the mesh of a large public trainer, most of whose axes have one device.
@@ -82,7 +83,7 @@ def assert_same(got, wanted, tolerance=1e-5):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COVER)
+@pytest.mark.parametrize("name", rules(0, among=COVER))
 def test_every_rule_where_explicit_axes_divide_rows_and_heads(name):
     memory = MEMORIES[name]
     kind = mc.SSC(top_k=2) if list(COVER).index(name) % 2 else mc.GRM()
@@ -99,16 +100,19 @@ def test_every_rule_where_explicit_axes_divide_rows_and_heads(name):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("types", "options"),
-    [
-        ((AUTO, AUTO), dict(rules=RULES)),
-        ((AUTO, AUTO), {}),
-        ((EXPLICIT, AUTO), {}),
-        ((EXPLICIT, EXPLICIT), dict(document_ids=DOCUMENTS)),
-        ((EXPLICIT, EXPLICIT), dict(implementation="reference")),
-        ((EXPLICIT, EXPLICIT), dict(start="checkpoint", segmentation=mc.Logarithmic(4))),
-        ((EXPLICIT, EXPLICIT), dict(shape=(1, 2))),
-        ((EXPLICIT, EXPLICIT), dict(shape=(1, 1))),
-    ],
+    first_kept(
+        4,
+        [
+            ((AUTO, AUTO), dict(rules=RULES)),
+            ((EXPLICIT, AUTO), {}),
+            ((EXPLICIT, EXPLICIT), dict(document_ids=DOCUMENTS)),
+            ((EXPLICIT, EXPLICIT), dict(start="checkpoint", segmentation=mc.Logarithmic(4))),
+            ((AUTO, AUTO), {}),
+            ((EXPLICIT, EXPLICIT), dict(implementation="reference")),
+            ((EXPLICIT, EXPLICIT), dict(shape=(1, 2))),
+            ((EXPLICIT, EXPLICIT), dict(shape=(1, 1))),
+        ],
+    ),
     ids=str,
 )
 def test_kinds_of_axes(types, options):
@@ -145,7 +149,7 @@ def test_kernels_on_explicit_axes(implementation):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exchange", ["gather", "ring"])
+@pytest.mark.parametrize("exchange", kept_of(["gather", "ring"], "ring"))
 def test_explicit_axes_divide_time(exchange):
     memory = MEMORIES["gated_deltanet"]
     how: Any = dict(memory=memory, aggregation=mc.GRM(), segmentation=mc.Constant(4))
@@ -189,14 +193,17 @@ def test_rows_on_a_mesh_that_is_not_in_context_and_in_a_shard_map():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind", "options"),
-    [
-        ("linear", mc.SSC(top_k=2), {}),
-        ("vector", mc.Soup(), dict(segmentation=mc.Logarithmic(4))),
-        ("gated_deltanet", mc.GRM(), dict(start="checkpoint")),
-        ("titans", mc.GRM(), dict(document_ids=DOCUMENTS)),
-        ("dla", mc.SSC(top_k=2, inner="soup"), dict(start="checkpoint")),
-        ("swla", mc.Residual(), dict(implementation="reference")),
-    ],
+    first_kept(
+        3,
+        [
+            ("gated_deltanet", mc.GRM(), dict(start="checkpoint")),
+            ("titans", mc.GRM(), dict(document_ids=DOCUMENTS)),
+            ("vector", mc.Soup(), dict(segmentation=mc.Logarithmic(4))),
+            ("linear", mc.SSC(top_k=2), {}),
+            ("dla", mc.SSC(top_k=2, inner="soup"), dict(start="checkpoint")),
+            ("swla", mc.Residual(), dict(implementation="reference")),
+        ],
+    ),
     ids=str,
 )
 def test_a_shard_map_that_checks_what_varies(name, kind, options):
@@ -234,6 +241,7 @@ def test_a_shard_map_that_checks_what_varies(name, kind, options):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_model_and_its_stream_in_a_shard_map_that_checks_what_varies():
     model, tokens = model_and_tokens()
     tokens = jnp.asarray(tokens)
@@ -253,7 +261,7 @@ def test_a_model_and_its_stream_in_a_shard_map_that_checks_what_varies():
     def slopes(logits, state, tokens):
         return jax.grad(lambda state: jnp.sum(jnp.cos(logits(state, tokens))))(state)
 
-    wanted = whole(state, tokens)
+    wanted = jax.jit(whole)(state, tokens)
     wanted_slopes = jax.jit(functools.partial(slopes, whole))(state, tokens)
     mesh = mesh_of((4,), ("rows",), EXPLICIT)
     with jax.set_mesh(mesh):
@@ -319,20 +327,22 @@ def step_of_one_device():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "names", "types", "rows", "axis_names"),
-    [
-        ((2,), ("dp",), (EXPLICIT,), ("dp",), {}),
-        ((2, 2, 2), ("dp", "fsdp", "tp"), (EXPLICIT,), (("dp", "fsdp"),), None),
-        ((2, 2, 2), ("dp", "fsdp", "tp"), (AUTO,), (("dp", "fsdp"),), None),
-        ((4, 2), ("fsdp", "sp"), (EXPLICIT,), ("fsdp", "sp"), dict(embed="fsdp")),
-        (
-            (1, 2, 1, 2, 1, 1, 1, 2, 1, 1, 1, 1),
-            MANY_AXES,
-            (EXPLICIT,),
-            (("data", "fsdp"),),
-            dict(embed=("fsdp", "sequence"), heads=("tensor", "autoregressive"), mlp="tensor"),
-        ),
-    ],
-    ids=["dp", "explicit", "auto", "time", "many axes"],
+    first_kept(
+        2,
+        {
+            "auto": ((2, 2, 2), ("dp", "fsdp", "tp"), (AUTO,), (("dp", "fsdp"),), None),
+            "many axes": (
+                (1, 2, 1, 2, 1, 1, 1, 2, 1, 1, 1, 1),
+                MANY_AXES,
+                (EXPLICIT,),
+                (("data", "fsdp"),),
+                dict(embed=("fsdp", "sequence"), heads=("tensor", "autoregressive"), mlp="tensor"),
+            ),
+            "time": ((4, 2), ("fsdp", "sp"), (EXPLICIT,), ("fsdp", "sp"), dict(embed="fsdp")),
+            "dp": ((2,), ("dp",), (EXPLICIT,), ("dp",), {}),
+            "explicit": ((2, 2, 2), ("dp", "fsdp", "tp"), (EXPLICIT,), (("dp", "fsdp"),), None),
+        },
+    ),
 )
 def test_a_language_model(shape, names, types, rows, axis_names):
     if axis_names is None:
@@ -349,7 +359,7 @@ def test_a_language_model(shape, names, types, rows, axis_names):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "kind"), [("gated_deltanet", EXPLICIT), ("titans", AUTO)], ids=str
+    ("name", "kind"), first_kept(1, [("gated_deltanet", EXPLICIT), ("titans", AUTO)]), ids=str
 )
 def test_gradients_in_bfloat16(name, kind):
     layer = mc.nn.MemoryCaching(
@@ -384,13 +394,16 @@ def hidden_of_one_device():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "sharding"),
-    [
-        (EXPLICIT, None),
-        (AUTO, None),
-        (AUTO, P("dp")),
-        (EXPLICIT, P("dp", "tp")),
-        (AUTO, P("dp", "tp")),
-    ],
+    first_kept(
+        1,
+        [
+            (EXPLICIT, P("dp", "tp")),
+            (AUTO, P("dp")),
+            (EXPLICIT, None),
+            (AUTO, None),
+            (AUTO, P("dp", "tp")),
+        ],
+    ),
     ids=str,
 )
 def test_streams(kind, sharding):
@@ -460,7 +473,10 @@ def test_a_cache_of_the_core_lies_as_it_is_told():
 @pytest.mark.parametrize(
     ("kind", "rules"), [(EXPLICIT, ()), (AUTO, ()), (AUTO, (("batch", "dp"),))], ids=str
 )
-@pytest.mark.parametrize("name", with_slow(["gated_deltanet", "titans", "attention"], "attention"))
+@pytest.mark.parametrize(
+    "name",
+    kept_of(["gated_deltanet", "titans", "attention"], "gated_deltanet", fast=["attention"]),
+)
 def test_nothing_gathers_a_batch(name, kind, rules):
     mixer = mc.nn.AttentionMixer()
     if name != "attention":
@@ -480,8 +496,7 @@ def test_nothing_gathers_a_batch(name, kind, rules):
     assert not collectives
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["linear", "titans"])
+@pytest.mark.parametrize("name", kept_of(["linear", "titans"], "titans"))
 def test_no_state_is_gathered_in_a_stream_that_the_compiler_divides(name):
     memory = MEMORIES[name]
     for kind in (mc.GRM(), mc.SSC(top_k=2)):

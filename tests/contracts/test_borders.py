@@ -21,8 +21,8 @@ from tests.cases import (
     make_inputs,
     scheduled,
     value_and_vjp,
-    with_slow,
 )
+from tests.covers import kept_of
 from tests.engine.test_borders import keys_of_topics, segments_of
 from tests.streams import empty, over_time
 
@@ -83,7 +83,7 @@ def row_of(inputs, memory, row):
 class TestEveryForm:
     """Rules of each form, in float64."""
 
-    @pytest.mark.parametrize("rule", with_slow([*FAMILIES], "linear"))
+    @pytest.mark.parametrize("rule", kept_of([*FAMILIES], "titans", fast=["linear"]))
     def test_outputs_are_those_of_the_same_segments_by_hand(self, rule):
         memory = MEMORIES[rule]
         inputs = topics(memory)
@@ -94,7 +94,7 @@ class TestEveryForm:
         wanted = run(row_of(inputs, memory, 1), memory, EACH, by_hand)
         assert_close({name: y[1:] for name, y in got.items()}, wanted, 1e-12)
 
-    @pytest.mark.parametrize("rule", with_slow([*FAMILIES], "gated_deltanet"))
+    @pytest.mark.parametrize("rule", kept_of([*FAMILIES], "linear"))
     def test_reference_documents_and_gradients(self, rule):
         memory = MEMORIES[rule]
         inputs = topics(memory)
@@ -112,7 +112,7 @@ class TestEveryForm:
         alone = run(alone | {"weights": inputs["weights"]}, memory, CASES)
         assert_close({name: y[:1, 12:] for name, y in packed.items()}, alone, 1e-12)
 
-    @pytest.mark.parametrize("rule", with_slow([*FAMILIES], "linear"))
+    @pytest.mark.parametrize("rule", kept_of([*FAMILIES], "gated_deltanet"))
     def test_streams(self, rule):
         memory = MEMORIES[rule]
         inputs = topics(memory)
@@ -191,12 +191,17 @@ def test_layers_decode_as_they_train():
         rngs=nnx.Rngs(0),
     )
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 23, 8)), jnp.float32)
-    cache, outputs = layer.init_cache(2, max_length=23), []
-    for begin, end in ((0, 9), (9, 10), (10, 23)):
-        y, cache = layer(x[:, begin:end], cache=cache)
-        outputs.append(y)
-    np.testing.assert_allclose(np.concatenate(outputs, axis=1), layer(x), atol=1e-5)
-    gates = np.asarray(layer.gates(x))
+
+    @nnx.jit
+    def run(layer, x):
+        cache, outputs = layer.init_cache(2, max_length=23), []
+        for begin, end in ((0, 9), (9, 10), (10, 23)):
+            y, cache = layer(x[:, begin:end], cache=cache)
+            outputs.append(y)
+        return jnp.concatenate(outputs, axis=1), layer(x), layer.gates(x)
+
+    stream, one_pass, gates = map(np.asarray, run(layer, x))
+    np.testing.assert_allclose(stream, one_pass, atol=1e-5)
     assert gates.shape == (2, 23, 2, segmentation.most_states(23) + 1)
     np.testing.assert_allclose(gates.sum(axis=-1), 1, atol=1e-5)
 

@@ -11,6 +11,7 @@ from flax import nnx
 
 import memcache_jax as mc
 from tests.cases import assert_close, make_inputs
+from tests.covers import kept_of
 
 DIM, CHUNK, CHUNKS = 4, 64, 2048  # 131,072 tokens
 RULES = {
@@ -49,9 +50,8 @@ def lengths(memory, scale, decay, momentum):
     return length(state.weights), *jax.lax.scan(chunk, state, keys)[1]
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", kept_of([*RULES], "titans"))
 def test_no_input_of_any_scale_exceeds_the_bound(name):
     tokens = CHUNK * np.arange(1, CHUNKS + 1)
     scale, decay, momentum = np.transpose(
@@ -67,9 +67,8 @@ def test_no_input_of_any_scale_exceeds_the_bound(name):
     assert (moments <= 0.5 * (1 + 1e-9)).all()
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", kept_of([*RULES], "dla"))
 def test_chunks_equal_tokens_where_steps_are_shortened(name):
     memory = RULES[name]
     small = type(memory)(4, expansion=2, depth=memory.depth, max_step_norm=0.05)
@@ -106,8 +105,7 @@ def test_a_long_bound_changes_no_bit():
     np.testing.assert_array_equal(mc.memory_caching(**inputs, memory=long, **how), bare)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", kept_of([*RULES], "titans_depth1"))
 def test_steps_and_gradients_of_huge_tokens_are_finite_in_float32(name):
     memory = RULES[name]
     small = type(memory)(4, expansion=2, depth=memory.depth, max_step_norm=0.5)

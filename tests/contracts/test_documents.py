@@ -13,14 +13,15 @@ from tests.cases import (
     AGGREGATIONS,
     FAMILIES,
     MEMORIES,
+    TWO_PLANS,
     assert_close,
     assert_slopes,
     make_inputs,
     normals,
     scheduled,
     value_and_vjp,
-    with_slow,
 )
+from tests.covers import first_kept, kept_of, product, rules
 
 LENGTH, SEGMENT, BORDER = 37, 8, 24
 # In the first row a document begins on a segment's border, after a chunk of 4 with parts of four
@@ -59,7 +60,7 @@ packed = jax.jit(
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("memory", with_slow(MEMORIES, "linear"))
+@pytest.mark.parametrize("memory", rules(3, "linear", values=True))
 def test_every_rule_equals_its_recurrence(memory):
     inputs = make_inputs(memory, LENGTH)
     run = functools.partial(
@@ -72,15 +73,18 @@ def test_every_rule_equals_its_recurrence(memory):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("aggregation", "segmentation", "start"),
-    [
-        ("residual", "constant", "independent"),
-        ("grm", "lengths", "checkpoint"),
-        ("soup", "constant", "checkpoint"),
-        ("ssc", "lengths", "independent"),
-        ("residual", "logarithmic", "checkpoint"),
-        ("soup", "logarithmic", "independent"),
-        ("ssc", "constant", "checkpoint"),
-    ],
+    first_kept(
+        4,
+        [
+            ("residual", "logarithmic", "checkpoint"),
+            ("grm", "lengths", "checkpoint"),
+            ("soup", "constant", "checkpoint"),
+            ("ssc", "lengths", "independent"),
+            ("residual", "constant", "independent"),
+            ("soup", "logarithmic", "independent"),
+            ("ssc", "constant", "checkpoint"),
+        ],
+    ),
 )
 def test_every_aggregation_equals_the_recurrence(aggregation, segmentation, start):
     memory, kind = MEMORIES["titans"], AGGREGATIONS[aggregation]
@@ -93,12 +97,15 @@ def test_every_aggregation_equals_the_recurrence(aggregation, segmentation, star
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("name", "segmentation"),
-    [
-        ("rwkv7", "constant"),
-        ("titans", "constant"),
-        ("swla", "logarithmic"),  # merged
-        ("gated_deltanet", "logarithmic"),  # written once more
-    ],
+    first_kept(
+        2,
+        [
+            ("titans", "constant"),
+            ("gated_deltanet", "logarithmic"),
+            ("rwkv7", "constant"),
+            ("swla", "logarithmic"),
+        ],
+    ),
 )
 def test_gradients_are_slopes_of_the_recurrence(name, segmentation):
     memory = MEMORIES[name]
@@ -119,14 +126,13 @@ def test_gradients_are_slopes_of_the_recurrence(name, segmentation):
     assert_slopes(lambda x: loss(x)[0], inputs, gradients, normal, 1e-8, directions=3)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-    ("segmentation", "start"), [("constant", "checkpoint"), ("logarithmic", "independent")]
+    ("memory", "plan"),
+    product(FAMILIES, dict(carried_on=TWO_PLANS[0], logarithmic=TWO_PLANS[1]), turn=0),
 )
-@pytest.mark.parametrize("memory", FAMILIES.values(), ids=FAMILIES)
-def test_a_document_on_a_segment_border_is_as_if_alone(memory, segmentation, start):
-    segmentation = SEGMENTATIONS[segmentation]
+def test_a_document_on_a_segment_border_is_as_if_alone(memory, plan):
+    segmentation, start = SEGMENTATIONS[plan[0]], plan[1]
     inputs = make_inputs(memory, LENGTH)
     alone = jax.tree.map(lambda x: x[:, BORDER:], {**inputs, "weights": {}})
     alone["weights"] = inputs["weights"]
@@ -135,8 +141,7 @@ def test_a_document_on_a_segment_border_is_as_if_alone(memory, segmentation, sta
     assert_close(y[:1, BORDER:], wanted[:1], 1e-12)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["linear", "deltanet"])
+@pytest.mark.parametrize("name", kept_of(["linear", "deltanet"], "deltanet"))
 def test_narrow_inputs_under_x64(name):
     inputs = make_inputs(MEMORIES[name], LENGTH, dtype=jnp.float32)
     wanted = packed(inputs, IDS, MEMORIES[name], mc.GRM())
@@ -160,9 +165,8 @@ def test_side_by_side():
     assert_close(gradients("side_by_side"), gradients("in_turn"), 1e-12)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("gate", ["position", "uniform"])
+@pytest.mark.parametrize("gate", kept_of(["position", "uniform"], "position"))
 def test_other_gates(gate):
     memory = MEMORIES["linear"]
     inputs = make_inputs(memory, LENGTH)
@@ -180,8 +184,7 @@ def test_one_document_is_the_sequence():
     assert_close(packed(inputs, ids, memory, mc.GRM()), wanted, 1e-12)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["linear", "titans"])
+@pytest.mark.parametrize("name", kept_of(["linear", "titans"], "titans"))
 def test_a_document_on_a_segment_border_in_bfloat16(name):
     memory = MEMORIES[name]
     inputs = make_inputs(memory, LENGTH, batch=1, dtype=jnp.float32)

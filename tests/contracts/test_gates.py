@@ -17,12 +17,13 @@ from tests.cases import (
     make_inputs,
     scheduled,
 )
+from tests.covers import rules
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("x64")]
 GATED = (("content", "mean"), ("content", "sum"), ("position", "mean"), ("uniform", "mean"))
 
 
-@pytest.mark.parametrize("name", COVER)
+@pytest.mark.parametrize("name", rules(4, among=COVER))
 def test_every_rule_with_every_gate(name):
     """By the fast path as by the recurrence, the connector a vector of its own or the query.
 

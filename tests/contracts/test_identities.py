@@ -19,17 +19,14 @@ from tests.cases import (
     run_reference,
     scheduled,
     value_and_vjp,
-    with_slow,
 )
+from tests.covers import kept_of, rules
 
 DECAYS = {"log_alpha", "log_beta", "log_w"}
-every_family = pytest.mark.parametrize("memory", with_slow(FAMILIES, "linear"))
-every_start = pytest.mark.parametrize("start", STARTS)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@every_start
+@pytest.mark.parametrize("start", kept_of(STARTS, "checkpoint"))
 def test_chunks_of_one_token_equal_tokens(start):
     memory = mc.memories.Titans(chunk_size=1, expansion=2)
     inputs = make_inputs(memory, 21)
@@ -38,9 +35,8 @@ def test_chunks_of_one_token_equal_tokens(start):
     assert_close(run(inputs, memory, mc.GRM(), start=start), wanted, 1e-12)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@every_start
+@pytest.mark.parametrize("start", kept_of(STARTS, "independent"))
 def test_schedules_agree(start):
     inputs = make_inputs(MEMORIES["titans"], 21)
 
@@ -57,7 +53,7 @@ def test_schedules_agree(start):
 
 
 @pytest.mark.usefixtures("x64")
-@every_family
+@pytest.mark.parametrize("memory", kept_of(FAMILIES, "gated_deltanet", fast=["linear"]))
 def test_checkpoint_carries_on_across_segments(memory):
     inputs = make_inputs(memory, 21, batch=1, heads=1)
     query, key, value = (inputs[name][0, :, 0] for name in ("query", "key", "value"))
@@ -83,9 +79,10 @@ def test_checkpoint_carries_on_across_segments(memory):
     assert_close(y[0, :, 0], np.stack(wanted), 1e-12)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", [n for n in MEMORIES if DECAYS & set(MEMORIES[n].controls)])
+@pytest.mark.parametrize(
+    "name", rules(4, among=[n for n in MEMORIES if DECAYS & set(MEMORIES[n].controls)])
+)
 def test_a_decay_of_zero_forgets_and_touches_nothing_before(name):
     memory = MEMORIES[name]
     inputs = make_inputs(memory, 21)
@@ -97,12 +94,17 @@ def test_a_decay_of_zero_forgets_and_touches_nothing_before(name):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "length"),
-    [(name, length) for length, names in ((20, MEMORIES), (1, FAMILIES)) for name in names],
-)
-def test_extreme_controls_stay_finite(name, length):
+@pytest.mark.parametrize("name", rules(0))
+def test_extreme_controls_stay_finite(name):
+    finite_at_extremes(name, 20)
+
+
+@pytest.mark.parametrize("name", kept_of([*FAMILIES], "titans"))
+def test_extreme_controls_of_one_token_stay_finite(name):
+    finite_at_extremes(name, 1)
+
+
+def finite_at_extremes(name, length):
     inputs = make_inputs(MEMORIES[name], length)
     inputs["key"] *= 0
     extremes = {"log_alpha": -20.0, "log_w": -20.0, "log_gamma": -20.0, "eta": 0.0}

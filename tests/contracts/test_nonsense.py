@@ -25,6 +25,7 @@ from memcache_jax.serving.http import PLAIN, ChatTemplate, Limits
 from memcache_jax.training import default_config, model_config, model_options, preset_config
 from memcache_jax.training.config import check_config
 from memcache_jax.training.optimizer import make_optimizer
+from tests.covers import first_kept
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "pretrained" / "mamba2"
 LIBRARY = Path(mc.__file__).resolve().parent
@@ -91,9 +92,9 @@ def constructors():
         yield segmentation.span, dict(segments=2)
     yield mc.ReadPlan, vars(plan)
     yield mc.Residual, {}
-    yield mc.GRM, dict(gate="content", pooling="mean")
-    yield mc.Soup, dict(gate="content", pooling="mean")
-    yield mc.SSC, dict(gate="content", pooling="mean", top_k=2, inner="grm")
+    yield mc.GRM, dict(gate="content", pooling="mean", num_keys=1, exact=2)
+    yield mc.Soup, dict(gate="content", pooling="mean", num_keys=1, exact=2)
+    yield mc.SSC, dict(gate="content", pooling="mean", num_keys=1, top_k=2, inner="grm", exact=2)
     yield mc.nn.MemoryCachingMixer, mixer
     yield mc.nn.AttentionMixer, attention
     yield mc.nn.LanguageModelConfig, config
@@ -328,14 +329,14 @@ def test_constructors():
     tally.check(more_than=2000)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
-def test_calls():
+@pytest.mark.parametrize(("every", "more_than"), first_kept(1, [(12, 500), (3, 2000)]))
+def test_calls(every, more_than):
     tally = Tally()
 
     def inside():
         for function, right in calls():
-            tally.replace_each(function, right, every=3)
+            tally.replace_each(function, right, every)
 
     jax.eval_shape(inside)
-    tally.check(more_than=2000)
+    tally.check(more_than)

@@ -15,7 +15,8 @@ from memcache_jax.kernels.affine_update import AffineChunk
 from memcache_jax.kernels.decay import decay_matrix, start_decay
 from memcache_jax.sharding import make_mesh
 from memcache_jax.streaming.eviction import Eviction
-from tests.cases import MEMORIES, assert_close, make_inputs, scheduled
+from tests.cases import MEMORIES, STARTS, assert_close, make_inputs, scheduled
+from tests.covers import kept_of
 from tests.streams import over_time, streamed
 
 LENGTH, SEGMENTATION = 32, mc.Constant(4)
@@ -209,9 +210,11 @@ def plain(memory):
     return jax.jit(lambda inputs: mc.memory_caching(**inputs, memory=memory, **how))(inputs)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize(
+    "part",
+    kept_of(PARTS, "affine memory", "gates", "selection", "reads", "gate of a router"),
+)
 def test_one_effect_on_every_path(part):
     memory, aggregation = part
     inputs = make_inputs(memory, LENGTH, batch=1, heads=2)
@@ -237,9 +240,8 @@ def test_one_effect_on_every_path(part):
     assert_close(in_stream, one_pass, 1e-11)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("start", ["independent", "checkpoint"])
+@pytest.mark.parametrize("start", kept_of(STARTS, "independent"))
 def test_an_affine_memory_has_all_its_paths(start):
     memory = Doubled()
     assert memory.form == "affine"
@@ -264,9 +266,8 @@ def test_an_affine_memory_has_all_its_paths(start):
     assert_close([plain, packed], wanted, 1e-12)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("start", ["independent", "checkpoint"])
+@pytest.mark.parametrize("start", kept_of(STARTS, "checkpoint"))
 def test_buckets_of_an_affine_memory_with_and_without_compose(start):
     composes, again = Erasing(), WrittenAgain()
     assert (composes.merges, again.merges) == (True, False)
@@ -391,9 +392,8 @@ def test_a_plan_that_is_none(plan, message):
         mc.ReadPlan(**dict(block_size=4, reads=reads, first=first) | plan)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", ["constant", "logarithmic"])
+@pytest.mark.parametrize("name", kept_of(["constant", "logarithmic"], "logarithmic"))
 def test_a_gate_of_ones_own_keeps_documents_apart_in_gradients(name):
     memory = MEMORIES["linear"]
     inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 24, batch=1, heads=1))

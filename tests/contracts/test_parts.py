@@ -12,6 +12,8 @@ import memcache_jax as mc
 from memcache_jax.kernels._dispatch import interpret_kernels
 from memcache_jax.sharding import make_mesh
 from tests.cases import assert_close, make_inputs
+from tests.covers import first_kept, kept_of, product
+from tests.kernels.interpreters import KERNELS
 
 pytestmark = pytest.mark.slow
 
@@ -90,6 +92,18 @@ CASES = {
     ),
 }
 
+# Every form, aggregation, segmentation, start, exchange and gate, with documents and without.
+FEW = (
+    "soup",
+    "channels",
+    "delta, log, carried on",
+    "positions",
+    "uniform",
+    "ring, selected",
+    "documents, log",
+    "documents, ring, carried on",
+)
+
 
 def both(function, inputs, **options):
     """The outputs, and the gradients of their squares, in one program."""
@@ -103,7 +117,7 @@ def both(function, inputs, **options):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", kept_of(CASES, *FEW))
 def test_parts_of_a_sequence(case):
     memory, aggregation, segmentation, options = case
     options = dict(memory=memory, aggregation=aggregation, segmentation=segmentation, **options)
@@ -153,7 +167,7 @@ def buckets_of_documents():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("parts", [2, 4, 8])
+@pytest.mark.parametrize("parts", first_kept(1, [4, 2, 8]))
 def test_buckets_of_documents(parts):
     inputs, options, wanted = buckets_of_documents()
     with jax.set_mesh(make_mesh(dict(seq=parts), devices=jax.devices()[:parts])):
@@ -163,7 +177,7 @@ def test_buckets_of_documents(parts):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", first_kept(1, [2, 4]))
 def test_fewer_parts_that_carry_on(parts):
     memory = mc.memories.GatedDeltaNet()
     inputs = make_inputs(memory, 61, batch=1, heads=2)
@@ -176,8 +190,10 @@ def test_fewer_parts_that_carry_on(parts):
     assert_close(got[1], wanted[1], 1e-10, scale=1.0)
 
 
-@pytest.mark.parametrize("memory", [mc.memories.SWLA(), mc.memories.KDA()], ids=type)
-@pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
+@pytest.mark.parametrize(
+    ("memory", "implementation"),
+    product(dict(swla=mc.memories.SWLA(), kda=mc.memories.KDA()), KERNELS, turn=0),
+)
 def test_kernels_carry_on_over_parts(memory, implementation):
     inputs = make_inputs(memory, 30, batch=1, heads=2, dtype=jnp.float32)
     options: Any = dict(memory=memory, aggregation=mc.GRM(), start="checkpoint")

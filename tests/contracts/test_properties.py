@@ -27,6 +27,7 @@ from tests.cases import (
     normals,
     scheduled,
 )
+from tests.covers import rules
 from tests.streams import streamed
 
 MATRICES = tuple(name for name, memory in MEMORIES.items() if memory.depth == 1)
@@ -230,8 +231,7 @@ def test_logarithmic_checkpoints_lie_at_prefix_sums(case):
     assert_close(y, plain_attention(case.inputs, times), 1e-12, scale=1.0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MEMORIES)
+@pytest.mark.parametrize("name", rules(1))
 @at_any_shape(2)
 @given(st.data(), AGGREGATIONS, st.sampled_from([None, "xla"]))
 def test_chunks_equal_tokens(name, data, aggregation, implementation):
@@ -241,6 +241,7 @@ def test_chunks_equal_tokens(name, data, aggregation, implementation):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @at_any_shape(6)
 @given(cases(), AGGREGATIONS, st.data())
 def test_any_split_equals_the_whole(case, aggregation, data):
@@ -254,6 +255,7 @@ def test_any_split_equals_the_whole(case, aggregation, data):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @at_any_shape(5)
 @given(cases(), AGGREGATIONS)
 def test_gradients_are_those_of_differences(case, aggregation):

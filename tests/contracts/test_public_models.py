@@ -10,12 +10,12 @@ from flax import nnx
 
 import memcache_jax as mc
 from tests.cases import assert_close
+from tests.covers import first_kept
 
 FOLDER, PIECE = Path(__file__).parents[1] / "data" / "pretrained", 6
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["fla_rwkv7", "mamba2", "qwen3_next"])
+@pytest.mark.parametrize("family", first_kept(1, ["qwen3_next", "fla_rwkv7", "mamba2"]))
 def test_rewind_and_prefixes(family):
     model = mc.pretrained.load(FOLDER / family)
     graph, state = nnx.split(model)
@@ -40,6 +40,7 @@ def test_rewind_and_prefixes(family):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_drafts():
     model = mc.pretrained.load(FOLDER / "qwen3_next")
     prompt = np.tile(np.arange(5), 3)[None]

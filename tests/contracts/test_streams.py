@@ -25,8 +25,8 @@ from tests.cases import (
     scheduled,
     twice_each,
     value_and_vjp,
-    with_slow,
 )
+from tests.covers import kept_of, rules
 from tests.streams import empty, over_time, whole
 from tests.vectors import RULES, SEGMENT, assert_agrees, vector_inputs
 
@@ -66,14 +66,13 @@ def named(cases):
 class TestEveryRule:
     """Streams of every rule, against tests/vectors.py where it has the outputs."""
 
-    @pytest.mark.slow
-    @pytest.mark.parametrize("rule", MEMORIES)
+    @pytest.mark.parametrize("rule", rules(3))
     def test_token_by_token(self, rule):
         """Every aggregation; of two forms of rules twice, with every segmentation and start."""
         cases = twice_each(0, KINDS) if rule in ("linear", "titans") else self.few(rule, 0)
         self.compare(rule, cases, count=1)
 
-    @pytest.mark.parametrize("rule", with_slow([*COVER], "linear"))
+    @pytest.mark.parametrize("rule", rules(0, "linear", among=COVER))
     def test_in_pieces(self, rule):
         """Calls that end within segments and chunks, over borders of both."""
         self.compare(rule, self.few(rule, 2), count=7)
@@ -100,9 +99,8 @@ class TestEveryRule:
                 assert_close(y, wanted[name][:, : y.shape[1]], 1e-10)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", ["linear", "titans"])
+@pytest.mark.parametrize("name", kept_of(["linear", "titans"], "linear"))
 def test_other_gates_and_segments(name):
     memory = MEMORIES[name]
     inputs = make_inputs(memory, 29, batch=1, heads=1)
@@ -125,8 +123,7 @@ def test_other_gates_and_segments(name):
         assert_close(got[name], whole(inputs, memory, *plan)[:, :28], 1e-10)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", AGGREGATIONS)
+@pytest.mark.parametrize("kind", kept_of([*AGGREGATIONS], "ssc"))
 def test_16384_tokens(kind):
     memory, segmentation, kind = MEMORIES["titans"], mc.Constant(512), AGGREGATIONS[kind]
     sizes: dict[str, Any] = dict(batch=1, heads=1, dim=8, dtype=jnp.float32)
@@ -141,9 +138,8 @@ def test_16384_tokens(kind):
     assert_close(jnp.concatenate(outputs, axis=1), wanted, 1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("memory", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("memory", kept_of(FAMILIES, "titans"))
 def test_rows_at_positions_of_their_own(memory):
     kind, segmentation = mc.GRM(), mc.Constant(8)
     inputs = jax.tree.map(jnp.asarray, make_inputs(memory, LENGTH, batch=3))
@@ -177,7 +173,7 @@ def test_rows_at_positions_of_their_own(memory):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", with_slow(["linear", "titans"], "linear"))
+@pytest.mark.parametrize("name", kept_of(["linear", "titans"], fast=["linear"]))
 def test_gradients_pass_from_call_to_call(name):
     memory = MEMORIES[name]
     inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 21, batch=1, heads=1))

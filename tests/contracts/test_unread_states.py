@@ -19,6 +19,7 @@ from tests.cases import (
     make_inputs,
     run_all,
 )
+from tests.covers import kept_of
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +36,6 @@ FEW = combine(["grm", "ssc"], [CONSTANT])
 IDS = (np.arange(LENGTH) >= BORDER).astype(np.int32)[None]
 PATHS = {name: (name, ()) for name in ("linear", "swla", "titans", "vector")}
 PATHS |= {"reference": ("linear", REFERENCE)}
-every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 
 
 @functools.partial(jax.jit, static_argnames=("memory", "cases", "options"))
@@ -102,7 +102,7 @@ def tokens_blind_to(segment, inputs, case):
 
 
 @pytest.mark.usefixtures("x64")
-@every_path
+@pytest.mark.parametrize("path", kept_of(PATHS, "titans", "reference"))
 def test_a_state_that_a_token_does_not_read(path):
     name, options = path
     inputs = make_inputs(MEMORIES[name], LENGTH, batch=1, heads=2)
@@ -119,7 +119,7 @@ def test_a_state_that_a_token_does_not_read(path):
 
 
 @pytest.mark.usefixtures("x64")
-@every_path
+@pytest.mark.parametrize("path", kept_of(PATHS, "swla", "vector"))
 def test_another_document(path):
     name, options = path
     inputs = make_inputs(MEMORIES[name], LENGTH, batch=1, heads=2)
@@ -132,7 +132,7 @@ def test_another_document(path):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("ids", [None, IDS], ids=["one document", "documents"])
+@pytest.mark.parametrize("ids", kept_of({"one document": None, "documents": IDS}, "documents"))
 def test_a_state_that_a_router_selects_with_a_gate_of_zero(ids):
     inputs = make_inputs(MEMORIES["linear"], LENGTH, batch=1, heads=1)
     far = np.array([0.0, 0.0, -1e5, -1e5, -1e5])

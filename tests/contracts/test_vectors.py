@@ -19,8 +19,8 @@ from tests.cases import (
     make_inputs,
     run_all,
     twice_each,
-    with_slow,
 )
+from tests.covers import rules
 from tests.vectors import RULES, assert_agrees, vector_inputs
 
 
@@ -47,7 +47,7 @@ class TestVectors:
             assert_close(soup[:, :first], grm[:, :first], 1e-12)
             assert first == 22 or np.abs(soup[:, first:] - grm[:, first:]).max() > 1e-3
 
-    @pytest.mark.parametrize("rule", with_slow([*RULES], "linear"))
+    @pytest.mark.parametrize("rule", rules(2, "linear", among=RULES))
     def test_a_prefix_agrees(self, rule):
         memory, inputs = vector_inputs(rule)
         shift = list(RULES).index(rule)
@@ -56,8 +56,7 @@ class TestVectors:
             for name, y in run_all(prefix, memory, cases=cases).items():
                 assert_agrees(rule, name, y)
 
-    @pytest.mark.slow
-    @pytest.mark.parametrize("rule", RULES)
+    @pytest.mark.parametrize("rule", rules(4, among=RULES))
     def test_reference_agrees(self, rule):
         memory, inputs = vector_inputs(rule)
         cases = combine(["ssc" if memory.depth == 1 else "soup"])

@@ -10,6 +10,7 @@ import pytest
 import memcache_jax as mc
 from memcache_jax.kernels._dispatch import interpret_kernels
 from tests.cases import MEMORIES, assert_close, make_inputs, value_and_vjp
+from tests.covers import exhaustive_unless
 
 IDS = np.array([[0] * 5 + [1] * 3 + [2] * 8, [0] * 8 + [1] * 1 + [2] * 2 + [3] * 5])
 LAYERS = {
@@ -26,7 +27,11 @@ LAYERS = {
 @pytest.mark.parametrize(
     ("name", "aggregation", "segmentation", "start", "ids"),
     [
-        pytest.param(*case, id=name, marks=[pytest.mark.slow] * (case[0] != "titans_depth1"))
+        pytest.param(
+            *case,
+            id=name,
+            marks=() if case[0] == "titans_depth1" else exhaustive_unless(name != "titans GRM"),
+        )
         for name, case in LAYERS.items()
     ],
 )

@@ -14,7 +14,8 @@ from memcache_jax.engine.write import (
     write_blocks,
     write_in_turn,
 )
-from tests.cases import MEMORIES, assert_close, value_and_vjp, with_slow
+from tests.cases import MEMORIES, assert_close, value_and_vjp
+from tests.covers import kept_of, rules
 from tests.engine.test_affine import AFFINE, initial_of, make_rows
 
 ALL, HIGHEST = np.array([True, True]), "(Precision.HIGHEST, Precision.HIGHEST)"
@@ -31,7 +32,7 @@ def precisions(function, rows):
     return set(re.findall(r"precision=(None|\(.*?\))", text))
 
 
-@pytest.mark.parametrize("memory", with_slow(AFFINE, "gated_deltanet"))
+@pytest.mark.parametrize("memory", rules(1, "gated_deltanet", among=AFFINE, values=True))
 def test_all_chunks_at_once_are_chunks_in_turn(memory):
     """Of blocks of two chunks; the second and the last go on from the one before."""
     rows = jax.tree.map(lambda x: x.reshape(2, 1, 4, 2, 4, *x.shape[4:]), make_rows(memory, 4))
@@ -48,7 +49,9 @@ def test_all_chunks_at_once_are_chunks_in_turn(memory):
     assert_close(got[1], wanted[1], 2e-6)
 
 
-@pytest.mark.parametrize("name", with_slow(["deltanet", "rwkv7", "kda", "gdn2"], "kda"))
+@pytest.mark.parametrize(
+    "name", kept_of(["deltanet", "rwkv7", "kda", "gdn2"], "rwkv7", fast=["kda"])
+)
 def test_maps_are_made_and_composed_at_the_highest_precision(name):
     memory = MEMORIES[name]
     rows = Rows(*jax.tree.map(lambda x: x[:, :, :, None], make_rows(memory, 2)))

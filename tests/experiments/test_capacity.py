@@ -79,6 +79,20 @@ def test_the_router_finds_what_it_reads():
     assert _capacity.router_hits(keys, single, 1)[:-1] == [1.0] * (PAIRS - 1)
 
 
+def test_more_keys_of_a_state_find_more():
+    keys, values = _capacity.draw_pairs(0, TRIALS, PAIRS, DIM, 0.0, 0)
+    one, two, each = (_capacity.router_hits(keys, ASKED, 1, count)[-1] for count in (1, 2, 8))
+    assert one < two < each == 1.0
+
+    # The layer reads what the router finds: with the last questions of a segment.
+    kind = mc.SSC(top_k=1, pooling="sum", num_keys=8)
+    found = measured("DeltaNet", kind, 8, (keys, values))
+    lost = measured("DeltaNet", dataclasses.replace(kind, num_keys=1), 8, (keys, values))
+    assert found["recall"][-1] > lost["recall"][-1] + 0.1
+    one = 4 * DIM * DIM
+    assert found["bytes"] == [one + i * (one + 8 * 4 * DIM) for i in range(4)]
+
+
 def test_reads_are_judged_by_angle():
     _, values = _capacity.draw_pairs(0, TRIALS, PAIRS, DIM, 0.0, 0)
     exact = values[np.arange(TRIALS)[:, None, None], ASKED]
@@ -103,19 +117,25 @@ def test_program(tmp_path):
     config.rules = config.cached_rules = ("SSD",)
     config.aggregations, config.segments, config.top_k = ("SSC",), (16,), (1,)
     config.report = 16
+    config.num_keys, config.router_pairs = (1, 2), 64
     with contextlib.closing(Study(tmp_path, config)) as study:
         capacity.program(config, study)
         rows = study.measure(capacity.groups(config), lambda cases: pytest.fail("again"))
     borders = (tmp_path / "borders.md").read_text()
     assert "Adaptive(min=8, max=32, threshold=0.5, block=4)" in borders
-    assert len(rows) == 3 * 3
+    assert len(rows) == 4 * 3
     table = (tmp_path / "table.md").read_text()
     assert "SSD, SSC(k = 1), C = 16" in table
+    assert "SSD, SSC(k = 1), 2 keys, C = 16" in table
+    # Each number of keys that divides 16, with each k; each key by itself is found.
+    router = (tmp_path / "router.md").read_text().splitlines()[2:]
+    assert len(router) == 5 * 2
+    assert router[-1].split()[1::2] == ["16", "16", "4", "1.00", "1.00", "1.00"]
     assert "attention" in table
     assert (tmp_path / "capacity.png").stat().st_size > 10_000
     # Attention, then the rule alone: which has no router, and holds less.
     assert rows[0]["recall"][-1] > rows[3]["recall"][-1]
-    assert [("found" in row) for row in rows] == [False] * 6 + [True] * 3
+    assert [("found" in row) for row in rows] == [False] * 6 + [True] * 6
 
 
 def test_segments_that_follow_topics_are_found_more_often():

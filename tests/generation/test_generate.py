@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import memcache_jax as mc
+from tests.covers import first_kept
 from tests.generation.models import VOCAB, count_up, language_model, prompts
 
 
@@ -25,10 +26,9 @@ def test_greedy_is_the_argmax_of_the_prefix_again_and_again():
     np.testing.assert_array_equal(got, tokens)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mixer", "length", "new"),
-    [("linear attention", 1, 63), ("attention", 60, 8)],
+    first_kept(1, [("linear attention", 1, 63), ("attention", 60, 8)]),
 )
 def test_greedy_is_the_argmax_everywhere(mixer, length, new):
     model, tokens = language_model(mixer), prompts(length=length)
@@ -84,8 +84,7 @@ def test_several_stop_tokens():
     assert got.tolist() == [[1, 2, 3, 4, 4, 4], [5, 6, 7, 7, 7, 7]]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mixer", ["titans", "attention"])
+@pytest.mark.parametrize("mixer", first_kept(1, ["titans", "attention"]))
 def test_rows_of_their_own_lengths(mixer):
     model, tokens, lengths = language_model(mixer), prompts(length=20), np.array([20, 1, 13])
     got = np.asarray(mc.generate(model, tokens, 20, lengths=lengths, temperature=0, stop_token=0))
@@ -109,6 +108,7 @@ def test_a_cache_of_a_language_model_and_none_agree():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_bounded_memory():
     model = language_model()
     options: dict[str, Any] = dict(temperature=0, cache=dict(max_segments=1, policy="drop_oldest"))

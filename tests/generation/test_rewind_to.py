@@ -78,6 +78,7 @@ def test_near_and_far():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_layers_that_shift_and_turn():
     keys = recurrent.Path(2, 4, shift=True, conv_width=3)
     shifted = recurrent.RecurrentMixer(
@@ -89,12 +90,31 @@ def test_layers_that_shift_and_turn():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_titans_without_convolutions():
     titans = mc.memories.Titans(chunk_size=4, expansion=1)
     go_back(
         model_of(mc.nn.MemoryCachingMixer(titans, segmentation=mc.Constant(SEGMENT))),
         keep_ends=True,
     )
+
+
+@pytest.mark.slow
+def test_rows_and_heads_of_a_mesh():
+    model = model_of(CACHING, mc.nn.AttentionMixer())
+    tokens = np.random.default_rng(0).integers(VOCAB, size=(4, LENGTH))
+    then = np.array([13, 16, 30, LENGTH])
+
+    def hidden(**options):
+        cache = model.init_cache(4, LENGTH + 1, keep_ends=True, **options)
+        _, cache = model.extend(jnp.asarray(tokens), cache)
+        cache = mc.rewind_to(model, cache, tokens, then)
+        assert cache.position.tolist() == then.tolist()
+        return model.extend(jnp.asarray(tokens[:, :1]), cache)[0]
+
+    wanted = hidden()
+    with jax.set_mesh(jax.make_mesh((2, 2), ("rows", "heads"), devices=jax.devices()[:4])):
+        assert_close(hidden(sharding=jax.P("rows", "heads")), wanted, 1e-5)
 
 
 def test_what_is_not_kept():

@@ -13,6 +13,7 @@ import memcache_jax as mc
 from memcache_jax.generation.prompts import check_stop
 from memcache_jax.generation.sampling import Sampling
 from memcache_jax.generation.speculate import accept, speculate
+from tests.covers import exhaustive_unless
 from tests.generation.models import VOCAB, language_model, prompts
 
 
@@ -41,7 +42,7 @@ def rounds(model, draft, tokens, new, sampling):
     ("mixer", "draft"),
     [
         ("linear attention", mc.NGrams(tokens=3)),
-        pytest.param("titans", mc.NGrams(tokens=9), marks=pytest.mark.slow),
+        pytest.param("titans", mc.NGrams(tokens=9), marks=exhaustive_unless(False)),
         pytest.param("attention", "smaller", marks=pytest.mark.slow),
     ],
     ids=["linear", "titans", "attention"],
@@ -66,6 +67,12 @@ def test_a_draft_that_is_right_saves_calls():
     wanted = mc.generate(model, tokens, 21, temperature=0)[:, 5:]
     np.testing.assert_array_equal(new[:, :21], wanted)
     assert calls == 4  # of five tokens each, after the first token
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_calls_of_sampled_tokens():
+    model, tokens = language_model(), prompts()
     _, calls = rounds(model, mc.DraftModel(model, 4), tokens, 21, Sampling(0.7, top_p=0.9))
     assert calls <= 5  # what the model gives differs by rounding alone
     _, calls = rounds(model, mc.DraftModel(smaller(), 4), tokens, 21, Sampling(1.0))
@@ -73,6 +80,7 @@ def test_a_draft_that_is_right_saves_calls():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_bounded_memory():
     model, tokens = language_model(), prompts()
     options: dict[str, Any] = dict(temperature=0, cache=dict(max_segments=1, policy="drop_oldest"))

@@ -16,6 +16,7 @@ from memcache_jax.kernels._dispatch import interpret_kernels
 from memcache_jax.kernels._triton import lowered_for_gpu
 from memcache_jax.kernels.affine_update import AffineChunk, affine_update, gpu
 from tests.cases import assert_close, normals, value_and_vjp
+from tests.covers import product
 
 KERNELS = ("pallas_tpu", "pallas_gpu")
 CHUNK = 8
@@ -44,9 +45,7 @@ def update(state, form, implementation="pallas_tpu", keep=3):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("keep", [1, 2, 6])
-@pytest.mark.parametrize("implementation", [*KERNELS, "xla"])
+@pytest.mark.parametrize(("implementation", "keep"), product([*KERNELS, "xla"], [1, 2, 6], turn=0))
 def test_states_are_kept_between_runs(implementation, keep):
     def outputs(implementation):
         return value_and_vjp(
@@ -60,9 +59,9 @@ def test_states_are_kept_between_runs(implementation, keep):
     assert_close(got[1], wanted[1], 2e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("erasing", [4, None])
-@pytest.mark.parametrize("implementation", [*KERNELS, "xla", "reference"])
+@pytest.mark.parametrize(
+    ("implementation", "erasing"), product([*KERNELS, "xla", "reference"], [4, None], turn=0)
+)
 def test_no_state_is_zero(implementation, erasing):
     state, form = make_form()
     if erasing is None:
@@ -102,12 +101,12 @@ def test_bfloat16(implementation):
 
 @pytest.mark.slow
 def test_wrong_blocks_are_found(monkeypatch):
-    specs = _sweep._specs
+    specs = _sweep.specs
 
     def always_the_first(sweep, lead, index, tree):
         return specs(sweep, lead, lambda *place: (*index(*place)[:1], *[0] * (lead - 1)), tree)
 
-    monkeypatch.setattr(_sweep, "_specs", always_the_first)
+    monkeypatch.setattr(_sweep, "specs", always_the_first)
     with interpret_kernels():
         got = update(*make_form())
     with pytest.raises(AssertionError):

@@ -14,6 +14,7 @@ from memcache_jax.kernels._shapes import fits_triton
 from memcache_jax.kernels._triton import lowered_for_gpu
 from memcache_jax.kernels.bands import bands_of_matrix, bands_of_network
 from tests.cases import assert_close, make_inputs, normals, value_and_vjp
+from tests.covers import first_kept, kept_of
 
 TITANS, LINEAR = mc.memories.Titans(chunk_size=4, expansion=2), mc.memories.LinearAttention()
 IDS = np.array([[0] * 4 + [1] * 10])
@@ -40,8 +41,7 @@ def outputs(memory, aggregation, inputs, implementation, ids=None):
     return value_and_vjp(run, inputs)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", kept_of(CASES, "soup", "matrix"))
 def test_memory_caching(monkeypatch, case):
     memory, aggregation, dim, limit, *ids = case
     inputs = make_inputs(memory, 14, batch=1, heads=1, dim=dim, dtype=np.float32)
@@ -64,9 +64,8 @@ def test_memory_caching(monkeypatch, case):
     assert_close(got[1], wanted[1], 1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("every_platform")
-@pytest.mark.parametrize(("key_dim", "dtype"), [(96, "bfloat16"), (128, "float32")])
+@pytest.mark.parametrize(("key_dim", "dtype"), first_kept(1, [(96, "bfloat16"), (128, "float32")]))
 def test_usual_heads_of_deep_memories_lower_to_triton(key_dim, dtype):
     memory = mc.memories.Titans(chunk_size=32)
     inputs = make_inputs(memory, 96, batch=1, heads=1, dim=key_dim)

@@ -12,7 +12,8 @@ from memcache_jax.engine.read import blind_where_gates_are_zero
 from memcache_jax.kernels import _table
 from memcache_jax.kernels._triton import lowered_for_gpu
 from memcache_jax.kernels.bank_read import _shared, bank_read, gpu, tpu
-from tests.cases import SCHEDULES, assert_close, normals, scheduled, value_and_vjp, with_slow
+from tests.cases import SCHEDULES, assert_close, normals, scheduled, value_and_vjp
+from tests.covers import first_kept, kept_of, product
 from tests.kernels.interpreters import (
     KERNELS,
     all_parallel,
@@ -47,7 +48,7 @@ def make(memory, reads, dtype):
     return memory, (bank, jnp.asarray(query), jnp.asarray(gates))
 
 
-@pytest.mark.parametrize("reads", with_slow(READS, "ragged"))
+@pytest.mark.parametrize("reads", kept_of(READS, "constant", "each row its own", fast=["ragged"]))
 @pytest.mark.parametrize(
     ("memory", "precision"), [("matrix", "float64"), ("deep", "float64"), ("matrix", "float32")]
 )
@@ -117,32 +118,31 @@ def compare_case(implementation, case):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize(("case", "implementation"), product(CASES, KERNELS, turn=0))
 def test_kernels_equal_reference(implementation, case):
     compare_case(implementation, case)
 
 
-@pytest.mark.slow
+TILES = {
+    "tpu, one state": ("pallas_tpu", {"rows": 128, "bank_bytes": 1}),
+    "tpu, two states": ("pallas_tpu", {"rows": 128, "bank_bytes": 2 * 8 * 128 * 4}),
+    "gpu": ("pallas_gpu", {"rows": 64, "num_warps": 4, "num_stages": 1}),
+}
+
+
 @pytest.mark.parametrize(
-    ("implementation", "sizes"),
-    [
-        ("pallas_tpu", {"rows": 128, "bank_bytes": 1}),
-        ("pallas_tpu", {"rows": 128, "bank_bytes": 2 * 8 * 128 * 4}),
-        ("pallas_gpu", {"rows": 64, "num_warps": 4, "num_stages": 1}),
-    ],
-    ids=["tpu, one state", "tpu, two states", "gpu"],
+    ("tiles", "reads"),
+    product(TILES, {"one": RAGGED, "rows": jnp.stack([RAGGED, RAGGED[::-1]])}, turn=0),
 )
-@pytest.mark.parametrize("reads", [RAGGED, jnp.stack([RAGGED, RAGGED[::-1]])], ids=["one", "rows"])
-def test_tiles_of_rows_and_chunks_of_states(monkeypatch, implementation, sizes, reads):
+def test_tiles_of_rows_and_chunks_of_states(monkeypatch, tiles, reads):
+    implementation, sizes = tiles
     monkeypatch.setitem(_table.TABLE, f"bank_read/{implementation}", {"default": sizes})
     compare_case(implementation, (reads, "matrix", 1, 150, 8, 8, "float32"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("implementation", ["xla", *KERNELS])
-@pytest.mark.parametrize("name", ["ragged", "each row its own"])
+@pytest.mark.parametrize(
+    ("implementation", "name"), product(["xla", *KERNELS], ["ragged", "each row its own"], turn=1)
+)
 def test_empty_slots_are_not_read(implementation, name):
     reads = READS[name]
     memory, (bank, query, gates) = make("deep", reads, jnp.float32)
@@ -158,9 +158,9 @@ def test_empty_slots_are_not_read(implementation, name):
     np.testing.assert_array_equal(d_gates[0, :, 0], 0.0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("implementation", KERNELS)
-@pytest.mark.parametrize("error", ["slot", "state", "block"])
+@pytest.mark.parametrize(
+    ("implementation", "error"), product(KERNELS, ["slot", "state", "block"], turn=0)
+)
 def test_a_wrong_pair_is_seen(monkeypatch, implementation, error):
     module = {"pallas_tpu": tpu, "pallas_gpu": gpu}[implementation]
 
@@ -233,9 +233,9 @@ def test_under_the_transformations():
             assert_close(got, wanted, 2e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("memory", MEMORIES)
-@pytest.mark.parametrize("implementation", ["xla", *KERNELS])
+@pytest.mark.parametrize(
+    ("implementation", "memory"), product(["xla", *KERNELS], [*MEMORIES], turn=0)
+)
 def test_rows_that_are_blind_to_a_state(implementation, memory):
     bank, query, gates = make_case(RAGGED, memory, 2, 5, 4, 4, "float32")
     seen = (RAGGED != 2)[None, None, :, None] & (np.arange(5) % 2 == 0)[None, None, None, :, None]
@@ -257,10 +257,10 @@ def test_rows_that_are_blind_to_a_state(implementation, memory):
     assert_close(got, outputs(read, 0.0, "reference"), 2e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", ["ragged", "each row its own"])
-@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize(
+    ("implementation", "name"), product(KERNELS, ["ragged", "each row its own"], turn=0)
+)
 def test_float32_where_integers_have_64_bits(implementation, name):
     compare_case(implementation, CASES[name])
 
@@ -311,9 +311,8 @@ def test_triton_tells_of_states_too_large():
         operation("deep", RAGGED)(*make_case(*case), implementation="pallas_gpu")
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("every_platform")
-@pytest.mark.parametrize("k", [32, 64, 96, 128])
+@pytest.mark.parametrize("k", first_kept(2, [96, 128, 32, 64]))
 def test_triton_kernels_lower(k):
     reads = mc.Constant(256).plan(4 * 256).reads
     arrays = jax.eval_shape(lambda: make_case(reads, "matrix", 2, 256, k, k, "float32"))

@@ -20,12 +20,12 @@ from tests.cases import (
     make_inputs,
     scheduled,
     value_and_vjp,
-    with_slow,
 )
+from tests.covers import first_kept, kept_of
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("memory", with_slow(FAMILIES, "linear"))
+@pytest.mark.parametrize("memory", kept_of(FAMILIES, "titans", fast=["linear"]))
 def test_xla_equals_reference(memory):
     inputs = make_inputs(memory, 12, batch=2, heads=3)
 
@@ -74,15 +74,16 @@ def written(memory, kind, implementation, states, rows):
     return chunk_update(chunk, states, rows, batch_dims=1, implementation=implementation)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind", "group"),
-    [
-        ("titans", mc.GRM(), 16),
-        ("titans", mc.Soup(), 16),
-        ("titans_depth1", mc.GRM(), 1),
-    ],
-    ids=["titans", "titans soup", "titans_depth1, every state kept"],
+    first_kept(
+        2,
+        {
+            "titans soup": ("titans", mc.Soup(), 16),
+            "titans_depth1, every state kept": ("titans_depth1", mc.GRM(), 1),
+            "titans": ("titans", mc.GRM(), 16),
+        },
+    ),
 )
 def test_tpu_equals_reference(monkeypatch, name, kind, group):
     memory = MEMORIES[name]
@@ -144,8 +145,7 @@ def traced(key_dim):
     return jax.eval_shape(jax.grad(y), arrays, controls, weights)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("key_dim", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize("key_dim", first_kept(2, [256, 96, 32, 64, 128]))
 def test_tpu_takes_heads_of_any_usual_size(key_dim):
     assert {x.shape for x in traced(key_dim)} == {(1, 512, 2, key_dim)}
 

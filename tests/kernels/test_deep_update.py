@@ -13,6 +13,7 @@ from memcache_jax.kernels._dispatch import interpret_kernels
 from memcache_jax.kernels._triton import lowered_for_gpu
 from memcache_jax.kernels.deep_update import _carry, deep_update, gpu
 from tests.cases import assert_close, normals, value_and_vjp
+from tests.covers import first_kept, product
 
 CASES = {
     "titans k=24 m=8": (mc.memories.Titans(), 24, 8),
@@ -64,8 +65,7 @@ def compare(memory, arrays, tolerance=1e-6):
     assert_close(got[1], wanted[1], 2 * tolerance)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("memory", "k", "m"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("memory", "k", "m"), first_kept(3, CASES))
 def test_kernels_equal_chunks_in_turn(memory, k, m):
     compare(memory, make(memory, k, m))
 
@@ -135,10 +135,11 @@ def test_wrong_tiles_are_found(monkeypatch, name):
         compare(memory, make(memory, 16, 8), 1e-2)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("every_platform")
-@pytest.mark.parametrize("rule", [mc.memories.Titans, mc.memories.DLA])
-@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize(
+    ("rule", "depth"),
+    product(dict(titans=mc.memories.Titans, dla=mc.memories.DLA), [1, 2], turn=1),
+)
 def test_lowers_to_triton(rule, depth):
     memory = rule(depth=depth)
 

@@ -10,6 +10,7 @@ from memcache_jax.kernels import _table, _tpu
 from memcache_jax.kernels._triton import lowered_for_gpu
 from memcache_jax.kernels.grouped_read import _blocks, grouped_read, tpu
 from tests.cases import SCHEDULES, assert_close, normals, scheduled, value_and_vjp
+from tests.covers import first_kept, product
 from tests.kernels.interpreters import KERNELS, all_parallel, compare_to_reference, finds_races
 
 MEMORIES = {
@@ -47,18 +48,17 @@ def compare(memory, arguments, chosen, tolerance, schedule="in_turn"):
     assert_close(got[1], wanted[1], 2 * tolerance)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize(("precision", "tolerance"), [("float64", 1e-12), ("float32", 1e-6)])
-@pytest.mark.parametrize("memory", MEMORIES)
-def test_xla_equals_reference(memory, precision, tolerance, schedule):
+@pytest.mark.parametrize(
+    ("memory", "precision", "schedule"), product([*MEMORIES], ["float64", "float32"], [*SCHEDULES])
+)
+def test_xla_equals_reference(memory, precision, schedule):
+    tolerance = dict(float64=1e-12, float32=1e-6)[precision]
     with jax.enable_x64(precision == "float64"):
         compare(*make(memory, 7, jnp.dtype(precision)), tolerance, schedule)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("states", [1, 40])
+@pytest.mark.parametrize("states", first_kept(1, [1, 40]))
 def test_few_and_many_states(states):
     compare(*make("matrix", states, jnp.float64), 1e-12)
 
@@ -116,9 +116,7 @@ def compare_case(implementation, case):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize(("case", "implementation"), product(CASES, KERNELS, turn=1))
 def test_kernels_equal_reference(implementation, case):
     compare_case(implementation, case)
 

@@ -12,6 +12,7 @@ from memcache_jax.kernels._triton import lowered_for_gpu
 from memcache_jax.kernels.ssc_route import _shared, ssc_route, tpu
 from memcache_jax.kernels.ssc_route import gpu as _gpu
 from tests.cases import assert_close, normals, value_and_vjp
+from tests.covers import product
 from tests.kernels.interpreters import (
     KERNELS,
     all_parallel,
@@ -50,9 +51,7 @@ def compare_case(implementation, case):
     compare_to_reference(operation, implementation, *arrays, tolerance=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("implementation", ["xla", *KERNELS])
+@pytest.mark.parametrize(("case", "implementation"), product(CASES, ["xla", *KERNELS], turn=0))
 def test_equals_reference(implementation, case):
     compare_case(implementation, case)
 
@@ -121,9 +120,7 @@ def test_bfloat16(implementation):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("implementation", KERNELS)
-@pytest.mark.parametrize("error", ["mask", "scatter"])
+@pytest.mark.parametrize(("implementation", "error"), product(KERNELS, ["mask", "scatter"], turn=0))
 def test_a_wrong_mask_is_seen(monkeypatch, implementation, error):
     module = {"pallas_tpu": tpu, "pallas_gpu": _gpu}[implementation]
 
@@ -151,10 +148,10 @@ def test_no_two_cores_write_one_block(monkeypatch):
     assert finds_races(run, *(x[:1] for x in arrays))
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", ["constant", "any order"])
-@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize(
+    ("implementation", "name"), product(KERNELS, ["constant", "any order"], turn=1)
+)
 def test_float32_where_integers_have_64_bits(implementation, name):
     compare_case(implementation, CASES[name])
 

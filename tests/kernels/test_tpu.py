@@ -18,6 +18,7 @@ from experiments._kernel_cases import is_chosen
 from experiments._schedules import changes
 from experiments._tpu_cases import tpu_cases
 from memcache_jax.kernels.bank_read import bank_read
+from tests.covers import first_kept, kept_of
 
 pytestmark = pytest.mark.usefixtures("every_platform")
 
@@ -59,10 +60,9 @@ def printed(module, *arguments):
     return run.stdout.splitlines()
 
 
-@pytest.mark.slow
 @pytest.mark.tpu
 @needs_libtpu
-@pytest.mark.parametrize("chip", TPUS)
+@pytest.mark.parametrize("chip", kept_of([*TPUS]))
 def test_kernels_compile_to_the_schedules_that_were_kept(chip, tmp_path):
     file = tmp_path / "figures.json"
     only = ONLY.get(chip, ())
@@ -86,10 +86,9 @@ def test_kernels_compile_to_the_schedules_that_were_kept(chip, tmp_path):
     assert not changes(found["kernels"], before, tolerance=0.1)
 
 
-@pytest.mark.slow
 @pytest.mark.tpu
 @needs_libtpu
-@pytest.mark.parametrize("chip", TPUS)
+@pytest.mark.parametrize("chip", kept_of([*TPUS], "v5p", "v6e"))
 def test_train_steps_compile(chip):
     module = "tests.kernels.compile_train_step"
     lines = [line.split() for line in printed(module, TPUS[chip], *MODELS[chip])]
@@ -102,13 +101,18 @@ def test_train_steps_compile(chip):
     }
 
 
-@pytest.mark.slow
 @pytest.mark.tpu
 @needs_libtpu
 @pytest.mark.parametrize(
     ("chip", "shape"),
-    [("v6e", "GatedDeltaNet SSC h=3 k=96"), ("v5p", "KDA SSC"), ("v5e", "Titans Soup")],
-    ids=["v6e", "v5p", "v5e"],
+    first_kept(
+        0,
+        dict(
+            v5p=("v5p", "KDA SSC"),
+            v6e=("v6e", "GatedDeltaNet SSC h=3 k=96"),
+            v5e=("v5e", "Titans Soup"),
+        ),
+    ),
 )
 def test_odd_shapes_compile(chip, shape):
     (line,) = printed("experiments.schedules", "--shapes", f"--chips={chip}", f"--only={shape}")
@@ -144,13 +148,12 @@ def test_a_precision_that_kernels_lack_becomes_float32():
     every[0].lower(lowering_platforms=("tpu",))
 
 
-@pytest.mark.slow
 @pytest.mark.tpu
 @needs_libtpu
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize("chip", kept_of(["v5e", "v6e"]))
 def test_maps_of_chunks_stay_on_the_chip(chip):
     lines = [line.split() for line in printed("tests.kernels.compile_traffic", chip)]
     passed = {name: float(number) for name, number in lines}
-    # Maps in float32, made outside, make it 61 and 41 on a v5e.
-    assert passed["forward"] < 20
-    assert passed["both"] < 15
+    # On a v5e, tokens moved before the kernels make it 8 and 7, maps in float32 61 and 41.
+    assert passed["forward"] < 6
+    assert passed["both"] < 4

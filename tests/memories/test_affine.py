@@ -10,6 +10,7 @@ import pytest
 import memcache_jax as mc
 from memcache_jax.memories.base import Run
 from tests.cases import MEMORIES, assert_close, one_head, with_slow
+from tests.covers import rules
 
 AFFINE = {name: memory for name, memory in MEMORIES.items() if memory.form == "affine"}
 every_rule = pytest.mark.parametrize("memory", with_slow(AFFINE, "gated_deltanet"))
@@ -28,7 +29,7 @@ def cut(tokens, begin, end):
 
 
 @pytest.mark.usefixtures("x64")
-@every_rule
+@pytest.mark.parametrize("memory", rules(2, "gated_deltanet", among=AFFINE, values=True))
 def test_runs_compose_in_any_order(memory):
     initial, *tokens, _ = one_head(memory, 14)
     runs = functools.partial(run_of, memory, initial)
@@ -76,8 +77,7 @@ def test_a_diagonal_is_a_vector(memory):
 SEGMENTS, LENGTH = 4096, 4
 
 
-@pytest.mark.slow
-@every_rule
+@pytest.mark.parametrize("memory", rules(3, among=AFFINE, values=True))
 def test_long_compositions_are_as_exact_as_writing_in_turn(memory):
     initial, *tokens, _ = one_head(memory, SEGMENTS * LENGTH, dim=8, dtype=np.float32)
     rng = np.random.default_rng(0)

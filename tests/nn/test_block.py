@@ -16,6 +16,7 @@ import memcache_jax as mc
 from memcache_jax.nn import recurrent
 from memcache_jax.nn.unrolled import Unrolled
 from tests.cases import assert_close
+from tests.covers import first_kept
 
 VOCAB, LENGTH = 17, 16
 RULES = (("batch", "rows"), ("length", "part"), ("heads", "model"))
@@ -118,8 +119,7 @@ def test_a_list_of_layers_remat_and_gates(model, tokens):
     assert [gates.shape for gates in model.gates(tokens)] == [(2, LENGTH, 2, 2)] * 3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("kind", first_kept(1, [AxisType.Explicit, AxisType.Auto]))
 def test_on_a_mesh(model, tokens, kind):
     """Rows, time and heads are divided, so that tails cross the mesh."""
     documents = jnp.where(jnp.arange(LENGTH) < 8, 0, 1)[None].repeat(2, axis=0)

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from tests.cases import assert_close
+from tests.covers import product
 from tests.nn.caches import language_model
 from tests.nn.hosts import LAYERS, LENGTH, MASKS, POSITIONS, SEGMENTS, VALID, inputs
 from tests.nn.layer import make, tokens
@@ -48,9 +49,10 @@ def next_step(call):
 FEW = ("positions, zeros and repeats", "mask", "segments")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("traced", [False, True], ids=["known", "traced"])
-@pytest.mark.parametrize("name", ["titans, grm", "attention", "window"])
+@pytest.mark.parametrize(
+    ("name", "traced"),
+    product(["titans, grm", "attention", "window"], dict(known=False, traced=True), turn=1),
+)
 def test_a_padded_prompt_and_its_next_token(name, traced):
     layer, x = LAYERS[name](nnx.Rngs(0)), inputs()[:ROWS]
     # Each row's tokens from its beginning.

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 import memcache_jax as mc
-from tests.cases import assert_close, with_slow
+from tests.cases import assert_close
+from tests.covers import kept_of, product
 from tests.nn.caches import language_model
 from tests.nn.hosts import (
     DOCUMENTS,
@@ -55,9 +56,9 @@ def answers(layer, x, calls):
     return {name: layer(x, **call) for name, call in calls.items()}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("traced", [False, True], ids=["known", "traced"])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    ("name", "traced"), product([*LAYERS], dict(known=False, traced=True), turn=0)
+)
 def test_documents_come_out_as_alone(name, traced):
     layer, x = LAYERS[name](nnx.Rngs(0)), inputs()
     every = name == "attention" or (name == "ssd, grm" and not traced)
@@ -78,8 +79,7 @@ def test_documents_come_out_as_alone(name, traced):
         assert np.isfinite(y).all(), call
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["titans, grm", "attention"])
+@pytest.mark.parametrize("name", kept_of(["titans, grm", "attention"], "titans, grm"))
 def test_segment_ids_are_document_ids(name):
     layer = LAYERS[name](nnx.Rngs(0))
 
@@ -192,8 +192,7 @@ def test_an_unknown_keyword_or_no_input():
         language_model()(jnp.zeros((1, 3), int), decode=False)  # pyright: ignore
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["linear", "attention"])
+@pytest.mark.parametrize("name", kept_of(["linear", "attention"], "attention"))
 def test_rows_divided_by_explicit_axes(name):
     mesh = jax.make_mesh((2, 2), ("data", "model"), devices=jax.devices()[:4])
     calls = {call: CALLS[call] for call in FEW}
@@ -229,7 +228,7 @@ EMPTY = [(0, 5), (2, 0)]
 
 
 @pytest.mark.parametrize("shape", EMPTY)
-@pytest.mark.parametrize("name", with_slow([*LAYERS], "attention"))
+@pytest.mark.parametrize("name", kept_of([*LAYERS], "titans, grm", fast=["attention"]))
 def test_empty_inputs_give_empty_outputs_of_a_layer(name, shape):
     layer, x = LAYERS[name](nnx.Rngs(0)), jnp.zeros((*shape, 16), jnp.bfloat16)
     y = layer(x, positions=np.zeros(shape, int))
@@ -245,9 +244,14 @@ def test_empty_inputs_give_empty_outputs_of_a_layer(name, shape):
     assert not any(np.any(slope) for slope in jax.tree.leaves(slopes))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", EMPTY)
-@pytest.mark.parametrize("options", [dict(), dict(tie_embeddings=True, remat=True)], ids=str)
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    product(
+        dict(plain={}, tied=dict(tie_embeddings=True, remat=True)),
+        dict(tokens=EMPTY[0], rows=EMPTY[1]),
+        turn=0,
+    ),
+)
 def test_empty_inputs_give_empty_outputs_of_a_model(options, shape):
     model, rows = language_model(**options), jnp.zeros(shape, int)
     logits = jax.eval_shape(lambda model: model(rows), model)

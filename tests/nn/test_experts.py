@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import memcache_jax as mc
 from memcache_jax.nn.experts import SparseExperts, over_groups
 from tests.cases import assert_close
+from tests.covers import first_kept
 
 
 @functools.partial(jax.jit, static_argnames="block")
@@ -95,8 +96,7 @@ def test_a_mesh_divides_the_channels_of_each_expert(shapes):
         assert_close(jax.device_get(ours), one, 1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("kind", first_kept(1, [AxisType.Explicit, AxisType.Auto]))
 def test_a_hosts_axis_divides_the_experts_and_may_divide_rows_too(kind, shapes):
     def build():
         return mc.nn.Experts(4, 2, 6, 5).build(3, rngs=nnx.Rngs(0))

@@ -13,7 +13,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import memcache_jax as mc
-from tests.cases import assert_close, scheduled, with_slow
+from tests.cases import assert_close, scheduled
+from tests.covers import first_kept, kept_of, product
 
 CACHING = mc.nn.MemoryCachingMixer(
     mc.memories.Titans(chunk_size=4, expansion=2), mc.GRM(), mc.Constant(8)
@@ -63,8 +64,7 @@ def with_remat():
     return gradient(make(**WIDE, remat=True), ids())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mixers", MIXERS.values(), ids=MIXERS)
+@pytest.mark.parametrize("mixers", kept_of(MIXERS, "interleaved"))
 def test_scan_equals_the_blocks_one_by_one(mixers):
     model, tokens = make(mixers=mixers), ids()
 
@@ -83,7 +83,9 @@ def test_scan_equals_the_blocks_one_by_one(mixers):
     assert_close(call(model, tokens), one_by_one(model, tokens), 1e-5)
 
 
-@pytest.mark.parametrize("mixers", with_slow(MIXERS, "attention"))
+@pytest.mark.parametrize(
+    "mixers", kept_of(MIXERS, "memory caching", "sliding window", fast=["attention"])
+)
 def test_logits_see_no_later_token(mixers):
     model, tokens = make(mixers=mixers), ids()
     y = call(model, tokens)
@@ -92,9 +94,9 @@ def test_logits_see_no_later_token(mixers):
     assert float(jnp.abs(changed[:, 9:] - y[:, 9:]).max()) > 1e-3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", [None, (2, 2)])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("tied", "mesh"), product([False, True], {"one": None, "mesh": (2, 2)}, turn=0)
+)
 def test_logits_of_bfloat16_are_products_in_float32(tied, mesh):
     narrow = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, tie_embeddings=tied)
     model = make(**narrow, vocab_size=512, num_layers=1, mixers=MIXERS["attention"])
@@ -165,8 +167,13 @@ def test_tied_embeddings_are_the_output_layer():
     model = make(mixers=LINEAR, tie_embeddings=True)
     assert not hasattr(model, "head")
     tokens = ids()
-    wanted = model.hidden(tokens) @ model.embedding.embedding[...].T
-    assert_close(model(tokens), wanted, 1e-5)
+
+    @nnx.jit
+    def both(model, tokens):
+        wanted = model.hidden(tokens) @ model.embedding.embedding[...].T
+        return model(tokens), wanted
+
+    assert_close(*both(model, tokens), 1e-5)
 
 
 @pytest.mark.slow
@@ -202,16 +209,17 @@ def test_tokens_that_are_none(tokens):
         make()(tokens)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("mixers", "options", "tolerance"),
-    [
-        ((mc.nn.AttentionMixer(),), {}, 1e-6),
-        (MIXERS["interleaved"], {"remat": True}, 1e-6),
-        (MIXERS["interleaved"], {"dtype": jnp.bfloat16}, 1e-2),
-    ],
-    ids=["attention", "hybrid with remat and gradients", "hybrid in bfloat16"],
+    first_kept(
+        1,
+        {
+            "hybrid with remat and gradients": (MIXERS["interleaved"], {"remat": True}, 1e-6),
+            "attention": ((mc.nn.AttentionMixer(),), {}, 1e-6),
+            "hybrid in bfloat16": (MIXERS["interleaved"], {"dtype": jnp.bfloat16}, 1e-2),
+        },
+    ),
 )
 def test_a_model_sees_one_document(mixers, options, tolerance):
     border, length = 24, 37

@@ -15,6 +15,7 @@ import memcache_jax as mc
 from memcache_jax.nn import attention
 from memcache_jax.nn.layers import Linear
 from tests.cases import assert_close
+from tests.covers import first_kept
 
 FEATURES, LENGTH = 8, 12
 MIXER = mc.nn.LatentAttentionMixer(
@@ -83,8 +84,7 @@ def test_no_document_sees_another():
     assert_close(y[:, 5:], whole(layer, later)[:, : LENGTH - 5], 1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("kind", first_kept(1, [AxisType.Explicit, AxisType.Auto]))
 def test_on_a_mesh(kind):
     layer, x = build()
     expected, extend = whole(layer, x), jax.jit(type(layer).extend)

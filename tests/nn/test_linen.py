@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import memcache_jax as mc
 from memcache_jax.nn.host_options import HostOptions
-from tests.cases import with_slow
+from tests.covers import first_kept, kept_of
 from tests.nn.loops import FEATURES, HEADS, OPTIONS, VOCAB, cross_entropy, repeating_tokens
 
 STREAMS = {
@@ -104,8 +104,7 @@ class LinenModel(nn.Module):
         return nn.Dense(VOCAB)(x)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", first_kept(1, [*OPTIONS]))
 def test_linen_loop(name):
     model, tokens = LinenModel(name), repeating_tokens()
     params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
@@ -127,8 +126,7 @@ def test_linen_loop(name):
     assert losses[-1] < losses[0] / 3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", first_kept(1, [*OPTIONS][::-1]))
 def test_linen_and_nnx_forms_are_equal_for_equal_parameters(name):
     x = jax.random.normal(jax.random.key(1), (2, 21, FEATURES))
     linen = mc.nn.linen.MemoryCaching(FEATURES, HEADS, **OPTIONS[name])
@@ -231,7 +229,7 @@ def test_boxed_and_unboxed_variables_give_the_same():
         np.testing.assert_allclose(y, full[:, :10], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", with_slow([*LAYERS], "attention"))
+@pytest.mark.parametrize("name", kept_of([*LAYERS], "linear attention, grm", fast=["attention"]))
 def test_stream_equals_the_full_pass(name):
     module = LAYERS[name]
     variables, full = prepared(module)
@@ -245,8 +243,7 @@ def test_stream_equals_the_full_pass(name):
         np.testing.assert_allclose(y, full[:, i : i + 1], atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", kept_of([*LAYERS], "attention, window", *[*STREAMS][:1]))
 def test_init_cache(name):
     module, (variables, _) = LAYERS[name], prepared(LAYERS[name])
     room = None if name == "attention, window" else 13
@@ -276,8 +273,7 @@ def test_fields_bound_a_cache():
     assert list(zeros(GRM.clone(max_length=24))["cache"]) == ["max_length_24"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("module", [GRM, ATTENTION], ids=["memory caching", "attention"])
+@pytest.mark.parametrize("module", first_kept(1, {"memory caching": GRM, "attention": ATTENTION}))
 def test_ragged_rows(module):
     (variables, full), x = prepared(module), inputs()
     _, after = take(module, variables, x[:, :10], lengths=jnp.array([3, 9]))
@@ -381,10 +377,9 @@ class Stack(nn.Module):
         return block(self.mixer.clone(), name="layers")(x, None)[0]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "remat"),
-    [("gated delta net, ssc, checkpoint", False), ("attention", True)],
+    first_kept(1, [("attention", True), ("gated delta net, ssc, checkpoint", False)]),
 )
 def test_scan_over_layers(name, remat):
     whole = Stack(LAYERS[name].clone(), remat)
@@ -416,8 +411,7 @@ def test_scan_over_layers(name, remat):
     assert (abs(kernel.value).max(axis=(1, 2)) > 0).all()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("transform", [nn.jit, nn.remat])
+@pytest.mark.parametrize("transform", first_kept(1, dict(remat=nn.remat, jit=nn.jit)))
 def test_transformed_class(transform):
     variables, full = prepared(GRM)
     transformed = transform(mc.nn.linen.MemoryCaching)

@@ -15,7 +15,7 @@ from memcache_jax.nn.language_model import abstract_model
 from memcache_jax.nn.lora import Adapter
 from memcache_jax.pretrained.given import read_given
 from memcache_jax.pretrained.read import described
-from tests.cases import with_slow
+from tests.covers import first_kept, kept_of
 from tests.pretrained.test_read import FOLDERS, NAMES, expected
 
 
@@ -33,7 +33,7 @@ def adapters(model, part="low_rank"):
     return {path: param[...] for path, param in flat if part in path}
 
 
-@pytest.mark.parametrize("name", with_slow(NAMES, "kimi_linear"))
+@pytest.mark.parametrize("name", kept_of(NAMES, *NAMES[::3], fast=["kimi_linear"]))
 def test_every_adapter_is_called_once(name, monkeypatch):
     given = described(read_given(FOLDERS / name), dtype=jnp.float32, param_dtype=jnp.float32)
     config = dataclasses.replace(given, lora=mc.nn.LoRA(2), scan_layers=False)
@@ -56,8 +56,7 @@ def test_every_adapter_is_called_once(name, monkeypatch):
     assert len(adapters) >= 6
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["fla_rwkv7", "kimi_linear"])
+@pytest.mark.parametrize("name", first_kept(1, ["kimi_linear", "fla_rwkv7"]))
 def test_the_adapters_of_every_layer_are_trained(name):
     model = adapted(name)
     tokens, _ = expected(name)

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import memcache_jax as mc
 from memcache_jax.nn import in_pieces
+from tests.covers import kept_of, product
 
 ROWS, LENGTH, FEATURES, VOCAB = 2, 12, 8, 24
 
@@ -128,9 +129,9 @@ def test_targets_of_weight_zero_do_not_count():
     assert np.isnan(gradients(ours)(hidden, matrix, weights, targets.at[0, 0].set(VOCAB))[0])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("where", ["hidden", "matrix"])
+@pytest.mark.parametrize(
+    ("where", "number"), product(["hidden", "matrix"], [np.nan, np.inf, -np.inf], turn=0)
+)
 def test_what_is_not_finite_spoils_what_it_spoils_in_the_plain_loss(where, number):
     hidden, matrix, targets, weights = arrays("float32")
     if where == "hidden":
@@ -185,8 +186,7 @@ def test_scores_are_those_of_the_logits():
     check(got, wanted[:2], 1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["auto", "explicit"])
+@pytest.mark.parametrize("kind", kept_of(["auto", "explicit"], "explicit"))
 def test_a_mesh_divides_tokens_and_words(kind):
     hidden, matrix, targets, weights = arrays("float32")
     wanted = gradients(plain)(hidden, matrix, weights, targets)

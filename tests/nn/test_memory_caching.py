@@ -10,22 +10,25 @@ import pytest
 from flax import nnx
 
 import memcache_jax as mc
-from tests.cases import COVER, MEMORIES, assert_close, with_slow
+from tests.cases import COVER, MEMORIES, assert_close
+from tests.covers import first_kept, kept_of, rules
 from tests.nn.caches import LAYERS, LENGTH, caching, inputs, stream
 from tests.nn.layer import call, make, randomized, tokens
 from tests.nn.loops import FEATURES, HEADS, OPTIONS, VOCAB, cross_entropy, repeating_tokens
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("memory", "aggregation", "start"),
-    [
-        ("linear", "grm", "independent"),
-        ("gated_deltanet", "ssc", "checkpoint"),
-        ("rwkv7", "residual", "independent"),
-        ("titans", "soup", "checkpoint"),
-    ],
+    first_kept(
+        2,
+        [
+            ("titans", "soup", "checkpoint"),
+            ("rwkv7", "residual", "independent"),
+            ("linear", "grm", "independent"),
+            ("gated_deltanet", "ssc", "checkpoint"),
+        ],
+    ),
 )
 def test_layer_is_causal_and_prefix_consistent(memory, aggregation, start):
     layer = randomized(make(memory, aggregation, start=start))
@@ -38,7 +41,7 @@ def test_layer_is_causal_and_prefix_consistent(memory, aggregation, start):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("memory", with_slow([*COVER], "linear"))
+@pytest.mark.parametrize("memory", rules(2, "linear", among=COVER))
 def test_every_parameter_has_a_gradient(memory):
     layer, x = randomized(make(memory)), tokens(21, dtype=jnp.float64)
     graph, params = nnx.split(layer)
@@ -112,16 +115,18 @@ def test_input_of_another_shape(build, shape):
         build()(jnp.zeros(shape))
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("aggregation", "segmentation"),
-    [
-        ("residual", mc.Constant(8)),
-        ("grm", mc.Constant(64)),
-        ("grm", mc.Logarithmic(4)),
-        ("ssc", mc.Constant(8)),
-    ],
+    first_kept(
+        2,
+        [
+            ("grm", mc.Logarithmic(4)),
+            ("ssc", mc.Constant(8)),
+            ("residual", mc.Constant(8)),
+            ("grm", mc.Constant(64)),
+        ],
+    ),
     ids=str,
 )
 def test_gates_are_those_of_the_reads(aggregation, segmentation):
@@ -173,8 +178,7 @@ class Model(nnx.Module):
         return self.head(x + self.mixer(self.norm(x)))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["attention", *OPTIONS])
+@pytest.mark.parametrize("name", first_kept(2, ["attention", *OPTIONS]))
 def test_nnx_loop(name):
     rngs = nnx.Rngs(0)
     if name == "attention":
@@ -196,8 +200,7 @@ def test_nnx_loop(name):
     assert losses[-1] < losses[0] / 3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", kept_of([*LAYERS], "grm", "position", "window"))
 def test_layer(name):
     layer, x = LAYERS[name](nnx.Rngs(0)), inputs()
     graph, state = nnx.split(layer)

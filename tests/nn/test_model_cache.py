@@ -11,6 +11,7 @@ from orbax.checkpoint import v1 as ocp
 import memcache_jax as mc
 from memcache_jax.nn import recurrent
 from tests.cases import assert_close
+from tests.covers import first_kept
 from tests.nn.caches import (
     FEATURES,
     HEADS,
@@ -24,8 +25,7 @@ from tests.nn.caches import (
 )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("placement", ["device", "host"])
+@pytest.mark.parametrize("placement", first_kept(1, ["host", "device"]))
 def test_language_model(placement):
     mixers = dict(device=language_model().config.mixers, host=HOST)[placement]
     model = language_model(mixers=mixers, num_layers=2 * len(mixers))
@@ -223,8 +223,9 @@ def test_what_does_not_go_back():
         model.init_cache(1).rewind(np.array([1]))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
+@pytest.mark.parametrize(
+    "kind", first_kept(1, dict(explicit=AxisType.Explicit, auto=AxisType.Auto))
+)
 def test_models_go_back_on_a_mesh(kind):
     mixers = (*language_model().config.mixers, mc.nn.AttentionMixer())
     model = language_model(mixers=mixers, num_layers=3)

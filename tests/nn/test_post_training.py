@@ -8,6 +8,7 @@ from flax import nnx
 
 import memcache_jax as mc
 from tests.cases import MEMORIES, assert_close
+from tests.covers import first_kept
 
 
 def model(aggregation, segmentation, memory="titans"):
@@ -24,8 +25,7 @@ def model(aggregation, segmentation, memory="titans"):
     return mc.nn.LanguageModel(config, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("memory", ["titans", "gated_deltanet"])
+@pytest.mark.parametrize("memory", first_kept(1, ["titans", "gated_deltanet"]))
 def test_it_is_the_model_that_was_made_with_caches(memory):
     trained = model(mc.Residual(), mc.Constant(1024), memory)
     longer = mc.nn.with_memory_caching(trained, segmentation=mc.Constant(16))

@@ -8,6 +8,7 @@ from flax import nnx
 
 import memcache_jax as mc
 from tests.cases import MEMORIES, normals, unit
+from tests.covers import first_kept
 from tests.nn.layer import call, make, tokens
 
 
@@ -73,8 +74,7 @@ def test_titans_controls_start_near_keeping_and_small():
     assert 0 < float(eta.mean()) < 1 / 4  # a chunk has 4 tokens
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("memory", ["dla", "titans", "titans_depth1"])
+@pytest.mark.parametrize("memory", first_kept(1, ["dla", "titans", "titans_depth1"]))
 def test_a_deep_memory_stores_before_any_training(memory):
     layer = make(memory, segmentation=mc.Constant(64))
     normal = normals(0, jnp.float32)

@@ -11,7 +11,8 @@ from flax import nnx
 
 import memcache_jax as mc
 from memcache_jax.nn import recurrent
-from tests.cases import assert_close, with_slow
+from tests.cases import assert_close
+from tests.covers import kept_of
 
 CONV: dict[str, Any] = dict(conv_width=3, conv_bias=True)
 SHIFTED = recurrent.Path(2, 4, shift=True)
@@ -66,7 +67,13 @@ MIXERS = {
     ),
     "trapezoid": recurrent.mamba3(2, 4, state_dim=4),
 }
-every_mixer = pytest.mark.parametrize("name", with_slow(list(MIXERS), "state space"))
+
+
+def some_mixers(turn, *fast):
+    """All, of which ``make test`` runs two, the next ones in the next turn."""
+    names = [*MIXERS]
+    kept = (names[(2 * turn + i) % len(names)] for i in range(2))
+    return pytest.mark.parametrize("name", kept_of(names, *kept, fast=fast))
 
 
 def cached(mixer, **changes):
@@ -91,8 +98,7 @@ def whole(layer, x, document_ids=None):
     return layer(x, document_ids)
 
 
-@pytest.mark.slow
-@every_mixer
+@some_mixers(0)
 def test_a_stream_gives_what_one_call_gives(name):
     layer, x = build(cached(MIXERS[name])), inputs(2, 14, 8)
 
@@ -113,8 +119,7 @@ def test_a_stream_gives_what_one_call_gives(name):
     assert_close(second[1], y[1, 3:12], 1e-5)
 
 
-@pytest.mark.slow
-@every_mixer
+@some_mixers(1)
 def test_documents_come_out_as_alone(name):
     layer, x = build(cached(MIXERS[name])), inputs(1, 14, 8)
     documents = jnp.array([[0] * 8 + [1] * 6])  # the second begins with a segment, as alone
@@ -123,7 +128,7 @@ def test_documents_come_out_as_alone(name):
     assert_close(y[:, 8:], whole(layer, x[:, 8:]), 1e-5)
 
 
-@every_mixer
+@some_mixers(2, "state space")
 def test_every_parameter_has_a_gradient(name):
     layer, x = build(cached(MIXERS[name])), inputs(1, 14, 8)
     gradients = nnx.jit(nnx.grad(lambda layer, x: jnp.sum(layer(x) ** 2)))(layer, x)
@@ -131,8 +136,7 @@ def test_every_parameter_has_a_gradient(name):
         assert np.abs(gradient[...]).max() > 0, path
 
 
-@pytest.mark.slow
-@every_mixer
+@some_mixers(3)
 def test_reads_are_those_of_the_functional_core(name):
     layer, x = build(cached(MIXERS[name])), inputs(1, 14, 8)
     operands, kept = layer._tokens(x, None, None)
@@ -159,8 +163,7 @@ def test_content_gates_are_uniform_before_training():
     assert np.abs(gradients.connector.kernel[...]).max() > 0
 
 
-@pytest.mark.slow
-@every_mixer
+@some_mixers(4)
 def test_rows_and_heads_on_a_mesh(name):
     mesh = jax.make_mesh(
         (2, 2), ("rows", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2

@@ -49,7 +49,7 @@ def test_bfloat16_keeps_precision_far_from_the_start():
 def test_a_window_gives_far_from_the_start_what_it_gives_at_the_start():
     layer = mc.nn.Attention(16, 2, window=8, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (4, 20, 16))
-    wanted = layer(x)
+    wanted = jax.jit(layer)(x)
     extend = jax.jit(lambda cache, x: layer.extend(x, cache))
     begin = jnp.array([2**16, 2**20, 2**24, 2**30], jnp.int32)
     cache, got = layer.init_cache(4).replace(position=begin), []

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import memcache_jax as mc
+from tests.covers import first_kept
 
 MIXERS = (
     mc.nn.MemoryCachingMixer(mc.memories.Titans(4, 2), mc.GRM(), mc.Constant(8)),
@@ -45,8 +46,7 @@ def layer_of(memory):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", first_kept(1, [True, False]))
 def test_captures_of_a_model(remat):
     model = model_of(mixers=LIGHT, remat=remat)
     wanted = call(model, TOKENS)
@@ -100,8 +100,7 @@ def test_captures_of_a_layer():
     assert rates.shape == (2, 12, 2)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("stacked", first_kept(1, [True, False]))
 def test_adapters_and_what_they_train(stacked):
     """Flax's LoRA around projections: alone, and one in each layer of a stack."""
     model: Any

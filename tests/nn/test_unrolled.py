@@ -62,6 +62,7 @@ def test_parameters_of_lora_have_no_place_in_a_language_model():
         model.language_model()
 
 
+@pytest.mark.slow
 def test_few_large_layers_decode_apart(monkeypatch):
     """A row's tokens are those of layers in a loop, also in a batcher and with drafts."""
     model = language_model("memory")

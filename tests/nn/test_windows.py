@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 import memcache_jax as mc
 from memcache_jax.nn.rotary import rotate
 from memcache_jax.nn.windows import block_size
-from tests.cases import assert_close, value_and_vjp, with_slow
+from tests.cases import assert_close, value_and_vjp
+from tests.covers import first_kept, kept_of
 
 WINDOW, LENGTH = 6, 150  # two blocks, and a part of a third
 DOCUMENTS = np.arange(LENGTH)[None] // np.array([[40], [33]])
@@ -46,7 +47,9 @@ def test_blocks_are_for_many_tokens():
     assert [block_size(100, length) for length in (200, 201)] == [200, 100]
 
 
-@pytest.mark.parametrize("of", with_slow(["window", "documents", "mask"], "window"))
+@pytest.mark.parametrize(
+    "of", kept_of(["window", "documents", "mask"], "documents", fast=["window"])
+)
 def test_values_and_gradients_are_those_of_all_at_once(of):
     attention, x = layer(), tokens()
     same = (DOCUMENTS[:, :, None] == DOCUMENTS[:, None])[:, None]
@@ -61,8 +64,7 @@ def test_values_and_gradients_are_those_of_all_at_once(of):
     assert_close(got, wanted, 1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("window", [1, 100])
+@pytest.mark.parametrize("window", first_kept(1, [100, 1]))
 def test_a_stream_takes_many_tokens_at_once(window):
     attention, x = layer(window), tokens(2 * LENGTH)
     extend = jax.jit(attention.extend)
@@ -70,15 +72,14 @@ def test_a_stream_takes_many_tokens_at_once(window):
     rest = jnp.stack([x[0, 3:], x[1, 1:-2]])  # of the first row, the last two do not count
     y, cache = extend(rest, cache, jnp.array([2 * LENGTH - 5, 2 * LENGTH - 3]))
     last, _ = extend(x[:, -2:], cache, jnp.array([2, 2]))
-    wanted = attention(x)
+    wanted = jax.jit(attention)(x)
     assert_close(first[0], wanted[0, :3], 1e-5)
     assert_close(y[0, :-2], wanted[0, 3:-2], 1e-5)
     assert_close(y[1], wanted[1, 1:-2], 1e-5)
     assert_close(last, wanted[:, -2:], 1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("window", [WINDOW, 100])
+@pytest.mark.parametrize("window", first_kept(1, [WINDOW, 100]))
 def test_parts_of_a_sequence_give_the_whole(window):
     attention, x = layer(window), tokens(2 * LENGTH)
     ids = jnp.asarray(np.tile(DOCUMENTS, 2))

@@ -162,8 +162,8 @@ def test_mamba2_as_its_authors_package_names_it(tmp_path):
     mc.pretrained.save(mc.pretrained.load(tmp_path), tmp_path / "saved")
     assert_same_model(tmp_path / "saved", FOLDERS / "mamba2")
     for wrong, message in [
-        (dict(attn_layer_idx=[1]), r"attn_layer_idx=\[1\] is not served"),
-        (dict(ssm_cfg={}), "ssm_cfg: layer='Mamba1' is not served, only 'Mamba2'"),
+        (dict(attn_layer_idx=[1]), r"attn_layer_idx=\[1\] is not supported"),
+        (dict(ssm_cfg={}), "ssm_cfg: layer='Mamba1' is not supported, only 'Mamba2'"),
         (dict(ssm_cfg=3), "ssm_cfg must be an object, got 3"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -200,7 +200,10 @@ def test_a_tied_head_that_the_file_has_as_well(tmp_path):
     [
         (dict(model_type="qwen3_5"), "config.json has no 'text_config'"),
         (dict(model_type="qwen3_5", text_config=[]), "text_config must be an object, got"),
-        (dict(quantization_config=dict(bits=4)), "quantization_config={'bits': 4} is not served"),
+        (
+            dict(quantization_config=dict(bits=4)),
+            "{'bits': 4} is not supported",
+        ),
     ],
     ids=str,
 )

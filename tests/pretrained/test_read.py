@@ -14,12 +14,14 @@ from jax.sharding import AxisType, NamedSharding
 
 import memcache_jax as mc
 from tests.cases import assert_close, with_slow
+from tests.covers import kept_of, product
 
 FOLDERS = Path(__file__).parents[1] / "data" / "pretrained"
 NAMES = sorted(path.name for path in FOLDERS.iterdir())
 # Logical names of a mesh that is not ours.
 RULES = (("batch", "rows"), ("embed", "rows"), ("heads", "model"), ("mlp", "model"))
-every_folder = pytest.mark.parametrize("name", with_slow(NAMES, "mamba2"))
+# Of every family either one pass, with gradients, or a stream.
+SOME, OTHERS = NAMES[::2], NAMES[1::2]
 
 
 def expected(name):
@@ -39,7 +41,7 @@ def logits_and_gradients(model, tokens):
     return logits, gradients
 
 
-@every_folder
+@pytest.mark.parametrize("name", kept_of(NAMES, *SOME, fast=["mamba2"]))
 def test_logits_are_those_of_the_familys_own_library(name):
     model = mc.pretrained.load(FOLDERS / name)
     tokens, wanted = expected(name)
@@ -51,8 +53,7 @@ def test_logits_are_those_of_the_familys_own_library(name):
             assert np.abs(gradient[...]).max() > 0, path
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", kept_of(NAMES, *OTHERS))
 def test_a_stream_of_a_prompt_and_single_tokens_gives_the_same_logits(name):
     model = mc.pretrained.load(FOLDERS / name)
     tokens, wanted = expected(name)
@@ -70,7 +71,7 @@ def test_a_stream_of_a_prompt_and_single_tokens_gives_the_same_logits(name):
     assert_close(stream(model, tokens), wanted, 2e-5)
 
 
-@every_folder
+@pytest.mark.parametrize("name", with_slow(NAMES, "mamba2"))
 def test_what_is_saved_is_what_was_read(name, tmp_path):
     from safetensors.numpy import load_file
 
@@ -145,23 +146,23 @@ def changed(tmp_path, name, tensors=None, **config):
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("mamba2", dict(model_type="mamba7"), "model_type='mamba7' is not served, only bamba"),
-        ("mamba2", dict(hidden_act="gelu"), "hidden_act='gelu' is not served, only 'silu'"),
+        ("mamba2", dict(model_type="mamba7"), "model_type='mamba7' is not supported, only bamba"),
+        ("mamba2", dict(hidden_act="gelu"), "hidden_act='gelu' is not supported, only 'silu'"),
         ("fla_gla", dict(attn={"layers": [1]}), "attn has no 'num_heads'"),
         ("fla_gla", dict(attn={"layers": [9], "num_heads": 2}), "different ones of .*, got 9"),
-        ("fla_gla", dict(attn={"qk_norm": True}), "attn has qk_norm, which is not served"),
+        ("fla_gla", dict(attn={"qk_norm": True}), "attn has qk_norm, which is not supported"),
         ("fla_rwkv7", dict(attn={"layers": [0], "num_heads": 2}), "layer 0 must not be attention"),
-        ("qwen3_5_text", dict(hidden_act="gelu"), "hidden_act='gelu' is not served"),
+        ("qwen3_5_text", dict(hidden_act="gelu"), "hidden_act='gelu' is not supported"),
         ("qwen3_5_text", dict(rope_parameters={"rope_type": "yarn"}), "rope_type='yarn'"),
         ("nemotron_h", dict(layers_block_type=["mlp", "moe"]), "layer 0 of layers_block_type"),
-        ("mamba2", dict(model_type=["a"]), r"config.json: model_type=\['a'\] is not served"),
+        ("mamba2", dict(model_type=["a"]), r"config.json: model_type=\['a'\] is not supported"),
         (
             "mamba2",
             dict(num_hidden_layers="4"),
             "does not describe a supported model: TypeError: .*",
         ),
         ("mamba2", dict(n_groups=0), "config.json does not describe a supported model"),
-        ("mamba2", dict(dtype="int3"), "config.json: dtype='int3' is not served"),
+        ("mamba2", dict(dtype="int3"), "config.json: dtype='int3' is not supported"),
         ("mamba2", dict(head_dim=16), "in_proj.weight of .* together, got .184, 32."),
     ],
     ids=str,
@@ -255,9 +256,14 @@ def test_the_size_of_a_state_and_gates_that_begin_uniform():
     assert table[-1].split()[-2:] == [f"{kv:,}", f"{kv / 48:,.1f}"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [None, AxisType.Explicit, AxisType.Auto], ids=str)
-@pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_next"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    product(
+        ["qwen3_5_text", "qwen3_next"],
+        {"None": None, "Explicit": AxisType.Explicit, "Auto": AxisType.Auto},
+        turn=0,
+    ),
+)
 def test_parameters_are_divided_as_they_are_read(name, kind):
     devices = jax.devices()[:4]
     if kind is None:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import memcache_jax as mc
 from memcache_jax.generation.generate import extend_in_place
@@ -27,16 +28,22 @@ def text_of(tokens):
 
 @pytest.mark.slow
 def test_requests_get_the_tokens_of_generate():
-    """More requests than rows, with prompts and ends of all lengths."""
+    """More requests than rows, with prompts and ends of all lengths.
+
+    The parameters are committed to a device, as those that are read from files are.
+    """
     sizes = [(1, 9), (13, 20), (4, 1), (7, 30), (20, 3), (2, 12), (11, 11)]
     programs: tuple[Any, Any] = extend_in_place, decode
     before = [program._cache_size() for program in programs]
-    served = batcher()
+    graph, state = nnx.split(model())
+    served = batcher(model=nnx.merge(graph, jax.device_put(state, jax.devices()[0])))
     requests = [served.submit(ids(i, count), new) for i, (count, new) in enumerate(sizes)]
     served.run()
-    for i, (request, (count, new)) in enumerate(zip(requests, sizes, strict=True)):
-        wanted = mc.generate(model(), ids(i, count)[None], new, temperature=0)[0, count:]
-        assert request.tokens == wanted.tolist()
+    counts = np.array([count for count, _ in sizes])
+    prompts = np.stack([np.resize(ids(i, count), 20) for i, count in enumerate(counts)])
+    alone = np.asarray(mc.generate(model(), prompts, 30, lengths=counts, temperature=0))
+    for row, request, (count, new) in zip(alone, requests, sizes, strict=True):
+        assert request.tokens == row[count : count + new].tolist()
         assert request.finish_reason == "length"
     # Pieces of 4, 2 and 1 tokens, and one program for all steps.
     after = [program._cache_size() for program in programs]

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import memcache_jax as mc
+from tests.covers import first_kept
 from tests.serving.models import LENGTH, MIXERS, VOCAB, ids
 
 
@@ -119,14 +120,17 @@ def test_threads():
     assert 0 < store.nbytes <= store.max_bytes
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [
-        dict(rewind=3, cache_dtype="bfloat16", max_segments=2, policy="drop_oldest"),
-        dict(cache_dtype="int8", max_segments=2, policy="merge"),
-    ],
-    ids=["drop_oldest", "merge"],
+    first_kept(
+        1,
+        dict(
+            drop_oldest=dict(
+                rewind=3, cache_dtype="bfloat16", max_segments=2, policy="drop_oldest"
+            ),
+            merge=dict(cache_dtype="int8", max_segments=2, policy="merge"),
+        ),
+    ),
 )
 def test_bounded_caches(options):
     """States that a policy has dropped or merged since are there where they were found."""

@@ -11,6 +11,7 @@ import pytest
 import memcache_jax as mc
 from memcache_jax.sharding import make_mesh
 from tests.cases import assert_close, make_inputs
+from tests.covers import first_kept
 
 # One goes on over three parts of eight tokens, one begins with a part, an id comes again.
 DOCUMENTS = jnp.array([[7] * 3 + [0] * 17 + [7] * 2 + [5] * 2 + [9] * 8])
@@ -43,8 +44,9 @@ def test_what_cannot_be_divided_over_time(options, message):
         mc.memory_caching(**inputs, memory=memory, aggregation=mc.GRM(), **options)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("memory", [mc.memories.SSD(), mc.memories.GatedDeltaNet()], ids=type)
+@pytest.mark.parametrize(
+    "memory", first_kept(1, [mc.memories.GatedDeltaNet(), mc.memories.SSD()]), ids=type
+)
 def test_the_state_of_one_segment_goes_on_over_all_parts(memory):
     inputs = jax.tree.map(jnp.float32, make_inputs(memory, 30, batch=1, heads=2))
 
@@ -65,8 +67,9 @@ def test_the_state_of_one_segment_goes_on_over_all_parts(memory):
             assert_close(jax.device_get(x), y, 1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", [dict(data=8), dict(tensor=8), dict(data=2, tensor=4)], ids=str)
+@pytest.mark.parametrize(
+    "mesh", first_kept(1, [dict(data=2, tensor=4), dict(data=8), dict(tensor=8)]), ids=str
+)
 def test_rows_and_heads_that_do_not_divide_are_whole(mesh):
     memory = mc.memories.LinearAttention()
     inputs = jax.tree.map(jnp.float32, make_inputs(memory, 32, batch=1, heads=2))
@@ -77,8 +80,7 @@ def test_rows_and_heads_that_do_not_divide_are_whole(mesh):
     np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("exchange", ["gather", "ring"])
+@pytest.mark.parametrize("exchange", first_kept(1, ["ring", "gather"]))
 def test_no_token_crosses_the_mesh_within_the_memory(exchange):
 
     (b, t, h, k), size, parts = (2, 512, 2, 8), 64, 8

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import memcache_jax as mc
 from memcache_jax.sharding import constrain
+from tests.covers import first_kept
 
 KINDS = [AxisType.Explicit, AxisType.Auto]
 RULES = (("embed", "fsdp"), ("heads", "tp"), ("mlp", "tp"), ("vocab", None))
@@ -97,8 +98,7 @@ def test_models_that_are_made_by_shape(kind):
             assert specs(nnx.state(nnx.eval_shape(make))) == WANTED
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", first_kept(1, KINDS), ids=str)
 def test_parameters_and_their_moments_are_made_where_rules_say(kind):
     def create():
         model = make()
@@ -111,8 +111,7 @@ def test_parameters_and_their_moments_are_made_where_rules_say(kind):
     assert specs(nnx.state(optimizer)["opt_state"][0]["mu"]) == WANTED
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", first_kept(1, KINDS), ids=str)
 def test_a_mapping_of_the_hosts_names(kind):
     names = dict(embed="fsdp", heads="tp")
     with jax.set_mesh(foreign_mesh(kind)):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import memcache_jax as mc
-from tests.cases import MEMORIES, make_inputs, with_slow
+from tests.cases import MEMORIES, make_inputs
+from tests.covers import kept_of, rules
 from tests.streaming.test_past import extend_all, without_none
 from tests.streams import over_time
 
@@ -55,13 +56,12 @@ def go_back(rule, kinds):
         )
 
 
-@pytest.mark.parametrize("rule", with_slow([*MEMORIES], "linear"))
+@pytest.mark.parametrize("rule", rules(1, "linear"))
 def test_every_rule(rule):
     go_back(rule, KINDS)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rule", ["linear", "gated_deltanet", "vector"])
+@pytest.mark.parametrize("rule", kept_of(["linear", "gated_deltanet", "vector"], "gated_deltanet"))
 def test_states_that_go_on(rule):
     go_back(rule, CHECKPOINT)
 

@@ -9,6 +9,7 @@ import pytest
 
 import memcache_jax as mc
 from tests.cases import MEMORIES, assert_close, make_inputs
+from tests.covers import product
 from tests.streams import empty, over_time
 
 
@@ -51,10 +52,10 @@ def kept_by_hand(inputs, size, most, policy):
     return np.stack(outputs)[None, :, None]
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("most", [1, 3])
-@pytest.mark.parametrize("policy", ["drop_oldest", "drop_least_read", "merge"])
+@pytest.mark.parametrize(
+    ("policy", "most"), product(["drop_oldest", "drop_least_read", "merge"], [3, 1], turn=0)
+)
 def test_bounded_memory(policy, most):
     memory = MEMORIES["linear"]
     inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 50, batch=1, heads=1))

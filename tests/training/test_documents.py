@@ -18,6 +18,7 @@ from memcache_jax.training.documents import document_ids, separator
 from memcache_jax.training.durable import DIGESTS_FILE
 from memcache_jax.training.models import model_options
 from memcache_jax.training.step import abstract_state
+from tests.covers import first_kept
 from tests.training.runs import rows
 from tests.training.steps import attention, titans
 
@@ -50,17 +51,18 @@ def test_an_end_token_opens_the_next_document():
     assert document_ids(inputs, EOS).tolist() == [[1, 1, 1, 2, 2], [0, 1, 2, 2, 2]]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
-    [
-        attention(),
-        titans(),
-        caching(mc.memories.GatedDeltaNet(), mc.Logarithmic(8)),
-        caching(segmentation=mc.Lengths((8, 24))),
-        caching(start="checkpoint"),
-    ],
-    ids=["attention", "titans", "logarithmic", "lengths", "checkpoint"],
+    first_kept(
+        2,
+        dict(
+            titans=titans(),
+            logarithmic=caching(mc.memories.GatedDeltaNet(), mc.Logarithmic(8)),
+            attention=attention(),
+            lengths=caching(segmentation=mc.Lengths((8, 24))),
+            checkpoint=caching(start="checkpoint"),
+        ),
+    ),
 )
 def test_models_that_take_documents(model):
     assert parted(model) == EOS

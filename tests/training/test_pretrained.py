@@ -23,6 +23,7 @@ from memcache_jax.training.corpus import load_corpus
 from memcache_jax.training.pretrained import PublicModel, begin
 from memcache_jax.training.step import abstract_state, evaluate, make_eval_step
 from tests.cases import assert_close
+from tests.covers import kept_of
 from tests.pretrained.test_read import FOLDERS
 from tests.training.runs import assert_same_params, rows
 
@@ -74,8 +75,7 @@ def started(config):
     return SimpleNamespace(graph=graph, state=state, heldout=load_corpus(config).heldout)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("tune", ["all", "caches", "lora"])
+@pytest.mark.parametrize("tune", kept_of(["all", "caches", "lora"], "caches"))
 def test_step_zero_is_the_uniform_model_and_only_what_is_trained_has_moments(config, tune):
     config.tune = tune
     run = started(config)
@@ -102,8 +102,7 @@ def test_step_zero_is_the_uniform_model_and_only_what_is_trained_has_moments(con
     assert bool(run.state.frozen) == (tune != "all")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("tune", ["all", "caches", "lora"])
+@pytest.mark.parametrize("tune", kept_of(["all", "caches", "lora"], "lora"))
 def test_a_run_is_exported_and_written_as_its_library_does(config, tmp_path, tune):
     config.tune, config.sample.every = tune, 2 if tune == "lora" else 0
     whole = tmp_path / "whole"
@@ -147,6 +146,7 @@ def test_a_run_is_exported_and_written_as_its_library_does(config, tmp_path, tun
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_of_mixers_side_by_side_in_bfloat16(config, tmp_path):
     import ml_dtypes
     from safetensors.numpy import load_file, save_file
@@ -178,6 +178,7 @@ def test_a_run_of_mixers_side_by_side_in_bfloat16(config, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_that_goes_on_does_so_bit_for_bit(config, tmp_path, monkeypatch):
     from memcache_jax.training import loop
 

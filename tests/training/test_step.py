@@ -22,6 +22,7 @@ from memcache_jax.training.step import (
     make_eval_step,
     make_train_step,
 )
+from tests.covers import first_kept
 from tests.training.steps import OPTIONS, attention, linear, names, options, titans
 
 
@@ -141,8 +142,7 @@ def summed_loss(model, row):
     return make_eval_step(graph, END)(params, jnp.asarray([row]), jnp.ones(1))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("model", [attention(), titans()], ids=["attention", "titans"])
+@pytest.mark.parametrize("model", first_kept(1, dict(titans=titans(), attention=attention())))
 def test_no_document_of_a_row_sees_another(model):
     """Wherever it begins: its losses are the same after other words."""
     second = [END, *words(18), END]
@@ -168,11 +168,17 @@ def one_step(model, rows, **options):
     return jax.device_get(update(create_state(model, optimizer, 0), tokens))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "remat", "accumulate"),
-    [(attention(), False, 1), (attention(), True, 1), (attention(), False, 2), (linear(), True, 2)],
-    ids=["attention", "attention remat", "attention accumulate", "linear remat accumulate"],
+    first_kept(
+        1,
+        {
+            "linear remat accumulate": (linear(), True, 2),
+            "attention": (attention(), False, 1),
+            "attention remat": (attention(), True, 1),
+            "attention accumulate": (attention(), False, 2),
+        },
+    ),
 )
 def test_a_step_on_packed_documents_is_one_on_each_alone(model, remat, accumulate):
     """They begin on borders of segments."""
@@ -189,8 +195,7 @@ def test_a_step_on_packed_documents_is_one_on_each_alone(model, remat, accumulat
         jax.tree.map(same, mixed, alone)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("batch_size", first_kept(2, [3, 7, 1, 2]))
 def test_evaluation_does_not_depend_on_the_batches(batch_size):
     optimizer = make_optimizer(OPTIONS, 10)
     graph, _ = abstract_state(attention(), optimizer)

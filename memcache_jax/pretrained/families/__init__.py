@@ -31,7 +31,7 @@ class Family(Protocol):
     """A file of this folder."""
 
     def config(self, given: Given, *, dtype: Any, param_dtype: Any) -> LanguageModelConfig:
-        """The model's shape, of its ``config.json``; ValueError for what is not served."""
+        """The model's shape, from its ``config.json``; ValueError for what is not supported."""
         ...
 
     def tensors(self, given: Given) -> Iterator[Tensor]:
@@ -63,10 +63,10 @@ def family_of(given: Given) -> Family:
     """Returns the family of a model.
 
     Raises:
-      ValueError: if it is not served.
+      ValueError: if it is not supported.
     """
     kind = given["model_type"]
     if not isinstance(kind, str) or kind not in FAMILIES:
         served = ", ".join(sorted([*FAMILIES, *TEXT_OF]))
-        raise ValueError(f"{given.where}: model_type={kind!r} is not served, only {served}")
+        raise ValueError(f"{given.where}: model_type={kind!r} is not supported, only {served}")
     return FAMILIES[kind]

@@ -39,7 +39,7 @@ def attention(given: Given) -> list[GroupedAttentionMixer | None]:
     for values in specs:
         spec = Given(values, f"{given.where}: attn")
         if unknown := sorted(set(values) - _ATTENTION):
-            raise ValueError(f"{spec.where} has {', '.join(unknown)}, which is not served")
+            raise ValueError(f"{spec.where} has {', '.join(unknown)}, which is not supported")
         heads = spec["num_heads"]
         if features % heads:
             raise ValueError(f"{spec.where}: num_heads={heads} must divide hidden_size={features}")

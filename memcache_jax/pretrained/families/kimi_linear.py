@@ -65,7 +65,7 @@ def _by_one_name(given: Given) -> Given:
 
 def _chosen(given: Given, among: dict[str, Any], kind: str) -> Any:
     if kind not in among:
-        raise ValueError(f"{given.where}: a layer of {kind!r} is not served, only {list(among)}")
+        raise ValueError(f"{given.where}: a layer of {kind!r} is not supported, only {list(among)}")
     return among[kind]
 
 

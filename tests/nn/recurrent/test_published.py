@@ -12,6 +12,7 @@ from flax import nnx
 import memcache_jax as mc
 from memcache_jax.nn import recurrent
 from tests.cases import assert_close, with_slow
+from tests.covers import kept_of
 
 D, T = 6, 11
 CACHES = dict(segmentation=mc.Constant(3), aggregation=mc.SSC(top_k=1))
@@ -191,8 +192,7 @@ def test_the_block_starts_as_memory_caching_does():
     assert np.any(layer.value.linear.kernel[...] != query)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", kept_of([*LAYERS], "mamba3", "titans"))
 def test_caches_and_streams(name):
     """One pass is the reference, and a stream is one pass."""
     layer = made(name, **CACHES)

@@ -1,0 +1,87 @@
+"""Cache components at equal cache bytes and training steps: recall, needles and text.
+
+Command:   python -m experiments.frontier --config=configs/frontier.py --workdir=runs/frontier
+           one part: --config.parts="('recall',)"
+Hardware:  two CPU cores
+Time:      not measured as a whole; meant for an hour
+Expected:  not run yet.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import extrapolate
+from experiments._recall import recall_config
+from experiments.needle import needle_config
+
+
+def get_config() -> Any:
+    """Returns the configuration: SSD with GRM and C = 16, whose bytes bound all but attention."""
+    config = recall_config()
+    config.models = ("ssd_grm",)
+    config.vocab_size = 544  # rows of 512 tokens
+    config.train = ((32, 8, 0), (64, 16, 0), (128, 32, 0))
+    config.test = ((256, 32), (256, 64), (512, 64))
+    config.steps = 1000
+    config.seeds = (0, 1, 2)
+    config.at_once, config.workers = 3, 2
+    config.parts = ("recall", "needles", "text")
+    config.target, config.settled = "256/64", 0.05
+    config.against, config.unbounded = "attention", ("attention",)
+    constant = {"name": "Constant"}  # gets the smallest size that keeps within the bytes
+    config.changes = ConfigDict(
+        {
+            "SSD alone": {
+                "aggregation": {"name": "Residual"},
+                "segmentation": {"name": "Constant", "size": 2**30},
+            },
+            "SSC, k = 2": {"aggregation": {"name": "SSC", "top_k": 2}},
+            "GRM, 4 keys": {
+                "aggregation": {"name": "GRM", "num_keys": 4},
+                "segmentation": constant,
+            },
+            "SSC, k = 2, 4 keys": {
+                "aggregation": {"name": "SSC", "top_k": 2, "num_keys": 4},
+                "segmentation": constant,
+            },
+            "adaptive": {
+                "segmentation": {"name": "Adaptive", "min": 16, "max": 32, "block": 8},
+            },
+            "gated delta rule": {"memory": {"name": "GatedDeltaNet"}},
+            "gated delta rule, 4 keys": {
+                "memory": {"name": "GatedDeltaNet"},
+                "aggregation": {"name": "GRM", "num_keys": 4},
+                "segmentation": constant,
+            },
+            "attention": {
+                "memory": {"name": "Vector"},
+                "aggregation": {"name": "GRM"},
+                "segmentation": {"name": "Constant", "size": 1},
+            },
+        }
+    )
+    needles = config.needles = needle_config()
+    needles.lengths, needles.depths, needles.test_examples = (1024, 2048, 4096), 3, 32
+    needles.steps, needles.seeds = 400, (0, 1, 2)
+    needles.at_once, needles.workers = 3, 2
+    text = config.text = extrapolate.get_config("cpu")
+    text.seeds = (0, 1, 2)
+    text.training.steps = 200
+    # The first model's mixer, and attention with positions.
+    text.first = ConfigDict(
+        {
+            "memory": {"name": "SSD"},
+            "aggregation": {"name": "GRM"},
+            "segmentation": {"name": "Constant", "size": 64},  # as its heads
+        }
+    )
+    text.changes = ConfigDict(
+        {
+            "adaptive": {
+                "segmentation": {"name": "Adaptive", "min": 64, "max": 128, "block": 32},
+            },
+            "attention": {"mixers": ("attention",)},
+        }
+    )
+    return config

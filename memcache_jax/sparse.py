@@ -1,0 +1,142 @@
+"""Sparse selective caching: an aggregation that reads the few states that a router picks."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from memcache_jax._checks import check_choice, check_integer, set_fields
+from memcache_jax._typing import Array, Bool, Float
+from memcache_jax.aggregation import GRM
+from memcache_jax.engine.types import (
+    Candidates,
+    OfBlocks,
+    OfTokens,
+    Selection,
+)
+from memcache_jax.gating import ContentGate, Gate, finite_rows
+from memcache_jax.kernels._largest import largest
+from memcache_jax.kernels.gate_softmax import softmax_gates
+from memcache_jax.kernels.ssc_route import ssc_route
+
+
+@dataclasses.dataclass(frozen=True)
+class SSC(GRM):
+    """Sparse selective caching (Eq. 16-17 of arXiv:2602.24281): a router picks the states to read.
+
+    GRM over the live memory and the ``top_k`` most relevant cached states, per token and head; ties
+    go to the older state. Reads cost the same however long the sequence is. Of the tokens that
+    ``exact`` keeps, only those beside the selected states are read.
+
+    Attributes, beside GRM's:
+      top_k: cached states that a token reads.
+      inner: ``"grm"`` for the gated sum of reads, ``"soup"`` for the mixture of parameters.
+
+    Raises:
+      ValueError: as GRM, for ``top_k`` below 1, or an unknown ``inner``.
+
+    Example:
+      >>> import memcache_jax as mc
+      >>> mc.SSC(2).inner
+      'grm'
+      >>> mc.SSC(2, num_keys=4).num_keys  # finds more of the right states
+      4
+    """
+
+    gate: str | Gate = dataclasses.field(default="content", kw_only=True)
+    pooling: str = dataclasses.field(default="mean", kw_only=True)
+    top_k: int = 4
+    inner: str = "grm"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("inner", self.inner, ("grm", "soup"))
+        set_fields(self, top_k=check_integer("top_k", self.top_k))
+
+    @property
+    def mixes(self) -> bool:
+        """Whether parameters are mixed rather than reads."""
+        return self.inner == "soup"
+
+    def gates(self, cached: Array, live: Array) -> tuple[Array, Array]:
+        """Softmax over the selected states and the live one; zero for the others."""
+        return softmax_gates(self._selected(cached), live)
+
+    def gates_with_tokens(
+        self, cached: Array, live: Array, tokens: Array
+    ) -> tuple[Array, Array, Array]:
+        """Softmax over the selected states, their tokens and the live one."""
+        cached = self._selected(cached)
+        flat = jnp.where(cached[..., None] > -jnp.inf, tokens, -jnp.inf)
+        flat = flat.reshape(*cached.shape[:-1], -1)
+        gates, live = softmax_gates(jnp.concatenate([cached, flat], axis=-1), live)
+        states = cached.shape[-1]
+        return gates[..., :states], live, gates[..., states:].reshape(tokens.shape)
+
+    def _selected(self, cached: Float[Array, "*r states"]) -> Float[Array, "*r states"]:
+        """The relevance of the selected states, -inf for the others."""
+        if self.top_k >= cached.shape[-1]:
+            return cached
+        _, chosen = largest(lax.stop_gradient(cached), self.top_k)
+        selected = jnp.zeros(cached.shape, bool)
+        selected = jnp.put_along_axis(selected, chosen, True, axis=-1, inplace=False)
+        others = jnp.where(_unknown(cached), jnp.nan, -jnp.inf)
+        return jnp.where(selected, cached, others)
+
+    def select(
+        self,
+        connector: Float[Array, "b h n c u"],
+        candidates: Candidates,
+        *,
+        implementation: str | None = None,
+    ) -> Selection:
+        """Each token's own states, or its block's where these are no more."""
+        states = candidates.states
+        if self._all_are_few(states):
+            selection = super().select(connector, candidates)
+            assert isinstance(selection, OfBlocks)
+            return selection._replace(unread=selection.unread or self.top_k < states.shape[-1])
+        by_block = candidates.same_document is None and candidates.counts is None
+        by_block &= candidates.exact is None
+        routed = type(self) is SSC and self.relevance == ContentGate() and self.num_keys == 1
+        if routed and by_block and isinstance(states, np.ndarray):
+            keys = candidates.keys(self.pooling)
+            assert keys.states is not None
+            pooled, broken = finite_rows(keys.states)
+            live = jnp.vecdot(connector, keys.live, precision="highest")
+            gates, live, chosen = ssc_route(
+                connector, pooled, live, states[0], self.top_k, implementation=implementation
+            )
+            # Which states to select is unknown where a relevance is.
+            broken = broken[:, :, np.maximum(states[0], 0)] & (states >= 0)[None]
+            gates = jnp.where(broken.any(axis=-1)[..., None, None], jnp.nan, gates)
+            return OfTokens(chosen, gates, live)
+        cached, live = self._scores(connector, candidates)
+        _, slots = largest(lax.stop_gradient(cached), self.top_k)
+        chosen = jnp.take_along_axis(jnp.asarray(states)[:, None, :, None], slots, axis=-1)
+        beside = None
+        if candidates.exact is None:
+            few = jnp.take_along_axis(cached, slots, axis=-1)
+            gates, live = self.gates(jnp.where(_unknown(cached), jnp.nan, few), live)
+        else:
+            gates, live, beside = self._gates_of(connector, candidates)
+            assert beside is not None
+            gates, of_tokens = (
+                jnp.take_along_axis(x, slots, axis=-1) for x in (gates, beside.gates)
+            )
+            beside = beside._replace(gates=of_tokens)
+        return OfTokens(jnp.where(gates != 0, chosen, -1), gates, live, beside)
+
+    def _all_are_few(self, states: np.ndarray | Array) -> bool:
+        """Whether all that blocks may read is no more than what their tokens would select."""
+        if self.top_k >= states.shape[-1]:
+            return True
+        if not isinstance(states, np.ndarray):
+            return False
+        return bool(np.sum(states >= 0) <= self.top_k * states.shape[1])
+
+
+def _unknown(cached: Float[Array, "*r states"]) -> Bool[Array, "*r 1"]:
+    """Whether it is unknown which states to select, since a relevance is NaN."""
+    return jnp.isnan(cached).any(axis=-1, keepdims=True)

@@ -1,0 +1,94 @@
+"""Deep memories in a stream: tokens as factors, and states once their chunk is complete."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memcache_jax._typing import Array, Bool, State
+from memcache_jax.engine.finite import spoil
+from memcache_jax.engine.read import keep
+from memcache_jax.engine.types import Rows, Views, Writing
+from memcache_jax.memories import Memory
+from memcache_jax.memories.pending import Pending, no_tokens, settled, with_token
+from memcache_jax.streaming.in_place import change_rows
+
+
+def emptied(memory: Memory, initial: State, pending: Pending, rows: Bool[Array, "b"]) -> Pending:
+    """Resets the marked rows to before a chunk's first token; factors may keep old values."""
+    first = jax.tree.map(lambda x: x[0], initial)
+    deep: Any = memory
+    empty = no_tokens(deep, first)
+    shares = jax.tree.map(
+        lambda new, old: jnp.where(rows.reshape(-1, *[1] * (old.ndim - 1)), new, old),
+        (empty.weights, empty.momentum),
+        (pending.weights, pending.momentum),
+    )
+    return pending._replace(weights=shares[0], momentum=shares[1])
+
+
+def pending_with(
+    how: Writing, cache: Any, rows: Rows, active: Bool[Array, "b"]
+) -> tuple[Pending, Views]:
+    """Adds one token (b, h, 1, 1, 1, ...) in active rows; also returns the live track's views.
+
+    A non-finite token makes the shares NaN, and with them later tokens' reads and the state.
+    """
+    deep: Any = how.memory
+    place = cache.position % deep.chunk_size  # an inactive row's next token overwrites it
+    token = jax.tree.map(lambda x: x[:, :, 0, 0], rows._replace(bad=None))
+
+    def of_track(how: Writing, state: State, pending: Pending, place: Array, row: Rows) -> tuple:
+        added = with_token(deep, state, pending, place, row.key, row.value, row.controls)
+        return added[0], keep(deep, how.needs, added[1], row.query)
+
+    def of_tracks(tracks: slice, how: Writing) -> tuple[Pending, Views]:
+        one = functools.partial(of_track, how)
+        each = jax.vmap(jax.vmap(jax.vmap(one, (0, 0, None, None)), (0, 0, None, 0)))
+        own = jax.tree.map(lambda x: x[:, :, tracks], (cache.state, cache.pending))
+        return each(own[0], own[1], place, token)
+
+    pending, kept = of_tracks(slice(0, 1), how)
+    kept = jax.tree.map(lambda x: x[:, :, :, None], kept)
+    if cache.key_sum.shape[2] > 1 and jax.tree.leaves(cache.state)[0].shape[2] > 1:
+        others, _ = of_tracks(slice(1, None), how.with_no_reads())
+        pending = jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=2), pending, others)
+    shares = pending.weights, pending.momentum
+    shares, kept = spoil(how.memory, rows, np.array([True]), shares, kept)
+    old = cache.pending.weights, cache.pending.momentum
+    shares = jax.tree.map(
+        lambda new, old: jnp.where(active.reshape(-1, *[1] * (new.ndim - 1)), new, old), shares, old
+    )
+    pending = pending._replace(weights=shares[0], momentum=shares[1])
+    return pending, kept
+
+
+def settle(state: State, pending: Pending, complete: Bool[Array, "b"]) -> State:
+    """Writes the pending tokens into the states of rows whose chunk is complete."""
+    new = change_rows(_settled_row, complete, _side_by_side(state), (_side_by_side(pending),))
+    return jax.tree.map(lambda x, like: x.reshape(like.shape), new, state)
+
+
+def reset(state: State, restart: Bool[Array, "b tracks"], initial: State) -> State:
+    """Resets the states of the marked tracks to the initial ones, (h, ...)."""
+    heads, tracks = jax.tree.leaves(state)[0].shape[1:3]
+    again = jnp.tile(restart, (1, heads))
+    # Transposed as the weights are, so that XLA need not copy them for a loop of no iterations.
+    start = jax.tree.map(lambda x: jnp.repeat(x, tracks, axis=0).mT, initial)
+    new = change_rows(_reset_row, restart.any(axis=1), _side_by_side(state), (again,), (start,))
+    return jax.tree.map(lambda x, like: x.reshape(like.shape), new, state)
+
+
+def _side_by_side(tree: Any) -> Any:
+    """Merges heads and tracks: with two axes, XLA may choose another layout and copy the arrays."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), tree)
+
+
+def _settled_row(state: State, pending: Pending) -> State:
+    return jax.vmap(settled)(state, pending)
+
+
+def _reset_row(state: State, again: Bool[Array, "runs"], start: State) -> State:
+    return jax.tree.map(lambda new, old: jnp.where(again[:, None, None], new.mT, old), start, state)
