@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,7 @@ from memcache_jax._checks import check_choice, check_integer, set_fields, shown
 from memcache_jax._typing import Array, Float, Matrices
 from memcache_jax.engine.exact import read_of_tokens, scores_of_tokens
 from memcache_jax.engine.read import Bank, Live
-from memcache_jax.engine.types import (
-    Beside,
-    Candidates,
-    LivePart,
-    OfBlocks,
-    Selection,
-)
+from memcache_jax.engine.types import Beside, Candidates, LivePart, OfBlocks, Selection
 from memcache_jax.gating import GATES, Gate, scores
 from memcache_jax.kernels.gate_softmax import softmax_gates
 from memcache_jax.memories import Memory
@@ -95,10 +90,7 @@ class Aggregation(abc.ABC):
           live: as for ``gates``.
           tokens: relevance of the tokens kept beside each cached state.
         """
-        flat = tokens.reshape(*cached.shape[:-1], -1)
-        gates, live = self.gates(jnp.concatenate([cached, flat], axis=-1), live)
-        states = cached.shape[-1]
-        return gates[..., :states], live, gates[..., states:].reshape(tokens.shape)
+        return joint_gates(self.gates, cached, live, tokens)
 
     def select(
         self,
@@ -115,15 +107,19 @@ class Aggregation(abc.ABC):
           implementation: of the selection.
         """
         del implementation
-        gates, live, beside = self._gates_of(connector, candidates)
+        scored = self._scores(connector, candidates)
+        gates, live, beside = self._gates_of(connector, candidates, *scored)
         unread = candidates.same_document is not None
         return OfBlocks(candidates.states, gates, live, unread, beside)
 
     def _gates_of(
-        self, connector: Float[Array, "b h n c u"], candidates: Candidates
+        self,
+        connector: Float[Array, "b h n c u"],
+        candidates: Candidates,
+        cached: Float[Array, "b h n c r"],
+        live: Float[Array, "b h n c"],
     ) -> tuple[Float[Array, "b h n c r"], Float[Array, "b h n c"], Beside | None]:
-        """The gates of all slots and of the live memory, and what the slots' kept tokens add."""
-        cached, live = self._scores(connector, candidates)
+        """The gates of slots and live memory, from ``_scores``, and what kept tokens add."""
         if candidates.exact is None:
             return *self.gates(cached, live), None
         of_tokens = scores_of_tokens(connector, candidates, self.relevance, self.pooling)
@@ -180,6 +176,19 @@ class Aggregation(abc.ABC):
             return memory.read(mixture, query[None])[0]
         reads = jax.vmap(memory.read, in_axes=(0, None))(states, query[None])[:, 0]
         return jnp.einsum("s,sv->v", gates, reads)
+
+
+def joint_gates(
+    gates: Callable[[Array, Array], tuple[Array, Array]],
+    cached: Float[Array, "... s"],
+    live: Float[Array, "..."],
+    tokens: Float[Array, "... s r"],
+) -> tuple[Float[Array, "... s"], Float[Array, "..."], Float[Array, "... s r"]]:
+    """``Aggregation.gates_with_tokens`` from a function that makes gates of states alone."""
+    flat = tokens.reshape(*cached.shape[:-1], -1)
+    each, live = gates(jnp.concatenate([cached, flat], axis=-1), live)
+    states = cached.shape[-1]
+    return each[..., :states], live, each[..., states:].reshape(tokens.shape)
 
 
 def _gated(gates: Float[Array, "b h n c"], rows: Float[Array, "b h n c v"]) -> Array:

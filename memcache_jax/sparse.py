@@ -8,13 +8,8 @@ from jax import lax
 
 from memcache_jax._checks import check_choice, check_integer, set_fields
 from memcache_jax._typing import Array, Bool, Float
-from memcache_jax.aggregation import GRM
-from memcache_jax.engine.types import (
-    Candidates,
-    OfBlocks,
-    OfTokens,
-    Selection,
-)
+from memcache_jax.aggregation import GRM, joint_gates
+from memcache_jax.engine.types import Candidates, OfBlocks, OfTokens, Selection
 from memcache_jax.gating import ContentGate, Gate, finite_rows
 from memcache_jax.kernels._largest import largest
 from memcache_jax.kernels.gate_softmax import softmax_gates
@@ -68,11 +63,8 @@ class SSC(GRM):
     ) -> tuple[Array, Array, Array]:
         """Softmax over the selected states, their tokens and the live one."""
         cached = self._selected(cached)
-        flat = jnp.where(cached[..., None] > -jnp.inf, tokens, -jnp.inf)
-        flat = flat.reshape(*cached.shape[:-1], -1)
-        gates, live = softmax_gates(jnp.concatenate([cached, flat], axis=-1), live)
-        states = cached.shape[-1]
-        return gates[..., :states], live, gates[..., states:].reshape(tokens.shape)
+        tokens = jnp.where(cached[..., None] > -jnp.inf, tokens, -jnp.inf)
+        return joint_gates(softmax_gates, cached, live, tokens)
 
     def _selected(self, cached: Float[Array, "*r states"]) -> Float[Array, "*r states"]:
         """The relevance of the selected states, -inf for the others."""
@@ -120,7 +112,7 @@ class SSC(GRM):
             few = jnp.take_along_axis(cached, slots, axis=-1)
             gates, live = self.gates(jnp.where(_unknown(cached), jnp.nan, few), live)
         else:
-            gates, live, beside = self._gates_of(connector, candidates)
+            gates, live, beside = self._gates_of(connector, candidates, cached, live)
             assert beside is not None
             gates, of_tokens = (
                 jnp.take_along_axis(x, slots, axis=-1) for x in (gates, beside.gates)

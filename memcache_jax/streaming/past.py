@@ -100,7 +100,7 @@ def remember_chunk(cache: Any, complete: Bool[Array, "b"]) -> tuple[Past, Bool[A
     """
     past = cache.past
     number = cache.position // cache.config.memory.gradient_chunk
-    args = without_arrays(cache), _begun(cache), number
+    args = _without_arrays(cache), _begun(cache), number
     chunks, complete = change_if(_with_chunks, complete.any(), (past.chunks, complete), args)
     return past._replace(chunks=chunks), complete
 
@@ -128,7 +128,7 @@ def remember_slots(
       reads; otherwise XLA would copy the bank.
     """
     of_slots = cache.past[3:]
-    args = without_arrays(cache), cache.bank, cache.pooled, block, ended
+    args = _without_arrays(cache), cache.bank, cache.pooled, block, ended
     carry = of_slots, place.astype(jnp.int32), merge
     of_slots, place, merge = change_if(_with_slots, ended.any(), carry, args)
     return Past(*cache.past[:3], *of_slots), place, merge
@@ -195,7 +195,7 @@ def rewound(cache: Any, tokens: Int[Array, "b"]) -> Any:
     return dataclasses.replace(cache, **changes)
 
 
-def without_arrays(cache: Any) -> Any:
+def _without_arrays(cache: Any) -> Any:
     """The cache without its large arrays: what ``Cache.storages`` needs."""
     none = dict.fromkeys(("state", "anchor", "pending", "bank", "pooled", "past"))
     return dataclasses.replace(cache, **none)
