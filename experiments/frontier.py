@@ -95,11 +95,18 @@ def fitted(options: dict[str, Any], most: int, length: int) -> dict[str, Any]:
     def sized(size: int) -> dict[str, Any]:
         return options | dict(segmentation=segmentation | dict(size=size))
 
-    chunk = dict(options["memory"]).get("chunk_size") or 1
-    step = math.lcm(chunk, dict(options["aggregation"]).get("num_keys", 1))
-    sizes = range(step, length + step, step)
-    place = bisect.bisect_left(sizes, True, key=lambda size: _bytes(sized(size), length) <= most)
-    return sized(sizes[min(place, len(sizes) - 1)])
+    chunk, aggregation = dict(options["memory"]).get("chunk_size") or 1, options["aggregation"]
+    step = math.lcm(chunk, aggregation.get("num_keys", 1))
+    least = -(-max(1, aggregation.get("exact", 0)) // step) * step
+
+    def fits(size: int) -> bool:
+        return _bytes(sized(size), length) <= most
+
+    high = least  # doubled, as long segments take more again where the live one's tokens are kept
+    while high < length and not fits(high):
+        high *= 2
+    sizes = range(max(least, high // 2 // step * step), high, step)
+    return sized([*sizes, high][bisect.bisect_left(sizes, True, key=fits)])
 
 
 def _bytes(options: Mapping[str, Any], length: int) -> int:

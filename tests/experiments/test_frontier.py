@@ -22,7 +22,7 @@ def config(tmp_path):
     for i in range(8):
         (tmp_path / f"{i}.txt").write_text(f"{i} apples and {i} pears are {2 * i} fruits. " * 9)
     config = configs.get_config()
-    four = config.changes["GRM, 4 keys"]
+    four = config.changes["4 keys"]
     attention = config.changes["attention"]
     with config.unlocked():
         half = {"cache": {"cache_dtype": "bfloat16"}, "segmentation": {"name": "Constant"}}
