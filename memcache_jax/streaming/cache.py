@@ -22,7 +22,8 @@ from memcache_jax.streaming import storage
 from memcache_jax.streaming.borders import borders_of, returned
 from memcache_jax.streaming.config import CacheConfig
 from memcache_jax.streaming.eviction import Eviction
-from memcache_jax.streaming.exact import empty_recent, stored_shapes
+from memcache_jax.streaming.exact import empty_recent, token_shapes
+from memcache_jax.streaming.maps import map_shapes
 from memcache_jax.streaming.past import Past, empty_past, rewound
 from memcache_jax.streaming.protocol import MixerCache, placed, take_rows, zero_rows
 
@@ -44,16 +45,17 @@ class Cache(MixerCache):
         live ones; else None.
       pending: the tokens of the current chunk so far, (b, h, tracks, ...), of a deep memory whose
         state is written once the chunk is complete; else None.
-      transition: of the live segment's run, (b, h, 1, ...), where ``CacheConfig.composes``; else
-        None.
+      transition: the map of the live segment's run, (b, h, 1, ...), where
+        ``CacheConfig.composes``; else None.
       key_sum: the sum of each track's keys so far, (b, h, tracks, k); of each span of its run,
         (b, h, tracks, spans, k), where states have several pooled keys, as in ``pooled``.
       record: what each slot holds.
       recent: the tokens of the live segment, some of which will be kept beside its state, if the
         aggregation has ``exact`` tokens; else None.
       bank: matrices of the cached states, (b, h, slots, in, out), in ``cache_dtype``, and after
-        them the keys and values of the tokens kept beside them, (b, h, slots, exact, k or v); for
-        their layout on the host see ``storage.HostStorage``.
+        them what is kept beside each: the keys and values of tokens, (b, h, slots, exact, k or v),
+        or the map of its run, where a policy composes; for their layout on the host see
+        ``storage.HostStorage``.
       pooled: pooled keys of the cached states, (b, h, slots, k).
       past: what ``rewind`` needs; None where rows cannot go back.
       rewindable: by how many tokens each row can go back, (b,); None likewise.
@@ -110,10 +112,14 @@ class Cache(MixerCache):
     def storages(self) -> tuple[storage.Storage, storage.Storage]:
         """How ``bank`` and ``pooled`` store the cached states and their pooled keys."""
         config, first = self.config, self.first
-        matrices = jax.eval_shape(config.memory.matrices, self.initial)
-        _, key_dim, value_dim = self.sizes
-        matrices = stored_shapes(config, matrices, key_dim, value_dim, self.key_sum.dtype)
-        matrices = jax.eval_shape(lambda x: storage.pack(x, config.cache_dtype), matrices)
+        matrices, dtype = jax.eval_shape(config.memory.matrices, self.initial), self.key_sum.dtype
+        beside = (
+            *token_shapes(config, *self.sizes, dtype=dtype),
+            *map_shapes(config, *self.sizes, dtype=dtype),
+        )
+        matrices = jax.eval_shape(
+            lambda x: storage.pack(x, config.cache_dtype), (*matrices, *beside)
+        )
         sums = self.key_sum
         key = jax.ShapeDtypeStruct((sums.shape[1], *sums.shape[3:]), sums.dtype)
         bank = storage.HostStorage if config.placement == "host" else storage.Storage
@@ -208,6 +214,11 @@ def init_cache(
         ``"drop_least_read"`` the one with the smallest mean gate. ``"merge"`` replaces the two
         neighbors in time with the fewest tokens by the mean of their states and of their pooled
         keys, weighted by tokens; a state of n segments counts n times in its gate.
+        ``"merge_by_age"`` merges the two with the fewest tokens for their age, so that states grow
+        coarser with age and a stream of any length fits. ``"compose_by_age"`` makes of the same two
+        the state of one run over both, which counts once, as a bucket of ``Logarithmic``: exact,
+        for memories whose runs compose, at the price of a map beside each state, of k numbers per
+        head, or k^2 for rules that erase.
       dtype: dtype of live states, sums and pooled keys: float32 or float64.
       cache_dtype: dtype of cached states: ``dtype`` by default, bfloat16, or int8 with a scale per
         matrix row.

@@ -17,6 +17,7 @@ from memcache_jax.segmentation import Constant, Segmentation
 from memcache_jax.sparse import SSC
 from memcache_jax.streaming import storage
 from memcache_jax.streaming.eviction import POLICIES, Eviction
+from memcache_jax.streaming.maps import check_keeps_maps
 from memcache_jax.streaming.schedule import make_schedule
 from memcache_jax.streaming.slots import Decided, Planned, Recent, Slots
 
@@ -83,8 +84,7 @@ class CacheConfig:
         """Which slot each state is kept in, and for how long."""
         if self.max_segments is not None:
             eviction = self.eviction
-            drops = eviction is not None and eviction.drops
-            by_age = drops and not self.aggregation.sums_all
+            by_age = eviction is not None and not self.aggregation.sums_all
             return Recent(self.max_segments, self.segmentation.size, eviction, by_age)
         if isinstance(self.segmentation, Adaptive):
             assert self.max_length is not None  # from _bounded
@@ -107,8 +107,14 @@ class CacheConfig:
         """Whether states of several segments follow from the maps of single ones."""
         slots = self.slots
         each = isinstance(slots, Planned) and bool(slots.schedule.begins[:, 0].all())
-        several = slots.num_tracks > 1 and self.start == "independent"
-        return several and each and self.memory.merges
+        several = (slots.num_tracks > 1 and each) or self.keeps_maps
+        return several and self.start == "independent" and self.memory.merges
+
+    @property
+    def keeps_maps(self) -> bool:
+        """Whether the maps of cached runs are kept beside their states, to compose them later."""
+        eviction = self.eviction
+        return eviction is not None and eviction.composes and self.start == "independent"
 
     def checked(self, dtype: DTypeLike) -> "CacheConfig":
         """Returns the configuration of a cache whose arithmetic is in ``dtype``.
@@ -127,8 +133,8 @@ class CacheConfig:
         merges = config.eviction is not None and not config.eviction.drops
         if self.placement == "host" and (merges or not isinstance(self.aggregation, SSC)):
             raise ValueError(
-                "placement='host' is for SSC, which reads few states, and policies other than "
-                f"'merge', got {self.aggregation} and policy={config.policy!r}"
+                "placement='host' is for SSC, which reads few states, and policies that do not "
+                f"merge, got {self.aggregation} and policy={config.policy!r}"
             )
         if self.aggregation.exact and self.placement == "host":
             raise ValueError(
@@ -137,9 +143,11 @@ class CacheConfig:
             )
         if self.aggregation.exact and merges:
             raise ValueError(
-                "exact tokens cannot be averaged: they need a policy other than 'merge', got "
+                "exact tokens cannot be averaged: they need a policy that does not merge, got "
                 f"{self.aggregation} and policy={config.policy!r}"
             )
+        if config.keeps_maps:
+            check_keeps_maps(self.memory, config.policy)
         return config if config.slots.num_slots else dataclasses.replace(config, placement="device")
 
     def _bounded(self) -> "CacheConfig":

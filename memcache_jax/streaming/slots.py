@@ -143,9 +143,11 @@ class Recent:
     def candidates(
         self, record: Kept, block: Int[Array, "b"], keys: Callable[[str], Keys]
     ) -> Candidates:
-        """All slots; empty ones count no segment."""
+        """All slots; empty ones count no segment, and composed states one."""
         slots, segments = np.arange(self.num_slots)[None], record.segments
         held = segments > 0
+        if self.eviction is not None and self.eviction.composes:
+            segments = held.astype(segments.dtype)
         distances = block[:, None] - record.newest
         if self.by_age:
             last = jnp.iinfo(jnp.int32).max
