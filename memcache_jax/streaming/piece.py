@@ -33,6 +33,7 @@ from memcache_jax.memories.base import Run
 from memcache_jax.memories.pending import Pending
 from memcache_jax.streaming import storage
 from memcache_jax.streaming.cache import Cache
+from memcache_jax.streaming.config import CacheConfig
 from memcache_jax.streaming.deferred import emptied, pending_with, reset, settle
 from memcache_jax.streaming.eviction import Merge
 from memcache_jax.streaming.exact import exact_of, matrices_of, remember, with_worst
@@ -67,7 +68,7 @@ def take_piece(
     how = Writing(memory, needs_of(aggregation, memory), lambda shape: None, None)
     how = how.with_maps(config.composes)
     layout = Piece(cache, block, active)
-    y, ends, selection = run(layout, how, aggregation, Blocks(tokens, None, rows, tokens.key))
+    y, ends, selection, _ = run(layout, how, aggregation, Blocks(tokens, None, rows, tokens.key))
     y = y[:, :, 0]
 
     complete = ended = active & (into_block + size == segment)
@@ -227,11 +228,20 @@ class Piece(Layout):
                 )
                 tokens = before[:, None] + jnp.arange(1, key.shape[3] + 1)[None]
                 live /= tokens.astype(live.dtype)[:, None, None, :, None]
-            return Keys(live, cache.storages[1].all(cache.pooled))
+            return Keys(live, cache.storages[1].all(cache.pooled)[:, :, : slots.num_slots])
 
         candidates = slots.candidates(cache.record, self.block, keys)
+        if config.borrows and slots.num_slots:
+            # The other layer may have taken later tokens; slot i has the state of segment i.
+            assert candidates.counts is not None
+            ended = np.arange(slots.num_slots)[None, None] < self.block[:, None, None]
+            counts = jnp.where(ended, candidates.counts, 0)
+            candidates = candidates._replace(counts=counts)
         spans = functools.partial(span_keys, cache, key)
         candidates = candidates._replace(exact=exact_of(cache, key.dtype), spans=spans)
+        if config.tree is not None:
+            nodes = functools.partial(cache.storages[1].take, cache.pooled)
+            candidates = candidates._replace(nodes=nodes)
         return SlotBank(how.memory, cache, key.dtype), candidates
 
 
@@ -294,7 +304,7 @@ def _store(
     In the rows that ``keeps`` marks, what they replace is remembered for ``rewind``.
     """
     config, slots = cache.config, cache.config.slots
-    if not slots.num_slots:
+    if not slots.num_slots or config.borrows:
         return cache
     before, ends = cache, _once_read(after, ends)
     record, place, merge = slots.store(cache.record, block, ends, cache.key_sum)
@@ -314,7 +324,8 @@ def _store(
     pooled = jnp.where(jnp.isfinite(pooled), pooled, jnp.nan)  # as in one pass: gates are unknown
     states = with_worst(before, config.memory.matrices(states), block, ends)
     of_states, of_keys = cache.storages
-    put = functools.partial(_stored, config.cache_dtype, of_states.made_again, of_keys.made_again)
+    storages = of_states.made_again, of_keys.made_again
+    put = functools.partial(_stored, config, *storages)
     kept, args = (cache.bank, cache.pooled), (cache.first, states, pooled, place, merge)
     if config.placement == "host":
         bank, keys = put(kept, *args)
@@ -324,7 +335,7 @@ def _store(
 
 
 def _stored(
-    cache_dtype: Any,
+    config: CacheConfig,
     states_of: Callable[[Any], storage.Storage],
     keys_of: Callable[[Any], storage.Storage],
     kept: tuple[Any, Any],
@@ -347,8 +358,11 @@ def _stored(
             lambda *kept: kept,
             *(bank, keys),
         )
-    bank = of_states.put(bank, storage.pack(states, cache_dtype), place)
-    return bank, of_keys.put(keys, pooled, place)
+    bank = of_states.put(bank, storage.pack(states, config.cache_dtype), place)
+    keys = of_keys.put(keys, pooled, place)
+    if config.tree is not None:
+        keys = config.tree.with_nodes(of_keys, keys, of_states.num_slots, place)
+    return bank, keys
 
 
 def _merge(merge: Merge, bank: storage.Storage, kept: Any, new: Any) -> Any:
