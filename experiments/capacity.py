@@ -12,9 +12,12 @@ coefficients of ``experiments._capacity.rules``.
 Then it draws keys whose topic changes after random numbers of pairs, and counts how often a router
 finds a key's own segment, where segments have one size and where they follow the content. Last, it
 counts for how many questions about ``router_pairs`` pairs a router finds the segment where states
-have several pooled keys.
+have several pooled keys, and where it searches a ``Tree`` of them: with how many keys it compares a
+question, how often it finds the segment, and the processor time of a token of a stream with so many
+cached states.
 
-The workdir gets ``results.json``, ``table.md``, ``borders.md``, ``router.md`` and ``capacity.png``.
+The workdir gets ``results.json``, ``table.md``, ``borders.md``, ``router.md``, ``tree.md`` and
+``capacity.png``.
 """
 
 import itertools
@@ -32,6 +35,7 @@ from experiments._capacity import (
     measure_memory,
     router_hits,
     rules,
+    step_seconds,
 )
 from experiments._study import Case, Row, Study, new_figure, run
 
@@ -39,6 +43,7 @@ KEYS = (
     *("dim", "pairs", "trials", "questions", "temperature", "enough", "report", "keys"),
     *("alone_every", "rules", "cached_rules", "segments", "aggregations", "top_k", "num_keys"),
     *("exact", "router_pairs", "router_keys", "router_top_k"),
+    *("trees", "tree_states", "tree_segment", "tree_top_k", "tree_keys", "tree_trials"),
     *("seed", "borders", "topic_pairs", "topic_correlations"),
 )
 ALONE, ATTENTION = "alone", "attention"
@@ -114,6 +119,50 @@ def router_groups(config: Any) -> list[list[Case]]:
     ]
 
 
+def tree_groups(config: Any) -> list[list[Case]]:
+    """The cases of routers with a tree and without, those of one number of states together."""
+    common = dict(dim=config.dim, questions=config.questions, seed=config.seed, num_keys=1)
+    common |= dict(router=config.tree_segment, trials=config.tree_trials, top_k=config.tree_top_k)
+    return [
+        [
+            common
+            | dict(states=states, pairs=states * config.tree_segment, tree=tree)
+            | dict(keys=name, correlation=rho, topic=topic)
+            for tree in [None, *map(list, config.trees)]
+            for name, rho, topic in config.tree_keys
+        ]
+        for states in config.tree_states
+    ]
+
+
+def step_groups(config: Any) -> list[list[Case]]:
+    """The cases of routers' time, those of one number of states in turn."""
+    return [
+        [
+            dict(states=states, top_k=config.tree_top_k, tree=tree, dim=64)
+            for tree in [None, *map(list, config.trees)]
+        ]
+        for states in config.tree_states
+    ]
+
+
+def measure_steps(cases: list[Case]) -> list[Row]:
+    """Measures the time of a token."""
+    return [
+        dict(
+            seconds=step_seconds(
+                mc.SSC(case["top_k"], router=tree_of(case)), case["states"], case["dim"], steps=50
+            )
+        )
+        for case in cases
+    ]
+
+
+def tree_of(case: Case) -> mc.Tree | None:
+    """The tree of a router, of its branching and beam."""
+    return mc.Tree(*case["tree"]) if case.get("tree") else None
+
+
 def measure_routers(cases: list[Case]) -> list[Row]:
     """Measures routers among segments of one size, after all pairs."""
     rows = []
@@ -121,7 +170,8 @@ def measure_routers(cases: list[Case]) -> list[Row]:
         sizes = case["trials"], case["pairs"]
         keys, _ = draw_pairs(case["seed"], *sizes, case["dim"], case["correlation"], case["topic"])
         asked = draw_questions(case["seed"] + 1, *sizes, case["router"], case["questions"])
-        found = router_hits(keys, asked, case["top_k"], case["num_keys"], last=True)
+        how = case["top_k"], case["num_keys"]
+        found = router_hits(keys, asked, *how, last=True, tree=tree_of(case))
         rows.append(dict(found=found[-1]))
     return rows
 
@@ -270,6 +320,20 @@ def program(config: Any, study: Study) -> None:
     ]
     header = [f"found, {name}" for name, *_ in config["keys"]]
     study.write_table(["C", "keys of a state", "k", *header], table, "router")
+    rows = study.measure(tree_groups(config), measure_routers)
+    steps = {
+        str([row["states"], row["tree"]]): row
+        for row in study.measure(step_groups(config), measure_steps)
+    }
+    table = []
+    for mine in _grouped(rows, "states", "tree"):
+        (states, tree), one = (mine[0][name] for name in ("states", "tree")), tree_of(mine[0])
+        compared = states if one is None else one.compared(states)
+        seconds = steps[str([states, tree])]["seconds"]
+        found = (f"{row['found']:.2f}" for row in mine)
+        table.append([states, one or "all keys", compared, *found, f"{1e6 * seconds:.0f}"])
+    header = [f"found, {name}" for name, *_ in config.tree_keys]
+    study.write_table(["N", "router", "keys", *header, "us of a token"], table, "tree")
 
 
 def _grouped(rows: list[Row], *names: str) -> list[list[Row]]:

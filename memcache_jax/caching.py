@@ -11,7 +11,7 @@ from memcache_jax.adaptive import Adaptive
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.engine.exact import check_keeps
 from memcache_jax.engine.one_pass import one_pass
-from memcache_jax.engine.types import Tokens
+from memcache_jax.engine.types import CachedStates, Tokens
 from memcache_jax.kernels._platform import check_platform
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Constant, Logarithmic, Segmentation
@@ -103,6 +103,43 @@ def memory_caching(
       >>> y.shape
       (2, 100, 4, 16)
     """
+    return in_group(
+        *(query, key, value, connector),
+        memory=memory,
+        controls=controls,
+        weights=weights,
+        aggregation=aggregation,
+        segmentation=segmentation,
+        start=start,
+        document_ids=document_ids,
+        implementation=implementation,
+        exchange=exchange,
+    )
+
+
+def in_group(
+    query: Array,
+    key: Array,
+    value: Array,
+    connector: Array | None = None,
+    given: CachedStates | None = None,
+    *,
+    memory: Memory,
+    controls: Mapping[str, Array] | None = None,
+    weights: Mapping[str, Array] | None = None,
+    aggregation: Aggregation,
+    segmentation: Segmentation,
+    start: Start = "independent",
+    document_ids: Int[Array, "b t"] | None = None,
+    implementation: Implementation | None = None,
+    exchange: Exchange = "gather",
+    hands_on: bool = False,
+) -> Any:
+    """``memory_caching`` of a layer that reads other states, ``given``, or hands its own on.
+
+    With ``hands_on`` it returns the output and the states. Layers that share states have
+    ``Constant`` segments of one size, and no exact tokens or keys of spans.
+    """
     controls, weights = check_mapping("controls", controls), check_mapping("weights", weights)
     check_configuration(memory, aggregation, segmentation, start, implementation)
     check_choice("exchange", exchange, get_args(Exchange))
@@ -123,11 +160,13 @@ def memory_caching(
     rows = (query, key, value, connector)
     division = Division.of(*((x, "b t h .") for x in rows), (document_ids, "b t"))
     tokens, initial, document_ids = alike((tokens, weights, document_ids))
+    if given is not None or hands_on:
+        how |= dict(hands_on=hands_on)
     if division is None:
-        return compiled(one_pass, tokens, initial, document_ids, **how)
+        return compiled(one_pass, tokens, initial, document_ids, given, **how)
     if isinstance(segmentation, Adaptive):  # all heads decide together where segments end
         division = division.whole("h")
-    return over_mesh(division, tokens, initial, document_ids, exchange, **how)
+    return over_mesh(division, tokens, initial, document_ids, exchange, given, **how)
 
 
 def check_configuration(
@@ -162,6 +201,9 @@ def check_configuration(
             f"the chunk size of {type(memory).__name__}, {memory.gradient_chunk}, must divide the "
             f"segment size, got {segmentation}"
         )
+    router = getattr(aggregation, "router", None)
+    if router is not None and type(segmentation) is not Constant:
+        raise ValueError(f"a router with {router} needs Constant segments, got {segmentation}")
     if aggregation.exact:
         check_keeps(aggregation.exact, segmentation)
     check_choice("start", start, get_args(Start))

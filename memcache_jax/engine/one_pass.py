@@ -1,14 +1,17 @@
 """A whole sequence on one device."""
 
+from typing import Any
+
 import jax.numpy as jnp
 
-from memcache_jax._typing import Array, Float, Implementation, Int, Start
+from memcache_jax._typing import Array, Implementation, Int, Start
 from memcache_jax.adaptive import Adaptive
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.engine import reference
 from memcache_jax.engine.borders import find_borders
 from memcache_jax.engine.documents import count_documents
 from memcache_jax.engine.exact import longest_segment
+from memcache_jax.engine.read import ArrayBank
 from memcache_jax.engine.run import (
     OnePass,
     cut_for,
@@ -19,7 +22,7 @@ from memcache_jax.engine.run import (
     widened,
     writing,
 )
-from memcache_jax.engine.types import Tokens
+from memcache_jax.engine.types import CachedStates, Tokens
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Segmentation
 
@@ -28,14 +31,20 @@ def one_pass(
     tokens: Tokens,
     weights: dict[str, Array],
     document_ids: Int[Array, "b t"] | None,
+    given: CachedStates | None = None,
     *,
     memory: Memory,
     aggregation: Aggregation,
     segmentation: Segmentation,
     start: Start,
     implementation: Implementation | None,
-) -> Float[Array, "b t h v"]:
-    """The outputs of tokens (b, t, h, ...), whose arguments have been checked."""
+    hands_on: bool = False,
+) -> Any:
+    """The outputs of tokens (b, t, h, ...), whose arguments have been checked.
+
+    With ``given``, tokens read these cached states, and not their own. With ``hands_on``, the
+    states that were read are returned too.
+    """
     value, length = tokens.value, tokens.key.shape[1]
     plan = segmentation.plan(length)
     full = full_controls(memory, tokens.controls, tokens.key, tokens.value)
@@ -65,6 +74,12 @@ def one_pass(
             document = borders.of_tokens(length)
         blocks = cut_for(memory, tokens, document, plan, length)
         how = writing(memory, aggregation, tokens, weights, implementation)
-        y, _, _ = run(OnePass(plan, carries, borders, longest), how, aggregation, blocks)
+        layout = OnePass(plan, carries, borders, longest)
+        y, _, _, (bank, candidates) = run(layout, how, aggregation, blocks, given)
         y = y.reshape(*y.shape[:2], -1, y.shape[-1])[:, :, :length]
+        if hands_on:
+            assert isinstance(bank, ArrayBank)
+            pooled: Any = candidates.keys(aggregation.pooling).states
+            y = jnp.moveaxis(y, 1, 2).astype(value.dtype)
+            return y, CachedStates(bank.matrices, pooled)
     return jnp.moveaxis(y, 1, 2).astype(value.dtype)

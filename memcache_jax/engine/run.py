@@ -24,6 +24,7 @@ from memcache_jax.engine.read import ArrayBank, Bank, Live
 from memcache_jax.engine.spans import document_span_keys, span_keys
 from memcache_jax.engine.types import (
     Blocks,
+    CachedStates,
     Candidates,
     Keys,
     LivePart,
@@ -52,21 +53,33 @@ class Layout(abc.ABC):
 
 
 def run(
-    layout: Layout, how: Writing, aggregation: Aggregation, blocks: Blocks
-) -> tuple[Float[Array, "b h n c v"], Run, Any]:
+    layout: Layout,
+    how: Writing,
+    aggregation: Aggregation,
+    blocks: Blocks,
+    given: CachedStates | None = None,
+) -> tuple[Float[Array, "b h n c v"], Run, Any, tuple[Bank, Candidates]]:
     """Writes all blocks, banks states, selects among them and reads.
 
+    With ``given``, it reads these states in place of its own, which lie alike.
+
     Returns:
-      The outputs, the runs up to the ends of the blocks, and the aggregation's selection.
+      The outputs, the runs up to the ends of the blocks, the aggregation's selection, and what it
+      selected from.
     """
     tokens = blocks.tokens
     ends, kept = layout.write(how, blocks.rows)
     bank, candidates = layout.cached(how, ends, blocks)
+    if given is not None:
+        own, pooled = candidates.keys, given.pooled
+        bank = ArrayBank(how.memory, given.matrices, how.implementation)
+        candidates = candidates._replace(keys=lambda pooling: own(pooling)._replace(states=pooled))
     selection = aggregation.select(tokens.connector, candidates, implementation=how.implementation)
     live = Live(how.memory, tokens.query, kept, how.implementation)
     y = aggregation.read(bank, live, tokens.query, selection)
     beside = getattr(selection, "beside", None)  # a selection may be of a user's own type
-    return y if beside is None else y + beside.read, ends, selection
+    y = y if beside is None else y + beside.read
+    return y, ends, selection, (bank, candidates)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -137,6 +137,8 @@ class Exact(NamedTuple):
       counts: how many of its tokens each state has, from the first on; None if all states have all.
       table: the ``Candidates.states`` whose slot i is known to hold state i or none, though they
         are not static; None if there are none.
+      take: the keys and values of the states (b, h, m) of each head, without touching others; None
+        where they are taken from the arrays.
     """
 
     key: Float[Array, "b h states r k"]
@@ -144,6 +146,7 @@ class Exact(NamedTuple):
     longest: int
     counts: Int[Array, "_ states"] | None = None
     table: Any = None
+    take: Callable[[Array], tuple[Array, Array]] | None = None
 
 
 class SpanKeys(NamedTuple):
@@ -179,6 +182,8 @@ class Candidates(NamedTuple):
       spans: makes several pooled keys per state, given the pooling and their number; None where
         states have one each.
       exact: the tokens kept beside the states; None if there are none.
+      nodes: the keys (b, h, m, k) at places (b, h, m) among those that a stream keeps for a router
+        with a ``Tree``; None where they are made from ``keys``.
     """
 
     states: np.ndarray | Int[Array, "_ n r"]
@@ -189,6 +194,19 @@ class Candidates(NamedTuple):
     held: Bool[Array, "b states"] | None = None
     spans: Callable[[str, int], SpanKeys] | None = None
     exact: Exact | None = None
+    nodes: Callable[[Array], Array] | None = None
+
+
+class CachedStates(NamedTuple):
+    """The cached states of one layer, as it hands them to others.
+
+    Attributes:
+      matrices: of all states, as of ``read.ArrayBank``.
+      pooled: their pooled keys.
+    """
+
+    matrices: Any
+    pooled: Float[Array, "b h states k"]
 
 
 class Beside(NamedTuple):

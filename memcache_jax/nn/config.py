@@ -23,7 +23,7 @@ from memcache_jax.memories import Memory, Titans
 from memcache_jax.nn.attention import Attention, check_attention
 from memcache_jax.nn.feed_forward import FeedForward, GatedMLP
 from memcache_jax.nn.lora import LoRA
-from memcache_jax.nn.memory_caching import MemoryCaching, check_layer
+from memcache_jax.nn.memory_caching import MemoryCaching, check_layer, check_states
 from memcache_jax.nn.norms import Norm
 from memcache_jax.nn.parallel import ParallelMixer, changed
 from memcache_jax.nn.recurrent import RecurrentMixer
@@ -47,7 +47,20 @@ class Mixer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class MemoryCachingMixer:
-    """Blocks mix tokens with ``MemoryCaching``, whose arguments are the attributes."""
+    """Blocks mix tokens with ``MemoryCaching``, whose arguments are the attributes.
+
+    With ``states="previous"``, a layer of a language model caches no states. It reads those of the
+    last layer before it that has its own, as layers share keys and values in cross-layer attention
+    (arXiv:2405.12981)::
+
+        y_t = Agg(M_1, ..., M_{s-1} of that layer; M_t; q_t)
+
+    Query, connector, live memory and all other parameters are the layer's own; pooled keys of
+    cached states are the other's. Both must have one memory, aggregation and ``Constant``
+    segmentation, and be in one repetition of ``LanguageModelConfig.mixers``, or of a pattern of its
+    ``blocks``. Gradients reach the other layer. A stream's cache then has states for one layer of
+    each group; it cannot drop states or go back, and no mesh may divide time.
+    """
 
     memory: Memory = Titans()
     aggregation: Aggregation = GRM()
@@ -56,6 +69,7 @@ class MemoryCachingMixer:
     connector: Literal["learned", "query"] = "learned"
     distances: int = 64
     bounded: bool = True
+    states: Literal["own", "previous"] = "own"
     implementation: Implementation | None = None
     exchange: Exchange = "gather"
 
@@ -65,6 +79,7 @@ class MemoryCachingMixer:
             *(self.implementation, self.exchange),
         )
         check_flag("bounded", self.bounded)
+        check_states(self.states, self.aggregation, self.segmentation)
         set_fields(self, distances=check_integer("distances", self.distances, 2))
 
     def build(self, in_features: int, num_heads: int, **options: Any) -> MemoryCaching:
@@ -142,6 +157,37 @@ def _check_shared_values(mixers: tuple[Mixer, ...]) -> None:
             if shared is not None:
                 raise ValueError("only one mixer may share its values, got several")
             shared = size
+
+
+def leaders(blocks: tuple[BlockConfig, ...]) -> dict[int, int]:
+    """The block whose cached states each block with ``states="previous"`` reads.
+
+    Raises:
+      ValueError: if there is none before it, or one that caches otherwise.
+    """
+    found, last = {}, None
+    for number, block in enumerate(blocks):
+        mixer = block.mixer
+        if isinstance(mixer, ParallelMixer):
+            beside = mixer.left, mixer.right
+            if any(isinstance(m, MemoryCachingMixer) and m.states != "own" for m in beside):
+                raise ValueError("mixers side by side have states of their own: states='previous'")
+        if not isinstance(mixer, MemoryCachingMixer):
+            continue
+        if mixer.states == "own":
+            last = number
+            continue
+        if last is None:
+            raise ValueError(
+                "a mixer with states='previous' needs one with its own states before it, among "
+                "the blocks that are repeated together; scan_layers=False makes them one sequence"
+            )
+        other: Any = blocks[last].mixer
+        names = "memory", "aggregation", "segmentation", "bounded"
+        if wrong := [name for name in names if getattr(mixer, name) != getattr(other, name)]:
+            raise ValueError(f"layers that share states differ in {', '.join(wrong)}")
+        found[number] = last
+    return found
 
 
 Stacks: TypeAlias = tuple[tuple[tuple[BlockConfig, ...], int], ...]
@@ -252,6 +298,8 @@ class LanguageModelConfig:
                 "remat recomputes layer by layer: it needs scan_layers=True, got False"
             )
         _check_shared_values(self.mixers * (self.num_layers // len(self.mixers)))
+        for blocks, _ in self.stacks:
+            leaders(blocks)
 
     @functools.cached_property
     def stacks(self) -> Stacks:

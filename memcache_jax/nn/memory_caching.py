@@ -13,7 +13,7 @@ from memcache_jax.caching import check_configuration
 from memcache_jax.memories import Memory
 from memcache_jax.nn.host_options import HostOptions, read_host_options
 from memcache_jax.nn.projections import Projections
-from memcache_jax.segmentation import Segmentation
+from memcache_jax.segmentation import Constant, Segmentation
 from memcache_jax.sharding.names import AxisNames, naming
 
 
@@ -30,6 +30,19 @@ def check_layer(
     check_configuration(memory, aggregation, segmentation, start, implementation)
     _checks.check_choice("connector", connector, ("learned", "query"))
     _checks.check_choice("exchange", exchange, get_args(Exchange))
+
+
+def check_states(states: Any, aggregation: Aggregation, segmentation: Segmentation) -> None:
+    """Raises ValueError for states that no layer can read."""
+    _checks.check_choice("states", states, ("own", "previous"))
+    if states == "own":
+        return
+    constant = type(segmentation) is Constant
+    if not constant or aggregation.exact or aggregation.num_keys > 1:
+        raise ValueError(
+            "states='previous' needs Constant segments, exact=0 and num_keys=1, got "
+            f"{segmentation} and {aggregation}"
+        )
 
 
 class MemoryCaching(Projections):
@@ -55,6 +68,8 @@ class MemoryCaching(Projections):
       conv_width: taps of the convolution.
       bounded: whether a deep memory without a ``max_step_norm`` gets one of 1, so that no input,
         however large, makes it diverge; False for the bare equation.
+      states: ``"own"``, or ``"previous"`` for a layer of a language model that reads the cached
+        states of the last layer before it with its own, see ``MemoryCachingMixer``.
       implementation: as in ``memory_caching``; ``"pallas_gpu"`` cannot bound the steps of deep
         memories: give ``bounded=False`` with them.
       exchange: on a mesh that splits sequences, how the parts get each other's states:
@@ -99,6 +114,7 @@ class MemoryCaching(Projections):
         distances: int = 64,
         conv_width: int = 4,
         bounded: bool = True,
+        states: Literal["own", "previous"] = "own",
         implementation: Implementation | None = None,
         exchange: Exchange = "gather",
         dtype: DTypeLike | None = None,
@@ -108,6 +124,7 @@ class MemoryCaching(Projections):
         **host: Unpack[HostOptions],
     ) -> None:
         check_layer(memory, aggregation, segmentation, start, connector, implementation, exchange)
+        check_states(states, aggregation, segmentation)
         _checks.check_instance("rngs", rngs, nnx.Rngs, "nnx.Rngs, such as nnx.Rngs(0)")
         memory = memory.bounded() if _checks.check_flag("bounded", bounded) else memory
         distances = _checks.check_integer("distances", distances, 2)
@@ -133,6 +150,7 @@ class MemoryCaching(Projections):
                 rngs=rngs,
             )
         self.segmentation = segmentation
+        self.states = states
         self.start: Start = start
         self.implementation: Implementation | None = implementation
         self.exchange: Exchange = exchange

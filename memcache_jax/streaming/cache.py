@@ -56,7 +56,8 @@ class Cache(MixerCache):
         them what is kept beside each: the keys and values of tokens, (b, h, slots, exact, k or v),
         or the map of its run, where a policy composes; for their layout on the host see
         ``storage.HostStorage``.
-      pooled: pooled keys of the cached states, (b, h, slots, k).
+      pooled: pooled keys of the cached states, (b, h, slots, k), and after them those of the nodes
+        of a router's ``Tree``.
       past: what ``rewind`` needs; None where rows cannot go back.
       rewindable: by how many tokens each row can go back, (b,); None likewise.
       first: this layer's number in a stack of layers, which share ``bank``, ``pooled`` and
@@ -123,8 +124,41 @@ class Cache(MixerCache):
         sums = self.key_sum
         key = jax.ShapeDtypeStruct((sums.shape[1], *sums.shape[3:]), sums.dtype)
         bank = storage.HostStorage if config.placement == "host" else storage.Storage
-        slots = config.slots.num_slots
-        return bank(slots, matrices, first), storage.Storage(slots, key, first)
+        slots = keys = config.slots.num_slots
+        if config.tree is not None:
+            keys = config.tree.offsets(slots)[-1]
+        return bank(slots, matrices, first), storage.Storage(keys, key, first)
+
+    def as_borrower(self) -> "Cache":
+        """Returns the empty cache of a layer that reads another's states, and holds none.
+
+        Raises:
+          ValueError: if states are evicted, or rows can go back by tokens.
+        """
+        config = self.config
+        if config.eviction is not None or config.rewind:
+            raise ValueError(
+                "a layer that reads another's states needs a cache that keeps all of them, "
+                "policy='error', and rewind=0, got "
+                f"policy={config.policy!r} and rewind={config.rewind}"
+            )
+        return dataclasses.replace(self, config=dataclasses.replace(config, borrows=True)).alone()
+
+    def borrowing(self, other: "Cache") -> "Cache":
+        """Returns the cache with the states of another layer that has taken the same tokens.
+
+        Tokens read those whose segments ended before their own.
+        """
+        assert self.config == dataclasses.replace(other.config, borrows=True)
+        return dataclasses.replace(
+            self, record=other.record, bank=other.bank, pooled=other.pooled, first=other.first
+        )
+
+    def alone(self) -> "Cache":
+        """Returns the cache without the states that it borrows."""
+        if not self.config.borrows:
+            return self
+        return dataclasses.replace(self, record=None, bank=None, pooled=None, first=None)
 
     def letters(self, layers: bool = False) -> "Cache":
         """As ``MixerCache.letters``; on the host, a bank has heads and rows in one axis."""
@@ -141,6 +175,8 @@ class Cache(MixerCache):
 
     def empty_states(self, rows: int, *layers: int) -> tuple:
         """Allocates empty cached states and pooled keys, for a stack of so many layers."""
+        if self.config.borrows:
+            return None, None, None
         past = empty_past(self, rows, *layers) if self.config.rewind else None
         return *(bank.empty(rows, *layers) for bank in self.storages), past
 
@@ -161,6 +197,8 @@ class Cache(MixerCache):
 
     def borders(self, length: int) -> np.ndarray:
         """As ``MixerCache.borders``."""
+        if self.config.borrows:
+            raise ValueError("a layer that reads another's states does not go back")
         return borders_of(self, length)
 
     def returned(

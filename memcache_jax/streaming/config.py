@@ -20,6 +20,7 @@ from memcache_jax.streaming.eviction import POLICIES, Eviction
 from memcache_jax.streaming.maps import check_keeps_maps
 from memcache_jax.streaming.schedule import make_schedule
 from memcache_jax.streaming.slots import Decided, Planned, Recent, Slots
+from memcache_jax.tree import Tree
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -45,6 +46,7 @@ class CacheConfig:
       cache_dtype: dtype of cached states.
       placement: where they are kept.
       rewind: by how many tokens a row can go back.
+      borrows: whether the cached states are those of another layer, and this cache holds none.
     """
 
     memory: Memory
@@ -57,6 +59,7 @@ class CacheConfig:
     cache_dtype: str
     placement: storage.Placement
     rewind: int = 0
+    borrows: bool = False
 
     def __post_init__(self) -> None:
         fewest = 0 if isinstance(self.policy, str) and self.policy == "error" else 1
@@ -98,6 +101,12 @@ class CacheConfig:
         return (count,) if count > 1 and self.slots.num_slots else ()
 
     @property
+    def tree(self) -> Tree | None:
+        """The router's tree, if it searches one among so many states."""
+        tree = getattr(self.aggregation, "router", None)
+        return tree if tree is not None and tree.levels(self.slots.num_slots) else None
+
+    @property
     def defers(self) -> bool:
         """Whether single tokens are kept as factors, and written once their chunk is complete."""
         return self.memory.form == "descent" and self.memory.gradient_chunk != 1
@@ -135,6 +144,12 @@ class CacheConfig:
             raise ValueError(
                 "placement='host' is for SSC, which reads few states, and policies that do not "
                 f"merge, got {self.aggregation} and policy={config.policy!r}"
+            )
+        router = getattr(self.aggregation, "router", None)
+        if router is not None and config.eviction is not None:
+            raise ValueError(
+                f"a router with {router} keeps all states of a stream: it needs policy='error', "
+                f"got {config.policy!r}"
             )
         if self.aggregation.exact and self.placement == "host":
             raise ValueError(

@@ -110,5 +110,10 @@ def exact_of(cache: Any, dtype: Any) -> Exact | None:
     """The tokens beside all cached states."""
     if cache.recent is None:
         return None
-    key, value = storage.unpack(cache.storages[0].all(cache.bank[-2:]), dtype)
-    return stored_exact(key, value, longest_segment(cache.config.segmentation))
+    stored, kept = cache.storages[0], cache.bank[-2:]
+
+    def take(states: Int[Array, "b h m"]) -> tuple[Array, Array]:
+        return stored_exact(*storage.unpack(stored.take(kept, states), dtype))
+
+    every = stored_exact(*storage.unpack(stored.all(kept), dtype))
+    return Exact(*every, longest_segment(cache.config.segmentation), take=take)

@@ -120,7 +120,7 @@ def extend(
     }
     of_cache = cache.letters()
     letters = of_cache, Tokens(row, row, row, row, of_controls), "b"
-    return division.run(_extend, (cache, tokens, counts), letters, (row, of_cache))
+    return division.run(_extend, (cache, tokens, counts), letters, (row, of_cache.alone()))
 
 
 def _extend(cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]) -> tuple[Array, Cache]:
@@ -142,7 +142,7 @@ def _extend(cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]) -> tuple[Arr
     token, room = jnp.arange(count)[None], _checks.LARGEST - start[:, None]
     beyond = (token >= room) & (token < lengths[:, None])
     y = jnp.where(beyond[:, None, :, None], jnp.nan, y)
-    return jnp.moveaxis(y, 1, 2).astype(value.dtype), cache
+    return jnp.moveaxis(y, 1, 2).astype(value.dtype), cache.alone()
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

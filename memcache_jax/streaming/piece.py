@@ -61,7 +61,7 @@ def take_piece(
     how = Writing(memory, needs_of(aggregation, memory), lambda shape: None, None)
     how = how.with_maps(config.composes)
     layout = Piece(cache, block, active)
-    y, ends, selection = run(layout, how, aggregation, Blocks(tokens, None, rows, tokens.key))
+    y, ends, selection, _ = run(layout, how, aggregation, Blocks(tokens, None, rows, tokens.key))
     y = y[:, :, 0]
 
     complete = ended = active & (into_block + size == segment)
@@ -213,11 +213,20 @@ class Piece(Layout):
                 )
                 tokens = before[:, None] + jnp.arange(1, key.shape[3] + 1)[None]
                 live /= tokens.astype(live.dtype)[:, None, None, :, None]
-            return Keys(live, cache.storages[1].all(cache.pooled))
+            return Keys(live, cache.storages[1].all(cache.pooled)[:, :, : slots.num_slots])
 
         candidates = slots.candidates(cache.record, self.block, keys)
+        if config.borrows and slots.num_slots:
+            # The other layer may have taken later tokens; slot i has the state of segment i.
+            assert candidates.counts is not None
+            ended = np.arange(slots.num_slots)[None, None] < self.block[:, None, None]
+            counts = jnp.where(ended, candidates.counts, 0)
+            candidates = candidates._replace(counts=counts)
         spans = functools.partial(span_keys, cache, key)
         candidates = candidates._replace(exact=exact_of(cache, key.dtype), spans=spans)
+        if config.tree is not None:
+            nodes = functools.partial(cache.storages[1].take, cache.pooled)
+            candidates = candidates._replace(nodes=nodes)
         return SlotBank(how.memory, cache, key.dtype), candidates
 
 

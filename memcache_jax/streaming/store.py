@@ -41,7 +41,7 @@ def store(
     In the rows that ``keeps`` marks, what they replace is remembered for ``rewind``.
     """
     config, slots = cache.config, cache.config.slots
-    if not slots.num_slots:
+    if not slots.num_slots or config.borrows:
         return cache
     before, ends = cache, once_read(after, ends)
     record, place, merge = slots.store(cache.record, block, ends, cache.key_sum)
@@ -95,10 +95,13 @@ def _stored(
                 _merge(merge, join_keys, of_keys, keys, pooled),
             )
 
-        any_row = (merge.into < of_keys.num_slots).any()
+        any_row = (merge.into < of_states.num_slots).any()
         bank, keys = lax.cond(any_row, merged, lambda *kept: kept, bank, keys)
     bank = of_states.put(bank, storage.pack(states, config.cache_dtype), place)
-    return bank, of_keys.put(keys, pooled, place)
+    keys = of_keys.put(keys, pooled, place)
+    if config.tree is not None:
+        keys = config.tree.with_nodes(of_keys, keys, of_states.num_slots, place)
+    return bank, keys
 
 
 def _joins(config: CacheConfig, merge: Merge) -> tuple[Callable, Callable]:

@@ -95,6 +95,8 @@ def constructors():
     yield mc.GRM, dict(gate="content", pooling="mean", num_keys=1, exact=2)
     yield mc.Soup, dict(gate="content", pooling="mean", num_keys=1, exact=2)
     yield mc.SSC, dict(gate="content", pooling="mean", num_keys=1, top_k=2, inner="grm", exact=2)
+    yield mc.SSC, dict(top_k=2, router=mc.Tree(4, 2))
+    yield mc.Tree, dict(branching=4, beam=2)
     yield mc.nn.MemoryCachingMixer, mixer
     yield mc.nn.AttentionMixer, attention
     yield mc.nn.LanguageModelConfig, config

@@ -118,6 +118,7 @@ def test_program(tmp_path):
     config.aggregations, config.segments, config.top_k = ("SSC",), (16,), (1,)
     config.report = 16
     config.num_keys, config.router_pairs = (1, 2), 64
+    config.trees, config.tree_states, config.tree_trials = ((2, 2), (2, 8)), (16,), 2
     with contextlib.closing(Study(tmp_path, config)) as study:
         capacity.program(config, study)
         rows = study.measure(capacity.groups(config), lambda cases: pytest.fail("again"))
@@ -131,6 +132,13 @@ def test_program(tmp_path):
     router = (tmp_path / "router.md").read_text().splitlines()[2:]
     assert len(router) == 5 * 2
     assert router[-1].split()[1::2] == ["16", "16", "4", "1.00", "1.00", "1.00"]
+    # A tree compares fewer keys; with a beam that holds all nodes it finds as much as all keys.
+    every, narrow, whole = (
+        [cell.strip() for cell in line.split("|")[2:-2]]
+        for line in (tmp_path / "tree.md").read_text().splitlines()[2:]
+    )
+    assert [row[1] for row in (every, narrow, whole)] == ["16", "14", "16"]
+    assert every[2:] == whole[2:]
     assert "attention" in table
     assert (tmp_path / "capacity.png").stat().st_size > 10_000
     # Attention, then the rule alone: which has no router, and holds less.

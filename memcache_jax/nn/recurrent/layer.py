@@ -208,7 +208,7 @@ class Recurrent(MemoryLayer):
 
         Takes the first layer's values and returns them, or its own if it is the first.
         """
-        y, kept = self._mix(x, document_ids, first)
+        y, kept, _ = self._mix(x, document_ids, first)
         return y, first if kept is None or not self.shares_values else kept.values
 
     def extend_in_model(
