@@ -319,7 +319,7 @@ def step_seconds(kind: mc.SSC, states: int, dim: int, steps: int) -> float:
 
     _, cache = jax.jit(take)(rows, cache)
     step, least = jax.jit(take), math.inf
-    jax.block_until_ready(step(rows[:, :1], cache))
+    y, _ = jax.block_until_ready(step(rows[:, :1], cache))
     for _ in range(5):
         begin = time.process_time()
         for _ in range(steps):

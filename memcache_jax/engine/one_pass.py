@@ -57,6 +57,8 @@ def one_pass(
         borders = find_borders(segmentation, keys, document)
     longest = longest_segment(segmentation) if aggregation.exact else 0
     if implementation == "reference":
+        if given is not None or hands_on:
+            raise ValueError("layers that share cached states have no implementation='reference'")
         y = reference.memory_caching(
             widened(tokens),
             weights,

@@ -11,7 +11,8 @@ from flax import nnx
 from memcache_jax import _checks
 from memcache_jax._typing import Array, Bool, Float, Int
 from memcache_jax.engine.types import CachedStates
-from memcache_jax.nn.config import BlockConfig, LanguageModelConfig, leaders
+from memcache_jax.nn.config import BlockConfig, LanguageModelConfig
+from memcache_jax.nn.groups import leaders
 from memcache_jax.nn.layer_cache import LayerCache
 from memcache_jax.nn.recurrent import Recurrent
 from memcache_jax.sharding.layout import like
@@ -250,7 +251,7 @@ class Period(nnx.Module):
         self, config: LanguageModelConfig, blocks: tuple[BlockConfig, ...], *, rngs: nnx.Rngs
     ) -> None:
         self.blocks = nnx.List([Block(config, block, rngs=rngs) for block in blocks])
-        self.leaders = tuple(leaders(blocks).items())
+        self.leaders = tuple(leaders([block.mixer for block in blocks]).items())
         for number in {number for pair in self.leaders for number in pair}:
             self.blocks[number].in_group = True
         if config.lora is not None:

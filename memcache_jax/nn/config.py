@@ -22,8 +22,9 @@ from memcache_jax.aggregation import GRM, Aggregation
 from memcache_jax.memories import Memory, Titans
 from memcache_jax.nn.attention import Attention, check_attention
 from memcache_jax.nn.feed_forward import FeedForward, GatedMLP
+from memcache_jax.nn.groups import check_states, leaders
 from memcache_jax.nn.lora import LoRA
-from memcache_jax.nn.memory_caching import MemoryCaching, check_layer, check_states
+from memcache_jax.nn.memory_caching import MemoryCaching, check_layer
 from memcache_jax.nn.norms import Norm
 from memcache_jax.nn.parallel import ParallelMixer, changed
 from memcache_jax.nn.recurrent import RecurrentMixer
@@ -159,37 +160,6 @@ def _check_shared_values(mixers: tuple[Mixer, ...]) -> None:
             shared = size
 
 
-def leaders(blocks: tuple[BlockConfig, ...]) -> dict[int, int]:
-    """The block whose cached states each block with ``states="previous"`` reads.
-
-    Raises:
-      ValueError: if there is none before it, or one that caches otherwise.
-    """
-    found, last = {}, None
-    for number, block in enumerate(blocks):
-        mixer = block.mixer
-        if isinstance(mixer, ParallelMixer):
-            beside = mixer.left, mixer.right
-            if any(isinstance(m, MemoryCachingMixer) and m.states != "own" for m in beside):
-                raise ValueError("mixers side by side have states of their own: states='previous'")
-        if not isinstance(mixer, MemoryCachingMixer):
-            continue
-        if mixer.states == "own":
-            last = number
-            continue
-        if last is None:
-            raise ValueError(
-                "a mixer with states='previous' needs one with its own states before it, among "
-                "the blocks that are repeated together; scan_layers=False makes them one sequence"
-            )
-        other: Any = blocks[last].mixer
-        names = "memory", "aggregation", "segmentation", "bounded"
-        if wrong := [name for name in names if getattr(mixer, name) != getattr(other, name)]:
-            raise ValueError(f"layers that share states differ in {', '.join(wrong)}")
-        found[number] = last
-    return found
-
-
 Stacks: TypeAlias = tuple[tuple[tuple[BlockConfig, ...], int], ...]
 """Sequences of blocks, and how often each is repeated before the next begins."""
 
@@ -299,7 +269,7 @@ class LanguageModelConfig:
             )
         _check_shared_values(self.mixers * (self.num_layers // len(self.mixers)))
         for blocks, _ in self.stacks:
-            leaders(blocks)
+            leaders([block.mixer for block in blocks])
 
     @functools.cached_property
     def stacks(self) -> Stacks:

@@ -11,9 +11,10 @@ from memcache_jax._typing import Exchange, Implementation, Start
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.caching import check_configuration
 from memcache_jax.memories import Memory
+from memcache_jax.nn.groups import check_states
 from memcache_jax.nn.host_options import HostOptions, read_host_options
 from memcache_jax.nn.projections import Projections
-from memcache_jax.segmentation import Constant, Segmentation
+from memcache_jax.segmentation import Segmentation
 from memcache_jax.sharding.names import AxisNames, naming
 
 
@@ -30,19 +31,6 @@ def check_layer(
     check_configuration(memory, aggregation, segmentation, start, implementation)
     _checks.check_choice("connector", connector, ("learned", "query"))
     _checks.check_choice("exchange", exchange, get_args(Exchange))
-
-
-def check_states(states: Any, aggregation: Aggregation, segmentation: Segmentation) -> None:
-    """Raises ValueError for states that no layer can read."""
-    _checks.check_choice("states", states, ("own", "previous"))
-    if states == "own":
-        return
-    constant = type(segmentation) is Constant
-    if not constant or aggregation.exact or aggregation.num_keys > 1:
-        raise ValueError(
-            "states='previous' needs Constant segments, exact=0 and num_keys=1, got "
-            f"{segmentation} and {aggregation}"
-        )
 
 
 class MemoryCaching(Projections):

@@ -1,6 +1,7 @@
 """Layers that read the cached states of another layer: the equation, streams, documents, meshes."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,8 @@ def tokens_of(length=LENGTH):
 
 @pytest.mark.usefixtures("x64")
 def test_the_equation_and_its_gradients():
-    memory, how = MEMORIES["linear"], dict(aggregation=mc.GRM(), segmentation=mc.Constant(3))
+    memory = MEMORIES["linear"]
+    how: dict[str, Any] = dict(aggregation=mc.GRM(), segmentation=mc.Constant(3))
     one, other = (make_inputs(memory, 10, batch=1, heads=1, seed=seed) for seed in (0, 1))
 
     def outputs(one, other):
@@ -110,11 +112,15 @@ def test_refusals():
         model_of(OWN, dataclasses.replace(OTHER, aggregation=mc.GRM()))
     with pytest.raises(ValueError, match="mixers side by side have states of their own"):
         model_of(OWN, mc.nn.ParallelMixer(OWN, OTHER))
-    for wrong in (dict(segmentation=mc.Logarithmic(4)), dict(aggregation=mc.GRM(exact=1))):
+    changes: tuple[dict[str, Any], ...] = (
+        *(dict(segmentation=mc.Logarithmic(4)), dict(aggregation=mc.GRM(exact=1))),
+    )
+    for wrong in changes:
         with pytest.raises(ValueError, match="states='previous' needs Constant segments, exact=0"):
             dataclasses.replace(OTHER, **wrong)
     model = model_of(OWN, OTHER)
-    for options in (dict(rewind=2), dict(policy="drop_oldest", max_segments=2)):
+    refused: tuple[dict[str, Any], ...] = dict(rewind=2), dict(policy="drop_oldest", max_segments=2)
+    for options in refused:
         with pytest.raises(ValueError, match="needs a cache that keeps all of them"):
             model.init_cache(2, LENGTH, **options)
     with pytest.raises(ValueError, match="cannot keep_ends"):

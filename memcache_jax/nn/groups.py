@@ -1,0 +1,51 @@
+"""Groups of layers, of which all read the cached states of the first."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from memcache_jax._checks import check_choice
+from memcache_jax.aggregation import Aggregation
+from memcache_jax.nn.parallel import ParallelMixer
+from memcache_jax.segmentation import Constant, Segmentation
+
+
+def check_states(states: Any, aggregation: Aggregation, segmentation: Segmentation) -> None:
+    """Raises ValueError for states that no layer can read."""
+    check_choice("states", states, ("own", "previous"))
+    if states == "own":
+        return
+    constant = type(segmentation) is Constant
+    if not constant or aggregation.exact or aggregation.num_keys > 1:
+        raise ValueError(
+            "states='previous' needs Constant segments, exact=0 and num_keys=1, got "
+            f"{segmentation} and {aggregation}"
+        )
+
+
+def leaders(mixers: Sequence[Any]) -> dict[int, int]:
+    """The number of the mixer whose cached states each one with ``states="previous"`` reads.
+
+    Raises:
+      ValueError: if there is none before it, or one that caches otherwise.
+    """
+    found, last = {}, None
+    for number, mixer in enumerate(mixers):
+        beside = (mixer.left, mixer.right) if isinstance(mixer, ParallelMixer) else ()
+        if any(getattr(one, "states", "own") != "own" for one in beside):
+            raise ValueError("mixers side by side have states of their own: states='previous'")
+        states = getattr(mixer, "states", None)
+        if states == "own":
+            last = number
+        if states != "previous":
+            continue
+        if last is None:
+            raise ValueError(
+                "a mixer with states='previous' needs one with its own states before it, among "
+                "the blocks that are repeated together; scan_layers=False makes them one sequence"
+            )
+        names = "memory", "aggregation", "segmentation", "bounded"
+        other = mixers[last]
+        if wrong := [name for name in names if getattr(mixer, name) != getattr(other, name)]:
+            raise ValueError(f"layers that share states differ in {', '.join(wrong)}")
+        found[number] = last
+    return found
