@@ -18,6 +18,7 @@ class Tokens(NamedTuple):
     value: Float[Array, "b h t v"]
     connector: Float[Array, "b h t u"]
     controls: Controls
+    border: Any = None  # (b, h, t), of ``Adaptive(by="scores")``; else None
 
 
 class Rows(NamedTuple):
@@ -179,6 +180,7 @@ class Candidates(NamedTuple):
       spans: makes several pooled keys per state, given the pooling and their number; None where
         states have one each.
       exact: the tokens kept beside the states; None if there are none.
+      log_counts: the logarithm of how often the state in each slot counts; None for once.
     """
 
     states: np.ndarray | Int[Array, "_ n r"]
@@ -189,6 +191,7 @@ class Candidates(NamedTuple):
     held: Bool[Array, "b states"] | None = None
     spans: Callable[[str, int], SpanKeys] | None = None
     exact: Exact | None = None
+    log_counts: Float[Array, "b r"] | None = None
 
 
 class Beside(NamedTuple):

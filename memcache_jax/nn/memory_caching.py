@@ -11,6 +11,7 @@ from memcache_jax._typing import Exchange, Implementation, Start
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.caching import check_configuration
 from memcache_jax.memories import Memory
+from memcache_jax.nn.borders import learn_borders
 from memcache_jax.nn.host_options import HostOptions, read_host_options
 from memcache_jax.nn.projections import Projections
 from memcache_jax.segmentation import Segmentation
@@ -132,7 +133,8 @@ class MemoryCaching(Projections):
                 options_of=projections,
                 rngs=rngs,
             )
-        self.segmentation = segmentation
+            self.segmentation = segmentation
+            learn_borders(self, rngs)
         self.start: Start = start
         self.implementation: Implementation | None = implementation
         self.exchange: Exchange = exchange
