@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from memcache_jax._checks import check_arguments, check_choice, check_mapping, shown
+from memcache_jax._checks import check_arguments, check_border, check_choice, check_mapping, shown
 from memcache_jax._eager import compiled
 from memcache_jax._typing import Array, Exchange, Float, Implementation, Int, Start
 from memcache_jax._varying import alike
@@ -27,6 +27,7 @@ def memory_caching(
     *,
     memory: Memory,
     controls: Mapping[str, Array] | None = None,
+    border: Float[Array, "b t h"] | None = None,
     weights: Mapping[str, Array] | None = None,
     aggregation: Aggregation,
     segmentation: Segmentation,
@@ -57,6 +58,7 @@ def memory_caching(
       controls: the rule's per-token coefficients by name, shapes as ``memory.controls`` says.
         Decays are given as logs, <= 0: larger ones are refused in NumPy arrays, and elsewhere are
         growth. Constants of a head have shape (h,).
+      border: logits of whether a segment ends, of ``Adaptive(by="scores")``, and of no others.
       weights: initial weights of a deep memory by name, one per head: (h, out, in).
       aggregation: how reads become one output: ``Residual()``, ``GRM()``, ``Soup()`` or ``SSC()``.
       segmentation: where states are cached: ``Constant(C)``, ``Logarithmic(C)``, ``Lengths`` or
@@ -107,6 +109,7 @@ def memory_caching(
         *(query, key, value, connector),
         memory=memory,
         controls=controls,
+        border=border,
         weights=weights,
         aggregation=aggregation,
         segmentation=segmentation,
@@ -126,6 +129,7 @@ def in_group(
     *,
     memory: Memory,
     controls: Mapping[str, Array] | None = None,
+    border: Float[Array, "b t h"] | None = None,
     weights: Mapping[str, Array] | None = None,
     aggregation: Aggregation,
     segmentation: Segmentation,
@@ -149,7 +153,8 @@ def in_group(
     )
     check_platform(implementation, query)
     some: Any = connector  # or None, which has no arrays to divide
-    tokens = Tokens(query, key, value, some, controls)
+    check_border(border, segmentation, key)
+    tokens = Tokens(query, key, value, some, controls, border)
     how: dict[str, Any] = dict(
         memory=memory,
         aggregation=aggregation,

@@ -3,6 +3,7 @@
 from memcache_jax._checks.arguments import (
     advanced,
     check_arguments,
+    check_border,
     check_cache,
     check_documents,
     check_heads,
@@ -45,6 +46,7 @@ __all__ = [
     "as_numpy",
     "check_arguments",
     "check_array",
+    "check_border",
     "check_cache",
     "check_choice",
     "check_documents",

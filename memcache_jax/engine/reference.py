@@ -56,10 +56,10 @@ def _one_head(
     longest: int,
     follows: bool,
 ) -> Float[Array, "t v"]:
-    query, key, value, connector, controls = tokens
+    query, key, value, connector, controls, _ = tokens
     length, segment = key.shape[0], plan.block_size
     every = jnp.arange(length)
-    where: Any = plan if borders is None else _decided(plan, borders)
+    where: Any = _planned(plan) if borders is None else _decided(plan, borders)
     segment_begins = jnp.isin(every, jnp.asarray(where.first) * segment)
     document_begins = document != jnp.pad(document[:-1], (1, 0))
     initial = memory.init(weights, key.shape[-1], value.shape[-1], key.dtype)
@@ -121,7 +121,7 @@ def _one_head(
     owner = document[last]
     buckets = jnp.asarray(first), jnp.asarray(after)
     pooled = jax.vmap(jax.vmap(spans))(*buckets, buckets[1], owner)
-    exact = jax.vmap(jax.vmap(worst))(bank, *buckets, owner) if aggregation.exact else None
+    exact = jax.vmap(jax.vmap(worst))(bank, *buckets, owner) if longest else None
 
     def read(t: Array) -> Array:
         begun = jnp.argmax(document == document[t]) // segment if follows else 0
@@ -142,6 +142,8 @@ def _one_head(
         score = jax.vmap(aggregation.relevance.score, in_axes=(None, 0, None))
         scores = jax.vmap(score, in_axes=(None, 0, 0))(connector[t], keys, distances)
         scores = jnp.where(known, scores, -jnp.inf).max(axis=1)
+        if where.log_counts is not None:
+            scores = scores.at[:-1].add(where.log_counts)
         cached = jnp.where(visible, scores[:-1], -jnp.inf)
         added = jnp.zeros(value.shape[1:], value.dtype)
         if exact is None:
@@ -161,7 +163,7 @@ def _one_head(
 
 
 class _Plan(NamedTuple):
-    """What ``_one_head`` takes of a plan, of borders that the tokens decided."""
+    """What ``_one_head`` takes of a plan, or of borders that the tokens decided."""
 
     num_blocks: int
     block_size: int
@@ -169,17 +171,24 @@ class _Plan(NamedTuple):
     buckets: Any
     reads: Any
     distances: Any
+    log_counts: Any
+
+
+def _planned(plan: ReadPlan) -> _Plan:
+    """The plan of all rows."""
+    given = plan.first, plan.buckets, plan.reads, plan.distances
+    return _Plan(plan.num_blocks, plan.block_size, *given, None)
 
 
 def _decided(plan: ReadPlan, borders: Any) -> _Plan:
     """The plan of one row's segments."""
-    before, last, *_ = borders
-    slot = np.arange(len(last))
+    before, last, *_, log_counts = borders
+    slot, block = np.arange(len(last)), np.arange(plan.num_blocks)
     first = jnp.searchsorted(before, before)  # of its segment, for each block
     buckets = jnp.stack([first[last], last + 1], axis=1) if len(last) else plan.buckets
-    reads = jnp.where(slot[None] < before[:, None], slot[None], -1)
-    distances = before[:, None] - slot[None]
-    return _Plan(plan.num_blocks, plan.block_size, first, buckets, reads, distances)
+    reads = jnp.where(last[None] < block[:, None], slot[None], -1)
+    distances = jnp.maximum(before[:, None] - before[last][None], 1)
+    return _Plan(plan.num_blocks, plan.block_size, first, buckets, reads, distances, log_counts)
 
 
 def _joined(rows: Array, row: Array) -> Array:

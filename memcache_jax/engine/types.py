@@ -18,6 +18,7 @@ class Tokens(NamedTuple):
     value: Float[Array, "b h t v"]
     connector: Float[Array, "b h t u"]
     controls: Controls
+    border: Any = None  # (b, h, t), of ``Adaptive(by="scores")``; else None
 
 
 class Rows(NamedTuple):
@@ -184,6 +185,7 @@ class Candidates(NamedTuple):
       exact: the tokens kept beside the states; None if there are none.
       nodes: the keys (b, h, m, k) at places (b, h, m) among those that a stream keeps for a router
         with a ``Tree``; None where they are made from ``keys``.
+      log_counts: the logarithm of how often the state in each slot counts; None for once.
     """
 
     states: np.ndarray | Int[Array, "_ n r"]
@@ -195,6 +197,7 @@ class Candidates(NamedTuple):
     spans: Callable[[str, int], SpanKeys] | None = None
     exact: Exact | None = None
     nodes: Callable[[Array], Array] | None = None
+    log_counts: Float[Array, "b r"] | None = None
 
 
 class CachedStates(NamedTuple):

@@ -11,6 +11,7 @@ from memcache_jax._typing import Exchange, Implementation, Start
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.caching import check_configuration
 from memcache_jax.memories import Memory
+from memcache_jax.nn.borders import learn_borders
 from memcache_jax.nn.groups import check_states
 from memcache_jax.nn.host_options import HostOptions, read_host_options
 from memcache_jax.nn.projections import Projections
@@ -137,7 +138,8 @@ class MemoryCaching(Projections):
                 options_of=projections,
                 rngs=rngs,
             )
-        self.segmentation = segmentation
+            self.segmentation = segmentation
+            learn_borders(self, rngs)
         self.states = states
         self.start: Start = start
         self.implementation: Implementation | None = implementation

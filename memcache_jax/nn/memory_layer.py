@@ -16,9 +16,10 @@ from memcache_jax._typing import Array, Exchange, Float, Implementation, Int, St
 from memcache_jax.adaptive import Adaptive
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.caching import in_group
-from memcache_jax.engine.run import gates_of_tokens
+from memcache_jax.engine.gates import gates_of_tokens
 from memcache_jax.engine.types import CachedStates
 from memcache_jax.memories import Memory
+from memcache_jax.nn.borders import with_border
 from memcache_jax.nn.calls import MixerCall, answer, read_mixer_call
 from memcache_jax.nn.layer_cache import LayerCache
 from memcache_jax.segmentation import Segmentation
@@ -33,8 +34,9 @@ from memcache_jax.streaming.tails import next_tails, tails_at_ends
 class MemoryLayer(nnx.Module):
     """A token mixer (b, t, d) -> (b, t, d) of memory caching: the base of such layers.
 
-    A subclass sets the attributes, and makes the memory's arguments of the layer's input and the
-    layer's output of what is read, in the methods that raise ``NotImplementedError`` here.
+    A subclass sets the attributes, calls ``learn_borders``, and makes the memory's arguments of the
+    layer's input and the layer's output of what is read, in the methods that raise
+    ``NotImplementedError`` here.
 
     Attributes:
       in_features: model dimension d of the input and the output.
@@ -218,7 +220,7 @@ class MemoryLayer(nnx.Module):
             return self._empty_output(wide), None, None
         tokens, kept = self._tokens(wide, document_ids, first)
         made = in_group(
-            **tokens,
+            **with_border(self, tokens, wide),
             **share,
             **self._rules,
             weights=self._initial_weights(),
@@ -238,9 +240,9 @@ class MemoryLayer(nnx.Module):
     ) -> dict[str, Any]:
         """The arrays that a call passes to ``mc.memory_caching``, by argument name.
 
-        They are ``query``, ``key``, ``value``, ``connector`` (or None), ``controls`` and
-        ``weights``. ``first`` are the values of the model's first layer, for layers that mix them
-        in: see ``recurrent.Path``.
+        They are ``query``, ``key``, ``value``, ``connector`` (or None), ``controls``, ``weights``
+        and, for segments by scores, ``border``. ``first`` are the values of the model's first
+        layer, for layers that mix them in: see ``recurrent.Path``.
 
         Example:
           >>> import jax.numpy as jnp, memcache_jax as mc
@@ -257,7 +259,7 @@ class MemoryLayer(nnx.Module):
             _checks.check_documents(document_ids, x.shape[:2])
         x = x if self.dtype is None else x.astype(self.dtype)
         tokens, _ = self._tokens(x, document_ids, first)
-        return tokens | {"weights": self._initial_weights()}
+        return with_border(self, tokens, x) | {"weights": self._initial_weights()}
 
     def gates(
         self, x: Float[Array, "b t d"], *, first: Array | None = None
@@ -281,15 +283,16 @@ class MemoryLayer(nnx.Module):
         """
         self._check_own()
         operands = self.operands(x, first=first)
-        rows = operands["key"], operands["connector"]
+        rows = operands["key"], operands["connector"], operands.get("border")
         gates = functools.partial(
             gates_of_tokens, aggregation=self.aggregation, segmentation=self.segmentation
         )
-        division = Division.of(*((row, "b t h .") for row in rows))
+        division = Division.of(*((row, "b t h .") for row in rows[:2]))
         if division is None:
             return gates(*rows)
         whole = ("t", "h") if isinstance(self.segmentation, Adaptive) else ("t",)
-        return division.whole(*whole).run(gates, rows, ("b t h .", "b t h ."), "b t h .")
+        letters = "b t h .", "b t h .", None if rows[2] is None else "b t h"
+        return division.whole(*whole).run(gates, rows, letters, "b t h .")
 
     def init_cache(
         self,
@@ -395,7 +398,7 @@ class MemoryLayer(nnx.Module):
         ends = tails_at_ends(next_tokens, cache.ends, *every, *places, **where)
         y, memory = extend(
             cache.memory if source is None else cache.memory.borrowing(source),
-            **tokens,
+            **with_border(self, tokens, x),
             lengths=lengths,
             **self._rules,
             weights=self._initial_weights(),

@@ -59,7 +59,8 @@ def over_mesh(
     )
     of_controls: Any = {name: memory.controls[name].axes for name in tokens.controls}
     row: Any = "b t h ."
-    letters = Tokens(row, row, row, row, of_controls), "h", "b t"
+    of_border = None if tokens.border is None else "b t h"
+    letters = Tokens(row, row, row, row, of_controls, of_border), "h", "b t"
     parts, length = division.parts, tokens.key.shape[1]
     if given is not None or hands_on:
         if parts > 1:

@@ -33,6 +33,7 @@ def extend(
     connector: Float[Array, "b t h u"] | None = None,
     *,
     controls: Mapping[str, Array] | None = None,
+    border: Float[Array, "b t h"] | None = None,
     lengths: Int[Array, "b"] | None = None,
     memory: Memory | None = None,
     weights: Mapping[str, Array] | None = None,
@@ -51,11 +52,12 @@ def extend(
 
     Args:
       cache: from ``init_cache`` or an earlier call.
-      query: as for ``memory_caching``, and so are the next four.
+      query: as for ``memory_caching``, and so are the next five.
       key: where a token writes.
       value: what a token writes.
       connector: what a token's gates compare with pooled keys.
       controls: the rule's per-token coefficients.
+      border: logits of ends of segments, which get no gradient here.
       lengths: how many of each row's tokens count, from the first on; all by default. Outputs of
         the others are zero.
       memory: what the cache was made for, like the last three; checked if given.
@@ -102,11 +104,14 @@ def extend(
         axes = f"b, t, h, {name[0]} of the cache"
         _checks.check_shape(name, rows, (*key.shape[:2], heads, dim), axes)
     _checks.check_room(cache.position, key.shape[:2], lengths, config.max_length)
+    _checks.check_border(border, config.segmentation, key)
     if weights is not None:
         cache = cache.with_weights(_checks.check_mapping("weights", weights))
     counts = jnp.full(len(query), query.shape[1]) if lengths is None else jnp.asarray(lengths)
     some: Any = connector  # or None, which has no arrays to divide
-    cache, tokens, counts = alike((cache, Tokens(query, key, value, some, controls), counts))
+    cache, tokens, counts = alike(
+        (cache, Tokens(query, key, value, some, controls, border), counts)
+    )
     rows = ((x, "b . h .") for x in (query, key, value, connector))
     division = Division.of(*rows, (cache.position, "b"), (cache.key_sum, "b h"))
     if division is None:
@@ -119,7 +124,8 @@ def extend(
         name: memory.controls[name].axes.replace("t", ".") for name in tokens.controls
     }
     of_cache = cache.letters()
-    letters = of_cache, Tokens(row, row, row, row, of_controls), "b"
+    of_border = None if border is None else "b . h"
+    letters = of_cache, Tokens(row, row, row, row, of_controls, of_border), "b"
     return division.run(_extend, (cache, tokens, counts), letters, (row, of_cache.alone()))
 
 

@@ -34,6 +34,7 @@ from memcache_jax.streaming import storage
 from memcache_jax.streaming.cache import Cache
 from memcache_jax.streaming.deferred import emptied, pending_with, reset, settle
 from memcache_jax.streaming.exact import exact_of, matrices_of, remember
+from memcache_jax.streaming.measures import measured
 from memcache_jax.streaming.past import remember_chunk, remember_token
 from memcache_jax.streaming.spans import check_pooling, span_keys, sums_of
 from memcache_jax.streaming.store import once_read, store
@@ -60,6 +61,7 @@ def take_piece(
     rows = jax.tree.map(lambda x: x[:, :, None], rows)
     how = Writing(memory, needs_of(aggregation, memory), lambda shape: None, None)
     how = how.with_maps(config.composes)
+    record = measured(cache, how, tokens, rows, active)
     layout = Piece(cache, block, active)
     y, ends, selection, _ = run(layout, how, aggregation, Blocks(tokens, None, rows, tokens.key))
     y = y[:, :, 0]
@@ -82,7 +84,7 @@ def take_piece(
         cache,
         position=_checks.advanced(cache.position, size * active),
         key_sum=keep(cache.key_sum + sums_of(cache, block, piece.key), cache.key_sum),
-        record=slots.count_reads(cache.record, selection, active),
+        record=slots.count_reads(record, selection, active),
         recent=remember(cache, tokens, bad, active),
     )
     keeps = ended if config.rewind and size == 1 else None
