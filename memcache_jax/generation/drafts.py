@@ -70,12 +70,13 @@ class NGrams(Draft):
     """Proposes what followed the last tokens where they stood before: prompt lookup.
 
     The place is the one before which most tokens are the same, up to ``longest``; of several, the
-    last. Where fewer than ``shortest`` are the same, nothing is proposed, and the model takes a
-    single token as without a draft. It costs no model, and serves where text repeats itself: code,
-    quotations, edits.
+    last. As many tokens are proposed as were the same, since a long match is likelier to go on, and
+    after ``longest`` all. Where fewer than ``shortest`` are the same, nothing is proposed, and the
+    model takes a single token as without a draft. It costs no model, and serves where text repeats
+    itself: code, quotations, edits.
 
     Attributes:
-      tokens: how many tokens are proposed.
+      tokens: how many tokens are proposed at most.
       longest: how many tokens before a place are compared.
       shortest: how many must be the same, by default 3, or ``longest`` where that is less. Raise it
         where proposals are rarely kept.
@@ -125,8 +126,9 @@ class NGrams(Draft):
     ) -> tuple[Int[Array, "b k"], Float[Array, "b k vocab"], Int[Array, "b"], Any]:
         """As ``Draft.propose``: each token has probability 1."""
         tokens, alike = jax.vmap(self._following)(known, count)
-        proposed = jnp.where(alike >= self._needed, most, jnp.minimum(most, 0))
-        return tokens, jax.nn.one_hot(tokens, vocab), proposed, past
+        trusted = jnp.where(alike < self.longest, alike, self.tokens)
+        trusted = jnp.where(alike < self._needed, 0, trusted)
+        return tokens, jax.nn.one_hot(tokens, vocab), jnp.minimum(most, trusted), past
 
     def _following(
         self, known: Int[Array, "size"], count: Int[Array, ""]

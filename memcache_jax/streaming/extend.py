@@ -22,6 +22,7 @@ from memcache_jax.segmentation import Segmentation
 from memcache_jax.sharding.division import Division
 from memcache_jax.sharding.layout import check_not_mapped_over
 from memcache_jax.streaming.cache import Cache
+from memcache_jax.streaming.loops import fori_loop, while_loop
 from memcache_jax.streaming.piece import take_piece
 
 
@@ -164,14 +165,14 @@ def _taken(
     if count == 1:
         cache, y = take_piece(cache, tokens, lengths > 0)
         return cache, jnp.where((lengths > 0)[:, None, None, None], y, 0)
-    carry = _begin(cache, tokens, lengths)
+    carry = _nothing_taken(cache, tokens, lengths)
     single = functools.partial(_exhaust, tokens, lengths, chunk, 1)
     if not _has_wholes(chunk, cache, count):
         cache, _, y = single(carry)
     else:
         whole = functools.partial(_exhaust, tokens, lengths, chunk, chunk)
         # The rest of a chunk that was begun, then whole chunks; then what is left.
-        cache, _, y = lax.fori_loop(0, 2, lambda _, carry: whole(single(carry)), carry)
+        cache, _, y = fori_loop(2, lambda carry: whole(single(carry)), carry)
     return cache, y
 
 
@@ -185,7 +186,7 @@ def _taken_in_scans(
 ) -> tuple[Cache, Float[Array, "b h t v"]]:
     """As ``_taken``, in as many steps as any row may need."""
     count = tokens.key.shape[2]
-    carry = _begin(cache, tokens, lengths)
+    carry = _nothing_taken(cache, tokens, lengths)
     single = functools.partial(_advance, tokens, lengths, chunk, 1)
     if not _has_wholes(chunk, cache, count):
         cache, _, y = _repeat(single, count, carry)
@@ -205,7 +206,9 @@ def _has_wholes(chunk: int, cache: Cache, count: int) -> bool:
     return chunk > 1 and count >= chunk + cache.config.rewind
 
 
-def _begin(cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]) -> tuple[Cache, Array, Array]:
+def _nothing_taken(
+    cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]
+) -> tuple[Cache, Array, Array]:
     batch, heads, count = tokens.key.shape[:3]
     shape = batch, heads, count, tokens.value.shape[-1]
     return cache, jnp.zeros_like(lengths, jnp.int32), jnp.zeros_like(cache.key_sum, shape=shape)
@@ -226,7 +229,7 @@ def _exhaust(
         cache, done, _ = carry
         return _active(cache, done, lengths, chunk, size)
 
-    return lax.while_loop(
+    return while_loop(
         lambda carry: active(carry).any(),
         lambda carry: _step(tokens, size, active(carry), carry),
         carry,

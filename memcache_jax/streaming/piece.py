@@ -54,7 +54,7 @@ def take_piece(
         rewindable = jnp.where(active, more, cache.rewindable)
         cache = dataclasses.replace(cache, past=past, rewindable=rewindable)
     defers = config.defers and size == 1
-    cache = _begun(cache, block, into_block)
+    cache = _restarted(cache, block, into_block)
 
     tokens, bad = cleaned(jax.tree.map(lambda x: x[:, :, None], piece))
     rows = Rows(tokens.query, tokens.key, tokens.value, tokens.controls, bad=bad)
@@ -91,7 +91,7 @@ def take_piece(
     return store(cache, block, complete, after=y, keeps=keeps), y
 
 
-def _begun(cache: Cache, block: Int[Array, "b"], into_block: Int[Array, "b"]) -> Cache:
+def _restarted(cache: Cache, block: Int[Array, "b"], into_block: Int[Array, "b"]) -> Cache:
     """The cache after resetting the runs and chunks that begin with a row's next token."""
     config, memory = cache.config, cache.config.memory
     begins = (into_block == 0)[:, None] & config.slots.begins(cache.record, block)
@@ -159,7 +159,7 @@ class Piece(Layout):
     """Tokens that continue a cache: one block (b, h, 1, m, ...) of one chunk.
 
     Attributes:
-      cache: from ``_begun``.
+      cache: from ``_restarted``.
       block: each row's block of the sequence.
       active: the rows that take the tokens.
     """
