@@ -34,7 +34,8 @@ def tokens_of(length=LENGTH):
 def test_the_equation_and_its_gradients():
     memory = MEMORIES["linear"]
     how: dict[str, Any] = dict(aggregation=mc.GRM(), segmentation=mc.Constant(3))
-    one, other = (make_inputs(memory, 10, batch=1, heads=1, seed=seed) for seed in (0, 1))
+    drawn = [make_inputs(memory, 10, batch=1, heads=1, seed=seed) for seed in (0, 1)]
+    one, other = jax.tree.map(jnp.asarray, drawn)
 
     def outputs(one, other):
         _, states = in_group(**one, memory=memory, **how, hands_on=True)
