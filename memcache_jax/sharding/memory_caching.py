@@ -68,10 +68,14 @@ def over_mesh(
                 "layers that share cached states need whole sequences on each device (seq = 1), "
                 f"got {parts} parts"
             )
-        check_not_mapped_over()
-        local: Any = functools.partial(one_pass, aggregation=aggregation, hands_on=hands_on, **how)
+        made = (row, "b h") if hands_on else row
+
+        def shared(*args: Any) -> Any:
+            check_not_mapped_over()
+            return one_pass(*args, aggregation=aggregation, hands_on=hands_on, **how)
+
         arrays = tokens, weights, document_ids, given
-        return division.run(local, arrays, (*letters, "b h"), (row, "b h") if hands_on else row)
+        return division.run(shared, arrays, (*letters, "b h"), made)
     carried = parts > 1 and is_carried(memory, aggregation, segmentation, length)
     if carried:
         size = -(-length // parts)
