@@ -65,21 +65,33 @@ def _one_head(
     initial = memory.init(weights, key.shape[-1], value.shape[-1], key.dtype)
     initial = vary(initial, varying(key))
 
-    def run(first: Any, count: int, restarts: bool) -> State:
-        """The states after each of ``count`` tokens, from the initial state at ``first``."""
+    def run(first: Any, count: int, restarts: bool) -> tuple[State, State]:
+        """The states after each of ``count`` tokens, from the initial state at ``first``.
+
+        Returns:
+          What a token reads, and what it leaves to the next one and to the cache.
+        """
+        chunk = memory.gradient_chunk or 1
 
         def token(carry, t):
-            state, anchor = carry
+            state, anchor, begun = carry
             begins = (segment_begins[t] & restarts) | document_begins[t]
             state = jax.tree.map(lambda new, old: jnp.where(begins, new, old), initial, state)
-            begins = (t % segment % (memory.gradient_chunk or 1) == 0) | document_begins[t]
-            anchor = jax.tree.map(lambda new, old: jnp.where(begins, new, old), state, anchor)
+            begins = (t % segment % chunk == 0) | document_begins[t]
+            anchor, begun = jax.tree.map(
+                lambda new, old: jnp.where(begins, new, old), (state, t), (anchor, begun)
+            )
             coefficients = jax.tree.map(lambda x: x[t], controls)
             state = memory.step(state, anchor, key[t], value[t], coefficients)
-            return (state, anchor), state
+            last = t - jnp.arange(chunk)
+            coefficients = jax.tree.map(lambda x: x[jnp.maximum(last, 0)], controls)
+            closed = memory.closed(state, anchor, coefficients, last >= begun)
+            ends = t % segment % chunk == chunk - 1
+            left = jax.tree.map(lambda new, old: jnp.where(ends, new, old), closed, state)
+            return (left, anchor, begun), (state, left)
 
         there = jnp.minimum(first + jnp.arange(count), length - 1)
-        return lax.scan(token, (initial, initial), there)[1]
+        return lax.scan(token, (initial, initial, there[0]), there)[1]
 
     def pool(first: Array, after: Array, of: Array) -> Float[Array, "k"]:
         """The pooled keys of a document's tokens in [first, after)."""
@@ -110,12 +122,12 @@ def _one_head(
 
     # What is cached, (shifts, buckets, ...): the plan's buckets, counted from each block in which a
     # document may begin. Those that end beyond the sequence are never read.
-    live = run(0, length, restarts=start == "independent")
+    live, left = run(0, length, restarts=start == "independent")
     shifts = np.arange(where.num_blocks if follows else 1)[:, None]
     first, after = ((where.buckets[None, :, side] + shifts) * segment for side in (0, 1))
     last = (np if borders is None else jnp).minimum(after, length) - 1
     if start == "checkpoint" or borders is not None:
-        bank = memory.matrices(jax.tree.map(lambda x: x[last], live))
+        bank = memory.matrices(jax.tree.map(lambda x: x[last], left))
     else:
         bank = memory.matrices(_last_states(run, first, after - first, initial))
     owner = document[last]
@@ -196,14 +208,14 @@ def _joined(rows: Array, row: Array) -> Array:
 
 
 def _last_states(
-    run: Callable[..., State], first: np.ndarray, counts: np.ndarray, initial: State
+    run: Callable[..., tuple[State, State]], first: np.ndarray, counts: np.ndarray, initial: State
 ) -> State:
     """The last state of each run, (shifts, buckets, ...); those of a bucket are equally long."""
     parts = [jax.tree.map(lambda x: jnp.zeros((len(first), 0, *x.shape), x.dtype), initial)]
     for count in np.unique(counts).tolist():
 
         def last(first: Array, count: int = count) -> State:
-            return jax.tree.map(lambda x: x[-1], run(first, count, restarts=False))
+            return jax.tree.map(lambda x: x[-1], run(first, count, restarts=False)[1])
 
         parts.append(jax.vmap(jax.vmap(last))(jnp.asarray(first[:, counts[0] == count])))
     place = np.argsort(np.argsort(counts[0], kind="stable"))

@@ -12,12 +12,13 @@ from jax import lax
 from memcache_jax._typing import Array, Bool, Controls, State
 from memcache_jax._varying import vary, varying
 from memcache_jax.engine.affine import write_affine
-from memcache_jax.engine.descent import write_descent
+from memcache_jax.engine.descent import orthogonal, write_descent
 from memcache_jax.engine.finite import spoil
 from memcache_jax.engine.read import keep
 from memcache_jax.engine.types import Carry, Rows, Views, Writing
+from memcache_jax.kernels._dispatch import check_served
 from memcache_jax.kernels.chunk_update import chunk_update
-from memcache_jax.memories import Memory
+from memcache_jax.memories import DeepMemory, Memory
 from memcache_jax.memories.affine import MAP_PRECISION
 from memcache_jax.memories.base import Run, first_of_documents
 
@@ -69,6 +70,8 @@ def _write_finite(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> 
     if memory.form == "descent" and implementation == "pallas_gpu":
         ends, kept = write_descent(how, *chunk_writer(how, rows), rows, restarts)
         return Run(ends, None), kept
+    if isinstance(memory, DeepMemory) and implementation == "pallas_tpu":
+        check_served("chunk_update", implementation, [orthogonal(memory)])
     return write_in_turn(how, rows, restarts)
 
 

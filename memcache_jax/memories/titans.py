@@ -32,6 +32,7 @@ class Titans(DeepMemory):
       expansion: hidden width over key dimension.
       depth: 2 for M(x) = x + W1 gelu(W2 x), 1 for M(x) = W x.
       max_step_norm: the longest momentum, as in ``DeepMemory``.
+      ns_steps: Newton-Schulz iterations at the end of each chunk, as in ``DeepMemory``.
 
     Raises:
       ValueError: for a depth other than 1 or 2, or sizes below 1.

@@ -67,9 +67,10 @@ def pending_with(
     return pending, kept
 
 
-def settle(state: State, pending: Pending, complete: Bool[Array, "b"]) -> State:
+def settle(memory: Memory, state: State, pending: Pending, complete: Bool[Array, "b"]) -> State:
     """Writes the pending tokens into the states of rows whose chunk is complete."""
-    new = change_rows(_settled_row, complete, _side_by_side(state), (_side_by_side(pending),))
+    of_row = functools.partial(_settled_row, memory)
+    new = change_rows(of_row, complete, _side_by_side(state), (_side_by_side(pending),))
     return jax.tree.map(lambda x, like: x.reshape(like.shape), new, state)
 
 
@@ -88,8 +89,8 @@ def _side_by_side(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), tree)
 
 
-def _settled_row(state: State, pending: Pending) -> State:
-    return jax.vmap(settled)(state, pending)
+def _settled_row(memory: Any, state: State, pending: Pending) -> State:
+    return jax.vmap(functools.partial(settled, memory))(state, pending)
 
 
 def _reset_row(state: State, again: Bool[Array, "runs"], start: State) -> State:

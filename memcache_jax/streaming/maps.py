@@ -18,7 +18,7 @@ from memcache_jax.memories.base import Run
 def check_keeps_maps(memory: Memory, policy: Any) -> None:
     """Raises ValueError for a memory whose cached states and maps are not all of a run."""
     if memory.merges and not memory.weight_shapes(2, 2):
-        state, transition = _shapes(memory, 2, 2, "float32")
+        state, transition = _shapes(memory, (2, 2), "float32")
         matrices = jax.eval_shape(memory.matrices, state)
         whole = jax.tree.leaves(state) == jax.tree.leaves(matrices)
         if whole and all(x.ndim in (1, 2) for x in jax.tree.leaves(transition)):
@@ -34,7 +34,7 @@ def map_shapes(config: Any, heads: int, *sizes: int, dtype: Any) -> tuple:
     """The shapes (h, in, out) of the map that is kept beside one state, for sizes (k, v)."""
     if not config.keeps_maps:
         return ()
-    maps = jax.tree.leaves(_shapes(config.memory, *sizes, dtype).transition)
+    maps = jax.tree.leaves(_shapes(config.memory, sizes, dtype).transition)
     return tuple(jax.ShapeDtypeStruct((heads, len(x), *(x.shape[1:] or (1,))), dtype) for x in maps)
 
 
@@ -45,7 +45,7 @@ def maps_of(transition: Any) -> tuple:
 
 def compose(memory: Memory, first: tuple, then: tuple) -> tuple:
     """Two runs that follow each other as one: matrices (b, h, 1, in, out), as a bank holds them."""
-    shapes, structure = jax.tree.flatten(_shapes(memory, *first[0].shape[-2:], first[0].dtype))
+    shapes, structure = jax.tree.flatten(_shapes(memory, first[0].shape[-2:], first[0].dtype))
 
     def run(held: tuple) -> Run:
         pairs = zip(held, shapes, strict=True)
@@ -59,8 +59,9 @@ def compose(memory: Memory, first: tuple, then: tuple) -> tuple:
     return *memory.matrices(state), *maps_of(transition)
 
 
-def _shapes(memory: Memory, key_dim: int, value_dim: int, dtype: Any) -> Run:
-    """The state and the transition of a run."""
+def _shapes(memory: Memory, sizes: tuple[int, ...], dtype: Any) -> Run:
+    """The state and the transition of a run, for sizes (k, v)."""
+    key_dim, value_dim = sizes
     return jax.eval_shape(
         lambda: Run(memory.init({}, key_dim, value_dim, dtype), memory.identity(key_dim, dtype))
     )

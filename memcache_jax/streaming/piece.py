@@ -137,7 +137,7 @@ def _with_pending(cache: Cache, pending: Pending, active: Bool[Array, "b"], afte
     if cache.config.rewind:
         past, complete = remember_chunk(cache, complete)
         cache = dataclasses.replace(cache, past=past)
-    return dataclasses.replace(cache, state=settle(cache.state, pending, complete))
+    return dataclasses.replace(cache, state=settle(memory, cache.state, pending, complete))
 
 
 def _followed(memory: Memory, ends: Run, complete: Bool[Array, "b"]) -> State:
