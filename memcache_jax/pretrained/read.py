@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from memcache_jax._checks import check_dtype, check_flag, check_instance
+from memcache_jax._checks import check_dtype, check_flag, check_path
 from memcache_jax.nn import LanguageModel, LanguageModelConfig
 from memcache_jax.nn.language_model import abstract_model
 from memcache_jax.pretrained.families import family_of
@@ -58,8 +58,7 @@ def load(
         model = mc.pretrained.load("Qwen3.5-2B")
         model = mc.nn.with_memory_caching(model, segmentation=mc.Constant(4096))
     """
-    check_instance("folder", folder, (str, Path), "a path")
-    folder = Path(folder)
+    folder = check_path("folder", folder)
     check_dtype("dtype", dtype, optional=True)
     check_dtype("param_dtype", param_dtype, optional=True)
     given = read_text_model(folder)

@@ -92,6 +92,7 @@ class Batcher:
         self.most_waiting = _checks.check_integer("most_waiting", most_waiting)
         if store is not None:
             _checks.check_instance("store", store, PrefixStore, "an mc.PrefixStore")
+        _checks.check_function("text_of", text_of, "token ids")
         self.model, self.max_length, self.store, self.text_of = model, max_length, store, text_of
         self._graph, self._state = apart(model)
         options = _checks.check_mapping("cache", cache)
@@ -165,6 +166,7 @@ class Batcher:
             _checks.check_ids("stop_tokens", *of_stops, vocab)
         if limits.stop_texts and self.text_of is None:
             raise ValueError("stop_texts need a batcher with text_of, the text of token ids")
+        _checks.check_function("on_token", on_token, "a token id")
         sampling, scoring = Sampling(temperature, top_k, top_p), Scoring(logprobs, score_prompt)
         request = Request(ids, new, sampling, seed, limits, scoring, on_token)
         with self._lock:

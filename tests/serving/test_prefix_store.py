@@ -1,6 +1,7 @@
 """The store of prefixes: what it finds, what it costs, and that nothing it returns is wrong."""
 
 import functools
+import os
 import threading
 from typing import Any
 
@@ -166,7 +167,7 @@ def test_states_on_the_host():
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_what_is_refused():
+def test_what_is_refused(tmp_path):
     store: Any = mc.PrefixStore(10**8)
     for call, message in {
         lambda: mc.PrefixStore(0): "max_bytes must be at least 1, got 0",
@@ -181,6 +182,13 @@ def test_what_is_refused():
         lambda: store.prefill(model(), [1] * 61, empty()): "holds 60 tokens in a row and would",
         lambda: store.prefill(model(), [1], empty(), every=0): "every must be at least 1",
         lambda: store.prefill(None, [1], empty()): "model must be an mc.nn.LanguageModel",
+        lambda: store.prefill(model(), [1], None): "empty must be the cache of a LanguageModel",
+        lambda: store.load(tmp_path / "none", None, 9): "like must be the cache of a Language",
+        lambda: store.load(tmp_path / "none", empty(), 9): "damaged, or no file .* No such file",
+        lambda: store.load(3, empty(), 9): "path must be a path, got 3",
+        lambda: store.save(b"bytes"): "path must be a path, got b'bytes'",
+        lambda: store.save(tmp_path): "path must be a new file or an earlier one",
+        lambda: store.save(os.devnull): "path must be a new file or an earlier one",
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
