@@ -41,9 +41,9 @@ TABLE = {
     },
     "chunk_update/pallas_tpu": {
         "default": {
-            "group": 16,
+            "group": 32,
             "row_work": 32,
-            "start_bytes": 8388608,
+            "start_bytes": 33554432,
             "state_work": 12,
             "units": 1,
         },

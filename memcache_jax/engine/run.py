@@ -293,7 +293,9 @@ def cut_for(
     chunk = memory.gradient_chunk or exact_chunk(block, length, memory.largest_chunk)
     if length <= block:  # nothing reads the state at its end
         block = -(-length // chunk) * chunk
-    return cut(tokens, document, plan, block, chunk, came=memory.on_chip)
+    return cut(
+        tokens, document, plan, block, chunk, came=memory.on_chip or memory.form == "descent"
+    )
 
 
 def cut(
