@@ -24,6 +24,9 @@ from memcache_jax.segmentation import Segmentation
 from memcache_jax.serving.ids import Ids, as_ids, key_of, keys_of
 from memcache_jax.serving.pieces import Pieces, Split, axis_of, join, split
 
+# What NumPy, JSON and zipfile raise for files that are none of ours, or have other bits.
+_DAMAGE = (OSError, LookupError, EOFError, RuntimeError, TypeError, ValueError)
+
 
 class _Entry(NamedTuple):
     """A cache after ``length`` tokens."""
@@ -243,7 +246,15 @@ class PrefixStore:
         store, wanted = cls(max_bytes), _like(like)
         try:
             kept, entries, pieces = _read(path)
-        except (OSError, KeyError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        except (
+            OSError,
+            LookupError,
+            EOFError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+            zipfile.BadZipFile,
+        ) as error:
             raise ValueError(f"{path} is damaged, or no file of a PrefixStore: {error}") from error
         if not entries:
             return store

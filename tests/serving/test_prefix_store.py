@@ -193,5 +193,11 @@ def test_what_is_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             call()
     store.insert([], empty())
+    store.save(tmp_path / "store")
+    other = bytearray((tmp_path / "store").read_bytes())
+    other[other.find(b"PK\x01\x02") + 10] ^= 64  # how the archive is packed
+    (tmp_path / "store").write_bytes(other)
+    with pytest.raises(ValueError, match=r"is damaged, .* compression method"):
+        store.load(tmp_path / "store", empty(), 10**8)
     with pytest.raises(ValueError, match="must be made alike"):
         store.insert([], model().init_cache(1, LENGTH + 1))
