@@ -107,21 +107,22 @@ def plan_heads(name: str, state: Any, rows: Any, y: Any, keep: int, blocks: Bloc
         return vmem_left(max(sweep.forward_bytes, sweep.backward_bytes)) > 0
 
     groups = [size for size in range(min(blocks.group, keep), 0, -1) if keep % size == 0]
-    every = [of(heads, group) for group in groups for heads in _of_heads((rows, y))]
+    parts = _of_heads((rows, y), 8)
+    every = [of(heads, group) for group in groups for heads in parts]
     chosen = next(filter(fits, every), every[-1])
     needs = ("forward", chosen.forward_bytes), ("backward", chosen.backward_bytes)
     check_served(name, "pallas_tpu", [vmem_reason(*needs)])
     return chosen
 
 
-def _of_heads(tree: Any) -> list[int]:
+def _of_heads(tree: Any, tile: int = 16) -> list[int]:
     """How many heads a block of arrays with heads inside may have: all, or whole tiles."""
     leaves = jax.tree.leaves(tree, is_leaf=is_inside)
     heads = {x.heads.shape[3] for x in leaves if is_inside(x)}
     if not heads:
         return []
     (every,) = heads
-    tiles = [size for size in range(16, every, 16) if every % size == 0]
+    tiles = [size for size in range(tile, every, tile) if every % size == 0]
     return [every, *reversed(tiles)]
 
 

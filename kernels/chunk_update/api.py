@@ -26,8 +26,9 @@ def chunk_update(
       batch_dims: how many leading axes are independent memories.
       implementation: ``"xla"`` (the default), ``"pallas_tpu"``, which traces ``chunk`` in its
         kernels, ``"pallas_gpu"``, for chunks that carry no state, or ``"reference"``.
-      late: a tree of booleans like the rows, true for those that no later state depends on, which
-        kernels then load less often; None if it is unknown.
+      late: given if the second axis of the batch is heads and rows (m, k) are tokens, which kernels
+        may then read with heads inside: a tree of booleans like the rows, true for those that no
+        later state depends on.
 
     Returns:
       The last states (*batch, ...) and the outputs (*batch, chunks, ...).

@@ -23,6 +23,7 @@ def chunk_update(
     """See ``api.chunk_update``.
 
     Kernels read rows and write outputs in the dtypes that these have, and compute in float32.
+    Tokens of several heads are read as they lie, where ``late`` is given and they fit into VMEM.
     """
     dtypes = dtype_reasons(*jax.tree.leaves((state, rows)))
     check_served("chunk_update", "pallas_tpu", dtypes)
@@ -45,9 +46,9 @@ def chunk_update(
         make = _sweep_plan.plan_heads if inside else _sweep_plan.plan
         return make("chunk_update", first, packed, y, chunks, blocks), y, inside
 
-    only_tokens = late is not None and order.heads > 1 and _are_tokens(y_of_chunk)
+    tokens = late is not None and order.heads > 1 and _are_tokens(y_of_chunk)
     try:
-        plan, y_packed, inside = planned(only_tokens)
+        plan, y_packed, inside = planned(tokens)
     except CannotServeError:
         plan, y_packed, inside = planned(False)
     late = jax.tree.map(lambda x: False, rows) if late is None else late
