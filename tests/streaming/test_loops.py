@@ -3,9 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+import memcache_jax as mc
 from memcache_jax.streaming.loops import Slim, fori_loop, while_loop
+from tests.cases import make_inputs
+from tests.streams import empty, over_time
 
 
 def test_a_tree_comes_back_as_it_was():
@@ -32,28 +36,30 @@ def test_loops_compute_what_loops_of_jax_do():
     np.testing.assert_allclose(fori_loop(3, lambda x: jnp.sin(x) + x, x), carry[1], rtol=1e-6)
 
 
-def test_the_compiler_copies_no_array_of_the_carry():
-    """As of a live state (b, h, tracks, in, out), read in one layout and kept in another."""
-    state = jnp.ones((4, 3, 1, 16, 32))
+@pytest.mark.slow
+def test_the_compiler_keeps_the_layout_of_states():
+    """As of a live state (b, h, tracks, in, out), which single tokens of a deep memory read."""
+    memory = mc.memories.Titans(chunk_size=4, expansion=2)
+    inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 1, dtype=np.float32))
+    cache, token = (
+        empty(inputs, memory, mc.GRM(), mc.Constant(8)),
+        over_time(inputs, memory, lambda x: x),
+    )
 
-    def step(carry):
-        count, state, x = carry
-        y = jnp.einsum("bhi,bhio->bho", x, state[:, :, 0])
-        changed = jax.lax.dynamic_update_slice_in_dim(state, y[:1, :, None, None], count % 4, 0)
-        return count + 1, changed, jnp.tanh(y[..., :16])
+    def has_another(loop):
+        """Whether a state is in another layout within a loop over tokens."""
 
-    def copied(loop):
-        """Whether the state is in another layout within the loop."""
+        def run(cache):
+            return loop(
+                lambda carry: carry[0] < 9,
+                lambda carry: (carry[0] + 1, mc.extend(carry[1], **token)[1]),
+                (jnp.int32(0), cache),
+            )
 
-        def run(state):
-            carry = jnp.int32(0), state, jnp.ones((4, 3, 16))
-            return loop(lambda c: c[0] < 9, step, carry)[2]
+        return "f32[2,3,1,4,8]{4,3,1,0,2}" in jax.jit(run).lower(cache).compile().as_text()
 
-        text = jax.jit(run).lower(state).compile().as_text()
-        return "f32[4,3,1,16,32]{4,3,1,0,2}" in text
-
-    assert copied(jax.lax.while_loop)
-    assert not copied(while_loop)
+    assert has_another(jax.lax.while_loop)
+    assert not has_another(while_loop)
 
 
 def test_axes_that_a_mesh_may_divide_by_name_stay():
