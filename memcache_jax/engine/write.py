@@ -12,7 +12,7 @@ from jax import lax
 from memcache_jax._typing import Array, Bool, Controls, State
 from memcache_jax._varying import vary, varying
 from memcache_jax.engine.affine import write_affine
-from memcache_jax.engine.descent import orthogonal, write_descent
+from memcache_jax.engine.descent import muon_reason, write_descent
 from memcache_jax.engine.finite import spoil
 from memcache_jax.engine.read import keep
 from memcache_jax.engine.types import Carry, Rows, Views, Writing
@@ -71,7 +71,7 @@ def _write_finite(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> 
         ends, kept = write_descent(how, *chunk_writer(how, rows), rows, restarts)
         return Run(ends, None), kept
     if isinstance(memory, DeepMemory) and implementation == "pallas_tpu":
-        check_served("chunk_update", implementation, [orthogonal(memory)])
+        check_served("chunk_update", implementation, [muon_reason(memory)])
     return write_in_turn(how, rows, restarts)
 
 
