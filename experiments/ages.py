@@ -44,13 +44,11 @@ flags.DEFINE_list(
 def pairs_of(segment: Array) -> tuple[Array, Array]:
     """The keys and values (C, heads, dim) of a segment, by its number."""
     shape = FLAGS.segment, FLAGS.heads, FLAGS.dim
-    topic, own, value = jax.random.split(jax.random.fold_in(jax.random.key(0), segment), 3)
-    topic, own, value = (
-        _normal(k, s) for k, s in ((topic, (1, *shape[1:])), (own, shape), (value, shape))
-    )
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), segment), 3)
+    topic, own = _normal(keys[0], (1, *shape[1:])), _normal(keys[1], shape)
     own = _unit(own - (own * topic).sum(-1, keepdims=True) * topic)
     rho = FLAGS.correlation
-    return rho**0.5 * topic + (1 - rho) ** 0.5 * own, value
+    return rho**0.5 * topic + (1 - rho) ** 0.5 * own, _normal(keys[2], shape)
 
 
 def _normal(key: Array, shape: tuple[int, ...]) -> Array:
