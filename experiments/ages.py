@@ -3,16 +3,14 @@
     python -m experiments.ages --workdir=FOLDER [--length=1048576]
 
 Streams random pairs of keys and values of norm one through caches with ``--slots`` states, one
-cache for each way to make room, and through ``Logarithmic`` buckets. All keys of a segment share a
-topic, so that gates can tell segments apart. Then it asks for pairs 1, 2, 4, 8, ... segments back:
-of the other values of the pair's segment, which share does the read rank below the right one? 1 is
-perfect, 0.5 is chance. Heads are independent streams. The workdir gets ``ages.json`` and
-``ages.md``.
+cache for each way to make room. All keys of a segment share a topic, so that gates can tell
+segments apart. Then it asks for pairs 1, 2, 4, 8, ... segments back: of the other values of the
+pair's segment, which share does the read rank below the right one? 1 is perfect, 0.5 is chance.
+Heads are independent streams. The workdir gets ``ages.json`` and ``ages.md``.
 """
 
 import json
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,19 +39,16 @@ flags.DEFINE_list(
     ["drop_oldest", "merge", "merge_by_age", "compose_by_age"],
     "Ways to make room.",
 )
-LOGARITHMIC = "Logarithmic"
 
 
 def pairs_of(segment: Array) -> tuple[Array, Array]:
     """The keys and values (C, heads, dim) of a segment, by its number."""
     shape = FLAGS.segment, FLAGS.heads, FLAGS.dim
-    topic, own, value = jax.random.split(jax.random.fold_in(jax.random.key(0), segment), 3)
-    topic, own, value = (
-        _normal(k, s) for k, s in ((topic, (1, *shape[1:])), (own, shape), (value, shape))
-    )
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), segment), 3)
+    topic, own = _normal(keys[0], (1, *shape[1:])), _normal(keys[1], shape)
     own = _unit(own - (own * topic).sum(-1, keepdims=True) * topic)
     rho = FLAGS.correlation
-    return rho**0.5 * topic + (1 - rho) ** 0.5 * own, value
+    return rho**0.5 * topic + (1 - rho) ** 0.5 * own, _normal(keys[2], shape)
 
 
 def _normal(key: Array, shape: tuple[int, ...]) -> Array:
@@ -66,13 +61,15 @@ def _unit(x: Array) -> Array:
 
 def streamed(rule: str, policy: str) -> mc.Cache:
     """The cache after all pairs."""
-    how: dict[str, Any] = dict(segmentation=mc.Constant(FLAGS.segment), max_segments=FLAGS.slots)
-    how["policy"] = policy
-    if policy == LOGARITHMIC:
-        room = FLAGS.length + FLAGS.segment  # the questions are in a segment of their own
-        how = dict(segmentation=mc.Logarithmic(FLAGS.segment), max_length=room)
     dim, memory = FLAGS.dim, rules()[rule].memory
-    cache = mc.init_cache(1, FLAGS.heads, dim, dim, memory=memory, aggregation=mc.GRM(), **how)
+    cache = mc.init_cache(
+        *(1, FLAGS.heads, dim, dim),
+        memory=memory,
+        aggregation=mc.GRM(),
+        segmentation=mc.Constant(FLAGS.segment),
+        max_segments=FLAGS.slots,
+        policy=policy,
+    )
     count = FLAGS.piece // FLAGS.segment
 
     def take(cache: mc.Cache, piece: Array) -> tuple[mc.Cache, None]:
@@ -135,7 +132,7 @@ def program() -> None:
     lines.append("|---" * (len(ages()) + 2) + "|")
     print(*lines, sep="\n", flush=True)
     for rule in FLAGS.rules:
-        for policy in (*FLAGS.policies, LOGARITHMIC):
+        for policy in FLAGS.policies:
             cache = streamed(rule, policy)
             rank = ranks(rule, cache)
             kib = cache.nbytes / 1024 / FLAGS.heads  # of a head

@@ -97,7 +97,7 @@ def _reasons(memory: DeepMemory, rows: Rows) -> list[tuple[bool, str]]:
             f"the steps of {type(memory).__name__} have a bound: max_step_norm must be None, and a "
             "layer's bounded False",
         ),
-        orthogonal(memory),
+        muon_reason(memory),
         (
             filled and not memory.zeros_add_nothing,
             f"the loss of {type(memory).__name__} is taken of chunks that are not filled up: rows, "
@@ -106,7 +106,7 @@ def _reasons(memory: DeepMemory, rows: Rows) -> list[tuple[bool, str]]:
     ]
 
 
-def orthogonal(memory: DeepMemory) -> tuple[bool, str]:
+def muon_reason(memory: DeepMemory) -> tuple[bool, str]:
     """As one of ``_reasons``: kernels end no chunk with Muon's step."""
     return memory.ns_steps > 0, f"{type(memory).__name__} has ns_steps={memory.ns_steps}, must be 0"
 

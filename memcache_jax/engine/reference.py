@@ -91,7 +91,8 @@ def _one_head(
             return (left, anchor, begun), (state, left)
 
         there = jnp.minimum(first + jnp.arange(count), length - 1)
-        return lax.scan(token, (initial, initial, there[0]), there)[1]
+        begun = vary(there[0], varying(key))
+        return lax.scan(token, (initial, initial, begun), there)[1]
 
     def pool(first: Array, after: Array, of: Array) -> Float[Array, "k"]:
         """The pooled keys of a document's tokens in [first, after)."""
