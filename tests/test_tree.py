@@ -27,8 +27,9 @@ def outputs(inputs, kind, ids=None, how=None):
     return run(inputs, MEMORY, ((kind, SIZES, "independent"),), ids, how)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("ids", [None, pytest.param(IDS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ids", [None, pytest.param(IDS, marks=pytest.mark.exhaustive)])
 def test_it_selects_what_the_equations_select(ids):
     inputs = inputs_of()
     got, wanted = (
@@ -42,6 +43,7 @@ def test_it_selects_what_the_equations_select(ids):
     assert np.abs(got[0][1] - outputs(inputs, mc.SSC(2), ids)).max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_streams_keep_nodes():
     inputs = inputs_of()
@@ -51,6 +53,7 @@ def test_streams_keep_nodes():
     assert cache.pooled.shape[2] == (19 + 1) + 9 + 4 + 2  # 19 states, and levels 1 to 3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_beam_that_holds_all_nodes_is_ssc():
     inputs = inputs_of()
@@ -61,6 +64,7 @@ def test_a_beam_that_holds_all_nodes_is_ssc():
     assert (mc.Tree(2, 31).levels(64), mc.Tree(2, 32).levels(64)) == (1, 0)
 
 
+@pytest.mark.slow
 def test_no_output_depends_on_the_length():
     inputs = inputs_of(dtype=np.float32)
     prefix = over_time(inputs, MEMORY, lambda x: x[:, :13]) | {"weights": {}}
@@ -69,10 +73,14 @@ def test_no_output_depends_on_the_length():
 
 def test_of_equals_the_older_is_selected():
     same = jnp.zeros((1, 24))
-    assert mc.Tree(2, 2).chosen(2, same).tolist() == [[0, 1]]
+
+    def chosen(tree, top_k, scores):
+        return jax.jit(tree.chosen, static_argnums=0)(top_k, scores).tolist()
+
+    assert chosen(mc.Tree(2, 2), 2, same) == [[0, 1]]
     hidden = same.at[0, :9].set(-jnp.inf).at[0, 21:].set(-jnp.inf)  # a document from the 9th on
-    assert mc.Tree(3, 2).chosen(3, hidden).tolist() == [[9, 10, 11]]
-    assert mc.Tree(3, 2).chosen(2, jnp.full((1, 24), -jnp.inf)).tolist() == [[-1, -1]]
+    assert chosen(mc.Tree(3, 2), 3, hidden) == [[9, 10, 11]]
+    assert chosen(mc.Tree(3, 2), 3, jnp.full((1, 24), -jnp.inf)) == [[-1, -1, -1]]
 
 
 def test_cost_grows_with_the_logarithm():
@@ -80,6 +88,7 @@ def test_cost_grows_with_the_logarithm():
     assert [tree.compared(n) for n in (64, 1024, 4096, 65536)] == [64, 143, 174, 174 + 79]
 
 
+@pytest.mark.slow
 def test_an_unknown_key_is_as_in_ssc():
     inputs = inputs_of(dtype=np.float32)
     inputs["key"][0, 9, 1, 0] = np.nan

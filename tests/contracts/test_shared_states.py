@@ -30,6 +30,7 @@ def tokens_of(length=LENGTH):
     return jnp.asarray(np.random.default_rng(0).integers(0, 17, (2, length)))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_the_equation_and_its_gradients():
     memory = MEMORIES["linear"]
@@ -58,7 +59,8 @@ def test_the_equation_and_its_gradients():
     assert all(np.abs(gradient[name][0, 9]).max() == 0 for name in ("key", "value"))
 
 
-@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_streams_are_one_pass_in_fewer_bytes(scan):
     model, tokens = model_of(OWN, OTHER, scan_layers=scan), tokens_of()
     wanted, outputs = jax.jit(model.hidden)(tokens), []
@@ -76,6 +78,7 @@ def test_streams_are_one_pass_in_fewer_bytes(scan):
     np.testing.assert_allclose(y[0], wanted[0, :7], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_they_read_these_states():
     model, tokens = model_of(OWN, OTHER), tokens_of()
     same = nnx.merge(nnx.split(model_of(OWN, OWN))[0], nnx.state(model))
@@ -90,6 +93,7 @@ def test_they_read_these_states():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_meshes_and_training():
     model, tokens = model_of(OWN, OTHER, remat=True), tokens_of(24)
     graph, state = nnx.split(model)
