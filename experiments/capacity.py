@@ -10,11 +10,13 @@ the tokens that each cached state recalls worst beside it. Rules write without d
 coefficients of ``experiments._capacity.rules``.
 
 Then it draws keys whose topic changes after random numbers of pairs, and counts how often a router
-finds a key's own segment, where segments have one size and where they follow the content. Last, it
-counts for how many questions about ``router_pairs`` pairs a router finds the segment where states
-have several pooled keys.
+finds a key's own segment, where segments have one size and where they follow the content, and
+measures recall there, of values at random and of values that are a map of each topic's keys. Last,
+it counts for how many questions about ``router_pairs`` pairs a router finds the segment where
+states have several pooled keys.
 
-The workdir gets ``results.json``, ``table.md``, ``borders.md``, ``router.md`` and ``capacity.png``.
+The workdir gets ``results.json``, ``table.md``, ``borders.md``, ``recall.md``, ``router.md`` and
+``capacity.png``.
 """
 
 import itertools
@@ -23,7 +25,7 @@ from typing import Any
 import numpy as np
 
 import memcache_jax as mc
-from experiments._borders import draw_topics, measure_router
+from experiments._borders import draw_topics, draw_values, measure_recall, measure_router
 from experiments._capacity import (
     draw_pairs,
     draw_questions,
@@ -39,7 +41,7 @@ KEYS = (
     *("dim", "pairs", "trials", "questions", "temperature", "enough", "report", "keys"),
     *("alone_every", "rules", "cached_rules", "segments", "aggregations", "top_k", "num_keys"),
     *("exact", "router_pairs", "router_keys", "router_top_k"),
-    *("seed", "borders", "topic_pairs", "topic_correlations"),
+    *("seed", "borders", "topic_pairs", "topic_correlations", "recall_borders", "recall_beta"),
 )
 ALONE, ATTENTION = "alone", "attention"
 
@@ -143,6 +145,33 @@ def measure_borders(cases: list[Case]) -> list[Row]:
         names = ("seed", "trials", "pairs", "dim", "correlation", "lengths")
         drawn = draw_topics(**{name: case[name] for name in names})
         rows.append(measure_router(segmentation(case["borders"]), *drawn))
+    return rows
+
+
+def recall_groups(config: Any) -> list[list[Case]]:
+    """The cases of recall where topics change, those of one segmentation together."""
+    names = "dim", "trials", "questions", "temperature", "seed"
+    common = {name: config[name] for name in names} | dict(beta=config.recall_beta)
+    common |= dict(pairs=2 * config.pairs, lengths=list(config.topic_pairs))
+    common |= dict(correlation=config.topic_correlations[len(config.topic_correlations) // 2])
+    return [
+        [common | dict(recall_borders=borders, mapped=mapped) for mapped in (False, True)]
+        for borders in map(dict, config.recall_borders)
+    ]
+
+
+def measure_recalls(cases: list[Case]) -> list[Row]:
+    """Measures recall after all pairs with one segmentation."""
+    rows = []
+    for case in cases:
+        names = ("seed", "trials", "pairs", "dim", "correlation", "lengths")
+        keys, topic = draw_topics(**{name: case[name] for name in names})
+        values = draw_values(case["seed"] + 1, keys, topic, case["mapped"])
+        sizes = case["trials"], case["pairs"], case["pairs"], case["questions"]
+        asked = draw_questions(case["seed"] + 2, *sizes)[:, 0]
+        how = segmentation(case["recall_borders"])
+        rates = case["beta"], case["temperature"]
+        rows.append(measure_recall(how, keys, values, topic, asked, *rates))
     return rows
 
 
@@ -262,6 +291,13 @@ def program(config: Any, study: Study) -> None:
     kinds = [f"rho = {rho}" for rho in config.topic_correlations]
     header = [x for kind in kinds for x in (f"segments, {kind}", f"found, {kind}")]
     study.write_table(["segmentation", *header], table, "borders")
+    table = []
+    for rows in _grouped(study.measure(recall_groups(config), measure_recalls), "recall_borders"):
+        cells = [x for row in rows for x in (f"{row['segments']:.0f}", f"{row['recall']:.2f}")]
+        table.append([segmentation(rows[0]["recall_borders"]), *cells])
+    kinds = ("random values", "maps of the keys")
+    header = [x for kind in kinds for x in (f"segments, {kind}", f"recall, {kind}")]
+    study.write_table(["segmentation", *header], table, "recall")
     rows = study.measure(router_groups(config), measure_routers)
     names = ("router", "num_keys", "top_k")
     table = [
