@@ -56,6 +56,13 @@ def get_config() -> Any:
         {"name": "Adaptive", "min": 8, "max": 32, "block": 4},
         {"name": "Adaptive", "min": 8, "max": 32, "block": 2, "threshold": 0.7},
     )
+    # Those to compare by recall, of DeltaNet with this beta and GRM.
+    config.recall_borders = (
+        {"name": "Constant", "size": 20},
+        {"name": "Adaptive", "min": 8, "max": 32, "block": 2, "threshold": 0.7},
+        {"name": "Adaptive", "min": 8, "max": 32, "block": 2, "threshold": 0.3, "by": "errors"},
+    )
+    config.recall_beta = 1.0
     config.topic_pairs = (8, 32)
     config.topic_correlations = (0.3, 0.5, 0.7)
     return config

@@ -84,7 +84,7 @@ def measure_recall(
     if segmentation is not None:
         segment = segments_of(segmentation, keys, values, beta)
     else:
-        segmentation = mc.Adaptive(1, int(np.max(np.bincount(topic[0]))) * 4, block=1, by="scores")
+        segmentation = mc.Adaptive(1, pairs + questions, by="scores")
         ends = np.pad(np.diff(topic, axis=1) > 0, ((0, 0), (0, 1 + questions)))
         border["border"] = jnp.asarray(np.where(ends, 1.0, -1.0)[..., None], jnp.float32)
 

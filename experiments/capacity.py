@@ -10,14 +10,15 @@ the tokens that each cached state recalls worst beside it. Rules write without d
 coefficients of ``experiments._capacity.rules``.
 
 Then it draws keys whose topic changes after random numbers of pairs, and counts how often a router
-finds a key's own segment, where segments have one size and where they follow the content. Last, it
-counts for how many questions about ``router_pairs`` pairs a router finds the segment where states
-have several pooled keys, and where it searches a ``Tree`` of them: with how many keys it compares a
-question, how often it finds the segment, and the processor time of a token of a stream with so many
-cached states.
+finds a key's own segment, where segments have one size and where they follow the content, and
+measures recall there, of values at random and of values that are a map of each topic's keys. Last,
+it counts for how many questions about ``router_pairs`` pairs a router finds the segment where
+states have several pooled keys, and where it searches a ``Tree`` of them: with how many keys it
+compares a question, how often it finds the segment, and the processor time of a token of a stream
+with so many cached states.
 
-The workdir gets ``results.json``, ``table.md``, ``borders.md``, ``router.md``, ``tree.md`` and
-``capacity.png``.
+The workdir gets ``results.json``, ``table.md``, ``borders.md``, ``recall.md``, ``router.md``,
+``tree.md`` and ``capacity.png``.
 """
 
 import itertools
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 
 import memcache_jax as mc
-from experiments._borders import draw_topics, measure_router
+from experiments._borders import draw_topics, draw_values, measure_recall, measure_router
 from experiments._capacity import (
     draw_pairs,
     draw_questions,
@@ -44,7 +45,7 @@ KEYS = (
     *("alone_every", "rules", "cached_rules", "segments", "aggregations", "top_k", "num_keys"),
     *("exact", "router_pairs", "router_keys", "router_top_k"),
     *("trees", "tree_states", "tree_segment", "tree_top_k", "tree_keys", "tree_trials"),
-    *("seed", "borders", "topic_pairs", "topic_correlations"),
+    *("seed", "borders", "topic_pairs", "topic_correlations", "recall_borders", "recall_beta"),
 )
 ALONE, ATTENTION = "alone", "attention"
 
@@ -196,6 +197,33 @@ def measure_borders(cases: list[Case]) -> list[Row]:
     return rows
 
 
+def recall_groups(config: Any) -> list[list[Case]]:
+    """The cases of recall where topics change, those of one segmentation together."""
+    names = "dim", "trials", "questions", "temperature", "seed"
+    common = {name: config[name] for name in names} | dict(beta=config.recall_beta)
+    common |= dict(pairs=2 * config.pairs, lengths=list(config.topic_pairs))
+    common |= dict(correlation=config.topic_correlations[len(config.topic_correlations) // 2])
+    return [
+        [common | dict(recall_borders=borders, mapped=mapped) for mapped in (False, True)]
+        for borders in map(dict, config.recall_borders)
+    ]
+
+
+def measure_recalls(cases: list[Case]) -> list[Row]:
+    """Measures recall after all pairs with one segmentation."""
+    rows = []
+    for case in cases:
+        names = ("seed", "trials", "pairs", "dim", "correlation", "lengths")
+        keys, topic = draw_topics(**{name: case[name] for name in names})
+        values = draw_values(case["seed"] + 1, keys, topic, case["mapped"])
+        sizes = case["trials"], case["pairs"], case["pairs"], case["questions"]
+        asked = draw_questions(case["seed"] + 2, *sizes)[:, 0]
+        how = segmentation(case["recall_borders"])
+        rates = case["beta"], case["temperature"]
+        rows.append(measure_recall(how, keys, values, topic, asked, *rates))
+    return rows
+
+
 def segmentation(options: dict | None) -> mc.Segmentation | None:
     """The segmentation of a class name and its arguments; None for none.
 
@@ -312,6 +340,13 @@ def program(config: Any, study: Study) -> None:
     kinds = [f"rho = {rho}" for rho in config.topic_correlations]
     header = [x for kind in kinds for x in (f"segments, {kind}", f"found, {kind}")]
     study.write_table(["segmentation", *header], table, "borders")
+    table = []
+    for rows in _grouped(study.measure(recall_groups(config), measure_recalls), "recall_borders"):
+        cells = [x for row in rows for x in (f"{row['segments']:.0f}", f"{row['recall']:.2f}")]
+        table.append([segmentation(rows[0]["recall_borders"]), *cells])
+    kinds = ("random values", "maps of the keys")
+    header = [x for kind in kinds for x in (f"segments, {kind}", f"recall, {kind}")]
+    study.write_table(["segmentation", *header], table, "recall")
     rows = study.measure(router_groups(config), measure_routers)
     names = ("router", "num_keys", "top_k")
     table = [

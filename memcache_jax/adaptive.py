@@ -52,7 +52,9 @@ class Adaptive(Segmentation):
     and 1 where ``max`` forces the border. Like a state of n merged segments, it scores log p more.
     So a border is learned where a state that ends there would help later tokens. These states
     begin where the segments do, and have no ``exact`` tokens; training reads up to min / block
-    times as many states. Streams give scores no gradient.
+    times as many states. Streams give scores no gradient. Where nearly all blocks are borders
+    already, the relaxation has little to choose from, so layers start at logits of -1; and since
+    more states rarely hurt, a loss may need a term that keeps borders few.
 
     A token reads the states of all segments before its own, at most length / min. Every row has its
     own borders; arrays have room for the most segments. Each packed document begins a segment,

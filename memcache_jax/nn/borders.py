@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -19,6 +20,7 @@ def learn_borders(layer: Any, rngs: nnx.Rngs) -> None:
             axes=("embed", "heads"),
             use_bias=True,
             kernel_init=SMALL,
+            bias_init=jax.nn.initializers.constant(-1.0),  # see ``Adaptive``
             dtype=layer.dtype,
             param_dtype=layer.param_dtype,
             rngs=rngs,
