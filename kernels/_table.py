@@ -23,7 +23,7 @@ TABLE = {
             "row_work": 64,
             "start_bytes": 4194304,
             "state_work": 24,
-            "units": 4,
+            "units": 2,
         },
     },
     "bank_read/pallas_gpu": {
