@@ -62,6 +62,7 @@ def find_borders(
         assert errors is not None
         measure = errors
     elif segmentation.by == "scores":
+        assert border is not None
         measure = by_scores(in_blocks(lax.stop_gradient(border), segmentation), of_blocks)
     else:
         measure = by_keys(in_blocks(lax.stop_gradient(key), segmentation), of_blocks)

@@ -125,7 +125,7 @@ class OnePass(Layout):
     carries: bool
     borders: Borders | None = None
     longest: int = 0
-    relaxed: "OnePass | None" = None
+    relaxed: Layout | None = None
 
     def write(self, how: Writing, rows: Rows) -> tuple[Run, Views]:
         """In sequence, or in parallel if every segment begins anew.

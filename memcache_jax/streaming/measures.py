@@ -21,7 +21,7 @@ def measured(cache: Any, how: Writing, tokens: Tokens, rows: Rows, active: Bool[
     if slots.segmentation.by == "scores":
         measures = tokens.border[:, :, 0].mean(axis=1)
     else:
-        of_chunk = functools.partial(errors_of_chunk, how)
+        of_chunk: Any = functools.partial(errors_of_chunk, how)
         states = cache.state, cache.state if cache.anchor is None else cache.anchor
         states = jax.tree.map(lambda x: x[:, :, 0], states)
         chunk = jax.tree.map(lambda x: x[:, :, 0, 0], rows._replace(bad=None))

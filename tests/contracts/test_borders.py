@@ -236,7 +236,7 @@ class TestScores:
             k, v, rows = key[0, :, 0], value[0, :, 0], []
             for t in range(16):
                 first = 0 if t < 8 else 8
-                pooled, states, counts = [k[first : t + 1].mean(axis=0)], [v[t]], [0.0]
+                pooled, states, counts = [k[first : t + 1].mean(axis=0)], [v[t]], [jnp.zeros(())]
                 for end in range(3):
                     if 4 * end + 3 < t:
                         begin, after = (0 if end < 2 else 8), 4 * end + 4

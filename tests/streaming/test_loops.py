@@ -56,7 +56,9 @@ def test_the_compiler_keeps_the_layout_of_states():
                 (jnp.int32(0), cache),
             )
 
-        return "f32[2,3,1,4,8]{4,3,1,0,2}" in jax.jit(run).lower(cache).compile().as_text()
+        text = jax.jit(run).lower(cache).compile().as_text()
+        assert text is not None
+        return "f32[2,3,1,4,8]{4,3,1,0,2}" in text
 
     assert has_another(jax.lax.while_loop)
     assert not has_another(while_loop)

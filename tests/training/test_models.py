@@ -37,6 +37,8 @@ def test_routers_and_states_of_another_layer_are_described():
     config.model.mixers, config.model.num_layers = ("memory_caching", "previous_states"), 4
     model = model_config(config.model)
     own, other = model.mixers
+    assert isinstance(own, MemoryCachingMixer)
+    assert isinstance(other, MemoryCachingMixer)
     assert own == dataclasses.replace(own, aggregation=mc.SSC(router=mc.Tree(beam=2)))
     assert other == dataclasses.replace(own, states="previous")
     assert model_config(model_options(model)) == model
