@@ -289,13 +289,15 @@ class Decided:
     ) -> tuple[Ended, Int[Array, "b 1"], Merge | None]:
         """The next slot if the segment ends with the block."""
         if record.own is None:
-            own = key_sum[:, :, 0] - record.before
+            total = key_sum[:, :, 0]
+            own = total - record.before
         else:
             own = record.own / self.segmentation.size
+            total = record.before + own
         closes = ends & self.segmentation.ends(block - record.first, record.before, own)
         place = jnp.where(closes, record.segments, self.num_slots)
         closed, whole = (x.reshape(-1, *[1] * (own.ndim - 1)) for x in (closes, ends))
-        before = jnp.where(whole, record.before + own, record.before)
+        before = jnp.where(whole, total, record.before)
         kept = Ended(
             record.segments + closes,
             jnp.where(closes, block + 1, record.first),
