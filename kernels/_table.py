@@ -20,9 +20,9 @@ TABLE = {
     "affine_update/pallas_tpu_chunks": {
         "default": {
             "group": 4,
-            "row_work": 64,
+            "row_work": 128,
             "start_bytes": 4194304,
-            "state_work": 24,
+            "state_work": 48,
             "units": 2,
         },
     },
