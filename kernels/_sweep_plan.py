@@ -92,12 +92,12 @@ def plan_heads(name: str, state: Any, rows: Any, y: Any, keep: int, blocks: Bloc
     """
     of_state, of_rows, of_y = _tiles(state, 1), *(_tiles(units_first(x), 2) for x in (rows, y))
     leaves = jax.tree.leaves((rows, y), is_leaf=is_inside)
-    narrowest = min(x.heads.dtype.itemsize for x in leaves if is_inside(x))
+    widest = max(x.heads.dtype.itemsize for x in leaves if is_inside(x))
     work = min(blocks.state_work * of_state, blocks.row_work * of_rows)
 
     def of(heads: int, group: int) -> Sweep:
         # Tokens of a group, transposed, and blocks of one chunk, double-buffered, one in float32.
-        rows, y = (heads * x * narrowest // 4 for x in (of_rows, of_y))
+        rows, y = (heads * x * widest // 4 for x in (of_rows, of_y))
         tokens = group * (rows + y) + 4 * rows + 2 * y + heads * 2 * max(of_rows, of_y)
         forward = (heads + 6) * of_state + work + tokens
         backward = (heads + group + 7) * of_state + work + tokens
