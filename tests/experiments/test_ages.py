@@ -19,7 +19,7 @@ def test_small(tmp_path):
     assert [row["policy"] for row in rows] == ["drop_oldest", "compose_by_age"]
     for row in rows:
         assert row["ages"] == [1, 2, 4, 8, 16, 32]
-        assert row["rank"][0] > 0.9  # the last segment is there alone
+        assert row["rank"][0] > 0.75  # the last segment is there alone
     dropped, composed = (row["rank"] for row in rows)
     assert abs(dropped[-1] - 0.5) < 0.1  # what is gone is guessed
     assert composed[3] > dropped[3] + 0.1
