@@ -115,10 +115,15 @@ class Tree:
         Which states to select is unknown where a key among those seen is not finite: all NaN.
         """
         (batch, heads, n, c, _), states = connector.shape, candidates.states.shape[-1]
-        keys, seen = candidates.keys(pooling), visible(candidates)
+        keys, seen, xp = candidates.keys(pooling), candidates.states, np
+        known = candidates.counts is None and candidates.same_document is None
+        if known and isinstance(seen, np.ndarray):  # spares the compiler a table of all blocks
+            seen = seen[:, :, None] >= 0
+        else:
+            seen, xp = visible(candidates), jnp
         first, count = (
-            jnp.broadcast_to(x, (batch, n, c))
-            for x in (jnp.argmax(seen, axis=-1), seen.sum(axis=-1, dtype=jnp.int32))
+            jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch, n, c))
+            for x in (xp.argmax(seen, axis=-1), xp.sum(seen, axis=-1))
         )
         shifted = candidates.same_document is not None
         take, offsets = candidates.nodes, self.offsets(states)

@@ -79,17 +79,11 @@ def test_streams_are_one_pass_in_fewer_bytes(scan):
 
 
 @pytest.mark.slow
-def test_they_read_these_states():
+def test_documents():
     model, tokens = model_of(OWN, OTHER), tokens_of()
-    same = nnx.merge(nnx.split(model_of(OWN, OWN))[0], nnx.state(model))
-    ids = jnp.asarray([[0] * 8 + [1] * 15] * 2)
-    got, own = (jax.jit(model.hidden)(tokens, ids) for model in (model, same))
-    alone = jax.jit(model.hidden)(tokens[:, 8:])
-    np.testing.assert_allclose(got[:, 8:], alone, atol=2e-5)
-    for first in (0, 8):  # of a document; its first segment reads no states
-        here = slice(first, first + 4)
-        np.testing.assert_allclose(got[:, here], own[:, here], atol=2e-5)
-    assert np.abs(got - own).max() > 1e-4
+    both = model.hidden(tokens, jnp.asarray([[0] * 8 + [1] * 15] * 2))
+    np.testing.assert_allclose(both[:, :8], model.hidden(tokens[:, :8]), atol=1e-4)
+    np.testing.assert_allclose(both[:, 8:], model.hidden(tokens[:, 8:]), atol=1e-4)
 
 
 @pytest.mark.slow
