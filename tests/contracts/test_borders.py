@@ -61,9 +61,9 @@ def test_borders_of_narrow_keys_are_those_of_streams(monkeypatch):
     """Sums in bfloat16 would end segments elsewhere: streams have float32."""
     found = []
 
-    def spied(segmentation, key, document):
+    def spied(segmentation, key, document, **measures):
         found.append(key.dtype)
-        return find_borders(segmentation, key, document)
+        return find_borders(segmentation, key, document, **measures)
 
     monkeypatch.setattr(one_pass, "find_borders", spied)
     memory = MEMORIES["linear"]
