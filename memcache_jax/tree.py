@@ -61,7 +61,7 @@ class Tree:
         )
 
     def levels(self, states: int) -> int:
-        """The level at which a search among so many states begins: above it, a beam holds all nodes."""
+        """The level at which a search among so many states begins; a beam holds all above it."""
         level = 0
         while states // self.branching ** (level + 1) > self.beam:
             level += 1
