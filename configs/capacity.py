@@ -39,7 +39,7 @@ def get_config() -> Any:
     config.router_pairs = 1024
     config.router_keys = (1, 2, 4, 8)
     config.router_top_k = (1, 4)
-    # Routers that search a tree: its branching and beam, and the numbers of states.
+    # Routers that search a tree: branching and beam, and the numbers of states.
     config.trees = ((16, 4), (16, 16), (4, 4))
     config.tree_states = (64, 1024, 4096)
     config.tree_segment = 8
@@ -56,7 +56,7 @@ def get_config() -> Any:
         {"name": "Adaptive", "min": 8, "max": 32, "block": 4},
         {"name": "Adaptive", "min": 8, "max": 32, "block": 2, "threshold": 0.7},
     )
-    # Those to compare by recall, of DeltaNet with this beta and GRM.
+    # Segmentations compared by the recall of DeltaNet with this beta, and GRM.
     config.recall_borders = (
         {"name": "Constant", "size": 20},
         {"name": "Adaptive", "min": 8, "max": 32, "block": 2, "threshold": 0.7},

@@ -46,7 +46,7 @@ def draw_topics(
 
 
 def draw_values(seed: int, keys: np.ndarray, topic: np.ndarray, mapped: bool) -> np.ndarray:
-    """Values (trials, pairs, d) of norm one: at random, or each topic's rotation of the keys."""
+    """Random values (trials, pairs, d) of norm one, or if ``mapped`` keys rotated by topic."""
     random = np.random.default_rng(seed)
     if mapped:
         shape = len(keys), int(topic.max()) + 1, keys.shape[-1], keys.shape[-1]
@@ -68,15 +68,15 @@ def measure_recall(
     beta: float,
     temperature: float,
 ) -> dict[str, float]:
-    """Recall of pairs by ``DeltaNet`` and GRM after all pairs, and the number of their segments.
+    """Recall by ``DeltaNet`` and GRM after all pairs, and the number of segments.
 
     Args:
-      segmentation: where segments end; None for where topics do, by scores that say so.
+      segmentation: where segments end; None to end them where topics do.
       keys: (trials, pairs, d).
       values: the same.
       topic: of each pair.
-      asked: the pairs that are asked for, (trials, questions).
-      beta: how much of an error a pair corrects.
+      asked: the pairs that questions ask for, (trials, questions).
+      beta: the step size of the delta rule.
       temperature: of connectors, as in ``_capacity.measure_memory``.
     """
     trials, pairs, _ = keys.shape
@@ -93,7 +93,7 @@ def measure_recall(
         return jnp.asarray(np.concatenate([x, of_questions], axis=1)[:, :, None])
 
     every = np.arange(trials)[:, None]
-    # Tokens that ask write nothing, with the last pair's key: no direction and no error changes.
+    # Questions write nothing, and have the last pair's key: they add no surprise.
     same = np.repeat(keys[:, -1:], questions, axis=1)
     query, key = rows(keys, keys[every, asked]), rows(keys, same)
     value, writes = rows(values, 0 * same), np.arange(pairs + questions) < pairs
@@ -116,7 +116,7 @@ def segments_of(
 ) -> np.ndarray:
     """The number of each pair's segment, (trials, pairs).
 
-    By errors they are those of ``DeltaNet`` with these values and this beta.
+    Borders by errors are those of ``DeltaNet`` with these values and this beta.
     """
     trials, pairs, _ = keys.shape
     if not isinstance(segmentation, mc.Adaptive):

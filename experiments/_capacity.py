@@ -282,7 +282,7 @@ def router_hits(
       top_k: states that a token reads.
       num_keys: pooled keys of a state.
       last: whether to take the last point alone.
-      tree: what the router searches; None to compare all pooled keys.
+      tree: the tree that the router searches; None to compare all pooled keys.
     """
     trials, pairs, dim = keys.shape
     number, segment = asked.shape[1], pairs // asked.shape[1]
@@ -303,10 +303,10 @@ def router_hits(
 
 
 def step_seconds(kind: mc.SSC, states: int, dim: int, steps: int) -> float:
-    """Processor seconds of a token of a stream with so many cached states, the least of a few.
+    """Processor seconds per token of a stream with so many cached states, the minimum of five runs.
 
-    Segments have one token and values one channel, so that hardly anything but the router is left:
-    four heads of ``dim``.
+    Four heads of ``dim``. Segments have one token and values one channel, so that the router takes
+    nearly all of the time.
     """
     how: dict[str, Any] = dict(
         memory=mc.memories.LinearAttention(), aggregation=kind, segmentation=mc.Constant(1)

@@ -81,7 +81,7 @@ class Fitted(NamedTuple):
         Args:
           questions: the examples.
           batch_size: examples at a time.
-          cache: options of ``init_cache`` to read as a stream; one pass by default.
+          cache: options of ``init_cache``, to read as a stream; by default in one pass.
         """
         options, parts = tuple(sorted((cache or {}).items())), []
         for begin in range(0, len(questions.tokens), batch_size):
@@ -175,10 +175,10 @@ def _logits(
 def hidden_of(
     model: LanguageModel, tokens: Int[Array, "b t"], cache: Mapping[str, Any] | None
 ) -> Float[Array, "b t d"]:
-    """Returns ``hidden``, of a stream with these options of ``init_cache`` if there are any.
+    """Returns ``model.hidden``; with options of ``init_cache``, that of a stream.
 
-    No piece of the stream goes beyond a segment, so that all cached states are read as the cache
-    keeps them.
+    No piece of the stream crosses the end of a segment, so that all cached states are read in the
+    form in which the cache keeps them.
     """
     if not cache:
         return model.hidden(tokens)

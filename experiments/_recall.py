@@ -121,7 +121,7 @@ def measure_recall(cases: list[Case]) -> list[Row]:
     """Trains and tests the models of a group.
 
     Returns:
-      For each case ``accuracy`` by length and pairs (of a stream, where the model's options have a
+      For each case ``accuracy`` by length and pairs (of a stream, if the model's options have
       ``cache``), the last mean ``loss`` (None if the model
       diverged), ``parameters``, and ``state_bytes``: the size of a stream's cache by length.
     """

@@ -3,10 +3,10 @@
     python -m experiments.ages --workdir=FOLDER [--length=1048576]
 
 Streams random pairs of keys and values of norm one through caches with ``--slots`` states, one
-cache for each way to make room. All keys of a segment share a topic, so that gates can tell
-segments apart. Then it asks for pairs 1, 2, 4, 8, ... segments back: of the other values of the
-pair's segment, which share does the read rank below the right one? 1 is perfect, 0.5 is chance.
-Heads are independent streams. The workdir gets ``ages.json`` and ``ages.md``.
+cache for each policy. All keys of a segment share a topic, so that gates can tell segments apart.
+Then it asks for pairs 1, 2, 4, 8, ... segments back, and measures the share of the other values of
+the pair's segment that the read ranks below the right one: 1 is perfect, 0.5 is chance. Heads are
+independent streams. The workdir gets ``ages.json`` and ``ages.md``.
 """
 
 import json
@@ -37,7 +37,7 @@ flags.DEFINE_list("rules", ["DeltaNet"], "Write rules.")
 flags.DEFINE_list(
     "policies",
     ["drop_oldest", "merge", "merge_by_age", "compose_by_age"],
-    "Ways to make room.",
+    "Policies of full caches.",
 )
 
 
@@ -83,7 +83,7 @@ def streamed(rule: str, policy: str) -> mc.Cache:
 
 
 def ranks(rule: str, cache: mc.Cache) -> list[float]:
-    """The share of values ranked below the right one, for each age."""
+    """The share of the segment's other values ranked below the right one, for each age."""
     segments, made = FLAGS.length // FLAGS.segment, []
 
     @jax.jit
@@ -104,7 +104,7 @@ def ranks(rule: str, cache: mc.Cache) -> list[float]:
 
     for age in ages():
         random = np.random.default_rng(age)
-        # Of the segments that are more than age / 2 back, and at most age.
+        # Pairs of segments more than age / 2 and at most age back.
         back = random.integers(age // 2 + 1, age + 1, FLAGS.questions)
         token = random.integers(0, FLAGS.segment, FLAGS.questions)
         made.append(float(share(cache, segments - back, token)))

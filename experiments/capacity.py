@@ -11,11 +11,11 @@ coefficients of ``experiments._capacity.rules``.
 
 Then it draws keys whose topic changes after random numbers of pairs, and counts how often a router
 finds a key's own segment, where segments have one size and where they follow the content, and
-measures recall there, of values at random and of values that are a map of each topic's keys. Last,
-it counts for how many questions about ``router_pairs`` pairs a router finds the segment where
-states have several pooled keys, and where it searches a ``Tree`` of them: with how many keys it
-compares a question, how often it finds the segment, and the processor time of a token of a stream
-with so many cached states.
+measures recall there, of random values and of values that are a rotation of their topic's keys.
+Last, it counts for how many questions about ``router_pairs`` pairs a router finds the segment if
+states have several pooled keys. For routers that search a ``Tree``, it reports the keys that a
+question is compared with, how often they find the segment, and the processor time per token of a
+stream with so many cached states.
 
 The workdir gets ``results.json``, ``table.md``, ``borders.md``, ``recall.md``, ``router.md``,
 ``tree.md`` and ``capacity.png``.
@@ -121,7 +121,7 @@ def router_groups(config: Any) -> list[list[Case]]:
 
 
 def tree_groups(config: Any) -> list[list[Case]]:
-    """The cases of routers with a tree and without, those of one number of states together."""
+    """The cases of routers with and without a tree, grouped by number of states."""
     common = dict(dim=config.dim, questions=config.questions, seed=config.seed, num_keys=1)
     common |= dict(router=config.tree_segment, trials=config.tree_trials, top_k=config.tree_top_k)
     return [
@@ -137,7 +137,7 @@ def tree_groups(config: Any) -> list[list[Case]]:
 
 
 def step_groups(config: Any) -> list[list[Case]]:
-    """The cases of routers' time, those of one number of states in turn."""
+    """The cases of routers' time, grouped by number of states."""
     return [
         [
             dict(states=states, top_k=config.tree_top_k, tree=tree, dim=64)
@@ -148,7 +148,7 @@ def step_groups(config: Any) -> list[list[Case]]:
 
 
 def measure_steps(cases: list[Case]) -> list[Row]:
-    """Measures the time of a token."""
+    """Measures the time per token."""
     return [
         dict(
             seconds=step_seconds(
@@ -160,7 +160,7 @@ def measure_steps(cases: list[Case]) -> list[Row]:
 
 
 def tree_of(case: Case) -> mc.Tree | None:
-    """The tree of a router, of its branching and beam."""
+    """The router's tree, from its branching and beam; None without one."""
     return mc.Tree(*case["tree"]) if case.get("tree") else None
 
 
@@ -198,7 +198,7 @@ def measure_borders(cases: list[Case]) -> list[Row]:
 
 
 def recall_groups(config: Any) -> list[list[Case]]:
-    """The cases of recall where topics change, those of one segmentation together."""
+    """The cases of recall with topics, those of one segmentation together."""
     names = "dim", "trials", "questions", "temperature", "seed"
     common = {name: config[name] for name in names} | dict(beta=config.recall_beta)
     common |= dict(pairs=2 * config.pairs, lengths=list(config.topic_pairs))
@@ -344,7 +344,7 @@ def program(config: Any, study: Study) -> None:
     for rows in _grouped(study.measure(recall_groups(config), measure_recalls), "recall_borders"):
         cells = [x for row in rows for x in (f"{row['segments']:.0f}", f"{row['recall']:.2f}")]
         table.append([segmentation(rows[0]["recall_borders"]), *cells])
-    kinds = ("random values", "maps of the keys")
+    kinds = ("random values", "rotated keys")
     header = [x for kind in kinds for x in (f"segments, {kind}", f"recall, {kind}")]
     study.write_table(["segmentation", *header], table, "recall")
     rows = study.measure(router_groups(config), measure_routers)

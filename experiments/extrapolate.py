@@ -201,7 +201,7 @@ def loss_by_position(
       model: the model.
       tokens: token ids.
       batch_size: rows at a time.
-      cache: options of ``init_cache`` to read rows as streams; one pass by default.
+      cache: options of ``init_cache``, to read as a stream; by default in one pass.
     """
     graph, state = nnx.split(model)
 

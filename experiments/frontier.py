@@ -57,7 +57,7 @@ def models_in(
     Args:
       whole: the ``config.model`` of the first.
       changes: for each other model, the keys that it replaces, and ``cache``, options of
-        ``init_cache`` with which it is tested as a stream.
+        ``init_cache`` with which it is evaluated as a stream.
       unbounded: the names of the models that may take more bytes.
       length: tokens of the stream whose cache is measured.
 
@@ -102,7 +102,8 @@ def fitted(options: dict[str, Any], most: int, length: int) -> dict[str, Any]:
     def fits(size: int) -> bool:
         return _bytes(sized(size), length) <= most
 
-    high = least  # doubled, as long segments take more again where the live one's tokens are kept
+    # By doubling: with exact tokens, long segments take more again, for the live one's tokens.
+    high = least
     while high < length and not fits(high):
         high *= 2
     sizes = range(max(least, high // 2 // step * step), high, step)

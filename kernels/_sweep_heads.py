@@ -1,9 +1,9 @@
-"""TPU kernels that keep large states in VMEM from chunk to chunk, and read tokens as they lie.
+"""TPU kernels that keep large states in VMEM and read tokens in the model's layout.
 
 As ``_sweep``, for states of which few fit into VMEM. A block of tokens has all heads of a chunk.
-A program transposes the tokens of a group of chunks into VMEM, then carries one head after another
-through the group, and at last transposes the results back. So tokens are not transposed in HBM,
-and a program holds a single state for each head, the carried one. Rows are (units, chunks, ...), or
+A program transposes the tokens of a group of chunks into VMEM, carries one head after another
+through the group, and then transposes the results back. So tokens are not transposed in HBM, and a
+program holds a single state for each head, the carried one. Rows are (units, chunks, ...), or
 ``Inside`` for tokens.
 """
 
@@ -66,7 +66,7 @@ class _Steps(NamedTuple):
         return jnp.clip(s - self.length - self.heads * self.visits, 0, self.length - 1)
 
     def when(self, s: Any, load: Callable, visit: Callable, store: Callable) -> None:
-        """Calls what step s is for, with the chunk, or the head and the visit."""
+        """Calls the action of step s, with its chunk, or its head and visit."""
         visited = self.length + self.heads * self.visits
         pl.when(s < self.length)(lambda: load(self.loads(s)))
         pl.when((s >= self.length) & (s < visited))(lambda: visit(self.head(s), self.visit(s)))
@@ -230,7 +230,7 @@ def backward(
                 fill(d_state_refs, d_after, _ALL)
                 refs = jax.tree.leaves(d_rows_refs, is_leaf=is_inside)
                 pairs = list(zip(refs, jax.tree.leaves(d_rows), strict=True))
-                # The tokens of this chunk are read no more: their cotangents take their place.
+                # The tokens of this chunk are not read again: their cotangents take their place.
                 _fill_at(turned, [d for ref, d in pairs if is_inside(ref)], c, head)
                 plain = [(ref, d) for ref, d in pairs if not is_inside(ref)]
                 fill([ref for ref, _ in plain], [d for _, d in plain], _ALL)
@@ -297,7 +297,7 @@ def _inside(refs: Any) -> list:
 
 
 def _turn(refs: Any, turned: list, c: Any) -> None:
-    """Transposes blocks with heads inside into the place of a chunk."""
+    """Transposes blocks with heads inside into a chunk's place in VMEM."""
     for ref, into in zip(_inside(refs), turned, strict=True):
         into[c] = jnp.swapaxes(ref[0, 0].astype(jnp.float32), 0, 1).astype(into.dtype)
 

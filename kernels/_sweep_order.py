@@ -11,7 +11,7 @@ from memcache_jax.kernels._sweep_blocks import Inside, is_inside, mapped
 
 
 class Order:
-    """How a batch (b, h, *runs) maps to units: heads last, so that they may lie inside rows."""
+    """How a batch (b, h, *runs) maps to units: heads last, so that rows may hold them inside."""
 
     def __init__(self, batch: tuple[int, ...]) -> None:
         self.outer = (batch[0], *batch[2:]) if len(batch) > 1 else batch

@@ -85,7 +85,7 @@ def plan(name: str, state: Any, rows: Any, y: Any, keep: int, blocks: Blocks) ->
 
 
 def plan_heads(name: str, state: Any, rows: Any, y: Any, keep: int, blocks: Blocks) -> Sweep:
-    """``plan`` for ``_sweep_heads``: the longest groups that fit, of as many heads as then fit.
+    """``plan`` for ``_sweep_heads``: the longest groups that fit, then the most heads.
 
     Raises:
       CannotServeError: if the forward or the backward pass does not fit into VMEM.

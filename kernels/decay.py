@@ -78,8 +78,8 @@ def channel_scores(
 
     P[t, j] is the product of decay_i over j < i <= t, and zero where j > t. Blocks double in size,
     from single tokens. Between the halves of a block the product is split where they meet, so that
-    no factor exceeds one however strong the decays, and all is matrix products. Factors are made
-    once for all reads and writes.
+    no factor exceeds one, however strong the decays, and every step is a matrix product. Factors
+    are computed once for all reads and writes.
 
     Args:
       reads: what reads.
@@ -125,7 +125,7 @@ def _channel_scores_in_whole(
     row, column = (lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
 
     def between(level: int) -> Bool[Array, "m m"]:
-        """Whether a decay lies between a token and the middle: up to it if it reads, or after."""
+        """Whether a decay lies between the middle and a token that reads, or one that is read."""
         second = (row >> level) & 1 == 1
         return (row >> level == column >> level) & jnp.where(second, column <= row, column > row)
 

@@ -20,41 +20,41 @@ class Adaptive(Segmentation):
     """Segments of ``min`` to ``max`` tokens that end when the content changes.
 
     Borders lie between blocks of ``block`` tokens. A segment ends with a block if it has ``min``
-    tokens and surprise > threshold, or if it has ``max`` tokens. A border depends only on tokens
-    before it: outputs are causal and do not depend on the sequence's length. It is the same for all
-    heads of a row. The surprise of a block depends on ``by``:
+    tokens and surprise > threshold, or if it has ``max`` tokens; arXiv:2602.24281 has segments of
+    fixed sizes only. A border depends only on tokens before it: outputs are causal and do not
+    depend on the sequence's length. It is the same for all heads of a row. The surprise of a block
+    depends on ``by``:
 
-    ``"keys"``: 1 - mean over heads of cos(K, k), where k is the sum of the block's keys and K that
-    of the segment's before it. So a segment's pooled key, by which gates and routers find its
-    state, stands for keys of one direction.
+    ``"keys"``: 1 - cos(K, k), mean over heads, where k is the sum of the block's keys and K the sum
+    of the segment's keys before it. So the keys of a segment have similar directions, and its
+    pooled key, by which gates and routers find its state, represents them.
 
-    ``"errors"``: 1 - E / e, where e is the mean over the block's tokens and heads of the memory's
-    relative error before it is written, and E the mean over the segment's blocks before::
+    ``"errors"``: 1 - E / e, where e is the mean relative error of the memory over the block's
+    tokens and heads, and E that over the segment's earlier blocks::
 
-        |v_t - M_{t-1}(k_t)|^2 / |v_t|^2    (0 where v_t = 0)
+        error of token t = |v_t - M_{t-1}(k_t)|^2 / |v_t|^2    (0 where v_t = 0)
 
-    A rule with a chunk size recalls with the state that the chunk began with, from which it also
-    takes its gradient. So a segment ends when what the memory has learned of it no longer
-    predicts the values; a threshold of 0.5 means that errors double. The memory is the live one,
-    which restarts at borders with independent starts: a stream then needs no second memory, and a
-    border does not depend on how long ago the document began. The price is that one pass writes
-    twice, first to find the borders, block by block and without gradients. A stream of single
-    tokens only adds a read; calls that write whole chunks write these twice.
+    So a segment ends when its memory no longer predicts the values; a threshold of 0.5 means that
+    the error doubles. A rule with a chunk size recalls with the state at the chunk's start, where
+    it also takes its gradient. M is the live memory, which restarts at borders with independent
+    starts: a stream needs no second memory, and a border does not depend on how long ago the
+    document began. The cost: one pass writes twice, first to find the borders, block by block and
+    without gradients; in a stream single tokens add one read, and whole chunks are written twice.
 
-    ``"scores"``: sigmoid(s), where s is the mean over the block's tokens and heads of logits that
-    the caller gives, ``memory_caching(border=...)``. Layers make them by a linear map of their
-    input and learn it. At the default threshold a segment ends where s > 0.
+    ``"scores"``: sigmoid(s), where s is the mean over the block's tokens and heads of the logits
+    ``memory_caching(border=...)``. Layers learn a linear map from their input to these logits. At
+    the default threshold of 0.5 a segment ends where s > 0.
 
     No gradient passes through borders by keys and errors. Scores are learned by a straight-through
-    estimator (arXiv:1308.3432), as boundaries are in arXiv:2507.07955: outputs are those of
-    the segments as they are, and the gradient of the scores is that of a relaxation in which a
-    state at the end of each block that may end a segment counts p = sigmoid(s) times in the gates,
-    and 1 where ``max`` forces the border. Like a state of n merged segments, it scores log p more.
-    So a border is learned where a state that ends there would help later tokens. These states
-    begin where the segments do, and have no ``exact`` tokens; training reads up to min / block
-    times as many states. Streams give scores no gradient. Where nearly all blocks are borders
-    already, the relaxation has little to choose from, so layers start at logits of -1; and since
-    more states rarely hurt, a loss may need a term that keeps borders few.
+    estimator (arXiv:1308.3432), like the boundaries of arXiv:2507.07955. Outputs read only the
+    states at borders, but the gradient of the scores is that of a relaxation: each block that may
+    end a segment has a state in the gates of later tokens, with relevance r + log p for
+    p = sigmoid(s), so that it counts p times; where ``max`` forces the border it counts once. So a
+    border is learned where a state that ends there would help later tokens. The relaxation's states
+    begin where the segments do, and have no ``exact`` tokens. Training reads up to min / block
+    times as many states. Streams give scores no gradient. If nearly all blocks are borders, the
+    relaxation has few states to add, so layers start with logits of -1. More states rarely hurt
+    a loss, which may therefore need a term that keeps borders few.
 
     A token reads the states of all segments before its own, at most length / min. Every row has its
     own borders; arrays have room for the most segments. Each packed document begins a segment,
@@ -68,11 +68,11 @@ class Adaptive(Segmentation):
     Attributes:
       min: fewest tokens in a segment.
       max: most tokens in a segment.
-      threshold: of the surprise. Of keys it is 1 at a right angle to the segment's and at most 2,
-        of errors and scores it is below 1. At 2 or more all segments have ``max`` tokens.
-      block: tokens between possible borders, ``min`` by default; divides both. By keys and errors
-        a segment can end early only with its second block or a later one.
-      by: what surprises: ``"keys"``, ``"errors"`` or ``"scores"``.
+      threshold: of the surprise, which has no unit. By keys it is 1 at a right angle and at most 2;
+        by errors and scores it is below 1. At 2 or more all segments have ``max`` tokens.
+      block: tokens between possible borders, ``min`` by default; divides ``min`` and ``max``. By
+        keys and errors only the second block or a later one can end a segment early.
+      by: what decides: ``"keys"``, ``"errors"`` or ``"scores"``.
 
     Raises:
       ValueError: for sizes below 1, ``max`` below ``min``, a ``block`` that does not divide both,
@@ -131,9 +131,9 @@ class Adaptive(Segmentation):
 
         Args:
           before: blocks of the segment before it.
-          segment: the sum of their measures.
-          block: the block's own, of the segment's document: by keys their sum (b, h, k), by errors
-            and scores their mean (b,).
+          segment: the sum of the measures of these blocks.
+          block: the block's own measure, over the tokens of the segment's document: by keys their
+            sum (b, h, k); by errors the mean error and by scores the mean logit, (b,).
         """
         blocks = before + 1
         surprising = self.surprise(before, segment, block) > self.threshold
@@ -157,9 +157,9 @@ class Adaptive(Segmentation):
         return jnp.where(before > 0, 1 - cosines.mean(axis=-1), 0)
 
     def may_end(self, blocks: Int[Array, "*b"]) -> Bool[Array, "*b"]:
-        """Whether segments of so many blocks are long enough to end."""
+        """Whether segments of so many blocks have ``min`` tokens."""
         return blocks >= self.min // self.size
 
     def must_end(self, blocks: Int[Array, "*b"]) -> Bool[Array, "*b"]:
-        """Whether segments of so many blocks are as long as they can be."""
+        """Whether segments of so many blocks have ``max`` tokens."""
         return blocks >= self.max // self.size

@@ -58,7 +58,9 @@ def memory_caching(
       controls: the rule's per-token coefficients by name, shapes as ``memory.controls`` says.
         Decays are given as logs, <= 0: larger ones are refused in NumPy arrays, and elsewhere are
         growth. Constants of a head have shape (h,).
-      border: logits of whether a segment ends, of ``Adaptive(by="scores")``, and of no others.
+      border: logits by which segments of ``Adaptive(by="scores")`` end: a border comes after a
+        block whose mean logit s, over tokens and heads, has sigmoid(s) above the threshold. Must be
+        given for these segments, and for no others.
       weights: initial weights of a deep memory by name, one per head: (h, out, in).
       aggregation: how reads become one output: ``Residual()``, ``GRM()``, ``Soup()`` or ``SSC()``.
       segmentation: where states are cached: ``Constant(C)``, ``Logarithmic(C)``, ``Lengths`` or
@@ -89,8 +91,9 @@ def memory_caching(
 
     Raises:
       ValueError: for shapes, controls or weights that do not fit each other or the memory, a
-        missing connector, a segment size that the memory's chunk size does not divide, an unknown
-        start, implementation or exchange, or document_ids with a segmentation that takes none.
+        missing connector, a missing or unexpected border, a segment size that the memory's chunk
+        size does not divide, an unknown start, implementation or exchange, or document_ids with a
+        segmentation that takes none.
         With time divided, also for fewer segments than devices, segments of several lengths, the
         reference, rules whose runs do not compose with checkpoint starts or ``Logarithmic``, and
         a ring unless blocks read the states of all segments before them.
@@ -139,10 +142,11 @@ def in_group(
     exchange: Exchange = "gather",
     hands_on: bool = False,
 ) -> Any:
-    """``memory_caching`` of a layer that reads other states, ``given``, or hands its own on.
+    """``memory_caching`` of a layer that shares cached states with others.
 
-    With ``hands_on`` it returns the output and the states. Layers that share states have
-    ``Constant`` segments of one size, and no exact tokens or keys of spans.
+    With ``given`` it reads these cached states instead of its own. With ``hands_on`` it returns the
+    output and its cached states. Layers that share states have ``Constant`` segments of one size,
+    ``exact=0`` and ``num_keys=1``.
     """
     controls, weights = check_mapping("controls", controls), check_mapping("weights", weights)
     check_configuration(memory, aggregation, segmentation, start, implementation)

@@ -29,13 +29,14 @@ class SSC(GRM):
     Attributes, beside GRM's:
       top_k: cached states that a token reads.
       inner: ``"grm"`` for the gated sum of reads, ``"soup"`` for the mixture of parameters.
-      router: a ``Tree`` of pooled keys, to compare a token with about log N of them; None to
-        compare it with all N, as the paper does. For ``Constant`` segments, the gate ``"content"``
-        and one key per state. XLA runs it under every ``implementation``.
+      router: a ``Tree``, to compare a token with about log N pooled keys; None to compare it with
+        all N, as the paper does. A tree needs ``Constant`` segments, ``gate="content"``,
+        ``num_keys=1`` and a cache with ``policy="error"``. XLA runs it under every
+        ``implementation``.
 
     Raises:
-      ValueError: as GRM, for ``top_k`` below 1, an unknown ``inner``, or a router that does not
-        compare ``top_k`` states or does not fit the gate.
+      ValueError: as GRM, for ``top_k`` below 1, an unknown ``inner``, or a router with another
+        gate, several keys or ``top_k`` above beam * branching.
 
     Example:
       >>> import memcache_jax as mc
@@ -43,6 +44,8 @@ class SSC(GRM):
       'grm'
       >>> mc.SSC(2, num_keys=4).num_keys  # finds more of the right states
       4
+      >>> mc.SSC(2, router=mc.Tree(branching=16, beam=4)).router
+      Tree(branching=16, beam=4)
     """
 
     gate: str | Gate = dataclasses.field(default="content", kw_only=True)
@@ -65,8 +68,8 @@ class SSC(GRM):
             )
         if self.top_k > self.router.beam * self.router.branching:
             raise ValueError(
-                f"a router with {self.router} compares {self.router.beam} * "
-                f"{self.router.branching} states or more, got top_k={self.top_k}"
+                f"a router with {self.router} needs top_k of at most beam * branching = "
+                f"{self.router.beam * self.router.branching}, got {self.top_k}"
             )
 
     @property

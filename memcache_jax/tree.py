@@ -18,25 +18,28 @@ from memcache_jax.kernels._largest import largest
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """A beam search among means of pooled keys, for ``SSC(router=...)``; the paper has none.
+    """A router for ``SSC(router=...)``: a beam search in a tree whose nodes have mean keys.
 
-    Node j of level l covers the segments [j B^l, (j + 1) B^l), and its key is the mean of theirs.
-    A token sees the nodes whose segments have all ended: no output depends on a later token or on
-    the sequence's length. From the top down, it compares its connector with the children of the
-    ``beam`` most relevant nodes of the level above, and with the nodes that have no parent yet::
+    SSC by itself compares a token with the pooled keys of all N states (Eq. 16-17 of
+    arXiv:2602.24281); the tree is not from the paper. Node j of level l covers the segments j B^l
+    to (j + 1) B^l - 1, and its key p_lj, (k,) per head, is the mean of their pooled keys. A token
+    sees the nodes whose segments have all ended: no output depends on a later token or on the
+    sequence's length. From the top level down, the search scores candidate nodes by <u_t, p_lj>,
+    where u_t is the token's connector and n segments have ended::
 
-        candidates of level l = children of the beam, and those after B floor(n / B^(l+1))
+        candidates of level l = children of the ``beam`` best candidates of level l + 1,
+                                and the nodes j >= B floor(n / B^(l+1)), which have no parent yet
 
-    where n segments have ended; at level 0, the states, it selects the ``top_k`` most relevant. So
-    a token compares about (beam + 1) B log_B N keys instead of N. Of two equally relevant nodes the
-    older one stays. With beam >= N / B the search selects what SSC alone does. With a smaller one
-    it misses a state that is unlike its neighbors in time: see ``docs/capacity.md``. Packed
-    documents have trees of their own. A stream keeps the nodes beside the pooled keys, about
-    N / (B - 1) more keys.
+    The nodes of level 0 are the states, of which the ``top_k`` best are selected. So a token is
+    compared with about (beam + 1) B log_B N keys instead of N. Ties go to the older node. With
+    beam >= N / B the selection is that of SSC without a router. With a smaller beam the search may
+    miss a state that is unlike its neighbors in time: see ``docs/capacity.md``. Each packed
+    document has its own tree. A stream keeps the keys of the nodes beside the pooled keys, about
+    N / (B - 1) more.
 
     Attributes:
-      branching: children of a node, B.
-      beam: nodes of a level whose children are compared.
+      branching: B, children of a node, 2 or more.
+      beam: nodes per level whose children are compared, 1 or more.
 
     Raises:
       ValueError: for a branching below 2 or a beam below 1.
@@ -58,22 +61,22 @@ class Tree:
         )
 
     def levels(self, states: int) -> int:
-        """The level at which a search among so many states begins: a beam holds all nodes above."""
+        """The level at which a search among so many states begins; a beam holds all above it."""
         level = 0
         while states // self.branching ** (level + 1) > self.beam:
             level += 1
         return level
 
     def compared(self, states: int) -> int:
-        """The most keys that a token compares with so many states."""
+        """The most keys that a token is compared with among so many states."""
         levels = self.levels(states)
         each = (self.beam + 1) * self.branching - 1
         return states // self.branching**levels + levels * each
 
     def offsets(self, states: int) -> list[int]:
-        """Where the keys of each level begin in a stream's keys, and where they end.
+        """Where the keys of each level begin among a stream's keys, and where the last ones end.
 
-        After the keys of the states one is left out, for states that are dropped.
+        After the keys of the states, one place is spare, for states that get no slot.
         """
         sizes = [states // self.branching**level for level in range(self.levels(states) + 1)]
         sizes[0] += len(sizes) > 1
@@ -82,9 +85,9 @@ class Tree:
     def chosen(
         self, top_k: int, relevance: Float[Array, "*rows states"]
     ) -> Int[Array, "*rows top_k"]:
-        """The selected states of each row, -1 for none, where those that are -inf are not seen.
+        """The selected states of each row, -1 for none; a row does not see states of -inf.
 
-        The definition, from the relevance of all states: that of a node is the mean of its own.
+        This is the definition, given the relevance of all states: a node's is the mean of theirs.
         """
         states, levels = relevance.shape[-1], self.levels(relevance.shape[-1])
 
@@ -112,7 +115,7 @@ class Tree:
     ) -> tuple[Float[Array, "b h n c k"], Float[Array, "b h n c"], Int[Array, "b h n c k"]]:
         """The relevance of the selected states, -inf for none; the live memory's; and the states.
 
-        Which states to select is unknown where a key among those seen is not finite: all NaN.
+        If a compared key is not finite, the selection is unknown and its relevance is NaN.
         """
         (batch, heads, n, c, _), states = connector.shape, candidates.states.shape[-1]
         keys, seen, xp = candidates.keys(pooling), candidates.states, np
@@ -166,7 +169,7 @@ class Tree:
         count: Int[Array, "*rows"],
         score: Callable[[int, Int[Array, "*rows m"]], Float[Array, "*rows m"]],
     ) -> tuple[Int[Array, "*rows k"], Bool[Array, "*rows"]]:
-        """The selected of ``count`` states, ``states`` for none, and whether a score was NaN."""
+        """Those selected of ``count`` states, ``states`` for none, and whether a score was NaN."""
         base, levels = self.branching, self.levels(states)
         none, ones = jnp.int32(states), [1] * count.ndim
         nodes = jnp.arange(states // base**levels, dtype=jnp.int32).reshape(*ones, -1)
@@ -194,9 +197,10 @@ class Tree:
     def _nodes(
         self, keys: Float[Array, "b h states k"], shifted: bool
     ) -> tuple[Callable[[Array], Array], list[int]]:
-        """Takes the keys of nodes by place, of all levels; and where those of each level begin.
+        """A function that takes nodes' keys by place, and where the keys of each level begin.
 
-        Shifted, every state begins a node: a document's tree begins with its first segment.
+        With ``shifted``, a node begins at every state: a document's tree begins with its first
+        segment.
         """
         keys = jnp.where(jnp.isfinite(keys).all(axis=-1, keepdims=True), keys, jnp.nan)
         levels = self.levels(keys.shape[2])
@@ -221,7 +225,7 @@ class Tree:
         return children.reshape(*keys.shape[:2], parents, self.branching, -1).mean(axis=3)
 
     def _every_mean(self, rows: Float[Array, "states k"], levels: int) -> list[Array]:
-        """For each level, the means of the nodes that begin with each state, and fit."""
+        """For each level, the means of the nodes that begin at each state and fit."""
         tables, size = [rows], 1
         for _ in range(levels):
             rows, count = tables[-1], len(tables[-1]) - (self.branching - 1) * size
@@ -233,7 +237,7 @@ class Tree:
     def with_nodes(
         self, storage: Any, arrays: Array, states: int, place: Int[Array, "b 1"]
     ) -> Array:
-        """A stream's keys with the nodes that the state at ``place`` completes, if there is one."""
+        """A stream's keys, with those of the nodes that the state at ``place`` completes."""
         offsets, base, after = self.offsets(states), self.branching, place + 1
         heads = len(storage.state)
         for level in range(1, self.levels(states) + 1):

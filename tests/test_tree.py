@@ -1,4 +1,4 @@
-"""The router that searches a tree: its definition, what it costs, and what is refused."""
+"""The router that searches a tree: definition, cost and refusals."""
 
 from typing import Any
 
@@ -120,11 +120,11 @@ def test_refusals():
     for wrong in wrongs:
         with pytest.raises(ValueError, match="a router with a Tree averages keys"):
             mc.SSC(2, router=mc.Tree(), **wrong)
-    with pytest.raises(ValueError, match=r"compares 1 \* 2 states or more, got top_k=3"):
+    with pytest.raises(ValueError, match=r"top_k of at most beam \* branching = 2, got 3"):
         mc.SSC(3, router=mc.Tree(2, 1))
     how: dict[str, Any] = dict(memory=MEMORY, aggregation=NARROW)
     for segmentation in (mc.Logarithmic(2), mc.Lengths((2, 4)), mc.Adaptive(2, 4)):
         with pytest.raises(ValueError, match="needs Constant segments, got"):
             mc.init_cache(1, 1, 4, 4, **how, segmentation=segmentation, max_length=6)
-    with pytest.raises(ValueError, match="keeps all states of a stream: it needs policy='error'"):
+    with pytest.raises(ValueError, match="needs a cache that keeps all states, policy='error'"):
         mc.init_cache(1, 1, 4, 4, **how, segmentation=SIZES, max_segments=9, policy="drop_oldest")

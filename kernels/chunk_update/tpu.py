@@ -23,7 +23,7 @@ def chunk_update(
     """See ``api.chunk_update``.
 
     Kernels read rows and write outputs in the dtypes that these have, and compute in float32.
-    Tokens of several heads are read as they lie, where ``late`` is given and they fit into VMEM.
+    With ``late``, tokens of several heads are read in the model's layout if they fit into VMEM.
     """
     dtypes = dtype_reasons(*jax.tree.leaves((state, rows)))
     check_served("chunk_update", "pallas_tpu", dtypes)

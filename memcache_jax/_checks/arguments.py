@@ -265,13 +265,13 @@ def check_arguments(
 
 
 def check_border(border: Any, segmentation: Any, key: Any) -> None:
-    """Raises ValueError unless there are logits of borders (b, t, h), or none, as segments need."""
+    """Raises ValueError unless ``border`` has logits (b, t, h) exactly where segments need them."""
     shape = tuple(key.shape[:3])
     wanted = getattr(segmentation, "by", None) == "scores"
     if wanted and border is None:
         raise ValueError(
-            f"{segmentation} decides by scores: pass border, logits (b, t, h) = {shape}; layers "
-            "that were made with such segments make them"
+            f"{segmentation} decides by scores: pass border, logits (b, t, h) = {shape}, got None; "
+            "layers built with such segments compute it"
         )
     if border is not None:
         if not wanted:

@@ -82,7 +82,7 @@ def check_instance(name: str, got: Any, kind: type | tuple[type, ...], wanted: s
 
 
 def check_function(name: str, got: Any, of: str) -> None:
-    """Raises ValueError unless it is None or can be called; ``of`` says with what."""
+    """Raises ValueError unless it is None or a function of what ``of`` says."""
     if got is not None and not callable(got):
         raise ValueError(f"{name} must be a function of {of}, got {shown(got)}")
 

@@ -30,7 +30,7 @@ class Borders(NamedTuple):
       last: the last block of the segment in each slot; the row's last block where there is none.
       segment: the number of each token's segment, counted over all documents of the row.
       document: the number of each token's document; None without packed documents.
-      log_counts: of the states in the slots, as of ``Candidates``; None if each counts once.
+      log_counts: as in ``Candidates``, of the states in the slots; None if each counts once.
     """
 
     before: Int[Array, "b n"]
@@ -52,7 +52,7 @@ def find_borders(
     border: Float[Array, "b h t"] | None = None,
     errors: Measure | None = None,
 ) -> Borders:
-    """Decides where segments end, block by block, by keys, scores ``border``, or errors."""
+    """Decides block by block where segments end: by keys, by logits ``border``, or by errors."""
     count, of_blocks = segmentation.plan(key.shape[2]).num_blocks, None
     begins = jnp.zeros((len(key), count), bool)
     if document is not None:
@@ -90,7 +90,7 @@ def find_borders(
 def borders_at(
     segmentation: Adaptive, ends: Bool[Array, "b n"], document: Int[Array, "b n c"] | None
 ) -> Borders:
-    """Borders after the blocks with which segments end."""
+    """The borders, given whether a segment ends with each block."""
     count, size = ends.shape[1], segmentation.size
     ended = jnp.cumsum(ends, axis=1, dtype=jnp.int32)
     before = jnp.pad(ended[:, :-1], ((0, 0), (1, 0)))
@@ -106,9 +106,9 @@ def borders_at(
 def relaxed(
     segmentation: Adaptive, borders: Borders, border: Float[Array, "b h t"]
 ) -> tuple[ReadPlan, Borders]:
-    """The relaxation whose gradient learns scores: a slot for each block that may end a segment.
+    """The relaxation whose gradient scores get: a slot for each block that may end a segment.
 
-    Its state counts as often as its border is probable; once where ``max`` forces it.
+    Its state counts p times, the probability of the border; once where ``max`` forces it.
     """
     count = len(borders.before[0])
     closest = dataclasses.replace(segmentation, min=segmentation.size)
@@ -136,7 +136,7 @@ def _(primals: tuple, tangents: tuple) -> tuple:
 
 
 def in_blocks(x: Array, segmentation: Adaptive, mode: Any = "constant") -> Array:
-    """Cuts arrays (b, h, t, ...) into blocks (b, h, n, c, ...), and fills up the last one."""
+    """Cuts arrays (b, h, t, ...) into blocks (b, h, n, c, ...), and pads the last one."""
     size = segmentation.size
     widths = [(0, -x.shape[2] % size if axis == 2 else 0) for axis in range(x.ndim)]
     return jnp.pad(x, widths, mode=mode).reshape(*x.shape[:2], -1, size, *x.shape[3:])

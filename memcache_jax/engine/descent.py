@@ -107,7 +107,7 @@ def _reasons(memory: DeepMemory, rows: Rows) -> list[tuple[bool, str]]:
 
 
 def muon_reason(memory: DeepMemory) -> tuple[bool, str]:
-    """As one of ``_reasons``: kernels end no chunk with Muon's step."""
+    """As one of ``_reasons``: kernels have no Muon step."""
     return memory.ns_steps > 0, f"{type(memory).__name__} has ns_steps={memory.ns_steps}, must be 0"
 
 

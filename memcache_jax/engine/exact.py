@@ -236,9 +236,10 @@ def _read_chosen(
     rows: Float[Array, "b h n c s in"],
     chosen: Int[Array, "b h n c s"],
 ) -> Float[Array, "b h n c s out"]:
-    """``read(tokens, rows, weights)`` of the keys or the values beside each choice, each alone.
+    """``read(tokens, rows, weights)`` of the keys or the values beside each chosen state.
 
-    Few are gathered. With more choices than states, those of one state are read together.
+    Few choices are gathered one by one. If there are more choices than states, those of one state
+    are read together.
     """
     flat, tokens = chosen.reshape(*chosen.shape[:2], -1), (exact.key, exact.value)[which]
     ones = jnp.ones(flat.shape, rows.dtype)
@@ -269,7 +270,7 @@ def _taken(exact: Exact, which: int, states: Int[Array, "b h m"]) -> Float[Array
 def stored_exact(
     key: Float[Array, "b h s r k"], value: Float[Array, "b h s r v"]
 ) -> tuple[Float[Array, "b h s r k"], Float[Array, "b h s r v"]]:
-    """Keys and values as ``Exact`` has them, of those that a cache holds."""
+    """A cache's keys and values, as ``Exact`` has them."""
     value, broken = finite_rows(value)
     return jnp.where(broken[..., None], jnp.nan, key), value
 

@@ -43,7 +43,7 @@ def with_finite_writes(tokens: Any) -> Any:
 
 
 def as_they_came(rows: Rows) -> Rows:
-    """The rows before cleaning, in bfloat16 or the dtype of the cleaned ones, without documents."""
+    """The rows before cleaning, in bfloat16 or in the cleaned rows' dtype, without documents."""
     return jax.tree.map(
         lambda x, wide: x if x.dtype == jnp.bfloat16 else x.astype(wide.dtype),
         rows.came,

@@ -35,17 +35,17 @@ def gates_of_tokens(
 
     Raises:
       ValueError: for an aggregation with ``exact`` tokens, whose choice depends on the memories,
-        and for borders by errors, which do too.
+        and for borders by errors, which depend on them too.
     """
     if aggregation.exact:
         raise ValueError(
-            f"gates beside exact tokens depend on what memories recall, got {aggregation}: only an "
-            "aggregation with exact=0 has gates without a memory"
+            "gates beside exact tokens depend on what memories recall: gates without a memory need "
+            f"exact=0, got {aggregation}"
         )
     if isinstance(segmentation, Adaptive) and segmentation.by == "errors":
         raise ValueError(
-            f"borders by errors depend on what memories recall, got {segmentation}: only segments "
-            "by keys or scores have gates without a memory"
+            "borders by errors depend on what memories recall: gates without a memory need "
+            f"segments by keys or by scores, got {segmentation}"
         )
     length = key.shape[1]
     plan = segmentation.plan(length)

@@ -1,4 +1,4 @@
-"""What blocks are measured by, to decide where ``Adaptive`` segments end."""
+"""Measures of blocks, by which ``Adaptive`` decides where segments end."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,10 +18,10 @@ class Measure(NamedTuple):
     """The measure of each block, which may depend on where segments ended before it.
 
     Attributes:
-      first: what the first block is given.
+      first: the carry of the first block.
       blocks: the blocks, arrays (n, b, ...).
-      step: given what the block before handed on, a block, and whether a segment begins with it in
-        each row (b,), returns what it hands on, and its measure (b, ...).
+      step: given a carry, a block, and whether a segment begins with the block in each row (b,),
+        returns the next carry and the block's measure (b, ...).
     """
 
     first: Any
@@ -35,13 +35,13 @@ def _fixed(measures: Float[Array, "n b *measure"]) -> Measure:
 
 
 def by_keys(key: Float[Array, "b h n c k"], document: Int[Array, "b n c"] | None) -> Measure:
-    """The sum of each block's keys, of the document that goes on after it."""
+    """The sum of each block's keys, over the tokens of its last document."""
     sums = key.sum(axis=3) if document is None else block_sums(key, document).keys
     return _fixed(jnp.moveaxis(sums, 2, 0))
 
 
 def by_scores(border: Float[Array, "b h n c"], document: Int[Array, "b n c"] | None) -> Measure:
-    """The mean of each block's scores, over heads and over the tokens of the last document."""
+    """The mean of each block's logits, over heads and the tokens of its last document."""
     return _fixed(_mean(border.mean(axis=1), _of_last_document(border, document)).T)
 
 
@@ -52,7 +52,7 @@ def by_errors(
     document: Int[Array, "b n c"] | None,
     carries: bool,
 ) -> Measure:
-    """The mean error of each block, over heads and over the tokens of the last document.
+    """The mean error of each block, over heads and the tokens of its last document.
 
     Args:
       how: the rule.
@@ -83,7 +83,7 @@ def by_errors(
         chunks = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), rows)
         state, errors = lax.scan(lambda x, rows: chunk(x, x, initial, rows), state, chunks)
         errors = jnp.moveaxis(errors, 0, 2).reshape(*errors.shape[1:3], -1).mean(axis=1)
-        # A token that is not finite is zero here; in the memory it spoils what comes after.
+        # A non-finite token is zero here; in the memory it spoils what comes after.
         unknown = spoilt | (bad & ours).any(axis=1)
         spoilt = unknown if how.memory.accumulates else bad[:, -1]
         return (state, spoilt), jnp.where(unknown, jnp.nan, _mean(errors, ours))
@@ -95,7 +95,7 @@ def by_errors(
 def errors_of_chunk(
     how: Writing, state: State, anchor: State, initial: State, rows: Rows
 ) -> tuple[State, Float[Array, "m"]]:
-    """Writes tokens (m, ...) of one chunk of one memory, and measures their errors before.
+    """Writes tokens (m, ...) of one chunk of one memory; measures the error before each write.
 
     Args:
       how: the rule.
@@ -135,7 +135,7 @@ def relative_error(value: Float[Array, "*m v"], recalled: Float[Array, "*m v"]) 
 def _of_last_document(
     like: Float[Array, "b h n c"], document: Int[Array, "b n c"] | None
 ) -> Bool[Array, "b n c"]:
-    """The tokens of the document that goes on after their block."""
+    """The tokens of their block's last document."""
     if document is None:
         return jnp.ones_like(like[:, 0], bool)
     return document == document[:, :, -1:]

@@ -44,8 +44,8 @@ def one_pass(
 ) -> Any:
     """The outputs of tokens (b, t, h, ...), whose arguments have been checked.
 
-    With ``given``, tokens read these cached states, and not their own. With ``hands_on``, the
-    states that were read are returned too.
+    With ``given``, tokens read these cached states instead of their own. With ``hands_on``, the
+    cached states are returned too.
     """
     value, length = tokens.value, tokens.key.shape[1]
     plan = segmentation.plan(length)
@@ -62,7 +62,9 @@ def one_pass(
             learned = relaxed(segmentation, borders, widened(tokens).border)
     if implementation == "reference":
         if given is not None or hands_on:
-            raise ValueError("layers that share cached states have no implementation='reference'")
+            raise ValueError(
+                "layers that share cached states need another implementation than 'reference'"
+            )
         rules: dict[str, Any] = dict(memory=memory, aggregation=aggregation, start=start)
         wide = widened(tokens), weights
         y = reference.memory_caching(*wide, document, borders, plan=plan, longest=longest, **rules)
@@ -98,7 +100,7 @@ def find_all_borders(
     how: Writing,
     start: Start,
 ) -> Borders:
-    """Where the tokens (b, h, t, ...) decide that segments end."""
+    """The borders that the tokens (b, h, t, ...) decide: by keys, scores or errors."""
     errors, wide = None, lax.stop_gradient(widened(tokens))  # as streams have them
     if segmentation.by == "errors":
         weights, carries = lax.stop_gradient(weights), start == "checkpoint"

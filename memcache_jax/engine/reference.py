@@ -69,7 +69,7 @@ def _one_head(
         """The states after each of ``count`` tokens, from the initial state at ``first``.
 
         Returns:
-          What a token reads, and what it leaves to the next one and to the cache.
+          The states that tokens read, and those that they leave to the next token and the cache.
         """
         chunk = memory.gradient_chunk or 1
 
@@ -176,7 +176,7 @@ def _one_head(
 
 
 class _Plan(NamedTuple):
-    """What ``_one_head`` takes of a plan, or of borders that the tokens decided."""
+    """What ``_one_head`` needs of a plan, or of borders that the tokens decided."""
 
     num_blocks: int
     block_size: int

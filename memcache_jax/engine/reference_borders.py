@@ -1,4 +1,4 @@
-"""Where segments of ``Adaptive`` end by errors, token by token: what ``measures`` must equal."""
+"""Borders of ``Adaptive`` by errors, token by token: the reference for ``measures``."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,7 +23,7 @@ def by_errors(
     memory: Memory,
     carries: bool,
 ) -> Borders:
-    """The borders of tokens (b, h, t, ...), and of documents, by the errors of their own memory."""
+    """The borders of tokens (b, h, t, ...) by errors, also of packed documents."""
     batch, _, length = tokens.key.shape[:3]
     numbers = jnp.zeros((batch, length), int) if document is None else document
     ends = jax.vmap(

@@ -49,7 +49,7 @@ class Layout(abc.ABC):
     """Where the segments of a call are written, and where the states lie that its tokens read.
 
     Attributes:
-      relaxed: a layout of the same segments, whose outputs give theirs more gradients; or None.
+      relaxed: a layout of the same segments, whose gradients outputs also get; or None.
     """
 
     relaxed: "Layout | None" = None
@@ -72,11 +72,11 @@ def run(
 ) -> tuple[Float[Array, "b h n c v"], Run, Any, tuple[Bank, Candidates]]:
     """Writes all blocks, banks states, selects among them and reads.
 
-    With ``given``, it reads these states in place of its own, which lie alike.
+    With ``given``, it reads these states in place of its own, which have the same layout.
 
     Returns:
-      The outputs, the runs up to the ends of the blocks, the aggregation's selection, and what it
-      selected from.
+      The outputs, the runs up to the ends of the blocks, the aggregation's selection, and the bank
+      and the candidates that it selected from.
     """
     ends, kept = layout.write(how, blocks.rows)
     y, selection, cached = _read(layout, how, aggregation, blocks, ends, kept, given)

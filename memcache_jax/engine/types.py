@@ -138,8 +138,8 @@ class Exact(NamedTuple):
       counts: how many of its tokens each state has, from the first on; None if all states have all.
       table: the ``Candidates.states`` whose slot i is known to hold state i or none, though they
         are not static; None if there are none.
-      take: the keys and values of the states (b, h, m) of each head, without touching others; None
-        where they are taken from the arrays.
+      take: a function of states (b, h, m) that returns their keys and values without reading
+        others; None where they are taken from the arrays.
     """
 
     key: Float[Array, "b h states r k"]
@@ -183,9 +183,9 @@ class Candidates(NamedTuple):
       spans: makes several pooled keys per state, given the pooling and their number; None where
         states have one each.
       exact: the tokens kept beside the states; None if there are none.
-      nodes: the keys (b, h, m, k) at places (b, h, m) among those that a stream keeps for a router
-        with a ``Tree``; None where they are made from ``keys``.
-      log_counts: the logarithm of how often the state in each slot counts; None for once.
+      nodes: a function of places (b, h, m) that returns the keys (b, h, m, k) which a stream keeps
+        for a router with a ``Tree``; None where they are computed from ``keys``.
+      log_counts: the logarithm of how often the state in each slot counts; None if once each.
     """
 
     states: np.ndarray | Int[Array, "_ n r"]
@@ -201,10 +201,10 @@ class Candidates(NamedTuple):
 
 
 class CachedStates(NamedTuple):
-    """The cached states of one layer, as it hands them to others.
+    """The cached states of one layer, for others to read.
 
     Attributes:
-      matrices: of all states, as of ``read.ArrayBank``.
+      matrices: those of all states, as in ``read.ArrayBank``.
       pooled: their pooled keys.
     """
 

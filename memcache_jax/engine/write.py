@@ -116,7 +116,7 @@ def write_in_turn(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> 
 def write_as_they_came(
     how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]
 ) -> tuple[Run, Views]:
-    """``write_in_turn`` by kernels that clean ``rows.came`` themselves and read in its dtype."""
+    """``write_in_turn`` by kernels that read ``rows.came`` in its dtype and clean it themselves."""
     came = as_they_came(rows)._replace(begun=rows.begun)
     narrow, wide = jnp.result_type(came.query, came.key, came.value), rows.key.dtype
     write, start = chunk_writer(how, rows)

@@ -107,9 +107,9 @@ def _read_again(
     ahead: Any,
     dropped: Bool[Array, ""],
 ) -> Any:
-    """The cache ahead, or if tokens were dropped that of the kept ones, read from the one before.
+    """The cache ``ahead``; if tokens were dropped, the kept ones read into the cache ``before``.
 
-    In a loop of one iteration or none, since ``lax.cond`` would copy the cache that it passes on.
+    A loop of at most one iteration, since ``lax.cond`` would copy the cache that it returns.
     """
 
     def again(carry: tuple) -> tuple:

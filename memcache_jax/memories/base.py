@@ -176,15 +176,15 @@ class Memory(abc.ABC):
     def closed(
         self, state: State, anchor: State, controls: Controls, counts: Bool[Array, "m"]
     ) -> State:
-        """The state that a full chunk leaves, if it is not the one after its last token.
+        """The state after a full chunk: by default the one after its last token.
 
-        ``step`` and this are the equation; ``write`` of a full chunk returns this state.
+        ``step`` and ``closed`` define the rule; ``write`` of a full chunk returns this state.
 
         Args:
           state: the state after the chunk's last token.
           anchor: the state at which the chunk began.
           controls: the coefficients of the last ``gradient_chunk`` tokens.
-          counts: which of them belong to the chunk: fewer where a document has begun.
+          counts: which of these tokens belong to the chunk; fewer if a document began in it.
         """
         del anchor, controls, counts
         return state

@@ -69,7 +69,7 @@ class ChannelChunk(NamedTuple):
 
 
 def beside(scores: Float[Array, "w m m"]) -> Float[Array, "m wm"]:
-    """The scores with all writes, those of each write beside those of the one before."""
+    """Scores (w, m, m) of w writes per token, side by side."""
     return jnp.concatenate(list(scores), axis=1)
 
 

@@ -46,18 +46,20 @@ class DeepMemory(Memory):
     are never longer than |W_0| + r min(t, 1 / (1 - alpha)), alpha the largest decay. Without a
     bound two layers whose gradients grow with each other may diverge.
 
-    With ``ns_steps`` n, a chunk ends with a step of Muon. Let D = sum_t alpha_{t+1} ... alpha_m S_t
-    be all that the chunk's m tokens add to a layer's weights W, S_t = -eta_t grad l_t without
-    momentum, and O(D) what n Newton-Schulz iterations leave of D / ||D||. The next chunk starts
-    from::
+    With ``ns_steps`` n, each chunk ends with a Muon step
+    (https://kellerjordan.github.io/posts/muon). Let D = sum_t alpha_{t+1} ... alpha_m S_t be the
+    update that the chunk's m tokens make to a layer's weights W, where S_t is the momentum, or
+    -eta_t grad l_t without it, and let O(D) be D / ||D|| after n Newton-Schulz iterations (norms
+    are Frobenius). The chunk then ends with::
 
         alpha_1 ... alpha_m W + ||D|| O(D) / ||O(D)||
 
-    in place of alpha_1 ... alpha_m W + D, and so does the cache at a segment's end. The chunk's own
-    tokens read the plain W_t, and momentum goes on as it is. Atlas (arXiv:2505.23735) takes
-    W_t = alpha_t W_{t-1} + eta_t O(S_t) at every token, which needs a full matrix per token; here
-    a chunk is read through rank-one factors as without ``ns_steps``. And since a step keeps its
-    length, eta and alpha mean what they did, and the bounds of ``max_step_norm`` hold.
+    in place of alpha_1 ... alpha_m W + D. The next chunk starts from these weights, and they are
+    cached at a segment's end. The chunk's own tokens read W_t as without ``ns_steps``, and the
+    momentum does not change. Atlas (arXiv:2505.23735) orthogonalizes at every token,
+    W_t = alpha_t W_{t-1} + eta_t O(S_t), which needs a full matrix per token; here tokens read a
+    chunk through rank-one factors. The update keeps its norm, so eta and alpha keep their meaning,
+    and the bounds of ``max_step_norm`` hold.
 
     Attributes:
       chunk_size: tokens that share the point at which gradients are taken.
@@ -65,8 +67,17 @@ class DeepMemory(Memory):
       depth: number of layers, 1 or 2.
       max_step_norm: the length that momentum, or without it a token's step, never exceeds; None for
         the bare equation. Layers set 1 where it is None, unless they are told not to.
-      ns_steps: Newton-Schulz iterations at the end of each chunk, Muon's number is 5; 0 for none.
-        Kernels do not serve it.
+      ns_steps: Newton-Schulz iterations at the end of each chunk: 0 for none, 5 as in Muon. Kernels
+        support only 0, and so do rules with another ``form`` than ``"descent"``.
+
+    Raises:
+      ValueError: for a depth other than 1 or 2, other sizes below 1, a ``max_step_norm`` that is
+        not positive, negative ``ns_steps``, or ``ns_steps`` with another ``form``.
+
+    Example:
+      >>> import memcache_jax as mc
+      >>> mc.memories.Titans(chunk_size=32, ns_steps=5).ns_steps
+      5
     """
 
     form: ClassVar[Form] = "descent"
@@ -173,7 +184,7 @@ class DeepMemory(Memory):
     def closed(
         self, state: DeepState, anchor: DeepState, controls: Controls, counts: Bool[Array, "m"]
     ) -> DeepState:
-        """The chunk's step with ``ns_steps``."""
+        """The state after a full chunk, with its Muon step if ``ns_steps`` is positive."""
         if not self.ns_steps:
             return state
         alpha = jnp.exp(jnp.sum(controls["log_alpha"], where=counts))

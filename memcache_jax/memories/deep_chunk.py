@@ -1,4 +1,4 @@
-"""Chunks of deep memories, through which each token reads the weights as they are after it."""
+"""Chunks of deep memories, through which each token reads the weights after its own write."""
 
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ class DeepChunk(NamedTuple):
     deltas: Matrices
 
     def end(self, ns_steps: int = 0) -> Matrices:
-        """The weights after the last token, or with ``ns_steps`` those after the chunk."""
+        """The weights after the last token, or with ``ns_steps`` after a full chunk's Muon step."""
         written = (
             jnp.matmul(x.T, self.mixing[-1][:, None] * delta)
             for x, delta in zip(self.inputs, self.deltas, strict=True)

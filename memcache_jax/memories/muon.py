@@ -1,4 +1,4 @@
-"""Steps of a deep memory with their singular values made nearly equal, as Muon's are."""
+"""The Muon step of deep memories: updates with nearly equal singular values."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -6,16 +6,15 @@ from jax import lax
 from memcache_jax._typing import Array, Float
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
-"""Of Muon's Newton-Schulz iteration (https://kellerjordan.github.io/posts/muon)."""
+"""a, b, c of Muon's Newton-Schulz iteration (https://kellerjordan.github.io/posts/muon)."""
 
 
 def orthogonalized(step: Float[Array, "in out"], ns_steps: int) -> Float[Array, "in out"]:
-    """The step as Muon's Newton-Schulz iteration leaves it, at its old length.
+    """The step D after Muon's Newton-Schulz iterations, with its old Frobenius norm.
 
-    From X = D / ||D||, each iteration takes X to a X + b X X^T X + c X X^T X X^T X, which keeps
-    singular vectors and takes each singular value s to a s + b s^3 + c s^5: after five, those above
-    0.01 lie between 0.68 and 1.14. The result is X ||D|| / ||X||,
-    of the same Frobenius norm as D; zero stays zero.
+    From X = D / ||D||, each iteration maps X to a X + b X X^T X + c X X^T X X^T X. It keeps the
+    singular vectors and maps each singular value s to a s + b s^3 + c s^5: after five iterations,
+    those that were above 0.01 lie between 0.68 and 1.14. Returns X ||D|| / ||X||; zero stays zero.
     """
     a, b, c = COEFFICIENTS
     length = _norm(step)
@@ -25,7 +24,7 @@ def orthogonalized(step: Float[Array, "in out"], ns_steps: int) -> Float[Array, 
         gram = jnp.matmul(wide, wide.T)
         wide = a * wide + jnp.matmul(b * gram + c * jnp.matmul(gram, gram), wide)
     x = wide if x.shape[0] <= x.shape[1] else wide.T
-    # Each singular value's polynomial is positive, so only zero becomes zero.
+    # The polynomial is positive for s > 0, so only a step of zero becomes zero.
     left = _norm(x)
     return jnp.where(length > 0, length / jnp.where(left > 0, left, 1) * x, step)
 
@@ -35,7 +34,7 @@ def _norm(x: Float[Array, "in out"]) -> Float[Array, ""]:
 
 
 def length_of(x: Float[Array, "*m in"]) -> Float[Array, "*m"]:
-    """The Euclidean length of rows, whose squares may be out of range."""
+    """The Euclidean length of rows, even if their squares overflow or underflow."""
     largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
     largest = jnp.where(largest > 0, largest, 1)
     square = jnp.sum((x / largest) ** 2, axis=-1)

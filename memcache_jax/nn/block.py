@@ -120,7 +120,7 @@ class Block(nnx.Module):
             dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs
         )
         self.config = block
-        self.in_group = False  # whether it reads another layer's states, or another reads its own
+        self.in_group = False  # whether its mixer shares cached states with others
         self.mixer_norm = block.norm.build(config.features, **options)
         self.mixer = block.mixer.build(
             config.features, config.num_heads, head_dim=config.head_dim, **options
@@ -139,7 +139,7 @@ class Block(nnx.Module):
         document_ids: Int[Array, "b t"] | None = None,
         states: CachedStates | None = None,
     ) -> tuple[Between, CachedStates | None]:
-        """The same; takes and returns the cached states of a layer that others read."""
+        """As a call; also takes and returns the cached states that layers of a group share."""
         documents = () if document_ids is None else (document_ids,)
         mixer: Any = self.mixer
         x = stream_of(between)
@@ -195,7 +195,7 @@ class Block(nnx.Module):
     ) -> tuple[Between, Any]:
         """Applies both to the next tokens of a stream; returns the next cache too.
 
-        ``source`` is the cache of the block whose states the mixer reads; None for its own.
+        ``source`` is the cache of the block whose states the mixer reads, None if it has its own.
         """
         mixer: Any = self.mixer
         x = stream_of(between)

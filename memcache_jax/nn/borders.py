@@ -1,4 +1,4 @@
-"""The scores by which segments end, of layers that learn them."""
+"""Logits of borders, which layers learn for ``Adaptive(by="scores")``."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from memcache_jax.nn.layers import SMALL, Linear
 
 
 def learn_borders(layer: Any, rngs: nnx.Rngs) -> None:
-    """Gives a ``MemoryLayer`` a map of its input to scores, ``border``, if segments need them."""
+    """Gives a ``MemoryLayer`` a linear map to logits, ``border``, if its segments need them."""
     if isinstance(layer.segmentation, Adaptive) and layer.segmentation.by == "scores":
         layer.border = Linear(
             layer.in_features,
@@ -28,7 +28,7 @@ def learn_borders(layer: Any, rngs: nnx.Rngs) -> None:
 
 
 def with_border(layer: Any, tokens: dict[str, Any], x: Float[Array, "b t d"]) -> dict[str, Any]:
-    """A layer's per-token arguments, with the scores of borders in float32 if it has any."""
+    """A layer's per-token arguments, with logits of borders in float32 or wider if it has them."""
     if not hasattr(layer, "border"):
         return tokens
     logits = layer.border(x)

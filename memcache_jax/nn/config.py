@@ -51,16 +51,31 @@ class MemoryCachingMixer:
     """Blocks mix tokens with ``MemoryCaching``, whose arguments are the attributes.
 
     With ``states="previous"``, a layer of a language model caches no states. It reads those of the
-    last layer before it that has its own, as layers share keys and values in cross-layer attention
-    (arXiv:2405.12981)::
+    nearest earlier layer that has its own, as layers share keys and values in cross-layer attention
+    (arXiv:2405.12981; arXiv:2602.24281 has no such layers)::
 
         y_t = Agg(M_1, ..., M_{s-1} of that layer; M_t; q_t)
 
-    Query, connector, live memory and all other parameters are the layer's own; pooled keys of
-    cached states are the other's. Both must have one memory, aggregation and ``Constant``
-    segmentation, and be in one repetition of ``LanguageModelConfig.mixers``, or of a pattern of its
-    ``blocks``. Gradients reach the other layer. A stream's cache then has states for one layer of
-    each group; it cannot drop states or go back, and no mesh may divide time.
+    Query, connector, live memory and all parameters are the layer's own; the pooled keys are those
+    of the other layer, which also gets gradients. Both layers need the same ``memory``,
+    ``aggregation``, ``bounded`` and ``Constant`` segmentation, and must be in one repetition of
+    ``LanguageModelConfig.mixers``, or of a pattern of its ``blocks``. A stream then caches states
+    for one layer of each group.
+
+    Raises:
+      ValueError: as ``MemoryCaching``, and with ``states="previous"`` for other segments than
+        ``Constant``, ``exact`` tokens or several keys per state. The model's configuration refuses
+        a group without a first layer or with unlike ones; ``init_cache`` refuses a policy other
+        than ``"error"``, ``rewind`` and ``keep_ends``; calls refuse ``implementation="reference"``
+        and meshes that divide time.
+
+    Example:
+      >>> import dataclasses, memcache_jax as mc
+      >>> own = mc.nn.MemoryCachingMixer(mc.memories.DeltaNet(), mc.SSC(4), mc.Constant(64))
+      >>> other = dataclasses.replace(own, states="previous")
+      >>> config = mc.nn.LanguageModelConfig(257, 4, features=64, num_heads=4, mixers=(own, other))
+      >>> [mixer.states for mixer in config.mixers]  # of four layers, two cache states
+      ['own', 'previous']
     """
 
     memory: Memory = Titans()

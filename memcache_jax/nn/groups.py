@@ -1,4 +1,4 @@
-"""Groups of layers, of which all read the cached states of the first."""
+"""Groups of layers that all read the cached states of their first layer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,16 +23,16 @@ def check_states(states: Any, aggregation: Aggregation, segmentation: Segmentati
 
 
 def leaders(mixers: Sequence[Any]) -> dict[int, int]:
-    """The number of the mixer whose cached states each one with ``states="previous"`` reads.
+    """For each mixer with ``states="previous"``, the number of the one whose states it reads.
 
     Raises:
-      ValueError: if there is none before it, or one that caches otherwise.
+      ValueError: if no mixer before it has its own states, or that one caches in another way.
     """
     found, last = {}, None
     for number, mixer in enumerate(mixers):
         beside = (mixer.left, mixer.right) if isinstance(mixer, ParallelMixer) else ()
         if any(getattr(one, "states", "own") != "own" for one in beside):
-            raise ValueError("mixers side by side have states of their own: states='previous'")
+            raise ValueError("mixers side by side need states='own', got states='previous'")
         states = getattr(mixer, "states", None)
         if states == "own":
             last = number
@@ -44,8 +44,11 @@ def leaders(mixers: Sequence[Any]) -> dict[int, int]:
                 "the blocks that are repeated together; scan_layers=False makes them one sequence"
             )
         names = "memory", "aggregation", "segmentation", "bounded"
-        other = mixers[last]
-        if wrong := [name for name in names if getattr(mixer, name) != getattr(other, name)]:
-            raise ValueError(f"layers that share states differ in {', '.join(wrong)}")
+        for name in names:
+            own, other = getattr(mixers[last], name), getattr(mixer, name)
+            if own != other:
+                raise ValueError(
+                    f"layers that share states need the same {name}, got {own}, {other}"
+                )
         found[number] = last
     return found

@@ -95,19 +95,19 @@ class Embed(nnx.Embed):
 
 
 NAN_OUTSIDE: dict[str, Any] = dict(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-"""How rows of a table are taken, so that there is no row for an id outside of it."""
+"""Options of ``x.at[ids].get``: an id outside the table gives a row of NaN."""
 
 
 def rows_of(table: Float[Array, "vocab d"], tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-    """Returns the tokens' rows of a table, whose gradient takes no memory until it is made.
+    """Returns the tokens' rows of a table, whose gradient is allocated only when it is computed.
 
-    XLA schedules zeros as soon as it can, here before the backward pass of all layers, and they are
-    as large as the table. In the branch of a condition they must wait for the rows' gradient. On a
-    mesh, where the branch would have collectives, take the rows by indexing.
+    XLA schedules the gradient's zeros, as large as the table, as early as it can: before the
+    backward pass of all layers. In a branch of ``lax.cond`` they must wait for the rows' gradient.
+    On a mesh the branch would contain collectives: there, take the rows by indexing.
 
     Args:
       table: in the dtype of its rows.
-      tokens: ids; one outside of the vocabulary gives a row of NaN.
+      tokens: ids; an id outside the vocabulary gives a row of NaN.
     """
     return _rows(len(table), *alike((table, tokens)))
 

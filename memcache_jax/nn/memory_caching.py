@@ -57,8 +57,8 @@ class MemoryCaching(Projections):
       conv_width: taps of the convolution.
       bounded: whether a deep memory without a ``max_step_norm`` gets one of 1, so that no input,
         however large, makes it diverge; False for the bare equation.
-      states: ``"own"``, or ``"previous"`` for a layer of a language model that reads the cached
-        states of the last layer before it with its own, see ``MemoryCachingMixer``.
+      states: ``"own"``, or ``"previous"`` for a layer of a language model that caches no states and
+        reads those of an earlier layer, see ``MemoryCachingMixer``.
       implementation: as in ``memory_caching``; ``"pallas_gpu"`` cannot bound the steps of deep
         memories: give ``bounded=False`` with them.
       exchange: on a mesh that splits sequences, how the parts get each other's states:

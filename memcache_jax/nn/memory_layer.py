@@ -34,9 +34,9 @@ from memcache_jax.streaming.tails import next_tails, tails_at_ends
 class MemoryLayer(nnx.Module):
     """A token mixer (b, t, d) -> (b, t, d) of memory caching: the base of such layers.
 
-    A subclass sets the attributes, calls ``learn_borders``, and makes the memory's arguments of the
-    layer's input and the layer's output of what is read, in the methods that raise
-    ``NotImplementedError`` here.
+    A subclass sets the attributes and calls ``learn_borders``. In the methods that raise
+    ``NotImplementedError`` here, it computes the memory's arguments from the layer's input, and the
+    layer's output from what is read.
 
     Attributes:
       in_features: model dimension d of the input and the output.
@@ -51,8 +51,8 @@ class MemoryLayer(nnx.Module):
       exchange: how the parts of a sequence on a mesh get each other's states.
       dtype: dtype of the arithmetic; None for the wider of the input's and ``param_dtype``.
       param_dtype: dtype of the parameters.
-      states: whether the cached states are its ``"own"``, or those of the ``"previous"`` layer of a
-        model that has its own.
+      states: ``"own"``, or ``"previous"`` to read the cached states of the nearest earlier layer of
+        a model that has its own.
     """
 
     in_features: int
@@ -177,8 +177,8 @@ class MemoryLayer(nnx.Module):
     def _check_own(self) -> None:
         if self.states != "own":
             raise ValueError(
-                "a layer with states='previous' reads the cached states of another: it works in "
-                "the blocks of a LanguageModel alone"
+                "a layer with states='previous' reads the cached states of another layer: it works "
+                "only in the blocks of a LanguageModel"
             )
 
     def call_in_group(
@@ -187,9 +187,9 @@ class MemoryLayer(nnx.Module):
         document_ids: Int[Array, "b t"] | None,
         states: CachedStates | None,
     ) -> tuple[Float[Array, "b t d"], CachedStates | None]:
-        """As a call, among layers of which others read the states that the first caches.
+        """As a call, in a group of layers that read the cached states of its first.
 
-        Takes these states, where they are not the layer's own, and returns them.
+        Takes these states unless the layer caches its own, and returns them.
         """
         if 0 in x.shape[:2]:
             return self._mix(x, document_ids, None)[0], states
@@ -200,7 +200,7 @@ class MemoryLayer(nnx.Module):
     def extend_in_group(
         self, x: Float[Array, "b t d"], cache: LayerCache, lengths: Any, source: Cache
     ) -> tuple[Float[Array, "b t d"], LayerCache]:
-        """As ``extend``, with the states of the cache of another layer after the same tokens."""
+        """As ``extend``, reading the states of another layer's cache, after the same tokens."""
         y, cache, _ = self._mix_next(x, cache, lengths, None, source)
         return y, cache
 
@@ -335,7 +335,7 @@ class MemoryLayer(nnx.Module):
             )
             if self.states != "own":
                 if keep_ends:
-                    raise ValueError("a layer that reads another's states cannot keep_ends")
+                    raise ValueError("a layer with states='previous' cannot keep_ends")
                 cache = cache.as_borrower()
             tails, rewind = self._empty_tails(batch_size, dtype), cache.config.rewind
             past = Ring(rewind, tails).empty(batch_size) if rewind else None

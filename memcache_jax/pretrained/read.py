@@ -163,7 +163,7 @@ def _read(
 
 
 def _joined(shapes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
-    """The shape of tensors joined along the first axis, less axes of one; None if they differ."""
+    """The shape of tensors joined along axis 0, without axes of one; None if they differ."""
     first, *others = shapes
     if any(shape[1:] != first[1:] for shape in others):
         return None

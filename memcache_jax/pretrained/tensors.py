@@ -58,7 +58,7 @@ class Tensor:
         return self
 
     def shape_of(self, sizes: list[tuple[int, ...]]) -> tuple[int, ...]:
-        """The joined tensor's shape, of parts of these shapes."""
+        """The shape of the joined tensor, from the shapes of its parts."""
         first, *others = [_file_shape(part, x) for part, x in zip(self.parts, sizes, strict=True)]
         rows = first[self.axis : self.axis + 1] if first else ()
         rows = tuple(n + sum(shape[self.axis] for shape in others) for n in rows)

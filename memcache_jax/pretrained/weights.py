@@ -56,7 +56,7 @@ class Weights:
                     raise ValueError(f"{folder} has both {self._owner[name][1]} and {inside}")
                 self._owner[name] = file, inside
         if lost := sorted(set(owners) - {inside for _, inside in self._owner.values()}):
-            raise ValueError(f"{index} names {_few(lost)}, which none of its files has")
+            raise ValueError(f"{index} names {_few(lost)}, which its files lack")
         self.close()
 
     def _file(self, file: str) -> Any:
@@ -91,7 +91,7 @@ class Weights:
         """A tensor, or some of its rows, read now.
 
         Raises:
-          ValueError: if there is none of the name, or its numbers are not floating point.
+          ValueError: if there is no tensor of this name, or it is not floating point.
         """
         value = self._tensor(name)[rows]
         if not jnp.issubdtype(value.dtype, jnp.floating):

@@ -28,10 +28,10 @@ class Batcher:
     """Serves requests that come and go at any time, in the rows of one cache.
 
     A step reads at most one piece of one prompt, in a cache of its own, and then appends one token
-    in all rows that have a request, or up to ``ahead`` where no prompt can be read. So a request
-    that has begun waits for no more than a piece of ``piece`` tokens between two of its own; those
-    that wait for a row begin in the order they came. Pieces have sizes of powers of two: all in all
-    log2(piece) + 4 programs are compiled, each once.
+    to each row that has a request, or up to ``ahead`` if no prompt can be read. So between two
+    tokens of its own a request waits for at most one piece, of ``piece`` tokens; requests that wait
+    for a row begin in the order they came. Sizes of pieces are powers of two: log2(piece) + 4
+    programs are compiled in all, each once.
 
     A request's tokens depend on nothing but it: not on its row, nor on what else is served. With a
     store that is so up to rounding: where the beginning of a prompt is known, the rest is read in
@@ -47,9 +47,9 @@ class Batcher:
       rows: the most requests that are decoded at once.
       max_length: most tokens of a prompt and what follows it.
       piece: most tokens of a prompt in a step, a power of two.
-      ahead: most tokens of a row in a step in which no prompt can be read. Several cost the host
-        one call; they come together, and a request that ends or is cancelled among them leaves its
-        row after them.
+      ahead: most tokens per row in a step in which no prompt can be read, 1 or more. They take one
+        device call and arrive together; a request that ends or is cancelled among them keeps its
+        row until the call returns.
       most_waiting: most requests that wait for a row; more are refused.
       store: where beginnings of prompts are looked up, and prompts' caches inserted.
       text_of: the text of token ids, for ``stop_texts``.
@@ -301,7 +301,7 @@ class Batcher:
             request.end("cancelled")
 
     def _decode(self) -> bool:
-        """Appends the last token of each row, and draws the next; once or more often."""
+        """Appends each row's last token and draws the next, up to ``ahead`` times in one call."""
         requests = [request for request in self._rows if request is not None]
         if not requests:
             return False
@@ -341,6 +341,6 @@ class Batcher:
 
 
 def _told(requests: Sequence[Request], scores: Scores) -> Scores | None:
-    """The scores, on the host, if one of the requests wants them."""
+    """The scores on the host, if a request wants them; else None."""
     wanted = any(request.scoring.likely is not None for request in requests)
     return jax.device_get(scores) if wanted else None

@@ -24,7 +24,7 @@ from memcache_jax.segmentation import Segmentation
 from memcache_jax.serving.ids import Ids, as_ids, key_of, keys_of
 from memcache_jax.serving.pieces import Pieces, Split, axis_of, join, split
 
-# What NumPy, JSON and zipfile raise for files that are none of ours, or have other bits.
+# What NumPy, JSON and zipfile raise for damaged files, and for files of other kinds.
 _DAMAGE = (OSError, LookupError, EOFError, RuntimeError, TypeError, ValueError)
 
 
@@ -205,11 +205,11 @@ class PrefixStore:
         """Writes all caches into one file, in place of an earlier one.
 
         Raises:
-          ValueError: for what is not a path, or that of a folder or a device.
+          ValueError: if ``path`` is not a path, or is that of a folder or a device.
         """
         path = check_path("path", path)
         if path.exists() and not path.is_file():
-            raise ValueError(f"path must be a new file or an earlier one, got {path}")
+            raise ValueError(f"path must be that of a file, new or existing, got {path}")
         with self._lock:
             entries = [
                 [key.hex(), e.length, [[a.axis, [d.hex() for d in a.digests]] for a in e.arrays]]
@@ -246,15 +246,7 @@ class PrefixStore:
         store, wanted = cls(max_bytes), _like(like)
         try:
             kept, entries, pieces = _read(path)
-        except (
-            OSError,
-            LookupError,
-            EOFError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-            zipfile.BadZipFile,
-        ) as error:
+        except (*_DAMAGE, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is damaged, or no file of a PrefixStore: {error}") from error
         if not entries:
             return store

@@ -68,9 +68,10 @@ def decode(
     graph: Frame,
     most: int,
 ) -> tuple[Int[Array, "most b"], Scores, Slim]:
-    """Appends tokens in the active rows, the given ones and then those that are drawn.
+    """Appends to the active rows their given tokens, and then those that it draws.
 
-    Returns the ``times`` next tokens, their scores (most, b, ...), and the cache.
+    Returns the next ``times`` tokens, in arrays of ``most``, their scores (most, b, ...), and the
+    cache.
     """
     model, lengths = graph.merge(state), active.astype(jnp.int32)
 

@@ -1,4 +1,4 @@
-"""A prompt that is read piece by piece, in a cache of its own."""
+"""Reading a prompt piece by piece, into a cache of its own."""
 
 from typing import Any
 
@@ -14,12 +14,12 @@ from memcache_jax.serving.scores import read
 
 
 class Reading:
-    """The prompt of a request, and what has been read of it.
+    """A request's prompt, and the cache after the tokens read so far.
 
     Attributes:
       request: the request.
-      cache: the cache after the tokens that have been read.
-      taken: how many they are.
+      cache: the cache after these tokens; None before the first piece.
+      taken: how many tokens have been read.
     """
 
     def __init__(self, request: Request, empty: LanguageModelCache) -> None:
@@ -29,7 +29,7 @@ class Reading:
     def read_piece(
         self, graph: Frame, state: Any, piece: int, store: PrefixStore | None
     ) -> Float[Array, "1 vocab"] | None:
-        """Reads the next piece, or looks up the first ones; returns the logits after the prompt."""
+        """Reads the next piece that the store lacks; returns logits after the prompt's last one."""
         prompt, scored = self.request.prompt, self.request.scoring.prompt
         if self.cache is None:
             if store is not None and not scored:
@@ -38,8 +38,8 @@ class Reading:
                 self.cache = jax.tree.map(jnp.copy, self._empty)
             self.request.known = self.taken
         left = len(prompt) - self.taken
-        # The largest power of two that does not go beyond a multiple of ``piece``: so prompts with
-        # one beginning are read alike, whatever is known of them.
+        # The largest power of two that does not cross a multiple of ``piece``: so prompts with the
+        # same beginning are cut alike, whether or not the store has a part of them.
         size = 1 << (min(left, piece - self.taken % piece).bit_length() - 1)
         begin, self.taken = self.taken, self.taken + size
         args = prompt, begin, self.taken, self.cache

@@ -104,8 +104,8 @@ def read(
 ) -> tuple[Any, Float[Array, "1 vocab"], Scores | None]:
     """Extends a cache by a piece of a prompt.
 
-    Returns the cache, the logits after the piece, and if asked the scores of the tokens that follow
-    each of it, on the host; those that follow the prompt's last token mean nothing.
+    Returns the cache, the logits after the piece, and with ``scored`` the scores of each token's
+    successor, on the host; the score after the prompt's last token has no meaning.
     """
     following = np.zeros(end - begin, np.int32)
     known = prompt[begin + 1 : end + 1]

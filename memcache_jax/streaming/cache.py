@@ -130,16 +130,15 @@ class Cache(MixerCache):
         return bank(slots, matrices, first), storage.Storage(keys, key, first)
 
     def as_borrower(self) -> "Cache":
-        """Returns the empty cache of a layer that reads another's states, and holds none.
+        """Returns the empty cache of a layer that reads another layer's states and holds none.
 
         Raises:
-          ValueError: if states are evicted, or rows can go back by tokens.
+          ValueError: for a policy other than ``"error"``, or a ``rewind`` other than 0.
         """
         config = self.config
         if config.eviction is not None or config.rewind:
             raise ValueError(
-                "a layer that reads another's states needs a cache that keeps all of them, "
-                "policy='error', and rewind=0, got "
+                "layers with states='previous' need a cache with policy='error' and rewind=0, got "
                 f"policy={config.policy!r} and rewind={config.rewind}"
             )
         return dataclasses.replace(self, config=dataclasses.replace(config, borrows=True)).alone()
@@ -147,7 +146,7 @@ class Cache(MixerCache):
     def borrowing(self, other: "Cache") -> "Cache":
         """Returns the cache with the states of another layer that has taken the same tokens.
 
-        Tokens read those whose segments ended before their own.
+        Tokens read the states of segments that ended before their own.
         """
         assert self.config == dataclasses.replace(other.config, borrows=True)
         return dataclasses.replace(
@@ -198,7 +197,10 @@ class Cache(MixerCache):
     def borders(self, length: int) -> np.ndarray:
         """As ``MixerCache.borders``."""
         if self.config.borrows:
-            raise ValueError("a layer that reads another's states does not go back")
+            raise ValueError(
+                "a layer with states='previous' caches no states to go back to: mc.rewind_to needs "
+                "states='own'"
+            )
         return borders_of(self, length)
 
     def returned(
@@ -250,13 +252,16 @@ def init_cache(
       policy: for ``Constant`` segments, what happens when a segment ends while ``max_segments``
         are cached. ``"error"`` raises. ``"drop_oldest"`` drops the oldest state,
         ``"drop_least_read"`` the one with the smallest mean gate. ``"merge"`` replaces the two
-        neighbors in time with the fewest tokens by the mean of their states and of their pooled
-        keys, weighted by tokens; a state of n segments counts n times in its gate.
-        ``"merge_by_age"`` merges the two with the fewest tokens for their age, so that states grow
-        coarser with age and a stream of any length fits. ``"compose_by_age"`` makes of the same two
-        the state of one run over both, which counts once, as a bucket of ``Logarithmic``: exact,
-        for memories whose runs compose, at the price of a map beside each state, of k numbers per
-        head, or k^2 for rules that erase.
+        neighbors in time with the fewest segments by the mean of their states and of their pooled
+        keys, weighted by segments; a state of n segments counts n times in its gate.
+        ``"merge_by_age"`` does so with the two with the fewest segments for their age: those with
+        the smallest (n_i + n_{i+1}) / d, where d is the number of segments back to the end of the
+        newer one. So states grow coarser with age, and a stream of any length fits.
+        ``"compose_by_age"`` replaces the same two by the exact state of one run over both,
+        A_2 B_1 + B_2 if segments map M to A M + B; it counts once, as a bucket of ``Logarithmic``.
+        With independent starts this keeps the map A beside each state, k numbers per head, or k^2
+        for rules that erase, and raises ValueError for memories whose runs do not compose: SWLA,
+        ``Vector``, deep ones. The three that merge also do so with ``exact`` tokens.
       dtype: dtype of live states, sums and pooled keys: float32 or float64.
       cache_dtype: dtype of cached states: ``dtype`` by default, bfloat16, or int8 with a scale per
         matrix row.
@@ -284,6 +289,11 @@ def init_cache(
       ...                       aggregation=mc.GRM(), segmentation=mc.Constant(32), max_segments=7)
       >>> cache.position.tolist(), cache.pooled.shape
       ([0, 0], (2, 4, 7, 16))
+      >>> endless = mc.init_cache(2, 4, 16, 16, memory=mc.memories.GatedDeltaNet(),
+      ...                         aggregation=mc.GRM(), segmentation=mc.Constant(32),
+      ...                         max_segments=7, policy="compose_by_age")
+      >>> [x.shape for x in endless.bank]  # states, and their maps
+      [(2, 4, 7, 16, 16), (2, 4, 7, 16, 16)]
     """
     batch, heads, key_dim, value_dim = _checks.check_sizes(
         batch=batch, heads=heads, key_dim=key_dim, value_dim=value_dim

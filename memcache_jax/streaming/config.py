@@ -46,7 +46,7 @@ class CacheConfig:
       cache_dtype: dtype of cached states.
       placement: where they are kept.
       rewind: by how many tokens a row can go back.
-      borrows: whether the cached states are those of another layer, and this cache holds none.
+      borrows: whether the layer reads another layer's states, so that this cache holds none.
     """
 
     memory: Memory
@@ -102,7 +102,7 @@ class CacheConfig:
 
     @property
     def tree(self) -> Tree | None:
-        """The router's tree, if it searches one among so many states."""
+        """The router's tree, if there are more states than its beam holds; else None."""
         tree = getattr(self.aggregation, "router", None)
         return tree if tree is not None and tree.levels(self.slots.num_slots) else None
 
@@ -121,7 +121,7 @@ class CacheConfig:
 
     @property
     def keeps_maps(self) -> bool:
-        """Whether the maps of cached runs are kept beside their states, to compose them later."""
+        """Whether each cached state keeps the map of its run, so that runs can be composed."""
         eviction = self.eviction
         return eviction is not None and eviction.composes and self.start == "independent"
 
@@ -148,7 +148,7 @@ class CacheConfig:
         router = getattr(self.aggregation, "router", None)
         if router is not None and config.eviction is not None:
             raise ValueError(
-                f"a router with {router} keeps all states of a stream: it needs policy='error', "
+                f"a router with {router} needs a cache that keeps all states, policy='error', "
                 f"got {config.policy!r}"
             )
         if self.aggregation.exact and self.placement == "host":

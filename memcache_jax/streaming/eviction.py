@@ -49,8 +49,8 @@ class Eviction(abc.ABC):
     Attributes:
       counts_reads: whether the policy needs ``Kept.gates``.
       drops: whether it drops states, rather than merging them.
-      composes: whether two states that merge become the state of one run over the segments of both,
-        which counts once in its gate, rather than their mean, which counts once per segment.
+      composes: whether two merged states become the state of one run over both, which counts once
+        in its gate, rather than their mean, which counts once per segment.
     """
 
     counts_reads: ClassVar[bool] = False
@@ -112,10 +112,10 @@ class MergeNeighbours(Eviction):
     def coarseness(
         self, segments: Int[Array, "b slots"], distance: Int[Array, "b slots"]
     ) -> Float[Array, "b slots"]:
-        """What makes a pair of neighbors too coarse to merge: the pair with the least does.
+        """How coarse the state of each pair of neighbors would be: the least coarse pair merges.
 
         Args:
-          segments: of both.
+          segments: segments of both.
           distance: segments back to the end of the newer one, 1 for the last segment.
         """
         del distance
@@ -161,17 +161,17 @@ class MergeNeighbours(Eviction):
 class MergeByAge(MergeNeighbours):
     """Merges the two neighbors in time with the fewest segments for their age.
 
-    With n_i segments of state i and d_i segments back to its end, it is the pair with the least
-    (n_i + n_{i+1}) / d_{i+1}. So the segments of a state grow with its age, in proportion once a
-    row has many: states are fine for recent tokens and coarse for old ones, N of them reach
-    back over c^N segments, and c grows as slowly as the stream needs. With ``Logarithmic``, whose
-    states merge as in a binary counter, c is 2, and N grows instead.
+    If state i has n_i segments and ends d_i segments back, the pair with the smallest
+    (n_i + n_{i+1}) / d_{i+1} merges. So states are fine for recent tokens and coarse for old ones,
+    in proportion to their age once a row has many segments: N states cover c^N segments, where c
+    grows slowly with the stream. With ``Logarithmic``, whose states merge as in a binary counter,
+    c is 2 and N grows.
     """
 
     def coarseness(
         self, segments: Int[Array, "b slots"], distance: Int[Array, "b slots"]
     ) -> Float[Array, "b slots"]:
-        """Segments per distance."""
+        """Segments of both, over the distance."""
         return segments / distance
 
 

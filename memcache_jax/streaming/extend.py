@@ -58,7 +58,7 @@ def extend(
       value: what a token writes.
       connector: what a token's gates compare with pooled keys.
       controls: the rule's per-token coefficients.
-      border: logits of ends of segments, which get no gradient here.
+      border: logits of borders, for ``Adaptive(by="scores")``; they get no gradient in streams.
       lengths: how many of each row's tokens count, from the first on; all by default. Outputs of
         the others are zero.
       memory: what the cache was made for, like the last three; checked if given.

@@ -1,8 +1,8 @@
 """Loops whose carry XLA does not copy.
 
-An axis of size one may lie anywhere in memory. XLA for CPUs puts it in one place for one operation
-and elsewhere for the next, and copies the array from one layout to the other, although not a number
-moves. So loops, and programs that run for each token, take arrays without such axes.
+An axis of size one may have any place in a layout. XLA for CPUs may choose different places in
+successive operations, and then copies the array between equivalent layouts. So loops, and programs
+that run for each token, take arrays without such axes.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ T = TypeVar("T")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slim(Generic[T]):
-    """A pytree whose arrays have no axes of size one.
+    """A pytree stored without the axes of size one of its arrays.
 
-    Arrays on the host stay as they are, and so do all where a mesh may divide these axes by name.
+    Arrays in host memory keep them, and so do all arrays on a mesh with Explicit axes.
 
     Attributes:
       arrays: the leaves.
@@ -63,7 +63,7 @@ def while_loop(condition: Callable[[T], Array], body: Callable[[T], T], first: T
 
 
 def fori_loop(times: int, body: Callable[[T], T], first: T) -> T:
-    """As ``lax.fori_loop``, of a body that does not need the number of its turn."""
+    """As ``lax.fori_loop`` from 0, of a body without the loop index."""
     begin = jnp.int32(0), first
     return while_loop(lambda c: c[0] < times, lambda c: (c[0] + 1, body(c[1])), begin)[1]
 

@@ -1,8 +1,8 @@
-"""Maps of cached runs, which a bank holds after the states' matrices, to compose neighbors.
+"""Maps of cached runs, which compose: a bank holds them after the states' matrices.
 
-A run of an affine memory takes a matrix M to A M + B, where B is the state that it leaves. So two
-runs together leave the state A2 B1 + B2, and their map has A2 A1. A diagonal A is held as a matrix
-of one column.
+A run of an affine memory maps a matrix M to A M + B, where B is the state that the run leaves from
+zero. So two runs in succession leave the state A2 B1 + B2, and their map is A2 A1. A diagonal A is
+held as a matrix of one column.
 """
 
 import functools
@@ -16,7 +16,7 @@ from memcache_jax.memories.base import Run
 
 
 def check_keeps_maps(memory: Memory, policy: Any) -> None:
-    """Raises ValueError for a memory whose cached states and maps are not all of a run."""
+    """Raises ValueError for a memory whose runs do not follow from matrices and their maps."""
     if memory.merges and not memory.weight_shapes(2, 2):
         state, transition = _shapes(memory, (2, 2), "float32")
         matrices = jax.eval_shape(memory.matrices, state)
@@ -25,8 +25,8 @@ def check_keeps_maps(memory: Memory, policy: Any) -> None:
             return
     raise ValueError(
         f"policy={policy!r} composes runs: with independent starts it needs a memory whose state "
-        "is a matrix, zero at first, and whose runs are maps of it, such as GatedDeltaNet, got "
-        f"{memory}; policy='merge_by_age' takes the mean of states"
+        "is a matrix that starts at zero and whose runs map it affinely, such as GatedDeltaNet, "
+        f"got {memory}; policy='merge_by_age' takes the mean of states"
     )
 
 
@@ -44,7 +44,7 @@ def maps_of(transition: Any) -> tuple:
 
 
 def compose(memory: Memory, first: tuple, then: tuple) -> tuple:
-    """Two runs that follow each other as one: matrices (b, h, 1, in, out), as a bank holds them."""
+    """Two successive runs as one: matrices (b, h, 1, in, out), as a bank holds them."""
     shapes, structure = jax.tree.flatten(_shapes(memory, first[0].shape[-2:], first[0].dtype))
 
     def run(held: tuple) -> Run:

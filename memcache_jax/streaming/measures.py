@@ -1,4 +1,4 @@
-"""What the tokens of a stream say about where their segment ends."""
+"""Measures by which the segments of a stream end, for borders by errors and scores."""
 
 import functools
 from typing import Any
@@ -14,7 +14,7 @@ from memcache_jax.streaming.slots import Decided
 
 
 def measured(cache: Any, how: Writing, tokens: Tokens, rows: Rows, active: Bool[Array, "b"]) -> Any:
-    """The record with what tokens (b, h, 1, m, ...) say about where their segment ends."""
+    """The record with the measures of more tokens (b, h, 1, m, ...), by errors or scores."""
     slots = cache.config.slots
     if not isinstance(slots, Decided) or slots.segmentation.by == "keys":
         return cache.record

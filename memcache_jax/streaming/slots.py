@@ -143,7 +143,7 @@ class Recent:
     def candidates(
         self, record: Kept, block: Int[Array, "b"], keys: Callable[[str], Keys]
     ) -> Candidates:
-        """All slots; empty ones count no segment, and composed states one."""
+        """All slots; an empty one counts no segment, a composed state one."""
         slots, segments = np.arange(self.num_slots)[None], record.segments
         held = segments > 0
         if self.eviction is not None and self.eviction.composes:
@@ -217,8 +217,8 @@ class Ended(NamedTuple):
       segments: those that ended; the i-th is in slot i.
       first: the block with which the live one began.
       before: the sum of its blocks' measures before the current block.
-      own: the sum of the measures of the current block's tokens; None by keys, whose sum a cache
-        has.
+      own: the sum of the measures of the current block's tokens; None by keys, whose sum is in the
+        cache.
     """
 
     segments: Int[Array, "b"]
@@ -229,7 +229,7 @@ class Ended(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Decided:
-    """A slot for each segment that may end among so many tokens, where these say."""
+    """A slot for each segment that may end among so many tokens, which decide where."""
 
     segmentation: Adaptive
     length: int

@@ -1,4 +1,4 @@
-"""Storing the states of runs that end: in free slots, or in those that a policy frees."""
+"""Storing the states of runs that end: in free slots, or in slots that a policy frees."""
 
 import dataclasses
 import functools
@@ -105,7 +105,7 @@ def _stored(
 
 
 def _joins(config: CacheConfig, merge: Merge) -> tuple[Callable, Callable]:
-    """How an older and a newer state of each row become one, and how their pooled keys do."""
+    """How an older and a newer state of each row become one, and likewise their pooled keys."""
 
     def mean(one: Any, other: Any) -> Any:
         def of(one: Array, other: Array) -> Array:

@@ -162,11 +162,11 @@ _CASES = {f"{by}-{rule}": (by, rule) for by, rule in (*_ERRORS, ("scores", "line
 )
 @pytest.mark.usefixtures("x64")
 def test_errors_and_scores_decide_alike_on_all_paths(case):
-    """Streams of any split have the outputs of one pass, even after going back over a border."""
+    """Streams split anywhere match one pass, even after going back across a border."""
     by, rule = case
     memory, segmentation, case = MEMORIES[rule], OTHERS[by], CASES[:1]
     inputs = with_scores(topics(memory), by)
-    inputs["value"][1, 33, 0, 0] = np.nan  # what it spoils surprises no more
+    inputs["value"][1, 33, 0, 0] = np.nan  # a NaN error surprises no more
     wanted = run(inputs, memory, case, segmentation)[case[0]]
 
     @jax.jit
@@ -189,7 +189,7 @@ def test_errors_and_scores_decide_alike_on_all_paths(case):
 
 
 def with_scores(inputs, by="scores"):
-    """The inputs, for borders by scores with some."""
+    """The inputs, with logits of borders if ``by`` is "scores"."""
     if by == "scores":
         shape = inputs["key"].shape[:3]
         inputs["border"] = np.random.default_rng(0).standard_normal(shape)
@@ -198,7 +198,7 @@ def with_scores(inputs, by="scores"):
 
 @pytest.mark.usefixtures("x64")
 class TestScores:
-    """Segments by scores, and the gradients of these."""
+    """Segments by scores, and the gradients of the scores."""
 
     def test_outputs_and_gradients_are_those_of_the_reference(self):
         memory = MEMORIES["linear"]
@@ -262,7 +262,7 @@ class TestScores:
 
 @pytest.mark.slow
 def test_training_moves_borders_to_where_topics_end():
-    """A topic's last block has a mark; scores are a line of it that gradient descent finds.
+    """A topic's last block has a mark; gradient descent learns scores linear in the mark.
 
     In a topic values are a map of the keys, which a state learns if its segment is the topic.
     """
@@ -291,7 +291,7 @@ def test_training_moves_borders_to_where_topics_end():
             mark[row, end - 4 : end] = 1
             topics.append((topic, matrix))
             begin = end
-        for place in range(tokens, tokens + asked):  # asks, and writes nothing
+        for place in range(tokens, tokens + asked):  # questions write nothing
             topic, matrix = topics[random.integers(len(topics))]
             query[row, place, 0] = keys_of(topic, 1)[0]
             value[row, place, 0] = query[row, place, 0] @ matrix
@@ -321,7 +321,7 @@ def test_training_moves_borders_to_where_topics_end():
     topics_end = mark[:, 3:tokens:4, 0] > 0
     assert ends(first).sum() < 0.6 * topics_end.sum()  # the longest segments
     np.testing.assert_array_equal(ends(line), topics_end)
-    others = [first, jnp.array([0.5, 0.0])]  # as late, or as early, as they may end
+    others = [first, jnp.array([0.5, 0.0])]  # the longest and the shortest segments
     losses = [float(step(other)[0]) for other in others]
     losses += [float(loss(line, mc.Constant(size))) for size in (8, 16)]
     assert step(line)[0] < 0.8 * min(losses)

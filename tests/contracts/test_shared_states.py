@@ -107,9 +107,9 @@ def test_meshes_and_training():
 def test_refusals():
     with pytest.raises(ValueError, match=r"needs one with its own states before it.*scan_layers"):
         model_of(OTHER)
-    with pytest.raises(ValueError, match="layers that share states differ in aggregation"):
+    with pytest.raises(ValueError, match="share states need the same aggregation, got"):
         model_of(OWN, dataclasses.replace(OTHER, aggregation=mc.GRM()))
-    with pytest.raises(ValueError, match="mixers side by side have states of their own"):
+    with pytest.raises(ValueError, match="mixers side by side need states='own', got"):
         model_of(OWN, mc.nn.ParallelMixer(OWN, OTHER))
     changes: tuple[dict[str, Any], ...] = (
         *(dict(segmentation=mc.Logarithmic(4)), dict(aggregation=mc.GRM(exact=1))),
@@ -120,9 +120,9 @@ def test_refusals():
     model = model_of(OWN, OTHER)
     refused: tuple[dict[str, Any], ...] = dict(rewind=2), dict(policy="drop_oldest", max_segments=2)
     for options in refused:
-        with pytest.raises(ValueError, match="needs a cache that keeps all of them"):
+        with pytest.raises(ValueError, match="need a cache with policy='error' and rewind=0"):
             model.init_cache(2, LENGTH, **options)
     with pytest.raises(ValueError, match="cannot keep_ends"):
         model.init_cache(2, LENGTH, keep_ends=True)
-    with pytest.raises(ValueError, match="works in the blocks of a LanguageModel alone"):
+    with pytest.raises(ValueError, match="works only in the blocks of a LanguageModel"):
         model.gates(tokens_of())

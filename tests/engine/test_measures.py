@@ -44,7 +44,7 @@ def inputs_of(memory):
 def test_borders_are_those_of_the_reference(rule):
     memory = COVER[rule]
     inputs = inputs_of(memory)
-    inputs["value"][1, 20, 0, 0] = np.nan  # its run surprises no more
+    inputs["value"][1, 20, 0, 0] = np.nan  # a NaN error surprises no more
     cases: Any = ((None, "checkpoint"), (jnp.asarray(IDS), "independent"))
     for ids, start in cases:
         fast, plain = (borders_of(inputs, memory, ids, start, how) for how in (None, "reference"))

@@ -19,8 +19,8 @@ def test_small(tmp_path):
     assert [row["policy"] for row in rows] == ["drop_oldest", "compose_by_age"]
     for row in rows:
         assert row["ages"] == [1, 2, 4, 8, 16, 32]
-        assert row["rank"][0] > 0.75  # the last segment is there alone
+        assert row["rank"][0] > 0.75  # the last segment has a state of its own
     dropped, composed = (row["rank"] for row in rows)
-    assert abs(dropped[-1] - 0.5) < 0.1  # what is gone is guessed
+    assert abs(dropped[-1] - 0.5) < 0.1  # what was dropped is at chance
     assert composed[3] > dropped[3] + 0.1
     assert (tmp_path / "ages.md").read_text().count("\n") == 4

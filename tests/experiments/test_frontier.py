@@ -72,7 +72,7 @@ def test_segments_of_the_smallest_size_that_fits(config):
 
 @pytest.mark.slow
 def test_models_with_a_cache_are_tested_as_streams(config):
-    """Float32 caches equal one pass; others round states, not what the live memory reads."""
+    """Float32 caches match one pass; narrower ones round cached states, not the live memory."""
     model = LanguageModel(model_and_cache(models(config)["whole"])[0], rngs=nnx.Rngs(0))
     tokens = jax.random.randint(jax.random.key(0), (2, 32), 0, 40)
     one_pass = hidden_of(model, tokens, None)

@@ -111,7 +111,7 @@ def test_tpu_equals_reference(monkeypatch, name, kind, group):
 
 
 def of_heads(memory, dtype, batch, chunks, keys=8, rows=4):
-    """First states in float32, and rows of a batch (b, h, ...) as a model lays them out."""
+    """First states in float32, and rows (b, h, ...) in the model's layout."""
     normal = normals(0)
     weights = {n: 0.5 * normal(*s) for n, s in memory.weight_shapes(keys, keys).items()}
     state = memory.init(jax.tree.map(jnp.asarray, weights), keys, keys, jnp.float32)

@@ -1,4 +1,4 @@
-"""Muon's step at the ends of a deep memory's chunks: on every path the same, and never NaN."""
+"""The Muon step of deep memories: every path matches the recurrence, and none gives NaN."""
 
 import dataclasses
 from typing import Any
@@ -42,7 +42,7 @@ def test_singular_values():
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("case", kept_of(CASES, "titans"))
 def test_every_path(case):
-    """One pass and a stream, packed documents, and going back, against the recurrence."""
+    """One pass, a stream with rewind, and packed documents, against the recurrence."""
     memory, start = case
     inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 22, batch=1, heads=1))
     how: Any = dict(memory=memory, aggregation=mc.GRM(), segmentation=mc.Constant(8), start=start)

@@ -192,7 +192,7 @@ def test_tensors_that_are_missing_or_left_over(tmp_path):
     ],
 )
 def test_tensors_of_other_shapes_or_kinds(tmp_path, name, change, message):
-    """As many numbers, but not those of the parameter."""
+    """Tensors of the right size but another shape, and of other dtypes."""
     name = f"backbone.layers.0.{name}"
     folder = changed(
         tmp_path, "mamba2", lambda read: read | {name: np.ascontiguousarray(change(read[name]))}

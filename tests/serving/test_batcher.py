@@ -163,7 +163,7 @@ def test_a_store_of_prefixes():
 
 
 def test_several_tokens_in_one_step():
-    """They are those of steps of one token, wherever requests end among them."""
+    """Tokens match steps of one token, wherever requests end among them."""
     counts = []
     for ahead in (1, 4):
         served = batcher(ahead=ahead)

@@ -187,8 +187,8 @@ def test_what_is_refused(tmp_path):
         lambda: store.load(tmp_path / "none", empty(), 9): "damaged, or no file .* No such file",
         lambda: store.load(3, empty(), 9): "path must be a path, got 3",
         lambda: store.save(b"bytes"): "path must be a path, got b'bytes'",
-        lambda: store.save(tmp_path): "path must be a new file or an earlier one",
-        lambda: store.save(os.devnull): "path must be a new file or an earlier one",
+        lambda: store.save(tmp_path): "path must be that of a file, new or existing",
+        lambda: store.save(os.devnull): "path must be that of a file, new or existing",
     }.items():
         with pytest.raises(ValueError, match=message):
             call()

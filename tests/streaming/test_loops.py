@@ -1,4 +1,4 @@
-"""Loops without axes of size one: the numbers are those of any loop."""
+"""Loops without axes of size one: results match those of JAX's loops."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def test_loops_compute_what_loops_of_jax_do():
 
 @pytest.mark.slow
 def test_the_compiler_keeps_the_layout_of_states():
-    """As of a live state (b, h, tracks, in, out), which single tokens of a deep memory read."""
+    """A live state (b, h, tracks, in, out), which single tokens of a deep memory read."""
     memory = mc.memories.Titans(chunk_size=4, expansion=2)
     inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 1, dtype=np.float32))
     cache, token = (
@@ -47,7 +47,7 @@ def test_the_compiler_keeps_the_layout_of_states():
     )
 
     def has_another(loop):
-        """Whether a state is in another layout within a loop over tokens."""
+        """Whether a state has another layout within a loop over tokens."""
 
         def run(cache):
             return loop(

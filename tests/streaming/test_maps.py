@@ -1,4 +1,4 @@
-"""Runs that compose: a full cache reads what one pass over the same runs reads."""
+"""Runs that compose: a full cache matches one pass over the same runs."""
 
 import dataclasses
 import itertools
