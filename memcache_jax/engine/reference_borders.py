@@ -60,25 +60,31 @@ def _ends(
         return jnp.where(square == 0, 0, jnp.vdot(missed, missed) / square)
 
     def token(carry: tuple, t: Array) -> tuple[tuple, Array]:
-        state, anchor, ended, (before, segment, own, count) = carry
+        state, anchor, begun, ended, (before, segment, own, count) = carry
         begins = document[t] != document[jnp.maximum(t - 1, 0)]
         before, segment, own, count = (
             jnp.where(begins, 0, x) for x in (before, segment, own, count)
         )
         state = select(begins | (ended & (not carries)), initial, state)
-        anchor = select(begins | (t % size % (chunk or 1) == 0), state, anchor)
+        anew = begins | (t % size % (chunk or 1) == 0)
+        anchor, begun = select(anew, (state, t), (anchor, begun))
         now = jax.tree.map(lambda x: x[:, t], (key, value, controls))
         own += jax.vmap(error)(anchor if chunk else state, *now[:2]).mean()
         count += 1
         state = jax.vmap(memory.step)(state, anchor, *now)
+        last = t - jnp.arange(chunk or 1)
+        coefficients = jax.tree.map(lambda x: x[:, jnp.maximum(last, 0)], controls)
+        close = jax.vmap(memory.closed, in_axes=(0, 0, 0, None))
+        closed = close(state, anchor, coefficients, last >= begun)
+        state = select((t + 1) % size % (chunk or 1) == 0, closed, state)
         whole, mean = (t + 1) % size == 0, own / count
         ended = whole & segmentation.ends(before[None], segment[None], mean[None])[0]
         after = before + 1, segment + mean, jnp.zeros_like(own), jnp.zeros_like(count)
         sums = select(whole, after, (before, segment, own, count))
         sums = (jnp.where(ended, 0, sums[0]), jnp.where(ended, 0, sums[1]), *sums[2:])
-        return (state, anchor, ended, sums), ended
+        return (state, anchor, begun, ended, sums), ended
 
     zero = jnp.zeros_like(key[0, 0, 0])
     none = jnp.zeros_like(zero, dtype=int)
-    first = initial, initial, none > 0, (none, zero, zero, none)
+    first = initial, initial, none, none > 0, (none, zero, zero, none)
     return lax.scan(token, first, jnp.arange(key.shape[1]))[1]

@@ -43,7 +43,12 @@ def leaders(mixers: Sequence[Any]) -> dict[int, int]:
                 "a mixer with states='previous' needs one with its own states before it, among "
                 "the blocks that are repeated together; scan_layers=False makes them one sequence"
             )
-        names = "memory", "aggregation", "segmentation", "bounded"
+        if mixer.aggregation.merges_exactly(mixer.memory):
+            raise ValueError(
+                "states='previous' needs gates that tell states apart: streams keep the sum of all "
+                f"states for {mixer.aggregation}, got memory={mixer.memory}"
+            )
+        names = "memory", "aggregation", "segmentation", "start", "bounded"
         for name in names:
             own, other = getattr(mixers[last], name), getattr(mixer, name)
             if own != other:

@@ -244,6 +244,8 @@ class PrefixStore:
         path = check_path("path", path)
         _check_cache("like", like)
         store, wanted = cls(max_bytes), _like(like)
+        if not path.exists():
+            raise ValueError(f"there is no file {path}")
         try:
             kept, entries, pieces = _read(path)
         except (*_DAMAGE, zipfile.BadZipFile) as error:

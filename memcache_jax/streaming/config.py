@@ -140,6 +140,8 @@ class CacheConfig:
             config = dataclasses.replace(config, cache_dtype=jnp.dtype(dtype).name)
         _checks.check_choice("cache_dtype", config.cache_dtype, storage.CACHE_DTYPES)
         merges = config.eviction is not None and not config.eviction.drops
+        if config.eviction is not None and config.eviction.composes and not merges:
+            raise ValueError(f"a policy that composes needs drops=False, got {config.eviction}")
         if self.placement == "host" and (merges or not isinstance(self.aggregation, SSC)):
             raise ValueError(
                 "placement='host' is for SSC, which reads few states, and policies that do not "

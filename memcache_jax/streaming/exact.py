@@ -110,7 +110,8 @@ def exact_of(cache: Any, dtype: Any) -> Exact | None:
     """The tokens beside all cached states."""
     if cache.recent is None:
         return None
-    stored, kept = cache.storages[0], cache.bank[-2:]
+    stored, first = cache.storages[0], len(matrices_of(cache))
+    kept = cache.bank[first : first + 2]
 
     def take(states: Int[Array, "b h m"]) -> tuple[Array, Array]:
         return stored_exact(*storage.unpack(stored.take(kept, states), dtype))

@@ -218,27 +218,33 @@ class Piece(Layout):
             return Keys(live, cache.storages[1].all(cache.pooled)[:, :, : slots.num_slots])
 
         candidates = slots.candidates(cache.record, self.block, keys)
+        ended = None
         if config.borrows and slots.num_slots:
             # The other layer may have taken later tokens; slot i has the state of segment i.
             assert candidates.counts is not None
-            ended = np.arange(slots.num_slots)[None, None] < self.block[:, None, None]
-            counts = jnp.where(ended, candidates.counts, 0)
-            candidates = candidates._replace(counts=counts)
+            assert candidates.held is not None
+            ended = np.arange(slots.num_slots)[None] < self.block[:, None]
+            counts = jnp.where(ended[:, None], candidates.counts, 0)
+            candidates = candidates._replace(counts=counts, held=candidates.held & ended)
         spans = functools.partial(span_keys, cache, key)
         candidates = candidates._replace(exact=exact_of(cache, key.dtype), spans=spans)
         if config.tree is not None:
             nodes = functools.partial(cache.storages[1].take, cache.pooled)
             candidates = candidates._replace(nodes=nodes)
-        return SlotBank(how.memory, cache, key.dtype), candidates
+        return SlotBank(how.memory, cache, key.dtype, ended), candidates
 
 
 @dataclasses.dataclass(frozen=True)
 class SlotBank(Bank):
-    """The states in a cache's slots; reads in ``dtype`` unpack only those that they need."""
+    """The states in a cache's slots; reads in ``dtype`` unpack only those that they need.
+
+    The others of a row are zero where not all have ``ended``, (b, slots), before its tokens.
+    """
 
     memory: Memory
     cache: Cache
     dtype: Any
+    ended: Any = None
 
     def read(
         self, query: Float[Array, "b h n c k"], selection: Selection
@@ -263,6 +269,9 @@ class SlotBank(Bank):
         few = isinstance(selection, OfTokens) and size * selection.states.shape[-1] < slots
         if cache.config.placement == "device" and not few:
             matrices = storage.unpack(stored.all(matrices_of(cache)), self.dtype)
+            if self.ended is not None:
+                ended = self.ended[:, None, :, None, None]
+                matrices = jax.tree.map(lambda x: jnp.where(ended, x, 0), matrices)
             return ArrayBank(self.memory, matrices, None), selection, x
         states = jnp.asarray(selection.states)
         if isinstance(selection, OfBlocks):

@@ -80,6 +80,30 @@ def test_streams_are_one_pass_in_fewer_bytes(scan):
     np.testing.assert_allclose(y[0], wanted[0, :7], atol=1e-10)
 
 
+@pytest.mark.usefixtures("x64")
+def test_streams_read_no_state_of_later_tokens():
+    """The layer that caches has taken the whole piece before the other one reads."""
+    memory = MEMORIES["linear"]
+    how: dict[str, Any] = dict(aggregation=mc.GRM(), segmentation=mc.Constant(2))
+    one, other = (
+        jax.tree.map(jnp.asarray, make_inputs(memory, 6, batch=1, heads=1, seed=seed))
+        for seed in (0, 1)
+    )
+    one["key"] = one["key"].at[0, 3].set(jnp.nan)
+
+    @jax.jit
+    def both(one, other):
+        _, states = in_group(**one, memory=memory, **how, hands_on=True)
+        empty = mc.init_cache(1, 1, 4, 4, memory=memory, **how, max_length=6, dtype=jnp.float64)
+        after = mc.extend(empty, **one)[1]
+        y = mc.extend(empty.as_borrower().borrowing(after), **other)[0]
+        return in_group(**other, given=states, memory=memory, **how), y
+
+    wanted, y = both(one, other)
+    assert np.isnan(wanted[0]).any(axis=(1, 2)).tolist() == [False] * 4 + [True] * 2
+    np.testing.assert_allclose(y, wanted, atol=1e-12)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_documents():
@@ -112,6 +136,10 @@ def test_refusals():
         model_of(OTHER)
     with pytest.raises(ValueError, match="share states need the same aggregation, got"):
         model_of(OWN, dataclasses.replace(OTHER, aggregation=mc.GRM()))
+    with pytest.raises(ValueError, match="share states need the same start, got independent, chec"):
+        model_of(OWN, dataclasses.replace(OTHER, start="checkpoint"))
+    with pytest.raises(ValueError, match="needs gates that tell states apart"):
+        model_of(*(dataclasses.replace(x, aggregation=mc.Residual()) for x in (OWN, OTHER)))
     with pytest.raises(ValueError, match="mixers side by side need states='own', got"):
         model_of(OWN, mc.nn.ParallelMixer(OWN, OTHER))
     changes: tuple[dict[str, Any], ...] = (

@@ -110,3 +110,18 @@ def test_what_is_refused():
             jax.eval_shape(
                 lambda kernels=kernels: mc.memory_caching(**inputs, **how, implementation=kernels)
             )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+def test_borders_by_errors():
+    """The memory whose errors decide ends its chunks with the step too."""
+    memory = mc.memories.DLA(2, depth=1, expansion=1, ns_steps=5)
+    inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 40, batch=8, heads=1))
+    how: Any = dict(
+        memory=memory,
+        aggregation=mc.GRM(),
+        segmentation=mc.Adaptive(4, 16, 0.1, block=4, by="errors"),
+    )
+    wanted = mc.memory_caching(**inputs, **how, implementation="reference")
+    assert_close(mc.memory_caching(**inputs, **how), wanted, 1e-9)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import memcache_jax as mc
+from memcache_jax.streaming.eviction import DropOldest
 from tests.cases import MEMORIES, assert_close, make_inputs
 from tests.covers import kept_of
 from tests.streams import empty, over_time
@@ -42,6 +43,11 @@ class ByAge(mc.Segmentation):
                 i = int(np.argmin(ratios))
                 runs[i : i + 2] = [(runs[i][0], runs[i + 1][1])]
         return mc.ReadPlan.of(self.size, reads, np.arange(len(reads)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Composes(DropOldest):
+    composes: bool = True
 
 
 def stream(inputs, rule, kind, start="independent", **options):
@@ -94,3 +100,9 @@ def test_rules_whose_runs_do_not_compose(rule):
     how: Any = dict(memory=memory, aggregation=mc.GRM(), segmentation=mc.Constant(4))
     with pytest.raises(ValueError, match=f"composes runs: .*got {type(memory).__name__}"):
         mc.init_cache(1, 1, 4, 4, **how, max_segments=2, policy="compose_by_age")
+
+
+def test_policies_that_compose_and_drop():
+    how: Any = dict(memory=MEMORIES["ssd"], aggregation=mc.GRM(), segmentation=mc.Constant(4))
+    with pytest.raises(ValueError, match="a policy that composes needs drops=False, got Composes"):
+        mc.init_cache(1, 1, 4, 4, **how, max_segments=2, policy=Composes())
