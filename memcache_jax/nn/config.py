@@ -58,14 +58,15 @@ class MemoryCachingMixer:
 
     Query, connector, live memory and all parameters are the layer's own; the pooled keys are those
     of the other layer, which also gets gradients. Both layers need the same ``memory``,
-    ``aggregation``, ``bounded`` and ``Constant`` segmentation, and must be in one repetition of
-    ``LanguageModelConfig.mixers``, or of a pattern of its ``blocks``. A stream then caches states
-    for one layer of each group.
+    ``aggregation``, ``start``, ``bounded`` and ``Constant`` segmentation, and must be in one
+    repetition of ``LanguageModelConfig.mixers``, or of a pattern of its ``blocks``. A stream then
+    caches states for one layer of each group.
 
     Raises:
       ValueError: as ``MemoryCaching``, and with ``states="previous"`` for other segments than
         ``Constant``, ``exact`` tokens or several keys per state. The model's configuration refuses
-        a group without a first layer or with unlike ones; ``init_cache`` refuses a policy other
+        a group without a first layer or with unlike ones, and aggregations for which a stream keeps
+        one sum of all states, such as ``Residual``; ``init_cache`` refuses a policy other
         than ``"error"``, ``rewind`` and ``keep_ends``; calls refuse ``implementation="reference"``
         and meshes that divide time.
 

@@ -4,6 +4,7 @@ Each argument of a call that is right is replaced in turn by values of all kinds
 run within one trace, so that nothing is compiled.
 """
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -75,7 +76,8 @@ def constructors():
     plan = mc.Constant(8).plan(20)
     mixer = vars(mc.nn.MemoryCachingMixer())
     attention = vars(mc.nn.AttentionMixer(window=8))
-    config = {f: getattr(language_model_config(), f) for f in vars(language_model_config())}
+    made_config = language_model_config()
+    config = {f.name: getattr(made_config, f.name) for f in dataclasses.fields(made_config)}
     for memory in vars(mc.memories).values():
         rule = inspect.isclass(memory) and issubclass(memory, Memory)
         if rule and not inspect.isabstract(memory):
