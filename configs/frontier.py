@@ -4,8 +4,8 @@ Command:   python -m experiments.frontier --config=configs/frontier.py --workdir
            one part: --config.parts="('recall',)"
 Hardware:  two CPU cores
 Time:      more than an hour: three seeds of a model in recall take 10 minutes of a core or more
-Expected:  on 2026-11-29, at L = 256, K = 64: GRM with C = 16 0.23, with int8 states and C = 6 0.80 (one
-           seed), attention 1.00; the other parts and models have not been run.
+Expected:  on 2026-11-29, at L = 256, K = 64: GRM with C = 16 0.23, with int8 states and C = 6 0.80
+           (one seed), attention 1.00; the other parts and models have not been run.
 """
 
 from typing import Any
