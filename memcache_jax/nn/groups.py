@@ -43,10 +43,11 @@ def leaders(mixers: Sequence[Any]) -> dict[int, int]:
                 "a mixer with states='previous' needs one with its own states before it, among "
                 "the blocks that are repeated together; scan_layers=False makes them one sequence"
             )
-        if mixer.aggregation.merges_exactly(mixer.memory):
+        aggregation, memory = (getattr(mixer, name) for name in ("aggregation", "memory"))
+        if aggregation.merges_exactly(memory):
             raise ValueError(
                 "states='previous' needs gates that tell states apart: streams keep the sum of all "
-                f"states for {mixer.aggregation}, got memory={mixer.memory}"
+                f"states for {aggregation}, got memory={memory}"
             )
         names = "memory", "aggregation", "segmentation", "start", "bounded"
         for name in names:
