@@ -37,6 +37,7 @@ def get_config(rule: str = "swla") -> Any:
             "SSC, k = 1": {"aggregation": {"name": "SSC", "top_k": 1}},
             "SSC, k = 2": {"aggregation": {"name": "SSC", "top_k": 2}},
             "SSC, k = 4": {"aggregation": {"name": "SSC", "top_k": 4}},
+            "states of the layer before": {"mixers": ("memory_caching", "previous_states")},
             "checkpoint starts": {"start": "checkpoint"},
             "sums of keys": {"aggregation": {"name": "GRM", "pooling": "sum"}},
             "C = 8": {"segmentation": {"name": "Constant", "size": 8}},

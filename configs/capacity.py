@@ -39,6 +39,15 @@ def get_config() -> Any:
     config.router_pairs = 1024
     config.router_keys = (1, 2, 4, 8)
     config.router_top_k = (1, 4)
+    # Routers that search a tree: branching and beam, and the numbers of states.
+    config.trees = ((16, 4), (16, 16), (4, 4))
+    config.tree_states = (64, 1024, 4096)
+    config.tree_segment = 8
+    config.tree_top_k = 4
+    config.tree_trials = 8
+    config.tree_keys = (
+        *(("random", 0.0, 0), ("topics of 16", 0.5, 16), ("topics of 256", 0.5, 256)),
+    )
     config.seed = 0
     # Segmentations to compare where topics have so many pairs.
     config.borders = (
@@ -47,6 +56,13 @@ def get_config() -> Any:
         {"name": "Adaptive", "min": 8, "max": 32, "block": 4},
         {"name": "Adaptive", "min": 8, "max": 32, "block": 2, "threshold": 0.7},
     )
+    # Segmentations compared by the recall of DeltaNet with this beta, and GRM.
+    config.recall_borders = (
+        {"name": "Constant", "size": 20},
+        {"name": "Adaptive", "min": 8, "max": 32, "block": 2, "threshold": 0.7},
+        {"name": "Adaptive", "min": 8, "max": 32, "block": 2, "threshold": 0.3, "by": "errors"},
+    )
+    config.recall_beta = 1.0
     config.topic_pairs = (8, 32)
     config.topic_correlations = (0.3, 0.5, 0.7)
     return config

@@ -8,7 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import memcache_jax as mc
+from experiments._capacity import quality
 from memcache_jax.engine.borders import find_borders
+from memcache_jax.engine.one_pass import find_all_borders
+from memcache_jax.engine.run import writing
+from memcache_jax.engine.types import Tokens
 
 
 def draw_topics(
@@ -41,14 +45,92 @@ def draw_topics(
     return keys.astype(np.float32), topic
 
 
-def segments_of(segmentation: mc.Segmentation, keys: np.ndarray) -> np.ndarray:
-    """The number of each pair's segment, (trials, pairs)."""
+def draw_values(seed: int, keys: np.ndarray, topic: np.ndarray, mapped: bool) -> np.ndarray:
+    """Random values (trials, pairs, d) of norm one, or if ``mapped`` keys rotated by topic."""
+    random = np.random.default_rng(seed)
+    if mapped:
+        shape = len(keys), int(topic.max()) + 1, keys.shape[-1], keys.shape[-1]
+        rotations = np.linalg.qr(random.standard_normal(shape))[0]
+        each = np.stack([rows[of] for rows, of in zip(rotations, topic, strict=True)])
+        values = np.einsum("btk,btkv->btv", keys, each)
+    else:
+        values = random.standard_normal(keys.shape)
+        values /= np.linalg.norm(values, axis=-1, keepdims=True)
+    return values.astype(np.float32)
+
+
+def measure_recall(
+    segmentation: mc.Segmentation | None,
+    keys: np.ndarray,
+    values: np.ndarray,
+    topic: np.ndarray,
+    asked: np.ndarray,
+    beta: float,
+    temperature: float,
+) -> dict[str, float]:
+    """Recall by ``DeltaNet`` and GRM after all pairs, and the number of segments.
+
+    Args:
+      segmentation: where segments end; None to end them where topics do.
+      keys: (trials, pairs, d).
+      values: the same.
+      topic: of each pair.
+      asked: the pairs that questions ask for, (trials, questions).
+      beta: the step size of the delta rule.
+      temperature: of connectors, as in ``_capacity.measure_memory``.
+    """
     trials, pairs, _ = keys.shape
-    if isinstance(segmentation, mc.Adaptive):
-        borders = find_borders(segmentation, jnp.asarray(keys)[:, None], None)
-        return np.asarray(borders.of_tokens(pairs))
-    segment = np.repeat(np.cumsum(segmentation.plan(pairs).begins) - 1, segmentation.size)
-    return np.broadcast_to(segment[:pairs], (trials, pairs))
+    questions, border, segment = asked.shape[1], {}, topic
+    if segmentation is not None:
+        segment = segments_of(segmentation, keys, values, beta)
+    else:
+        segmentation = mc.Adaptive(1, pairs + questions, by="scores")
+        ends = np.pad(np.diff(topic, axis=1) > 0, ((0, 0), (0, 1 + questions)))
+        border["border"] = jnp.asarray(np.where(ends, 1.0, -1.0)[..., None], jnp.float32)
+
+    def rows(x: np.ndarray, of_questions: np.ndarray) -> Any:
+        """The pairs, then the questions, as rows (b, t, 1, d)."""
+        return jnp.asarray(np.concatenate([x, of_questions], axis=1)[:, :, None])
+
+    every = np.arange(trials)[:, None]
+    # Questions write nothing, and have the last pair's key: they add no surprise.
+    same = np.repeat(keys[:, -1:], questions, axis=1)
+    query, key = rows(keys, keys[every, asked]), rows(keys, same)
+    value, writes = rows(values, 0 * same), np.arange(pairs + questions) < pairs
+    rates = jnp.broadcast_to(jnp.asarray(beta * writes, jnp.float32)[None, :, None], key.shape[:3])
+    y = mc.memory_caching(
+        *(query, key, value, temperature * query),
+        memory=mc.memories.DeltaNet(),
+        controls=dict(beta=rates),
+        aggregation=mc.GRM(),
+        segmentation=segmentation,
+        **border,
+    )
+    y = np.asarray(y)[:, None, pairs:, 0]
+    recall = quality(y, values, asked[:, None])["recall"][0]
+    return dict(recall=recall, segments=float(segment[:, -1].mean() + 1))
+
+
+def segments_of(
+    segmentation: mc.Segmentation, keys: np.ndarray, values: np.ndarray | None = None, beta: Any = 1
+) -> np.ndarray:
+    """The number of each pair's segment, (trials, pairs).
+
+    Borders by errors are those of ``DeltaNet`` with these values and this beta.
+    """
+    trials, pairs, _ = keys.shape
+    if not isinstance(segmentation, mc.Adaptive):
+        segment = np.repeat(np.cumsum(segmentation.plan(pairs).begins) - 1, segmentation.size)
+        return np.broadcast_to(segment[:pairs], (trials, pairs))
+    key = jnp.asarray(keys)[:, None]
+    if segmentation.by != "errors":
+        return np.asarray(find_borders(segmentation, key, None).of_tokens(pairs))
+    assert values is not None
+    rates = dict(beta=jnp.full(key.shape[:3], beta, key.dtype))
+    tokens = Tokens(key, key, jnp.asarray(values)[:, None], key, rates)
+    how = writing(mc.memories.DeltaNet(), mc.GRM(), tokens, {}, None)
+    borders = find_all_borders(segmentation, tokens, {}, None, how, "independent")
+    return np.asarray(borders.of_tokens(pairs))
 
 
 def found(keys: np.ndarray, segment: np.ndarray, top_k: int = 1) -> float:

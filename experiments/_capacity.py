@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -264,7 +265,12 @@ def quality(y: np.ndarray, values: np.ndarray, asked: np.ndarray) -> dict[str, l
 
 
 def router_hits(
-    keys: np.ndarray, asked: np.ndarray, top_k: int, num_keys: int = 1, last: bool = False
+    keys: np.ndarray,
+    asked: np.ndarray,
+    top_k: int,
+    num_keys: int = 1,
+    last: bool = False,
+    tree: mc.Tree | None = None,
 ) -> list[float]:
     """The share of questions for which SSC reads the state that holds the pair, at each point.
 
@@ -276,6 +282,7 @@ def router_hits(
       top_k: states that a token reads.
       num_keys: pooled keys of a state.
       last: whether to take the last point alone.
+      tree: the tree that the router searches; None to compare all pooled keys.
     """
     trials, pairs, dim = keys.shape
     number, segment = asked.shape[1], pairs // asked.shape[1]
@@ -286,7 +293,37 @@ def router_hits(
     relevance = np.einsum("hnqk,hsk->hnqs", queries, pooled)
     relevance = relevance.reshape(*relevance.shape[:3], number, num_keys).max(axis=-1)
     relevance = np.where(np.arange(number) < live, relevance, -np.inf)
-    best = np.argsort(-relevance, axis=-1, kind="stable")[..., :top_k]
+    if tree is None:
+        best = np.argsort(-relevance, axis=-1, kind="stable")[..., :top_k]
+    else:
+        best = np.asarray(tree.chosen(top_k, jnp.asarray(relevance)))
     own = asked // segment
     found = (own == live[..., 0]) | (best == own[..., None]).any(axis=-1)
     return found.mean(axis=(0, 2)).tolist()
+
+
+def step_seconds(kind: mc.SSC, states: int, dim: int, steps: int) -> float:
+    """Processor seconds per token of a stream with so many cached states, the minimum of five runs.
+
+    Four heads of ``dim``. Segments have one token and values one channel, so that the router takes
+    nearly all of the time.
+    """
+    how: dict[str, Any] = dict(
+        memory=mc.memories.LinearAttention(), aggregation=kind, segmentation=mc.Constant(1)
+    )
+    cache = mc.init_cache(1, 4, dim, 1, **how, max_segments=states + 16)
+    rows = jax.random.normal(jax.random.key(0), (1, states, 4, dim))
+
+    def take(rows: Array, cache: mc.Cache) -> tuple[Array, mc.Cache]:
+        return mc.extend(cache, rows, rows, rows[..., :1], 10 * rows)
+
+    _, cache = jax.jit(take)(rows, cache)
+    step, least = jax.jit(take), math.inf
+    y, _ = jax.block_until_ready(step(rows[:, :1], cache))
+    for _ in range(5):
+        begin = time.process_time()
+        for _ in range(steps):
+            y, _ = step(rows[:, :1], cache)
+        jax.block_until_ready(y)
+        least = min(least, (time.process_time() - begin) / steps)
+    return least

@@ -4,8 +4,9 @@ Replicas with different seeds and learning rates run as one program, by ``vmap``
 """
 
 import functools
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -72,14 +73,22 @@ class Fitted(NamedTuple):
     params: Any
     losses: Float[np.ndarray, "replicas"]
 
-    def answers(self, questions: Questions, batch_size: int) -> Bool[np.ndarray, "replicas b n"]:
-        """Returns whether each answer is the most likely token, for every replica."""
-        parts = []
+    def answers(
+        self, questions: Questions, batch_size: int, cache: Mapping[str, Any] | None = None
+    ) -> Bool[np.ndarray, "replicas b n"]:
+        """Returns whether each answer is the most likely token, for every replica.
+
+        Args:
+          questions: the examples.
+          batch_size: examples at a time.
+          cache: options of ``init_cache``, to read as a stream; by default in one pass.
+        """
+        options, parts = tuple(sorted((cache or {}).items())), []
         for begin in range(0, len(questions.tokens), batch_size):
             # The first rows fill up the last batch, so that all have one shape.
             rows = np.arange(begin, begin + batch_size) % len(questions.tokens)
             batch = jax.tree.map(lambda x, rows=rows: x[rows], questions)
-            parts.append(np.asarray(_right(self.graph, self.params, batch)))
+            parts.append(np.asarray(_right(self.graph, options, self.params, batch)))
         return np.concatenate(parts, axis=1)[:, : len(questions.tokens)]
 
 
@@ -155,18 +164,49 @@ def fit(
     return Fitted(graph, state[0], losses)
 
 
-def _logits(model: LanguageModel, questions: Questions) -> Float[Array, "b n vocab"]:
+def _logits(
+    model: LanguageModel, questions: Questions, cache: Mapping[str, Any] | None = None
+) -> Float[Array, "b n vocab"]:
     """Returns the logits at the asked positions only: a large vocabulary's are most of the work."""
-    hidden = model.hidden(questions.tokens)
+    hidden = hidden_of(model, questions.tokens, cache)
     return model.logits(jnp.take_along_axis(hidden, questions.places[..., None], axis=1))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _right(graph: nnx.GraphDef, params: Any, questions: Questions) -> Bool[Array, "replicas b n"]:
+def hidden_of(
+    model: LanguageModel, tokens: Int[Array, "b t"], cache: Mapping[str, Any] | None
+) -> Float[Array, "b t d"]:
+    """Returns ``model.hidden``; with options of ``init_cache``, that of a stream.
+
+    No piece of the stream crosses the end of a segment, so that all cached states are read in the
+    form in which the cache keeps them.
+    """
+    if not cache:
+        return model.hidden(tokens)
+    rows, length = tokens.shape
+    sizes = [getattr(getattr(mixer, "segmentation", None), "size", 0) for mixer in _mixers(model)]
+    pieces = tokens.reshape(rows, -1, math.gcd(length, *sizes))
+
+    def step(stream: Any, piece: Array) -> tuple[Any, Array]:
+        hidden, stream = model.extend(piece, stream)
+        return stream, hidden
+
+    empty = model.init_cache(rows, length, **cache)
+    hidden = jax.lax.scan(step, empty, jnp.moveaxis(pieces, 1, 0))[1]
+    return jnp.moveaxis(hidden, 0, 1).reshape(rows, length, -1)
+
+
+def _mixers(model: LanguageModel) -> list[Any]:
+    return [block.mixer for blocks, _ in model.config.stacks for block in blocks]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _right(
+    graph: nnx.GraphDef, cache: tuple[tuple[str, Any], ...], params: Any, questions: Questions
+) -> Bool[Array, "replicas b n"]:
     """``Fitted.answers`` for a batch, compiled once per shape."""
 
     def of_replica(params: Any) -> Array:
-        logits = _logits(nnx.merge(graph, params), questions)
+        logits = _logits(nnx.merge(graph, params), questions, dict(cache))
         return jnp.argmax(logits, axis=-1) == questions.answers
 
     return jax.vmap(of_replica)(params)

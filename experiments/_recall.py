@@ -121,11 +121,12 @@ def measure_recall(cases: list[Case]) -> list[Row]:
     """Trains and tests the models of a group.
 
     Returns:
-      For each case ``accuracy`` by length and pairs, the last mean ``loss`` (None if the model
+      For each case ``accuracy`` by length and pairs (of a stream, if the model's options have
+      ``cache``), the last mean ``loss`` (None if the model
       diverged), ``parameters``, and ``state_bytes``: the size of a stream's cache by length.
     """
     task = cases[0]["task"]
-    model = model_config(ConfigDict(cases[0]["model"]))
+    model, cache = model_and_cache(cases[0]["model"])
     sources = [
         on_device(
             length,
@@ -157,8 +158,8 @@ def measure_recall(cases: list[Case]) -> list[Row]:
             seed=1_000_000 + i,
             random_tokens=task["random_tokens"],
         )
-        right = fitted.answers(questions, min(task["test_examples"], 64))
-        size = state_bytes(model, length)
+        right = fitted.answers(questions, min(task["test_examples"], 64), cache)
+        size = state_bytes(model, length, cache)
         for row, mine in zip(rows, right, strict=True):
             row["accuracy"][f"{length}/{pairs}"] = round(float(mine.mean()), 5)
             row["state_bytes"][str(length)] = size
@@ -166,10 +167,22 @@ def measure_recall(cases: list[Case]) -> list[Row]:
     return [row | dict(parameters=parameters) for row in rows]
 
 
-def state_bytes(model: LanguageModelConfig, length: int) -> int:
+def model_and_cache(options: Mapping[str, Any]) -> tuple[LanguageModelConfig, dict[str, Any]]:
+    """The model of a ``config.model``, and its ``cache``: options of ``init_cache``, if any."""
+    options = dict(options)
+    cache = dict(options.pop("cache", {}))
+    return model_config(ConfigDict(options)), cache
+
+
+def state_bytes(
+    model: LanguageModelConfig, length: int, cache: Mapping[str, Any] | None = None
+) -> int:
     """Returns the bytes of a stream's cache with room for ``length`` tokens."""
-    cache = jax.eval_shape(lambda: LanguageModel(model, rngs=nnx.Rngs(0)).init_cache(1, length))
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+
+    def empty() -> Any:
+        return LanguageModel(model, rngs=nnx.Rngs(0)).init_cache(1, length, **(cache or {}))
+
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(empty)))
 
 
 def best(rows: Sequence[Row]) -> dict[str, list[Row]]:

@@ -10,11 +10,15 @@ the tokens that each cached state recalls worst beside it. Rules write without d
 coefficients of ``experiments._capacity.rules``.
 
 Then it draws keys whose topic changes after random numbers of pairs, and counts how often a router
-finds a key's own segment, where segments have one size and where they follow the content. Last, it
-counts for how many questions about ``router_pairs`` pairs a router finds the segment where states
-have several pooled keys.
+finds a key's own segment, where segments have one size and where they follow the content, and
+measures recall there, of random values and of values that are a rotation of their topic's keys.
+Last, it counts for how many questions about ``router_pairs`` pairs a router finds the segment if
+states have several pooled keys. For routers that search a ``Tree``, it reports the keys that a
+question is compared with, how often they find the segment, and the processor time per token of a
+stream with so many cached states.
 
-The workdir gets ``results.json``, ``table.md``, ``borders.md``, ``router.md`` and ``capacity.png``.
+The workdir gets ``results.json``, ``table.md``, ``borders.md``, ``recall.md``, ``router.md``,
+``tree.md`` and ``capacity.png``.
 """
 
 import itertools
@@ -23,7 +27,7 @@ from typing import Any
 import numpy as np
 
 import memcache_jax as mc
-from experiments._borders import draw_topics, measure_router
+from experiments._borders import draw_topics, draw_values, measure_recall, measure_router
 from experiments._capacity import (
     draw_pairs,
     draw_questions,
@@ -32,6 +36,7 @@ from experiments._capacity import (
     measure_memory,
     router_hits,
     rules,
+    step_seconds,
 )
 from experiments._study import Case, Row, Study, new_figure, run
 
@@ -39,7 +44,8 @@ KEYS = (
     *("dim", "pairs", "trials", "questions", "temperature", "enough", "report", "keys"),
     *("alone_every", "rules", "cached_rules", "segments", "aggregations", "top_k", "num_keys"),
     *("exact", "router_pairs", "router_keys", "router_top_k"),
-    *("seed", "borders", "topic_pairs", "topic_correlations"),
+    *("trees", "tree_states", "tree_segment", "tree_top_k", "tree_keys", "tree_trials"),
+    *("seed", "borders", "topic_pairs", "topic_correlations", "recall_borders", "recall_beta"),
 )
 ALONE, ATTENTION = "alone", "attention"
 
@@ -114,6 +120,50 @@ def router_groups(config: Any) -> list[list[Case]]:
     ]
 
 
+def tree_groups(config: Any) -> list[list[Case]]:
+    """The cases of routers with and without a tree, grouped by number of states."""
+    common = dict(dim=config.dim, questions=config.questions, seed=config.seed, num_keys=1)
+    common |= dict(router=config.tree_segment, trials=config.tree_trials, top_k=config.tree_top_k)
+    return [
+        [
+            common
+            | dict(states=states, pairs=states * config.tree_segment, tree=tree)
+            | dict(keys=name, correlation=rho, topic=topic)
+            for tree in [None, *map(list, config.trees)]
+            for name, rho, topic in config.tree_keys
+        ]
+        for states in config.tree_states
+    ]
+
+
+def step_groups(config: Any) -> list[list[Case]]:
+    """The cases of routers' time, grouped by number of states."""
+    return [
+        [
+            dict(states=states, top_k=config.tree_top_k, tree=tree, dim=64)
+            for tree in [None, *map(list, config.trees)]
+        ]
+        for states in config.tree_states
+    ]
+
+
+def measure_steps(cases: list[Case]) -> list[Row]:
+    """Measures the time per token."""
+    return [
+        dict(
+            seconds=step_seconds(
+                mc.SSC(case["top_k"], router=tree_of(case)), case["states"], case["dim"], steps=50
+            )
+        )
+        for case in cases
+    ]
+
+
+def tree_of(case: Case) -> mc.Tree | None:
+    """The router's tree, from its branching and beam; None without one."""
+    return mc.Tree(*case["tree"]) if case.get("tree") else None
+
+
 def measure_routers(cases: list[Case]) -> list[Row]:
     """Measures routers among segments of one size, after all pairs."""
     rows = []
@@ -121,7 +171,8 @@ def measure_routers(cases: list[Case]) -> list[Row]:
         sizes = case["trials"], case["pairs"]
         keys, _ = draw_pairs(case["seed"], *sizes, case["dim"], case["correlation"], case["topic"])
         asked = draw_questions(case["seed"] + 1, *sizes, case["router"], case["questions"])
-        found = router_hits(keys, asked, case["top_k"], case["num_keys"], last=True)
+        how = case["top_k"], case["num_keys"]
+        found = router_hits(keys, asked, *how, last=True, tree=tree_of(case))
         rows.append(dict(found=found[-1]))
     return rows
 
@@ -143,6 +194,33 @@ def measure_borders(cases: list[Case]) -> list[Row]:
         names = ("seed", "trials", "pairs", "dim", "correlation", "lengths")
         drawn = draw_topics(**{name: case[name] for name in names})
         rows.append(measure_router(segmentation(case["borders"]), *drawn))
+    return rows
+
+
+def recall_groups(config: Any) -> list[list[Case]]:
+    """The cases of recall with topics, those of one segmentation together."""
+    names = "dim", "trials", "questions", "temperature", "seed"
+    common = {name: config[name] for name in names} | dict(beta=config.recall_beta)
+    common |= dict(pairs=2 * config.pairs, lengths=list(config.topic_pairs))
+    common |= dict(correlation=config.topic_correlations[len(config.topic_correlations) // 2])
+    return [
+        [common | dict(recall_borders=borders, mapped=mapped) for mapped in (False, True)]
+        for borders in map(dict, config.recall_borders)
+    ]
+
+
+def measure_recalls(cases: list[Case]) -> list[Row]:
+    """Measures recall after all pairs with one segmentation."""
+    rows = []
+    for case in cases:
+        names = ("seed", "trials", "pairs", "dim", "correlation", "lengths")
+        keys, topic = draw_topics(**{name: case[name] for name in names})
+        values = draw_values(case["seed"] + 1, keys, topic, case["mapped"])
+        sizes = case["trials"], case["pairs"], case["pairs"], case["questions"]
+        asked = draw_questions(case["seed"] + 2, *sizes)[:, 0]
+        how = segmentation(case["recall_borders"])
+        rates = case["beta"], case["temperature"]
+        rows.append(measure_recall(how, keys, values, topic, asked, *rates))
     return rows
 
 
@@ -262,6 +340,13 @@ def program(config: Any, study: Study) -> None:
     kinds = [f"rho = {rho}" for rho in config.topic_correlations]
     header = [x for kind in kinds for x in (f"segments, {kind}", f"found, {kind}")]
     study.write_table(["segmentation", *header], table, "borders")
+    table = []
+    for rows in _grouped(study.measure(recall_groups(config), measure_recalls), "recall_borders"):
+        cells = [x for row in rows for x in (f"{row['segments']:.0f}", f"{row['recall']:.2f}")]
+        table.append([segmentation(rows[0]["recall_borders"]), *cells])
+    kinds = ("random values", "rotated keys")
+    header = [x for kind in kinds for x in (f"segments, {kind}", f"recall, {kind}")]
+    study.write_table(["segmentation", *header], table, "recall")
     rows = study.measure(router_groups(config), measure_routers)
     names = ("router", "num_keys", "top_k")
     table = [
@@ -270,6 +355,20 @@ def program(config: Any, study: Study) -> None:
     ]
     header = [f"found, {name}" for name, *_ in config["keys"]]
     study.write_table(["C", "keys of a state", "k", *header], table, "router")
+    rows = study.measure(tree_groups(config), measure_routers)
+    steps = {
+        str([row["states"], row["tree"]]): row
+        for row in study.measure(step_groups(config), measure_steps)
+    }
+    table = []
+    for mine in _grouped(rows, "states", "tree"):
+        (states, tree), one = (mine[0][name] for name in ("states", "tree")), tree_of(mine[0])
+        compared = states if one is None else one.compared(states)
+        seconds = steps[str([states, tree])]["seconds"]
+        found = (f"{row['found']:.2f}" for row in mine)
+        table.append([states, one or "all keys", compared, *found, f"{1e6 * seconds:.0f}"])
+    header = [f"found, {name}" for name, *_ in config.tree_keys]
+    study.write_table(["N", "router", "keys", *header, "us of a token"], table, "tree")
 
 
 def _grouped(rows: list[Row], *names: str) -> list[list[Row]]:

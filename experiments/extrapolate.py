@@ -25,6 +25,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 import memcache_jax as mc
+from experiments._fit import hidden_of
 from experiments._public import PRETRAINED, SEGMENT
 from experiments._study import Case, Row, Study, new_figure, run
 from memcache_jax._typing import Array, Float, Int
@@ -176,7 +177,9 @@ def _measured(
             model = mc.nn.with_memory_caching(
                 trained, segmentation=mc.Constant(segment), aggregation=POST[case["post"]]
             )
-        loss = loss_by_position(model, heldout.tokens, config.eval_batch_size).mean(axis=0)
+        loss = loss_by_position(
+            model, heldout.tokens, config.eval_batch_size, case.get("cache")
+        ).mean(axis=0)
         bits = loss / math.log(2) / heldout.bytes_per_token
         bins = [
             (begin, end, round(float(bits[begin:end].mean()), 5))
@@ -187,15 +190,26 @@ def _measured(
 
 
 def loss_by_position(
-    model: LanguageModel, tokens: Int[np.ndarray, "rows l"], batch_size: int
+    model: LanguageModel,
+    tokens: Int[np.ndarray, "rows l"],
+    batch_size: int,
+    cache: Mapping[str, Any] | None = None,
 ) -> Float[np.ndarray, "rows t"]:
-    """Returns the loss of every next token in nats, t = l - 1 of them per row."""
+    """Returns the loss of every next token in nats, t = l - 1 of them per row.
+
+    Args:
+      model: the model.
+      tokens: token ids.
+      batch_size: rows at a time.
+      cache: options of ``init_cache``, to read as a stream; by default in one pass.
+    """
     graph, state = nnx.split(model)
 
     @jax.jit
     def losses(state: Any, tokens: Array) -> Array:
         model = nnx.merge(graph, state)
-        return -model.token_scores(model.hidden(tokens[:, :-1]), tokens[:, 1:]).log_probability
+        hidden = hidden_of(model, tokens[:, :-1], cache)
+        return -model.token_scores(hidden, tokens[:, 1:]).log_probability
 
     parts = []
     for begin in range(0, len(tokens), batch_size):

@@ -22,13 +22,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from experiments import extrapolate, needle
 from experiments._needles import LITE_VOCABULARY
 from experiments._recall import (
     groups,
     measure_recall,
+    model_and_cache,
     recall_config,
     recall_groups,
     recall_model,
@@ -36,7 +35,6 @@ from experiments._recall import (
 )
 from experiments._study import Case, Row, Study, mean_and_spread, run
 from experiments.ablate import changed, picture
-from memcache_jax.training import model_config
 from memcache_jax.training.config import to_json
 
 _OWN = ("changes", "unbounded", "against", "target", "settled", "parts", "needles", "text")
@@ -58,7 +56,8 @@ def models_in(
 
     Args:
       whole: the ``config.model`` of the first.
-      changes: for each other model, the keys that it replaces.
+      changes: for each other model, the keys that it replaces, and ``cache``, options of
+        ``init_cache`` with which it is evaluated as a stream.
       unbounded: the names of the models that may take more bytes.
       length: tokens of the stream whose cache is measured.
 
@@ -68,7 +67,9 @@ def models_in(
     most = _bytes(whole, length)
     models = {"whole": dict(whole)}
     for name, parts in changes.items():
-        options = fitted(changed(whole, parts), most, length)
+        parts = parts.to_dict() if hasattr(parts, "to_dict") else dict(parts)
+        cache = {"cache": parts.pop("cache")} if "cache" in parts else {}
+        options = fitted(changed(whole, parts) | cache, most, length)
         size = _bytes(options, length)
         if size > most and name not in unbounded:
             raise ValueError(
@@ -94,15 +95,24 @@ def fitted(options: dict[str, Any], most: int, length: int) -> dict[str, Any]:
     def sized(size: int) -> dict[str, Any]:
         return options | dict(segmentation=segmentation | dict(size=size))
 
-    chunk = dict(options["memory"]).get("chunk_size") or 1
-    step = math.lcm(chunk, dict(options["aggregation"]).get("num_keys", 1))
-    sizes = range(step, length + step, step)
-    place = bisect.bisect_left(sizes, True, key=lambda size: _bytes(sized(size), length) <= most)
-    return sized(sizes[min(place, len(sizes) - 1)])
+    chunk, aggregation = dict(options["memory"]).get("chunk_size") or 1, options["aggregation"]
+    step = math.lcm(chunk, aggregation.get("num_keys", 1))
+    least = -(-max(1, aggregation.get("exact", 0)) // step) * step
+
+    def fits(size: int) -> bool:
+        return _bytes(sized(size), length) <= most
+
+    # By doubling: with exact tokens, long segments take more again, for the live one's tokens.
+    high = least
+    while high < length and not fits(high):
+        high *= 2
+    sizes = range(max(least, high // 2 // step * step), high, step)
+    return sized([*sizes, high][bisect.bisect_left(sizes, True, key=fits)])
 
 
 def _bytes(options: Mapping[str, Any], length: int) -> int:
-    return state_bytes(model_config(ConfigDict(options)), length)
+    model, cache = model_and_cache(options)
+    return state_bytes(model, length, cache)
 
 
 def _recall(config: Any, study: Study) -> None:
@@ -160,10 +170,12 @@ def _text(config: Any, study: Study) -> None:
     cases: list[list[Case]] = []
     for name, options in models.items():
         for seed in part.seeds:
-            training = to_json(part.training) | dict(model=options, seed=seed)
+            model = {key: value for key, value in options.items() if key != "cache"}
+            training = to_json(part.training) | dict(model=model, seed=seed)
             folder = re.sub(r"\W+", "_", f"{name}_{seed}")
             sizes = {key: part[key] for key in ("eval_length", "eval_tokens", "first_bin")}
-            cases.append([dict(name=name, trained=folder, training=training, post=None, **sizes)])
+            case = dict(name=name, trained=folder, training=training, post=None, **sizes)
+            cases.append([case | dict(cache=options.get("cache"))])
 
     def measure(cases: list[Case]) -> list[Row]:
         return extrapolate.measure(cases, study.workdir / "models" / cases[0]["trained"], part)

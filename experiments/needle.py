@@ -20,9 +20,9 @@ from ml_collections import ConfigDict
 import memcache_jax as mc
 from experiments._fit import Recipe, Replica, fit
 from experiments._needles import LITE_VOCABULARY, essay, found, lite, needle
-from experiments._recall import groups, recall_model, state_bytes
+from experiments._recall import groups, model_and_cache, recall_model, state_bytes
 from experiments._study import Case, Row, Study, mean_and_spread, new_figure, run
-from memcache_jax.training import load_model, model_config
+from memcache_jax.training import load_model
 from memcache_jax.training.pictures import MAP
 
 TASK = (  # what results of the light version depend on
@@ -104,19 +104,19 @@ def measure_light(cases: list[Case]) -> list[Row]:
         **{key: task[key] for key in ("steps", "batch_size", "weight_decay", "warmup_steps")}
     )
     replicas = [Replica(case["seed"], case["learning_rate"]) for case in cases]
-    model = model_config(ConfigDict(cases[0]["model"]))
+    model, cache = model_and_cache(cases[0]["model"])
     sources = [lite(length) for length in task["train"]]
     fitted = fit(model, sources, replicas, recipe, name=cases[0]["name"])
     keys = jax.random.split(jax.random.key(1_000_000), task["test_examples"])
 
     def accuracy(length: int, depth: float) -> np.ndarray:
         questions = jax.tree.map(np.asarray, jax.vmap(lite(length, depth))(keys))
-        right = fitted.answers(questions, task["test_examples"])
+        right = fitted.answers(questions, task["test_examples"], cache)
         return right.all(axis=-1).mean(axis=-1)
 
     depths = _depths(task["depths"])
     grid = np.array([[accuracy(length, at) for at in depths] for length in task["lengths"]])
-    sizes = {str(n): state_bytes(model, n) for n in task["lengths"]}
+    sizes = {str(n): state_bytes(model, n, cache) for n in task["lengths"]}
     return [dict(accuracy=grid[..., i].tolist(), state_bytes=sizes) for i in range(len(cases))]
 
 

@@ -31,6 +31,7 @@ _NAME = flags.DEFINE_string("name", None, "The model's name to clients; its fold
 _ROWS = flags.DEFINE_integer("rows", 16, "Requests that are decoded at once.", 1)
 _MAX_LENGTH = flags.DEFINE_integer("max_length", 4096, "Tokens of a prompt and its answer.", 2)
 _PIECE = flags.DEFINE_integer("piece", 128, "Tokens of a prompt between two steps.", 1)
+_AHEAD = flags.DEFINE_integer("ahead", 1, "Tokens of a row in a call, where no prompt waits.", 1)
 _QUEUE = flags.DEFINE_integer("queue", 1024, "Requests that wait; more are refused.", 1)
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", None, "Tokens of an answer at most.", 1)
 _MAX_BODY = flags.DEFINE_integer("max_body", 1 << 22, "Bytes of a request's body at most.", 1)
@@ -55,7 +56,8 @@ def program() -> None:
     length = min(_MAX_LENGTH.value, longest(model) or _MAX_LENGTH.value)
     store = mc.PrefixStore(_STORE_MB.value * 10**6) if _STORE_MB.value else None
     sizes: dict[str, Any] = dict(rows=_ROWS.value, max_length=length, piece=_PIECE.value)
-    batcher = mc.Batcher(model, **sizes, most_waiting=_QUEUE.value, store=store)
+    sizes |= dict(ahead=_AHEAD.value, most_waiting=_QUEUE.value)
+    batcher = mc.Batcher(model, **sizes, store=store)
     choices = min(Limits.choices, _QUEUE.value)  # more would never find room in the queue
     limits = Limits(body=_MAX_BODY.value, new_tokens=_MAX_TOKENS.value, choices=choices)
     name = _NAME.value or folder.absolute().name
@@ -70,10 +72,7 @@ def program() -> None:
 
 
 def _compile(batcher: mc.Batcher, tokenizer: Tokenizer) -> None:
-    """Answers a prompt of each piece size, so that no client waits for compilation.
-
-    Only the programs that score prompts compile when a client first asks for scores.
-    """
+    """Answers a prompt of each piece size, so that no client waits for compilation."""
     sizes = [2**i for i in range(batcher.piece.bit_length()) if 2**i < batcher.max_length]
     # Largest first: a store then knows no prefix of the prompts that follow.
     for number, size in enumerate(reversed(sizes), start=1):

@@ -84,14 +84,45 @@ def plan(name: str, state: Any, rows: Any, y: Any, keep: int, blocks: Blocks) ->
     return chosen
 
 
-def _of_heads(tree: Any) -> list[int]:
+def plan_heads(name: str, state: Any, rows: Any, y: Any, keep: int, blocks: Blocks) -> Sweep:
+    """``plan`` for ``_sweep_heads``: the longest groups that fit, then the most heads.
+
+    Raises:
+      CannotServeError: if the forward or the backward pass does not fit into VMEM.
+    """
+    of_state, of_rows, of_y = _tiles(state, 1), *(_tiles(units_first(x), 2) for x in (rows, y))
+    leaves = jax.tree.leaves((rows, y), is_leaf=is_inside)
+    widest = max(x.heads.dtype.itemsize for x in leaves if is_inside(x))
+    work = min(blocks.state_work * of_state, blocks.row_work * of_rows)
+
+    def of(heads: int, group: int) -> Sweep:
+        # Tokens of a group, transposed, and blocks of one chunk, double-buffered, one in float32.
+        rows, y = (heads * x * widest // 4 for x in (of_rows, of_y))
+        tokens = group * (rows + y) + 4 * rows + 2 * y + heads * 2 * max(of_rows, of_y)
+        forward = (heads + 6) * of_state + work + tokens
+        backward = (heads + group + 7) * of_state + work + tokens
+        return Sweep(name, heads, 1, group, keep // group, forward, backward)
+
+    def fits(sweep: Sweep) -> bool:
+        return vmem_left(max(sweep.forward_bytes, sweep.backward_bytes)) > 0
+
+    groups = [size for size in range(min(blocks.group, keep), 0, -1) if keep % size == 0]
+    parts = _of_heads((rows, y), 8)
+    every = [of(heads, group) for group in groups for heads in parts]
+    chosen = next(filter(fits, every), every[-1])
+    needs = ("forward", chosen.forward_bytes), ("backward", chosen.backward_bytes)
+    check_served(name, "pallas_tpu", [vmem_reason(*needs)])
+    return chosen
+
+
+def _of_heads(tree: Any, tile: int = 16) -> list[int]:
     """How many heads a block of arrays with heads inside may have: all, or whole tiles."""
     leaves = jax.tree.leaves(tree, is_leaf=is_inside)
     heads = {x.heads.shape[3] for x in leaves if is_inside(x)}
     if not heads:
         return []
     (every,) = heads
-    tiles = [size for size in range(16, every, 16) if every % size == 0]
+    tiles = [size for size in range(tile, every, tile) if every % size == 0]
     return [every, *reversed(tiles)]
 
 

@@ -20,10 +20,10 @@ TABLE = {
     "affine_update/pallas_tpu_chunks": {
         "default": {
             "group": 4,
-            "row_work": 64,
+            "row_work": 128,
             "start_bytes": 4194304,
-            "state_work": 24,
-            "units": 4,
+            "state_work": 48,
+            "units": 2,
         },
     },
     "bank_read/pallas_gpu": {
@@ -41,9 +41,9 @@ TABLE = {
     },
     "chunk_update/pallas_tpu": {
         "default": {
-            "group": 16,
+            "group": 32,
             "row_work": 32,
-            "start_bytes": 8388608,
+            "start_bytes": 33554432,
             "state_work": 12,
             "units": 1,
         },

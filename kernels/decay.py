@@ -4,6 +4,8 @@ Sums run over exactly the tokens of each product: differences of one running sum
 small decays that follow a strong one. A decay of exactly zero (a log of -inf) may be given.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -70,63 +72,77 @@ def end_decay(log_decay: Float[Array, "m *k"]) -> Float[Array, "m *k"]:
 
 
 def channel_scores(
-    x: Float[Array, "m k"], key: Float[Array, "m k"], log_decay: Float[Array, "m k"]
-) -> Float[Array, "m m"]:
-    """Returns A[t, j] = sum over c of x[t, c] key[j, c] prod over j < i <= t of decay[i, c].
+    reads: Float[Array, "r m k"], keys: Float[Array, "w m k"], log_decay: Float[Array, "m k"]
+) -> Float[Array, "r w m m"]:
+    """Returns A[., ., t, j] = sum over c of reads[., t, c] keys[., j, c] P[t, j, c].
 
-    Blocks double in size, from single tokens. Between the halves of a block the product is split
-    where they meet, so that no factor exceeds one however strong the decays, and all is matrix
-    products.
+    P[t, j] is the product of decay_i over j < i <= t, and zero where j > t. Blocks double in size,
+    from single tokens. Between the halves of a block the product is split where they meet, so that
+    no factor exceeds one, however strong the decays, and every step is a matrix product. Factors
+    are computed once for all reads and writes.
 
     Args:
-      x: what reads.
-      key: what was written.
+      reads: what reads.
+      keys: what was written.
       log_decay: logs of the decays, <= 0.
     """
+    log_decay = jnp.maximum(log_decay, _ZERO)
     if whole_matrices():
-        return _channel_scores_in_whole(x, key, jnp.maximum(log_decay, _ZERO))
-    size, width = x.shape
+        return _channel_scores_in_whole(reads, keys, log_decay)
+    size = len(log_decay)
     filled = 1 << (size - 1).bit_length()
-    x, key, since = (
-        jnp.pad(rows, ((0, filled - size), (0, 0)))
-        for rows in (x, key, jnp.maximum(log_decay, _ZERO))
+    by_token = jnp.moveaxis(reads, 0, 1), jnp.moveaxis(keys, 0, 1)
+    reads, keys, since = (
+        jnp.pad(x, [(0, filled - size)] + [(0, 0)] * (x.ndim - 1)) for x in (*by_token, log_decay)
     )
     to_end = jnp.zeros_like(since)
-    scores = jnp.vecdot(x, key)[:, None, None]
+    scores = jnp.einsum("trk,twk->trw", reads, keys)[:, None, :, None]
 
-    def halves(rows: Array) -> tuple[Array, Array]:
+    def halves(rows: Array, *rest: int) -> tuple[Array, Array]:
         """The first and the second halves of blocks."""
-        pairs = rows.reshape(len(scores) // 2, 2, -1, width)
+        pairs = rows.reshape(len(scores) // 2, 2, -1, *rest, rows.shape[-1])
         return pairs[:, 0], pairs[:, 1]
 
     while len(scores) > 1:
         (first, second), (to_middle, rest) = halves(since), halves(to_end)
-        readers, writers = halves(x)[1] * jnp.exp(second), halves(key)[0] * jnp.exp(to_middle)
-        corner = jnp.einsum("wik,wjk->wij", readers, writers)
-        upper = jnp.concatenate([scores[::2], jnp.zeros_like(corner)], axis=2)
-        lower = jnp.concatenate([corner, scores[1::2]], axis=2)
+        readers = halves(reads, reads.shape[1])[1] * jnp.exp(second)[:, :, None]
+        writers = halves(keys, keys.shape[1])[0] * jnp.exp(to_middle)[:, :, None]
+        corner = jnp.einsum("nirk,njwk->nirjw", readers, writers)
+        upper = jnp.concatenate([scores[::2], jnp.zeros_like(corner)], axis=3)
+        lower = jnp.concatenate([corner, scores[1::2]], axis=3)
         since = jnp.stack([first, first[:, -1:] + second], axis=1)
         to_end = jnp.stack([to_middle + second[:, -1:], rest], axis=1)
         scores = jnp.concatenate([upper, lower], axis=1)
-    return scores[0, :size, :size]
+    return jnp.transpose(scores[0, :size, :, :size], (1, 3, 0, 2))
 
 
 def _channel_scores_in_whole(
-    x: Float[Array, "m k"], key: Float[Array, "m k"], log_decay: Float[Array, "m k"]
-) -> Float[Array, "m m"]:
+    reads: Float[Array, "r m k"], keys: Float[Array, "w m k"], log_decay: Float[Array, "m k"]
+) -> Float[Array, "r w m m"]:
     """``channel_scores`` of all blocks of a size at once, in products of whole matrices."""
-    shape = (len(x), len(x))
-    row, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    size = len(log_decay)
+    levels = range((size - 1).bit_length())
+    row, column = (lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
 
-    def sums(of: Bool[Array, "m m"]) -> Float[Array, "m k"]:
-        return jnp.matmul(of.astype(log_decay.dtype), log_decay, precision="highest")
+    def between(level: int) -> Bool[Array, "m m"]:
+        """Whether a decay lies between the middle and a token that reads, or one that is read."""
+        second = (row >> level) & 1 == 1
+        return (row >> level == column >> level) & jnp.where(second, column <= row, column > row)
 
-    scores = jnp.where(row == column, jnp.sum(x * key, axis=1)[:, None], 0.0)
-    for level in range((len(x) - 1).bit_length()):
-        block_row, block_column = row >> level, column >> level
-        same = block_row == block_column
-        readers = x * jnp.exp(sums(same & (column <= row)))  # decays from the middle to a reader
-        writers = key * jnp.exp(sums(same & (column > row)))  # and from a writer to the middle
-        is_corner = (block_row == block_column + 1) & (block_row & 1 == 1)
-        scores += jnp.where(is_corner, jnp.matmul(readers, writers.T), 0.0)
+    def is_corner(level: int) -> Bool[Array, "m m"]:
+        return (row >> level == (column >> level) + 1) & ((row >> level) & 1 == 1)
+
+    factors: Any = ()
+    if levels:
+        sums = jnp.concatenate([between(level).astype(log_decay.dtype) for level in levels])
+        summed = jnp.matmul(sums, log_decay, precision="highest")
+        factors = jnp.exp(summed).reshape(-1, *log_decay.shape)
+
+    def products(factor: Array | float, where: Bool[Array, "m m"]) -> Float[Array, "r w m m"]:
+        of = [[jnp.matmul(x * factor, (y * factor).T) for y in keys] for x in reads]
+        return jnp.where(where, jnp.stack([jnp.stack(row) for row in of]), 0.0)
+
+    scores = products(1.0, row == column)
+    for level in levels:
+        scores += products(factors[level], is_corner(level))
     return scores

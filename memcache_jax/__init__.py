@@ -11,6 +11,7 @@ from memcache_jax.serving import Batcher, PrefixStore
 from memcache_jax.sparse import SSC
 from memcache_jax.streaming import Cache, extend, init_cache
 from memcache_jax.streaming.eviction import Eviction
+from memcache_jax.tree import Tree
 
 __version__ = "0.2.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "Residual",
     "Segmentation",
     "Soup",
+    "Tree",
     "extend",
     "generate",
     "init_cache",

@@ -1,28 +1,60 @@
 """Segments that end where the content changes, decided by the tokens so far."""
 
 import dataclasses
+from typing import Literal, TypeAlias, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memcache_jax._checks import check_integer, check_number, set_fields
+from memcache_jax._checks import check_choice, check_integer, check_number, set_fields
 from memcache_jax._typing import Array, Bool, Float, Int
 from memcache_jax.segmentation import ReadPlan, Segmentation
+
+By: TypeAlias = Literal["keys", "errors", "scores"]
+"""What decides where a segment of ``Adaptive`` ends."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Adaptive(Segmentation):
-    """Segments of ``min`` to ``max`` tokens that end when the keys change direction.
+    """Segments of ``min`` to ``max`` tokens that end when the content changes.
 
-    Borders lie between blocks of ``block`` tokens. A segment with the keys' sum K ends with a block
-    whose keys sum to k if it has ``min`` tokens and::
+    Borders lie between blocks of ``block`` tokens. A segment ends with a block if it has ``min``
+    tokens and surprise > threshold, or if it has ``max`` tokens; arXiv:2602.24281 has segments of
+    fixed sizes only. A border depends only on tokens before it: outputs are causal and do not
+    depend on the sequence's length. It is the same for all heads of a row. The surprise of a block
+    depends on ``by``:
 
-        surprise = 1 - mean over heads of cos(K, k) > threshold
+    ``"keys"``: 1 - cos(K, k), mean over heads, where k is the sum of the block's keys and K the sum
+    of the segment's keys before it. So the keys of a segment have similar directions, and its
+    pooled key, by which gates and routers find its state, represents them.
 
-    or if it has ``max`` tokens, where K is the sum before the block. So a segment's pooled key, by
-    which gates and routers find its state, stands for keys of one direction. A border depends only
-    on tokens before it: outputs are causal and do not depend on the sequence's length. It is the
-    same for all heads of a row. No gradient passes through the choice of borders.
+    ``"errors"``: 1 - E / e, where e is the mean relative error of the memory over the block's
+    tokens and heads, and E that over the segment's earlier blocks::
+
+        error of token t = |v_t - M_{t-1}(k_t)|^2 / |v_t|^2    (0 where v_t = 0)
+
+    So a segment ends when its memory no longer predicts the values; a threshold of 0.5 means that
+    the error doubles. A rule with a chunk size recalls with the state at the chunk's start, where
+    it also takes its gradient. M is the live memory, which restarts at borders with independent
+    starts: a stream needs no second memory, and a border does not depend on how long ago the
+    document began. The cost: one pass writes twice, first to find the borders, block by block and
+    without gradients; in a stream single tokens add one read, and whole chunks are written twice.
+
+    ``"scores"``: sigmoid(s), where s is the mean over the block's tokens and heads of the logits
+    ``memory_caching(border=...)``. Layers learn a linear map from their input to these logits. At
+    the default threshold of 0.5 a segment ends where s > 0.
+
+    No gradient passes through borders by keys and errors. Scores are learned by a straight-through
+    estimator (arXiv:1308.3432), like the boundaries of arXiv:2507.07955. Outputs read only the
+    states at borders, but the gradient of the scores is that of a relaxation: each block that may
+    end a segment has a state in the gates of later tokens, with relevance r + log p for
+    p = sigmoid(s), so that it counts p times; where ``max`` forces the border it counts once. So a
+    border is learned where a state that ends there would help later tokens. The relaxation's states
+    begin where the segments do, and have no ``exact`` tokens. Training reads up to min / block
+    times as many states. Streams give scores no gradient. If nearly all blocks are borders, the
+    relaxation has few states to add, so layers start with logits of -1. More states rarely hurt
+    a loss, which may therefore need a term that keeps borders few.
 
     A token reads the states of all segments before its own, at most length / min. Every row has its
     own borders; arrays have room for the most segments. Each packed document begins a segment,
@@ -36,14 +68,15 @@ class Adaptive(Segmentation):
     Attributes:
       min: fewest tokens in a segment.
       max: most tokens in a segment.
-      threshold: of the surprise, which is 1 for keys at a right angle to the segment's, and 0 in a
-        segment's first block. At 2 or more all segments have ``max`` tokens.
-      block: tokens between possible borders, ``min`` by default; divides both. A segment can end
-        early only with its second block or a later one.
+      threshold: of the surprise, which has no unit. By keys it is 1 at a right angle and at most 2;
+        by errors and scores it is below 1. At 2 or more all segments have ``max`` tokens.
+      block: tokens between possible borders, ``min`` by default; divides ``min`` and ``max``. By
+        keys and errors only the second block or a later one can end a segment early.
+      by: what decides: ``"keys"``, ``"errors"`` or ``"scores"``.
 
     Raises:
       ValueError: for sizes below 1, ``max`` below ``min``, a ``block`` that does not divide both,
-        or a negative threshold.
+        a negative threshold, or an unknown ``by``.
 
     Example:
       >>> import memcache_jax as mc
@@ -56,6 +89,7 @@ class Adaptive(Segmentation):
     max: int
     threshold: float = 0.5
     block: int | None = None
+    by: By = "keys"
     size: int = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -68,6 +102,7 @@ class Adaptive(Segmentation):
                 f"max={most}, block={size}"
             )
         threshold = check_number("threshold", self.threshold, ">= 0", lambda x: x >= 0)
+        check_choice("by", self.by, get_args(By))
         set_fields(self, min=fewest, max=most, threshold=threshold, block=block, size=size)
 
     def plan(self, length: int) -> ReadPlan:
@@ -87,19 +122,44 @@ class Adaptive(Segmentation):
         return check_integer("segments", segments, 0) * self.min
 
     def ends(
-        self, before: Int[Array, "b"], segment: Float[Array, "b h k"], block: Float[Array, "b h k"]
+        self,
+        before: Int[Array, "b"],
+        segment: Float[Array, "b *measure"],
+        block: Float[Array, "b *measure"],
     ) -> Bool[Array, "b"]:
         """Whether the segment of each row ends with a block.
 
         Args:
           before: blocks of the segment before it.
-          segment: the sum of their keys.
-          block: the sum of the block's own keys, of the segment's document.
+          segment: the sum of the measures of these blocks.
+          block: the block's own measure, over the tokens of the segment's document: by keys their
+            sum (b, h, k); by errors the mean error and by scores the mean logit, (b,).
         """
+        blocks = before + 1
+        surprising = self.surprise(before, segment, block) > self.threshold
+        return (self.may_end(blocks) & surprising) | self.must_end(blocks)
+
+    def surprise(
+        self,
+        before: Int[Array, "b"],
+        segment: Float[Array, "b *measure"],
+        block: Float[Array, "b *measure"],
+    ) -> Float[Array, "b"]:
+        """The surprise of a block; arguments as for ``ends``."""
+        if self.by == "scores":
+            return jax.nn.sigmoid(block)
+        if self.by == "errors":
+            surprise = 1 - segment / jnp.maximum(before, 1) / jnp.where(block == 0, 1, block)
+            return jnp.where((before > 0) & (block != 0), surprise, 0)
         squares = jnp.sum(segment**2, axis=-1) * jnp.sum(block**2, axis=-1)
         products = jnp.vecdot(segment, block, precision="highest")
         cosines = products / jnp.sqrt(jnp.where(squares == 0, 1, squares))
-        surprising = (before > 0) & (1 - cosines.mean(axis=-1) > self.threshold)
-        blocks = before + 1
-        long = blocks >= self.min // self.size
-        return (long & surprising) | (blocks >= self.max // self.size)
+        return jnp.where(before > 0, 1 - cosines.mean(axis=-1), 0)
+
+    def may_end(self, blocks: Int[Array, "*b"]) -> Bool[Array, "*b"]:
+        """Whether segments of so many blocks have ``min`` tokens."""
+        return blocks >= self.min // self.size
+
+    def must_end(self, blocks: Int[Array, "*b"]) -> Bool[Array, "*b"]:
+        """Whether segments of so many blocks have ``max`` tokens."""
+        return blocks >= self.max // self.size

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from memcache_jax._checks import check_arguments, check_choice, check_mapping, shown
+from memcache_jax._checks import check_arguments, check_border, check_choice, check_mapping, shown
 from memcache_jax._eager import compiled
 from memcache_jax._typing import Array, Exchange, Float, Implementation, Int, Start
 from memcache_jax._varying import alike
@@ -11,7 +11,7 @@ from memcache_jax.adaptive import Adaptive
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.engine.exact import check_keeps
 from memcache_jax.engine.one_pass import one_pass
-from memcache_jax.engine.types import Tokens
+from memcache_jax.engine.types import CachedStates, Tokens
 from memcache_jax.kernels._platform import check_platform
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Constant, Logarithmic, Segmentation
@@ -27,6 +27,7 @@ def memory_caching(
     *,
     memory: Memory,
     controls: Mapping[str, Array] | None = None,
+    border: Float[Array, "b t h"] | None = None,
     weights: Mapping[str, Array] | None = None,
     aggregation: Aggregation,
     segmentation: Segmentation,
@@ -57,6 +58,9 @@ def memory_caching(
       controls: the rule's per-token coefficients by name, shapes as ``memory.controls`` says.
         Decays are given as logs, <= 0: larger ones are refused in NumPy arrays, and elsewhere are
         growth. Constants of a head have shape (h,).
+      border: logits by which segments of ``Adaptive(by="scores")`` end: a border comes after a
+        block whose mean logit s, over tokens and heads, has sigmoid(s) above the threshold. Must be
+        given for these segments, and for no others.
       weights: initial weights of a deep memory by name, one per head: (h, out, in).
       aggregation: how reads become one output: ``Residual()``, ``GRM()``, ``Soup()`` or ``SSC()``.
       segmentation: where states are cached: ``Constant(C)``, ``Logarithmic(C)``, ``Lengths`` or
@@ -87,8 +91,9 @@ def memory_caching(
 
     Raises:
       ValueError: for shapes, controls or weights that do not fit each other or the memory, a
-        missing connector, a segment size that the memory's chunk size does not divide, an unknown
-        start, implementation or exchange, or document_ids with a segmentation that takes none.
+        missing connector, a missing or unexpected border, a segment size that the memory's chunk
+        size does not divide, an unknown start, implementation or exchange, or document_ids with a
+        segmentation that takes none.
         With time divided, also for fewer segments than devices, segments of several lengths, the
         reference, rules whose runs do not compose with checkpoint starts or ``Logarithmic``, and
         a ring unless blocks read the states of all segments before them.
@@ -103,6 +108,46 @@ def memory_caching(
       >>> y.shape
       (2, 100, 4, 16)
     """
+    return in_group(
+        *(query, key, value, connector),
+        memory=memory,
+        controls=controls,
+        border=border,
+        weights=weights,
+        aggregation=aggregation,
+        segmentation=segmentation,
+        start=start,
+        document_ids=document_ids,
+        implementation=implementation,
+        exchange=exchange,
+    )
+
+
+def in_group(
+    query: Array,
+    key: Array,
+    value: Array,
+    connector: Array | None = None,
+    given: CachedStates | None = None,
+    *,
+    memory: Memory,
+    controls: Mapping[str, Array] | None = None,
+    border: Float[Array, "b t h"] | None = None,
+    weights: Mapping[str, Array] | None = None,
+    aggregation: Aggregation,
+    segmentation: Segmentation,
+    start: Start = "independent",
+    document_ids: Int[Array, "b t"] | None = None,
+    implementation: Implementation | None = None,
+    exchange: Exchange = "gather",
+    hands_on: bool = False,
+) -> Any:
+    """``memory_caching`` of a layer that shares cached states with others.
+
+    With ``given`` it reads these cached states instead of its own. With ``hands_on`` it returns the
+    output and its cached states. Layers that share states have ``Constant`` segments of one size,
+    ``exact=0`` and ``num_keys=1``.
+    """
     controls, weights = check_mapping("controls", controls), check_mapping("weights", weights)
     check_configuration(memory, aggregation, segmentation, start, implementation)
     check_choice("exchange", exchange, get_args(Exchange))
@@ -112,7 +157,8 @@ def memory_caching(
     )
     check_platform(implementation, query)
     some: Any = connector  # or None, which has no arrays to divide
-    tokens = Tokens(query, key, value, some, controls)
+    check_border(border, segmentation, key)
+    tokens = Tokens(query, key, value, some, controls, border)
     how: dict[str, Any] = dict(
         memory=memory,
         aggregation=aggregation,
@@ -123,11 +169,13 @@ def memory_caching(
     rows = (query, key, value, connector)
     division = Division.of(*((x, "b t h .") for x in rows), (document_ids, "b t"))
     tokens, initial, document_ids = alike((tokens, weights, document_ids))
+    if given is not None or hands_on:
+        how |= dict(hands_on=hands_on)
     if division is None:
-        return compiled(one_pass, tokens, initial, document_ids, **how)
+        return compiled(one_pass, tokens, initial, document_ids, given, **how)
     if isinstance(segmentation, Adaptive):  # all heads decide together where segments end
         division = division.whole("h")
-    return over_mesh(division, tokens, initial, document_ids, exchange, **how)
+    return over_mesh(division, tokens, initial, document_ids, exchange, given, **how)
 
 
 def check_configuration(
@@ -162,6 +210,9 @@ def check_configuration(
             f"the chunk size of {type(memory).__name__}, {memory.gradient_chunk}, must divide the "
             f"segment size, got {segmentation}"
         )
+    router = getattr(aggregation, "router", None)
+    if router is not None and type(segmentation) is not Constant:
+        raise ValueError(f"a router with {router} needs Constant segments, got {segmentation}")
     if aggregation.exact:
         check_keeps(aggregation.exact, segmentation)
     check_choice("start", start, get_args(Start))

@@ -231,6 +231,8 @@ def scores(
     if candidates.counts is not None:
         counts = candidates.counts[:, None, :, None]
         cached += jnp.log(jnp.maximum(counts, 1).astype(cached.dtype))
+    if candidates.log_counts is not None:
+        cached += candidates.log_counts[:, None, None, None]
     return jnp.where(visible(candidates)[:, None], cached, -jnp.inf), live
 
 

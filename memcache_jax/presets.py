@@ -97,7 +97,7 @@ def mixers(name: str, *, segment: int = 256, top_k: int = 4) -> tuple[Mixer, ...
     Example:
       >>> import memcache_jax as mc
       >>> mc.presets.mixers("swla_ssc", segment=8, top_k=2)[0].aggregation
-      SSC(gate='content', pooling='mean', num_keys=1, exact=0, top_k=2, inner='grm')
+      SSC(gate='content', pooling='mean', num_keys=1, exact=0, top_k=2, inner='grm', router=None)
     """
     check_choice("name", name, NAMES)
     segment = check_integer("segment", segment)

@@ -1,5 +1,7 @@
 """Segments that end where the content changes: sizes, bounds, and the choice itself."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -51,7 +53,8 @@ def test_keys_without_a_direction_end_no_segment_early():
 
 
 def test_bad_sizes():
-    for sizes in (dict(min=8, max=4), dict(min=8, max=12), dict(min=8, max=16, block=3)):
+    several: Any = (dict(min=8, max=4), dict(min=8, max=12), dict(min=8, max=16, block=3))
+    for sizes in several:
         with pytest.raises(ValueError, match="both multiples of block, got min=8"):
             mc.Adaptive(**sizes)
     with pytest.raises(ValueError, match="min must be at least 1, got 0"):

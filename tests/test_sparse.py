@@ -19,7 +19,11 @@ def test_router_takes_the_most_relevant_and_of_equals_the_older():
     np.testing.assert_array_equal(online, 1.0)
 
 
-@pytest.mark.parametrize("kind", [mc.SSC(top_k=2), mc.SSC(top_k=2, inner="soup")], ids=repr)
+@pytest.mark.parametrize(
+    "kind",
+    [mc.SSC(top_k=2), mc.SSC(top_k=2, inner="soup"), mc.SSC(top_k=2, exact=8)],
+    ids=["grm", "soup", "exact"],
+)
 def test_the_cost_of_a_routed_read_does_not_grow_with_the_segments(kind):
     from experiments._flops import count_flops
 

@@ -5,7 +5,6 @@ The backward pass recomputes the maps.
 """
 
 import contextlib
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +17,8 @@ from memcache_jax.kernels import _sweep, _sweep_plan
 from memcache_jax.kernels._block_sizes import block_sizes
 from memcache_jax.kernels._dispatch import CannotServeError, check_served, written
 from memcache_jax.kernels._shapes import dtype_reasons
-from memcache_jax.kernels._sweep_blocks import Inside, is_inside, units_first
+from memcache_jax.kernels._sweep_blocks import units_first
+from memcache_jax.kernels._sweep_order import Order
 from memcache_jax.kernels.affine_update._maps import pull_maps, step_maps, turned
 from memcache_jax.kernels.affine_update.form import AffineChunk, OnChip, empty_matrices
 from memcache_jax.kernels.triangular import in_whole_matrices
@@ -42,14 +42,16 @@ def affine_update(
     dtypes = dtype_reasons(*jax.tree.leaves((state, rows)))
     check_served("affine_update", "pallas_tpu", dtypes)
     every = _Rows(rows, on_chip.spoilt)
-    order = _Order(state.shape[:batch_dims])
+    order = Order(state.shape[:batch_dims])
     first = turned(order.of_units(state))
 
     def planned(inside: bool) -> tuple[Any, Any, Any]:
         packed = jax.eval_shape(lambda x: order.packed(x, inside), every)
         form = jax.eval_shape(jax.vmap(jax.vmap(chunk)), units_first(packed).rows)
         shape = (*form.query.shape[:3], form.value.shape[-1])
-        y = jax.eval_shape(lambda: order.packed_y(jnp.zeros(shape, on_chip.dtype), inside))
+        y = jax.eval_shape(
+            lambda: order.packed(order.of_batch(jnp.zeros(shape, on_chip.dtype)), inside)
+        )
         name = "affine_update/pallas_tpu_chunks"
         key = f"n{shape[1]} m{shape[2]} {state.shape[-2]}x{state.shape[-1]}"
         blocks = block_sizes(_sweep_plan.Blocks, name, key, on_chip.dtype)
@@ -78,7 +80,7 @@ def affine_update(
     update.defvjp(forward, backward)
     ends, y = update(first, order.packed(every, inside))
     ends = order.of_batch(jnp.swapaxes(ends, -1, -2).astype(state.dtype))
-    return ends, order.unpacked_y(y)
+    return ends, order.unpacked(y)
 
 
 # The plan's estimate suits most rules; RWKV-7's backward pass takes 1.6 times as much.
@@ -90,53 +92,6 @@ class _Rows(NamedTuple):
 
     rows: Any
     spoilt: Any
-
-
-class _Order:
-    """How a batch (b, h, *runs) maps to units: heads last, so that they may lie inside rows."""
-
-    def __init__(self, batch: tuple[int, ...]) -> None:
-        self.outer = (batch[0], *batch[2:]) if len(batch) > 1 else batch
-        self.heads = batch[1] if len(batch) > 1 else 1
-        self.batch = batch
-
-    def of_units(self, x: Array) -> Array:
-        """From (*batch, ...) to (units, ...)."""
-        x = self._heads_to(x, 1, len(self.batch) - 1)
-        return x.reshape(math.prod(self.batch), *x.shape[len(self.batch) :])
-
-    def of_batch(self, x: Array) -> Array:
-        """From (units, ...) to (*batch, ...)."""
-        heads = self.batch[1:2]
-        return self._heads_to(x.reshape(*self.outer, *heads, *x.shape[1:]), len(self.batch) - 1, 1)
-
-    def packed(self, tree: Any, inside: bool) -> Any:
-        """From (*batch, chunks, ...) to (units, chunks, ...), or ``Inside`` where m rows have k."""
-
-        def of(x: Array) -> Any:
-            if not inside or x.ndim != len(self.batch) + 3:
-                return self.of_units(x)
-            return Inside(
-                jnp.moveaxis(x, 1, -2).reshape(
-                    math.prod(self.outer), *x.shape[len(self.batch) : -1], self.heads, x.shape[-1]
-                )
-            )
-
-        return jax.tree.map(of, tree)
-
-    def packed_y(self, y: Array, inside: bool) -> Any:
-        """What is read, from (units, chunks, m, v)."""
-        return self.packed(self.of_batch(y), inside)
-
-    def unpacked_y(self, y: Any) -> Array:
-        """What is read, to (*batch, chunks, m, v)."""
-        if not is_inside(y):
-            return self.of_batch(y)
-        y = y.heads
-        return jnp.moveaxis(y.reshape(*self.outer, *y.shape[1:]), -2, 1)
-
-    def _heads_to(self, x: Array, source: int, destination: int) -> Array:
-        return x if len(self.batch) < 3 else jnp.moveaxis(x, source, destination)
 
 
 def _kernels(chunk: Callable[[Any], AffineChunk], dtype: DTypeLike) -> tuple[Callable, Callable]:

@@ -15,6 +15,7 @@ def chunk_update(
     *,
     batch_dims: int,
     implementation: str | None = None,
+    late: Any = None,
 ) -> tuple[Any, Any]:
     """Carries memories through their chunks: state_{i+1}, y_i = chunk(state_i, rows_i).
 
@@ -25,6 +26,9 @@ def chunk_update(
       batch_dims: how many leading axes are independent memories.
       implementation: ``"xla"`` (the default), ``"pallas_tpu"``, which traces ``chunk`` in its
         kernels, ``"pallas_gpu"``, for chunks that carry no state, or ``"reference"``.
+      late: given if the second axis of the batch is heads and rows (m, k) are tokens, which kernels
+        may then read with heads inside: a tree of booleans like the rows, true for those that no
+        later state depends on.
 
     Returns:
       The last states (*batch, ...) and the outputs (*batch, chunks, ...).
@@ -34,4 +38,7 @@ def chunk_update(
       NotImplementedError: if the implementation is missing or cannot take these arguments, with the
         reasons.
     """
-    return choose("chunk_update", _IMPLEMENTATIONS, implementation)(chunk, state, rows, batch_dims)
+    update = choose("chunk_update", _IMPLEMENTATIONS, implementation)
+    if implementation == "pallas_tpu":
+        return update(chunk, state, rows, batch_dims, late)
+    return update(chunk, state, rows, batch_dims)

@@ -264,6 +264,21 @@ def check_arguments(
         check_weights(memory, weights, h, k, v)
 
 
+def check_border(border: Any, segmentation: Any, key: Any) -> None:
+    """Raises ValueError unless ``border`` has logits (b, t, h) exactly where segments need them."""
+    shape = tuple(key.shape[:3])
+    wanted = getattr(segmentation, "by", None) == "scores"
+    if wanted and border is None:
+        raise ValueError(
+            f"{segmentation} decides by scores: pass border, logits (b, t, h) = {shape}, got None; "
+            "layers built with such segments compute it"
+        )
+    if border is not None:
+        if not wanted:
+            raise ValueError(f"border is for Adaptive(by='scores'), got {segmentation}")
+        check_shape("border", border, shape, "b, t, h")
+
+
 def check_weights(memory: Any, weights: Mapping, heads: int, k: int, v: int) -> None:
     """Raises ValueError unless these are the initial weights of a memory, of every head."""
     shapes = memory.weight_shapes(k, v)

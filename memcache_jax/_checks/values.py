@@ -1,7 +1,9 @@
 """Checks of single values: numbers, names, dtypes, arrays, and objects of our classes."""
 
 import math
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -77,6 +79,19 @@ def check_instance(name: str, got: Any, kind: type | tuple[type, ...], wanted: s
     """Raises ValueError unless ``got`` is of a class; ``wanted`` says what is, as an example."""
     if not isinstance(got, kind):
         raise ValueError(f"{name} must be {wanted}, got {shown(got)}")
+
+
+def check_function(name: str, got: Any, of: str) -> None:
+    """Raises ValueError unless it is None or a function of what ``of`` says."""
+    if got is not None and not callable(got):
+        raise ValueError(f"{name} must be a function of {of}, got {shown(got)}")
+
+
+def check_path(name: str, got: Any) -> Path:
+    """Returns a path, or raises ValueError."""
+    if not isinstance(got, (str, os.PathLike)) or isinstance(os.fspath(got), bytes):
+        raise ValueError(f"{name} must be a path, got {shown(got)}")
+    return Path(got)
 
 
 def check_dtype(name: str, got: Any, *, optional: bool = False) -> Any:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memcache_jax._typing import Array, Bool, Float, State
-from memcache_jax.engine.finite import spoilt, with_finite_writes
+from memcache_jax.engine.finite import as_they_came, spoilt, with_finite_writes
 from memcache_jax.engine.types import Rows, Views, Writing
 from memcache_jax.kernels._dispatch import CannotServeError
 from memcache_jax.kernels.affine_update import AffineChunk, OnChip, affine_update
@@ -71,7 +71,7 @@ def write_affine(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> t
         return jax.tree.map(lambda x: x.reshape(*lead, -1, *x.shape[4:]), tree)
 
     def made_on_chip() -> tuple[Array, Array]:
-        came = _as_they_came(memory, rows)
+        came = _forgetting(memory, rows)
         dtype = jnp.result_type(came.query, came.key, came.value)
         late = jax.tree.map(lambda x: False, (before, goes_on, came))
         late = (*late[:2], late[2]._replace(query=True))
@@ -100,13 +100,9 @@ def write_affine(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> t
         raise CannotServeError(f"{error}; with maps made in the kernels: {refused}") from refused
 
 
-def _as_they_came(memory: AffineMemory, rows: Rows) -> Rows:
-    """The rows before cleaning, in bfloat16 or wide, with documents as controls that forget."""
-    came = jax.tree.map(
-        lambda x, wide: x if x.dtype == jnp.bfloat16 else x.astype(wide.dtype),
-        rows.came,
-        rows._replace(begun=None, bad=None, came=None),
-    )
+def _forgetting(memory: AffineMemory, rows: Rows) -> Rows:
+    """``as_they_came``, with documents as controls that forget."""
+    came = as_they_came(rows)
     if rows.begun is None:
         return came
     firsts = _for_each(first_of_documents, 4)(rows.begun.astype(jnp.int32))

@@ -1,5 +1,6 @@
 """Segments whose borders the tokens decide: where they lie, and the states that blocks may read."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from memcache_jax._typing import Array, Float, Int, State
+from memcache_jax._typing import Array, Bool, Float, Int, State
 from memcache_jax.adaptive import Adaptive
 from memcache_jax.engine.documents import (
     DocumentBuckets,
@@ -16,6 +17,7 @@ from memcache_jax.engine.documents import (
     running_document_keys,
     slot_keys,
 )
+from memcache_jax.engine.measures import Measure, by_keys, by_scores
 from memcache_jax.engine.types import Candidates, Keys
 from memcache_jax.segmentation import ReadPlan
 
@@ -25,15 +27,17 @@ class Borders(NamedTuple):
 
     Attributes:
       before: segments that ended before each block.
-      last: the last block of the segment in each slot; any block where there is none.
+      last: the last block of the segment in each slot; the row's last block where there is none.
       segment: the number of each token's segment, counted over all documents of the row.
       document: the number of each token's document; None without packed documents.
+      log_counts: as in ``Candidates``, of the states in the slots; None if each counts once.
     """
 
     before: Int[Array, "b n"]
     last: Int[Array, "b r"]
     segment: Int[Array, "b n c"]
     document: Int[Array, "b n c"] | None
+    log_counts: Float[Array, "b r"] | None = None
 
     def of_tokens(self, length: int) -> Int[Array, "b t"]:
         """The number of each token's segment."""
@@ -41,43 +45,101 @@ class Borders(NamedTuple):
 
 
 def find_borders(
-    segmentation: Adaptive, key: Float[Array, "b h t k"], document: Int[Array, "b t"] | None
+    segmentation: Adaptive,
+    key: Float[Array, "b h t k"],
+    document: Int[Array, "b t"] | None,
+    *,
+    border: Float[Array, "b h t"] | None = None,
+    errors: Measure | None = None,
 ) -> Borders:
-    """Decides where segments end, block by block."""
-    length, size = key.shape[2], segmentation.size
-    count = segmentation.plan(length).num_blocks
-    padding = count * size - length
-    blocks = jnp.pad(lax.stop_gradient(key), [(0, 0), (0, 0), (0, padding), (0, 0)])
-    blocks = blocks.reshape(*blocks.shape[:2], count, size, -1)
-    of_blocks, begins = None, jnp.zeros((len(key), count), bool)
-    if document is None:
-        sums = blocks.sum(axis=3)
-    else:
-        of_blocks = jnp.pad(document, ((0, 0), (0, padding)), mode="edge")
-        of_blocks = of_blocks.reshape(-1, count, size)
-        sums = block_sums(blocks, of_blocks).keys
+    """Decides block by block where segments end: by keys, by logits ``border``, or by errors."""
+    count, of_blocks = segmentation.plan(key.shape[2]).num_blocks, None
+    begins = jnp.zeros((len(key), count), bool)
+    if document is not None:
+        of_blocks = in_blocks(document[:, None], segmentation, mode="edge")[:, 0]
         begins = jnp.pad(jnp.diff(of_blocks[:, :, -1], axis=1) != 0, ((0, 0), (1, 0)))
+    if segmentation.by == "errors":
+        assert errors is not None
+        measure = errors
+    elif segmentation.by == "scores":
+        assert border is not None
+        measure = by_scores(in_blocks(lax.stop_gradient(border), segmentation), of_blocks)
+    else:
+        measure = by_keys(in_blocks(lax.stop_gradient(key), segmentation), of_blocks)
 
     def step(carry: tuple, xs: tuple) -> tuple[tuple, Array]:
-        before, segment = carry
+        before, segment, ended, state = carry
         block, begins = xs
-        before = jnp.where(begins, 0, before)
-        segment = jnp.where(begins[:, None, None], 0, segment)
-        ends = segmentation.ends(before, segment, block)
+        state, own = measure.step(state, block, ended)
+        restarts = begins.reshape(-1, *[1] * (own.ndim - 1))
+        before, segment = jnp.where(begins, 0, before), jnp.where(restarts, 0, segment)
+        ends = segmentation.ends(before, segment, own)
         before = jnp.where(ends, 0, before + 1)
-        return (before, jnp.where(ends[:, None, None], 0, segment + block)), ends
+        segment = jnp.where(ends.reshape(restarts.shape), 0, segment + own)
+        return (before, segment, ends, state), ends
 
-    zeros = jnp.zeros_like(sums[:, 0, 0, 0], dtype=jnp.int32), jnp.zeros_like(sums[:, :, 0])
-    xs = jnp.moveaxis(sums, 2, 0), begins.T
-    ended = jnp.cumsum(lax.scan(step, zeros, xs)[1], axis=0, dtype=jnp.int32).T
+    one = jax.tree.map(lambda x: x[0], measure.blocks)
+    _, like = jax.eval_shape(measure.step, measure.first, one, begins[:, 0])
+    zero = jnp.zeros_like(key[:, 0, 0, 0], dtype=jnp.int32)
+    segment = jnp.zeros_like(key, shape=like.shape, dtype=like.dtype)
+    first = zero, segment, zero > 0, measure.first
+    ends = lax.scan(step, first, (measure.blocks, begins.T))[1].T
+    return borders_at(segmentation, ends, of_blocks)
+
+
+def borders_at(
+    segmentation: Adaptive, ends: Bool[Array, "b n"], document: Int[Array, "b n c"] | None
+) -> Borders:
+    """The borders, given whether a segment ends with each block."""
+    count, size = ends.shape[1], segmentation.size
+    ended = jnp.cumsum(ends, axis=1, dtype=jnp.int32)
     before = jnp.pad(ended[:, :-1], ((0, 0), (1, 0)))
-    slots = np.arange(1, segmentation.most_states(length) + 1)
+    slots = np.arange(1, segmentation.most_states(count * size) + 1)
     last = jax.vmap(lambda row: jnp.searchsorted(row, slots))(ended)
     last = jnp.minimum(last, max(0, count - 1)).astype(jnp.int32)
-    segment = jnp.broadcast_to(before[:, :, None], (len(key), count, size))
-    if of_blocks is not None:
-        segment += of_blocks
-    return Borders(before, last, segment, of_blocks)
+    segment = jnp.broadcast_to(before[:, :, None], (len(ends), count, size))
+    if document is not None:
+        segment += document
+    return Borders(before, last, segment, document)
+
+
+def relaxed(
+    segmentation: Adaptive, borders: Borders, border: Float[Array, "b h t"]
+) -> tuple[ReadPlan, Borders]:
+    """The relaxation whose gradient scores get: a slot for each block that may end a segment.
+
+    Its state counts p times, the probability of the border; once where ``max`` forces it.
+    """
+    count = len(borders.before[0])
+    closest = dataclasses.replace(segmentation, min=segmentation.size)
+    plan = closest.plan(count * segmentation.size)
+    score = by_scores(in_blocks(border, segmentation), borders.document).blocks.T
+    ends = jnp.pad(jnp.diff(borders.before, axis=1) > 0, ((0, 0), (0, 1)))
+    blocks = 1 + jax.vmap(blocks_of_last_document)(borders.segment)
+    blocks, score, last = (x[:, :-1] for x in (blocks, score, jnp.arange(count)[None]))
+    free = segmentation.may_end(blocks) & ~segmentation.must_end(blocks)
+    last = jnp.where(free | ends[:, :-1], last, count - 1)
+    log_counts = jnp.where(free, jax.nn.log_sigmoid(score), 0)
+    return plan, borders._replace(last=last, log_counts=log_counts)
+
+
+@jax.custom_jvp
+def straight_through(hard: Array, soft: Array) -> Array:
+    """The first argument, with the gradients of both."""
+    del soft
+    return hard
+
+
+@straight_through.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple:
+    return straight_through(*primals), tangents[0] + tangents[1]
+
+
+def in_blocks(x: Array, segmentation: Adaptive, mode: Any = "constant") -> Array:
+    """Cuts arrays (b, h, t, ...) into blocks (b, h, n, c, ...), and pads the last one."""
+    size = segmentation.size
+    widths = [(0, -x.shape[2] % size if axis == 2 else 0) for axis in range(x.ndim)]
+    return jnp.pad(x, widths, mode=mode).reshape(*x.shape[:2], -1, size, *x.shape[3:])
 
 
 def states_of(borders: Borders, ends: State) -> State:
@@ -118,11 +180,16 @@ def adaptive_candidates(
         of_row = jax.vmap(of_head, in_axes=(0, 0, None, None, None))
         return jax.vmap(of_row)(key, *sums, segment, borders.last)
 
-    distances = borders.before[:, :, None] - jnp.arange(len(plan.buckets))[None, None]
-    seen = (distances > 0)[:, :, None]
+    of_states = jnp.take_along_axis(borders.before, borders.last, axis=1)
+    distances = jnp.maximum(borders.before[:, :, None] - of_states[:, None], 1)
+    seen = (borders.last[:, None] < np.arange(count)[None, :, None])[:, :, None]
     if document is not None:
         of_states = jnp.take_along_axis(document[:, :, -1], borders.last, axis=1)
         seen &= document[..., None] == of_states[:, None, None]
     return Candidates(
-        plan.reads[None], distances, keys, same_document=seen if len(plan.buckets) else None
+        plan.reads[None],
+        distances,
+        keys,
+        same_document=seen if len(plan.buckets) else None,
+        log_counts=borders.log_counts,
     )

@@ -13,7 +13,7 @@ from memcache_jax.kernels._dispatch import check_served, written
 from memcache_jax.kernels._shapes import power_of_two
 from memcache_jax.kernels.deep_update import deep_update
 from memcache_jax.memories import DeepMemory
-from memcache_jax.memories.deep import DeepState
+from memcache_jax.memories.deep_chunk import DeepState
 
 
 def write_descent(
@@ -97,12 +97,18 @@ def _reasons(memory: DeepMemory, rows: Rows) -> list[tuple[bool, str]]:
             f"the steps of {type(memory).__name__} have a bound: max_step_norm must be None, and a "
             "layer's bounded False",
         ),
+        muon_reason(memory),
         (
             filled and not memory.zeros_add_nothing,
             f"the loss of {type(memory).__name__} is taken of chunks that are not filled up: rows, "
             f"key and value dimension, {sizes}, must be powers of two from 16 on",
         ),
     ]
+
+
+def muon_reason(memory: DeepMemory) -> tuple[bool, str]:
+    """As one of ``_reasons``: kernels have no Muon step."""
+    return memory.ns_steps > 0, f"{type(memory).__name__} has ns_steps={memory.ns_steps}, must be 0"
 
 
 def _after(x: Array) -> Array:

@@ -1,6 +1,7 @@
 """Tokens kept exactly beside cached states: which ones, and what they add to later outputs."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from memcache_jax.adaptive import Adaptive
 from memcache_jax.engine.types import Blocks, Candidates, Exact, Keys
 from memcache_jax.gating import Gate, finite_rows, in_order, scores
 from memcache_jax.kernels._largest import largest
+from memcache_jax.kernels.grouped_read import grouped_read
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Constant, Lengths, Segmentation
 
@@ -186,12 +188,91 @@ def read_of_tokens(
     return jnp.einsum("bhncsr,bhnsrv->bhncv", gates, value, precision="highest")
 
 
+def scores_of_chosen(
+    connector: Float[Array, "b h n c u"],
+    exact: Exact,
+    gate: Gate,
+    chosen: Int[Array, "b h n c s"],
+    distances: Int[Array, "b h n c s"],
+) -> Float[Array, "b h n c s r"]:
+    """``scores_of_tokens`` for the states that each token has chosen; -inf for a choice of -1."""
+
+    def scores(tokens: Array, rows: Array, weights: Array) -> Array:
+        def score(row: Array, token: Array) -> Array:
+            return gate.score(row[:-1], token, row[-1].astype(jnp.int32))
+
+        every = jax.vmap(jax.vmap(score, in_axes=(None, 0)), in_axes=(0, None))
+        return every(rows, tokens) * weights[:, None]
+
+    rows = jnp.broadcast_to(connector[..., None, :], (*chosen.shape, connector.shape[-1]))
+    rows = jnp.concatenate([rows, distances[..., None].astype(rows.dtype)], axis=-1)
+    with jax.default_matmul_precision("highest"):
+        relevance = _read_chosen(exact, 0, scores, rows, chosen) - math.log(exact.longest)
+    there = chosen[..., None] >= 0
+    if exact.counts is not None:
+        counts = jnp.broadcast_to(exact.counts, (len(chosen), exact.counts.shape[1]))
+        counts = jax.vmap(lambda counts, chosen: counts[chosen])(counts, jnp.maximum(chosen, 0))
+        each = np.arange(relevance.shape[-1]).reshape(1, 1, 1, 1, 1, -1)
+        there &= each < counts[..., None]
+    return jnp.where(there, relevance, -jnp.inf)
+
+
+def read_of_chosen(
+    exact: Exact, chosen: Int[Array, "b h n c s"], gates: Float[Array, "b h n c s r"]
+) -> Float[Array, "b h n c v"]:
+    """``read_of_tokens`` for the states that each token has chosen."""
+
+    def read(tokens: Array, rows: Array, weights: Array) -> Array:
+        return weights[:, None] * (rows @ tokens)
+
+    with jax.default_matmul_precision("highest"):
+        return _read_chosen(exact, 1, read, gates, chosen).sum(axis=-2)
+
+
+def _read_chosen(
+    exact: Exact,
+    which: int,
+    read: Callable[[Array, Array, Array], Array],
+    rows: Float[Array, "b h n c s in"],
+    chosen: Int[Array, "b h n c s"],
+) -> Float[Array, "b h n c s out"]:
+    """``read(tokens, rows, weights)`` of the keys or the values beside each chosen state.
+
+    Few choices are gathered one by one. If there are more choices than states, those of one state
+    are read together.
+    """
+    flat, tokens = chosen.reshape(*chosen.shape[:2], -1), (exact.key, exact.value)[which]
+    ones = jnp.ones(flat.shape, rows.dtype)
+    rows = rows.reshape(*flat.shape, rows.shape[-1])
+    if flat.shape[2] <= tokens.shape[2]:
+        near = _taken(exact, which, jnp.maximum(flat, 0))
+        near = jnp.where(flat[..., None, None] >= 0, near, 0)
+        for _ in range(3):
+            read = jax.vmap(read)
+        y = read(near, rows[..., None, :], ones[..., None])[..., 0, :]
+    else:
+
+        def of_state(matrices: Matrices, rows: Array, weights: Array) -> Array:
+            return read(matrices[0], rows, weights)
+
+        by_row = rows[:, :, None], ones[:, :, None, :, None], flat[:, :, None, :, None]
+        y = grouped_read(of_state, (tokens,), *by_row, implementation="xla")
+    return y.reshape(*chosen.shape, -1)
+
+
+def _taken(exact: Exact, which: int, states: Int[Array, "b h m"]) -> Float[Array, "b h m r _"]:
+    """The keys or the values of the tokens beside these states."""
+    if exact.take is not None:
+        return exact.take(states)[which]
+    return jnp.take_along_axis((exact.key, exact.value)[which], states[..., None, None], axis=2)
+
+
 def stored_exact(
-    key: Float[Array, "b h s r k"], value: Float[Array, "b h s r v"], longest: int
-) -> Exact:
-    """The tokens that a cache holds, from segments of at most ``longest`` tokens."""
+    key: Float[Array, "b h s r k"], value: Float[Array, "b h s r v"]
+) -> tuple[Float[Array, "b h s r k"], Float[Array, "b h s r v"]]:
+    """A cache's keys and values, as ``Exact`` has them."""
     value, broken = finite_rows(value)
-    return Exact(jnp.where(broken[..., None], jnp.nan, key), value, longest)
+    return jnp.where(broken[..., None], jnp.nan, key), value
 
 
 def _in_order(candidates: Candidates) -> bool:

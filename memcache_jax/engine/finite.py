@@ -42,6 +42,15 @@ def with_finite_writes(tokens: Any) -> Any:
     )
 
 
+def as_they_came(rows: Rows) -> Rows:
+    """The rows before cleaning, in bfloat16 or in the cleaned rows' dtype, without documents."""
+    return jax.tree.map(
+        lambda x, wide: x if x.dtype == jnp.bfloat16 else x.astype(wide.dtype),
+        rows.came,
+        rows._replace(begun=None, bad=None, came=None),
+    )
+
+
 def _is_fine(name: str, x: Array) -> Array:
     """Whether numbers are finite, or the logarithm of zero."""
     fine = jnp.isfinite(x)

@@ -56,30 +56,43 @@ def _one_head(
     longest: int,
     follows: bool,
 ) -> Float[Array, "t v"]:
-    query, key, value, connector, controls = tokens
+    query, key, value, connector, controls, _ = tokens
     length, segment = key.shape[0], plan.block_size
     every = jnp.arange(length)
-    where: Any = plan if borders is None else _decided(plan, borders)
+    where: Any = _planned(plan) if borders is None else _decided(plan, borders)
     segment_begins = jnp.isin(every, jnp.asarray(where.first) * segment)
     document_begins = document != jnp.pad(document[:-1], (1, 0))
     initial = memory.init(weights, key.shape[-1], value.shape[-1], key.dtype)
     initial = vary(initial, varying(key))
 
-    def run(first: Any, count: int, restarts: bool) -> State:
-        """The states after each of ``count`` tokens, from the initial state at ``first``."""
+    def run(first: Any, count: int, restarts: bool) -> tuple[State, State]:
+        """The states after each of ``count`` tokens, from the initial state at ``first``.
+
+        Returns:
+          The states that tokens read, and those that they leave to the next token and the cache.
+        """
+        chunk = memory.gradient_chunk or 1
 
         def token(carry, t):
-            state, anchor = carry
+            state, anchor, begun = carry
             begins = (segment_begins[t] & restarts) | document_begins[t]
             state = jax.tree.map(lambda new, old: jnp.where(begins, new, old), initial, state)
-            begins = (t % segment % (memory.gradient_chunk or 1) == 0) | document_begins[t]
-            anchor = jax.tree.map(lambda new, old: jnp.where(begins, new, old), state, anchor)
+            begins = (t % segment % chunk == 0) | document_begins[t]
+            anchor, begun = jax.tree.map(
+                lambda new, old: jnp.where(begins, new, old), (state, t), (anchor, begun)
+            )
             coefficients = jax.tree.map(lambda x: x[t], controls)
             state = memory.step(state, anchor, key[t], value[t], coefficients)
-            return (state, anchor), state
+            last = t - jnp.arange(chunk)
+            coefficients = jax.tree.map(lambda x: x[jnp.maximum(last, 0)], controls)
+            closed = memory.closed(state, anchor, coefficients, last >= begun)
+            ends = t % segment % chunk == chunk - 1
+            left = jax.tree.map(lambda new, old: jnp.where(ends, new, old), closed, state)
+            return (left, anchor, begun), (state, left)
 
         there = jnp.minimum(first + jnp.arange(count), length - 1)
-        return lax.scan(token, (initial, initial), there)[1]
+        begun = vary(there[0], varying(key))
+        return lax.scan(token, (initial, initial, begun), there)[1]
 
     def pool(first: Array, after: Array, of: Array) -> Float[Array, "k"]:
         """The pooled keys of a document's tokens in [first, after)."""
@@ -110,18 +123,18 @@ def _one_head(
 
     # What is cached, (shifts, buckets, ...): the plan's buckets, counted from each block in which a
     # document may begin. Those that end beyond the sequence are never read.
-    live = run(0, length, restarts=start == "independent")
+    live, left = run(0, length, restarts=start == "independent")
     shifts = np.arange(where.num_blocks if follows else 1)[:, None]
     first, after = ((where.buckets[None, :, side] + shifts) * segment for side in (0, 1))
     last = (np if borders is None else jnp).minimum(after, length) - 1
     if start == "checkpoint" or borders is not None:
-        bank = memory.matrices(jax.tree.map(lambda x: x[last], live))
+        bank = memory.matrices(jax.tree.map(lambda x: x[last], left))
     else:
         bank = memory.matrices(_last_states(run, first, after - first, initial))
     owner = document[last]
     buckets = jnp.asarray(first), jnp.asarray(after)
     pooled = jax.vmap(jax.vmap(spans))(*buckets, buckets[1], owner)
-    exact = jax.vmap(jax.vmap(worst))(bank, *buckets, owner) if aggregation.exact else None
+    exact = jax.vmap(jax.vmap(worst))(bank, *buckets, owner) if longest else None
 
     def read(t: Array) -> Array:
         begun = jnp.argmax(document == document[t]) // segment if follows else 0
@@ -142,6 +155,8 @@ def _one_head(
         score = jax.vmap(aggregation.relevance.score, in_axes=(None, 0, None))
         scores = jax.vmap(score, in_axes=(None, 0, 0))(connector[t], keys, distances)
         scores = jnp.where(known, scores, -jnp.inf).max(axis=1)
+        if where.log_counts is not None:
+            scores = scores.at[:-1].add(where.log_counts)
         cached = jnp.where(visible, scores[:-1], -jnp.inf)
         added = jnp.zeros(value.shape[1:], value.dtype)
         if exact is None:
@@ -161,7 +176,7 @@ def _one_head(
 
 
 class _Plan(NamedTuple):
-    """What ``_one_head`` takes of a plan, of borders that the tokens decided."""
+    """What ``_one_head`` needs of a plan, or of borders that the tokens decided."""
 
     num_blocks: int
     block_size: int
@@ -169,17 +184,24 @@ class _Plan(NamedTuple):
     buckets: Any
     reads: Any
     distances: Any
+    log_counts: Any
+
+
+def _planned(plan: ReadPlan) -> _Plan:
+    """The plan of all rows."""
+    given = plan.first, plan.buckets, plan.reads, plan.distances
+    return _Plan(plan.num_blocks, plan.block_size, *given, None)
 
 
 def _decided(plan: ReadPlan, borders: Any) -> _Plan:
     """The plan of one row's segments."""
-    before, last, *_ = borders
-    slot = np.arange(len(last))
+    before, last, *_, log_counts = borders
+    slot, block = np.arange(len(last)), np.arange(plan.num_blocks)
     first = jnp.searchsorted(before, before)  # of its segment, for each block
     buckets = jnp.stack([first[last], last + 1], axis=1) if len(last) else plan.buckets
-    reads = jnp.where(slot[None] < before[:, None], slot[None], -1)
-    distances = before[:, None] - slot[None]
-    return _Plan(plan.num_blocks, plan.block_size, first, buckets, reads, distances)
+    reads = jnp.where(last[None] < block[:, None], slot[None], -1)
+    distances = jnp.maximum(before[:, None] - before[last][None], 1)
+    return _Plan(plan.num_blocks, plan.block_size, first, buckets, reads, distances, log_counts)
 
 
 def _joined(rows: Array, row: Array) -> Array:
@@ -187,14 +209,14 @@ def _joined(rows: Array, row: Array) -> Array:
 
 
 def _last_states(
-    run: Callable[..., State], first: np.ndarray, counts: np.ndarray, initial: State
+    run: Callable[..., tuple[State, State]], first: np.ndarray, counts: np.ndarray, initial: State
 ) -> State:
     """The last state of each run, (shifts, buckets, ...); those of a bucket are equally long."""
     parts = [jax.tree.map(lambda x: jnp.zeros((len(first), 0, *x.shape), x.dtype), initial)]
     for count in np.unique(counts).tolist():
 
         def last(first: Array, count: int = count) -> State:
-            return jax.tree.map(lambda x: x[-1], run(first, count, restarts=False))
+            return jax.tree.map(lambda x: x[-1], run(first, count, restarts=False)[1])
 
         parts.append(jax.vmap(jax.vmap(last))(jnp.asarray(first[:, counts[0] == count])))
     place = np.argsort(np.argsort(counts[0], kind="stable"))

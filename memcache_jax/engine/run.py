@@ -9,14 +9,19 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
 
 from memcache_jax._typing import Array, Float, Int, Matrices, State
 from memcache_jax._varying import vary, varying
-from memcache_jax.adaptive import Adaptive
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.engine.bank import bucket_states, compose_plan, document_states
-from memcache_jax.engine.borders import Borders, adaptive_candidates, find_borders, states_of
+from memcache_jax.engine.borders import (
+    Borders,
+    adaptive_candidates,
+    states_of,
+    straight_through,
+)
 from memcache_jax.engine.documents import begun_in_chunk, document_candidates
 from memcache_jax.engine.exact import exact_of_blocks
 from memcache_jax.engine.finite import cleaned
@@ -24,6 +29,7 @@ from memcache_jax.engine.read import ArrayBank, Bank, Live
 from memcache_jax.engine.spans import document_span_keys, span_keys
 from memcache_jax.engine.types import (
     Blocks,
+    CachedStates,
     Candidates,
     Keys,
     LivePart,
@@ -33,14 +39,20 @@ from memcache_jax.engine.types import (
     Writing,
 )
 from memcache_jax.engine.write import initial_states, write_blocks
-from memcache_jax.gating import gates_by_state, pooled_keys, running_keys
+from memcache_jax.gating import pooled_keys, running_keys
 from memcache_jax.memories import Memory
 from memcache_jax.memories.base import Run
-from memcache_jax.segmentation import ReadPlan, Segmentation
+from memcache_jax.segmentation import ReadPlan
 
 
 class Layout(abc.ABC):
-    """Where the segments of a call are written, and where the states lie that its tokens read."""
+    """Where the segments of a call are written, and where the states lie that its tokens read.
+
+    Attributes:
+      relaxed: a layout of the same segments, whose gradients outputs also get; or None.
+    """
+
+    relaxed: "Layout | None" = None
 
     @abc.abstractmethod
     def write(self, how: Writing, rows: Rows) -> tuple[Run, Views]:
@@ -52,21 +64,49 @@ class Layout(abc.ABC):
 
 
 def run(
-    layout: Layout, how: Writing, aggregation: Aggregation, blocks: Blocks
-) -> tuple[Float[Array, "b h n c v"], Run, Any]:
+    layout: Layout,
+    how: Writing,
+    aggregation: Aggregation,
+    blocks: Blocks,
+    given: CachedStates | None = None,
+) -> tuple[Float[Array, "b h n c v"], Run, Any, tuple[Bank, Candidates]]:
     """Writes all blocks, banks states, selects among them and reads.
 
+    With ``given``, it reads these states in place of its own, which have the same layout.
+
     Returns:
-      The outputs, the runs up to the ends of the blocks, and the aggregation's selection.
+      The outputs, the runs up to the ends of the blocks, the aggregation's selection, and the bank
+      and the candidates that it selected from.
     """
-    tokens = blocks.tokens
     ends, kept = layout.write(how, blocks.rows)
+    y, selection, cached = _read(layout, how, aggregation, blocks, ends, kept, given)
+    if layout.relaxed is not None:
+        fixed = lax.stop_gradient((blocks, ends, kept))
+        y = straight_through(y, _read(layout.relaxed, how, aggregation, *fixed)[0])
+    return y, ends, selection, cached
+
+
+def _read(
+    layout: Layout,
+    how: Writing,
+    aggregation: Aggregation,
+    blocks: Blocks,
+    ends: Run,
+    kept: Views,
+    given: CachedStates | None = None,
+) -> tuple[Float[Array, "b h n c v"], Any, tuple[Bank, Candidates]]:
+    tokens = blocks.tokens
     bank, candidates = layout.cached(how, ends, blocks)
+    if given is not None:
+        own, pooled = candidates.keys, given.pooled
+        bank = ArrayBank(how.memory, given.matrices, how.implementation)
+        candidates = candidates._replace(keys=lambda pooling: own(pooling)._replace(states=pooled))
     selection = aggregation.select(tokens.connector, candidates, implementation=how.implementation)
     live = Live(how.memory, tokens.query, kept, how.implementation)
     y = aggregation.read(bank, live, tokens.query, selection)
     beside = getattr(selection, "beside", None)  # a selection may be of a user's own type
-    return y if beside is None else y + beside.read, ends, selection
+    y = y if beside is None else y + beside.read
+    return y, selection, (bank, candidates)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +117,15 @@ class OnePass(Layout):
       plan: its buckets and who reads them.
       carries: whether each segment continues from the one before.
       borders: where segments end if the tokens decide; None if the plan does.
-      longest: the most tokens in a segment, if some are kept beside states.
+      longest: the most tokens in a segment, if some are kept beside states; else 0.
+      relaxed: as of ``Layout``.
     """
 
     plan: ReadPlan
     carries: bool
     borders: Borders | None = None
     longest: int = 0
+    relaxed: Layout | None = None
 
     def write(self, how: Writing, rows: Rows) -> tuple[Run, Views]:
         """In sequence, or in parallel if every segment begins anew.
@@ -125,7 +167,7 @@ class OnePass(Layout):
     ) -> tuple[Bank, Candidates]:
         """The bank, and the candidates with the tokens kept beside them."""
         bank = ArrayBank(how.memory, matrices, how.implementation)
-        if not how.exact or not len(self.plan.buckets):
+        if not self.longest or not len(self.plan.buckets):
             return bank, candidates
         if self.borders is not None:
             last, owner = self.borders.last, self.borders.segment
@@ -184,63 +226,17 @@ def candidates_of(
     return Candidates(plan.reads[None], plan.distances[None], keys, spans=spans)
 
 
-def gates_of_tokens(
-    key: Float[Array, "b t h k"],
-    connector: Float[Array, "b t h u"] | None,
-    *,
-    aggregation: Aggregation,
-    segmentation: Segmentation,
-) -> Float[Array, "b t h states"]:
-    """The gates with which ``memory_caching`` weighs the states that each token reads.
-
-    Args:
-      key: as for ``memory_caching``.
-      connector: as for ``memory_caching``.
-      aggregation: what makes the gates.
-      segmentation: which states there are.
-
-    Returns:
-      In float32 or wider, the gates of the states of ``segmentation.plan(t).buckets``, in that
-      order, and last the live memory's. With ``Adaptive`` the states are those of each row's
-      finished segments. A state that a token does not read has 0.
-
-    Raises:
-      ValueError: for an aggregation with ``exact`` tokens, whose choice depends on the memories.
-    """
-    if aggregation.exact:
-        raise ValueError(
-            f"gates beside exact tokens depend on what memories recall, got {aggregation}: only an "
-            "aggregation with exact=0 has gates without a memory"
-        )
-    length = key.shape[1]
-    plan = segmentation.plan(length)
-    connector = jnp.zeros_like(key) if connector is None else connector
-    dtype = jnp.promote_types(jnp.result_type(key, connector), jnp.float32)
-    tokens = widen(key, key, key, connector, {}, dtype)
-    blocks = cut(tokens, None, plan, min(plan.block_size, length), chunk=1)
-    keys = blocks.tokens.key, blocks.pooled
-    if isinstance(segmentation, Adaptive):
-        borders = find_borders(segmentation, tokens.key, None)
-        candidates = adaptive_candidates(plan, *keys, borders)
-    else:
-        candidates = candidates_of(plan, *keys)
-    selection = aggregation.select(blocks.tokens.connector, candidates)
-    cached = gates_by_state(selection, len(plan.buckets))
-    gates = jnp.concatenate([cached, selection.live[..., None]], axis=-1)
-    gates = gates.reshape(*gates.shape[:2], -1, gates.shape[-1])[:, :, :length]
-    return jnp.moveaxis(gates, 1, 2)
-
-
 def widen(
     query: Array,
     key: Array,
     value: Array,
     connector: Array | None,
     controls: Mapping[str, Array],
+    border: Array | None = None,
     dtype: DTypeLike | None = None,
 ) -> Tokens:
     """Tokens (b, h, t, ...), by default in float32 or wider, from arrays (b, t, h, ...)."""
-    tokens = heads_first(query, key, value, connector, controls)
+    tokens = heads_first(query, key, value, connector, controls, border)
     return widened(tokens, dtype)
 
 
@@ -250,10 +246,11 @@ def heads_first(
     value: Array,
     connector: Array | None,
     controls: Mapping[str, Array],
+    border: Array | None = None,
 ) -> Tokens:
     """Tokens (b, h, t, ...) in the dtypes of these arrays (b, t, h, ...)."""
     connector = jnp.zeros_like(query) if connector is None else connector
-    tokens = Tokens(query, key, value, connector, dict(controls))
+    tokens = Tokens(query, key, value, connector, dict(controls), border)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 2, 1), tokens)
 
 
@@ -296,7 +293,9 @@ def cut_for(
     chunk = memory.gradient_chunk or exact_chunk(block, length, memory.largest_chunk)
     if length <= block:  # nothing reads the state at its end
         block = -(-length // chunk) * chunk
-    return cut(tokens, document, plan, block, chunk, came=memory.on_chip)
+    return cut(
+        tokens, document, plan, block, chunk, came=memory.on_chip or memory.form == "descent"
+    )
 
 
 def cut(

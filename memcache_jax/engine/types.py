@@ -18,6 +18,7 @@ class Tokens(NamedTuple):
     value: Float[Array, "b h t v"]
     connector: Float[Array, "b h t u"]
     controls: Controls
+    border: Any = None  # (b, h, t), of ``Adaptive(by="scores")``; else None
 
 
 class Rows(NamedTuple):
@@ -137,6 +138,8 @@ class Exact(NamedTuple):
       counts: how many of its tokens each state has, from the first on; None if all states have all.
       table: the ``Candidates.states`` whose slot i is known to hold state i or none, though they
         are not static; None if there are none.
+      take: a function of states (b, h, m) that returns their keys and values without reading
+        others; None where they are taken from the arrays.
     """
 
     key: Float[Array, "b h states r k"]
@@ -144,6 +147,7 @@ class Exact(NamedTuple):
     longest: int
     counts: Int[Array, "_ states"] | None = None
     table: Any = None
+    take: Callable[[Array], tuple[Array, Array]] | None = None
 
 
 class SpanKeys(NamedTuple):
@@ -179,6 +183,9 @@ class Candidates(NamedTuple):
       spans: makes several pooled keys per state, given the pooling and their number; None where
         states have one each.
       exact: the tokens kept beside the states; None if there are none.
+      nodes: a function of places (b, h, m) that returns the keys (b, h, m, k) which a stream keeps
+        for a router with a ``Tree``; None where they are computed from ``keys``.
+      log_counts: the logarithm of how often the state in each slot counts; None if once each.
     """
 
     states: np.ndarray | Int[Array, "_ n r"]
@@ -189,6 +196,20 @@ class Candidates(NamedTuple):
     held: Bool[Array, "b states"] | None = None
     spans: Callable[[str, int], SpanKeys] | None = None
     exact: Exact | None = None
+    nodes: Callable[[Array], Array] | None = None
+    log_counts: Float[Array, "b r"] | None = None
+
+
+class CachedStates(NamedTuple):
+    """The cached states of one layer, for others to read.
+
+    Attributes:
+      matrices: those of all states, as in ``read.ArrayBank``.
+      pooled: their pooled keys.
+    """
+
+    matrices: Any
+    pooled: Float[Array, "b h states k"]
 
 
 class Beside(NamedTuple):

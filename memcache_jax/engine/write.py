@@ -12,12 +12,13 @@ from jax import lax
 from memcache_jax._typing import Array, Bool, Controls, State
 from memcache_jax._varying import vary, varying
 from memcache_jax.engine.affine import write_affine
-from memcache_jax.engine.descent import write_descent
-from memcache_jax.engine.finite import spoil
+from memcache_jax.engine.descent import muon_reason, write_descent
+from memcache_jax.engine.finite import as_they_came, spoil, with_finite_writes
 from memcache_jax.engine.read import keep
 from memcache_jax.engine.types import Carry, Rows, Views, Writing
+from memcache_jax.kernels._dispatch import check_served
 from memcache_jax.kernels.chunk_update import chunk_update
-from memcache_jax.memories import Memory
+from memcache_jax.memories import DeepMemory, Memory
 from memcache_jax.memories.affine import MAP_PRECISION
 from memcache_jax.memories.base import Run, first_of_documents
 
@@ -65,10 +66,15 @@ def _write_finite(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> 
     memory, implementation = how.memory, how.implementation
     if memory.form == "affine" and set(how.needs) <= {"reads"} and _gains(how, rows, restarts):
         return write_at_once(how, rows, restarts)
-    rows = rows._replace(bad=None, came=None)
+    came, rows = rows.came, rows._replace(bad=None, came=None)
     if memory.form == "descent" and implementation == "pallas_gpu":
         ends, kept = write_descent(how, *chunk_writer(how, rows), rows, restarts)
         return Run(ends, None), kept
+    if memory.form == "descent" and implementation == "pallas_tpu":
+        if isinstance(memory, DeepMemory):
+            check_served("chunk_update", implementation, [muon_reason(memory)])
+        if came is not None:
+            return write_as_they_came(how, rows._replace(came=came), restarts)
     return write_in_turn(how, rows, restarts)
 
 
@@ -107,6 +113,23 @@ def write_in_turn(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> 
     return Run(carry.state, carry.transition), kept
 
 
+def write_as_they_came(
+    how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]
+) -> tuple[Run, Views]:
+    """``write_in_turn`` by kernels that read ``rows.came`` in its dtype and clean it themselves."""
+    came = as_they_came(rows)._replace(begun=rows.begun)
+    narrow, wide = jnp.result_type(came.query, came.key, came.value), rows.key.dtype
+    write, start = chunk_writer(how, rows)
+
+    def clean_write(carry: Carry, came: Rows) -> tuple[Carry, Views]:
+        finite = jax.tree.map(lambda x: x.astype(wide), with_finite_writes(came))
+        carry, kept = write(carry, finite)
+        return carry, {n: x.astype(narrow) if n == "reads" else x for n, x in kept.items()}
+
+    carry, kept = _carried(clean_write, start, came, restarts, how.implementation)
+    return Run(carry.state, carry.transition), kept
+
+
 def transitions(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> Any:
     """The transitions alone, as ``write_blocks`` returns them."""
 
@@ -125,7 +148,8 @@ def _carried(
     implementation: str | None,
 ) -> tuple[Any, Any]:
     """What blocks hand on, (b, h, n, ...), and what was kept of their chunks."""
-    update = functools.partial(chunk_update, write, implementation=implementation)
+    late = jax.tree.map(lambda x: False, rows)._replace(query=True)
+    update = functools.partial(chunk_update, write, implementation=implementation, late=late)
     batch, heads, blocks = rows.key.shape[:3]
     if restarts.all():
         return update(start((batch, heads, blocks)), rows, batch_dims=3)

@@ -69,13 +69,14 @@ class Draft(abc.ABC):
 class NGrams(Draft):
     """Proposes what followed the last tokens where they stood before: prompt lookup.
 
-    The place is the one before which most tokens are the same, up to ``longest``; of several, the
-    last. Where fewer than ``shortest`` are the same, nothing is proposed, and the model takes a
-    single token as without a draft. It costs no model, and serves where text repeats itself: code,
-    quotations, edits.
+    The place is the one with the longest match before it, up to ``longest`` tokens; of several, the
+    last. It proposes as many tokens as matched, since a long match is likelier to continue, and
+    ``tokens`` if ``longest`` matched. If fewer than ``shortest`` match, nothing is proposed, and
+    the model takes a single token as without a draft. N-grams need no second model, and pay off
+    where text repeats itself: code, quotations, edits.
 
     Attributes:
-      tokens: how many tokens are proposed.
+      tokens: most tokens that are proposed.
       longest: how many tokens before a place are compared.
       shortest: how many must be the same, by default 3, or ``longest`` where that is less. Raise it
         where proposals are rarely kept.
@@ -125,8 +126,9 @@ class NGrams(Draft):
     ) -> tuple[Int[Array, "b k"], Float[Array, "b k vocab"], Int[Array, "b"], Any]:
         """As ``Draft.propose``: each token has probability 1."""
         tokens, alike = jax.vmap(self._following)(known, count)
-        proposed = jnp.where(alike >= self._needed, most, jnp.minimum(most, 0))
-        return tokens, jax.nn.one_hot(tokens, vocab), proposed, past
+        trusted = jnp.where(alike < self.longest, alike, self.tokens)
+        trusted = jnp.where(alike < self._needed, 0, trusted)
+        return tokens, jax.nn.one_hot(tokens, vocab), jnp.minimum(most, trusted), past
 
     def _following(
         self, known: Int[Array, "size"], count: Int[Array, ""]

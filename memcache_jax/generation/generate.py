@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from memcache_jax._checks import check_instance, check_integer, check_lengths, check_mapping, shown
 from memcache_jax._typing import Array, Float, Int
@@ -18,6 +17,7 @@ from memcache_jax.generation.sampling import Sampling, sample
 from memcache_jax.generation.speculate import speculate
 from memcache_jax.nn import LanguageModel
 from memcache_jax.nn.unrolled import Unrolled, cache_for, for_steps
+from memcache_jax.streaming.loops import while_loop
 
 
 def generate(
@@ -186,7 +186,7 @@ def _continue(
     past, logits = kind.start(prompt, lengths, size)
     token, finished = draw(0, logits, prompt[:, 0], jnp.zeros(len(prompt), bool))
     new = jnp.zeros((len(prompt), size), jnp.int32).at[:, 0].set(token)
-    step, _, new, token, _ = lax.while_loop(
+    step, _, new, token, _ = while_loop(
         unfinished, add_token, (jnp.int32(1), past, new, token, finished)
     )
     return jnp.where(jnp.arange(size)[None] < step, new, token[:, None])

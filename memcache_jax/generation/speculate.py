@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from memcache_jax._typing import Array, Float, Int
+from memcache_jax._typing import Array, Bool, Float, Int
 from memcache_jax.generation.drafts import merge
 from memcache_jax.generation.sampling import probabilities, sample
 from memcache_jax.nn.unrolled import cache_for, for_steps
+from memcache_jax.streaming.loops import while_loop
 
 
 @functools.partial(
@@ -80,11 +81,7 @@ def speculate(
         wanted, ahead = lax.cond((proposed > 0).any(), lambda: read(given), lambda: read(last))
         kept, next_token = accept(of_model, tokens, chances, wanted, proposed)
         stays = jnp.minimum(kept, proposed)  # -1 in rows that have ended
-        past = lax.cond(
-            (stays == proposed).all(),
-            lambda: ahead,
-            lambda: stepping.extend(given, past, stays + 1)[1],
-        )
+        past = _read_again(stepping, given, stays + 1, past, ahead, (stays < proposed).any())
         draft_past = proposer.keep(draft_past, jnp.maximum(most - kept, 0))
         drawn = _put(jnp.pad(tokens, ((0, 0), (0, 1))), kept, next_token[:, None], kept * 0 + 1)
         # What follows a stop token does not count.
@@ -97,9 +94,30 @@ def speculate(
 
     draft_past = proposer.start(prompt, lengths, size)
     carry = known, jnp.ones_like(lengths), ended, past, draft_past, jnp.int32(1)
-    known, new, _, _, _, step = lax.while_loop(unfinished, verify, carry)
+    known, new, _, _, _, step = while_loop(unfinished, verify, carry)
     place = lengths[:, None] + jnp.minimum(jnp.arange(size)[None], new[:, None] - 1)
     return jnp.take_along_axis(known, place, axis=1), step - 1
+
+
+def _read_again(
+    stepping: Any,
+    given: Int[Array, "b n"],
+    counts: Int[Array, "b"],
+    before: Any,
+    ahead: Any,
+    dropped: Bool[Array, ""],
+) -> Any:
+    """The cache ``ahead``; if tokens were dropped, the kept ones read into the cache ``before``.
+
+    A loop of at most one iteration, since ``lax.cond`` would copy the cache that it returns.
+    """
+
+    def again(carry: tuple) -> tuple:
+        # The barrier keeps XLA from moving the work, which is always the same, out of the loop.
+        dropped, past, kept, tokens = lax.optimization_barrier((carry[0], before, counts, given))
+        return jnp.zeros_like(dropped), stepping.extend(tokens, past, kept)[1]
+
+    return while_loop(lambda carry: carry[0], again, (dropped, ahead))[1]
 
 
 def accept(

@@ -173,6 +173,22 @@ class Memory(abc.ABC):
           live memory at each of its tokens.
         """
 
+    def closed(
+        self, state: State, anchor: State, controls: Controls, counts: Bool[Array, "m"]
+    ) -> State:
+        """The state after a full chunk: by default the one after its last token.
+
+        ``step`` and ``closed`` define the rule; ``write`` of a full chunk returns this state.
+
+        Args:
+          state: the state after the chunk's last token.
+          anchor: the state at which the chunk began.
+          controls: the coefficients of the last ``gradient_chunk`` tokens.
+          counts: which of these tokens belong to the chunk; fewer if a document began in it.
+        """
+        del anchor, controls, counts
+        return state
+
     def write_documents(
         self,
         state: State,

@@ -37,17 +37,19 @@ class ChannelChunk(NamedTuple):
         """What reads M as row t of x reads what is left of it in M_t."""
         return start_decay(self.log_decay) * x
 
-    def scores(self, x: Float[Array, "m k"]) -> Float[Array, "m wm"]:
-        """How much of each value row t of x reads in M_t."""
-        each = [channel_scores(x, self.keys[w], self.log_decay) for w in range(len(self.keys))]
-        return jnp.concatenate(each, axis=1)
+    def scores(self, *xs: Float[Array, "m k"]) -> tuple[Float[Array, "m wm"], ...]:
+        """How much of each value row t of each x reads in M_t."""
+        return tuple(map(beside, channel_scores(jnp.stack(xs), self.keys, self.log_decay)))
 
     def adding(self, value: Float[Array, "m v"]) -> "ChannelChunk":
         """The same chunk, of one write per token, with other values."""
         return self._replace(values=value[None])
 
     def affine(
-        self, x: Float[Array, "m k"], erase: Float[Array, "erasing k"] | None = None
+        self,
+        x: Float[Array, "m k"],
+        scores: Float[Array, "m wm"] | None = None,
+        erase: Float[Array, "erasing k"] | None = None,
     ) -> AffineChunk:
         """The chunk as a map of a matrix, as ``DecayChunk`` has it."""
         decay = start_decay(self.log_decay)
@@ -56,14 +58,19 @@ class ChannelChunk(NamedTuple):
             value=self.values.reshape(-1, self.values.shape[-1]),
             key=(self.keys * end_decay(self.log_decay)[None]).reshape(-1, x.shape[-1]),
             query=decay * x,
-            scores=self.scores(x),
+            scores=self.scores(x)[0] if scores is None else scores,
             erase=erase,
         )
 
     def apply(self, x: Float[Array, "m k"]) -> Float[Array, "m v"]:
         """The product of M_t with row t of x."""
         old = jnp.matmul(self.decayed(x), self.matrix)
-        return old + jnp.matmul(self.scores(x), self.values.reshape(-1, self.values.shape[-1]))
+        return old + jnp.matmul(self.scores(x)[0], self.values.reshape(-1, self.values.shape[-1]))
+
+
+def beside(scores: Float[Array, "w m m"]) -> Float[Array, "m wm"]:
+    """Scores (w, m, m) of w writes per token, side by side."""
+    return jnp.concatenate(list(scores), axis=1)
 
 
 @dataclasses.dataclass(frozen=True)

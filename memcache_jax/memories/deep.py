@@ -20,58 +20,8 @@ from memcache_jax.kernels.bands import gated, gelu
 from memcache_jax.kernels.decay import decay_matrix, start_decay
 from memcache_jax.kernels.deep_update import DescentChunk
 from memcache_jax.memories.base import Form, Memory
-
-
-class DeepState(NamedTuple):
-    """Weights and momentum of one head's network, layer by layer."""
-
-    weights: Matrices
-    momentum: Matrices = ()
-
-
-class DeepChunk(NamedTuple):
-    """A chunk of a deep memory, from which the weights at each of its tokens follow.
-
-    With the start state (W, S), the weights of a layer after token t are
-    ``weight_decay[t] W + momentum_decay[t] S - sum_j mixing[t, j] deltas[j] inputs[j]^T``.
-    """
-
-    start: DeepState
-    weight_decay: Float[Array, "m"]
-    momentum_decay: Float[Array, "m"] | None
-    mixing: Float[Array, "m m"]
-    inputs: Matrices
-    deltas: Matrices
-
-    def end(self) -> Matrices:
-        """The weights after the last token."""
-        written = (
-            jnp.matmul(x.T, self.mixing[-1][:, None] * delta)
-            for x, delta in zip(self.inputs, self.deltas, strict=True)
-        )
-        kept = (self.weight_decay[-1] * w for w in self.start.weights)
-        weights = tuple(w - change for w, change in zip(kept, written, strict=True))
-        if self.momentum_decay is None:
-            return weights
-        decay = self.momentum_decay[-1]
-        return tuple(w + decay * s for w, s in zip(weights, self.start.momentum, strict=True))
-
-    def keep_layer(self, layer: int) -> "DeepChunk":
-        """The chunk with None for the other layers."""
-
-        def keep(matrices: Matrices) -> Any:
-            return tuple(x if i == layer else None for i, x in enumerate(matrices))
-
-        start = DeepState(keep(self.start.weights), keep(self.start.momentum))
-        return self._replace(start=start, inputs=keep(self.inputs), deltas=keep(self.deltas))
-
-    def apply(self, layer: int, x: Float[Array, "m in"]) -> Float[Array, "m out"]:
-        """A layer with the weights it has after each token, never forming those weights."""
-        scores = self.mixing * jnp.matmul(x, self.inputs[layer].T)
-        y = self.weight_decay[:, None] * jnp.matmul(x, self.start.weights[layer])
-        if self.momentum_decay is not None:
-            y += self.momentum_decay[:, None] * jnp.matmul(x, self.start.momentum[layer])
-        return y - jnp.matmul(scores, self.deltas[layer])
+from memcache_jax.memories.deep_chunk import DeepChunk, DeepState, DocumentsChunk
+from memcache_jax.memories.muon import length_of, orthogonalized
 
 
 class _Coefficients(NamedTuple):
@@ -80,24 +30,6 @@ class _Coefficients(NamedTuple):
     weight_decay: Float[Array, "m"]
     momentum_decay: Float[Array, "m"] | None
     mixing: Float[Array, "m m"]
-
-
-class DocumentsChunk(NamedTuple):
-    """A chunk in which documents begin: two chunks, of which each token takes one."""
-
-    began: Float[Array, "m"]  # 1 where a document has begun; a float, for cotangents
-    before: DeepChunk
-    after: DeepChunk
-
-    def keep_layer(self, layer: int) -> "DocumentsChunk":
-        """The chunks with None for the other layers."""
-        before, after = (chunk.keep_layer(layer) for chunk in (self.before, self.after))
-        return self._replace(before=before, after=after)
-
-    def apply(self, layer: int, x: Float[Array, "m in"]) -> Float[Array, "m out"]:
-        """A layer with the weights that each token's document gave it."""
-        before, after = (chunk.apply(layer, x) for chunk in (self.before, self.after))
-        return jnp.where(self.began[:, None] > 0, after, before)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,24 +46,51 @@ class DeepMemory(Memory):
     are never longer than |W_0| + r min(t, 1 / (1 - alpha)), alpha the largest decay. Without a
     bound two layers whose gradients grow with each other may diverge.
 
+    With ``ns_steps`` n, each chunk ends with a Muon step
+    (https://kellerjordan.github.io/posts/muon). Let D = sum_t alpha_{t+1} ... alpha_m S_t be the
+    update that the chunk's m tokens make to a layer's weights W, where S_t is the momentum, or
+    -eta_t grad l_t without it, and let O(D) be D / ||D|| after n Newton-Schulz iterations (norms
+    are Frobenius). The chunk then ends with::
+
+        alpha_1 ... alpha_m W + ||D|| O(D) / ||O(D)||
+
+    in place of alpha_1 ... alpha_m W + D. The next chunk starts from these weights, and they are
+    cached at a segment's end. The chunk's own tokens read W_t as without ``ns_steps``, and the
+    momentum does not change. Atlas (arXiv:2505.23735) orthogonalizes at every token,
+    W_t = alpha_t W_{t-1} + eta_t O(S_t), which needs a full matrix per token; here tokens read a
+    chunk through rank-one factors. The update keeps its norm, so eta and alpha keep their meaning,
+    and the bounds of ``max_step_norm`` hold.
+
     Attributes:
       chunk_size: tokens that share the point at which gradients are taken.
       expansion: hidden width over key dimension.
       depth: number of layers, 1 or 2.
       max_step_norm: the length that momentum, or without it a token's step, never exceeds; None for
         the bare equation. Layers set 1 where it is None, unless they are told not to.
+      ns_steps: Newton-Schulz iterations at the end of each chunk: 0 for none, 5 as in Muon. Kernels
+        support only 0, and so do rules with another ``form`` than ``"descent"``.
+
+    Raises:
+      ValueError: for a depth other than 1 or 2, other sizes below 1, a ``max_step_norm`` that is
+        not positive, negative ``ns_steps``, or ``ns_steps`` with another ``form``.
+
+    Example:
+      >>> import memcache_jax as mc
+      >>> mc.memories.Titans(chunk_size=32, ns_steps=5).ns_steps
+      5
     """
 
     form: ClassVar[Form] = "descent"
     fixed: ClassVar[tuple[str, ...]] = (
         *("init", "write", "write_documents", "matrices", "forward", "read", "read_online"),
-        *("inner_gradient", "rates"),
+        *("inner_gradient", "rates", "closed"),
     )
 
     chunk_size: int = 64
     expansion: int = 4
     depth: int = 2
     max_step_norm: float | None = None
+    ns_steps: int = dataclasses.field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -141,7 +100,13 @@ class DeepMemory(Memory):
         }
         if sizes["depth"] > 2:
             raise ValueError(f"{name} has depth 1 or 2, got depth={self.depth}")
-        set_fields(self, **sizes)
+        steps = check_integer(f"ns_steps of {name}", self.ns_steps, 0)
+        if steps and self.form != "descent":
+            raise ValueError(
+                f"{name} has form={self.form!r}, whose chunks may be written in parts: ns_steps "
+                f"needs form='descent', got {steps}"
+            )
+        set_fields(self, **sizes, ns_steps=steps)
         if self.max_step_norm is not None:
             name = f"max_step_norm of {name}"
             bound = check_number(name, self.max_step_norm, "positive, or None", lambda x: x > 0)
@@ -207,7 +172,7 @@ class DeepMemory(Memory):
         gradient = jax.grad(loss)(anchor.weights)
         eta = controls["eta"]
         if self.max_step_norm is not None:
-            eta = self._bounded_rate(controls, [_length(g.reshape(-1)) for g in gradient])
+            eta = self._bounded_rate(controls, [length_of(g.reshape(-1)) for g in gradient])
         change = jax.tree.map(lambda g: -eta * g, gradient)
         momentum = state.momentum
         if momentum:
@@ -215,6 +180,19 @@ class DeepMemory(Memory):
             momentum = change = jax.tree.map(lambda s, c: beta * s + c, momentum, change)
         alpha = jnp.exp(controls["log_alpha"])
         return DeepState(jax.tree.map(lambda w, c: alpha * w + c, state.weights, change), momentum)
+
+    def closed(
+        self, state: DeepState, anchor: DeepState, controls: Controls, counts: Bool[Array, "m"]
+    ) -> DeepState:
+        """The state after a full chunk, with its Muon step if ``ns_steps`` is positive."""
+        if not self.ns_steps:
+            return state
+        alpha = jnp.exp(jnp.sum(controls["log_alpha"], where=counts))
+
+        def of(w: Array, before: Array) -> Array:
+            return alpha * before + orthogonalized(w - alpha * before, self.ns_steps)
+
+        return state._replace(weights=jax.tree.map(of, state.weights, anchor.weights))
 
     def write(
         self,
@@ -258,7 +236,7 @@ class DeepMemory(Memory):
         of_weights, *of_momentum = self._coefficients(controls, same)
         chunk = DeepChunk(start=state, inputs=inputs, deltas=deltas, **of_weights._asdict())
         momentum = (chunk._replace(**changed._asdict()).end() for changed in of_momentum)
-        return DeepState(chunk.end(), *momentum), chunk
+        return DeepState(chunk.end(self.ns_steps), *momentum), chunk
 
     def descent(
         self, key: Float[Array, "m k"], value: Float[Array, "m v"], controls: Controls
@@ -279,7 +257,7 @@ class DeepMemory(Memory):
         if self.max_step_norm is None:
             return controls["eta"]
         pairs = zip(inputs, deltas, strict=True)
-        return self._bounded_rate(controls, [_length(x) * _length(delta) for x, delta in pairs])
+        return self._bounded_rate(controls, [length_of(x) * length_of(delta) for x, delta in pairs])
 
     def _bounded_rate(
         self, controls: Controls, lengths: Sequence[Float[Array, "*m"]]
@@ -290,7 +268,7 @@ class DeepMemory(Memory):
         limit = jnp.full_like(eta, self.max_step_norm)
         if "log_beta" in self.controls:
             limit *= jnp.maximum(1 - jnp.exp(controls["log_beta"]), 0)
-        length = _length(jnp.stack(lengths, axis=-1))
+        length = length_of(jnp.stack(lengths, axis=-1))
         long = eta * length > limit
         return jnp.where(long, limit / jnp.where(long, length, 1), eta)
 
@@ -342,12 +320,3 @@ class DeepMemory(Memory):
         zeros = tuple(jnp.zeros_like(key, shape=(key.shape[0], w.shape[1])) for w in weights)
         deltas, inputs = jax.grad(loss, has_aux=True)(zeros)
         return inputs, deltas
-
-
-def _length(x: Float[Array, "*m in"]) -> Float[Array, "*m"]:
-    """The Euclidean length of rows, whose squares may be out of range."""
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
-    largest = jnp.where(largest > 0, largest, 1)
-    square = jnp.sum((x / largest) ** 2, axis=-1)
-    length = largest[..., 0] * jnp.sqrt(jnp.where(square > 0, square, 1))
-    return jnp.where(square > 0, length, 0)

@@ -59,7 +59,7 @@ class DeltaMemory(MatrixMemory):
         del anchor
         chunk, erases, writes = self._chunk(state, key, value, controls)
         recalled = jnp.matmul(chunk.decayed(erases), state.matrix)
-        chunk = chunk.adding(solve_unit_lower(chunk.scores(erases), writes - recalled))
+        chunk = chunk.adding(solve_unit_lower(chunk.scores(erases)[0], writes - recalled))
         return MatrixState(chunk.end()), chunk
 
     def write_map(self, run, key, value, controls):
@@ -69,7 +69,7 @@ class DeltaMemory(MatrixMemory):
         beside = jnp.concatenate([state.matrix, transition], axis=1)
         writes = jnp.pad(writes, ((0, 0), (0, transition.shape[1])))
         recalled = jnp.matmul(chunk.decayed(erases), beside)
-        added = solve_unit_lower(chunk.scores(erases), writes - recalled)
+        added = solve_unit_lower(chunk.scores(erases)[0], writes - recalled)
         end = chunk.adding(added)._replace(matrix=beside).end()
         matrix, transition = jnp.split(end, [value.shape[1]], axis=1)
         return Run(MatrixState(matrix), transition), chunk.adding(added[:, : value.shape[1]])
@@ -79,16 +79,16 @@ class DeltaMemory(MatrixMemory):
         before = self.init({}, key.shape[-1], value.shape[-1], key.dtype)
         chunk, erases, _ = self._chunk(before, key, value, controls)
         recalled = jnp.matmul(chunk.decayed(erases), transition)
-        added = solve_unit_lower(chunk.scores(erases), -recalled)
+        added = solve_unit_lower(chunk.scores(erases)[0], -recalled)
         return chunk.adding(added)._replace(matrix=transition).end()
 
     def affine(self, before, key, value, query, controls) -> AffineChunk:
         """Solves for what a chunk's tokens add to nothing, and for what they recall."""
         chunk, erases, writes = self._chunk(before, key, value, controls)
         sides = jnp.concatenate([writes, chunk.decayed(erases)], axis=1)
-        solved = solve_unit_lower(chunk.scores(erases), sides)
-        added, recalled = jnp.split(solved, [value.shape[1]], axis=1)
-        return chunk.adding(added).affine(query, recalled)
+        system, read = chunk.scores(erases, query)
+        added, recalled = jnp.split(solve_unit_lower(system, sides), [value.shape[1]], axis=1)
+        return chunk.adding(added).affine(query, read, recalled)
 
     def _chunk(
         self,

@@ -26,6 +26,8 @@ class DLA(DeepMemory):
       expansion: hidden width over key dimension.
       depth: 2 for M(x) = x + W1 gelu(W2 x), 1 for M(x) = W x.
       max_step_norm: the longest step of a token, as in ``DeepMemory``.
+      ns_steps: Newton-Schulz iterations of the Muon step that ends each chunk, 0 for none, as in
+        ``DeepMemory``.
       decay: whether a layer learns ``log_alpha``; without, nothing is ever forgotten.
 
     Raises:

@@ -49,31 +49,37 @@ class DecayChunk(NamedTuple):
         """What reads M as row t of x reads what is left of it in M_t."""
         return self.decay[:, None] * x
 
-    def scores(self, x: Float[Array, "m k"]) -> Float[Array, "m writes"]:
-        """How much of each value row t of x reads in M_t."""
-        return self.mixing * jnp.matmul(x, self.key.T)
+    def scores(self, *xs: Float[Array, "m k"]) -> tuple[Float[Array, "m writes"], ...]:
+        """How much of each value row t of each x reads in M_t."""
+        return tuple(self.mixing * jnp.matmul(x, self.key.T) for x in xs)
 
     def adding(self, value: Float[Array, "writes v"]) -> "DecayChunk":
         """The same chunk with other values."""
         return self._replace(value=value)
 
     def affine(
-        self, x: Float[Array, "m k"], erase: Float[Array, "erasing k"] | None = None
+        self,
+        x: Float[Array, "m k"],
+        scores: Float[Array, "m writes"] | None = None,
+        erase: Float[Array, "erasing k"] | None = None,
     ) -> AffineChunk:
-        """The chunk as a map of a matrix that it may partly erase, and that x reads."""
+        """The chunk as a map of a matrix that it may partly erase, and that x reads.
+
+        ``scores`` are those of x, for a caller that has them.
+        """
         return AffineChunk(
             decay=jnp.broadcast_to(self.decay[-1:], x.shape[1:]),
             value=self.value,
             key=self.mixing[-1][:, None] * self.key,
             query=self.decayed(x),
-            scores=self.scores(x),
+            scores=self.scores(x)[0] if scores is None else scores,
             erase=erase,
         )
 
     def apply(self, x: Float[Array, "m k"]) -> Float[Array, "m v"]:
         """The product of M_t with row t of x."""
         old = jnp.matmul(self.decayed(x), self.matrix)
-        return old + jnp.matmul(self.scores(x), self.value)
+        return old + jnp.matmul(self.scores(x)[0], self.value)
 
 
 def decay_chunk(

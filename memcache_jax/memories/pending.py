@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from memcache_jax._typing import Array, Controls, Float, Int, Matrices
-from memcache_jax.memories.deep import DeepChunk, DeepMemory, DeepState
+from memcache_jax.memories.deep import DeepMemory
+from memcache_jax.memories.deep_chunk import DeepChunk, DeepState
 
 
 class Shares(NamedTuple):
@@ -107,9 +108,9 @@ def with_token(
     return pending, _chunk(state, pending, weights)
 
 
-def settled(state: DeepState, pending: Pending) -> DeepState:
-    """The state after the tokens."""
-    weights = _chunk(state, pending, pending.weights).end()
+def settled(memory: DeepMemory, state: DeepState, pending: Pending) -> DeepState:
+    """The state after a full chunk."""
+    weights = _chunk(state, pending, pending.weights).end(memory.ns_steps)
     if pending.momentum is None:
         return DeepState(weights)
     return DeepState(weights, _chunk(state, pending, pending.momentum).end())

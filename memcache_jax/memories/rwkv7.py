@@ -13,7 +13,7 @@ from memcache_jax.kernels.decay import channel_scores, start_decay
 from memcache_jax.kernels.triangular import solve_unit_lower
 from memcache_jax.memories.affine import MatrixState
 from memcache_jax.memories.base import Run
-from memcache_jax.memories.channel import ChannelChunk
+from memcache_jax.memories.channel import ChannelChunk, beside
 from memcache_jax.memories.control import Control
 from memcache_jax.memories.matrix import MatrixMemory
 
@@ -59,7 +59,7 @@ class RWKV7(MatrixMemory):
     def write(self, state, anchor, key, value, controls) -> tuple[MatrixState, ChannelChunk]:
         """Solves for what a chunk's tokens erase, a second write beside the tokens' own."""
         del anchor
-        recall, to_written, system = self._system(key, controls)
+        recall, to_written, system, _ = self._system(key, controls)
         recalled = jnp.matmul(recall, state.matrix) + jnp.matmul(to_written, value)
         chunk = _erasing(state, key, value, solve_unit_lower(system, -recalled), controls)
         return MatrixState(chunk.end()), chunk
@@ -82,31 +82,31 @@ class RWKV7(MatrixMemory):
 
     def affine(self, before, key, value, query, controls) -> AffineChunk:
         """Solves for what a chunk's tokens erase of each other, and for what they recall."""
-        recall, to_written, system = self._system(key, controls)
+        recall, to_written, system, (read,) = self._system(key, controls, query)
         solved = solve_unit_lower(
             system, jnp.concatenate([-jnp.matmul(to_written, value), recall], axis=1)
         )
         erased, recalled = jnp.split(solved, [value.shape[1]], axis=1)
-        return _erasing(before, key, value, erased, controls).affine(query, recalled)
+        return _erasing(before, key, value, erased, controls).affine(query, read, recalled)
 
     def _system(
-        self, key: Float[Array, "m k"], controls: Controls
-    ) -> tuple[Float[Array, "m k"], Float[Array, "m m"], Float[Array, "m m"]]:
+        self, key: Float[Array, "m k"], controls: Controls, *xs: Float[Array, "m k"]
+    ) -> tuple[Float[Array, "m k"], Float[Array, "m m"], Float[Array, "m m"], tuple[Array, ...]]:
         """What a chunk's tokens recall of its start, and of its writes, and the erasures' system.
 
-        Token t writes e_t = -M_{t-1} kappa_t at a_t * kappa_t, and M_{t-1} has the e_j before.
+        Token t writes e_t = -M_{t-1} kappa_t at a_t * kappa_t, and M_{t-1} has the e_j before. Last
+        come the scores of each x with all that is written.
         """
         log_w, kappa = controls["log_w"], controls["kappa"]
         before = jnp.concatenate([jnp.ones_like(log_w[:1]), start_decay(log_w)[:-1]])
         # What reads before token t reads after token t - 1.
         reads = jnp.concatenate([kappa[1:], jnp.zeros_like(kappa[:1])])
-
-        def before_each(written: Float[Array, "m k"]) -> Float[Array, "m m"]:
-            scores = channel_scores(reads, written, log_w)
-            return jnp.concatenate([jnp.zeros_like(scores[:1]), scores[:-1]])
-
-        to_erased, to_written = before_each(controls["a"] * kappa), before_each(key)
-        return kappa * before, to_written, to_erased
+        writes = jnp.stack([controls["a"] * kappa, key])
+        after_each, *scores = channel_scores(jnp.stack([reads, *xs]), writes, log_w)
+        to_erased, to_written = (
+            jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]]) for x in after_each
+        )
+        return kappa * before, to_written, to_erased, tuple(map(beside, scores))
 
 
 def _erasing(

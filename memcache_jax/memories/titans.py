@@ -32,9 +32,11 @@ class Titans(DeepMemory):
       expansion: hidden width over key dimension.
       depth: 2 for M(x) = x + W1 gelu(W2 x), 1 for M(x) = W x.
       max_step_norm: the longest momentum, as in ``DeepMemory``.
+      ns_steps: Newton-Schulz iterations of the Muon step that ends each chunk, 0 for none, as in
+        ``DeepMemory``.
 
     Raises:
-      ValueError: for a depth other than 1 or 2, or sizes below 1.
+      ValueError: for a depth other than 1 or 2, sizes below 1, or negative ``ns_steps``.
 
     Example:
       >>> import memcache_jax as mc

@@ -10,7 +10,9 @@ from flax import nnx
 
 from memcache_jax import _checks
 from memcache_jax._typing import Array, Bool, Float, Int
+from memcache_jax.engine.types import CachedStates
 from memcache_jax.nn.config import BlockConfig, LanguageModelConfig
+from memcache_jax.nn.groups import leaders
 from memcache_jax.nn.layer_cache import LayerCache
 from memcache_jax.nn.recurrent import Recurrent
 from memcache_jax.sharding.layout import like
@@ -118,6 +120,7 @@ class Block(nnx.Module):
             dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs
         )
         self.config = block
+        self.in_group = False  # whether its mixer shares cached states with others
         self.mixer_norm = block.norm.build(config.features, **options)
         self.mixer = block.mixer.build(
             config.features, config.num_heads, head_dim=config.head_dim, **options
@@ -128,6 +131,15 @@ class Block(nnx.Module):
 
     def __call__(self, between: Between, document_ids: Int[Array, "b t"] | None = None) -> Between:
         """Applies the mixer and the MLP."""
+        return self.in_period(between, document_ids)[0]
+
+    def in_period(
+        self,
+        between: Between,
+        document_ids: Int[Array, "b t"] | None = None,
+        states: CachedStates | None = None,
+    ) -> tuple[Between, CachedStates | None]:
+        """As a call; also takes and returns the cached states that layers of a group share."""
         documents = () if document_ids is None else (document_ids,)
         mixer: Any = self.mixer
         x = stream_of(between)
@@ -135,6 +147,8 @@ class Block(nnx.Module):
         if isinstance(between, Hidden) and isinstance(mixer, Recurrent):
             y, values = mixer.call_in_model(given, document_ids, between.values)
             between = between._replace(values=values)
+        elif self.in_group:
+            y, states = mixer.call_in_group(given, document_ids, states)
         else:
             y = mixer(given, *documents)
         x = _laid(x + self._residual(y, self.mixer_norm), x)
@@ -143,7 +157,7 @@ class Block(nnx.Module):
             shifted = documents if self._mlp_shifts else ()
             y = mlp(self._input(x, self.mlp_norm), *shifted)
             x = _laid(x + self._residual(y, self.mlp_norm), x)
-        return _with_stream(between, x)
+        return _with_stream(between, x), states
 
     def mixer_input(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """What the mixer is given, of the block's input."""
@@ -177,9 +191,12 @@ class Block(nnx.Module):
         return BlockCache(cache, tail, past, ends=ends, rewind_most=most)
 
     def extend(
-        self, between: Between, cache: Any, lengths: Int[Array, "b"] | None
+        self, between: Between, cache: Any, lengths: Int[Array, "b"] | None, source: Any = None
     ) -> tuple[Between, Any]:
-        """Applies both to the next tokens of a stream; returns the next cache too."""
+        """Applies both to the next tokens of a stream; returns the next cache too.
+
+        ``source`` is the cache of the block whose states the mixer reads, None if it has its own.
+        """
         mixer: Any = self.mixer
         x = stream_of(between)
         of_mixer = cache.mixer if self._mlp_shifts else cache
@@ -188,6 +205,9 @@ class Block(nnx.Module):
             args = given, of_mixer, lengths, between.values
             y, of_mixer, values = mixer.extend_in_model(*args)
             between = between._replace(values=like(between.values, values))
+        elif source is not None:
+            source = source.mixer if isinstance(source, BlockCache) else source
+            y, of_mixer = mixer.extend_in_group(given, of_mixer, lengths, source.memory)
         else:
             y, of_mixer = mixer.extend(given, of_mixer, lengths)
         x = like(x, x + self._residual(y, self.mixer_norm))
@@ -231,13 +251,17 @@ class Period(nnx.Module):
         self, config: LanguageModelConfig, blocks: tuple[BlockConfig, ...], *, rngs: nnx.Rngs
     ) -> None:
         self.blocks = nnx.List([Block(config, block, rngs=rngs) for block in blocks])
+        self.leaders = tuple(leaders([block.mixer for block in blocks]).items())
+        for number in {number for pair in self.leaders for number in pair}:
+            self.blocks[number].in_group = True
         if config.lora is not None:
             config.lora.attach(self, rngs=rngs)
 
     def __call__(self, x: Between, document_ids: Int[Array, "b t"] | None) -> Between:
         """Applies the blocks in turn."""
+        states = None
         for block in self.blocks:
-            x = block(x, document_ids)
+            x, states = block.in_period(x, document_ids, states)
         return x
 
     def init_cache(self, batch_size: int, max_length: int | None, options: dict) -> list:
@@ -246,8 +270,9 @@ class Period(nnx.Module):
 
     def extend(self, x: Between, caches: list, lengths: Array | None) -> tuple[Between, list]:
         """Applies the blocks to the next tokens of a stream; returns their next caches too."""
-        new = []
-        for block, cache in zip(self.blocks, caches, strict=True):
-            x, cache = block.extend(x, cache, lengths)
+        new, leaders = [], dict(self.leaders)
+        for number, (block, cache) in enumerate(zip(self.blocks, caches, strict=True)):
+            source = new[leaders[number]] if number in leaders else None
+            x, cache = block.extend(x, cache, lengths, source)
             new.append(cache)
         return x, new

@@ -22,6 +22,7 @@ from memcache_jax.aggregation import GRM, Aggregation
 from memcache_jax.memories import Memory, Titans
 from memcache_jax.nn.attention import Attention, check_attention
 from memcache_jax.nn.feed_forward import FeedForward, GatedMLP
+from memcache_jax.nn.groups import check_states, leaders
 from memcache_jax.nn.lora import LoRA
 from memcache_jax.nn.memory_caching import MemoryCaching, check_layer
 from memcache_jax.nn.norms import Norm
@@ -47,7 +48,36 @@ class Mixer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class MemoryCachingMixer:
-    """Blocks mix tokens with ``MemoryCaching``, whose arguments are the attributes."""
+    """Blocks mix tokens with ``MemoryCaching``, whose arguments are the attributes.
+
+    With ``states="previous"``, a layer of a language model caches no states. It reads those of the
+    nearest earlier layer that has its own, as layers share keys and values in cross-layer attention
+    (arXiv:2405.12981; arXiv:2602.24281 has no such layers)::
+
+        y_t = Agg(M_1, ..., M_{s-1} of that layer; M_t; q_t)
+
+    Query, connector, live memory and all parameters are the layer's own; the pooled keys are those
+    of the other layer, which also gets gradients. Both layers need the same ``memory``,
+    ``aggregation``, ``start``, ``bounded`` and ``Constant`` segmentation, and must be in one
+    repetition of ``LanguageModelConfig.mixers``, or of a pattern of its ``blocks``. A stream then
+    caches states for one layer of each group.
+
+    Raises:
+      ValueError: as ``MemoryCaching``, and with ``states="previous"`` for other segments than
+        ``Constant``, ``exact`` tokens or several keys per state. The model's configuration refuses
+        a group without a first layer or with unlike ones, and aggregations for which a stream keeps
+        one sum of all states, such as ``Residual``; ``init_cache`` refuses a policy other
+        than ``"error"``, ``rewind`` and ``keep_ends``; calls refuse ``implementation="reference"``
+        and meshes that divide time.
+
+    Example:
+      >>> import dataclasses, memcache_jax as mc
+      >>> own = mc.nn.MemoryCachingMixer(mc.memories.DeltaNet(), mc.SSC(4), mc.Constant(64))
+      >>> other = dataclasses.replace(own, states="previous")
+      >>> config = mc.nn.LanguageModelConfig(257, 4, features=64, num_heads=4, mixers=(own, other))
+      >>> [mixer.states for mixer in config.mixers]  # of four layers, two cache states
+      ['own', 'previous']
+    """
 
     memory: Memory = Titans()
     aggregation: Aggregation = GRM()
@@ -56,6 +86,7 @@ class MemoryCachingMixer:
     connector: Literal["learned", "query"] = "learned"
     distances: int = 64
     bounded: bool = True
+    states: Literal["own", "previous"] = "own"
     implementation: Implementation | None = None
     exchange: Exchange = "gather"
 
@@ -65,6 +96,7 @@ class MemoryCachingMixer:
             *(self.implementation, self.exchange),
         )
         check_flag("bounded", self.bounded)
+        check_states(self.states, self.aggregation, self.segmentation)
         set_fields(self, distances=check_integer("distances", self.distances, 2))
 
     def build(self, in_features: int, num_heads: int, **options: Any) -> MemoryCaching:
@@ -252,6 +284,8 @@ class LanguageModelConfig:
                 "remat recomputes layer by layer: it needs scan_layers=True, got False"
             )
         _check_shared_values(self.mixers * (self.num_layers // len(self.mixers)))
+        for blocks, _ in self.stacks:
+            leaders([block.mixer for block in blocks])
 
     @functools.cached_property
     def stacks(self) -> Stacks:

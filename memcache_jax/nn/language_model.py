@@ -22,7 +22,7 @@ from memcache_jax.nn import period
 from memcache_jax.nn.block import Between, Hidden, Period, stream_of
 from memcache_jax.nn.calls import ModelCall, answer, read_call
 from memcache_jax.nn.config import LanguageModelConfig
-from memcache_jax.nn.layers import Embed, Linear
+from memcache_jax.nn.layers import NAN_OUTSIDE, Embed, Linear, rows_of
 from memcache_jax.nn.model_cache import LanguageModelCache
 from memcache_jax.nn.output import Output
 from memcache_jax.nn.stack import layer_of, make_stack, scan_stack
@@ -43,7 +43,6 @@ _OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
     offload_dst="pinned_host",
 )
 _KEEP = jax.checkpoint_policies.save_only_these_names(WRITTEN, ROUTED)
-_NAN_OUTSIDE: dict[str, Any] = dict(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 class LanguageModel(Output, nnx.Module):
@@ -190,15 +189,17 @@ class LanguageModel(Output, nnx.Module):
     def _rows_of(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         # Gather the table's features first: on a mesh XLA would otherwise gather the batch.
         table, mesh = self.embedding.embedding[...], context_mesh(tokens)
-        if mesh is None or not explicit_axes(mesh):
+        if mesh is None:
+            return rows_of(table.astype(self.config.dtype), tokens)
+        if not explicit_axes(mesh):
             table = constrain(table, "vocab", None)
-            x = table.astype(self.config.dtype).at[tokens].get(**_NAN_OUTSIDE)
+            x = table.astype(self.config.dtype).at[tokens].get(**NAN_OUTSIDE)
             return constrain(x, "batch", "time", None)
         rows, used = axes_of(tokens), {axis for axes in axes_of(tokens) for axis in axes}
         vocab = tuple(axis for axis in axes_of(table)[0] if axis not in used)
         table = lay_out(table, mesh, [vocab, ()]).astype(self.config.dtype)
         rows = NamedSharding(mesh, as_spec([*rows, ()]))
-        return table.at[tokens].get(**_NAN_OUTSIDE, out_sharding=rows)
+        return table.at[tokens].get(**NAN_OUTSIDE, out_sharding=rows)
 
     def init_cache(
         self,

@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from memcache_jax._typing import Array, Float, Int
+from memcache_jax._varying import alike
 from memcache_jax.kernels.short_conv import conv_silu, document_conv_silu
 from memcache_jax.sharding.division import Division
 from memcache_jax.sharding.layout import as_spec, axes_of, context_mesh, explicit_axes
@@ -90,6 +92,47 @@ class Embed(nnx.Embed):
         if out_sharding is None:
             out_sharding = product_sharding(query, self.embedding[...], 0)
         return jnp.dot(rows, table.T, preferred_element_type=wide, out_sharding=out_sharding)
+
+
+NAN_OUTSIDE: dict[str, Any] = dict(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+"""Options of ``x.at[ids].get``: an id outside the table gives a row of NaN."""
+
+
+def rows_of(table: Float[Array, "vocab d"], tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+    """Returns the tokens' rows of a table, whose gradient is allocated only when it is computed.
+
+    XLA schedules the gradient's zeros, as large as the table, as early as it can: before the
+    backward pass of all layers. In a branch of ``lax.cond`` they must wait for the rows' gradient.
+    On a mesh the branch would contain collectives: there, take the rows by indexing.
+
+    Args:
+      table: in the dtype of its rows.
+      tokens: ids; an id outside the vocabulary gives a row of NaN.
+    """
+    return _rows(len(table), *alike((table, tokens)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rows(vocab: int, table: Array, tokens: Array) -> Array:
+    del vocab
+    return table.at[tokens].get(**NAN_OUTSIDE)
+
+
+def _rows_forward(vocab: int, table: Array, tokens: Array) -> tuple[Array, Array]:
+    return _rows(vocab, table, tokens), tokens
+
+
+def _rows_backward(vocab: int, tokens: Array, d_rows: Array) -> tuple[Array, None]:
+    def zeros(d_rows: Array) -> Array:
+        return alike((jnp.zeros((vocab, d_rows.shape[-1]), d_rows.dtype), d_rows))[0]
+
+    def added(d_rows: Array) -> Array:
+        return zeros(d_rows).at[tokens].add(d_rows, mode="drop", wrap_negative_indices=False)
+
+    return lax.cond(jnp.any(d_rows != 0), added, zeros, d_rows), None
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
 
 
 class CausalConv(nnx.Module):

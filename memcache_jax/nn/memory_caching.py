@@ -11,6 +11,8 @@ from memcache_jax._typing import Exchange, Implementation, Start
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.caching import check_configuration
 from memcache_jax.memories import Memory
+from memcache_jax.nn.borders import learn_borders
+from memcache_jax.nn.groups import check_states
 from memcache_jax.nn.host_options import HostOptions, read_host_options
 from memcache_jax.nn.projections import Projections
 from memcache_jax.segmentation import Segmentation
@@ -55,6 +57,8 @@ class MemoryCaching(Projections):
       conv_width: taps of the convolution.
       bounded: whether a deep memory without a ``max_step_norm`` gets one of 1, so that no input,
         however large, makes it diverge; False for the bare equation.
+      states: ``"own"``, or ``"previous"`` for a layer of a language model that caches no states and
+        reads those of an earlier layer, see ``MemoryCachingMixer``.
       implementation: as in ``memory_caching``; ``"pallas_gpu"`` cannot bound the steps of deep
         memories: give ``bounded=False`` with them.
       exchange: on a mesh that splits sequences, how the parts get each other's states:
@@ -99,6 +103,7 @@ class MemoryCaching(Projections):
         distances: int = 64,
         conv_width: int = 4,
         bounded: bool = True,
+        states: Literal["own", "previous"] = "own",
         implementation: Implementation | None = None,
         exchange: Exchange = "gather",
         dtype: DTypeLike | None = None,
@@ -108,6 +113,7 @@ class MemoryCaching(Projections):
         **host: Unpack[HostOptions],
     ) -> None:
         check_layer(memory, aggregation, segmentation, start, connector, implementation, exchange)
+        check_states(states, aggregation, segmentation)
         _checks.check_instance("rngs", rngs, nnx.Rngs, "nnx.Rngs, such as nnx.Rngs(0)")
         memory = memory.bounded() if _checks.check_flag("bounded", bounded) else memory
         distances = _checks.check_integer("distances", distances, 2)
@@ -132,7 +138,9 @@ class MemoryCaching(Projections):
                 options_of=projections,
                 rngs=rngs,
             )
-        self.segmentation = segmentation
+            self.segmentation = segmentation
+            learn_borders(self, rngs)
+        self.states = states
         self.start: Start = start
         self.implementation: Implementation | None = implementation
         self.exchange: Exchange = exchange

@@ -1,7 +1,9 @@
 """What every layer of memory caching does, whatever makes its queries, keys and values."""
 
 import functools
-from typing import Any, Unpack, overload
+import types
+from collections.abc import Mapping
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +15,16 @@ from memcache_jax import _checks
 from memcache_jax._typing import Array, Exchange, Float, Implementation, Int, Start
 from memcache_jax.adaptive import Adaptive
 from memcache_jax.aggregation import Aggregation
-from memcache_jax.caching import memory_caching
-from memcache_jax.engine.run import gates_of_tokens
+from memcache_jax.caching import in_group
+from memcache_jax.engine.gates import gates_of_tokens
+from memcache_jax.engine.types import CachedStates
 from memcache_jax.memories import Memory
+from memcache_jax.nn.borders import with_border
 from memcache_jax.nn.calls import MixerCall, answer, read_mixer_call
 from memcache_jax.nn.layer_cache import LayerCache
 from memcache_jax.segmentation import Segmentation
 from memcache_jax.sharding.division import Division
-from memcache_jax.streaming import check_options, extend, init_cache
+from memcache_jax.streaming import Cache, check_options, extend, init_cache
 from memcache_jax.streaming.borders import check_keeps_ends, num_ends
 from memcache_jax.streaming.protocol import placed
 from memcache_jax.streaming.ring import Ring
@@ -30,8 +34,9 @@ from memcache_jax.streaming.tails import next_tails, tails_at_ends
 class MemoryLayer(nnx.Module):
     """A token mixer (b, t, d) -> (b, t, d) of memory caching: the base of such layers.
 
-    A subclass sets the attributes, and makes the memory's arguments of the layer's input and the
-    layer's output of what is read, in the methods that raise ``NotImplementedError`` here.
+    A subclass sets the attributes and calls ``learn_borders``. In the methods that raise
+    ``NotImplementedError`` here, it computes the memory's arguments from the layer's input, and the
+    layer's output from what is read.
 
     Attributes:
       in_features: model dimension d of the input and the output.
@@ -46,6 +51,8 @@ class MemoryLayer(nnx.Module):
       exchange: how the parts of a sequence on a mesh get each other's states.
       dtype: dtype of the arithmetic; None for the wider of the input's and ``param_dtype``.
       param_dtype: dtype of the parameters.
+      states: ``"own"``, or ``"previous"`` to read the cached states of the nearest earlier layer of
+        a model that has its own.
     """
 
     in_features: int
@@ -60,6 +67,7 @@ class MemoryLayer(nnx.Module):
     exchange: Exchange
     dtype: DTypeLike | None
     param_dtype: DTypeLike
+    states: Literal["own", "previous"] = "own"
 
     def _tokens(
         self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None, first: Any
@@ -163,25 +171,65 @@ class MemoryLayer(nnx.Module):
     def _whole(
         self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None
     ) -> Float[Array, "b t d"]:
+        self._check_own()
         return self._mix(x, document_ids, None)[0]
 
+    def _check_own(self) -> None:
+        if self.states != "own":
+            raise ValueError(
+                "a layer with states='previous' reads the cached states of another layer: it works "
+                "only in the blocks of a LanguageModel"
+            )
+
+    def call_in_group(
+        self,
+        x: Float[Array, "b t d"],
+        document_ids: Int[Array, "b t"] | None,
+        states: CachedStates | None,
+    ) -> tuple[Float[Array, "b t d"], CachedStates | None]:
+        """As a call, in a group of layers that read the cached states of its first.
+
+        Takes these states unless the layer caches its own, and returns them.
+        """
+        if 0 in x.shape[:2]:
+            return self._mix(x, document_ids, None)[0], states
+        share = dict(given=states) if self.states == "previous" else dict(hands_on=True)
+        y, _, made = self._mix(x, document_ids, None, share)
+        return y, states if made is None else made
+
+    def extend_in_group(
+        self, x: Float[Array, "b t d"], cache: LayerCache, lengths: Any, source: Cache
+    ) -> tuple[Float[Array, "b t d"], LayerCache]:
+        """As ``extend``, reading the states of another layer's cache, after the same tokens."""
+        y, cache, _ = self._mix_next(x, cache, lengths, None, source)
+        return y, cache
+
     def _mix(
-        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None, first: Any
-    ) -> tuple[Float[Array, "b t d"], Any]:
-        """The output, and what ``_tokens`` kept for it; None of an input without tokens."""
+        self,
+        x: Float[Array, "b t d"],
+        document_ids: Int[Array, "b t"] | None,
+        first: Any,
+        share: Mapping[str, Any] = types.MappingProxyType({}),
+    ) -> tuple[Float[Array, "b t d"], Any, CachedStates | None]:
+        """The output, what ``_tokens`` kept for it, and the states that it hands on.
+
+        The latter two are None of an input without tokens.
+        """
         wide = x if self.dtype is None else x.astype(self.dtype)
         if 0 in x.shape[:2]:
-            return self._empty_output(wide), None
+            return self._empty_output(wide), None, None
         tokens, kept = self._tokens(wide, document_ids, first)
-        y = memory_caching(
-            **tokens,
+        made = in_group(
+            **with_border(self, tokens, wide),
+            **share,
             **self._rules,
             weights=self._initial_weights(),
             document_ids=document_ids,
             implementation=self.implementation,
             exchange=self.exchange,
         )
-        return self._output(wide, y, kept), kept
+        y, states = made if share.get("hands_on") else (made, None)
+        return self._output(wide, y, kept), kept, states
 
     def operands(
         self,
@@ -192,9 +240,9 @@ class MemoryLayer(nnx.Module):
     ) -> dict[str, Any]:
         """The arrays that a call passes to ``mc.memory_caching``, by argument name.
 
-        They are ``query``, ``key``, ``value``, ``connector`` (or None), ``controls`` and
-        ``weights``. ``first`` are the values of the model's first layer, for layers that mix them
-        in: see ``recurrent.Path``.
+        They are ``query``, ``key``, ``value``, ``connector`` (or None), ``controls``, ``weights``
+        and, for segments by scores, ``border``. ``first`` are the values of the model's first
+        layer, for layers that mix them in: see ``recurrent.Path``.
 
         Example:
           >>> import jax.numpy as jnp, memcache_jax as mc
@@ -211,7 +259,7 @@ class MemoryLayer(nnx.Module):
             _checks.check_documents(document_ids, x.shape[:2])
         x = x if self.dtype is None else x.astype(self.dtype)
         tokens, _ = self._tokens(x, document_ids, first)
-        return tokens | {"weights": self._initial_weights()}
+        return with_border(self, tokens, x) | {"weights": self._initial_weights()}
 
     def gates(
         self, x: Float[Array, "b t d"], *, first: Array | None = None
@@ -233,16 +281,18 @@ class MemoryLayer(nnx.Module):
           >>> gates.shape, (gates > 0).sum(axis=-1)[0, ::4, 0].tolist()
           ((1, 14, 2, 4), [1, 2, 2, 2])
         """
+        self._check_own()
         operands = self.operands(x, first=first)
-        rows = operands["key"], operands["connector"]
+        rows = operands["key"], operands["connector"], operands.get("border")
         gates = functools.partial(
             gates_of_tokens, aggregation=self.aggregation, segmentation=self.segmentation
         )
-        division = Division.of(*((row, "b t h .") for row in rows))
+        division = Division.of(*((row, "b t h .") for row in rows[:2]))
         if division is None:
             return gates(*rows)
         whole = ("t", "h") if isinstance(self.segmentation, Adaptive) else ("t",)
-        return division.whole(*whole).run(gates, rows, ("b t h .", "b t h ."), "b t h .")
+        letters = "b t h .", "b t h .", None if rows[2] is None else "b t h"
+        return division.whole(*whole).run(gates, rows, letters, "b t h .")
 
     def init_cache(
         self,
@@ -283,6 +333,10 @@ class MemoryLayer(nnx.Module):
                 dtype=jnp.promote_types(self.param_dtype, jnp.float32),
                 **options,
             )
+            if self.states != "own":
+                if keep_ends:
+                    raise ValueError("a layer with states='previous' cannot keep_ends")
+                cache = cache.as_borrower()
             tails, rewind = self._empty_tails(batch_size, dtype), cache.config.rewind
             past = Ring(rewind, tails).empty(batch_size) if rewind else None
             ends = None
@@ -311,11 +365,17 @@ class MemoryLayer(nnx.Module):
           ValueError: for an input that is not (b, t, in_features) or exceeds the cache's rows or
             room, or for another layer's cache.
         """
+        self._check_own()
         y, cache, _ = self._mix_next(x, cache, lengths, None)
         return y, cache
 
     def _mix_next(
-        self, x: Float[Array, "b t d"], cache: LayerCache, lengths: Any, first: Any
+        self,
+        x: Float[Array, "b t d"],
+        cache: LayerCache,
+        lengths: Any,
+        first: Any,
+        source: Cache | None = None,
     ) -> tuple[Float[Array, "b t d"], LayerCache, Any]:
         """As ``extend``, and what ``_next_tokens`` kept for the output."""
         _checks.check_input(x, self.in_features)
@@ -337,8 +397,8 @@ class MemoryLayer(nnx.Module):
         every = num_ends(config), config.segmentation.size
         ends = tails_at_ends(next_tokens, cache.ends, *every, *places, **where)
         y, memory = extend(
-            cache.memory,
-            **tokens,
+            cache.memory if source is None else cache.memory.borrowing(source),
+            **with_border(self, tokens, x),
             lengths=lengths,
             **self._rules,
             weights=self._initial_weights(),

@@ -28,6 +28,7 @@ class Norm:
     def __post_init__(self) -> None:
         _checks.check_choice("kind", self.kind, ("rms", "layer"))
         _checks.check_fields(self, numbers=("epsilon", "offset"))
+        _checks.check_number("epsilon", self.epsilon, "at least 0", lambda x: x >= 0)
         if self.kind == "layer" and self.offset:
             raise ValueError(f"a LayerNorm's scale has no offset, got {self.offset}")
 

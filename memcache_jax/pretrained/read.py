@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from memcache_jax._checks import check_dtype, check_flag, check_instance
+from memcache_jax._checks import check_dtype, check_flag, check_path
 from memcache_jax.nn import LanguageModel, LanguageModelConfig
 from memcache_jax.nn.language_model import abstract_model
 from memcache_jax.pretrained.families import family_of
@@ -58,8 +58,7 @@ def load(
         model = mc.pretrained.load("Qwen3.5-2B")
         model = mc.nn.with_memory_caching(model, segmentation=mc.Constant(4096))
     """
-    check_instance("folder", folder, (str, Path), "a path")
-    folder = Path(folder)
+    folder = check_path("folder", folder)
     check_dtype("dtype", dtype, optional=True)
     check_dtype("param_dtype", param_dtype, optional=True)
     given = read_text_model(folder)
@@ -147,13 +146,13 @@ def _read(
     tensor: Tensor, number: int, weights: Weights, shapes: list[tuple[int, ...]]
 ) -> np.ndarray:
     """One of a tensor's parts, of these shapes; if it has rows of its own, those alone are read."""
-    sizes = sum(int(np.prod(shape)) for shape in shapes)
     given = [weights.shape(name) for name in tensor.names]
     if tensor.row is not None:
         given = [shape[1:] if shape and tensor.row < shape[0] else () for shape in given]
-    if sizes != sum(int(np.prod(shape)) for shape in given):
+    wanted = tensor.shape_of(shapes)
+    if _joined(given) != _joined([wanted]):
         raise ValueError(
-            f"{', '.join(tensor.names)} of {weights.folder} must be {shapes} together, "
+            f"{', '.join(tensor.names)} of {weights.folder} must be {wanted} together, "
             f"got {', '.join(map(str, given))}"
         )
     rows = tensor.rows_of(number, shapes)
@@ -161,3 +160,12 @@ def _read(
         return tensor.part_of(number, weights.read(tensor.names[0], rows), shapes[number])
     read = [weights.read(name) for name in tensor.names]
     return tensor.cut(read[0] if len(read) == 1 else np.concatenate(read), shapes)[number]
+
+
+def _joined(shapes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
+    """The shape of tensors joined along axis 0, without axes of one; None if they differ."""
+    first, *others = shapes
+    if any(shape[1:] != first[1:] for shape in others):
+        return None
+    rows = sum(shape[0] for shape in shapes if shape)
+    return tuple(n for n in (rows, *first[1:]) if n != 1) if first else ()

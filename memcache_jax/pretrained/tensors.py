@@ -57,6 +57,13 @@ class Tensor:
             return dataclasses.replace(self, names=self.others, row=self.others_row)
         return self
 
+    def shape_of(self, sizes: list[tuple[int, ...]]) -> tuple[int, ...]:
+        """The shape of the joined tensor, from the shapes of its parts."""
+        first, *others = [_file_shape(part, x) for part, x in zip(self.parts, sizes, strict=True)]
+        rows = first[self.axis : self.axis + 1] if first else ()
+        rows = tuple(n + sum(shape[self.axis] for shape in others) for n in rows)
+        return (*first[: self.axis], *rows, *first[self.axis + 1 :])
+
     def cut(self, joined: np.ndarray, sizes: list[tuple[int, ...]]) -> list[np.ndarray]:
         """The parts of the joined tensor, of these shapes, in their parameters' forms."""
         pieces = [joined]
@@ -110,6 +117,12 @@ class Tensor:
 def _rows(part: Part, shape: tuple[int, ...]) -> int:
     """Rows of a parameter as the file has it."""
     return shape[-1] if part.form in ("matrix", "conv") else shape[0]
+
+
+def _file_shape(part: Part, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if part.form == "same":
+        return shape
+    return (*shape[:-2], shape[-1], shape[-2]) if part.form == "matrix" else (shape[1], 1, shape[0])
 
 
 def _from_file(part: Part, x: np.ndarray) -> np.ndarray:

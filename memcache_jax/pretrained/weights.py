@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  # whose names of dtypes NumPy then knows
 import numpy as np
 
@@ -42,7 +43,7 @@ class Weights:
                 raise ValueError(f"{index} has no weight_map of names to files")
             files = sorted(set(owners.values()))
         else:
-            files = ["model.safetensors"]
+            owners, files = {}, ["model.safetensors"]
         missing = [name for name in files if not (folder / name).is_file()]
         if missing:
             raise ValueError(f"{folder} lacks {', '.join(missing)}{_pickles(folder)}")
@@ -54,6 +55,8 @@ class Weights:
                 if name in self._owner:
                     raise ValueError(f"{folder} has both {self._owner[name][1]} and {inside}")
                 self._owner[name] = file, inside
+        if lost := sorted(set(owners) - {inside for _, inside in self._owner.values()}):
+            raise ValueError(f"{index} names {_few(lost)}, which its files lack")
         self.close()
 
     def _file(self, file: str) -> Any:
@@ -88,13 +91,23 @@ class Weights:
         """A tensor, or some of its rows, read now.
 
         Raises:
-          ValueError: if there is none of the name.
+          ValueError: if there is no tensor of this name, or it is not floating point.
         """
-        return self._tensor(name)[rows]
+        value = self._tensor(name)[rows]
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} of {self.folder} must be floating point, got {value.dtype}: quantized "
+                "weights are not supported"
+            )
+        return value
 
     def close(self) -> None:
         """Closes the files until the next read; what was read of them is in memory until then."""
         self._open.clear()
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _renamed(name: str, renamed: Mapping[str, str]) -> str:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from memcache_jax._checks import check_instance
+from memcache_jax._checks import check_path
 from memcache_jax.nn import LanguageModel
 from memcache_jax.pretrained.families import family_of
 from memcache_jax.pretrained.given import Given
@@ -35,8 +35,7 @@ def save(model: LanguageModel, folder: str | Path) -> None:
         raise ValueError("only models of mc.pretrained.load can be saved as published ones")
     if model.config.lora is not None:
         raise ValueError("published files have no place for adapters: save mc.nn.merge_lora(model)")
-    check_instance("folder", folder, (str, Path), "a path")
-    folder = Path(folder)
+    folder = check_path("folder", folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} must be a new or an empty folder")
     safetensors()

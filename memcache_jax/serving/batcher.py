@@ -11,28 +11,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from memcache_jax import _checks
-from memcache_jax._typing import Array
 from memcache_jax.generation.apart import apart
-from memcache_jax.generation.generate import extend_in_place
 from memcache_jax.generation.sampling import Sampling
 from memcache_jax.nn import LanguageModel
-from memcache_jax.nn.model_cache import LanguageModelCache
 from memcache_jax.nn.unrolled import for_steps
 from memcache_jax.serving.ids import Ids, as_ids
 from memcache_jax.serving.prefix_store import PrefixStore
-from memcache_jax.serving.programs import Draws, decode, draw_scored, put
+from memcache_jax.serving.programs import Draws, decode, draw_scored, on_device_of, put
+from memcache_jax.serving.reading import Reading
 from memcache_jax.serving.request import Limits, Load, Request
-from memcache_jax.serving.scores import Scores, Scoring, read_scored
+from memcache_jax.serving.scores import Scores, Scoring
+from memcache_jax.streaming.loops import Slim
 
 
 class Batcher:
     """Serves requests that come and go at any time, in the rows of one cache.
 
     A step reads at most one piece of one prompt, in a cache of its own, and then appends one token
-    in all rows that have a request. So a request that has begun waits for no more than a piece of
-    ``piece`` tokens between two of its own; those that wait for a row begin in the order they came.
-    Pieces have sizes of powers of two: all in all log2(piece) + 4 programs are compiled, each once,
-    and log2(piece) + 1 more for prompts that are scored.
+    to each row that has a request, or up to ``ahead`` if no prompt can be read. So between two
+    tokens of its own a request waits for at most one piece, of ``piece`` tokens; requests that wait
+    for a row begin in the order they came. Sizes of pieces are powers of two: log2(piece) + 4
+    programs are compiled in all, each once.
 
     A request's tokens depend on nothing but it: not on its row, nor on what else is served. With a
     store that is so up to rounding: where the beginning of a prompt is known, the rest is read in
@@ -48,6 +47,9 @@ class Batcher:
       rows: the most requests that are decoded at once.
       max_length: most tokens of a prompt and what follows it.
       piece: most tokens of a prompt in a step, a power of two.
+      ahead: most tokens per row in a step in which no prompt can be read, 1 or more. They take one
+        device call and arrive together; a request that ends or is cancelled among them keeps its
+        row until the call returns.
       most_waiting: most requests that wait for a row; more are refused.
       store: where beginnings of prompts are looked up, and prompts' caches inserted.
       text_of: the text of token ids, for ``stop_texts``.
@@ -75,6 +77,7 @@ class Batcher:
         rows: int,
         max_length: int,
         piece: int = 128,
+        ahead: int = 1,
         most_waiting: int = 1024,
         store: PrefixStore | None = None,
         text_of: Callable[[list[int]], str] | None = None,
@@ -85,24 +88,26 @@ class Batcher:
         self.piece = _checks.check_integer("piece", piece)
         if self.piece & (self.piece - 1):
             raise ValueError(f"piece must be a power of two, got {piece}")
+        self.ahead = _checks.check_integer("ahead", ahead)
         self.most_waiting = _checks.check_integer("most_waiting", most_waiting)
         if store is not None:
             _checks.check_instance("store", store, PrefixStore, "an mc.PrefixStore")
+        _checks.check_function("text_of", text_of, "token ids")
         self.model, self.max_length, self.store, self.text_of = model, max_length, store, text_of
         self._graph, self._state = apart(model)
         options = _checks.check_mapping("cache", cache)
-        self._empty = _on_device_of(self._state, model.init_cache(1, max_length, **options))
+        self._empty = on_device_of(self._state, model.init_cache(1, max_length, **options))
         steps: Any = model if "sharding" in options else for_steps(model)
         self._steps = apart(steps)
-        self._new_cache = lambda: _on_device_of(
-            self._state, steps.init_cache(rows, max_length, **options)
+        self._new_cache = lambda: Slim.of(
+            on_device_of(self._state, steps.init_cache(rows, max_length, **options))
         )
-        self._cache: Any = self._new_cache()
+        self._cache = self._new_cache()
         if self._empty.max_length is not None:  # policies that make no room may have less
             self.max_length = min(max_length, self._empty.max_length)
         self._rows: list[Request | None] = [None] * rows
         self._waiting: collections.deque[Request] = collections.deque()
-        self._reading: tuple[Request, LanguageModelCache, int] | None = None
+        self._reading: Reading | None = None
         self._lock, self._wake = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -161,6 +166,7 @@ class Batcher:
             _checks.check_ids("stop_tokens", *of_stops, vocab)
         if limits.stop_texts and self.text_of is None:
             raise ValueError("stop_texts need a batcher with text_of, the text of token ids")
+        _checks.check_function("on_token", on_token, "a token id")
         sampling, scoring = Sampling(temperature, top_k, top_p), Scoring(logprobs, score_prompt)
         request = Request(ids, new, sampling, seed, limits, scoring, on_token)
         with self._lock:
@@ -230,7 +236,7 @@ class Batcher:
             with self._lock:
                 waiting, self._waiting = self._waiting, collections.deque()
                 self._died = cause
-            reading = [] if self._reading is None else [self._reading[0]]
+            reading = [] if self._reading is None else [self._reading.request]
             for request in (*self._rows, *reading, *waiting):
                 if request is not None and not request.is_done:
                     request.end("error", cause)
@@ -249,14 +255,24 @@ class Batcher:
 
     def _read_or_end(self) -> bool:
         """Reads a piece; what goes wrong with a prompt, such as another store, ends it."""
+        if self._reading is None:
+            with self._lock:
+                if None not in self._rows or not self._waiting:
+                    return False
+                self._reading = Reading(self._waiting.popleft(), self._empty)
         try:
-            return self._read_piece()
+            logits = self._reading.read_piece(self._graph, self._state, self.piece, self.store)
         except Exception as error:
-            if self._reading is None:
-                raise
-            self._reading[0].end("error", error)
+            self._reading.request.end("error", error)
             self._reading = None
             return True
+        if logits is not None:
+            (read, self._reading), row = (self._reading, None), self._rows.index(None)
+            self._rows[row] = read.request  # a failure of put ends it with the other rows
+            self._cache = put(self._cache, jnp.int32(row), read.cache, config=self.model.config)
+            token, scores = draw_scored(logits, Draws.of([read.request]))
+            self._add([row], np.asarray(token), _told([read.request], scores))
+        return True
 
     def _end_rows(self, error: Exception) -> None:
         """Ends the requests in all rows, and empties them for others."""
@@ -270,8 +286,8 @@ class Batcher:
         for row, request in enumerate(self._rows):
             if request is not None and request.is_cancelled:
                 self._leave(row, request)
-        if self._reading is not None and self._reading[0].is_cancelled:
-            self._reading[0].end("cancelled")
+        if self._reading is not None and self._reading.request.is_cancelled:
+            self._reading.request.end("cancelled")
             self._reading = None
         with self._lock:
             gone = [request for request in self._waiting if request.is_cancelled]
@@ -284,91 +300,47 @@ class Batcher:
         if not request.is_done:
             request.end("cancelled")
 
-    def _read_piece(self) -> bool:
-        """Reads the next piece of the prompt whose turn it is."""
-        if self._reading is None:
-            with self._lock:
-                if None not in self._rows or not self._waiting:
-                    return False
-                request = self._waiting.popleft()
-            self._reading = request, self._empty, 0
-            cache, request.known = None, 0
-            if self.store is not None and not request.scoring.prompt:
-                cache, request.known = self.store.match(request.prompt)
-            if cache is None:
-                cache = jax.tree.map(jnp.copy, self._empty)
-            self._reading = request, cache, request.known
-        request, cache, taken = self._reading
-        left = len(request.prompt) - taken
-        # The largest power of two that does not go beyond a multiple of ``piece``: so prompts with
-        # one beginning are read alike, whatever is known of them.
-        size = 1 << (min(left, self.piece - taken % self.piece).bit_length() - 1)
-        cache, logits = self._extend(request, taken, taken + size, cache)
-        taken += size
-        if self.store is not None and (taken % self.piece == 0 or size == left):
-            self.store.insert(request.prompt[:taken], cache)
-        if size < left:
-            self._reading = request, cache, taken
-            return True
-        row, self._reading = self._rows.index(None), None
-        self._rows[row] = request  # a failure of put ends it with the other rows
-        self._cache = put(self._cache, jnp.int32(row), cache, config=self.model.config)
-        self._add([row], *draw_scored(logits, Draws.of([request])))
-        return True
-
-    def _extend(
-        self, request: Request, begin: int, end: int, cache: LanguageModelCache
-    ) -> tuple[LanguageModelCache, Array]:
-        """Reads a piece of a prompt; returns the logits after it."""
-        if not request.scoring.prompt:
-            tokens = jnp.asarray(request.prompt[None, begin:end])
-            return extend_in_place(self._state, tokens, None, cache, graph=self._graph)
-        scored = read_scored(self._state, request.prompt, begin, end, cache, graph=self._graph)
-        cache, logits, scores = scored
-        count = request.scoring.likely or 0
-        places = min(end, len(request.prompt) - 1) - begin  # the last token has none after it
-        request.prompt_logprobs += [scores.of(i, count) for i in range(places)]
-        return cache, logits
-
     def _decode(self) -> bool:
-        """Appends the last token of each row, and draws the next."""
-        active = np.array([request is not None for request in self._rows])
-        if not active.any():
+        """Appends each row's last token and draws the next, up to ``ahead`` times in one call."""
+        requests = [request for request in self._rows if request is not None]
+        if not requests:
             return False
+        active = np.array([request is not None for request in self._rows])
         tokens = np.array([0 if r is None else r.tokens[-1] for r in self._rows], np.int32)
+        with self._lock:
+            may_read = self._reading is not None or (self._waiting and None in self._rows)
+        left = min(request.max_new_tokens - len(request.tokens) for request in requests)
+        times = 1 if may_read else min(self.ahead, left)
         graph, state = self._steps
         new, scores, self._cache = decode(
-            *(state, tokens, active, Draws.of(self._rows), self._cache), graph=graph
+            *(state, tokens, active, Draws.of(self._rows), np.int32(times), self._cache),
+            graph=graph,
+            most=self.ahead,
         )
-        self._add(list(range(len(self._rows))), new, scores)
+        every, told = np.asarray(new), _told(requests, scores)
+        for i in range(times):
+            of_time = None if told is None else jax.tree.map(lambda x, i=i: x[i], told)
+            self._add(list(range(len(self._rows))), every[i], of_time)
         return True
 
-    def _add(self, rows: list[int], tokens: Array, scores: Scores) -> None:
+    def _add(self, rows: list[int], tokens: np.ndarray, scores: Scores | None) -> None:
         """Gives the requests in these rows a token each."""
-        requests = [self._rows[row] for row in rows]
-        if any(request is not None and request.scoring.likely is not None for request in requests):
-            scores = jax.device_get(scores)
-        for i, token in enumerate(np.asarray(tokens).tolist()):
-            request = requests[i]
+        for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+            request = self._rows[row]
             if request is None:
                 continue
             if token < 0:
                 request.end("error", FloatingPointError("the model's logits are not finite"))
             else:
                 if request.scoring.likely is not None:
+                    assert scores is not None
                     request.logprobs.append(scores.of(i, request.scoring.likely))
                 request.add(token, self.text_of)
             if request.is_done:
-                self._leave(rows[i], request)
+                self._leave(row, request)
 
 
-def _on_device_of(state: Any, cache: Any) -> Any:
-    """The cache, committed to the parameters' device if they are committed to a single one.
-
-    A step's outputs are then committed, and an uncommitted cache would compile the step again.
-    """
-    places = {x.sharding for x in jax.tree.leaves(state) if x.committed}
-    if len(places) != 1 or len(place := places.pop().device_set) != 1:
-        return cache
-    device = next(iter(place))
-    return jax.tree.map(lambda x: x if x.committed else jax.device_put(x, device), cache)
+def _told(requests: Sequence[Request], scores: Scores) -> Scores | None:
+    """The scores on the host, if a request wants them; else None."""
+    wanted = any(request.scoring.likely is not None for request in requests)
+    return jax.device_get(scores) if wanted else None

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memcache_jax._checks import check_ids, check_instance, check_integer
+from memcache_jax._checks import check_ids, check_instance, check_integer, check_path
 from memcache_jax._typing import Array, Float
 from memcache_jax.adaptive import Adaptive
 from memcache_jax.generation.apart import apart
@@ -23,6 +23,9 @@ from memcache_jax.nn.model_cache import LanguageModelCache
 from memcache_jax.segmentation import Segmentation
 from memcache_jax.serving.ids import Ids, as_ids, key_of, keys_of
 from memcache_jax.serving.pieces import Pieces, Split, axis_of, join, split
+
+# What NumPy, JSON and zipfile raise for damaged files, and for files of other kinds.
+_DAMAGE = (OSError, LookupError, EOFError, RuntimeError, TypeError, ValueError)
 
 
 class _Entry(NamedTuple):
@@ -98,7 +101,7 @@ class PrefixStore:
             tokens, or of another shape than those before.
         """
         tokens = as_ids(tokens)
-        check_instance("cache", cache, LanguageModelCache, "the cache of a LanguageModel")
+        _check_cache("cache", cache)
         if cache.position.shape != (1,) or int(cache.position[0]) != len(tokens):
             raise ValueError(
                 f"the cache must be of one row, after the {len(tokens)} tokens; it has taken "
@@ -178,6 +181,7 @@ class PrefixStore:
         if not len(ids):
             raise ValueError("give at least one token, got none")
         check_ids("tokens", int(ids.min()), int(ids.max()), model.config.vocab_size)
+        _check_cache("empty", empty)
         empty.check_room((1, len(ids)))
         with self._lock:
             if self._like is not None:  # the caches that are found have the room of these
@@ -198,8 +202,14 @@ class PrefixStore:
         return logits[0], cache, known
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes all caches into one file, in place of an earlier one."""
-        path = Path(path)
+        """Writes all caches into one file, in place of an earlier one.
+
+        Raises:
+          ValueError: if ``path`` is not a path, or is that of a folder or a device.
+        """
+        path = check_path("path", path)
+        if path.exists() and not path.is_file():
+            raise ValueError(f"path must be that of a file, new or existing, got {path}")
         with self._lock:
             entries = [
                 [key.hex(), e.length, [[a.axis, [d.hex() for d in a.digests]] for a in e.arrays]]
@@ -231,10 +241,14 @@ class PrefixStore:
         Raises:
           ValueError: if the caches of the file are of another kind or shape, or it is damaged.
         """
+        path = check_path("path", path)
+        _check_cache("like", like)
         store, wanted = cls(max_bytes), _like(like)
+        if not path.exists():
+            raise ValueError(f"there is no file {path}")
         try:
-            kept, entries, pieces = _read(Path(path))
-        except (KeyError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
+            kept, entries, pieces = _read(path)
+        except (*_DAMAGE, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is damaged, or no file of a PrefixStore: {error}") from error
         if not entries:
             return store
@@ -254,6 +268,10 @@ class PrefixStore:
         self._lengths[entry.length] -= 1
         if not self._lengths[entry.length]:
             del self._lengths[entry.length]
+
+
+def _check_cache(name: str, got: Any) -> None:
+    check_instance(name, got, LanguageModelCache, "the cache of a LanguageModel")
 
 
 def _like(cache: LanguageModelCache) -> _Like:

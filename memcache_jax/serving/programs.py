@@ -17,6 +17,7 @@ from memcache_jax.nn import LanguageModelConfig
 from memcache_jax.nn.unrolled import UnrolledCache, unrolled_cache
 from memcache_jax.serving.request import Request
 from memcache_jax.serving.scores import Scores, scores_if
+from memcache_jax.streaming.loops import Slim, while_loop
 
 
 class Draws(NamedTuple):
@@ -55,35 +56,60 @@ class Draws(NamedTuple):
         return cls(*arrays)
 
 
-@functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("graph", "most"), donate_argnames="cache")
 def decode(
     state: Any,
     tokens: Int[Array, "b"],
     active: Bool[Array, "b"],
     draws: Draws,
-    cache: Any,
+    times: Int[Array, ""],
+    cache: Slim,
     *,
     graph: Frame,
-) -> tuple[Int[Array, "b"], Scores, Any]:
-    """Appends a token in the active rows; returns the next one, its scores, and the cache."""
-    lengths = active.astype(jnp.int32)
-    cache, logits = extend_logits(graph.merge(state), tokens[:, None], cache, lengths)
-    return *draw_scored(logits, draws), cache
+    most: int,
+) -> tuple[Int[Array, "most b"], Scores, Slim]:
+    """Appends to the active rows their given tokens, and then those that it draws.
+
+    Returns the next ``times`` tokens, in arrays of ``most``, their scores (most, b, ...), and the
+    cache.
+    """
+    model, lengths = graph.merge(state), active.astype(jnp.int32)
+
+    def step(tokens: Array, drawn: Array | int, cache: Any) -> tuple:
+        cache, logits = extend_logits(model, tokens[:, None], cache, lengths)
+        return *draw_scored(logits, draws._replace(drawn=draws.drawn + drawn)), cache
+
+    if most == 1:
+        *new, after = step(tokens, 0, cache.full())
+        return *jax.tree.map(lambda x: x[None], tuple(new)), Slim.of(after)
+
+    def next_tokens(carry: tuple) -> tuple:
+        i, tokens, every, cache = carry
+        *new, cache = step(tokens, i, cache)
+        every = jax.tree.map(lambda kept, x: kept.at[i].set(x), every, tuple(new))
+        return i + 1, jnp.maximum(new[0], 0), every, cache
+
+    shapes: Any = jax.eval_shape(lambda: step(tokens, 0, cache.full())[:2])
+    every = jax.tree.map(lambda x: jnp.zeros((most, *x.shape), x.dtype), shapes)
+    first = jnp.int32(0), tokens, every, cache.full()
+    _, _, every, after = while_loop(lambda carry: carry[0] < times, next_tokens, first)
+    return *every, Slim.of(after)
 
 
 @jax.jit
 def draw_scored(logits: Float[Array, "b vocab"], draws: Draws) -> tuple[Int[Array, "b"], Scores]:
     """As ``draw``, and the tokens' scores if any row wants them."""
     tokens = draw(logits, draws)
-    return tokens, scores_if(draws.scored.any(), logits, tokens)
+    return tokens, scores_if(draws.scored.any(), lambda: logits, tokens)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def put(cache: Any, row: Array, other: Any, *, config: LanguageModelConfig) -> Any:
+def put(cache: Slim, row: Array, other: Any, *, config: LanguageModelConfig) -> Slim:
     """Puts a cache of one row, which a prompt has been read into, in place of a row."""
-    if isinstance(cache, UnrolledCache):
+    rows = cache.full()
+    if isinstance(rows, UnrolledCache):
         other = unrolled_cache(config, other)
-    return cache.put(row, other)
+    return Slim.of(rows.put(row, other))
 
 
 def draw(logits: Float[Array, "b vocab"], draws: Draws) -> Int[Array, "b"]:
@@ -118,3 +144,15 @@ def draw(logits: Float[Array, "b vocab"], draws: Draws) -> Int[Array, "b"]:
     token = jnp.where(draws.temperature > 0, token, greedy)
     broken = jnp.isnan(logits) | (logits == jnp.inf)  # a logit of -inf is a token that never comes
     return jnp.where(broken.any(axis=-1), -1, token)
+
+
+def on_device_of(state: Any, cache: Any) -> Any:
+    """The cache, committed to the parameters' device if they are committed to a single one.
+
+    A step's outputs are then committed, and an uncommitted cache would compile the step again.
+    """
+    places = {x.sharding for x in jax.tree.leaves(state) if x.committed}
+    if len(places) != 1 or len(place := places.pop().device_set) != 1:
+        return cache
+    device = next(iter(place))
+    return jax.tree.map(lambda x: x if x.committed else jax.device_put(x, device), cache)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -76,37 +77,59 @@ def scores_of(logits: Float[Array, "b vocab"], tokens: Int[Array, "b"]) -> Score
     return Scores(chosen, ids.astype(jnp.int32), likely)
 
 
-def scores_if(wanted: Bool[Array, ""], logits: Array, tokens: Array) -> Scores:
+def scores_if(
+    wanted: Bool[Array, ""], logits: Callable[[], Array], tokens: Int[Array, "b"]
+) -> Scores:
     """The scores, or zeros at no cost where they are not wanted."""
 
+    def scores() -> Scores:
+        return scores_of(logits(), tokens)
+
     def none() -> Scores:
-        shapes: Any = jax.eval_shape(scores_of, logits, tokens)
+        shapes: Any = jax.eval_shape(scores)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-    return lax.cond(wanted, lambda: scores_of(logits, tokens), none)
+    return lax.cond(wanted, scores, none)
 
 
-def read_scored(
-    state: Any, prompt: Int[np.ndarray, "n"], begin: int, end: int, cache: Any, *, graph: Frame
-) -> tuple[Any, Float[Array, "1 vocab"], Scores]:
+def read(
+    state: Any,
+    prompt: Int[np.ndarray, "n"],
+    begin: int,
+    end: int,
+    cache: Any,
+    *,
+    graph: Frame,
+    scored: bool,
+) -> tuple[Any, Float[Array, "1 vocab"], Scores | None]:
     """Extends a cache by a piece of a prompt.
 
-    Returns the cache, the logits after the piece, and the scores of the tokens that follow each of
-    it, on the host; those that follow the prompt's last token mean nothing.
+    Returns the cache, the logits after the piece, and with ``scored`` the scores of each token's
+    successor, on the host; the score after the prompt's last token has no meaning.
     """
     following = np.zeros(end - begin, np.int32)
     known = prompt[begin + 1 : end + 1]
     following[: len(known)] = known
     tokens = jnp.asarray(prompt[None, begin:end])
-    cache, logits, scores = _extend_scored(state, tokens, following, cache, graph=graph)
-    return cache, logits, jax.device_get(scores)
+    cache, logits, scores = read_piece(state, tokens, following, scored, cache, graph=graph)
+    return cache, logits, jax.device_get(scores) if scored else None
 
 
 @functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
-def _extend_scored(
-    state: Any, tokens: Array, following: Array, cache: Any, *, graph: Frame
+def read_piece(
+    state: Any,
+    tokens: Array,
+    following: Array,
+    scored: Bool[Array, ""],
+    cache: Any,
+    *,
+    graph: Frame,
 ) -> tuple[Any, Float[Array, "1 vocab"], Scores]:
+    """``read`` on the device: one program for prompts with scores and without."""
     model = graph.merge(state)
     hidden, cache = model.extend(tokens, cache)
-    logits = model.logits(hidden)[0]
-    return cache, logits[-1:], scores_of(logits, following)
+    return (
+        cache,
+        model.logits(hidden[:, -1]),
+        scores_if(scored, lambda: model.logits(hidden[0]), following),
+    )

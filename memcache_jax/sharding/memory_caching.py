@@ -20,7 +20,7 @@ from memcache_jax.engine.bank import compose_plan
 from memcache_jax.engine.documents import count_documents
 from memcache_jax.engine.one_pass import one_pass
 from memcache_jax.engine.run import cut_for, full_controls, heads_first, run, wide_dtype, writing
-from memcache_jax.engine.types import Tokens
+from memcache_jax.engine.types import CachedStates, Tokens
 from memcache_jax.gating import in_order
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Lengths, ReadPlan, Segmentation
@@ -36,17 +36,20 @@ def over_mesh(
     weights: dict[str, Array],
     document_ids: Int[Array, "b t"] | None,
     exchange: Exchange,
+    given: CachedStates | None = None,
     *,
     memory: Memory,
     aggregation: Aggregation,
     segmentation: Segmentation,
     start: Start,
     implementation: Implementation | None,
-) -> Float[Array, "b t h v"]:
+    hands_on: bool = False,
+) -> Any:
     """``one_pass`` with each device working on its own rows, heads and part of the sequence.
 
     Raises:
-      ValueError: if time is divided and ``check_parts`` says that it cannot be.
+      ValueError: if time is divided and ``check_parts`` says that it cannot be, or layers share
+        states.
     """
     how: dict[str, Any] = dict(
         memory=memory,
@@ -56,8 +59,23 @@ def over_mesh(
     )
     of_controls: Any = {name: memory.controls[name].axes for name in tokens.controls}
     row: Any = "b t h ."
-    letters = Tokens(row, row, row, row, of_controls), "h", "b t"
+    of_border = None if tokens.border is None else "b t h"
+    letters = Tokens(row, row, row, row, of_controls, of_border), "h", "b t"
     parts, length = division.parts, tokens.key.shape[1]
+    if given is not None or hands_on:
+        if parts > 1:
+            raise ValueError(
+                "layers that share cached states need whole sequences on each device (seq = 1), "
+                f"got {parts} parts"
+            )
+        made = (row, "b h") if hands_on else row
+
+        def shared(*args: Any) -> Any:
+            check_not_mapped_over()
+            return one_pass(*args, aggregation=aggregation, hands_on=hands_on, **how)
+
+        arrays = tokens, weights, document_ids, given
+        return division.run(shared, arrays, (*letters, "b h"), made)
     carried = parts > 1 and is_carried(memory, aggregation, segmentation, length)
     if carried:
         size = -(-length // parts)
@@ -150,7 +168,7 @@ def _one_part(
     blocks = cut_for(memory, tokens, own_document, own, length)
     layout = Part(division.time_axis, own, plan, start == "checkpoint", ring, document)
     writes = writing(memory, aggregation, tokens, weights, implementation)
-    y, _, _ = run(layout, writes, aggregation, blocks)
+    y, *_ = run(layout, writes, aggregation, blocks)
     return jnp.moveaxis(y.reshape(*y.shape[:2], -1, y.shape[-1]), 1, 2).astype(value.dtype)
 
 

@@ -22,7 +22,8 @@ from memcache_jax.streaming import storage
 from memcache_jax.streaming.borders import borders_of, returned
 from memcache_jax.streaming.config import CacheConfig
 from memcache_jax.streaming.eviction import Eviction
-from memcache_jax.streaming.exact import empty_recent, stored_shapes
+from memcache_jax.streaming.exact import empty_recent, token_shapes
+from memcache_jax.streaming.maps import map_shapes
 from memcache_jax.streaming.past import Past, empty_past, rewound
 from memcache_jax.streaming.protocol import MixerCache, placed, take_rows, zero_rows
 
@@ -44,17 +45,19 @@ class Cache(MixerCache):
         live ones; else None.
       pending: the tokens of the current chunk so far, (b, h, tracks, ...), of a deep memory whose
         state is written once the chunk is complete; else None.
-      transition: of the live segment's run, (b, h, 1, ...), where ``CacheConfig.composes``; else
-        None.
+      transition: the map of the live segment's run, (b, h, 1, ...), where
+        ``CacheConfig.composes``; else None.
       key_sum: the sum of each track's keys so far, (b, h, tracks, k); of each span of its run,
         (b, h, tracks, spans, k), where states have several pooled keys, as in ``pooled``.
       record: what each slot holds.
       recent: the tokens of the live segment, some of which will be kept beside its state, if the
         aggregation has ``exact`` tokens; else None.
       bank: matrices of the cached states, (b, h, slots, in, out), in ``cache_dtype``, and after
-        them the keys and values of the tokens kept beside them, (b, h, slots, exact, k or v); for
-        their layout on the host see ``storage.HostStorage``.
-      pooled: pooled keys of the cached states, (b, h, slots, k).
+        them what is kept beside each: the keys and values of tokens, (b, h, slots, exact, k or v),
+        or the map of its run, where a policy composes; for their layout on the host see
+        ``storage.HostStorage``.
+      pooled: pooled keys of the cached states, (b, h, slots, k), and after them those of the nodes
+        of a router's ``Tree``.
       past: what ``rewind`` needs; None where rows cannot go back.
       rewindable: by how many tokens each row can go back, (b,); None likewise.
       first: this layer's number in a stack of layers, which share ``bank``, ``pooled`` and
@@ -110,15 +113,51 @@ class Cache(MixerCache):
     def storages(self) -> tuple[storage.Storage, storage.Storage]:
         """How ``bank`` and ``pooled`` store the cached states and their pooled keys."""
         config, first = self.config, self.first
-        matrices = jax.eval_shape(config.memory.matrices, self.initial)
-        _, key_dim, value_dim = self.sizes
-        matrices = stored_shapes(config, matrices, key_dim, value_dim, self.key_sum.dtype)
-        matrices = jax.eval_shape(lambda x: storage.pack(x, config.cache_dtype), matrices)
+        matrices, dtype = jax.eval_shape(config.memory.matrices, self.initial), self.key_sum.dtype
+        beside = (
+            *token_shapes(config, *self.sizes, dtype=dtype),
+            *map_shapes(config, *self.sizes, dtype=dtype),
+        )
+        matrices = jax.eval_shape(
+            lambda x: storage.pack(x, config.cache_dtype), (*matrices, *beside)
+        )
         sums = self.key_sum
         key = jax.ShapeDtypeStruct((sums.shape[1], *sums.shape[3:]), sums.dtype)
         bank = storage.HostStorage if config.placement == "host" else storage.Storage
-        slots = config.slots.num_slots
-        return bank(slots, matrices, first), storage.Storage(slots, key, first)
+        slots = keys = config.slots.num_slots
+        if config.tree is not None:
+            keys = config.tree.offsets(slots)[-1]
+        return bank(slots, matrices, first), storage.Storage(keys, key, first)
+
+    def as_borrower(self) -> "Cache":
+        """Returns the empty cache of a layer that reads another layer's states and holds none.
+
+        Raises:
+          ValueError: for a policy other than ``"error"``, or a ``rewind`` other than 0.
+        """
+        config = self.config
+        if config.eviction is not None or config.rewind:
+            raise ValueError(
+                "layers with states='previous' need a cache with policy='error' and rewind=0, got "
+                f"policy={config.policy!r} and rewind={config.rewind}"
+            )
+        return dataclasses.replace(self, config=dataclasses.replace(config, borrows=True)).alone()
+
+    def borrowing(self, other: "Cache") -> "Cache":
+        """Returns the cache with the states of another layer that has taken the same tokens.
+
+        Tokens read the states of segments that ended before their own.
+        """
+        assert self.config == dataclasses.replace(other.config, borrows=True)
+        return dataclasses.replace(
+            self, record=other.record, bank=other.bank, pooled=other.pooled, first=other.first
+        )
+
+    def alone(self) -> "Cache":
+        """Returns the cache without the states that it borrows."""
+        if not self.config.borrows:
+            return self
+        return dataclasses.replace(self, record=None, bank=None, pooled=None, first=None)
 
     def letters(self, layers: bool = False) -> "Cache":
         """As ``MixerCache.letters``; on the host, a bank has heads and rows in one axis."""
@@ -135,6 +174,8 @@ class Cache(MixerCache):
 
     def empty_states(self, rows: int, *layers: int) -> tuple:
         """Allocates empty cached states and pooled keys, for a stack of so many layers."""
+        if self.config.borrows:
+            return None, None, None
         past = empty_past(self, rows, *layers) if self.config.rewind else None
         return *(bank.empty(rows, *layers) for bank in self.storages), past
 
@@ -155,6 +196,11 @@ class Cache(MixerCache):
 
     def borders(self, length: int) -> np.ndarray:
         """As ``MixerCache.borders``."""
+        if self.config.borrows:
+            raise ValueError(
+                "a layer with states='previous' caches no states to go back to: mc.rewind_to needs "
+                "states='own'"
+            )
         return borders_of(self, length)
 
     def returned(
@@ -206,8 +252,16 @@ def init_cache(
       policy: for ``Constant`` segments, what happens when a segment ends while ``max_segments``
         are cached. ``"error"`` raises. ``"drop_oldest"`` drops the oldest state,
         ``"drop_least_read"`` the one with the smallest mean gate. ``"merge"`` replaces the two
-        neighbors in time with the fewest tokens by the mean of their states and of their pooled
-        keys, weighted by tokens; a state of n segments counts n times in its gate.
+        neighbors in time with the fewest segments by the mean of their states and of their pooled
+        keys, weighted by segments; a state of n segments counts n times in its gate.
+        ``"merge_by_age"`` does so with the two with the fewest segments for their age: those with
+        the smallest (n_i + n_{i+1}) / d, where d is the number of segments back to the end of the
+        newer one. So states grow coarser with age, and a stream of any length fits.
+        ``"compose_by_age"`` replaces the same two by the exact state of one run over both,
+        A_2 B_1 + B_2 if segments map M to A M + B; it counts once, as a bucket of ``Logarithmic``.
+        With independent starts this keeps the map A beside each state, k numbers per head, or k^2
+        for rules that erase, and raises ValueError for memories whose runs do not compose: SWLA,
+        ``Vector``, deep ones. The three that merge also do so with ``exact`` tokens.
       dtype: dtype of live states, sums and pooled keys: float32 or float64.
       cache_dtype: dtype of cached states: ``dtype`` by default, bfloat16, or int8 with a scale per
         matrix row.
@@ -235,6 +289,11 @@ def init_cache(
       ...                       aggregation=mc.GRM(), segmentation=mc.Constant(32), max_segments=7)
       >>> cache.position.tolist(), cache.pooled.shape
       ([0, 0], (2, 4, 7, 16))
+      >>> endless = mc.init_cache(2, 4, 16, 16, memory=mc.memories.GatedDeltaNet(),
+      ...                         aggregation=mc.GRM(), segmentation=mc.Constant(32),
+      ...                         max_segments=7, policy="compose_by_age")
+      >>> [x.shape for x in endless.bank]  # states, and their maps
+      [(2, 4, 7, 16, 16), (2, 4, 7, 16, 16)]
     """
     batch, heads, key_dim, value_dim = _checks.check_sizes(
         batch=batch, heads=heads, key_dim=key_dim, value_dim=value_dim

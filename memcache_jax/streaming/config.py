@@ -17,8 +17,10 @@ from memcache_jax.segmentation import Constant, Segmentation
 from memcache_jax.sparse import SSC
 from memcache_jax.streaming import storage
 from memcache_jax.streaming.eviction import POLICIES, Eviction
+from memcache_jax.streaming.maps import check_keeps_maps
 from memcache_jax.streaming.schedule import make_schedule
 from memcache_jax.streaming.slots import Decided, Planned, Recent, Slots
+from memcache_jax.tree import Tree
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -44,6 +46,7 @@ class CacheConfig:
       cache_dtype: dtype of cached states.
       placement: where they are kept.
       rewind: by how many tokens a row can go back.
+      borrows: whether the layer reads another layer's states, so that this cache holds none.
     """
 
     memory: Memory
@@ -56,6 +59,7 @@ class CacheConfig:
     cache_dtype: str
     placement: storage.Placement
     rewind: int = 0
+    borrows: bool = False
 
     def __post_init__(self) -> None:
         fewest = 0 if isinstance(self.policy, str) and self.policy == "error" else 1
@@ -83,8 +87,7 @@ class CacheConfig:
         """Which slot each state is kept in, and for how long."""
         if self.max_segments is not None:
             eviction = self.eviction
-            drops = eviction is not None and eviction.drops
-            by_age = drops and not self.aggregation.sums_all
+            by_age = eviction is not None and not self.aggregation.sums_all
             return Recent(self.max_segments, self.segmentation.size, eviction, by_age)
         if isinstance(self.segmentation, Adaptive):
             assert self.max_length is not None  # from _bounded
@@ -98,6 +101,12 @@ class CacheConfig:
         return (count,) if count > 1 and self.slots.num_slots else ()
 
     @property
+    def tree(self) -> Tree | None:
+        """The router's tree, if there are more states than its beam holds; else None."""
+        tree = getattr(self.aggregation, "router", None)
+        return tree if tree is not None and tree.levels(self.slots.num_slots) else None
+
+    @property
     def defers(self) -> bool:
         """Whether single tokens are kept as factors, and written once their chunk is complete."""
         return self.memory.form == "descent" and self.memory.gradient_chunk != 1
@@ -107,8 +116,14 @@ class CacheConfig:
         """Whether states of several segments follow from the maps of single ones."""
         slots = self.slots
         each = isinstance(slots, Planned) and bool(slots.schedule.begins[:, 0].all())
-        several = slots.num_tracks > 1 and self.start == "independent"
-        return several and each and self.memory.merges
+        several = (slots.num_tracks > 1 and each) or self.keeps_maps
+        return several and self.start == "independent" and self.memory.merges
+
+    @property
+    def keeps_maps(self) -> bool:
+        """Whether each cached state keeps the map of its run, so that runs can be composed."""
+        eviction = self.eviction
+        return eviction is not None and eviction.composes and self.start == "independent"
 
     def checked(self, dtype: DTypeLike) -> "CacheConfig":
         """Returns the configuration of a cache whose arithmetic is in ``dtype``.
@@ -125,10 +140,18 @@ class CacheConfig:
             config = dataclasses.replace(config, cache_dtype=jnp.dtype(dtype).name)
         _checks.check_choice("cache_dtype", config.cache_dtype, storage.CACHE_DTYPES)
         merges = config.eviction is not None and not config.eviction.drops
+        if config.eviction is not None and config.eviction.composes and not merges:
+            raise ValueError(f"a policy that composes needs drops=False, got {config.eviction}")
         if self.placement == "host" and (merges or not isinstance(self.aggregation, SSC)):
             raise ValueError(
-                "placement='host' is for SSC, which reads few states, and policies other than "
-                f"'merge', got {self.aggregation} and policy={config.policy!r}"
+                "placement='host' is for SSC, which reads few states, and policies that do not "
+                f"merge, got {self.aggregation} and policy={config.policy!r}"
+            )
+        router = getattr(self.aggregation, "router", None)
+        if router is not None and config.eviction is not None:
+            raise ValueError(
+                f"a router with {router} needs a cache that keeps all states, policy='error', "
+                f"got {config.policy!r}"
             )
         if self.aggregation.exact and self.placement == "host":
             raise ValueError(
@@ -137,9 +160,11 @@ class CacheConfig:
             )
         if self.aggregation.exact and merges:
             raise ValueError(
-                "exact tokens cannot be averaged: they need a policy other than 'merge', got "
+                "exact tokens cannot be averaged: they need a policy that does not merge, got "
                 f"{self.aggregation} and policy={config.policy!r}"
             )
+        if config.keeps_maps:
+            check_keeps_maps(self.memory, config.policy)
         return config if config.slots.num_slots else dataclasses.replace(config, placement="device")
 
     def _bounded(self) -> "CacheConfig":

@@ -44,16 +44,18 @@ def pending_with(
         added = with_token(deep, state, pending, place, row.key, row.value, row.controls)
         return added[0], keep(deep, how.needs, added[1], row.query)
 
-    def of_tracks(tracks: slice, how: Writing) -> tuple[Pending, Views]:
-        one = functools.partial(of_track, how)
-        each = jax.vmap(jax.vmap(jax.vmap(one, (0, 0, None, None)), (0, 0, None, 0)))
-        own = jax.tree.map(lambda x: x[:, :, tracks], (cache.state, cache.pending))
-        return each(own[0], own[1], place, token)
-
-    pending, kept = of_tracks(slice(0, 1), how)
-    kept = jax.tree.map(lambda x: x[:, :, :, None], kept)
+    # The live track alone, without its axis: with an axis of size one XLA may choose another layout
+    # for the states and copy them.
+    live = jax.vmap(jax.vmap(functools.partial(of_track, how), (0, 0, None, 0)))
+    own = jax.tree.map(lambda x: x[:, :, 0], (cache.state, cache.pending))
+    pending, kept = live(own[0], own[1], place, token)
+    pending = jax.tree.map(lambda x: x[:, :, None], pending)
+    kept = jax.tree.map(lambda x: x[:, :, None, None], kept)
     if cache.key_sum.shape[2] > 1 and jax.tree.leaves(cache.state)[0].shape[2] > 1:
-        others, _ = of_tracks(slice(1, None), how.with_no_reads())
+        one = functools.partial(of_track, how.with_no_reads())
+        tracks = jax.vmap(jax.vmap(jax.vmap(one, (0, 0, None, None)), (0, 0, None, 0)))
+        later = jax.tree.map(lambda x: x[:, :, 1:], (cache.state, cache.pending))
+        others, _ = tracks(later[0], later[1], place, token)
         pending = jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=2), pending, others)
     shares = pending.weights, pending.momentum
     shares, kept = spoil(how.memory, rows, np.array([True]), shares, kept)
@@ -65,9 +67,10 @@ def pending_with(
     return pending, kept
 
 
-def settle(state: State, pending: Pending, complete: Bool[Array, "b"]) -> State:
+def settle(memory: Memory, state: State, pending: Pending, complete: Bool[Array, "b"]) -> State:
     """Writes the pending tokens into the states of rows whose chunk is complete."""
-    new = change_rows(_settled_row, complete, _side_by_side(state), (_side_by_side(pending),))
+    of_row = functools.partial(_settled_row, memory)
+    new = change_rows(of_row, complete, _side_by_side(state), (_side_by_side(pending),))
     return jax.tree.map(lambda x, like: x.reshape(like.shape), new, state)
 
 
@@ -86,8 +89,8 @@ def _side_by_side(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), tree)
 
 
-def _settled_row(state: State, pending: Pending) -> State:
-    return jax.vmap(settled)(state, pending)
+def _settled_row(memory: Any, state: State, pending: Pending) -> State:
+    return jax.vmap(functools.partial(settled, memory))(state, pending)
 
 
 def _reset_row(state: State, again: Bool[Array, "runs"], start: State) -> State:

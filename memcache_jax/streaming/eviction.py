@@ -25,11 +25,11 @@ class Kept(NamedTuple):
 
 
 class Merge(NamedTuple):
-    """Two states of each row that become one, their mean weighted by segments.
+    """Two neighboring states of each row that become one.
 
     Attributes:
-      into: the slot of one, which gets the mean; ``num_slots`` where nothing merges.
-      other: the slot of the other; ``num_slots`` for the new state.
+      into: the slot of the older one, which gets the result; ``num_slots`` where nothing merges.
+      other: the slot of the newer one; ``num_slots`` for the state that is about to be cached.
       of_into: segments of the state in ``into``.
       segments: segments of both.
     """
@@ -49,10 +49,13 @@ class Eviction(abc.ABC):
     Attributes:
       counts_reads: whether the policy needs ``Kept.gates``.
       drops: whether it drops states, rather than merging them.
+      composes: whether two merged states become the state of one run over both, which counts once
+        in its gate, rather than their mean, which counts once per segment.
     """
 
     counts_reads: ClassVar[bool] = False
     drops: ClassVar[bool] = True
+    composes: bool = False
 
     @abc.abstractmethod
     def worth(self, kept: Kept, block: Int[Array, "b"]) -> Float[Array, "b slots"]:
@@ -104,6 +107,19 @@ class MergeNeighbours(Eviction):
     """Merges the two neighbors in time with the fewest segments; of equal ones the oldest."""
 
     drops = False
+    composes: bool = False
+
+    def coarseness(
+        self, segments: Int[Array, "b slots"], distance: Int[Array, "b slots"]
+    ) -> Float[Array, "b slots"]:
+        """How coarse the state of each pair of neighbors would be: the least coarse pair merges.
+
+        Args:
+          segments: segments of both.
+          distance: segments back to the end of the newer one, 1 for the last segment.
+        """
+        del distance
+        return segments.astype(jnp.float32)
 
     def worth(self, kept: Kept, block: Int[Array, "b"]) -> Float[Array, "b slots"]:
         """Nothing is dropped."""
@@ -123,7 +139,8 @@ class MergeNeighbours(Eviction):
             return jnp.take_along_axis(every, order, axis=1)
 
         count, age = in_order(segments, jnp.ones_like(block)), in_order(newest, block)
-        first = jnp.argmin(count[:, :-1] + count[:, 1:], axis=1)[:, None]
+        coarseness = self.coarseness(count[:, :-1] + count[:, 1:], block[:, None] + 1 - age[:, 1:])
+        first = jnp.argmin(coarseness, axis=1)[:, None]
 
         def pair(values: Array) -> tuple[Array, Array]:
             one, other = (jnp.take_along_axis(values, first + i, axis=1)[:, 0] for i in (0, 1))
@@ -140,11 +157,31 @@ class MergeNeighbours(Eviction):
         return kept, other, merge
 
 
+@dataclasses.dataclass(frozen=True)
+class MergeByAge(MergeNeighbours):
+    """Merges the two neighbors in time with the fewest segments for their age.
+
+    If state i has n_i segments and ends d_i segments back, the pair with the smallest
+    (n_i + n_{i+1}) / d_{i+1} merges. So states are fine for recent tokens and coarse for old ones,
+    in proportion to their age once a row has many segments: N states cover c^N segments, where c
+    grows slowly with the stream. With ``Logarithmic``, whose states merge as in a binary counter,
+    c is 2 and N grows.
+    """
+
+    def coarseness(
+        self, segments: Int[Array, "b slots"], distance: Int[Array, "b slots"]
+    ) -> Float[Array, "b slots"]:
+        """Segments of both, over the distance."""
+        return segments / distance
+
+
 POLICIES: dict[str, Eviction | None] = {
     "error": None,
     "drop_oldest": DropOldest(),
     "drop_least_read": DropLeastRead(),
     "merge": MergeNeighbours(),
+    "merge_by_age": MergeByAge(),
+    "compose_by_age": MergeByAge(composes=True),
 }
 """Policies by name, as in ``init_cache(policy="drop_oldest")``; ``"error"`` makes no room."""
 

@@ -92,23 +92,29 @@ def with_worst(
     return *matrices, *lax.cond(ends.any(), choose, nothing, tuple(matrices), recent)
 
 
-def stored_shapes(config: Any, matrices: tuple, key_dim: int, value_dim: int, dtype: Any) -> tuple:
-    """The shapes of one state's matrices (h, in, out), then of the tokens beside it."""
+def token_shapes(config: Any, *sizes: int, dtype: Any) -> tuple:
+    """The shapes of the tokens kept beside one state, for sizes (h, k, v)."""
     if not keeps_tokens(config):
-        return matrices
-    shape = len(matrices[0]), config.aggregation.exact
-    kept = (jax.ShapeDtypeStruct((*shape, dim), dtype) for dim in (key_dim, value_dim))
-    return *matrices, *kept
+        return ()
+    heads, *dims = sizes
+    shape = heads, config.aggregation.exact
+    return tuple(jax.ShapeDtypeStruct((*shape, dim), dtype) for dim in dims)
 
 
 def matrices_of(cache: Any) -> Any:
-    """The matrices in ``cache.bank``, without the tokens beside them."""
-    return cache.bank if cache.recent is None else cache.bank[:-2]
+    """The matrices in ``cache.bank``, without what is kept beside them."""
+    return cache.bank[: len(cache.config.memory.matrices(cache.initial))]
 
 
 def exact_of(cache: Any, dtype: Any) -> Exact | None:
     """The tokens beside all cached states."""
     if cache.recent is None:
         return None
-    key, value = storage.unpack(cache.storages[0].all(cache.bank[-2:]), dtype)
-    return stored_exact(key, value, longest_segment(cache.config.segmentation))
+    stored, first = cache.storages[0], len(matrices_of(cache))
+    kept = cache.bank[first : first + 2]
+
+    def take(states: Int[Array, "b h m"]) -> tuple[Array, Array]:
+        return stored_exact(*storage.unpack(stored.take(kept, states), dtype))
+
+    every = stored_exact(*storage.unpack(stored.all(kept), dtype))
+    return Exact(*every, longest_segment(cache.config.segmentation), take=take)

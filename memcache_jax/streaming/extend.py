@@ -22,6 +22,7 @@ from memcache_jax.segmentation import Segmentation
 from memcache_jax.sharding.division import Division
 from memcache_jax.sharding.layout import check_not_mapped_over
 from memcache_jax.streaming.cache import Cache
+from memcache_jax.streaming.loops import fori_loop, while_loop
 from memcache_jax.streaming.piece import take_piece
 
 
@@ -33,6 +34,7 @@ def extend(
     connector: Float[Array, "b t h u"] | None = None,
     *,
     controls: Mapping[str, Array] | None = None,
+    border: Float[Array, "b t h"] | None = None,
     lengths: Int[Array, "b"] | None = None,
     memory: Memory | None = None,
     weights: Mapping[str, Array] | None = None,
@@ -51,11 +53,12 @@ def extend(
 
     Args:
       cache: from ``init_cache`` or an earlier call.
-      query: as for ``memory_caching``, and so are the next four.
+      query: as for ``memory_caching``, and so are the next five.
       key: where a token writes.
       value: what a token writes.
       connector: what a token's gates compare with pooled keys.
       controls: the rule's per-token coefficients.
+      border: logits of borders, for ``Adaptive(by="scores")``; they get no gradient in streams.
       lengths: how many of each row's tokens count, from the first on; all by default. Outputs of
         the others are zero.
       memory: what the cache was made for, like the last three; checked if given.
@@ -102,11 +105,14 @@ def extend(
         axes = f"b, t, h, {name[0]} of the cache"
         _checks.check_shape(name, rows, (*key.shape[:2], heads, dim), axes)
     _checks.check_room(cache.position, key.shape[:2], lengths, config.max_length)
+    _checks.check_border(border, config.segmentation, key)
     if weights is not None:
         cache = cache.with_weights(_checks.check_mapping("weights", weights))
     counts = jnp.full(len(query), query.shape[1]) if lengths is None else jnp.asarray(lengths)
     some: Any = connector  # or None, which has no arrays to divide
-    cache, tokens, counts = alike((cache, Tokens(query, key, value, some, controls), counts))
+    cache, tokens, counts = alike(
+        (cache, Tokens(query, key, value, some, controls, border), counts)
+    )
     rows = ((x, "b . h .") for x in (query, key, value, connector))
     division = Division.of(*rows, (cache.position, "b"), (cache.key_sum, "b h"))
     if division is None:
@@ -119,8 +125,9 @@ def extend(
         name: memory.controls[name].axes.replace("t", ".") for name in tokens.controls
     }
     of_cache = cache.letters()
-    letters = of_cache, Tokens(row, row, row, row, of_controls), "b"
-    return division.run(_extend, (cache, tokens, counts), letters, (row, of_cache))
+    of_border = None if border is None else "b . h"
+    letters = of_cache, Tokens(row, row, row, row, of_controls, of_border), "b"
+    return division.run(_extend, (cache, tokens, counts), letters, (row, of_cache.alone()))
 
 
 def _extend(cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]) -> tuple[Array, Cache]:
@@ -142,7 +149,7 @@ def _extend(cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]) -> tuple[Arr
     token, room = jnp.arange(count)[None], _checks.LARGEST - start[:, None]
     beyond = (token >= room) & (token < lengths[:, None])
     y = jnp.where(beyond[:, None, :, None], jnp.nan, y)
-    return jnp.moveaxis(y, 1, 2).astype(value.dtype), cache
+    return jnp.moveaxis(y, 1, 2).astype(value.dtype), cache.alone()
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -158,14 +165,14 @@ def _taken(
     if count == 1:
         cache, y = take_piece(cache, tokens, lengths > 0)
         return cache, jnp.where((lengths > 0)[:, None, None, None], y, 0)
-    carry = _begin(cache, tokens, lengths)
+    carry = _nothing_taken(cache, tokens, lengths)
     single = functools.partial(_exhaust, tokens, lengths, chunk, 1)
     if not _has_wholes(chunk, cache, count):
         cache, _, y = single(carry)
     else:
         whole = functools.partial(_exhaust, tokens, lengths, chunk, chunk)
         # The rest of a chunk that was begun, then whole chunks; then what is left.
-        cache, _, y = lax.fori_loop(0, 2, lambda _, carry: whole(single(carry)), carry)
+        cache, _, y = fori_loop(2, lambda carry: whole(single(carry)), carry)
     return cache, y
 
 
@@ -179,7 +186,7 @@ def _taken_in_scans(
 ) -> tuple[Cache, Float[Array, "b h t v"]]:
     """As ``_taken``, in as many steps as any row may need."""
     count = tokens.key.shape[2]
-    carry = _begin(cache, tokens, lengths)
+    carry = _nothing_taken(cache, tokens, lengths)
     single = functools.partial(_advance, tokens, lengths, chunk, 1)
     if not _has_wholes(chunk, cache, count):
         cache, _, y = _repeat(single, count, carry)
@@ -199,7 +206,9 @@ def _has_wholes(chunk: int, cache: Cache, count: int) -> bool:
     return chunk > 1 and count >= chunk + cache.config.rewind
 
 
-def _begin(cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]) -> tuple[Cache, Array, Array]:
+def _nothing_taken(
+    cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]
+) -> tuple[Cache, Array, Array]:
     batch, heads, count = tokens.key.shape[:3]
     shape = batch, heads, count, tokens.value.shape[-1]
     return cache, jnp.zeros_like(lengths, jnp.int32), jnp.zeros_like(cache.key_sum, shape=shape)
@@ -220,7 +229,7 @@ def _exhaust(
         cache, done, _ = carry
         return _active(cache, done, lengths, chunk, size)
 
-    return lax.while_loop(
+    return while_loop(
         lambda carry: active(carry).any(),
         lambda carry: _step(tokens, size, active(carry), carry),
         carry,

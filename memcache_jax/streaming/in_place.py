@@ -16,6 +16,7 @@ from jax import lax
 
 from memcache_jax._typing import Array, Bool
 from memcache_jax.sharding.layout import auto_axes, explicit_axes
+from memcache_jax.streaming.loops import Slim, while_loop
 
 T = TypeVar("T")
 
@@ -30,13 +31,14 @@ def change_if(
     """
 
     def in_loop(condition: Array, arrays: T, args: tuple) -> T:
-        once = condition.astype(jnp.int32)
+        slim = Slim.of(args)
 
-        def changed(i: Array, arrays: T) -> T:
-            _, its = lax.optimization_barrier((i, args))
-            return change(arrays, *its)
+        def changed(carry: tuple[Array, T]) -> tuple[Array, T]:
+            left, arrays = carry
+            _, its = lax.optimization_barrier((left, slim))
+            return jnp.zeros_like(left), change(arrays, *its.full())
 
-        return lax.fori_loop(0, once, changed, arrays)
+        return while_loop(lambda carry: carry[0], changed, (condition, arrays))[1]
 
     always = functools.partial(_always, change)
     return _by_platform(always, in_loop, condition, arrays, args)
@@ -79,9 +81,11 @@ def _on_one_device() -> bool:
 
 
 def _one_by_one(change: Callable[..., T], rows: Array, arrays: T, args: tuple, common: tuple) -> T:
+    slim = Slim.of((args, common))
+
     def of_row(carry: tuple[Array, T]) -> tuple[Array, T]:
         left, arrays = carry
-        row = jnp.argmax(left)
+        row, (args, common) = jnp.argmax(left), slim.full()
         own, its = jax.tree.map(
             lambda x: lax.dynamic_index_in_dim(x, row, keepdims=False), (arrays, args)
         )
@@ -92,7 +96,7 @@ def _one_by_one(change: Callable[..., T], rows: Array, arrays: T, args: tuple, c
         )
         return left.at[row].set(False), arrays
 
-    return lax.while_loop(lambda carry: carry[0].any(), of_row, (rows, arrays))[1]
+    return while_loop(lambda carry: carry[0].any(), of_row, (rows, arrays))[1]
 
 
 def _all_if_any(change: Callable[..., T], rows: Array, arrays: T, args: tuple, common: tuple) -> T:

@@ -6,6 +6,8 @@ what the slots held before each segment's end among these tokens.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -47,21 +49,21 @@ class Past(NamedTuple):
 def rings_of(cache: Any) -> Past:
     """The rings of a ``streaming.Cache``."""
     config, first = cache.config, cache.first
-    size, slots = config.rewind, config.slots
+    size = config.rewind
     live, record = Ring(size, _live(cache), first), Ring(size, cache.record, first)
-    chunks = None
-    if config.defers:
-        borders = -(-size // config.memory.gradient_chunk)
-        chunks = Ring(borders, _begun(cache), first)
-    if not slots.num_slots:
+    chunks = _ring_of_chunks(config, _chunk(cache), first) if config.defers else None
+    if not config.slots.num_slots:
         return Past(live, chunks, record, None, None, None)
-    return Past(live, chunks, record, *rings_of_slots(cache))
+    return Past(live, chunks, record, *_rings_of_slots(config, *cache.storages))
 
 
-def rings_of_slots(cache: Any) -> tuple[Ring, Ring, Ring]:
+def _ring_of_chunks(config: Any, rows: Any, first: Any) -> Ring:
+    return Ring(-(-config.rewind // config.memory.gradient_chunk), rows, first)
+
+
+def _rings_of_slots(config: Any, of_states: Storage, of_keys: Storage) -> tuple[Ring, Ring, Ring]:
     """The rings of what segments' ends replaced."""
-    config = cache.config
-    ends = -(-config.rewind // config.segmentation.size)
+    ends, first = -(-config.rewind // config.segmentation.size), of_keys.first
     count = config.slots.num_tracks + _merges(config)
 
     def ring(storage: Storage) -> Ring:
@@ -69,11 +71,10 @@ def rings_of_slots(cache: Any) -> tuple[Ring, Ring, Ring]:
             lambda x: jax.ShapeDtypeStruct((1, len(x), count, *x.shape[1:]), x.dtype),
             storage.state,
         )
-        return Ring(ends, rows, cache.first)
+        return Ring(ends, rows, first)
 
     places = jax.ShapeDtypeStruct((1, count), jnp.int32)
-    of_states, of_keys = cache.storages
-    return Ring(ends, places, cache.first), ring(of_states), ring(of_keys)
+    return Ring(ends, places, first), ring(of_states), ring(of_keys)
 
 
 def empty_past(cache: Any, rows: int, *layers: int) -> Past:
@@ -100,17 +101,18 @@ def remember_chunk(cache: Any, complete: Bool[Array, "b"]) -> tuple[Past, Bool[A
     """
     past = cache.past
     number = cache.position // cache.config.memory.gradient_chunk
-    args = _without_arrays(cache), _begun(cache), number
-    chunks, complete = change_if(_with_chunks, complete.any(), (past.chunks, complete), args)
+    kept, args = (past.chunks, complete), (cache.first, _chunk(cache), number)
+    put = functools.partial(_with_chunks, cache.config)
+    chunks, complete = change_if(put, complete.any(), kept, args)
     return past._replace(chunks=chunks), complete
 
 
 def _with_chunks(
-    kept: tuple[Any, Array], cache: Any, begun: tuple, number: Int[Array, "b"]
+    config: Any, kept: tuple[Any, Array], first: Any, chunk: tuple, number: Int[Array, "b"]
 ) -> tuple[Any, Array]:
     arrays, complete = kept
-    rows = jax.tree.map(lambda x: x[:, None], begun)
-    ring = Ring(-(-cache.config.rewind // cache.config.memory.gradient_chunk), begun, cache.first)
+    rows = jax.tree.map(lambda x: x[:, None], chunk)
+    ring = _ring_of_chunks(config, chunk, first)
     return ring.put(arrays, rows, number[:, None], complete[:, None]), complete
 
 
@@ -128,19 +130,29 @@ def remember_slots(
       reads; otherwise XLA would copy the bank.
     """
     of_slots = cache.past[3:]
-    args = _without_arrays(cache), cache.bank, cache.pooled, block, ended
+    args = cache.first, cache.bank, cache.pooled, block, ended
     carry = of_slots, place.astype(jnp.int32), merge
-    of_slots, place, merge = change_if(_with_slots, ended.any(), carry, args)
+    again = (storage.made_again for storage in cache.storages)
+    put = functools.partial(_with_slots, cache.config, *again)
+    of_slots, place, merge = change_if(put, ended.any(), carry, args)
     return Past(*cache.past[:3], *of_slots), place, merge
 
 
 def _with_slots(
-    kept: tuple, cache: Any, bank: Any, pooled: Any, block: Int[Array, "b"], ended: Bool[Array, "b"]
+    config: Any,
+    states_of: Callable[[Any], Storage],
+    keys_of: Callable[[Any], Storage],
+    kept: tuple,
+    first: Any,
+    bank: Any,
+    pooled: Any,
+    block: Int[Array, "b"],
+    ended: Bool[Array, "b"],
 ) -> tuple:
     of_slots, place, merge = kept
-    of_states, of_keys = cache.storages
+    of_states, of_keys = states_of(first), keys_of(first)
     places = [place]
-    if _merges(cache.config):
+    if _merges(config):
         nowhere = jnp.full(len(block), of_keys.num_slots)
         places.append((nowhere if merge is None else merge.into)[:, None])
     slots = jnp.concatenate(places, axis=1).astype(jnp.int32)
@@ -148,7 +160,9 @@ def _with_slots(
     held = of_states.take(bank, each), of_keys.take(pooled, each)
     put = [
         ring.put(arrays, jax.tree.map(lambda x: x[:, None], rows), block[:, None], ended[:, None])
-        for ring, arrays, rows in zip(rings_of_slots(cache), of_slots, (slots, *held), strict=True)
+        for ring, arrays, rows in zip(
+            _rings_of_slots(config, of_states, of_keys), of_slots, (slots, *held), strict=True
+        )
     ]
     return tuple(put), place, merge
 
@@ -171,9 +185,9 @@ def rewound(cache: Any, tokens: Int[Array, "b"]) -> Any:
         chunk = config.memory.gradient_chunk
         number = position // chunk
         crossed = moved & (number < cache.position // chunk)
-        begun = where_rows(crossed, rings.chunks.at(past.chunks, number), _begun(cache))
+        chunks = where_rows(crossed, rings.chunks.at(past.chunks, number), _chunk(cache))
         (weights, momentum), key_sum = live
-        state, inputs, deltas = begun
+        state, inputs, deltas = chunks
         pending = Pending(inputs, deltas, weights, momentum)
         changes |= dict(state=state, pending=pending, key_sum=key_sum)
     if rings.slots is not None:
@@ -195,13 +209,7 @@ def rewound(cache: Any, tokens: Int[Array, "b"]) -> Any:
     return dataclasses.replace(cache, **changes)
 
 
-def _without_arrays(cache: Any) -> Any:
-    """The cache without its large arrays: what ``Cache.storages`` needs."""
-    none = dict.fromkeys(("state", "anchor", "pending", "bank", "pooled", "past"))
-    return dataclasses.replace(cache, **none)
-
-
-def _begun(cache: Any) -> tuple:
+def _chunk(cache: Any) -> tuple:
     """The states with which chunks began, and the factors of their tokens."""
     return cache.state, cache.pending.inputs, cache.pending.deltas
 

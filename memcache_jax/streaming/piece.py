@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,15 +33,11 @@ from memcache_jax.memories.pending import Pending
 from memcache_jax.streaming import storage
 from memcache_jax.streaming.cache import Cache
 from memcache_jax.streaming.deferred import emptied, pending_with, reset, settle
-from memcache_jax.streaming.eviction import Merge
-from memcache_jax.streaming.exact import exact_of, matrices_of, remember, with_worst
-from memcache_jax.streaming.in_place import change_if
-from memcache_jax.streaming.past import (
-    remember_chunk,
-    remember_slots,
-    remember_token,
-)
+from memcache_jax.streaming.exact import exact_of, matrices_of, remember
+from memcache_jax.streaming.measures import measured
+from memcache_jax.streaming.past import remember_chunk, remember_token
 from memcache_jax.streaming.spans import check_pooling, span_keys, sums_of
+from memcache_jax.streaming.store import once_read, store
 
 
 def take_piece(
@@ -59,15 +54,16 @@ def take_piece(
         rewindable = jnp.where(active, more, cache.rewindable)
         cache = dataclasses.replace(cache, past=past, rewindable=rewindable)
     defers = config.defers and size == 1
-    cache = _begun(cache, block, into_block)
+    cache = _restarted(cache, block, into_block)
 
     tokens, bad = cleaned(jax.tree.map(lambda x: x[:, :, None], piece))
     rows = Rows(tokens.query, tokens.key, tokens.value, tokens.controls, bad=bad)
     rows = jax.tree.map(lambda x: x[:, :, None], rows)
     how = Writing(memory, needs_of(aggregation, memory), lambda shape: None, None)
     how = how.with_maps(config.composes)
+    record = measured(cache, how, tokens, rows, active)
     layout = Piece(cache, block, active)
-    y, ends, selection = run(layout, how, aggregation, Blocks(tokens, None, rows, tokens.key))
+    y, ends, selection, _ = run(layout, how, aggregation, Blocks(tokens, None, rows, tokens.key))
     y = y[:, :, 0]
 
     complete = ended = active & (into_block + size == segment)
@@ -81,20 +77,21 @@ def take_piece(
         cache = _with_pending(cache, ends.state, active, after=y)
     else:
         ends = jax.tree.map(keep, ends, Run(cache.state, cache.transition))
-        state = _followed(memory, ends, complete) if config.composes else ends.state
+        several = slots.num_tracks > 1 and config.composes
+        state = _followed(memory, ends, complete) if several else ends.state
         cache = dataclasses.replace(cache, state=state, transition=ends.transition)
     cache = dataclasses.replace(
         cache,
         position=_checks.advanced(cache.position, size * active),
         key_sum=keep(cache.key_sum + sums_of(cache, block, piece.key), cache.key_sum),
-        record=slots.count_reads(cache.record, selection, active),
+        record=slots.count_reads(record, selection, active),
         recent=remember(cache, tokens, bad, active),
     )
     keeps = ended if config.rewind and size == 1 else None
-    return _store(cache, block, complete, after=y, keeps=keeps), y
+    return store(cache, block, complete, after=y, keeps=keeps), y
 
 
-def _begun(cache: Cache, block: Int[Array, "b"], into_block: Int[Array, "b"]) -> Cache:
+def _restarted(cache: Cache, block: Int[Array, "b"], into_block: Int[Array, "b"]) -> Cache:
     """The cache after resetting the runs and chunks that begin with a row's next token."""
     config, memory = cache.config, cache.config.memory
     begins = (into_block == 0)[:, None] & config.slots.begins(cache.record, block)
@@ -131,25 +128,16 @@ def _reset(state: Any, restart: Bool[Array, "b tracks"], initial: Any) -> Any:
     )
 
 
-def _once_read(after: Array, rows: Bool[Array, "b"]) -> Bool[Array, "b"]:
-    """The rows, made to depend on ``after``.
-
-    XLA copies an array that is read and written, unless the write depends on the read.
-    """
-    most = lax.stop_gradient(after).max()
-    return rows & ~(most > jnp.maximum(most, 0))
-
-
 def _with_pending(cache: Cache, pending: Pending, active: Bool[Array, "b"], after: Array) -> Cache:
     """The cache with one more token in its chunk, written if that is then complete."""
     memory: Any = cache.config.memory
     chunk = memory.chunk_size
-    complete = _once_read(after, active & (cache.position % chunk == chunk - 1))
+    complete = once_read(after, active & (cache.position % chunk == chunk - 1))
     cache = dataclasses.replace(cache, pending=pending)
     if cache.config.rewind:
         past, complete = remember_chunk(cache, complete)
         cache = dataclasses.replace(cache, past=past)
-    return dataclasses.replace(cache, state=settle(cache.state, pending, complete))
+    return dataclasses.replace(cache, state=settle(memory, cache.state, pending, complete))
 
 
 def _followed(memory: Memory, ends: Run, complete: Bool[Array, "b"]) -> State:
@@ -171,7 +159,7 @@ class Piece(Layout):
     """Tokens that continue a cache: one block (b, h, 1, m, ...) of one chunk.
 
     Attributes:
-      cache: from ``_begun``.
+      cache: from ``_restarted``.
       block: each row's block of the sequence.
       active: the rows that take the tokens.
     """
@@ -227,21 +215,36 @@ class Piece(Layout):
                 )
                 tokens = before[:, None] + jnp.arange(1, key.shape[3] + 1)[None]
                 live /= tokens.astype(live.dtype)[:, None, None, :, None]
-            return Keys(live, cache.storages[1].all(cache.pooled))
+            return Keys(live, cache.storages[1].all(cache.pooled)[:, :, : slots.num_slots])
 
         candidates = slots.candidates(cache.record, self.block, keys)
+        ended = None
+        if config.borrows and slots.num_slots:
+            # The other layer may have taken later tokens; slot i has the state of segment i.
+            assert candidates.counts is not None
+            assert candidates.held is not None
+            ended = np.arange(slots.num_slots)[None] < self.block[:, None]
+            counts = jnp.where(ended[:, None], candidates.counts, 0)
+            candidates = candidates._replace(counts=counts, held=candidates.held & ended)
         spans = functools.partial(span_keys, cache, key)
         candidates = candidates._replace(exact=exact_of(cache, key.dtype), spans=spans)
-        return SlotBank(how.memory, cache, key.dtype), candidates
+        if config.tree is not None:
+            nodes = functools.partial(cache.storages[1].take, cache.pooled)
+            candidates = candidates._replace(nodes=nodes)
+        return SlotBank(how.memory, cache, key.dtype, ended), candidates
 
 
 @dataclasses.dataclass(frozen=True)
 class SlotBank(Bank):
-    """The states in a cache's slots; reads in ``dtype`` unpack only those that they need."""
+    """The states in a cache's slots; reads in ``dtype`` unpack only those that they need.
+
+    The others of a row are zero where not all have ``ended``, (b, slots), before its tokens.
+    """
 
     memory: Memory
     cache: Cache
     dtype: Any
+    ended: Any = None
 
     def read(
         self, query: Float[Array, "b h n c k"], selection: Selection
@@ -266,6 +269,9 @@ class SlotBank(Bank):
         few = isinstance(selection, OfTokens) and size * selection.states.shape[-1] < slots
         if cache.config.placement == "device" and not few:
             matrices = storage.unpack(stored.all(matrices_of(cache)), self.dtype)
+            if self.ended is not None:
+                ended = self.ended[:, None, :, None, None]
+                matrices = jax.tree.map(lambda x: jnp.where(ended, x, 0), matrices)
             return ArrayBank(self.memory, matrices, None), selection, x
         states = jnp.asarray(selection.states)
         if isinstance(selection, OfBlocks):
@@ -280,93 +286,6 @@ class SlotBank(Bank):
         gates, live = selection.gates[:, :, 0, :, None], selection.live[:, :, 0, :, None]
         rows = x[:, :, 0, :, None]
         return ArrayBank(self.memory, matrices, None), OfBlocks(each, gates, live), rows
-
-
-def _store(
-    cache: Cache,
-    block: Int[Array, "b"],
-    ends: Bool[Array, "b"],
-    after: Array,
-    keeps: Bool[Array, "b"] | None,
-) -> Cache:
-    """Stores the states of the runs that end here, once ``after`` has been read.
-
-    In the rows that ``keeps`` marks, what they replace is remembered for ``rewind``.
-    """
-    config, slots = cache.config, cache.config.slots
-    if not slots.num_slots:
-        return cache
-    before, ends = cache, _once_read(after, ends)
-    record, place, merge = slots.store(cache.record, block, ends, cache.key_sum)
-    if keeps is not None:
-        past, place, merge = remember_slots(cache, block, keeps, place, merge)
-        cache = dataclasses.replace(cache, past=past)
-    states, pooled = cache.state, cache.key_sum
-    if config.start == "checkpoint":  # all tracks have the same state
-        shape = pooled.shape[:3]
-        states = jax.tree.map(lambda x: jnp.broadcast_to(x, (*shape, *x.shape[3:])), states)
-    if config.aggregation.pooling == "mean":
-        tokens = slots.tokens(cache.record, block)
-        if config.spans:
-            # A track without a state has fewer tokens than keys.
-            tokens = jnp.maximum(tokens // config.aggregation.num_keys, 1)
-        pooled /= tokens.astype(pooled.dtype).reshape(len(tokens), 1, -1, *[1] * (pooled.ndim - 3))
-    pooled = jnp.where(jnp.isfinite(pooled), pooled, jnp.nan)  # as in one pass: gates are unknown
-    states = with_worst(before, config.memory.matrices(states), block, ends)
-    of_states, of_keys = cache.storages
-    put = functools.partial(_stored, config.cache_dtype, of_states.made_again, of_keys.made_again)
-    kept, args = (cache.bank, cache.pooled), (cache.first, states, pooled, place, merge)
-    if config.placement == "host":
-        bank, keys = put(kept, *args)
-    else:
-        bank, keys = change_if(put, ends.any(), kept, args)
-    return dataclasses.replace(cache, bank=bank, pooled=keys, record=record)
-
-
-def _stored(
-    cache_dtype: Any,
-    states_of: Callable[[Any], storage.Storage],
-    keys_of: Callable[[Any], storage.Storage],
-    kept: tuple[Any, Any],
-    first: Any,
-    states: Any,
-    pooled: Array,
-    place: Int[Array, "b tracks"],
-    merge: Merge | None,
-) -> tuple[Any, Any]:
-    """The bank and pooled keys with states at their places, after others have merged."""
-    of_states, of_keys = states_of(first), keys_of(first)
-    bank, keys = kept
-    if merge is not None:
-        bank, keys = lax.cond(
-            (merge.into < of_keys.num_slots).any(),
-            lambda bank, keys: (
-                _merge(merge, of_states, bank, states),
-                _merge(merge, of_keys, keys, pooled),
-            ),
-            lambda *kept: kept,
-            *(bank, keys),
-        )
-    bank = of_states.put(bank, storage.pack(states, cache_dtype), place)
-    return bank, of_keys.put(keys, pooled, place)
-
-
-def _merge(merge: Merge, bank: storage.Storage, kept: Any, new: Any) -> Any:
-    """Merges two kept states of each row, or a kept one and the new one."""
-    dtype, like = jax.tree.leaves(kept)[0].dtype, jax.tree.leaves(new)[0]
-
-    def at(place: Array) -> Any:
-        slots = jnp.broadcast_to(place[:, None, None], (len(place), like.shape[1], 1))
-        return storage.unpack(bank.take(kept, slots), like.dtype)
-
-    def mean(one: Array, other: Array, new: Array) -> Array:
-        shape = (-1, *[1] * (new.ndim - 1))
-        weight = (merge.of_into.astype(new.dtype) / merge.segments).reshape(shape)
-        other = jnp.where((merge.other == bank.num_slots).reshape(shape), new, other)
-        return weight * one + (1 - weight) * other
-
-    means = jax.tree.map(mean, at(merge.into), at(merge.other), new)
-    return bank.put(kept, storage.pack(means, dtype), merge.into[:, None])
 
 
 def _where(rows: Bool[Array, "b ..."], new: Array, old: Array) -> Array:

@@ -143,9 +143,11 @@ class Recent:
     def candidates(
         self, record: Kept, block: Int[Array, "b"], keys: Callable[[str], Keys]
     ) -> Candidates:
-        """All slots; empty ones count no segment."""
+        """All slots; an empty one counts no segment, a composed state one."""
         slots, segments = np.arange(self.num_slots)[None], record.segments
         held = segments > 0
+        if self.eviction is not None and self.eviction.composes:
+            segments = held.astype(segments.dtype)
         distances = block[:, None] - record.newest
         if self.by_age:
             last = jnp.iinfo(jnp.int32).max
@@ -214,17 +216,20 @@ class Ended(NamedTuple):
     Attributes:
       segments: those that ended; the i-th is in slot i.
       first: the block with which the live one began.
-      before: the sum of its keys before the current block.
+      before: the sum of its blocks' measures before the current block.
+      own: the sum of the measures of the current block's tokens; None by keys, whose sum is in the
+        cache.
     """
 
     segments: Int[Array, "b"]
     first: Int[Array, "b"]
-    before: Float[Array, "b h k"]
+    before: Float[Array, "b *measure"]
+    own: Float[Array, "b"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Decided:
-    """A slot for each segment that may end among so many tokens, where the keys say."""
+    """A slot for each segment that may end among so many tokens, which decide where."""
 
     segmentation: Adaptive
     length: int
@@ -239,7 +244,14 @@ class Decided:
     def init(self, batch: int, heads: int, key_dim: int, dtype: Any) -> Ended:
         """No segment."""
         empty = jnp.zeros(batch, jnp.int32)
-        return Ended(empty, empty, jnp.zeros((batch, heads, key_dim), dtype))
+        if self.segmentation.by == "keys":
+            return Ended(empty, empty, jnp.zeros((batch, heads, key_dim), dtype))
+        return Ended(empty, empty, *(jnp.zeros(batch, dtype) for _ in range(2)))
+
+    def measured(self, record: Ended, measures: Float[Array, "b m"]) -> Ended:
+        """The record with the measures of more tokens of the current block, by errors or scores."""
+        assert record.own is not None
+        return record._replace(own=record.own + measures.sum(axis=1))
 
     def begins(self, record: Ended, block: Int[Array, "b"]) -> Bool[Array, "b 1"]:
         """Whether the segment before ended with the block before."""
@@ -276,15 +288,21 @@ class Decided:
         key_sum: Float[Array, "b h tracks *spans k"],
     ) -> tuple[Ended, Int[Array, "b 1"], Merge | None]:
         """The next slot if the segment ends with the block."""
-        total = key_sum[:, :, 0]
-        own = total - record.before
+        if record.own is None:
+            total = key_sum[:, :, 0]
+            own = total - record.before
+        else:
+            own = record.own / self.segmentation.size
+            total = record.before + own
         closes = ends & self.segmentation.ends(block - record.first, record.before, own)
         place = jnp.where(closes, record.segments, self.num_slots)
-        closed, whole = closes[:, None, None], ends[:, None, None]
+        closed, whole = (x.reshape(-1, *[1] * (own.ndim - 1)) for x in (closes, ends))
+        before = jnp.where(whole, total, record.before)
         kept = Ended(
             record.segments + closes,
             jnp.where(closes, block + 1, record.first),
-            jnp.where(closed, 0, jnp.where(whole, total, record.before)),
+            jnp.where(closed, 0, before),
+            None if record.own is None else jnp.where(ends, 0, record.own),
         )
         return kept, place[:, None], None
 

@@ -84,6 +84,7 @@ _FREE = ("model.memory", "model.aggregation", "model.segmentation", "optimizer.a
 _ADDED: dict[str, Any] = {"data.streams": 1, "optimizer.name": "adamw"}
 _ADDED |= dict.fromkeys(_OPEN, False)
 _ADDED |= {"sample.every": 0, "model.aggregation.num_keys": 1, "model.aggregation.exact": 0}
+_ADDED |= {"model.aggregation.router": None}
 _ADDED |= {"pretrained": None, "tune": "all", "lora.rank": 16, "lora.alpha": 16.0}
 
 

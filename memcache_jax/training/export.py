@@ -12,7 +12,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
-from memcache_jax._checks import check_instance
+from memcache_jax._checks import check_path
 from memcache_jax.nn import LanguageModel, upgrade_params
 from memcache_jax.nn.upgrade import with_saved_names
 from memcache_jax.training.checkpoint import (
@@ -85,8 +85,7 @@ def load_model(workdir: str | os.PathLike[str]) -> tuple[LanguageModel, Tokenize
       ValueError: if the workdir holds no run, or no parameters; or if that folder is needed, and is
         gone or changed.
     """
-    check_instance("workdir", workdir, (str, os.PathLike), "a path")
-    workdir = Path(os.path.abspath(workdir))
+    workdir = Path(os.path.abspath(check_path("workdir", workdir)))
     config = _read_config(workdir)
     config.model.implementation = None  # chosen for the machine that trained it
     public = PublicModel.of_run(workdir)

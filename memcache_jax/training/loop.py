@@ -15,6 +15,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from memcache_jax._checks import check_path
 from memcache_jax.sharding import AXES, make_mesh
 from memcache_jax.training.checkpoint import Checkpoints
 from memcache_jax.training.config import Config, check_config, to_json, with_choices_made
@@ -74,10 +75,11 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
         processes stop on SIGTERM only.
     """
     check_config(config)
+    workdir = Path(os.path.abspath(check_path("workdir", workdir)))
     mesh = config_mesh(config)
     with (
         contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh),
-        contextlib.closing(_Run(config, Path(os.path.abspath(workdir)), mesh)) as run,
+        contextlib.closing(_Run(config, workdir, mesh)) as run,
     ):
         run.restore()
         if run.step >= config.steps and (results := read_results(run.workdir, run.step)):

@@ -24,7 +24,8 @@ _LATER = (
     *("keep_states", "offload_states", "connector", "distances", "bounded", "implementation"),
     "exchange",
 )
-MIXERS = ("memory_caching", "attention", "sliding_window")
+# The second is a memory-caching mixer with ``states="previous"``.
+MIXERS = ("memory_caching", "previous_states", "attention", "sliding_window")
 # Keys that are fields of every mixer with caches, and those of ``MemoryCachingMixer``.
 _CACHES = ("start", "implementation", "exchange")
 _LAYER = (*_CACHES, "connector", "distances")
@@ -66,7 +67,7 @@ def model_options(model: LanguageModelConfig) -> Config:
     names = []
     for mixer in model.mixers:
         if isinstance(mixer, MemoryCachingMixer):
-            names.append("memory_caching")
+            names.append("memory_caching" if mixer.states == "own" else "previous_states")
             for name in _LAYER:
                 options[name] = getattr(mixer, name)
             options.bounded = mixer.bounded
@@ -84,6 +85,7 @@ def model_options(model: LanguageModelConfig) -> Config:
 
 def _described(part: Any) -> Config:
     fields = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.init}
+    fields |= {k: _described(v) for k, v in fields.items() if isinstance(v, mc.Tree)}
     return ConfigDict({"name": type(part).__name__, **fields})
 
 
@@ -131,6 +133,7 @@ def _mixer(name: str, options: Config) -> Mixer:
         **caches(options),
         **{name: options[name] for name in ("connector", "distances") if name in options},
         bounded=options.get("bounded") is not False,
+        states="previous" if name == "previous_states" else "own",
     )
 
 
@@ -148,7 +151,7 @@ def _concrete(module: Any, base: type) -> dict[str, type]:
     return {name: cls for name, cls in classes.items() if not inspect.isabstract(cls)}
 
 
-def _build(key: str, options: Config, classes: Mapping[str, type]) -> Any:
+def _build(key: str, options: Any, classes: Mapping[str, type]) -> Any:
     arguments = dict(options[key])
     name = arguments.pop("name", None)
     if not isinstance(name, str) or name not in classes:
@@ -158,8 +161,11 @@ def _build(key: str, options: Config, classes: Mapping[str, type]) -> Any:
         raise ValueError(
             f"model.{key}: {name} has the arguments {_list(known)}; got {_list(unknown)}"
         )
-    # JSON has lists, but the classes must be hashable.
-    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+    for part, value in arguments.items():
+        if isinstance(value, list):  # JSON has lists, but the classes must be hashable
+            arguments[part] = tuple(value)
+        elif isinstance(value, (dict, ConfigDict)):
+            arguments[part] = _build(part, {part: value}, {"Tree": mc.Tree})
     try:
         return classes[name](**arguments)
     except TypeError as e:

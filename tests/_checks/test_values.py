@@ -1,6 +1,7 @@
 """Single values: what is taken as it is, what is made Python's own, and what is refused."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -65,6 +66,17 @@ def test_dtypes():
     for got in (None, "int4096", "int32", np.float32(1), np.ones(2), np.longdouble, 3):
         with pytest.raises(ValueError, match="dtype must be a "):
             _checks.check_dtype("dtype", got)
+
+
+def test_paths_and_functions():
+    assert _checks.check_path("workdir", "a/b") == _checks.check_path("workdir", Path("a/b"))
+    for got in (None, 3, b"a/b", ["a"]):
+        with pytest.raises(ValueError, match="workdir must be a path, got "):
+            _checks.check_path("workdir", got)
+    _checks.check_function("text_of", None, "token ids")
+    _checks.check_function("text_of", str, "token ids")
+    with pytest.raises(ValueError, match="text_of must be a function of token ids, got 'utf-8'"):
+        _checks.check_function("text_of", "utf-8", "token ids")
 
 
 def test_what_came_is_shown_in_one_short_line():

@@ -4,6 +4,7 @@ Each argument of a call that is right is replaced in turn by values of all kinds
 run within one trace, so that nothing is compiled.
 """
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -75,7 +76,8 @@ def constructors():
     plan = mc.Constant(8).plan(20)
     mixer = vars(mc.nn.MemoryCachingMixer())
     attention = vars(mc.nn.AttentionMixer(window=8))
-    config = {f: getattr(language_model_config(), f) for f in vars(language_model_config())}
+    made_config = language_model_config()
+    config = {f.name: getattr(made_config, f.name) for f in dataclasses.fields(made_config)}
     for memory in vars(mc.memories).values():
         rule = inspect.isclass(memory) and issubclass(memory, Memory)
         if rule and not inspect.isabstract(memory):
@@ -83,7 +85,7 @@ def constructors():
     yield mc.Constant, dict(size=8)
     yield mc.Logarithmic, dict(size=8)
     yield mc.Lengths, dict(lengths=(8, 16))
-    yield mc.Adaptive, dict(min=8, max=16, threshold=0.5, block=4)
+    yield mc.Adaptive, dict(min=8, max=16, threshold=0.5, block=4, by="errors")
     yield mc.Adaptive(8, 16).most_states, dict(length=20)
     for segmentation in (
         *(mc.Constant(8), mc.Logarithmic(8), mc.Lengths((8, 16)), mc.Adaptive(8, 16)),
@@ -95,6 +97,8 @@ def constructors():
     yield mc.GRM, dict(gate="content", pooling="mean", num_keys=1, exact=2)
     yield mc.Soup, dict(gate="content", pooling="mean", num_keys=1, exact=2)
     yield mc.SSC, dict(gate="content", pooling="mean", num_keys=1, top_k=2, inner="grm", exact=2)
+    yield mc.SSC, dict(top_k=2, router=mc.Tree(4, 2))
+    yield mc.Tree, dict(branching=4, beam=2)
     yield mc.nn.MemoryCachingMixer, mixer
     yield mc.nn.AttentionMixer, attention
     yield mc.nn.LanguageModelConfig, config
@@ -160,10 +164,17 @@ def calls():
     cached = rule | dict(weights=whole["weights"], max_segments=3, max_length=None)
     bounds = dict(policy="error", dtype="float32", cache_dtype=None, placement="device", rewind=0)
     sizes = dict(batch=2, heads=2, key_dim=8, value_dim=8, sharding=None)
-    yield mc.memory_caching, whole
+    scores = dict(segmentation=mc.Adaptive(8, 8, by="scores"), border=rows(2, 16, 2))
+    yield mc.memory_caching, whole | scores
     yield mc.init_cache, sizes | cached | bounds
     cache = mc.init_cache(2, 2, 8, 8, **cached)
-    yield mc.extend, dict(cache=cache, lengths=None, weights=whole["weights"]) | tokens | rule
+    yield (
+        mc.extend,
+        dict(cache=cache, lengths=None, weights=whole["weights"])
+        | tokens
+        | rule
+        | dict(border=None),
+    )
     yield cache.reset, dict(rows=np.array([True, False]))
     yield cache.take, dict(rows=np.array([1, 0]))
     yield mc.init_cache(2, 2, 8, 8, **cached, rewind=2).rewind, dict(tokens=np.array([0, 0]))

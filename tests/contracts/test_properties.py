@@ -14,7 +14,7 @@ from hypothesis import Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
 import memcache_jax as mc
-from memcache_jax.engine.run import gates_of_tokens
+from memcache_jax.engine.gates import gates_of_tokens
 from memcache_jax.gating import GATES
 from tests.cases import (
     MEMORIES,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import memcache_jax as mc
-from memcache_jax.engine.run import gates_of_tokens
+from memcache_jax.engine.gates import gates_of_tokens
 from tests.cases import (
     KINDS,
     MEMORIES,

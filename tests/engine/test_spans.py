@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import memcache_jax as mc
-from memcache_jax.engine.run import gates_of_tokens
+from memcache_jax.engine.gates import gates_of_tokens
 from memcache_jax.kernels._dispatch import interpret_kernels
 from memcache_jax.training import model_options
 from tests.cases import MEMORIES, SEGMENTATIONS, assert_close, make_inputs, normals

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import memcache_jax as mc
 from memcache_jax.engine.types import Rows, Writing
 from memcache_jax.engine.write import (
     transitions,
@@ -14,9 +15,10 @@ from memcache_jax.engine.write import (
     write_blocks,
     write_in_turn,
 )
+from memcache_jax.kernels._dispatch import interpret_kernels
 from tests.cases import MEMORIES, assert_close, value_and_vjp
 from tests.covers import kept_of, rules
-from tests.engine.test_affine import AFFINE, initial_of, make_rows
+from tests.engine.test_affine import AFFINE, initial_of, kernels_of, make_rows
 
 ALL, HIGHEST = np.array([True, True]), "(Precision.HIGHEST, Precision.HIGHEST)"
 
@@ -30,6 +32,38 @@ def precisions(function, rows):
     with jax.default_matmul_precision("bfloat16"):
         text = str(jax.make_jaxpr(jax.grad(total))(rows))
     return set(re.findall(r"precision=(None|\(.*?\))", text))
+
+
+def test_tpu_kernels_of_deep_memories_read_tokens_as_they_come():
+    memory, dim, shape = mc.memories.Titans(chunk_size=16, expansion=1), 8, (1, 64, 3)
+    tokens = jax.ShapeDtypeStruct((*shape, dim), jnp.bfloat16)
+    controls = dict.fromkeys(memory.controls, jax.ShapeDtypeStruct(shape, jnp.bfloat16))
+    weights = dict.fromkeys(("W1", "W2"), jax.ShapeDtypeStruct((3, dim, dim), jnp.float32))
+
+    def both(query, key, value, controls, weights):
+        def run(*tokens):
+            return mc.memory_caching(
+                *tokens,
+                controls=controls,
+                weights=weights,
+                memory=memory,
+                aggregation=mc.Residual(),
+                segmentation=mc.Constant(64),
+                implementation="pallas_tpu",
+            )
+
+        y, pull = jax.vjp(run, query, key, value)
+        return pull(y)
+
+    with interpret_kernels():
+        program = jax.make_jaxpr(both)(tokens, tokens, tokens, controls, weights)
+    for call, number in zip(kernels_of(program.jaxpr), (4, 7), strict=True):
+        arrays = [x.aval for x in (*call.invars, *call.outvars)]
+        of_tokens = [x for x in arrays if x.shape == (1, 4, 16, 3, dim)]
+        assert len(of_tokens) == number  # q, k, v, y; q, k, v, dy and three gradients
+        assert {x.dtype for x in of_tokens} == {jnp.dtype("bfloat16")}
+        states = [x for x in arrays if x.dtype == jnp.float32]
+        assert {x.shape[-2:] for x in states} == {(dim, dim)}
 
 
 @pytest.mark.parametrize("memory", rules(1, "gated_deltanet", among=AFFINE, values=True))

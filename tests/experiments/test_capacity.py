@@ -118,11 +118,15 @@ def test_program(tmp_path):
     config.aggregations, config.segments, config.top_k = ("SSC",), (16,), (1,)
     config.report = 16
     config.num_keys, config.router_pairs = (1, 2), 64
+    config.trees, config.tree_states, config.tree_trials = ((2, 2), (2, 8)), (16,), 2
+    config.recall_borders = config.recall_borders[-1:]
     with contextlib.closing(Study(tmp_path, config)) as study:
         capacity.program(config, study)
         rows = study.measure(capacity.groups(config), lambda cases: pytest.fail("again"))
     borders = (tmp_path / "borders.md").read_text()
-    assert "Adaptive(min=8, max=32, threshold=0.5, block=4)" in borders
+    assert "Adaptive(min=8, max=32, threshold=0.5, block=4, by='keys')" in borders
+    recall = (tmp_path / "recall.md").read_text()
+    assert "Adaptive(min=8, max=32, threshold=0.3, block=2, by='errors')" in recall
     assert len(rows) == 4 * 3
     table = (tmp_path / "table.md").read_text()
     assert "SSD, SSC(k = 1), C = 16" in table
@@ -131,6 +135,13 @@ def test_program(tmp_path):
     router = (tmp_path / "router.md").read_text().splitlines()[2:]
     assert len(router) == 5 * 2
     assert router[-1].split()[1::2] == ["16", "16", "4", "1.00", "1.00", "1.00"]
+    # A tree compares fewer keys; with a beam that holds all nodes it finds as much as all keys.
+    every, narrow, whole = (
+        [cell.strip() for cell in line.split("|")[2:-2]]
+        for line in (tmp_path / "tree.md").read_text().splitlines()[2:]
+    )
+    assert [row[1] for row in (every, narrow, whole)] == ["16", "14", "16"]
+    assert every[2:] == whole[2:]
     assert "attention" in table
     assert (tmp_path / "capacity.png").stat().st_size > 10_000
     # Attention, then the rule alone: which has no router, and holds less.
@@ -150,6 +161,20 @@ def test_segments_that_follow_topics_are_found_more_often():
     # A constant segmentation's numbers are those of its blocks.
     segment = _borders.segments_of(mc.Constant(12), keys)
     np.testing.assert_array_equal(segment[0], np.arange(256) // 12)
+
+
+def test_a_state_for_each_topic_recalls_what_is_a_map_of_the_keys():
+    keys, topic = _borders.draw_topics(0, 4, 64, 8, 0.5, (12, 20))
+    values = _borders.draw_values(1, keys, topic, mapped=True)
+    np.testing.assert_allclose(np.linalg.norm(values, axis=-1), 1, rtol=1e-5)
+    asked = np.random.default_rng(2).integers(0, 64, (4, 16))
+    ideal, fixed = (
+        _borders.measure_recall(segmentation, keys, values, topic, asked, 1.0, 10.0)
+        for segmentation in (None, mc.Constant(32))
+    )
+    assert ideal["recall"] > fixed["recall"] + 0.2
+    assert ideal["segments"] == topic[:, -1].mean() + 1
+    assert fixed["segments"] == 2
 
 
 def test_unknown_names():

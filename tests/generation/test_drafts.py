@@ -26,7 +26,7 @@ def test_what_followed_the_last_tokens():
         drawn, chances, proposed = propose(draft, known[None], np.array([len(text)]))
         np.testing.assert_array_equal(jnp.argmax(chances, axis=-1), drawn)
         assert chances.sum() == tokens
-        assert proposed in (0, 9)
+        assert proposed in (0, tokens)
         return "".join(map(chr, drawn[0].tolist())), bool(proposed)
 
     assert following("the cat, the c") == ("at, ", True)
@@ -36,6 +36,14 @@ def test_what_followed_the_last_tokens():
     assert following("abcabc", tokens=7) == ("abcabca", True)  # round and round
     assert following("ab") == ("bbbb", False)
     assert following("a", tokens=1) == ("a", False)
+
+    def proposed(text):
+        """How many tokens are proposed, of up to 6 where up to 5 are compared."""
+        known = np.pad([ord(letter) for letter in text], (0, 20 - len(text)))
+        return int(propose(mc.NGrams(6, 5), known[None], np.array([len(text)]))[2][0])
+
+    texts = "abcde xcd", "abcde xbcd", "abcde abcd", "abcde1 abcde"
+    assert [proposed(text) for text in texts] == [0, 3, 4, 6]
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -18,10 +18,12 @@ from tests.cases import (
     SCHEDULES,
     assert_close,
     make_inputs,
+    normals,
     scheduled,
     value_and_vjp,
 )
 from tests.covers import first_kept, kept_of
+from tests.kernels.interpreters import finds_races
 
 
 @pytest.mark.usefixtures("x64")
@@ -106,6 +108,67 @@ def test_tpu_equals_reference(monkeypatch, name, kind, group):
     wanted = value_and_vjp(functools.partial(run, "reference"), states, rows)
     assert_close(got[0], wanted[0], 1e-6)
     assert_close(got[1], wanted[1], 2e-6)
+
+
+def of_heads(memory, dtype, batch, chunks, keys=8, rows=4):
+    """First states in float32, and rows (b, h, ...) in the model's layout."""
+    normal = normals(0)
+    weights = {n: 0.5 * normal(*s) for n, s in memory.weight_shapes(keys, keys).items()}
+    state = memory.init(jax.tree.map(jnp.asarray, weights), keys, keys, jnp.float32)
+    states = jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch, *x.shape)), state)
+    tokens = [0.5 * normal(*batch, chunks, rows, keys) for _ in range(3)]
+    controls = {name: -np.abs(normal(*batch, chunks, rows)) for name in memory.controls}
+    controls["eta"] *= -0.1
+    given = jax.tree.map(lambda x: jnp.asarray(x, dtype), (*tokens, controls))
+    return jax.tree.map(lambda x: x.astype(jnp.float32), states), given
+
+
+def carried(memory, implementation, states, given):
+    """Titans through chunks whose kernels read heads inside; queries are late."""
+
+    def chunk(state, given):
+        query, key, value, controls = jax.tree.map(lambda x: x.astype(jnp.float32), given)
+        end, view = memory.write(state, state, key, value, controls)
+        return end, memory.read_online(view, query).astype(given[0].dtype)
+
+    late = (True, *jax.tree.map(lambda x: False, given[1:]))
+    return chunk_update(
+        *(chunk, states, given), batch_dims=2, implementation=implementation, late=late
+    )
+
+
+@pytest.mark.parametrize(
+    ("depth", "dtype", "group"),
+    first_kept(
+        1,
+        {
+            "float32": (1, jnp.float32, 2),
+            "bfloat16": (1, jnp.bfloat16, 1),
+            "deep": (2, jnp.float32, 4),
+        },
+    ),
+)
+def test_tpu_with_heads_inside(monkeypatch, depth, dtype, group):
+    memory = mc.memories.Titans(chunk_size=4, depth=depth, expansion=1)
+    arrays = of_heads(memory, dtype, (1, 3), 4)
+    sizes = {**_table.TABLE["chunk_update/pallas_tpu"]["default"], "group": group}
+    monkeypatch.setitem(_table.TABLE, "chunk_update/pallas_tpu", {"default": sizes})
+    with interpret_kernels():
+        got = value_and_vjp(functools.partial(carried, memory, "pallas_tpu"), *arrays)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
+    wanted = value_and_vjp(functools.partial(carried, memory, "reference"), *wide)
+    tolerance = 1e-2 if dtype == jnp.bfloat16 else 1e-6
+    assert got[0][1].dtype == dtype
+    assert_close(got[0], wanted[0], tolerance)
+    assert_close(got[1], wanted[1], 2 * tolerance)
+
+
+@pytest.mark.slow
+def test_no_races_with_heads_inside():
+    memory = mc.memories.Titans(chunk_size=4, depth=1)
+    arrays = of_heads(memory, jnp.float32, (2, 2), 2)
+    run = functools.partial(carried, memory, "pallas_tpu")
+    assert not finds_races(functools.partial(value_and_vjp, run), *arrays)
 
 
 @pytest.mark.usefixtures("x64")

@@ -1,5 +1,7 @@
 """Products of decays, against their definition."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,11 +33,26 @@ def test_channels_in_whole_matrices(size):
     normal = normals(size)
     log_decay = -np.abs(5 * normal(size, 3))
     log_decay[size // 2] = -1e4
-    rows = normal(size, 3), normal(size, 3), log_decay
+    rows = normal(2, size, 3), normal(2, size, 3), log_decay
 
-    def both(x, key, log_decay):
-        return channel_scores(x, key, log_decay), end_decay(log_decay)
+    def both(reads, keys, log_decay):
+        return channel_scores(reads, keys, log_decay), end_decay(log_decay)
 
     wanted = value_and_vjp(both, *rows)
     with in_whole_matrices():
         assert_close(value_and_vjp(lambda *rows: both(*rows), *rows), wanted, 1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("whole", [False, True])
+def test_channels_scores_are_products_with_decays_between(whole):
+    normal = normals(1)
+    reads, keys = jnp.asarray(normal(2, 6, 3)), jnp.asarray(normal(2, 6, 3))
+    log_decay = (-jnp.abs(jnp.asarray(normal(6, 3)))).at[3, 1].set(-jnp.inf)
+    with in_whole_matrices() if whole else contextlib.nullcontext():
+        got = channel_scores(reads, keys, log_decay)
+    for t in range(6):
+        for j in range(6):
+            between = jnp.exp(log_decay[j + 1 : t + 1].sum(axis=0)) if j <= t else jnp.zeros(3)
+            wanted = np.einsum("rk,wk,k->rw", reads[:, t], keys[:, j], between)
+            np.testing.assert_allclose(got[:, :, t, j], wanted, rtol=1e-12)

@@ -183,6 +183,24 @@ def test_tensors_that_are_missing_or_left_over(tmp_path):
         mc.pretrained.load(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("mixer.in_proj.weight", np.transpose, r"must be \(184, 32\) together, got \(32, 184\)"),
+        ("mixer.out_proj.weight", np.transpose, r"must be \(32, 64\) together, got \(64, 32\)"),
+        ("mixer.out_proj.weight", np.int8, "must be floating point, got int8: quantized"),
+    ],
+)
+def test_tensors_of_other_shapes_or_kinds(tmp_path, name, change, message):
+    """Tensors of the right size but another shape, and of other dtypes."""
+    name = f"backbone.layers.0.{name}"
+    folder = changed(
+        tmp_path, "mamba2", lambda read: read | {name: np.ascontiguousarray(change(read[name]))}
+    )
+    with pytest.raises(ValueError, match=message):
+        mc.pretrained.load(folder)
+
+
 def test_folders_that_are_none(tmp_path):
     with pytest.raises(ValueError, match=r"has no config.json"):
         mc.pretrained.load(tmp_path)
@@ -204,6 +222,10 @@ def test_damaged_files_are_named(tmp_path):
         index.write_text(text)
         with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json"):
             mc.pretrained.load(tmp_path)
+    shutil.copy(FOLDERS / "mamba2" / weights.name, weights)
+    index.write_text(json.dumps(dict(weight_map={"backbone.lost": weights.name})))
+    with pytest.raises(ValueError, match=r"index\.json names backbone\.lost, which its files lack"):
+        mc.pretrained.load(tmp_path)
 
 
 def test_nothing_is_written_over(tmp_path):

@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 import memcache_jax as mc
-from memcache_jax.generation.generate import extend_in_place
 from memcache_jax.serving.programs import decode
+from memcache_jax.serving.scores import read_piece
 from tests.serving.models import LENGTH, VOCAB, ids, model, spoilt
 
 LONG: dict[str, Any] = dict(rows=3, max_length=LENGTH, piece=4)
@@ -33,7 +33,7 @@ def test_requests_get_the_tokens_of_generate():
     The parameters are committed to a device, as those that are read from files are.
     """
     sizes = [(1, 9), (13, 20), (4, 1), (7, 30), (20, 3), (2, 12), (11, 11)]
-    programs: tuple[Any, Any] = extend_in_place, decode
+    programs: tuple[Any, Any] = read_piece, decode
     before = [program._cache_size() for program in programs]
     graph, state = nnx.split(model())
     served = batcher(model=nnx.merge(graph, jax.device_put(state, jax.devices()[0])))
@@ -141,7 +141,7 @@ def test_a_store_of_prefixes():
     served = batcher(store=store)
     prompts = [ids(0, 21), np.append(ids(0, 17), ids(1, 8)), ids(0, 21)]
     requests, compiled = [], []
-    programs: tuple[Any, Any] = extend_in_place, decode
+    programs: tuple[Any, Any] = read_piece, decode
     for prompt in prompts:
         compiled = [program._cache_size() for program in programs]
         requests.append(served.submit(prompt, 10))
@@ -160,6 +160,29 @@ def test_a_store_of_prefixes():
     other.run()
     with pytest.raises(ValueError, match="made alike"):
         failed.result(0)
+
+
+def test_several_tokens_in_one_step():
+    """Tokens match steps of one token, wherever requests end among them."""
+    counts = []
+    for ahead in (1, 4):
+        served = batcher(ahead=ahead)
+        first = served.submit(ids(1, 6), 17, temperature=0.9, seed=2, logprobs=2)
+        served.run()
+        stops = (first.tokens[5],)
+        others = [
+            served.submit(ids(1, 6), 17, temperature=0.9, seed=2, stop_tokens=stops),
+            *(served.submit(ids(i, 3 + i), 5 + 4 * i) for i in range(4)),
+        ]
+        steps = 0
+        while served.step():
+            steps += 1
+        counts.append(([r.tokens for r in (first, *others)], first.logprobs, steps))
+    (one, scores, steps), (several, same, fewer) = counts
+    assert several == one
+    assert same == scores
+    assert len(one[1]) <= 6
+    assert fewer < steps
 
 
 def test_a_device_that_fails_once(monkeypatch):
@@ -232,9 +255,11 @@ def test_what_is_refused():
     served = batcher(most_waiting=1, cache=dict(max_segments=2))
     for call, message in {
         lambda: batcher(rows=0): "rows must be at least 1, got 0",
+        lambda: batcher(ahead=0): "ahead must be at least 1, got 0",
         lambda: batcher(piece=6): "piece must be a power of two, got 6",
         lambda: batcher(model=print): r"model must be an mc\.nn\.LanguageModel",
         lambda: batcher(store=3): r"store must be an mc\.PrefixStore, got 3",
+        lambda: batcher(text_of="utf-8"): "text_of must be a function of token ids, got 'utf-8'",
         lambda: batcher(cache=dict(segments=3)): r"no options \['segments'\]",
         lambda: served.submit([], 3): "at least one token",
         lambda: served.submit([VOCAB], 3): "token ids from 0 to 22, got 23",
@@ -244,6 +269,7 @@ def test_what_is_refused():
         lambda: served.submit([1], 2, seed=-1): "seed must be at least 0",
         lambda: served.submit([1], 2, logprobs=21): "logprobs must be at most 20, got 21",
         lambda: served.submit([1], 2, score_prompt=True): "score_prompt needs logprobs",
+        lambda: served.submit([1], 2, on_token=one): "on_token must be a function of a token id",
         lambda: served.submit([1], 2, stop_tokens=[1, 23]): "stop_tokens must hold token ids",
         lambda: served.submit([1], 2, stop_tokens=one): "stop_tokens must be a tuple, got 3",
         lambda: served.submit([1], 2, stop_texts="no"): "stop_texts must be a tuple, got 'no'",

@@ -1,6 +1,7 @@
 """The store of prefixes: what it finds, what it costs, and that nothing it returns is wrong."""
 
 import functools
+import os
 import threading
 from typing import Any
 
@@ -166,7 +167,7 @@ def test_states_on_the_host():
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_what_is_refused():
+def test_what_is_refused(tmp_path):
     store: Any = mc.PrefixStore(10**8)
     for call, message in {
         lambda: mc.PrefixStore(0): "max_bytes must be at least 1, got 0",
@@ -181,9 +182,22 @@ def test_what_is_refused():
         lambda: store.prefill(model(), [1] * 61, empty()): "holds 60 tokens in a row and would",
         lambda: store.prefill(model(), [1], empty(), every=0): "every must be at least 1",
         lambda: store.prefill(None, [1], empty()): "model must be an mc.nn.LanguageModel",
+        lambda: store.prefill(model(), [1], None): "empty must be the cache of a LanguageModel",
+        lambda: store.load(tmp_path / "none", None, 9): "like must be the cache of a Language",
+        lambda: store.load(tmp_path / "none", empty(), 9): "there is no file .*none",
+        lambda: store.load(3, empty(), 9): "path must be a path, got 3",
+        lambda: store.save(b"bytes"): "path must be a path, got b'bytes'",
+        lambda: store.save(tmp_path): "path must be that of a file, new or existing",
+        lambda: store.save(os.devnull): "path must be that of a file, new or existing",
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
     store.insert([], empty())
+    store.save(tmp_path / "store")
+    other = bytearray((tmp_path / "store").read_bytes())
+    other[other.find(b"PK\x01\x02") + 10] ^= 64  # how the archive is packed
+    (tmp_path / "store").write_bytes(other)
+    with pytest.raises(ValueError, match=r"is damaged, .* compression method"):
+        store.load(tmp_path / "store", empty(), 10**8)
     with pytest.raises(ValueError, match="must be made alike"):
         store.insert([], model().init_cache(1, LENGTH + 1))

@@ -22,7 +22,7 @@ def kept_by_hand(inputs, size, most, policy):
     for t in range(len(key)):
         state, keys = state + np.outer(value[t], key[t]), keys + key[t]
         pooled = [*(c["pooled"] for c in cached), keys / (t % size + 1)]
-        counts = [*(c["count"] for c in cached), 1]
+        counts = [*(1 if policy == "compose_by_age" else c["count"] for c in cached), 1]
         weights = counts * np.exp(np.stack(pooled) @ connector[t])
         weights /= weights.sum()
         states = [*(c["state"] for c in cached), state]
@@ -41,20 +41,30 @@ def kept_by_hand(inputs, size, most, policy):
             mean = [c["gates"] / (t // size - c["newest"]) for c in cached[:-1]]
             del cached[int(np.argmin(mean))]
         else:
-            i = int(np.argmin([a["count"] + b["count"] for a, b in itertools.pairwise(cached)]))
+            sizes = np.array([a["count"] + b["count"] for a, b in itertools.pairwise(cached)])
+            if policy != "merge":
+                sizes = sizes / [t // size + 1 - c["newest"] for c in cached[1:]]
+            i = int(np.argmin(sizes))
             one, two = cached[i : i + 2]
             total = one["count"] + two["count"]
             mixed = {
                 name: (one["count"] * one[name] + two["count"] * two[name]) / total
                 for name in ("state", "pooled")
             }
+            if policy == "compose_by_age":
+                mixed["state"] = one["state"] + two["state"]
             cached[i : i + 2] = [dict(two, count=total, **mixed)]
     return np.stack(outputs)[None, :, None]
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-    ("policy", "most"), product(["drop_oldest", "drop_least_read", "merge"], [3, 1], turn=0)
+    ("policy", "most"),
+    product(
+        ["drop_oldest", "drop_least_read", "merge", "merge_by_age", "compose_by_age"],
+        [3, 1],
+        turn=0,
+    ),
 )
 def test_bounded_memory(policy, most):
     memory = MEMORIES["linear"]

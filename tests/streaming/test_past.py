@@ -29,6 +29,7 @@ OTHERS: dict[str, Any] = {
     "running mean": dict(aggregation=mc.GRM(gate="uniform"), segmentation=mc.Constant(4)),
     "drop_oldest": dict(policy="drop_oldest", segments=1, cache_dtype="int8"),
     "drop_least_read": dict(policy="drop_least_read", segments=2, cache_dtype="bfloat16"),
+    "compose_by_age": dict(policy="compose_by_age", segments=2, cache_dtype="int8"),
     "host": dict(aggregation=mc.SSC(top_k=1), policy="drop_oldest", segments=2, placement="host"),
 }
 

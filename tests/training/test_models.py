@@ -1,5 +1,6 @@
 """Models that a configuration describes, and those that it must not."""
 
+import dataclasses
 import inspect
 
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from ml_collections import ConfigDict
 import memcache_jax as mc
 from memcache_jax.nn import AttentionMixer, MemoryCachingMixer
 from memcache_jax.training.config import default_config
-from memcache_jax.training.models import model_config
+from memcache_jax.training.models import model_config, model_options
 
 
 def test_default_describes_titans_with_grm():
@@ -28,6 +29,19 @@ def test_mixers_are_a_pattern():
     assert isinstance(first, MemoryCachingMixer)
     assert second == AttentionMixer(window=64)
     assert third == AttentionMixer(window=None)
+
+
+def test_routers_and_states_of_another_layer_are_described():
+    config = default_config()
+    config.model.aggregation = ConfigDict({"name": "SSC", "router": {"name": "Tree", "beam": 2}})
+    config.model.mixers, config.model.num_layers = ("memory_caching", "previous_states"), 4
+    model = model_config(config.model)
+    own, other = model.mixers
+    assert isinstance(own, MemoryCachingMixer)
+    assert isinstance(other, MemoryCachingMixer)
+    assert own == dataclasses.replace(own, aggregation=mc.SSC(router=mc.Tree(beam=2)))
+    assert other == dataclasses.replace(own, states="previous")
+    assert model_config(model_options(model)) == model
 
 
 def test_bfloat16():

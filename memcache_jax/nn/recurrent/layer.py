@@ -13,6 +13,7 @@ from memcache_jax import _checks
 from memcache_jax._typing import Array, Exchange, Float, Implementation, Int, Start
 from memcache_jax.aggregation import Aggregation, Residual
 from memcache_jax.memories import Memory
+from memcache_jax.nn.borders import learn_borders
 from memcache_jax.nn.layer_cache import LayerCache
 from memcache_jax.nn.memory_layer import MemoryLayer
 from memcache_jax.nn.recurrent.checks import check_parts
@@ -195,6 +196,7 @@ class Recurrent(MemoryLayer):
                 f"composed layers have no parameters for gate={mixer.aggregation.gate!r}: use "
                 '"content" or "uniform"'
             )
+        learn_borders(self, rngs)
         self.output = mixer.output.build(in_features, heads, self.value_dim, **options)
 
     @property
@@ -208,7 +210,7 @@ class Recurrent(MemoryLayer):
 
         Takes the first layer's values and returns them, or its own if it is the first.
         """
-        y, kept = self._mix(x, document_ids, first)
+        y, kept, _ = self._mix(x, document_ids, first)
         return y, first if kept is None or not self.shares_values else kept.values
 
     def extend_in_model(

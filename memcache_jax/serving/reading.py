@@ -1,0 +1,53 @@
+"""Reading a prompt piece by piece, into a cache of its own."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from memcache_jax._typing import Array, Float
+from memcache_jax.generation.apart import Frame
+from memcache_jax.nn.model_cache import LanguageModelCache
+from memcache_jax.serving.prefix_store import PrefixStore
+from memcache_jax.serving.request import Request
+from memcache_jax.serving.scores import read
+
+
+class Reading:
+    """A request's prompt, and the cache after the tokens read so far.
+
+    Attributes:
+      request: the request.
+      cache: the cache after these tokens; None before the first piece.
+      taken: how many tokens have been read.
+    """
+
+    def __init__(self, request: Request, empty: LanguageModelCache) -> None:
+        self.request, self.taken = request, 0
+        self.cache, self._empty = None, empty
+
+    def read_piece(
+        self, graph: Frame, state: Any, piece: int, store: PrefixStore | None
+    ) -> Float[Array, "1 vocab"] | None:
+        """Reads the next piece that the store lacks; returns logits after the prompt's last one."""
+        prompt, scored = self.request.prompt, self.request.scoring.prompt
+        if self.cache is None:
+            if store is not None and not scored:
+                self.cache, self.taken = store.match(prompt)
+            if self.cache is None:
+                self.cache = jax.tree.map(jnp.copy, self._empty)
+            self.request.known = self.taken
+        left = len(prompt) - self.taken
+        # The largest power of two that does not cross a multiple of ``piece``: so prompts with the
+        # same beginning are cut alike, whether or not the store has a part of them.
+        size = 1 << (min(left, piece - self.taken % piece).bit_length() - 1)
+        begin, self.taken = self.taken, self.taken + size
+        args = prompt, begin, self.taken, self.cache
+        self.cache, logits, scores = read(state, *args, graph=graph, scored=scored)
+        if scores is not None:
+            count = self.request.scoring.likely or 0
+            places = min(self.taken, len(prompt) - 1) - begin  # the last token has none after it
+            self.request.prompt_logprobs += [scores.of(i, count) for i in range(places)]
+        if store is not None and (self.taken % piece == 0 or size == left):
+            store.insert(prompt[: self.taken], self.cache)
+        return logits if size == left else None
