@@ -136,7 +136,7 @@ def test_refusals():
         model_of(OTHER)
     with pytest.raises(ValueError, match="share states need the same aggregation, got"):
         model_of(OWN, dataclasses.replace(OTHER, aggregation=mc.GRM()))
-    with pytest.raises(ValueError, match="share states need the same start, got independent, chec"):
+    with pytest.raises(ValueError, match="states need the same start, got independent, checkpoint"):
         model_of(OWN, dataclasses.replace(OTHER, start="checkpoint"))
     with pytest.raises(ValueError, match="needs gates that tell states apart"):
         model_of(*(dataclasses.replace(x, aggregation=mc.Residual()) for x in (OWN, OTHER)))
