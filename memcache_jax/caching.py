@@ -165,12 +165,11 @@ def in_group(
         segmentation=segmentation,
         start=start,
         implementation=implementation,
+        hands_on=hands_on,
     )
     rows = (query, key, value, connector)
     division = Division.of(*((x, "b t h .") for x in rows), (document_ids, "b t"))
     tokens, initial, document_ids = alike((tokens, weights, document_ids))
-    if given is not None or hands_on:
-        how |= dict(hands_on=hands_on)
     if division is None:
         return compiled(one_pass, tokens, initial, document_ids, given, **how)
     if isinstance(segmentation, Adaptive):  # all heads decide together where segments end

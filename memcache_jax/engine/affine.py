@@ -71,7 +71,7 @@ def write_affine(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> t
         return jax.tree.map(lambda x: x.reshape(*lead, -1, *x.shape[4:]), tree)
 
     def made_on_chip() -> tuple[Array, Array]:
-        came = _forgetting(memory, rows)
+        came = _came_forgetting(memory, rows)
         dtype = jnp.result_type(came.query, came.key, came.value)
         late = jax.tree.map(lambda x: False, (before, goes_on, came))
         late = (*late[:2], late[2]._replace(query=True))
@@ -100,7 +100,7 @@ def write_affine(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> t
         raise CannotServeError(f"{error}; with maps made in the kernels: {refused}") from refused
 
 
-def _forgetting(memory: AffineMemory, rows: Rows) -> Rows:
+def _came_forgetting(memory: AffineMemory, rows: Rows) -> Rows:
     """``as_they_came``, with documents as controls that forget."""
     came = as_they_came(rows)
     if rows.begun is None:
