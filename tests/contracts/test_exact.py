@@ -20,9 +20,9 @@ from tests.cases import (
     make_inputs,
     scheduled,
     value_and_vjp,
-    with_slow,
 )
 from tests.contracts.test_borders import IDS, LENGTH, topics
+from tests.covers import kept_of, product
 from tests.streams import empty, over_time
 
 GRM, SSC = mc.GRM(exact=3), mc.SSC(top_k=1, exact=2)
@@ -71,6 +71,7 @@ def streamed(inputs, memory, case, calls, rewind=(), options=()):
 
 NAMED: dict[str, Any] = dict(zip(("constant", "lengths", "adaptive"), CASES, strict=True))
 NAMED["keys"] = (mc.SSC(1, num_keys=2, exact=2), CONSTANT, "independent")
+RULES, FAST = [*FAMILIES, "vector", "erasing"], [("gated_deltanet", "constant")]
 CALLS = ((0, 19), (19, 20), (20, LENGTH))
 
 
@@ -78,7 +79,7 @@ CALLS = ((0, 19), (19, 20), (20, LENGTH))
 class TestEveryForm:
     """Rules of each form, in float64."""
 
-    @pytest.mark.parametrize("rule", with_slow([*FAMILIES, "vector", "erasing"], "linear"))
+    @pytest.mark.parametrize("rule", kept_of(RULES, "titans", "vector", fast=["linear"]))
     def test_reference_documents_and_gradients(self, rule):
         memory = MEMORIES[rule]
         cases = CASES if rule in FAMILIES else CASES[:1]  # a read that ignores the query
@@ -90,12 +91,11 @@ class TestEveryForm:
         )
         assert_close(fast, plain, 1e-9)
 
-    @pytest.mark.parametrize("case", with_slow(NAMED, "constant"))
-    @pytest.mark.parametrize("rule", with_slow([*FAMILIES], "gated_deltanet"))
+    @pytest.mark.parametrize(("rule", "case"), product(FAMILIES, NAMED, turn=1, fast=FAST))
     def test_streams(self, rule, case):
-        inputs = topics(MEMORIES[rule])
-        (wanted,) = run(inputs, MEMORIES[rule], (case,))
-        outputs, _ = streamed(inputs, MEMORIES[rule], case, CALLS)
+        inputs = topics(rule)
+        (wanted,) = run(inputs, rule, (case,))
+        outputs, _ = streamed(inputs, rule, case, CALLS)
         assert_close(jnp.concatenate(outputs, axis=1), wanted, 1e-12)
 
 

@@ -114,7 +114,6 @@ def test_documents():
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 @pytest.mark.usefixtures("x64")
 def test_meshes_and_training():
     model, tokens = model_of(OWN, OTHER, remat=True, **WIDE), tokens_of(24)
