@@ -79,7 +79,7 @@ CALLS = ((0, 19), (19, 20), (20, LENGTH))
 class TestEveryForm:
     """Rules of each form, in float64."""
 
-    @pytest.mark.parametrize("rule", kept_of(RULES, "titans", "vector", fast=["linear"]))
+    @pytest.mark.parametrize("rule", kept_of(RULES, "linear", "titans", "vector"))
     def test_reference_documents_and_gradients(self, rule):
         memory = MEMORIES[rule]
         cases = CASES if rule in FAMILIES else CASES[:1]  # a read that ignores the query
@@ -99,6 +99,7 @@ class TestEveryForm:
         assert_close(jnp.concatenate(outputs, axis=1), wanted, 1e-12)
 
 
+@pytest.mark.slow
 def test_rows_go_back_over_a_segments_end():
     memory = MEMORIES["linear"]
     inputs = topics(memory, np.float32)
@@ -188,6 +189,7 @@ def test_caches_hold_tokens_in_their_dtype():
     assert more == 2 * 2 * (5 * 3 * (8 + 2 * 4) + 8 * 8 * 4)
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_or_comes_later_reaches_no_other_token():
     memory = MEMORIES["gated_deltanet"]
     inputs = topics(memory, np.float32)
