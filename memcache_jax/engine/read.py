@@ -90,7 +90,7 @@ def keep(
     if "reads" in needs:
         kept["reads"] = memory.read_online(view, query)
     if "later_layers" in needs:
-        kept["first_layer"] = memory.apply(view, 0, query)
+        kept["first_layer"] = memory.apply(view, 0, memory.features(query))
     first = 0 if "layers" in needs else 1 if "later_layers" in needs else memory.depth
     if first < memory.depth:
         layers = range(memory.depth)
