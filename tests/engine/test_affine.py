@@ -116,9 +116,7 @@ def one_segment(rows, implementation, *, name="gated_deltanet", **options):
 
 
 def tokens(heads, keys, values, dtype, length=150, name="gated_deltanet"):
-    inputs = make_inputs(
-        AFFINE[name], length, batch=1, heads=heads, dim=keys, value_dim=values
-    )
+    inputs = make_inputs(AFFINE[name], length, batch=1, heads=heads, dim=keys, value_dim=values)
     kept = {name: inputs[name] for name in ("query", "key", "value", "controls")}
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), kept)
 
