@@ -124,7 +124,7 @@ class SSC(GRM):
             keys = candidates.keys(self.pooling)
             assert keys.states is not None
             pooled, broken = finite_rows(keys.states)
-            live = jnp.vecdot(connector, keys.live, precision="highest")
+            live = keys.live_scores(connector)
             gates, live, chosen = ssc_route(
                 connector, pooled, live, states[0], self.top_k, implementation=implementation
             )

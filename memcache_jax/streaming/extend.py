@@ -15,10 +15,10 @@ from memcache_jax._typing import Array, Bool, Float, Int, Start
 from memcache_jax._varying import alike
 from memcache_jax.adaptive import Adaptive
 from memcache_jax.aggregation import Aggregation
-from memcache_jax.engine.run import exact_chunk, full_controls, widen
+from memcache_jax.engine.run import full_controls, widen
 from memcache_jax.engine.types import Tokens
 from memcache_jax.memories import Memory
-from memcache_jax.segmentation import Segmentation
+from memcache_jax.segmentation import Segmentation, exact_chunk
 from memcache_jax.sharding.division import Division
 from memcache_jax.sharding.layout import check_not_mapped_over
 from memcache_jax.streaming.cache import Cache

@@ -31,7 +31,7 @@ KERNELS = {
 }
 STEPS = {
     "titans_grm": ("chunk_update", "bank_read"),
-    "gated_delta_net_ssc": ("affine_update", "ssc_route", "grouped_read"),
+    "gated_delta_net_ssc": ("affine_update", "ssc_route", "bank_read"),
     "kda_grm": ("affine_update", "bank_read"),
 }
 # What other chips than the first compile: each case is compiled for two, each kernel for all.
