@@ -250,7 +250,7 @@ class DeepMemory(Memory):
         """``write``, where only tokens of the same document see each other."""
         inputs, deltas = self.inner_gradient(anchor.weights, key, value)
         controls = {**controls, "eta": self.rates(controls, inputs, deltas)}
-        of_weights, *of_momentum = self._coefficients(controls, same)
+        of_weights, *of_momentum = self.coefficients(controls, same)
         chunk = DeepChunk(start=state, inputs=inputs, deltas=deltas, **of_weights._asdict())
         momentum = (chunk._replace(**changed._asdict()).end() for changed in of_momentum)
         return DeepState(chunk.end(self.ns_steps), *momentum), chunk
@@ -259,7 +259,7 @@ class DeepMemory(Memory):
         self, key: Float[Array, "m k"], value: Float[Array, "m v"], controls: Controls
     ) -> DescentChunk:
         """A chunk's write as a map of the state that it starts from, for kernels."""
-        parts = self._coefficients(controls, None)
+        parts = self.coefficients(controls, None)
         decays = ((part.weight_decay, part.momentum_decay) for part in parts)
         decays = ([x[-1] for x in row if x is not None] for row in decays)
         return DescentChunk(
@@ -289,7 +289,7 @@ class DeepMemory(Memory):
         long = eta * length > limit
         return jnp.where(long, limit / jnp.where(long, length, 1), eta)
 
-    def _coefficients(
+    def coefficients(
         self, controls: Controls, same: Bool[Array, "m m"] | None
     ) -> tuple[_Coefficients, ...]:
         """Those of the weights, and of the momentum if there is any."""
