@@ -98,9 +98,8 @@ def _read(
     tokens = blocks.tokens
     bank, candidates = layout.cached(how, ends, blocks)
     if given is not None:
-        own, pooled = candidates.keys, given.pooled
         bank = ArrayBank(how.memory, given.matrices, how.implementation)
-        candidates = candidates._replace(keys=lambda pooling: own(pooling)._replace(states=pooled))
+        candidates = with_pooled(candidates, given.pooled)
     selection = aggregation.select(tokens.connector, candidates, implementation=how.implementation)
     live = Live(how.memory, tokens.query, kept, how.implementation)
     y = aggregation.read(bank, live, reading_queries(how, blocks), selection)
@@ -141,16 +140,13 @@ class OnePass(Layout):
 
     def cached(self, how: Writing, ends: Run, blocks: Blocks) -> tuple[Bank, Candidates]:
         """The states at the ends of buckets, and the buckets that each block may read."""
-        plan, document, keys = self.plan, blocks.document, (blocks.tokens.key, blocks.pooled)
+        plan, document = self.plan, blocks.document
         if self.borders is not None:
+            keys = blocks.tokens.key, blocks.pooled
             candidates = adaptive_candidates(plan, *keys, self.borders)
             matrices = how.memory.matrices(states_of(self.borders, ends.state))
             return self._with_exact(how, matrices, blocks, candidates)
-        if document is None:
-            candidates = candidates_of(plan, *keys, how.implementation)
-        else:
-            spans = functools.partial(document_span_keys, plan, *keys, document)
-            candidates = document_candidates(plan, *keys, document)._replace(spans=spans)
+        candidates = candidates_in(plan, blocks, how.implementation)
         if document is not None and plan.spans_segments.any():
             states, reads = document_states(
                 how, ends, blocks.rows, plan, document, carries=self.carries
@@ -211,6 +207,21 @@ def needs_of(aggregation: Aggregation, memory: Memory) -> tuple[LivePart, ...]:
             f"{aggregation}.needs must return a tuple of {get_args(LivePart)}, got {needs!r}"
         )
     return tuple(needs)
+
+
+def candidates_in(plan: ReadPlan, blocks: Blocks, implementation: str | None = None) -> Candidates:
+    """The buckets that a plan's blocks may read, those of each token's document if there are."""
+    keys, document = (blocks.tokens.key, blocks.pooled), blocks.document
+    if document is None:
+        return candidates_of(plan, *keys, implementation)
+    spans = functools.partial(document_span_keys, plan, *keys, document)
+    return document_candidates(plan, *keys, document)._replace(spans=spans)
+
+
+def with_pooled(candidates: Candidates, pooled: Float[Array, "b h states k"]) -> Candidates:
+    """The candidates with these pooled keys of states in place of their own."""
+    own = candidates.keys
+    return candidates._replace(keys=lambda pooling: own(pooling)._replace(states=pooled))
 
 
 def candidates_of(

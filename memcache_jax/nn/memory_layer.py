@@ -22,6 +22,7 @@ from memcache_jax.memories import Memory
 from memcache_jax.nn.borders import with_border
 from memcache_jax.nn.calls import MixerCall, answer, read_mixer_call
 from memcache_jax.nn.layer_cache import LayerCache
+from memcache_jax.nn.routers import noisy, sow_load
 from memcache_jax.segmentation import Segmentation
 from memcache_jax.sharding.division import Division
 from memcache_jax.streaming import Cache, check_options, extend, init_cache
@@ -219,6 +220,9 @@ class MemoryLayer(nnx.Module):
         if 0 in x.shape[:2]:
             return self._empty_output(wide), None, None
         tokens, kept = self._tokens(wide, document_ids, first)
+        tokens = noisy(self, tokens)
+        given = share.get("given")
+        sow_load(self, tokens, document_ids, None if given is None else given.pooled)
         made = in_group(
             **with_border(self, tokens, wide),
             **share,

@@ -132,13 +132,14 @@ def test_what_a_file_leaves_open_may_be_anything():
 
 
 @pytest.mark.parametrize(
-    "name", ["ablate", "extrapolate", "mqar", "needle", "recall", "throughput"]
+    "name", ["ablate", "extrapolate", "mqar", "needle", "recall", "routers", "throughput"]
 )
 def test_every_configuration_in_the_folder_has_the_keys_of_its_program(name):
     keys = {
         "ablate": (*recall_config(), "changes"),
         "extrapolate": extrapolate.KEYS,
         "needle": needle.needle_config().keys(),
+        "routers": (*recall_config(), "variants"),
         "throughput": throughput.KEYS,
     }
     check_keys(
