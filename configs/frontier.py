@@ -1,13 +1,13 @@
 """Cache components at equal cache bytes and training steps: recall, needles and text.
 
 Command:   python -m experiments.frontier --config=configs/frontier.py --workdir=runs/frontier
-           another part: --config.parts="('needles',)" or "('text',)"
+           other parts: --config.parts="('needles',)" or "('text',)"
 Hardware:  two CPU cores
-Time:      half an hour on two quiet cores by the processor time of its parts: 230 to 370 s for
+Time:      half an hour on two idle cores, from the processor time of its parts: 230 to 370 s for
            three seeds of a model, 75 to 110 s for half the steps; not run as a whole
-Expected:  on 2026-11-30, at L = 256, K = 64, means of three seeds: GRM with C = 16 0.20, with int8
-           states and C = 6 0.73, gated delta rule in int8 0.60; attention 1.00 the day before;
-           needles and text have not been run
+Expected:  accuracy at L = 256, K = 64, mean of three seeds (2026-11-30): GRM with C = 16 0.20, int8
+           states with C = 6 0.73, the same with the gated delta rule 0.60; attention 1.00
+           (2026-11-29). Needles and text have not been run.
 """
 
 from typing import Any

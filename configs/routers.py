@@ -1,10 +1,10 @@
-"""Routers trained with noise and with a loss of their load, on associative recall.
+"""Routers trained with noise and a load-balancing loss, on associative recall.
 
 Command:   python -m experiments.routers --config=configs/routers.py --workdir=runs/routers
 Hardware:  two CPU cores
-Time:      33 minutes on one core of a busy machine, about 11 of processor time
-Expected:  at L = 256 and K = 64, means of two seeds on 2026-11-30: accuracy 0.29 with neither, 0.30
-           with noise, 0.29 with the loss, 0.27 with both: no gain
+Time:      33 minutes on one core of a busy machine; about 11 minutes of processor time
+Expected:  accuracy at L = 256, K = 64, mean of two seeds (2026-11-30): 0.29 with neither, 0.30 with
+           noise, 0.29 with the loss, 0.27 with both: no gain
 """
 
 from typing import Any

@@ -69,7 +69,7 @@ def _one_line(error: Any) -> str:
 
 
 def define_integers(name: str, default: Sequence[int] | None, help: str) -> None:
-    """Defines a flag that takes integers of at least 1, as ``--lengths=4096,65536``.
+    """Defines a flag that takes integers of at least 1, such as ``--lengths=4096,65536``.
 
     Its value is a list of strings, or None.
     """
@@ -78,7 +78,7 @@ def define_integers(name: str, default: Sequence[int] | None, help: str) -> None
         return all(value.isdecimal() and int(value) > 0 for value in values or ())
 
     flags.DEFINE_list(name, None if default is None else [*map(str, default)], help)
-    flags.register_validator(name, good, "must be integers of at least 1, parted by commas")
+    flags.register_validator(name, good, "must be integers of at least 1, separated by commas")
 
 
 class ConfigFlag:
@@ -108,7 +108,7 @@ class ConfigFlag:
         return config.lock()
 
     def of_file(self) -> Any:
-        """The configuration as its file has it, without the flags that set keys."""
+        """The configuration as its file returns it, before flags set keys."""
         file, *argument = config_flags.get_config_filename(self._values["config"]).split(":", 1)
         config = runpy.run_path(file)["get_config"](*argument)
         return ConfigDict(config) if isinstance(config, dict) else config

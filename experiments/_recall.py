@@ -125,7 +125,7 @@ def measure_recall(cases: list[Case]) -> list[Row]:
       For each case ``accuracy`` by length and pairs (of a stream, if the model's options have
       ``cache``), the last mean ``loss`` (None if the model
       diverged), ``parameters``, and ``state_bytes``: the size of a stream's cache by length. Cases
-      with ``router``, fields of ``Recipe``, also have ``found``, see ``experiments.routers``.
+      with ``router`` (fields of ``Recipe``) also get ``found``, see ``experiments.routers``.
     """
     task = cases[0]["task"]
     model, cache = model_and_cache(cases[0]["model"])

@@ -101,10 +101,10 @@ def changes(
 def updated(
     every: dict[str, Any], figures: dict[str, Any], only: Sequence[str] | None
 ) -> dict[str, Any]:
-    """Stored figures by chip with newly measured ones; with ``only``, other cases stay.
+    """Updates stored figures by chip with new ones; with ``only``, other cases keep theirs.
 
     Raises:
-      ValueError: if cases that stay are of another compiler.
+      ValueError: if kept figures come from another compiler.
     """
     result = dict(every)
     for chip, found in figures.items():
@@ -112,8 +112,8 @@ def updated(
         if only and before is not None:
             if before["compiler"] != found["compiler"]:
                 raise ValueError(
-                    f"the stored figures of {chip} are of {before['compiler']}, these of "
-                    f"{found['compiler']}: measure without --only"
+                    f"the stored figures of {chip} come from {before['compiler']}, the new ones "
+                    f"from {found['compiler']}: measure without --only"
                 )
             found = found | dict(kernels=before["kernels"] | found["kernels"])
         result[chip] = found

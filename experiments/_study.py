@@ -185,16 +185,16 @@ def check_keys(config: ConfigDict, known: Collection[str]) -> None:
 
 
 def check_kinds(got: Any, default: Any, name: str = "") -> None:
-    """Raises ValueError unless values are of the kinds that a configuration's file gives them.
+    """Raises ValueError unless values have the same types as in the configuration's file.
 
-    A flag may set a key to anything between parentheses, so this looks into tuples too: each of
-    their elements must be like one of the file's. Integers are not below the file's least one, or
-    below 1. What is None, an empty tuple or a dictionary in the file may be anything.
+    A flag may set a key to any tuple, so elements are checked too: each must be like one of the
+    file's. Integers must be at least 1, or at least the file's value if that is smaller. Where the
+    file has None, an empty tuple or a plain dictionary, any value passes.
 
     Args:
       got: the configuration, or a part of it.
-      default: the same of the file.
-      name: of the part.
+      default: the same part of the file.
+      name: the part's name.
     """
     if isinstance(default, ConfigDict):
         for key in set(default) & set(got):
@@ -214,7 +214,7 @@ def check_kinds(got: Any, default: Any, name: str = "") -> None:
 
 
 def _check_like_one_of(got: Any, defaults: Sequence[Any], name: str) -> None:
-    """Raises ValueError, the one about the last of them, unless a value is like one of these."""
+    """Raises the last default's ValueError unless a value is like one of ``defaults``."""
     for i, default in enumerate(defaults, 1):
         try:
             if isinstance(default, (tuple, list)):

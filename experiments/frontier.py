@@ -9,9 +9,9 @@ that a part tests, only models in ``config.unbounded`` may have a larger cache t
 
 All models train for the same number of steps, with every seed. Recall shows whether more steps
 still help: the first seed also trains for half as many, on a schedule of its own. A model has
-settled if all steps give it at most ``config.settled`` more accuracy on ``config.target`` than
-half of them. ``closed`` is the share of the gap in that accuracy between the first model and
-``config.against`` that a model closes.
+settled if the longer run gains at most ``config.settled`` accuracy on ``config.target``. ``closed``
+is the share of the gap in that accuracy between the first model and ``config.against`` that a model
+closes.
 
 The workdir gets ``results.json``, ``recall.md``, ``needles.md``, ``text.md`` and ``frontier.png``.
 The same command resumes an interrupted study; ``config.parts`` names the parts to run.
@@ -141,7 +141,7 @@ def _recall(config: Any, study: Study) -> None:
     study.write_table(
         [
             *("model", *(f"L / K = {test}" for test in tests), f"closed of {config.target}"),
-            *("since half the steps", "settled", f"bytes at {longest}"),
+            *("gain over half the steps", "settled", f"bytes at {longest}"),
         ],
         table,
         "recall",

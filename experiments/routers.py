@@ -1,12 +1,12 @@
-"""Trains routers with noise and with a loss of their load, and counts the right states they find.
+"""Trains routers with noise and a load-balancing loss, and counts how often they find the state.
 
     python -m experiments.routers --config=configs/routers.py --workdir=FOLDER
 
 Trains the first model on associative recall as ``experiments.mqar`` does, once for each of
 ``config.variants``: ``router_noise`` is the scale of ``mc.nn.with_router_noise``, ``router_loss``
-the weight of each layer's ``mc.nn.RouterLoss``. Tests have no noise. The workdir gets
+the weight of each layer's ``mc.nn.RouterLoss``. Tests run without noise. The workdir gets
 ``results.json`` and ``table.md``: accuracy, and for each layer the share of questions for which the
-router of any head selects the segment with the question's pair; an oracle has 1. The same command
+router of any head selects the segment with the question's pair (1 for an oracle). The same command
 resumes an interrupted study.
 """
 

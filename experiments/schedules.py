@@ -6,7 +6,7 @@ For TPUs, which need libtpu, it prints the bundles of each kernel and of each lo
 which need jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12, it prints registers and
 spilled bytes per thread, threads and shared memory. Nothing runs: the figures show that a kernel
 has changed, not how fast it is. ``experiments/schedules.json`` stores the figures; pass that file
-as ``--json`` to update it: with ``--only``, the other cases stay.
+as ``--json`` to update it; with ``--only``, other cases keep their figures.
 
 ``--shapes`` compiles whole calls of odd shapes for the TPUs instead, with their gradients: every
 rule with every aggregation, one to five heads of 32 to 256, lengths that segments do not divide. It

@@ -101,7 +101,7 @@ def gated(gate: Float[Array, "rows"] | None, x: Float[Array, "*rows in"]) -> Arr
 
 
 def blind_where_gates_are_zero(read: Callable[..., Array]) -> Callable[..., Array]:
-    """The read, in which rows with a gate of 0 neither read the state nor send it gradients.
+    """A read in which rows with a gate of 0 neither read the state nor send it gradients.
 
     Inputs are masked as well as outputs: 0 * NaN is NaN, forward and backward.
     """
@@ -115,7 +115,7 @@ def blind_where_gates_are_zero(read: Callable[..., Array]) -> Callable[..., Arra
             return read(matrices, x)
         by_any = jnp.max(jnp.abs(gate)) != 0
         matrices = tuple(jnp.where(by_any, matrix, 0) for matrix in matrices)
-        # The gate is masked by itself for its own gradient, which is zero where it is.
+        # Masked by itself, the gate has a gradient of zero where it is zero.
         return seen(read(matrices, seen(x, gate), seen(gate, gate)), gate)
 
     return blind

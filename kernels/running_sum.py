@@ -24,7 +24,7 @@ def running_sum(x: Float[Array, "n c k"], width: int = 16) -> Float[Array, "n c 
 def running_products(
     x: Float[Array, "n c k"], y: Float[Array, "n c k"], width: int = 16
 ) -> Float[Array, "n c"]:
-    """``jnp.vecdot(x, running_sum(y))``, without the sums of all rows.
+    """``jnp.vecdot(x, running_sum(y))``, without storing the running sums.
 
     Args:
       x: the rows that are multiplied.

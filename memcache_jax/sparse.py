@@ -162,14 +162,14 @@ class SSC(GRM):
         candidates: Candidates,
         counts: Bool[Array, "n c"],
     ) -> tuple[Float[Array, "b h r"], Float[Array, "b h r"], Float[Array, "b h r"]]:
-        """The load of each slot: how often it was selected, its probability, and its tokens.
+        """The load of each slot: how often it is selected, its probability, and its tokens.
 
-        A token that sees n > ``top_k`` states selects ``top_k`` of them, and would select each with
-        a probability of 1 / n in a balanced router. Sums over such tokens, in units of that.
+        Sums over the tokens that see n > ``top_k`` states. Selections are in units of
+        ``top_k / n``, probabilities in units of ``1 / n``, as in a balanced router.
 
         Args:
-          connector: as of ``select``.
-          candidates: as of ``select``.
+          connector: as for ``select``.
+          candidates: as for ``select``.
           counts: which tokens count.
         """
         cached, _ = self._scores(connector, candidates)

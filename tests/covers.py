@@ -1,6 +1,6 @@
 """Which cases of a large product ``make test`` runs; ``make test-all`` runs the rest too.
 
-Every test has a case that ``make test`` runs: only cases of a product are exhaustive.
+``make test`` runs a case of every test: only cases of a product are exhaustive.
 """
 
 import itertools
@@ -20,7 +20,7 @@ def kept_of(cases, *kept, fast=()):
 
     Args:
       cases: by name.
-      *kept: names of those that ``make test`` runs, at least one with the fast ones.
+      *kept: names of those that ``make test`` runs; at least one, counting ``fast``.
       fast: names of those that ``make test-fast`` runs too.
     """
     named = cases if isinstance(cases, dict) else {name: name for name in cases}

@@ -1,12 +1,11 @@
 """The gated bank read on a TPU: chunks of the bank in vector memory, visited block by block.
 
 A run is what one block reads of one chunk of states. The chunk is brought into memory once, and the
-run's pairs are read from it one after the other; a bank that fits into memory is one chunk. If
-those of several heads fit, a program reads with all of these, and tokens keep the model's layout.
-The backward pass recomputes the reads. It visits the same runs for the gradients of rows and gates,
-and the runs sorted by chunk for those of states. Rows are read and written in the query's dtype;
-all arithmetic is float32, with products as exact as the caller's
-``jax.default_matmul_precision``.
+run's pairs are read from it one after the other; a bank that fits into memory is one chunk. If the
+banks of several heads fit, one program reads them all, and tokens keep the model's layout. The
+backward pass recomputes the reads. It visits the same runs for the gradients of rows and gates, and
+the runs sorted by chunk for those of states. Rows are read and written in the query's dtype; all
+arithmetic is float32, with products as exact as the caller's ``jax.default_matmul_precision``.
 """
 
 import dataclasses
@@ -97,7 +96,7 @@ def bank_read(
     weights = jnp.swapaxes(gates, 3, 4).astype(jnp.float32)
     y = differentiable(kernels)(
         (by_block, by_chunk),
-        # In the order in which kernels that write the states leave them.
+        # The order in which the kernels that write states leave them.
         tuple(jnp.moveaxis(matrix, 1, 2) for matrix in bank),
         jnp.moveaxis(query, 1, 3) if inside else by_unit(query),
         by_unit(pad_to(weights, (slots, tiles * tile))),
@@ -107,7 +106,7 @@ def bank_read(
 
 
 def holds_all_states(bank: Matrices, query: Float[Array, "b h n c k"]) -> bool:
-    """Whether kernels hold all states of a head at once, each in a slot of every block."""
+    """Whether kernels can hold all states of a head at once, each with a slot in every block."""
     rows, states = query.shape[3], bank[0].shape[2]
     sizes = block_sizes(BlockSizes, "bank_read/pallas_tpu", shape_key(bank, rows), query.dtype)
     _, chunk, vmem = _plan(bank, query, states, _tiles(rows, sizes)[1], sizes.bank_bytes)
@@ -115,7 +114,7 @@ def holds_all_states(bank: Matrices, query: Float[Array, "b h n c k"]) -> bool:
 
 
 def _tiles(rows: int, sizes: BlockSizes) -> tuple[int, int]:
-    """Into how many tiles the rows of a block are cut, and rows of one."""
+    """The number of tiles that the rows of a block are cut into, and the rows of a tile."""
     tiles = -(-rows // sizes.rows)
     return tiles, rows if tiles == 1 else -(-rows // (tiles * LANES)) * LANES
 
@@ -123,10 +122,10 @@ def _tiles(rows: int, sizes: BlockSizes) -> tuple[int, int]:
 def _plan(
     bank: Matrices, query: Array, slots: int, tile: int, bank_bytes: int
 ) -> tuple[int, int, int]:
-    """Heads of a program, states in memory at once, and bytes of vector memory.
+    """Heads per program, states in memory at once, and bytes of vector memory.
 
-    Several heads, all or in whole tiles of 8, if the bank of so many fits; then tokens are read in
-    the model's layout.
+    A program takes several heads, all or a multiple of 8, if their banks fit; it then reads tokens
+    in the model's layout.
     """
     heads, states = query.shape[1], bank[0].shape[2]
     shapes = [matrix.shape[3:] for matrix in bank]
@@ -270,7 +269,7 @@ class _Kernels:
             turned, sums = scratch[: len(loaded)], scratch[len(loaded) :]
             *bank_refs, gate = inputs[: len(bank)] + inputs[len(bank) + 1 : len(bank) + 2]
             row_refs = inputs[len(bank) : len(bank) + 1] + inputs[len(bank) + 2 :]
-            # Rows are summed up before they are written.
+            # Rows are summed in scratch memory before they are written.
             totals = (*sums, *out_refs[len(sums) :])
             run, chosen = pl.program_id(run_axis), list_of(pl.program_id(0))
             major, place = chunk if of_bank else block, chosen * num_runs + run

@@ -1,7 +1,8 @@
 """The grouped read on a TPU: a grid over blocks of rows, each of which names its state.
 
-A bank that fits into vector memory is read by the bank read instead, without sorting: all states
-that a block's rows have chosen, with a gate of zero for those that a row has not.
+A small bank that fits into vector memory goes to the bank read instead, without sorting: each row
+reads all states that any row of its block has chosen, with a gate of zero for those that it has
+not.
 
 The backward pass recomputes the reads, and adds up a state's gradient over its consecutive blocks.
 All arithmetic is float32, with products as exact as the caller's ``jax.default_matmul_precision``.
@@ -76,7 +77,7 @@ def grouped_read(
     return y.astype(row.dtype)
 
 
-_MOST_STATES = 16  # per choice that are all read: far more products, and no bytes of sorted rows
+_MOST_STATES = 16  # per choice for the bank read: more products, but no sorted rows to move
 
 
 def _read_all(
@@ -86,10 +87,10 @@ def _read_all(
     gates: Float[Array, "b h n c s"],
     states: Int[Array, "b h n c s"],
 ) -> Float[Array, "b h n c v"]:
-    """The grouped read as a bank read in which every state has the slot of its number."""
+    """The grouped read as a bank read with a slot for every state."""
     numbers = jnp.arange(bank[0].shape[2])
     chosen = states[..., None] == numbers.reshape(1, 1, 1, 1, 1, -1)
-    # A chosen state is read, and its gate has a gradient, even if the gate is zero.
+    # A chosen state is read, and its gate gets a gradient, even if the gate is zero.
     least = jnp.finfo(jnp.float32).tiny
     gates = gates.astype(jnp.float32)
     gates += lax.stop_gradient(jnp.where(gates == 0, least, 0))

@@ -107,7 +107,7 @@ def _reasons(memory: DeepMemory, rows: Rows) -> list[tuple[bool, str]]:
 
 
 def option_reasons(memory: DeepMemory) -> list[tuple[bool, str]]:
-    """Those of ``_reasons`` that hold for kernels of every kind."""
+    """Those of ``_reasons`` that apply to all kernels."""
     name = type(memory).__name__
     return [
         (memory.ns_steps > 0, f"{name} has ns_steps={memory.ns_steps}, must be 0"),

@@ -52,7 +52,7 @@ def as_they_came(rows: Rows) -> Rows:
 
 
 def reading_queries(how: Writing, blocks: Blocks) -> Float[Array, "b h n c k"]:
-    """What reads cached states: in the tokens' own dtype for kernels that take it."""
+    """The queries that read cached states, in the tokens' own dtype for kernels that take it."""
     came = how.implementation == "pallas_tpu" and blocks.rows.came is not None
     if not came or how.needs != ("reads",):
         return blocks.tokens.query

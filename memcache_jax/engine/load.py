@@ -20,23 +20,22 @@ def load_of_tokens(
     aggregation: SSC,
     segmentation: Segmentation,
 ) -> tuple[Float[Array, "b h r"], Float[Array, "b h r"], Float[Array, "b h r"]]:
-    """``SSC.load`` of the tokens that ``memory_caching`` would be given.
+    """``SSC.load`` for the tokens of a call of ``memory_caching``.
 
     Args:
       key: as for ``memory_caching``.
       connector: as for ``memory_caching``.
       document_ids: as for ``memory_caching``.
-      pooled: the pooled keys of the states, if they are another layer's.
+      pooled: the pooled keys of the states, if these are another layer's.
       aggregation: the router.
-      segmentation: which states there are.
+      segmentation: how segments divide the tokens.
 
     Raises:
       ValueError: for ``Adaptive`` segments.
     """
     if isinstance(segmentation, Adaptive):
         raise ValueError(
-            f"the load of states needs segments of a fixed plan, Constant(C) or the like, got "
-            f"{segmentation}"
+            f"RouterLoss needs segments with a fixed plan, such as Constant(C), got {segmentation}"
         )
     length = key.shape[1]
     plan = segmentation.plan(length)

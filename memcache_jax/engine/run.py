@@ -210,7 +210,7 @@ def needs_of(aggregation: Aggregation, memory: Memory) -> tuple[LivePart, ...]:
 
 
 def candidates_in(plan: ReadPlan, blocks: Blocks, implementation: str | None = None) -> Candidates:
-    """The buckets that a plan's blocks may read, those of each token's document if there are."""
+    """The buckets that a plan's blocks may read, within each token's document if there are any."""
     keys, document = (blocks.tokens.key, blocks.pooled), blocks.document
     if document is None:
         return candidates_of(plan, *keys, implementation)
@@ -219,7 +219,7 @@ def candidates_in(plan: ReadPlan, blocks: Blocks, implementation: str | None = N
 
 
 def with_pooled(candidates: Candidates, pooled: Float[Array, "b h states k"]) -> Candidates:
-    """The candidates with these pooled keys of states in place of their own."""
+    """The candidates, with ``pooled`` in place of the states' own keys."""
     own = candidates.keys
     return candidates._replace(keys=lambda pooling: own(pooling)._replace(states=pooled))
 
@@ -237,7 +237,7 @@ def candidates_of(
         def of_head(key: Float[Array, "n c k"], pooled: Float[Array, "n c k"]) -> tuple:
             return running_keys(key, plan, pooling), pooled_keys(pooled, plan, pooling)
 
-        # With kernels, running keys would be most of what passes through HBM.
+        # With kernels, running keys would cause most of the HBM traffic.
         fast = whole and implementation == "pallas_tpu"
         products = functools.partial(running_scores, plan, key, pooling) if fast else None
         return Keys(*jax.vmap(jax.vmap(of_head))(key, pooled), products=products)

@@ -111,8 +111,8 @@ class Keys(NamedTuple):
       live: of the live memory at each token.
       states: of cached states, by their numbers in the bank.
       slots: of cached states by slot, in place of ``states``, where they depend on the block.
-      products: a function of connectors that returns their products with ``live``, for programs
-        that need nothing else of it; None to multiply.
+      products: computes the products of connectors with ``live``, for programs that need nothing
+        else of ``live``; None to multiply by ``live``.
     """
 
     live: Float[Array, "b h n c k"]

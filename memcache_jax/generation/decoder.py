@@ -24,9 +24,9 @@ class Decoder:
     """A language model with a cache: feed it tokens, then draw the following ones one by one.
 
     Fed and drawn tokens form one sequence, so that a conversation never processes its past again.
-    After a single prompt the tokens are those of ``generate`` with the same arguments. Of a model
-    of a few large layers the decoder holds a second copy of the parameters, layer by layer, with
-    which tokens are drawn faster.
+    After a single prompt the tokens are those of ``generate`` with the same arguments. For a model
+    of a few large layers, the decoder holds a second copy of the parameters, unstacked, with which
+    it draws tokens faster.
 
     Args:
       model: the model; the decoder does not see later changes of its parameters.
@@ -166,7 +166,7 @@ def _next(
     graph: Frame,
     **sampling: Any,
 ) -> tuple[Int[Array, "b"], Slim, Float[Array, "b v"]]:
-    """The next tokens, the cache after them, and the logits of those after."""
+    """The next tokens, the cache after them, and the logits of the tokens after those."""
     token = sample(jax.random.fold_in(key, drawn), logits, numbers, **sampling)  # as in generate
     cache, logits = extend_logits(graph.merge(state), token[:, None], cache.full())
     return token, Slim.of(cache), logits
@@ -174,7 +174,7 @@ def _next(
 
 @functools.partial(jax.jit, static_argnames="config")
 def _taken_apart(cache: LanguageModelCache, *, config: LanguageModelConfig | None) -> Slim:
-    """A cache as ``_next`` takes it: of single layers if there is a ``config``."""
+    """A cache as ``_next`` takes it: unstacked if there is a ``config``."""
     return Slim.of(cache if config is None else unrolled_cache(config, cache))
 
 
@@ -182,6 +182,6 @@ def _taken_apart(cache: LanguageModelCache, *, config: LanguageModelConfig | Non
 def _put_together(
     cache: Slim, *, config: LanguageModelConfig | None, max_length: int | None
 ) -> LanguageModelCache:
-    """The cache that ``_taken_apart`` has taken apart."""
+    """The inverse of ``_taken_apart``."""
     full = cache.full()
     return full if config is None else stacked_cache(config, full, max_length)

@@ -44,8 +44,8 @@ def speculate(
     probability min(1, p_i / q_i). In place of the first that does not, one is drawn from
     max(p_i - q_i, 0), normalized; after the last, from p_K. So each token has the distribution p
     (arXiv:2211.17192), and for temperature 0 is the most likely one. Rows that keep fewer than were
-    proposed go back; where a layer cannot, a second call reads the kept tokens from the cache
-    before.
+    proposed are rewound; if a layer cannot rewind, a second call reads the kept tokens from the
+    previous cache.
     """
     net: Any = nnx.merge(model, state)
     proposer, vocab = merge(draft, drafts), net.config.vocab_size
@@ -114,7 +114,7 @@ def speculate(
 
 
 def _cache_back(net: Any, rows: int, size: int, tokens: int, options: dict[str, Any]) -> Any:
-    """An empty cache that goes back by so many tokens, or by none where a layer cannot."""
+    """An empty cache that can rewind ``tokens``, or just as ``options`` say if a layer cannot."""
     try:
         return net.init_cache(
             rows, size, **options | {"rewind": max(tokens, options.get("rewind", 0))}
@@ -124,13 +124,13 @@ def _cache_back(net: Any, rows: int, size: int, tokens: int, options: dict[str, 
 
 
 def _once(condition: Bool[Array, ""], change: Callable[[T, Any], T], first: T, args: Any) -> T:
-    """``change(first, args)`` where the condition holds, else ``first``.
+    """``change(first, args)`` if the condition holds, else ``first``.
 
     A loop of at most one iteration, since ``lax.cond`` would copy the cache that it returns.
     """
 
     def changed(carry: tuple) -> tuple:
-        # The barrier keeps XLA from moving the work, which is always the same, out of the loop.
+        # The barrier keeps XLA from hoisting the loop-invariant work.
         left, its = lax.optimization_barrier((carry[0], args))
         return jnp.zeros_like(left), change(carry[1], its)
 

@@ -62,11 +62,11 @@ class DeepMemory(Memory):
     chunk through rank-one factors. The update keeps its norm, so eta and alpha keep their meaning,
     and the bounds of ``max_step_norm`` hold.
 
-    With ``degree=2`` the first layer reads the features of ``memories.polynomial``, of length
-    k' = k (k + 3) / 2, in place of x itself: M(x) = W phi(x), or x + W1 gelu(W2 phi(x)) with W2
-    (f, k'). Keys that are not orthogonal interfere less, as <phi(x), phi(y)> = <x, y> + <x, y>^2,
-    and the state grows by k' / k. Atlas (arXiv:2505.23735) raises the capacity of its memories
-    with such polynomial features, whose coefficients it learns; here they are fixed.
+    With ``degree=2`` the first layer reads polynomial features phi(x) (``memories.polynomial``) of
+    length k' = k (k + 3) / 2 instead of x: M(x) = W phi(x), or x + W1 gelu(W2 phi(x)), W2 of shape
+    (f, k'). As <phi(x), phi(y)> = <x, y> + <x, y>^2, keys that are not orthogonal interfere less;
+    the state is k' / k times as large. Atlas (arXiv:2505.23735) raises the capacity of its memories
+    with such features, with learned coefficients; here they are fixed.
 
     Attributes:
       chunk_size: tokens that share the point at which gradients are taken.
@@ -76,13 +76,12 @@ class DeepMemory(Memory):
         the bare equation. Layers set 1 where it is None, unless they are told not to.
       ns_steps: Newton-Schulz iterations at the end of each chunk: 0 for none, 5 as in Muon. Kernels
         support only 0, and so do rules with another ``form`` than ``"descent"``.
-      degree: 1, or 2 for the monomials of degree 1 and 2 of keys and queries. Kernels support
+      degree: 1, or 2 to read the monomials of degree 1 and 2 of keys and queries. Kernels support
         only 1.
 
     Raises:
-      ValueError: for a depth or a degree other than 1 or 2, other sizes below 1, a
-        ``max_step_norm`` that is not positive, negative ``ns_steps``, or ``ns_steps`` with another
-        ``form``.
+      ValueError: for a depth or degree other than 1 or 2, other sizes below 1, a ``max_step_norm``
+        that is not positive, negative ``ns_steps``, or ``ns_steps`` with another ``form``.
 
     Example:
       >>> import memcache_jax as mc

@@ -32,7 +32,7 @@ class DLA(DeepMemory):
       decay: whether a layer learns ``log_alpha``; without, nothing is ever forgotten.
 
     Raises:
-      ValueError: for a depth or a degree other than 1 or 2, or sizes below 1.
+      ValueError: for a depth or degree other than 1 or 2, or sizes below 1.
 
     Example:
       >>> import memcache_jax as mc

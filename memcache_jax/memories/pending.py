@@ -20,8 +20,8 @@ from memcache_jax.memories.deep_chunk import DeepChunk, DeepState
 class Shares(NamedTuple):
     """The shares of the state (W, S) and of each token in the current weights, or momentum.
 
-    They are ``decay W + momentum_decay S - sum_j mixing[j] deltas[j] inputs[j]^T``. Those after
-    each of several tokens have a first axis of tokens.
+    They are ``decay W + momentum_decay S - sum_j mixing[j] deltas[j] inputs[j]^T``. Shares after
+    each of several tokens have a leading axis of tokens.
     """
 
     decay: Float[Array, ""]
@@ -72,8 +72,9 @@ def with_tokens(
     Arguments are as for ``Memory.write``; the state is the one with which the chunk began.
 
     Returns:
-      The chunk with the first ``count`` tokens, or with a single one in any case; the view that
-      reads the memory after each token; and the shares in weights and momentum then, (n, ...).
+      The chunk with the first ``count`` tokens (a single token is always added); the view that
+      reads the memory after each token; and the shares (n, ...) in weights and momentum after
+      each.
     """
     inputs, deltas = memory.inner_gradient(state.weights, key, value)
     eta = memory.rates(controls, inputs, deltas)
@@ -110,7 +111,7 @@ def with_tokens(
 def _put(
     old: Float[Array, "..."], new: Float[Array, "..."], place: Array, count: Array, axis: int
 ) -> Array:
-    """Rows with the first ``count`` new ones, or a single one, from ``place`` on, along an axis."""
+    """``old`` with the first ``count`` rows of ``new``, or its only one, put at ``place``."""
     size, added = old.shape[axis], new.shape[axis]
     if added == 1:
         return lax.dynamic_update_slice_in_dim(old, new, place, axis)
@@ -121,7 +122,7 @@ def _put(
 
 
 def _moved(x: Array, place: Array, size: int, axis: int) -> Array:
-    """``size`` rows along an axis, zeros but for those of x, which begin at ``place``."""
+    """``size`` rows along an axis: those of x from ``place`` on, zeros elsewhere."""
     widths = [(size, size) if i == axis else (0, 0) for i in range(x.ndim)]
     return lax.dynamic_slice_in_dim(jnp.pad(x, widths), size - place, size, axis)
 
@@ -151,7 +152,7 @@ def _after_one(
 def _after_each(
     memory: DeepMemory, pending: Pending, place: Array, controls: Controls
 ) -> tuple[Shares, Shares | None]:
-    """The shares (n, ...) in weights and momentum after each of more tokens."""
+    """The shares (n, ...) in weights and momentum after each of several more tokens."""
     weights: Any = pending.weights
     momentum: Any = pending.momentum
     size = memory.chunk_size
@@ -187,7 +188,7 @@ def settled(memory: DeepMemory, state: DeepState, pending: Pending) -> DeepState
 
 
 def _chunk(state: DeepState, pending: Pending, shares: Shares) -> DeepChunk:
-    """The chunk as tokens read it that have these shares, (n, ...)."""
+    """The chunk as tokens with these shares, (n, ...), read it."""
     return DeepChunk(
         start=state,
         weight_decay=shares.decay,

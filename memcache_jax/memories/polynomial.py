@@ -1,4 +1,4 @@
-"""Polynomial features of keys and queries, for memories of a higher capacity."""
+"""Polynomial features of keys and queries, which raise a memory's capacity."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,14 +7,14 @@ from memcache_jax._typing import Array, Float
 
 
 def num_features(dim: int) -> int:
-    """How many monomials of degree 1 and 2 so many channels have."""
+    """The number of monomials of degree 1 and 2 in ``dim`` variables."""
     return dim * (dim + 3) // 2
 
 
 def polynomial(x: Float[Array, "*rows k"]) -> Float[Array, "*rows in"]:
     """The monomials of degree 1 and 2: x_i, x_i^2, and sqrt(2) x_i x_j for i < j.
 
-    Their inner product is that of the rows plus its square:
+    The inner product of two rows' features is that of the rows plus its square:
     <phi(x), phi(y)> = <x, y> + <x, y>^2.
     """
     first, second = np.triu_indices(x.shape[-1])

@@ -37,8 +37,7 @@ class Titans(DeepMemory):
       degree: 1, or 2 for polynomial features of keys and queries, as in ``DeepMemory``.
 
     Raises:
-      ValueError: for a depth or a degree other than 1 or 2, sizes below 1, or negative
-        ``ns_steps``.
+      ValueError: for a depth or degree other than 1 or 2, sizes below 1, or negative ``ns_steps``.
 
     Example:
       >>> import memcache_jax as mc

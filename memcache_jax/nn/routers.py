@@ -1,4 +1,4 @@
-"""What may help routers of ``SSC`` in training: noise on their scores, and a loss of their load."""
+"""Training aids for the routers of ``SSC``: noise on their scores and a load-balancing loss."""
 
 from typing import Any, TypeVar
 
@@ -20,16 +20,15 @@ Model = TypeVar("Model", bound=nnx.Module)
 class RouterLoss(nnx.Intermediate):
     """Load-balancing losses of the layers with ``SSC``, which ``nnx.capture`` collects.
 
-    As Eq. 4 of the Switch Transformer (arXiv:2101.03961), with states for experts. For a head::
+    Eq. 4 of the Switch Transformer (arXiv:2101.03961), with states for experts. For each head::
 
         loss = N sum_i f_i P_i
 
-    where f_i is the share of a batch's selections that state i gets, and P_i the mean of its
-    softmax probability among the N cached states. Here a token sees only the N states before it, so
-    that both are in units of 1 / N of each token, and means are over the tokens that see state i
-    and more states than they select. The loss is 1 where tokens are spread evenly, and at most
-    N / k. There is one for each layer, the mean over heads; calls without ``nnx.capture`` compute
-    none, nor do streams.
+    where f_i is state i's share of a batch's selections, and P_i its mean softmax probability among
+    the N cached states. Here N differs between tokens, which see only the states before them: f_i
+    and P_i are in units of each token's 1 / N, averaged over the tokens that see state i and more
+    states than they select. The loss is 1 if tokens spread evenly, and at most N / k. Each layer
+    has one, the mean over heads; streams and calls without ``nnx.capture`` compute none.
 
     Example:
       >>> import jax, jax.numpy as jnp, memcache_jax as mc
@@ -43,23 +42,23 @@ class RouterLoss(nnx.Intermediate):
 
 
 class RouterNoise(nnx.Variable):
-    """The key and the scale of a router's noise, which ``with_router_noise`` gives to a layer."""
+    """The key and scale of a layer's router noise, set by ``with_router_noise``."""
 
 
 def with_router_noise(model: Model, key: Array, scale: float) -> Model:
-    """Returns a model whose routers see noise in the tokens' connectors, for a step of training.
+    """Returns a model whose routers see noisy connectors, for one training step.
 
-    A router scores state i by <u_t, p_i>. With noise u_t becomes u_t + scale |u_t| e / sqrt(k),
-    e normal of k dimensions, so that every score, and the gates, have Gaussian noise of standard
-    deviation scale |u_t| |p_i| / sqrt(k): with a scale of 1, as much as the score of a random
-    direction. As arXiv:1701.06538 does for experts, it lets tokens try states that they would not
-    select. The model given is unchanged; streams of the new one have no noise.
+    A router scores state i by <u_t, p_i>. With noise, u_t becomes u_t + scale |u_t| e / sqrt(k),
+    where e is standard normal in k dimensions. Every score, and through it every gate, then has
+    Gaussian noise of standard deviation scale |u_t| |p_i| / sqrt(k): with a scale of 1, that of the
+    score of a random direction. As for experts in arXiv:1701.06538, tokens try states that they
+    would not otherwise select. The given model is unchanged; streams of the new one have no noise.
 
     Args:
       model: a layer, a language model, or any module with layers that have ``SSC`` with
         ``gate="content"``.
       key: a random key, new for each step. Every layer draws from its own.
-      scale: of the noise.
+      scale: the scale of the noise.
 
     Raises:
       ValueError: for a model without such layers, or a scale that is not a number of at least 0.
@@ -95,7 +94,7 @@ def _routes(part: Any) -> bool:
 
 
 def noisy(layer: Any, tokens: dict[str, Any]) -> dict[str, Any]:
-    """A layer's per-token arguments, with noise in the connector if the layer was given some."""
+    """A layer's per-token arguments, with noise in the connector if the layer has any."""
     if not hasattr(layer, "router_noise"):
         return tokens
     (key, scale), connector = layer.router_noise.get_value(), tokens["connector"]
@@ -112,7 +111,7 @@ def sow_load(
     document_ids: Array | None,
     pooled: Float[Array, "b h states k"] | None,
 ) -> None:
-    """Leaves a layer's ``RouterLoss`` where ``nnx.capture`` asks for it."""
+    """Sows a layer's ``RouterLoss`` if ``nnx.capture`` asks for it."""
     captures = getattr(layer, "__captures__", ())
     if not any(type(variable) is RouterLoss for variable in captures) or not _routes(layer):
         return

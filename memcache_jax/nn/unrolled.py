@@ -67,7 +67,7 @@ def unrolled_cache(config: LanguageModelConfig, cache: LanguageModelCache) -> Un
 def stacked_cache(
     config: LanguageModelConfig, cache: UnrolledCache, max_length: int | None
 ) -> LanguageModelCache:
-    """The cache of a ``LanguageModel``, of one that ``unrolled_cache`` has taken apart."""
+    """The inverse of ``unrolled_cache``: the cache of a ``LanguageModel``."""
     layers, states, begin = [], [], 0
     for _, repeats in config.stacks:
         for own in zip(*cache.layers[begin : begin + repeats], strict=True):

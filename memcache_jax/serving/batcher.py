@@ -29,9 +29,9 @@ class Batcher:
 
     A step reads pieces of prompts, one prompt after the other, each in a cache of its own, and then
     appends one token to each row that has a request, or up to ``ahead`` if no prompt can be read.
-    So between two tokens of its own a request waits for at most ``piece`` tokens of prompts, where
-    a piece counts as at least 16; requests that wait for a row begin in the order they came. Sizes
-    of pieces are powers of two: log2(piece) + 5 programs are compiled in all, each once.
+    So between two of its tokens, a request waits for at most ``piece`` prompt tokens, where a piece
+    shorter than 16 counts as 16; requests get rows in the order they came. Piece sizes are powers
+    of two: log2(piece) + 5 programs are compiled in all, each once.
 
     A request's tokens depend on nothing but it: not on its row, nor on what else is served. With a
     store that is so up to rounding: where the beginning of a prompt is known, the rest is read in
@@ -46,7 +46,7 @@ class Batcher:
       model: the model; the batcher does not see later changes of its parameters.
       rows: the most requests that are decoded at once.
       max_length: most tokens of a prompt and what follows it.
-      piece: most tokens of prompts in a step, a power of two.
+      piece: most prompt tokens in a step, a power of two.
       ahead: most tokens per row in a step in which no prompt can be read, 1 or more. They take one
         device call and arrive together; a request that ends or is cancelled among them keeps its
         row until the call returns.
@@ -189,7 +189,7 @@ class Batcher:
         return Load(len(self._rows), decoding, int(self._reading is not None), waiting)
 
     def step(self) -> bool:
-        """Reads pieces of prompts, and appends a token in each row.
+        """Reads pieces of prompts, and appends a token to each row.
 
         If the device fails, requests in rows end with its error, and the batcher serves the others.
 
@@ -249,7 +249,7 @@ class Batcher:
                 self._wake.wait()
 
     def _read_or_end(self) -> bool:
-        """Reads pieces; what goes wrong with a prompt, such as another store, ends it."""
+        """Reads pieces; an error, such as a store that does not fit, ends its prompt's request."""
         left, busy = self.piece, False
         while left > 0 and (reading := self._next_reading()) is not None:
             busy = True
@@ -269,14 +269,14 @@ class Batcher:
         return busy
 
     def _next_reading(self) -> Reading | None:
-        """The prompt that is being read, or the next one if a row is free."""
+        """The prompt being read, or the next one if a row is free."""
         with self._lock:
             if self._reading is None and self._waiting and None in self._rows:
                 self._reading = Reading(self._waiting.popleft(), self._empty)
         return self._reading
 
     def _begin_row(self, read: Reading, logits: Any) -> None:
-        """Gives a request whose prompt has been read a row, and its first token."""
+        """Gives a row and the first token to a request whose prompt has been read."""
         self._reading, row = None, self._rows.index(None)
         self._rows[row] = read.request  # a failure of put ends it with the other rows
         self._cache = put(self._cache, jnp.int32(row), read.cache, config=self.model.config)
@@ -318,7 +318,7 @@ class Batcher:
         tokens = np.array([0 if r is None else r.tokens[-1] for r in self._rows], np.int32)
         with self._lock:
             may_read = self._reading is not None or (self._waiting and None in self._rows)
-        # A row that ends before the last one draws tokens that nobody gets.
+        # A row that ends before the last one draws tokens that are discarded.
         left = max(request.max_new_tokens - len(request.tokens) for request in requests)
         times = 1 if may_read else min(self.ahead, left)
         graph, state = self._steps

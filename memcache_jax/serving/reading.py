@@ -13,7 +13,7 @@ from memcache_jax.serving.request import Request
 from memcache_jax.serving.scores import read
 
 LEAST = 16
-"""So many tokens a piece counts as at least: a shorter one takes about as long to read."""
+"""The tokens that a shorter piece counts as, since it takes about as long to read."""
 
 
 class Reading:
@@ -30,7 +30,7 @@ class Reading:
         self.cache, self._empty = None, empty
 
     def begin(self, store: PrefixStore | None) -> None:
-        """Looks up what the store knows of the prompt; without effect once it has begun."""
+        """Looks up the store's longest prefix of the prompt; has no effect once begun."""
         if self.cache is not None:
             return
         if store is not None and not self.request.scoring.prompt:
@@ -40,10 +40,10 @@ class Reading:
         self.request.known = self.taken
 
     def next_size(self, piece: int) -> int:
-        """Tokens of the next piece, which depend on nothing but the prompt and what is known of it.
+        """The size of the next piece, which depends only on the prompt and its known prefix.
 
-        The largest power of two that does not cross a multiple of ``piece``: so prompts with the
-        same beginning are cut alike, whether or not the store has a part of them.
+        The largest power of two that does not cross a multiple of ``piece``, so that prompts with
+        the same beginning are cut alike, whether or not the store has a part of them.
         """
         left = len(self.request.prompt) - self.taken
         return 1 << (min(left, piece - self.taken % piece).bit_length() - 1)
@@ -68,5 +68,5 @@ class Reading:
 
 @jax.jit
 def _copied(cache: LanguageModelCache) -> LanguageModelCache:
-    """A copy, which can be donated, by one program."""
+    """A copy that can be donated, made by one program."""
     return jax.tree.map(jnp.copy, cache)

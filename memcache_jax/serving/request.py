@@ -41,7 +41,7 @@ class Limits:
         _checks.set_fields(self, stop_tokens=stops, stop_texts=tuple(self.stop_texts))
 
     def check(self, vocab: int, text_of: Callable[[list[int]], str] | None) -> None:
-        """Raises ValueError for stop tokens beyond the vocabulary, or texts that none can have."""
+        """Raises ValueError for tokens beyond the vocabulary, or texts without ``text_of``."""
         if self.stop_tokens:
             of_stops = min(self.stop_tokens), max(self.stop_tokens)
             _checks.check_ids("stop_tokens", *of_stops, vocab)

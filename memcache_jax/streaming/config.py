@@ -115,8 +115,8 @@ class CacheConfig:
     def in_parts(self) -> bool:
         """Whether several tokens of a chunk may be kept as factors at once.
 
-        Rows that go back to within them need what was before each, which is known of one key per
-        state, and of records that no token changes.
+        Rewinding into them needs the cache before each, which is known only with one key per state
+        and a record that no token changes.
         """
         counts = self.eviction is not None and self.eviction.counts_reads
         measures = isinstance(self.segmentation, Adaptive) and self.segmentation.by != "keys"

@@ -37,8 +37,8 @@ def pending_with(
     A non-finite token makes the shares NaN, and with them later tokens' reads and the state.
 
     Returns:
-      The pending tokens, the live track's views, and the shares after each token (b, h, tracks, n,
-      ...) of those that have been taken.
+      The pending tokens, the live track's views, and the shares (b, h, tracks, n, ...) after each
+      token, unused past ``counts``.
     """
     deep: Any = how.memory
     place = cache.position % deep.chunk_size  # an inactive row's next token overwrites it

@@ -50,7 +50,7 @@ def keeps_tokens(config: Any) -> bool:
 def remember(
     cache: Any, tokens: Tokens, bad: Bool[Array, "b h 1 m"], counted: Bool[Array, "b *m"]
 ) -> Recent | None:
-    """The recent tokens after those of (b, h, 1, m, ...) that count."""
+    """The recent tokens after adding those of (b, h, 1, m, ...) that count."""
     if cache.recent is None:
         return None
     size, count = cache.recent.key.shape[2], tokens.key.shape[3]

@@ -46,9 +46,9 @@ def extend(
     """Takes the next tokens of a stream, with the outputs that ``memory_caching`` gives them.
 
     Any split of a sequence into calls gives the outputs of one call over the whole. A call writes
-    whole chunks, and other tokens one by one, or, of a deep memory, all of a chunk at once. It
-    compiles once per number of tokens.
-    Donate the cache, and none of its arrays is copied::
+    whole chunks at once and other tokens one by one; deep memories take several tokens of a chunk
+    at once. It compiles once per number of tokens. Donate the cache, and none of its arrays is
+    copied::
 
         step = jax.jit(mc.extend, donate_argnums=0)
 
@@ -231,9 +231,9 @@ class _Steps:
       tokens: the tokens.
       lengths: how many count.
       chunk: tokens in a chunk.
-      size: tokens in a step: ``chunk`` for whole chunks, 1 for single tokens, and the most of one
-        chunk with ``in_parts``.
-      in_parts: whether rows take as many tokens in a step as there are up to the chunk's end.
+      size: tokens in a step: ``chunk`` for whole chunks, 1 for single tokens, and at most ``chunk``
+        with ``in_parts``.
+      in_parts: whether rows take all their tokens up to the chunk's end in one step.
     """
 
     tokens: Any
@@ -244,11 +244,11 @@ class _Steps:
 
     @classmethod
     def of_rest(cls, cache: Cache, tokens: Tokens, lengths: Int[Array, "b"], chunk: int) -> Any:
-        """Those that take what is no whole chunk."""
+        """The steps that take tokens outside whole chunks."""
         if not cache.config.in_parts:
             return cls(tokens, lengths, chunk, 1)
         size = min(tokens.key.shape[2], chunk)
-        # A slice that begins with a row's last tokens goes on with zeros.
+        # Zeros fill slices that reach past the last token.
         padded = jax.tree.map(
             lambda x: jnp.pad(x, [(0, size if axis == 2 else 0) for axis in range(x.ndim)]), tokens
         )
@@ -269,7 +269,7 @@ class _Steps:
         return lax.cond(active.any(), step, lambda carry: carry, carry)
 
     def _active(self, carry: tuple) -> Bool[Array, "b"]:
-        """The rows whose next tokens are a whole chunk, or are not."""
+        """The rows that take this step: those at the start of a whole chunk, or the others."""
         cache, done, _ = carry
         last = self.lengths - cache.config.rewind
         whole = (cache.position % self.chunk == 0) & (done + self.chunk <= last)

@@ -95,7 +95,7 @@ def _one_by_one(change: Callable[..., T], rows: Array, arrays: T, args: tuple, c
             again, taken, alike = lax.optimization_barrier((again, its, common))
             return jnp.zeros_like(again), change(own, *taken, *alike)
 
-        # A loop of one iteration, which has read all that the writes below overwrite: otherwise XLA
+        # This loop of one iteration has read all that the writes below overwrite; otherwise XLA
         # copies the arrays.
         _, new = while_loop(lambda carry: carry[0], changed, (left.any(), own))
         arrays = jax.tree.map(

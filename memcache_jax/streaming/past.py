@@ -97,21 +97,21 @@ def remember_token(cache: Any, active: Bool[Array, "b"]) -> Past:
 def remember_tokens(
     cache: Any, shares: Any, sums: Float[Array, "b h tracks n k"], taken: Int[Array, "b"]
 ) -> Past:
-    """As ``remember_token``, of the ``taken`` tokens that rows take of one chunk.
+    """As ``remember_token``, for the ``taken`` tokens that rows take of one chunk.
 
     Args:
-      cache: before them.
-      shares: those of the pending tokens after each, (b, h, tracks, n, ...).
-      sums: the sums of keys after each.
-      taken: how many of the n each row takes.
+      cache: the cache before these tokens.
+      shares: the pending tokens' shares after each token, (b, h, tracks, n, ...).
+      sums: the sums of keys after each token.
+      taken: how many of the n tokens each row takes.
     """
     rings, past = rings_of(cache), cache.past
     ahead = np.arange(sums.shape[3])[None]
-    # The last ones, one for each place.
+    # Only the last ones, so that each place gets at most one.
     there = (ahead < taken[:, None]) & (ahead >= taken[:, None] - cache.config.rewind)
 
     def each(before: Array, after: Array) -> Array:
-        """What was before each token, (b, n, ...)."""
+        """The values before each token, (b, n, ...)."""
         return jnp.moveaxis(jnp.concatenate([before[:, :, :, None], after[:, :, :, :-1]], 3), 3, 1)
 
     live = jax.tree.map(each, _live(cache), (shares, sums))
@@ -163,7 +163,7 @@ def remember_slots(
     """Adds to the history what a block's end overwrites: slots at ``place``, and those that merge.
 
     Returns:
-      The history, and the places and merge to use in place of the arguments. They depend on how
+      The history, and the places and merge to use instead of the arguments. They depend on how
       often the loop has run, so that writes wait for its reads; otherwise XLA would copy the bank.
     """
     args = cache.first, cache.bank, cache.pooled, block, ended, place.astype(jnp.int32), merge
@@ -249,7 +249,7 @@ def rewound(cache: Any, tokens: Int[Array, "b"]) -> Any:
 def _chunks_back(
     config: Any, chunk: tuple, first: Any, chunks: Any, number: Int[Array, "b"], rows: Array
 ) -> tuple:
-    """The arrays of ``_chunk``, in the marked rows those of the chunk of this number."""
+    """The arrays of ``_chunk``, with those of chunk ``number`` in the marked rows."""
     ring = _ring_of_chunks(config, chunk, first)
     return where_rows(rows, ring.at(chunks, number), chunk)
 
@@ -265,7 +265,7 @@ def _slots_back(
     then: Int[Array, "b"],
     rows: Bool[Array, "b"],
 ) -> tuple[Any, Any]:
-    """The bank and pooled keys, in the marked rows as they were in an earlier block."""
+    """The bank and pooled keys, in the marked rows as they were in block ``then``."""
     storages = states_of(first), keys_of(first)
     rings = _rings_of_slots(config, *storages)
 

@@ -45,7 +45,7 @@ def take_piece(
 ) -> tuple[Cache, Float[Array, "b h m v"]]:
     """Takes tokens (b, h, m, ...) of one chunk: returns the cache after them, and their outputs.
 
-    With ``counts``, active rows take only so many of them, which stay pending.
+    With ``counts``, active rows take only that many of them, which stay pending.
     """
     config, slots = cache.config, cache.config.slots
     memory, aggregation, segment = config.memory, config.aggregation, config.segmentation.size
@@ -193,9 +193,9 @@ class Piece(Layout):
     def write(self, how: Writing, rows: Rows) -> tuple[Run, Views]:
         """Writes the tokens into all tracks, of which only track 0, the live one, is read.
 
-        If runs compose, the others are updated once the block is complete. Where tokens of a deep
-        memory stay pending, the runs returned hold ``Cache.pending`` in place of states, and in
-        place of maps the shares after each token.
+        If runs compose, the others are updated once the block is complete. If tokens of a deep
+        memory stay pending, the returned runs hold ``Cache.pending`` instead of states, and the
+        shares after each token instead of maps.
         """
         if self.counts is not None:
             pending, kept, each = pending_with(how, self.cache, rows, self.counts)

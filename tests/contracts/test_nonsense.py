@@ -368,7 +368,7 @@ def test_serving():
     assert store.insert([], empty)
     tally.replace_each(store.insert, dict(tokens=[], cache=empty))
     tally.replace_each(store.match, dict(tokens=[1, 2]))
-    # More than the cache holds: refused in any case, in place of what would be compiled.
+    # More tokens than the cache holds: always refused, before anything is compiled.
     long = dict(model=model, tokens=np.ones(30, int), empty=empty, every=8)
     tally.replace_each(store.prefill, long)
     tally.replace_each(store.save, dict(path="no folder/store.npz"))

@@ -51,7 +51,7 @@ def test_a_router_finds_the_segment_of_the_pair(config):
 
 @pytest.mark.slow
 def test_the_program(config, tmp_path, monkeypatch):
-    """Its table, of results that are made up: what measures them has its own tests."""
+    """Its table of made-up results; the measurement has its own test."""
 
     def measured(cases):
         assert [sorted(case["router"]) for case in cases] == [["router_loss", "router_noise"]]

@@ -61,7 +61,8 @@ def test_cases_that_were_not_measured_stay():
     assert updated(kept, new, ["y"]) == kept | dict(v5e=dict(compiler="a", kernels=dict(x=1, y=3)))
     assert updated(kept, new, None) == kept | new
     assert updated({}, new, ["y"]) == new
-    with pytest.raises(ValueError, match="v5e are of a, these of b: measure without --only"):
+    wanted = "v5e come from a, the new ones from b: measure without --only"
+    with pytest.raises(ValueError, match=wanted):
         updated(kept, dict(v5e=dict(compiler="b", kernels={})), ["y"])
 
 

@@ -97,7 +97,7 @@ def make_case(rows, choices, states, heads, k, v, memory, dtype):
     normal, lead = normals(1, np.float32), (2, heads)
     bank = tuple(normal(*lead, states, *shape) * shape[0] ** -0.5 for shape in shapes)
     arrays = bank, normal(*lead, 3, rows, k), normal(*lead, 3, rows, choices)
-    arrays[2][:, :, 1, 0] = 0.0  # and has a gradient
+    arrays[2][:, :, 1, 0] = 0.0  # a gate of zero has a gradient too
     # The last of several states is chosen by none.
     draw = np.random.default_rng(2).integers(-1, max(states - 1, 1), arrays[2].shape)
     for matrix in bank:
@@ -114,7 +114,7 @@ def make_case(rows, choices, states, heads, k, v, memory, dtype):
 
 @pytest.fixture
 def sorted_rows(monkeypatch):
-    """TPU kernels that hold few states sort rows by state nevertheless."""
+    """Makes TPU kernels sort rows by state even if there are few states."""
     monkeypatch.setattr(tpu, "_MOST_STATES", 0)
 
 

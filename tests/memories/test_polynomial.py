@@ -59,7 +59,7 @@ def test_every_path(case):
 
 @pytest.mark.usefixtures("x64")
 def test_a_network_by_hand():
-    """M(x) = x + W1 gelu(W2 phi(x)), of the initial weights."""
+    """M(x) = x + W1 gelu(W2 phi(x)), with the initial weights."""
     memory = mc.memories.Titans(4, expansion=2, degree=2)
     normal = np.random.default_rng(0).standard_normal
     first, second, x = normal((6, 9)), normal((3, 6)), normal((2, 3))

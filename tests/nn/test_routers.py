@@ -1,4 +1,4 @@
-"""Noise on routers' scores, and the loss of their load."""
+"""Noise on routers' scores, and the load-balancing loss."""
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ def balance(layer, x, document):
 
 @pytest.mark.slow
 def test_the_loss_is_its_equation():
-    """Of packed documents, and of a last segment that is not full."""
+    """With packed documents, and a last segment that is not full."""
     layer, x = layer_of(), inputs()
     document = np.zeros((2, 30), int)
     document[0, 6:], document[1, 21:] = 1, 1
@@ -71,11 +71,11 @@ def test_the_loss_is_its_equation():
 
 @pytest.mark.slow
 def test_a_balanced_router_has_a_loss_of_1_and_it_has_a_gradient():
-    """Equal scores: all probabilities are alike; of equals the router selects the oldest."""
+    """Equal scores give equal probabilities; the router then selects the oldest states."""
     layer, x = layer_of(), inputs(4 * SIZE)
     layer.temperature.set_value(jnp.zeros(2))
     np.testing.assert_allclose(loss_of(layer, x), 1.0, rtol=1e-5)
-    np.testing.assert_array_equal(loss_of(layer, x[:, : 3 * SIZE]), 0.0)  # nobody has a choice
+    np.testing.assert_array_equal(loss_of(layer, x[:, : 3 * SIZE]), 0.0)  # no token has a choice
     layer.temperature.set_value(jnp.full(2, 10.0))
     gradient = nnx.jit(nnx.grad(loss_of))(layer, x)
     assert np.abs(gradient["key"]["kernel"][...]).max() > 1e-3
@@ -84,9 +84,8 @@ def test_a_balanced_router_has_a_loss_of_1_and_it_has_a_gradient():
 
 
 def test_segments_that_tokens_decide_have_no_loss():
-    with pytest.raises(
-        ValueError, match=r"load of states needs segments of a fixed plan.*Adaptive"
-    ):
+    wanted = r"RouterLoss needs segments with a fixed plan.*Adaptive"
+    with pytest.raises(ValueError, match=wanted):
         loss_of(layer_of(segmentation=mc.Adaptive(4, 8, block=4)), inputs())
 
 
