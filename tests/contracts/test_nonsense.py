@@ -231,7 +231,8 @@ def calls():
     )
     yield mc.nn.with_lora, dict(model=model, rank=2, alpha=4.0, rngs=nnx.Rngs(0))
     yield mc.nn.merge_lora, dict(model=model)
-    router = mc.nn.MemoryCaching(8, 2, **rule | dict(aggregation=mc.SSC(1)), rngs=rngs)
+    routed: dict[str, Any] = rule | dict(aggregation=mc.SSC(1))
+    router = mc.nn.MemoryCaching(8, 2, **routed, rngs=rngs)
     yield mc.nn.with_router_noise, dict(model=router, key=jax.random.key(0), scale=0.5)
     yield (
         mc.Decoder,
