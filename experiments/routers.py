@@ -1,4 +1,4 @@
-"""Trains routers with noise and a load-balancing loss, and counts how often they find a state.
+"""Trains routers with noise and a balancing loss, and counts how often they find a state.
 
     python -m experiments.routers --config=configs/routers.py --workdir=FOLDER
 
