@@ -95,7 +95,7 @@ class Decoder:
     def cache(self, cache: LanguageModelCache) -> None:
         self._max_length = cache.max_length
         self._cache: Any = cache
-        self._position = np.asarray(cache.position)
+        self._position: np.ndarray | None = None  # on the host, once it is needed
         self._stepping: Slim | None = None  # the cache while tokens are drawn
         self._logits: Array | None = None
 
@@ -116,14 +116,15 @@ class Decoder:
         tokens = check_prompt(tokens, self._model)
         least = 1 if self._logits is None else 0
         lengths = check_lengths(lengths, tokens.shape, least)
-        self._check_room(tokens.shape, lengths)
+        position = self._check_room(tokens.shape, lengths)
         padding = buffer_size(tokens.shape[1], longest(self._model)) - tokens.shape[1]
         tokens, counts = jnp.pad(tokens, ((0, 0), (0, padding))), jnp.asarray(lengths, jnp.int32)
         args = self._state, tokens, counts, self.cache
         self._cache, logits = extend_in_place(*args, graph=self._graph)
         if self._logits is not None:
             logits = jnp.where((counts > 0)[:, None], logits, self._logits)
-        self._logits, self._position = logits, self._position + np.asarray(lengths)
+        self._logits = logits
+        self._position = position + np.asarray(lengths)
 
     def next(self) -> Int[np.ndarray, "b"]:
         """Draws the next token of each row, and appends it.
@@ -133,7 +134,7 @@ class Decoder:
         """
         if self._logits is None:
             raise ValueError("feed at least one token before drawing the next one")
-        self._check_room((len(self._position), 1), None)
+        position = self._check_room((len(self._logits), 1), None)
         graph, state = self._steps
         if self._stepping is None:
             self._stepping, self._cache = _taken_apart(self._cache, config=self._unrolled), None
@@ -143,11 +144,15 @@ class Decoder:
             graph=graph,
             **self._sampling.static,
         )
-        self._drawn, self._position = self._drawn + 1, self._position + 1
+        self._drawn, self._position = self._drawn + 1, position + 1
         return np.asarray(token)
 
-    def _check_room(self, shape: tuple[int, ...], lengths: Any) -> None:
+    def _check_room(self, shape: tuple[int, ...], lengths: Any) -> np.ndarray:
+        """Returns the tokens that each row holds, if there is room for these."""
+        if self._position is None:
+            self._position = np.asarray(self.cache.position)
         check_room(self._position, shape, lengths, self._max_length)
+        return self._position
 
 
 @functools.partial(
