@@ -356,8 +356,9 @@ def test_calls(every, more_than):
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_serving():
+def test_serving(tmp_path, monkeypatch):
     """Methods of a batcher and a store, which take a prompt and compute nothing."""
+    monkeypatch.chdir(tmp_path)  # any string is a path where a store can be saved
     model, tally = mc.nn.LanguageModel(language_model_config(), rngs=nnx.Rngs(0)), Tally()
     batcher = mc.Batcher(model, rows=1, max_length=24, most_waiting=10**6)
     asked: dict[str, Any] = dict(prompt=[1, 2], max_new_tokens=3, temperature=0.5, top_k=3)
