@@ -339,11 +339,12 @@ class Batcher:
             request = self._rows[row]
             if request is None:
                 continue
-            if token < 0:
+            if request.is_cancelled:  # maybe by a callback, among several tokens
+                self._leave(row, request)
+            elif token < 0:
                 request.end("error", FloatingPointError("the model's logits are not finite"))
             else:
-                if request.scoring.likely is not None:
-                    assert scores is not None
+                if scores is not None and request.scoring.likely is not None:
                     request.logprobs.append(scores.of(i, request.scoring.likely))
                 request.add(token, self.text_of)
             if request.is_done:

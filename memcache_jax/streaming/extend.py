@@ -139,6 +139,10 @@ def _extend(cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]) -> tuple[Arr
     tokens = widen(**tokens._replace(controls=full)._asdict(), dtype=cache.key_sum.dtype)
     count = tokens.key.shape[2]
     lengths = jnp.minimum(lengths, count)  # traced lengths have not been checked
+    # Outputs of the other tokens are dropped, but gradients would pass through NaN in their reads.
+    counts = (jnp.arange(count)[None] < lengths[:, None])[:, None, :, None]
+    query, connector = (jnp.where(counts, x, 0) for x in (tokens.query, tokens.connector))
+    tokens = tokens._replace(query=query, connector=connector)
 
     block = config.segmentation.size
     chunk = memory.gradient_chunk
