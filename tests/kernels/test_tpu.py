@@ -59,6 +59,7 @@ def printed(module, *arguments):
     return run.stdout.splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.tpu
 @needs_libtpu
 @pytest.mark.parametrize("chip", [*TPUS])
@@ -85,6 +86,7 @@ def test_kernels_compile_to_the_schedules_that_were_kept(chip, tmp_path):
     assert not changes(found["kernels"], before, tolerance=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.tpu
 @needs_libtpu
 @pytest.mark.parametrize("chip", [*TPUS])
@@ -100,6 +102,7 @@ def test_train_steps_compile(chip):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.tpu
 @needs_libtpu
 @pytest.mark.parametrize(
@@ -140,6 +143,7 @@ def test_a_precision_that_kernels_lack_becomes_float32():
     every[0].lower(lowering_platforms=("tpu",))
 
 
+@pytest.mark.slow
 @pytest.mark.tpu
 @needs_libtpu
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
