@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 
 from memcache_jax._typing import Array, Bool, Float, Int
-from memcache_jax.nn import LanguageModel, LanguageModelConfig
+from memcache_jax.nn import LanguageModel, LanguageModelConfig, RouterLoss, with_router_noise
 from memcache_jax.training.optimizer import decays
 
 
@@ -50,6 +50,8 @@ class Recipe(NamedTuple):
       clip_norm: of each replica's gradient.
       examples: number of distinct examples of each source, reused in a new order each time; 0 for
         new ones in every update.
+      router_noise: scale of ``with_router_noise``.
+      router_loss: weight of each layer's ``RouterLoss``.
     """
 
     steps: int
@@ -58,6 +60,8 @@ class Recipe(NamedTuple):
     warmup_steps: int = 100
     clip_norm: float = 1.0
     examples: tuple[int, ...] | None = None
+    router_noise: float = 0.0
+    router_loss: float = 0.0
 
 
 class Fitted(NamedTuple):
@@ -123,16 +127,25 @@ def fit(
         params = nnx.to_pure_dict(nnx.state(LanguageModel(model, rngs=nnx.Rngs(key)), nnx.Param))
         return params, optimizer.init(params)
 
-    def loss_fn(params: Any, questions: Questions) -> Array:
-        logits = _logits(nnx.merge(graph, params), questions)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, questions.answers).mean()
+    def loss_fn(params: Any, questions: Questions, key: Array) -> tuple[Array, Array]:
+        model, losses = nnx.merge(graph, params), {}
+        if recipe.router_noise:
+            model = with_router_noise(model, key, recipe.router_noise)
+        if recipe.router_loss:
+            forward = nnx.capture(lambda model: _logits(model, questions), RouterLoss)
+            logits, losses = forward(model)
+        else:
+            logits = _logits(model, questions)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, questions.answers).mean()
+        return loss + recipe.router_loss * sum(map(jnp.sum, jax.tree.leaves(losses))), loss
 
     def make_update(index: int) -> Callable[..., Any]:
         def update(state: Any, key: Array, rate: Array, rows: Array) -> tuple[Any, Array]:
             params, opt_state = state
             key = jax.random.fold_in(key, index)
             keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-            loss, gradient = jax.value_and_grad(loss_fn)(params, jax.vmap(sources[index])(keys))
+            questions, of_noise = jax.vmap(sources[index])(keys), jax.random.fold_in(keys[0], 1)
+            gradient, loss = jax.grad(loss_fn, has_aux=True)(params, questions, of_noise)
             updates, opt_state = optimizer.update(gradient, opt_state, params)
             updates = jax.tree.map(lambda x: -rate * x, updates)
             return (optax.apply_updates(params, updates), opt_state), loss

@@ -6,6 +6,7 @@ run on sparse cores, as those of SSC do on v6e ("async-update instruction should
 
 import dataclasses
 import itertools
+import math
 import time
 from typing import Any
 
@@ -66,7 +67,9 @@ def odd_shapes() -> list[OddShape]:
         # Six and three sizes, four aggregations: each rule has several of all.
         heads, keys, values = _SIZES[(i + i // 4) % len(_SIZES)]
         length, segment = _LENGTHS[(i + i // 3) % len(_LENGTHS)]
-        values = keys if memory in deep else values
+        if memory in deep:
+            values = keys
+            memory = dataclasses.replace(memory, chunk_size=math.gcd(64, segment))
         dtype = ("bfloat16", "float32")[i % 2]
         found.append(OddShape(memory, aggregation, heads, keys, values, length, segment, dtype))
     return found

@@ -1,11 +1,12 @@
 """Runs programs from the command line: errors that a user can fix take one line."""
 
+import runpy
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
@@ -25,6 +26,8 @@ def run(program: Callable[[], None], expected: tuple[type[Exception], ...] = EXP
     def main(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"expected only flags, got {' '.join(argv[1:])}")
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # Orbax logs every step it takes
         try:
             program()
         except Exception as e:
@@ -65,10 +68,24 @@ def _one_line(error: Any) -> str:
     return " ".join(str(error).split())
 
 
+def define_integers(name: str, default: Sequence[int] | None, help: str) -> None:
+    """Defines a flag that takes integers of at least 1, such as ``--lengths=4096,65536``.
+
+    Its value is a list of strings, or None.
+    """
+
+    def good(values: list[str] | None) -> bool:
+        return all(value.isdecimal() and int(value) > 0 for value in values or ())
+
+    flags.DEFINE_list(name, None if default is None else [*map(str, default)], help)
+    flags.register_validator(name, good, "must be integers of at least 1, separated by commas")
+
+
 class ConfigFlag:
     """The flag ``--config=FILE``, and ``--config.KEY=VALUE`` for each key."""
 
     def __init__(self, flag_values: flags.FlagValues = flags.FLAGS) -> None:
+        self._values = flag_values
         options: dict[str, Any] = dict(lock_config=True, flag_values=flag_values)
         self._flag = config_flags.DEFINE_config_file("config", **options)
         flags.mark_flag_as_required("config", flag_values)
@@ -89,3 +106,9 @@ class ConfigFlag:
                 f"ConfigDict, such as memcache_jax.training.default_config(), got {config!r}"
             )
         return config.lock()
+
+    def of_file(self) -> Any:
+        """The configuration as its file returns it, before flags set keys."""
+        file, *argument = config_flags.get_config_filename(self._values["config"]).split(":", 1)
+        config = runpy.run_path(file)["get_config"](*argument)
+        return ConfigDict(config) if isinstance(config, dict) else config

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from experiments._fit import Recipe, Replica, fit
 from experiments._mqar import on_device, zoology
+from experiments._routers import found
 from experiments._study import Case, Row
 from memcache_jax import GRM, Constant, presets
 from memcache_jax.memories import Vector
@@ -123,7 +124,8 @@ def measure_recall(cases: list[Case]) -> list[Row]:
     Returns:
       For each case ``accuracy`` by length and pairs (of a stream, if the model's options have
       ``cache``), the last mean ``loss`` (None if the model
-      diverged), ``parameters``, and ``state_bytes``: the size of a stream's cache by length.
+      diverged), ``parameters``, and ``state_bytes``: the size of a stream's cache by length. Cases
+      with ``router`` (fields of ``Recipe``) also get ``found``, see ``experiments.routers``.
     """
     task = cases[0]["task"]
     model, cache = model_and_cache(cases[0]["model"])
@@ -142,6 +144,7 @@ def measure_recall(cases: list[Case]) -> list[Row]:
         weight_decay=task["weight_decay"],
         warmup_steps=task["warmup_steps"],
         examples=tuple(examples for _, _, examples in task["train"]),
+        **cases[0].get("router", {}),
     )
     replicas = [Replica(case["seed"], case["learning_rate"]) for case in cases]
     fitted = fit(model, sources, replicas, recipe, name=cases[0]["name"])
@@ -163,6 +166,9 @@ def measure_recall(cases: list[Case]) -> list[Row]:
         for row, mine in zip(rows, right, strict=True):
             row["accuracy"][f"{length}/{pairs}"] = round(float(mine.mean()), 5)
             row["state_bytes"][str(length)] = size
+        if "router" in cases[0]:
+            for row, shares in zip(rows, found(fitted, questions), strict=True):
+                row.setdefault("found", {})[f"{length}/{pairs}"] = shares
     parameters = sum(x.size for x in jax.tree.leaves(fitted.params)) // len(cases)
     return [row | dict(parameters=parameters) for row in rows]
 

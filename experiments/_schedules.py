@@ -2,6 +2,8 @@
 
 import collections
 import re
+from collections.abc import Sequence
+from typing import Any
 
 Figures = dict[str, int]
 
@@ -94,3 +96,25 @@ def changes(
             if abs(new - old) > tolerance * old:
                 words.append(f"{kernel}: {figure} {new}, kept {old}")
     return words
+
+
+def updated(
+    every: dict[str, Any], figures: dict[str, Any], only: Sequence[str] | None
+) -> dict[str, Any]:
+    """Updates stored figures by chip with new ones; with ``only``, other cases keep theirs.
+
+    Raises:
+      ValueError: if kept figures come from another compiler.
+    """
+    result = dict(every)
+    for chip, found in figures.items():
+        before = every.get(chip)
+        if only and before is not None:
+            if before["compiler"] != found["compiler"]:
+                raise ValueError(
+                    f"the stored figures of {chip} come from {before['compiler']}, the new ones "
+                    f"from {found['compiler']}: measure without --only"
+                )
+            found = found | dict(kernels=before["kernels"] | found["kernels"])
+        result[chip] = found
+    return result

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from experiments._program import ConfigFlag
 from experiments._program import run as run_program
+from memcache_jax._checks.values import check_flag, check_instance, check_integer, check_number
 from memcache_jax.training.config import to_json
 from memcache_jax.training.durable import read_json, replace_file
 from memcache_jax.training.pictures import new_figure as new_figure
@@ -183,6 +184,53 @@ def check_keys(config: ConfigDict, known: Collection[str]) -> None:
         raise ValueError(f"the configuration lacks the key {missing[0]}")
 
 
+def check_kinds(got: Any, default: Any, name: str = "") -> None:
+    """Raises ValueError unless values have the same types as in the configuration's file.
+
+    A flag may set a key to any tuple, so elements are checked too: each must be like one of the
+    file's. Integers must be at least 1, or at least the file's value if that is smaller. Where the
+    file has None, an empty tuple or a plain dictionary, any value passes.
+
+    Args:
+      got: the configuration, or a part of it.
+      default: the same part of the file.
+      name: the part's name.
+    """
+    if isinstance(default, ConfigDict):
+        for key in set(default) & set(got):
+            check_kinds(got[key], default[key], f"{name}.{key}" if name else key)
+    elif isinstance(default, (tuple, list)) and default:
+        check_instance(name, got, (tuple, list), f"a tuple, such as {default}")
+        for i, x in enumerate(got):
+            _check_like_one_of(x, default, f"{name}[{i}]")
+    elif isinstance(default, bool):
+        check_flag(name, got)
+    elif isinstance(default, int):
+        check_integer(name, got, min(1, default))
+    elif isinstance(default, float):
+        check_number(name, got)
+    elif isinstance(default, str):
+        check_instance(name, got, str, "a string")
+
+
+def _check_like_one_of(got: Any, defaults: Sequence[Any], name: str) -> None:
+    """Raises the last default's ValueError unless a value is like one of ``defaults``."""
+    for i, default in enumerate(defaults, 1):
+        try:
+            if isinstance(default, (tuple, list)):
+                check_instance(name, got, (tuple, list), f"a tuple, such as {default}")
+                if len(got) != len(default):
+                    raise ValueError(f"{name} must be like {default}, got {got}")
+                for x, like in zip(got, default, strict=True):
+                    check_kinds(x, like, name)
+            else:
+                check_kinds(got, default, name)
+            return
+        except ValueError:
+            if i == len(defaults):
+                raise
+
+
 def run(program: Callable[[Any, Study], None], keys: Collection[str]) -> None:
     """Runs a study from the command line: ``--config=FILE --workdir=FOLDER``.
 
@@ -197,6 +245,7 @@ def run(program: Callable[[Any, Study], None], keys: Collection[str]) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             check_keys(config.value, keys)
+            check_kinds(config.value, config.of_file())
             study = Study(workdir.value, config.value)
             try:
                 program(config.value, study)

@@ -27,7 +27,7 @@ from absl import app, flags
 
 from experiments._memory import keep_freed_memory
 from experiments._operation import operation
-from experiments._program import run
+from experiments._program import define_integers, run
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("only", None, "Parts of the names of layers to time, such as Titans+GRM.")
@@ -42,7 +42,7 @@ flags.DEFINE_integer("cores", 1, "CPU cores to run on; 0 for all.", 0)
 flags.DEFINE_bool("keep_memory", True, "Keep freed memory in the process (glibc only).")
 flags.DEFINE_enum("start", "independent", ["independent", "checkpoint"], "Start of a segment.")
 flags.DEFINE_enum("segmentation", "constant", ["constant", "logarithmic"], "Segmentation.")
-flags.DEFINE_list("losses", None, "Vocabularies of train steps to compare, instead of layers.")
+define_integers("losses", None, "Vocabularies of train steps to compare, instead of layers.")
 flags.DEFINE_bool("run", True, "Run the train steps of --losses; or compile them alone.")
 flags.DEFINE_string("json", None, "File to write the table to.")
 

@@ -34,7 +34,7 @@ _CONFIG = ConfigFlag()
 flags.DEFINE_string("workdir", None, "A training run, whose model is timed.")
 flags.DEFINE_multi_enum("parts", ["rows", "prefix", "draft"], ["rows", "prefix", "draft"], "What.")
 flags.DEFINE_integer("rows", 16, "Requests at once.", 2)
-flags.DEFINE_integer("ahead", 1, "Tokens of a row in a call of the batcher.", 1)
+flags.DEFINE_integer("ahead", 4, "Tokens of a row in a call of the batcher.", 1)
 flags.DEFINE_integer("prompt", 64, "Tokens of a request's prompt.", 1)
 flags.DEFINE_integer("new", 128, "New tokens of a request.", 2)
 flags.DEFINE_integer("long", 1280, "Tokens of the prompt whose beginning is known.", 20)
@@ -80,8 +80,7 @@ def rows(model: Any) -> dict[str, Callable[[], Any]]:
     import memcache_jax as mc
 
     prompts = np.stack([code(FLAGS.prompt, 1000 * row) for row in range(FLAGS.rows)])
-    piece = 1 << (FLAGS.prompt.bit_length() - 1)
-    sizes: dict[str, Any] = dict(rows=FLAGS.rows, piece=piece, ahead=FLAGS.ahead)
+    sizes: dict[str, Any] = dict(rows=FLAGS.rows, ahead=FLAGS.ahead)
     batcher = mc.Batcher(model, max_length=FLAGS.prompt + FLAGS.new, **sizes)
 
     def of_batcher() -> list:

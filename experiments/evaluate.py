@@ -35,7 +35,6 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from absl import logging as absl_logging
 
 from experiments._program import run
 from experiments._source import is_public, read_source, source
@@ -100,7 +99,6 @@ def program() -> None:
     from memcache_jax.training.durable import replace_file
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax logs every step it takes
     # Flags are checked before anything large is read.
     max_length = _MAX_LENGTH.value
     if is_public() and max_length is None:

@@ -29,10 +29,10 @@ from typing import Any
 from absl import flags
 
 from experiments._operation import operation
-from experiments._program import run
+from experiments._program import define_integers, run
 
 FLAGS = flags.FLAGS
-flags.DEFINE_list("lengths", ["4096", "65536"], "Tokens of a sequence, the shortest first.")
+define_integers("lengths", [4096, 65536], "Tokens of a sequence, the shortest first.")
 flags.DEFINE_list("rules", ["SSD", "GatedDeltaNet"], "Write rules, of mc.memories.")
 flags.DEFINE_integer("features", 256, "Model dimension d.", 1)
 flags.DEFINE_integer("heads", 4, "Heads h.", 1)
@@ -41,7 +41,7 @@ flags.DEFINE_integer("top_k", 4, "States that a token reads with SSC.", 1)
 flags.DEFINE_integer("rounds", 5, "Timed rounds.", 1)
 flags.DEFINE_integer("errors", None, "Segments whose runs are composed, to print the errors.", 1)
 flags.DEFINE_bool("operation", False, "Time the memory's operation alone.")
-flags.DEFINE_list("starts", None, "Tokens of a chunk, to time how states are carried.")
+define_integers("starts", None, "Tokens of a chunk, to time how states are carried.")
 flags.DEFINE_string("json", None, "File to write the table to.")
 flags.DEFINE_string("picture", None, "File to draw the times to, such as growth.png.")
 

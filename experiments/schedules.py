@@ -6,7 +6,7 @@ For TPUs, which need libtpu, it prints the bundles of each kernel and of each lo
 which need jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12, it prints registers and
 spilled bytes per thread, threads and shared memory. Nothing runs: the figures show that a kernel
 has changed, not how fast it is. ``experiments/schedules.json`` stores the figures; pass that file
-as ``--json`` to update it.
+as ``--json`` to update it; with ``--only``, other cases keep their figures.
 
 ``--shapes`` compiles whole calls of odd shapes for the TPUs instead, with their gradients: every
 rule with every aggregation, one to five heads of 32 to 256, lengths that segments do not divide. It
@@ -35,7 +35,7 @@ from experiments._compilers import (
 from experiments._kernel_cases import cases, is_chosen, passes
 from experiments._odd_shapes import compile_shape, odd_shapes
 from experiments._program import run
-from experiments._schedules import changes
+from experiments._schedules import changes, updated
 from experiments._tpu_cases import tpu_cases
 
 _CHIPS = flags.DEFINE_list("chips", [*TPUS, GPU], "Chips to compile for.")
@@ -121,7 +121,7 @@ def main() -> None:
     if _JSON.value:
         path = Path(_JSON.value)
         every = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(every | figures, indent=1) + "\n")
+        path.write_text(json.dumps(updated(every, figures, _ONLY.value), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ TABLE = {
     },
     "bank_read/pallas_tpu": {
         "default": {
-            "bank_bytes": 4194304,
+            "bank_bytes": 12582912,
             "rows": 256,
         },
     },

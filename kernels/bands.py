@@ -100,6 +100,27 @@ def gated(gate: Float[Array, "rows"] | None, x: Float[Array, "*rows in"]) -> Arr
     return jnp.broadcast_to(wide[:, None], x.shape).astype(gate.dtype) * x
 
 
+def blind_where_gates_are_zero(read: Callable[..., Array]) -> Callable[..., Array]:
+    """A read in which rows with a gate of 0 neither read the state nor send it gradients.
+
+    Inputs are masked as well as outputs: 0 * NaN is NaN, forward and backward.
+    """
+
+    def seen(x: Array, gate: Array) -> Array:
+        gate = gate.reshape(-1, *[1] * (x.ndim - 1))
+        return jnp.where(jnp.broadcast_to(gate, x.shape) != 0, x, 0)
+
+    def blind(matrices: Matrices, x: Array, gate: Array | None = None) -> Array:
+        if gate is None:
+            return read(matrices, x)
+        by_any = jnp.max(jnp.abs(gate)) != 0
+        matrices = tuple(jnp.where(by_any, matrix, 0) for matrix in matrices)
+        # Masked by itself, the gate has a gradient of zero where it is zero.
+        return seen(read(matrices, seen(x, gate), seen(gate, gate)), gate)
+
+    return blind
+
+
 def gelu(x: Array) -> Array:
     """GELU in float32 or wider: Triton has no tanh of narrower numbers."""
     return jax.nn.gelu(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)

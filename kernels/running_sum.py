@@ -21,6 +21,26 @@ def running_sum(x: Float[Array, "n c k"], width: int = 16) -> Float[Array, "n c 
     return (inner + before[:, :, None]).reshape(n, -1, k)[:, :c]
 
 
+def running_products(
+    x: Float[Array, "n c k"], y: Float[Array, "n c k"], width: int = 16
+) -> Float[Array, "n c"]:
+    """``jnp.vecdot(x, running_sum(y))``, without storing the running sums.
+
+    Args:
+      x: the rows that are multiplied.
+      y: the rows that are summed.
+      width: rows whose products with each other are computed at once.
+    """
+    n, c, _ = x.shape
+    x, y = _in_groups(x, width), _in_groups(y, width)
+    pairs = jnp.einsum("nwik,nwjk->nwij", x, y, precision="highest")
+    inner = jnp.where(jnp.tri(width, dtype=bool), pairs, 0).sum(axis=-1)
+    sums = y.sum(axis=2)
+    before = jnp.cumsum(sums, axis=1) - sums
+    outer = jnp.einsum("nwik,nwk->nwi", x, before, precision="highest")
+    return (inner + outer).reshape(n, -1)[:, :c]
+
+
 def running_document_sum(
     x: Float[Array, "n c k"], document: Int[Array, "n c"], width: int = 16
 ) -> Float[Array, "n c k"]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from memcache_jax._typing import Array, Bool, Float, Int
 from memcache_jax.engine.types import Candidates, Keys, OfTokens, Selection
-from memcache_jax.kernels.running_sum import running_sum
+from memcache_jax.kernels.running_sum import running_products, running_sum
 from memcache_jax.segmentation import ReadPlan
 
 
@@ -83,6 +83,21 @@ def running_keys(
         return sums
     counts = before[:, None] * plan.block_size + np.arange(1, key.shape[1] + 1)[None]
     return sums / jnp.asarray(counts, key.dtype)[..., None]
+
+
+def running_scores(
+    plan: ReadPlan,
+    key: Float[Array, "b h n c k"],
+    pooling: str,
+    connector: Float[Array, "b h n c k"],
+) -> Float[Array, "b h n c"]:
+    """The products of connectors with ``running_keys``; every block must begin a segment."""
+    assert not np.any(np.arange(plan.num_blocks) != plan.first)
+    products = jax.vmap(jax.vmap(running_products))(connector, key)
+    if pooling == "sum":
+        return products
+    counts = jnp.arange(1, key.shape[3] + 1, dtype=key.dtype)
+    return products / counts.reshape(1, 1, 1, -1)
 
 
 class Gate(abc.ABC):
@@ -167,7 +182,7 @@ class ContentGate(Gate):
         """Products of all connectors with all keys, NaN where a key is not finite."""
         keys = candidates.keys(pooling)
         cached = _products(connector, keys, candidates)
-        return cached, jnp.vecdot(connector, keys.live, precision="highest")
+        return cached, keys.live_scores(connector)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -257,3 +257,14 @@ class Lengths(Segmentation):
         segment = np.searchsorted(borders, blocks, side="right") - 1
         buckets = list(zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True))
         return ReadPlan.of(self.size, [buckets[:s] for s in segment], borders[segment])
+
+
+def exact_chunk(block: int, length: int, most: int) -> int:
+    """A chunk length for rules that are exact for any: up to ``most``, and a divisor of the block.
+
+    A block without a divisor of a useful size is one chunk. A sequence of one block is padded.
+    """
+    if length <= block:
+        return min(length, most)
+    best = max(size for size in range(1, min(block, most) + 1) if block % size == 0)
+    return best if best * 4 >= min(block, most) else block

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -124,7 +125,7 @@ class SSC(GRM):
             keys = candidates.keys(self.pooling)
             assert keys.states is not None
             pooled, broken = finite_rows(keys.states)
-            live = jnp.vecdot(connector, keys.live, precision="highest")
+            live = keys.live_scores(connector)
             gates, live, chosen = ssc_route(
                 connector, pooled, live, states[0], self.top_k, implementation=implementation
             )
@@ -154,6 +155,39 @@ class SSC(GRM):
         gates, live, tokens = self.gates_with_tokens(few, live, tokens)
         beside = Beside(tokens.sum(axis=-1), read_of_chosen(exact, chosen, tokens))
         return OfTokens(jnp.where(gates != 0, chosen, -1), gates, live, beside)
+
+    def load(
+        self,
+        connector: Float[Array, "b h n c u"],
+        candidates: Candidates,
+        counts: Bool[Array, "n c"],
+    ) -> tuple[Float[Array, "b h r"], Float[Array, "b h r"], Float[Array, "b h r"]]:
+        """The load of each slot: how often it is selected, its probability, and its tokens.
+
+        Sums over the tokens that see n > ``top_k`` states. Selections are in units of
+        ``top_k / n``, probabilities in units of ``1 / n``, as in a balanced router.
+
+        Args:
+          connector: as for ``select``.
+          candidates: as for ``select``.
+          counts: which tokens count.
+        """
+        cached, _ = self._scores(connector, candidates)
+        seen = cached > -jnp.inf
+        number = seen.sum(axis=-1, keepdims=True)
+        chooses = counts[None, None, :, :, None] & (number > self.top_k)
+        probability = jax.nn.softmax(jnp.where(chooses, cached, 0), axis=-1)
+        selected = self._selected(lax.stop_gradient(cached)) > -jnp.inf
+        counted = chooses & seen
+
+        def total(share: Array) -> Float[Array, "b h r"]:
+            return jnp.sum(share, axis=(2, 3), where=counted)
+
+        return (
+            total(selected * number / self.top_k),
+            total(probability * number),
+            total(jnp.ones_like(probability)),
+        )
 
     def _all_are_few(self, states: np.ndarray | Array) -> bool:
         """Whether all that blocks may read is no more than what their tokens would select."""

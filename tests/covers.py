@@ -1,4 +1,7 @@
-"""Which cases of a large product ``make test`` runs; ``make test-all`` runs the rest too."""
+"""Which cases of a large product ``make test`` runs; ``make test-all`` runs the rest too.
+
+``make test`` runs a case of every test: only cases of a product are exhaustive.
+"""
 
 import itertools
 
@@ -17,10 +20,11 @@ def kept_of(cases, *kept, fast=()):
 
     Args:
       cases: by name.
-      *kept: names of those that ``make test`` runs.
+      *kept: names of those that ``make test`` runs; at least one, counting ``fast``.
       fast: names of those that ``make test-fast`` runs too.
     """
     named = cases if isinstance(cases, dict) else {name: name for name in cases}
+    assert {*kept, *fast}, "make test runs no case"
     assert {*kept, *fast} <= named.keys(), (kept, fast)
     marks = {name: exhaustive_unless(name in kept) for name in named}
     marks |= dict.fromkeys(fast, ())
@@ -109,6 +113,7 @@ def product(*axes, turn=None, fast=()):
 
 def first_kept(count, rows):
     """Rows of arguments for ``parametrize``, named or not; the first ``count`` are kept."""
+    assert count, "make test runs no case"
     named = rows.items() if isinstance(rows, dict) else ((None, row) for row in rows)
     return [
         pytest.param(

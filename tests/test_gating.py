@@ -7,9 +7,9 @@ import pytest
 
 import memcache_jax as mc
 from memcache_jax.engine.run import candidates_of
-from memcache_jax.gating import GATES, pooled_keys, running_keys, scores
+from memcache_jax.gating import GATES, pooled_keys, running_keys, running_scores, scores
 from memcache_jax.segmentation import ReadPlan
-from tests.cases import assert_close
+from tests.cases import assert_close, value_and_vjp
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -33,6 +33,21 @@ def test_running_mean(size):
     assert_close(running_keys(jnp.asarray(key), plan), wanted, 1e-12)
     counts = np.arange(1.0, size + 1)[None, :, None]
     assert_close(running_keys(jnp.asarray(key), plan, "sum"), wanted * counts, 1e-12)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "sum"])
+def test_scores_without_running_keys(pooling):
+    key, plan = keys(2, 37), mc.Constant(37).plan(74)
+    connector = jnp.asarray(np.random.default_rng(1).standard_normal(key.shape))
+
+    def plain(connector, key):
+        return jnp.vecdot(connector, running_keys(key, plan, pooling))
+
+    def fast(connector, key):
+        return running_scores(plan, key[None, None], pooling, connector[None, None])[0, 0]
+
+    got, wanted = (value_and_vjp(run, connector, key) for run in (fast, plain))
+    assert_close(got, wanted, 1e-12)
 
 
 def test_running_mean_goes_on_over_the_blocks_of_a_segment():

@@ -106,7 +106,6 @@ def test_the_wheel_has_every_file_and_nothing_else(built):
     assert "memcache_jax/kernels/bank_read/api.py" in expected
 
 
-@pytest.mark.exhaustive
 def test_a_copy_without_the_link_makes_the_same_wheel(built, tmp_path):
     for name in ("memcache_jax", "kernels"):
         ignore = shutil.ignore_patterns("__pycache__")
@@ -120,7 +119,6 @@ def test_a_copy_without_the_link_makes_the_same_wheel(built, tmp_path):
     assert wheel_files(tmp_path / "dist") == wheel_files(built / "direct")
 
 
-@pytest.mark.exhaustive
 def test_the_source_distribution_makes_the_same_wheel(built):
     direct, through = wheel_files(built / "direct"), wheel_files(built / "dist")
     assert {k for k in direct if not k.endswith("RECORD")} == {

@@ -31,8 +31,9 @@ def bank_read(
       gates: weight of each row and slot of ``reads``; slots that hold no state are ignored.
       reads: which states each block reads, -1 for an empty slot: (n, r) and static, so that empty
         slots cost nothing, or (b, n, r).
-      implementation: ``"xla"``, ``"pallas_tpu"``, ``"pallas_gpu"`` or ``"reference"``; None for
-        the fastest on the platform that the program is compiled for.
+      implementation: ``"xla"``, ``"pallas_tpu"``, whose outputs have the query's dtype,
+        ``"pallas_gpu"`` or ``"reference"``; None for the fastest on the platform that the program
+        is compiled for.
 
     Raises:
       ValueError: for an unknown implementation.

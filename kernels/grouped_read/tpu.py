@@ -1,9 +1,14 @@
 """The grouped read on a TPU: a grid over blocks of rows, each of which names its state.
 
+A small bank that fits into vector memory goes to the bank read instead, without sorting: each row
+reads all states that any row of its block has chosen, with a gate of zero for those that it has
+not.
+
 The backward pass recomputes the reads, and adds up a state's gradient over its consecutive blocks.
 All arithmetic is float32, with products as exact as the caller's ``jax.default_matmul_precision``.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,9 +21,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from memcache_jax._typing import Array, Float, Int, Matrices
 from memcache_jax.kernels._block_sizes import block_sizes
-from memcache_jax.kernels._dispatch import check_served
+from memcache_jax.kernels._dispatch import CannotServeError, check_served
 from memcache_jax.kernels._shapes import dtype_reasons, power_of_two, read_shape, shape_key
 from memcache_jax.kernels._tpu import smem_reason, tile_bytes, tpu_call, vmem_reason
+from memcache_jax.kernels.bands import blind_where_gates_are_zero
+from memcache_jax.kernels.bank_read.tpu import bank_read, holds_all_states
 from memcache_jax.kernels.grouped_read._blocks import by_kernels, most_blocks
 
 
@@ -41,6 +48,9 @@ def grouped_read(
     states: Int[Array, "b h n c s"],
 ) -> Float[Array, "b h n c v"]:
     """See ``api.grouped_read``."""
+    if bank[0].shape[2] <= _MOST_STATES * states.shape[-1] and holds_all_states(bank, query):
+        with contextlib.suppress(CannotServeError):  # its lists may exceed scalar memory
+            return _read_all(read, bank, query, gates, states)
     row = read_shape(read, bank, query)
     sizes = block_sizes(
         BlockSizes, "grouped_read/pallas_tpu", shape_key(bank, query.shape[3]), query.dtype
@@ -65,6 +75,29 @@ def grouped_read(
         lambda rows: _Kernels(read, rows, row.shape[-1], vmem), rows, bank, query, gates, states
     )
     return y.astype(row.dtype)
+
+
+_MOST_STATES = 16  # per choice for the bank read: more products, but no sorted rows to move
+
+
+def _read_all(
+    read: Callable[..., Array],
+    bank: Matrices,
+    query: Float[Array, "b h n c k"],
+    gates: Float[Array, "b h n c s"],
+    states: Int[Array, "b h n c s"],
+) -> Float[Array, "b h n c v"]:
+    """The grouped read as a bank read with a slot for every state."""
+    numbers = jnp.arange(bank[0].shape[2])
+    chosen = states[..., None] == numbers.reshape(1, 1, 1, 1, 1, -1)
+    # A chosen state is read, and its gate gets a gradient, even if the gate is zero.
+    least = jnp.finfo(jnp.float32).tiny
+    gates = gates.astype(jnp.float32)
+    gates += lax.stop_gradient(jnp.where(gates == 0, least, 0))
+    weights = jnp.where(chosen, gates[..., None], 0).sum(axis=4)
+    by_any = chosen.any(axis=(1, 3, 4))
+    reads = jnp.where(by_any, numbers[None, None], -1)
+    return bank_read(blind_where_gates_are_zero(read), bank, query, weights, reads)
 
 
 @dataclasses.dataclass(frozen=True)

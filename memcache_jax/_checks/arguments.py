@@ -159,7 +159,10 @@ def check_rewind(tokens: Any, rewindable: Any, batch: int) -> jax.Array:
 
 
 def check_room(
-    position: jax.Array, shape: tuple[int, ...], lengths: Any, max_length: int | None
+    position: jax.Array | np.ndarray,
+    shape: tuple[int, ...],
+    lengths: Any,
+    max_length: int | None,
 ) -> None:
     """Raises ValueError unless tokens (b, t) continue the rows at ``position``, and have room.
 

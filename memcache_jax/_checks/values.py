@@ -69,6 +69,15 @@ def check_flag(name: str, got: Any) -> bool:
     return bool(got)
 
 
+def check_key(key: Any) -> jax.Array:
+    """Returns a random key, or raises ValueError."""
+    shape, dtype = check_array("key", key)
+    typed = jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if shape != () if typed else (len(shape) != 1 or dtype != jnp.uint32):
+        raise ValueError(f"key must be one key, jax.random.key(...), got {dtype} {shape}")
+    return key
+
+
 def check_choice(name: str, got: Any, choices: tuple) -> None:
     """Raises ValueError unless ``got`` is one of ``choices``, which are strings or None."""
     if not (got is None or isinstance(got, str)) or got not in choices:

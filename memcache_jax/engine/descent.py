@@ -97,7 +97,7 @@ def _reasons(memory: DeepMemory, rows: Rows) -> list[tuple[bool, str]]:
             f"the steps of {type(memory).__name__} have a bound: max_step_norm must be None, and a "
             "layer's bounded False",
         ),
-        muon_reason(memory),
+        *option_reasons(memory),
         (
             filled and not memory.zeros_add_nothing,
             f"the loss of {type(memory).__name__} is taken of chunks that are not filled up: rows, "
@@ -106,9 +106,13 @@ def _reasons(memory: DeepMemory, rows: Rows) -> list[tuple[bool, str]]:
     ]
 
 
-def muon_reason(memory: DeepMemory) -> tuple[bool, str]:
-    """As one of ``_reasons``: kernels have no Muon step."""
-    return memory.ns_steps > 0, f"{type(memory).__name__} has ns_steps={memory.ns_steps}, must be 0"
+def option_reasons(memory: DeepMemory) -> list[tuple[bool, str]]:
+    """Those of ``_reasons`` that apply to all kernels."""
+    name = type(memory).__name__
+    return [
+        (memory.ns_steps > 0, f"{name} has ns_steps={memory.ns_steps}, must be 0"),
+        (memory.degree > 1, f"{name} has degree={memory.degree}, must be 1"),
+    ]
 
 
 def _after(x: Array) -> Array:

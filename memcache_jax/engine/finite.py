@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from memcache_jax._typing import Array, Bool, State
-from memcache_jax.engine.types import Rows, Tokens, Views
+from memcache_jax._typing import Array, Bool, Float, State
+from memcache_jax.engine.types import Blocks, Rows, Tokens, Views, Writing
 from memcache_jax.memories import Memory
 from memcache_jax.memories.base import Run
 
@@ -49,6 +49,14 @@ def as_they_came(rows: Rows) -> Rows:
         rows.came,
         rows._replace(begun=None, bad=None, came=None),
     )
+
+
+def reading_queries(how: Writing, blocks: Blocks) -> Float[Array, "b h n c k"]:
+    """The queries that read cached states, in the tokens' own dtype for kernels that take it."""
+    came = how.implementation == "pallas_tpu" and blocks.rows.came is not None
+    if not came or how.needs != ("reads",):
+        return blocks.tokens.query
+    return as_they_came(blocks.rows).query.reshape(blocks.tokens.query.shape)
 
 
 def _is_fine(name: str, x: Array) -> Array:

@@ -18,6 +18,7 @@ from memcache_jax.kernels.bands import (
     Fits,
     bands_of_matrix,
     bands_of_network,
+    blind_where_gates_are_zero,
     gated,
     sum_of_bands,
 )
@@ -90,7 +91,7 @@ def keep(
     if "reads" in needs:
         kept["reads"] = memory.read_online(view, query)
     if "later_layers" in needs:
-        kept["first_layer"] = memory.apply(view, 0, query)
+        kept["first_layer"] = memory.apply(view, 0, memory.features(query))
     first = 0 if "layers" in needs else 1 if "later_layers" in needs else memory.depth
     if first < memory.depth:
         layers = range(memory.depth)
@@ -199,27 +200,6 @@ def bands_of(memory: Memory) -> Divide:
         return lambda matrices, query, fits: [Band(memory.read, matrices, query)]
     divide = bands_of_matrix if memory.depth == 1 else bands_of_network
     return functools.partial(divide, memory.read)
-
-
-def blind_where_gates_are_zero(read: Callable[..., Array]) -> Callable[..., Array]:
-    """The read, in which rows with a gate of 0 neither read the state nor send it gradients.
-
-    Inputs are masked as well as outputs: 0 * NaN is NaN, forward and backward.
-    """
-
-    def seen(x: Array, gate: Array) -> Array:
-        gate = gate.reshape(-1, *[1] * (x.ndim - 1))
-        return jnp.where(jnp.broadcast_to(gate, x.shape) != 0, x, 0)
-
-    def blind(matrices: Matrices, x: Array, gate: Array | None = None) -> Array:
-        if gate is None:
-            return read(matrices, x)
-        by_any = jnp.max(jnp.abs(gate)) != 0
-        matrices = tuple(jnp.where(by_any, matrix, 0) for matrix in matrices)
-        # The gate is masked by itself for its own gradient, which is zero where it is.
-        return seen(read(matrices, seen(x, gate), seen(gate, gate)), gate)
-
-    return blind
 
 
 def _read_matrix(

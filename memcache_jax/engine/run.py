@@ -24,7 +24,7 @@ from memcache_jax.engine.borders import (
 )
 from memcache_jax.engine.documents import begun_in_chunk, document_candidates
 from memcache_jax.engine.exact import exact_of_blocks
-from memcache_jax.engine.finite import cleaned
+from memcache_jax.engine.finite import cleaned, reading_queries
 from memcache_jax.engine.read import ArrayBank, Bank, Live
 from memcache_jax.engine.spans import document_span_keys, span_keys
 from memcache_jax.engine.types import (
@@ -39,10 +39,10 @@ from memcache_jax.engine.types import (
     Writing,
 )
 from memcache_jax.engine.write import initial_states, write_blocks
-from memcache_jax.gating import pooled_keys, running_keys
+from memcache_jax.gating import pooled_keys, running_keys, running_scores
 from memcache_jax.memories import Memory
 from memcache_jax.memories.base import Run
-from memcache_jax.segmentation import ReadPlan
+from memcache_jax.segmentation import ReadPlan, exact_chunk
 
 
 class Layout(abc.ABC):
@@ -98,12 +98,11 @@ def _read(
     tokens = blocks.tokens
     bank, candidates = layout.cached(how, ends, blocks)
     if given is not None:
-        own, pooled = candidates.keys, given.pooled
         bank = ArrayBank(how.memory, given.matrices, how.implementation)
-        candidates = candidates._replace(keys=lambda pooling: own(pooling)._replace(states=pooled))
+        candidates = with_pooled(candidates, given.pooled)
     selection = aggregation.select(tokens.connector, candidates, implementation=how.implementation)
     live = Live(how.memory, tokens.query, kept, how.implementation)
-    y = aggregation.read(bank, live, tokens.query, selection)
+    y = aggregation.read(bank, live, reading_queries(how, blocks), selection)
     beside = getattr(selection, "beside", None)  # a selection may be of a user's own type
     y = y if beside is None else y + beside.read
     return y, selection, (bank, candidates)
@@ -141,23 +140,22 @@ class OnePass(Layout):
 
     def cached(self, how: Writing, ends: Run, blocks: Blocks) -> tuple[Bank, Candidates]:
         """The states at the ends of buckets, and the buckets that each block may read."""
-        plan, document, keys = self.plan, blocks.document, (blocks.tokens.key, blocks.pooled)
+        plan, document = self.plan, blocks.document
         if self.borders is not None:
+            keys = blocks.tokens.key, blocks.pooled
             candidates = adaptive_candidates(plan, *keys, self.borders)
             matrices = how.memory.matrices(states_of(self.borders, ends.state))
             return self._with_exact(how, matrices, blocks, candidates)
-        if document is None:
-            candidates = candidates_of(plan, *keys)
-        else:
-            spans = functools.partial(document_span_keys, plan, *keys, document)
-            candidates = document_candidates(plan, *keys, document)._replace(spans=spans)
+        candidates = candidates_in(plan, blocks, how.implementation)
         if document is not None and plan.spans_segments.any():
             states, reads = document_states(
                 how, ends, blocks.rows, plan, document, carries=self.carries
             )
             candidates = candidates._replace(states=reads)
         elif self.carries or not plan.spans_segments.any():
-            states = jax.tree.map(lambda x: x[:, :, plan.buckets[:, 1] - 1], ends.state)
+            last = plan.buckets[:, 1] - 1
+            some = slice(len(last)) if np.array_equal(last, np.arange(len(last))) else last
+            states = jax.tree.map(lambda x: x[:, :, some], ends.state)
         else:
             states = bucket_states(how, ends, blocks.rows, plan)
         return self._with_exact(how, how.memory.matrices(states), blocks, candidates)
@@ -211,16 +209,38 @@ def needs_of(aggregation: Aggregation, memory: Memory) -> tuple[LivePart, ...]:
     return tuple(needs)
 
 
+def candidates_in(plan: ReadPlan, blocks: Blocks, implementation: str | None = None) -> Candidates:
+    """The buckets that a plan's blocks may read, within each token's document if there are any."""
+    keys, document = (blocks.tokens.key, blocks.pooled), blocks.document
+    if document is None:
+        return candidates_of(plan, *keys, implementation)
+    spans = functools.partial(document_span_keys, plan, *keys, document)
+    return document_candidates(plan, *keys, document)._replace(spans=spans)
+
+
+def with_pooled(candidates: Candidates, pooled: Float[Array, "b h states k"]) -> Candidates:
+    """The candidates, with ``pooled`` in place of the states' own keys."""
+    own = candidates.keys
+    return candidates._replace(keys=lambda pooling: own(pooling)._replace(states=pooled))
+
+
 def candidates_of(
-    plan: ReadPlan, key: Float[Array, "b h n c k"], pooled: Float[Array, "b h n c k"]
+    plan: ReadPlan,
+    key: Float[Array, "b h n c k"],
+    pooled: Float[Array, "b h n c k"],
+    implementation: str | None = None,
 ) -> Candidates:
     """The buckets that a plan's blocks may read, and their keys, running and ``pooled`` ones."""
+    whole = bool(np.all(plan.first == np.arange(plan.num_blocks)))
 
     def keys(pooling: str) -> Keys:
         def of_head(key: Float[Array, "n c k"], pooled: Float[Array, "n c k"]) -> tuple:
             return running_keys(key, plan, pooling), pooled_keys(pooled, plan, pooling)
 
-        return Keys(*jax.vmap(jax.vmap(of_head))(key, pooled))
+        # With kernels, running keys would cause most of the HBM traffic.
+        fast = whole and implementation == "pallas_tpu"
+        products = functools.partial(running_scores, plan, key, pooling) if fast else None
+        return Keys(*jax.vmap(jax.vmap(of_head))(key, pooled), products=products)
 
     spans = functools.partial(span_keys, plan, plan, key, pooled)
     return Candidates(plan.reads[None], plan.distances[None], keys, spans=spans)
@@ -335,14 +355,3 @@ def cut(
     rows = rows_of(widened(tokens))._replace(begun=in_chunks(begun), bad=in_chunks(bad))
     rows = rows._replace(came=rows_of(raw) if came else None)
     return Blocks(widened(tokens), document, rows, raw.key.astype(dtype))
-
-
-def exact_chunk(block: int, length: int, most: int) -> int:
-    """A chunk length for rules that are exact for any: up to ``most``, and a divisor of the block.
-
-    A block without a divisor of a useful size is one chunk. A sequence of one block is padded.
-    """
-    if length <= block:
-        return min(length, most)
-    best = max(size for size in range(1, min(block, most) + 1) if block % size == 0)
-    return best if best * 4 >= min(block, most) else block

@@ -111,11 +111,20 @@ class Keys(NamedTuple):
       live: of the live memory at each token.
       states: of cached states, by their numbers in the bank.
       slots: of cached states by slot, in place of ``states``, where they depend on the block.
+      products: computes the products of connectors with ``live``, for programs that need nothing
+        else of ``live``; None to multiply by ``live``.
     """
 
     live: Float[Array, "b h n c k"]
     states: Float[Array, "b h states k"] | None = None
     slots: Float[Array, "b h n r k"] | None = None
+    products: Callable[[Array], Array] | None = None
+
+    def live_scores(self, connector: Float[Array, "b h n c k"]) -> Float[Array, "b h n c"]:
+        """The products of connectors with the keys of the live memory."""
+        if self.products is not None:
+            return self.products(connector)
+        return jnp.vecdot(connector, self.live, precision="highest")
 
     def by_slot(self, states: Int[Array, "_ 1 n r"]) -> tuple[Array, Array]:
         """The keys of the live memory, and those of the states in each slot, zero in empty ones."""

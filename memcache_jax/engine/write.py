@@ -12,7 +12,7 @@ from jax import lax
 from memcache_jax._typing import Array, Bool, Controls, State
 from memcache_jax._varying import vary, varying
 from memcache_jax.engine.affine import write_affine
-from memcache_jax.engine.descent import muon_reason, write_descent
+from memcache_jax.engine.descent import option_reasons, write_descent
 from memcache_jax.engine.finite import as_they_came, spoil, with_finite_writes
 from memcache_jax.engine.read import keep
 from memcache_jax.engine.types import Carry, Rows, Views, Writing
@@ -72,7 +72,7 @@ def _write_finite(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> 
         return Run(ends, None), kept
     if memory.form == "descent" and implementation == "pallas_tpu":
         if isinstance(memory, DeepMemory):
-            check_served("chunk_update", implementation, [muon_reason(memory)])
+            check_served("chunk_update", implementation, option_reasons(memory))
         if came is not None:
             return write_as_they_came(how, rows._replace(came=came), restarts)
     return write_in_turn(how, rows, restarts)

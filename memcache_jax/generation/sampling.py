@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from memcache_jax._checks import check_array, check_integer, check_number, set_fields
+from memcache_jax._checks import check_integer, check_key, check_number, set_fields
 from memcache_jax._typing import Array, Float, Int
 
 
@@ -49,11 +49,7 @@ class Sampling:
             )
         if key is None:
             return jax.random.key(0)
-        shape, dtype = check_array("key", key)
-        typed = jnp.issubdtype(dtype, jax.dtypes.prng_key)
-        if shape != () if typed else (len(shape) != 1 or dtype != jnp.uint32):
-            raise ValueError(f"key must be one key, jax.random.key(...), got {dtype} {shape}")
-        return key
+        return check_key(key)
 
     @property
     def static(self) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Speculative decoding: a draft proposes tokens, and the model takes those it would have drawn."""
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from memcache_jax.generation.drafts import merge
 from memcache_jax.generation.sampling import probabilities, sample
 from memcache_jax.nn.unrolled import cache_for, for_steps
 from memcache_jax.streaming.loops import while_loop
+
+T = TypeVar("T")
 
 
 @functools.partial(
@@ -40,13 +43,14 @@ def speculate(
     the token after x_i, and q_i what the draft has drawn x_{i+1} with, x_{i+1} stays with
     probability min(1, p_i / q_i). In place of the first that does not, one is drawn from
     max(p_i - q_i, 0), normalized; after the last, from p_K. So each token has the distribution p
-    (arXiv:2211.17192), and for temperature 0 is the most likely one. If a row keeps fewer than were
-    proposed, a second call reads the kept tokens from the cache before: two calls of K + 1 tokens
-    cost less than a state kept for each token.
+    (arXiv:2211.17192), and for temperature 0 is the most likely one. Rows that keep fewer than were
+    proposed are rewound; if a layer cannot rewind, a second call reads the kept tokens from the
+    previous cache.
     """
     net: Any = nnx.merge(model, state)
     proposer, vocab = merge(draft, drafts), net.config.vocab_size
-    hidden, past = net.extend(prompt, net.init_cache(len(prompt), size, **dict(cache)), lengths)
+    empty = _cache_back(net, len(prompt), size, proposer.tokens, dict(cache))
+    hidden, past = net.extend(prompt, empty, lengths)
     stepping = for_steps(net)
     past = cache_for(stepping, past)
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
@@ -71,17 +75,27 @@ def speculate(
         last = jnp.take_along_axis(known, count[:, None] - 1, axis=1)
         given = jnp.concatenate([last, tokens], axis=1)
 
-        def read(given: Array) -> tuple[Array, Any]:
+        def read(given: Array, past: Any) -> tuple[Any, Array]:
             hidden, after = stepping.extend(given, past, proposed + 1)
             wanted = probabilities(net.logits(hidden), numbers, **sampling)
-            return jnp.pad(
-                wanted, ((0, 0), (0, 1 + tokens.shape[1] - given.shape[1]), (0, 0))
-            ), after
+            beyond = 1 + tokens.shape[1] - given.shape[1]
+            return after, jnp.pad(wanted, ((0, 0), (0, beyond), (0, 0)))
 
-        wanted, ahead = lax.cond((proposed > 0).any(), lambda: read(given), lambda: read(last))
+        none: Any = jax.eval_shape(lambda: read(given, past)[1])
+        done, several = (past, jnp.zeros(none.shape, none.dtype)), (proposed > 0).any()
+        for chosen, which in ((several, given), (~several, last)):
+            done = _once(chosen, lambda done, which: read(which, done[0]), done, which)
+        ahead, wanted = done
         kept, next_token = accept(of_model, tokens, chances, wanted, proposed)
         stays = jnp.minimum(kept, proposed)  # -1 in rows that have ended
-        past = _read_again(stepping, given, stays + 1, past, ahead, (stays < proposed).any())
+
+        def back(ahead: Any, before: tuple) -> Any:
+            if ahead.rewindable is not None:
+                return ahead.rewind(proposed - stays)
+            return stepping.extend(given, before[0], stays + 1)[1]
+
+        before = (past,) if past.rewindable is None else ()
+        past = _once((stays < proposed).any(), back, ahead, before)
         draft_past = proposer.keep(draft_past, jnp.maximum(most - kept, 0))
         drawn = _put(jnp.pad(tokens, ((0, 0), (0, 1))), kept, next_token[:, None], kept * 0 + 1)
         # What follows a stop token does not count.
@@ -99,25 +113,28 @@ def speculate(
     return jnp.take_along_axis(known, place, axis=1), step - 1
 
 
-def _read_again(
-    stepping: Any,
-    given: Int[Array, "b n"],
-    counts: Int[Array, "b"],
-    before: Any,
-    ahead: Any,
-    dropped: Bool[Array, ""],
-) -> Any:
-    """The cache ``ahead``; if tokens were dropped, the kept ones read into the cache ``before``.
+def _cache_back(net: Any, rows: int, size: int, tokens: int, options: dict[str, Any]) -> Any:
+    """An empty cache that can rewind ``tokens``, or just as ``options`` say if a layer cannot."""
+    try:
+        return net.init_cache(
+            rows, size, **options | {"rewind": max(tokens, options.get("rewind", 0))}
+        )
+    except ValueError:  # the other options have been checked
+        return net.init_cache(rows, size, **options)
+
+
+def _once(condition: Bool[Array, ""], change: Callable[[T, Any], T], first: T, args: Any) -> T:
+    """``change(first, args)`` if the condition holds, else ``first``.
 
     A loop of at most one iteration, since ``lax.cond`` would copy the cache that it returns.
     """
 
-    def again(carry: tuple) -> tuple:
-        # The barrier keeps XLA from moving the work, which is always the same, out of the loop.
-        dropped, past, kept, tokens = lax.optimization_barrier((carry[0], before, counts, given))
-        return jnp.zeros_like(dropped), stepping.extend(tokens, past, kept)[1]
+    def changed(carry: tuple) -> tuple:
+        # The barrier keeps XLA from hoisting the loop-invariant work.
+        left, its = lax.optimization_barrier((carry[0], args))
+        return jnp.zeros_like(left), change(carry[1], its)
 
-    return while_loop(lambda carry: carry[0], again, (dropped, ahead))[1]
+    return while_loop(lambda carry: carry[0], changed, (condition, first))[1]
 
 
 def accept(

@@ -264,10 +264,14 @@ class Memory(abc.ABC):
     ) -> Float[Array, "*rows v"]:
         """The memory as a function of the query, over an abstract ``apply``, times a gate.
 
-        Apply the first layer to the query itself. Apply the gate to the input of the last layer and
-        to anything that is added to its output: the gate's gradient is then a product of rows, and
-        needs no second read.
+        Apply the first layer to ``features(query)``. Apply the gate to the input of the last layer
+        and to anything that is added to its output: the gate's gradient is then a product of rows,
+        and needs no second read.
         """
+
+    def features(self, query: Float[Array, "*rows k"]) -> Float[Array, "*rows in"]:
+        """What the first layer reads: the query itself."""
+        return query
 
     def read(
         self,

@@ -86,6 +86,7 @@ class GLA(MatrixMemory):
     """
 
     erases: ClassVar[bool] = False
+    on_chip: ClassVar[bool] = True
     largest_chunk: ClassVar[int] = 32
 
     @property

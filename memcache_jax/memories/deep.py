@@ -22,6 +22,7 @@ from memcache_jax.kernels.deep_update import DescentChunk
 from memcache_jax.memories.base import Form, Memory
 from memcache_jax.memories.deep_chunk import DeepChunk, DeepState, DocumentsChunk
 from memcache_jax.memories.muon import length_of, orthogonalized
+from memcache_jax.memories.polynomial import num_features, polynomial
 
 
 class _Coefficients(NamedTuple):
@@ -61,6 +62,12 @@ class DeepMemory(Memory):
     chunk through rank-one factors. The update keeps its norm, so eta and alpha keep their meaning,
     and the bounds of ``max_step_norm`` hold.
 
+    With ``degree=2`` the first layer reads polynomial features phi(x) (``memories.polynomial``) of
+    length k' = k (k + 3) / 2 instead of x: M(x) = W phi(x), or x + W1 gelu(W2 phi(x)), W2 of shape
+    (f, k'). As <phi(x), phi(y)> = <x, y> + <x, y>^2, keys that are not orthogonal interfere less;
+    the state is k' / k times as large. Atlas (arXiv:2505.23735) raises the capacity of its memories
+    with such features, with learned coefficients; here they are fixed.
+
     Attributes:
       chunk_size: tokens that share the point at which gradients are taken.
       expansion: hidden width over key dimension.
@@ -69,10 +76,12 @@ class DeepMemory(Memory):
         the bare equation. Layers set 1 where it is None, unless they are told not to.
       ns_steps: Newton-Schulz iterations at the end of each chunk: 0 for none, 5 as in Muon. Kernels
         support only 0, and so do rules with another ``form`` than ``"descent"``.
+      degree: 1, or 2 to read the monomials of degree 1 and 2 of keys and queries. Kernels support
+        only 1.
 
     Raises:
-      ValueError: for a depth other than 1 or 2, other sizes below 1, a ``max_step_norm`` that is
-        not positive, negative ``ns_steps``, or ``ns_steps`` with another ``form``.
+      ValueError: for a depth or degree other than 1 or 2, other sizes below 1, a ``max_step_norm``
+        that is not positive, negative ``ns_steps``, or ``ns_steps`` with another ``form``.
 
     Example:
       >>> import memcache_jax as mc
@@ -83,7 +92,7 @@ class DeepMemory(Memory):
     form: ClassVar[Form] = "descent"
     fixed: ClassVar[tuple[str, ...]] = (
         *("init", "write", "write_documents", "matrices", "forward", "read", "read_online"),
-        *("inner_gradient", "rates", "closed"),
+        *("inner_gradient", "rates", "closed", "features"),
     )
 
     chunk_size: int = 64
@@ -91,15 +100,17 @@ class DeepMemory(Memory):
     depth: int = 2
     max_step_norm: float | None = None
     ns_steps: int = dataclasses.field(default=0, kw_only=True)
+    degree: int = dataclasses.field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         name = type(self).__name__
         sizes = {
             size: check_integer(f"{size} of {name}", getattr(self, size))
-            for size in ("chunk_size", "expansion", "depth")
+            for size in ("chunk_size", "expansion", "depth", "degree")
         }
-        if sizes["depth"] > 2:
-            raise ValueError(f"{name} has depth 1 or 2, got depth={self.depth}")
+        for size in ("depth", "degree"):
+            if sizes[size] > 2:
+                raise ValueError(f"{name} has {size} 1 or 2, got {size}={sizes[size]}")
         steps = check_integer(f"ns_steps of {name}", self.ns_steps, 0)
         if steps and self.form != "descent":
             raise ValueError(
@@ -129,15 +140,16 @@ class DeepMemory(Memory):
 
     def weight_shapes(self, key_dim: int, value_dim: int) -> dict[str, tuple[int, int]]:
         """W2 and W1, or W for depth 1."""
+        inputs = key_dim if self.degree == 1 else num_features(key_dim)
         if self.depth == 1:
-            return {"W": (value_dim, key_dim)}
+            return {"W": (value_dim, inputs)}
         if key_dim != value_dim:
             raise ValueError(
                 "a memory of depth 2 adds its input to its output and needs k = v, "
                 f"got k={key_dim}, v={value_dim}"
             )
         hidden = self.expansion * key_dim
-        return {"W2": (hidden, key_dim), "W1": (value_dim, hidden)}
+        return {"W2": (hidden, inputs), "W1": (value_dim, hidden)}
 
     def init(
         self, weights: Mapping[str, Array], key_dim: int, value_dim: int, dtype: Any
@@ -151,10 +163,14 @@ class DeepMemory(Memory):
     def forward(
         self, apply: Apply, query: Float[Array, "*rows k"], gate: Float[Array, "rows"] | None = None
     ) -> Array:
-        """W q, or q + W1 gelu(W2 q)."""
+        """W phi(q), or q + W1 gelu(W2 phi(q)); phi(q) = q for ``degree=1``."""
         if self.depth == 1:
-            return apply(0, gated(gate, query))
-        return gated(gate, query) + apply(1, gated(gate, gelu(apply(0, query))))
+            return apply(0, gated(gate, self.features(query)))
+        return gated(gate, query) + apply(1, gated(gate, gelu(apply(0, self.features(query)))))
+
+    def features(self, query: Float[Array, "*rows k"]) -> Float[Array, "*rows in"]:
+        """phi(q)."""
+        return query if self.degree == 1 else polynomial(query)
 
     def step(
         self,
@@ -233,7 +249,7 @@ class DeepMemory(Memory):
         """``write``, where only tokens of the same document see each other."""
         inputs, deltas = self.inner_gradient(anchor.weights, key, value)
         controls = {**controls, "eta": self.rates(controls, inputs, deltas)}
-        of_weights, *of_momentum = self._coefficients(controls, same)
+        of_weights, *of_momentum = self.coefficients(controls, same)
         chunk = DeepChunk(start=state, inputs=inputs, deltas=deltas, **of_weights._asdict())
         momentum = (chunk._replace(**changed._asdict()).end() for changed in of_momentum)
         return DeepState(chunk.end(self.ns_steps), *momentum), chunk
@@ -242,7 +258,7 @@ class DeepMemory(Memory):
         self, key: Float[Array, "m k"], value: Float[Array, "m v"], controls: Controls
     ) -> DescentChunk:
         """A chunk's write as a map of the state that it starts from, for kernels."""
-        parts = self._coefficients(controls, None)
+        parts = self.coefficients(controls, None)
         decays = ((part.weight_decay, part.momentum_decay) for part in parts)
         decays = ([x[-1] for x in row if x is not None] for row in decays)
         return DescentChunk(
@@ -272,7 +288,7 @@ class DeepMemory(Memory):
         long = eta * length > limit
         return jnp.where(long, limit / jnp.where(long, length, 1), eta)
 
-    def _coefficients(
+    def coefficients(
         self, controls: Controls, same: Bool[Array, "m m"] | None
     ) -> tuple[_Coefficients, ...]:
         """Those of the weights, and of the momentum if there is any."""

@@ -28,10 +28,11 @@ class DLA(DeepMemory):
       max_step_norm: the longest step of a token, as in ``DeepMemory``.
       ns_steps: Newton-Schulz iterations of the Muon step that ends each chunk, 0 for none, as in
         ``DeepMemory``.
+      degree: 1, or 2 for polynomial features of keys and queries, as in ``DeepMemory``.
       decay: whether a layer learns ``log_alpha``; without, nothing is ever forgotten.
 
     Raises:
-      ValueError: for a depth other than 1 or 2, or sizes below 1.
+      ValueError: for a depth or degree other than 1 or 2, or sizes below 1.
 
     Example:
       >>> import memcache_jax as mc

@@ -129,6 +129,8 @@ class LinearAttention(ScalarDecayMemory):
       []
     """
 
+    on_chip: ClassVar[bool] = True
+
     def coefficients(self, controls: Controls, ones: Float[Array, "*m"]) -> tuple[Array, Array]:
         """No decay but where documents begin, every token as it is."""
         return controls.get("log_alpha", jnp.zeros_like(ones)).astype(ones.dtype), ones
@@ -158,6 +160,8 @@ class RetNet(ScalarDecayMemory):
       'h'
     """
 
+    on_chip: ClassVar[bool] = True
+
     @property
     def controls(self) -> Mapping[str, Control]:
         """log_gamma, the log of each head's decay."""
@@ -186,6 +190,8 @@ class SSD(ScalarDecayMemory):
       >>> sorted(mc.memories.SSD().controls)
       ['lam', 'log_alpha']
     """
+
+    on_chip: ClassVar[bool] = True
 
     @property
     def controls(self) -> Mapping[str, Control]:

@@ -34,9 +34,10 @@ class Titans(DeepMemory):
       max_step_norm: the longest momentum, as in ``DeepMemory``.
       ns_steps: Newton-Schulz iterations of the Muon step that ends each chunk, 0 for none, as in
         ``DeepMemory``.
+      degree: 1, or 2 for polynomial features of keys and queries, as in ``DeepMemory``.
 
     Raises:
-      ValueError: for a depth other than 1 or 2, sizes below 1, or negative ``ns_steps``.
+      ValueError: for a depth or degree other than 1 or 2, sizes below 1, or negative ``ns_steps``.
 
     Example:
       >>> import memcache_jax as mc

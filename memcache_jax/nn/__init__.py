@@ -21,6 +21,7 @@ from memcache_jax.nn.memory_caching import MemoryCaching
 from memcache_jax.nn.norms import Norm
 from memcache_jax.nn.parallel import Parallel, ParallelMixer
 from memcache_jax.nn.post_training import with_memory_caching
+from memcache_jax.nn.routers import RouterLoss, RouterNoise, with_router_noise
 from memcache_jax.nn.tuning import merge_lora, with_lora
 from memcache_jax.nn.upgrade import upgrade_params
 from memcache_jax.streaming.protocol import MixerCache
@@ -48,6 +49,8 @@ __all__ = [
     "Norm",
     "Parallel",
     "ParallelMixer",
+    "RouterLoss",
+    "RouterNoise",
     "SquaredMLP",
     "TokenScores",
     "adapters",
@@ -61,4 +64,5 @@ __all__ = [
     "upgrade_params",
     "with_lora",
     "with_memory_caching",
+    "with_router_noise",
 ]

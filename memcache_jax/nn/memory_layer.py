@@ -3,26 +3,23 @@
 import functools
 import types
 from collections.abc import Mapping
-from typing import Any, Literal, Unpack, overload
+from typing import Any, Unpack, overload
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
 
 from memcache_jax import _checks
-from memcache_jax._typing import Array, Exchange, Float, Implementation, Int, Start
+from memcache_jax._typing import Array, Float, Int
 from memcache_jax.adaptive import Adaptive
-from memcache_jax.aggregation import Aggregation
 from memcache_jax.caching import in_group
 from memcache_jax.engine.gates import gates_of_tokens
 from memcache_jax.engine.types import CachedStates
-from memcache_jax.memories import Memory
 from memcache_jax.nn.borders import with_border
 from memcache_jax.nn.calls import MixerCall, answer, read_mixer_call
 from memcache_jax.nn.layer_cache import LayerCache
-from memcache_jax.segmentation import Segmentation
+from memcache_jax.nn.layer_parts import LayerParts
+from memcache_jax.nn.routers import noisy, sow_load
 from memcache_jax.sharding.division import Division
 from memcache_jax.streaming import Cache, check_options, extend, init_cache
 from memcache_jax.streaming.borders import check_keeps_ends, num_ends
@@ -31,84 +28,12 @@ from memcache_jax.streaming.ring import Ring
 from memcache_jax.streaming.tails import next_tails, tails_at_ends
 
 
-class MemoryLayer(nnx.Module):
+class MemoryLayer(LayerParts):
     """A token mixer (b, t, d) -> (b, t, d) of memory caching: the base of such layers.
 
-    A subclass sets the attributes and calls ``learn_borders``. In the methods that raise
-    ``NotImplementedError`` here, it computes the memory's arguments from the layer's input, and the
-    layer's output from what is read.
-
-    Attributes:
-      in_features: model dimension d of the input and the output.
-      num_heads: heads h of states.
-      head_dim: key dimension of a head.
-      value_dim: value dimension of a head.
-      memory: the write rule.
-      aggregation: how reads of live and cached memories become one output.
-      segmentation: where states are cached.
-      start: what a segment's memory begins with.
-      implementation: as in ``memory_caching``.
-      exchange: how the parts of a sequence on a mesh get each other's states.
-      dtype: dtype of the arithmetic; None for the wider of the input's and ``param_dtype``.
-      param_dtype: dtype of the parameters.
-      states: ``"own"``, or ``"previous"`` to read the cached states of the nearest earlier layer of
-        a model that has its own.
+    A subclass sets the attributes of ``LayerParts``, calls ``learn_borders``, and writes the
+    methods that raise ``NotImplementedError`` there.
     """
-
-    in_features: int
-    num_heads: int
-    head_dim: int
-    value_dim: int
-    memory: Memory
-    aggregation: Aggregation
-    segmentation: Segmentation
-    start: Start
-    implementation: Implementation | None
-    exchange: Exchange
-    dtype: DTypeLike | None
-    param_dtype: DTypeLike
-    states: Literal["own", "previous"] = "own"
-
-    def _tokens(
-        self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None, first: Any
-    ) -> tuple[dict[str, Any], Any]:
-        """The per-token arguments of ``mc.memory_caching``, and what ``_output`` needs beside x.
-
-        ``first`` is what the model's first layer hands to later ones; None if it does not.
-        """
-        raise NotImplementedError
-
-    def _next_tokens(
-        self,
-        x: Float[Array, "b t d"],
-        tails: tuple,
-        counts: Int[Array, "b"],
-        position: Int[Array, "b"],
-        first: Any,
-    ) -> tuple[dict[str, Any], Any, tuple]:
-        """The same of a stream's next tokens, ``counts`` of which count; and the next tails.
-
-        ``position`` is the number of tokens before them.
-        """
-        raise NotImplementedError
-
-    def _empty_tails(self, batch_size: int, dtype: DTypeLike) -> tuple:
-        """What a stream keeps of the inputs before its first token."""
-        raise NotImplementedError
-
-    def _output(
-        self, x: Float[Array, "b t d"], y: Float[Array, "b t h v"], kept: Any
-    ) -> Float[Array, "b t d"]:
-        """The layer's output, of its input, of what the memories return, and of ``_tokens``."""
-        raise NotImplementedError
-
-    def _empty_output(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        """The output of an input without rows or tokens."""
-        raise NotImplementedError
-
-    def _initial_weights(self) -> dict[str, Array]:
-        """The initial weights of the memory."""
-        return {}
 
     @overload
     def __call__(
@@ -219,6 +144,9 @@ class MemoryLayer(nnx.Module):
         if 0 in x.shape[:2]:
             return self._empty_output(wide), None, None
         tokens, kept = self._tokens(wide, document_ids, first)
+        tokens = noisy(self, tokens)
+        given = share.get("given")
+        sow_load(self, tokens, document_ids, None if given is None else given.pooled)
         made = in_group(
             **with_border(self, tokens, wide),
             **share,

@@ -38,6 +38,13 @@ def make_stack(make: Callable[[nnx.Rngs], Any], repeats: int, rngs: nnx.Rngs) ->
     return layers
 
 
+def repeats_of(module: nnx.Module) -> int | None:
+    """The number of layers that a module in a stack stands for; None outside stacks."""
+    params = (param for _, param in nnx.to_flat_state(nnx.state(module, nnx.Param)))
+    stacked = (param for param in params if param.get_metadata().get(_STACKED))
+    return next((jnp.shape(param.get_value())[0] for param in stacked), None)
+
+
 def scan_stack(
     layers: Any,
     repeats: int,

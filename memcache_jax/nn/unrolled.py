@@ -64,6 +64,20 @@ def unrolled_cache(config: LanguageModelConfig, cache: LanguageModelCache) -> Un
     return UnrolledCache(layers, cache.position)
 
 
+def stacked_cache(
+    config: LanguageModelConfig, cache: UnrolledCache, max_length: int | None
+) -> LanguageModelCache:
+    """The inverse of ``unrolled_cache``: the cache of a ``LanguageModel``."""
+    layers, states, begin = [], [], 0
+    for _, repeats in config.stacks:
+        for own in zip(*cache.layers[begin : begin + repeats], strict=True):
+            stacked: Any = jax.tree.map(lambda *x: jnp.stack(x), *own)
+            states.append(stacked.states)
+            layers.append(stacked.with_states(jax.tree.map(lambda _: None, stacked.states)))
+        begin += repeats
+    return LanguageModelCache(layers, states, cache.position, max_length)
+
+
 class Unrolled(nnx.Module):
     """A ``LanguageModel`` with its layers in a list, where qwix can put parameters of LoRA.
 

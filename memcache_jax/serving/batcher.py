@@ -18,8 +18,8 @@ from memcache_jax.nn.unrolled import for_steps
 from memcache_jax.serving.ids import Ids, as_ids
 from memcache_jax.serving.prefix_store import PrefixStore
 from memcache_jax.serving.programs import Draws, decode, draw_scored, on_device_of, put
-from memcache_jax.serving.reading import Reading
-from memcache_jax.serving.request import Limits, Load, Request
+from memcache_jax.serving.reading import LEAST, Reading
+from memcache_jax.serving.request import Limits, Load, Request, told
 from memcache_jax.serving.scores import Scores, Scoring
 from memcache_jax.streaming.loops import Slim
 
@@ -27,11 +27,11 @@ from memcache_jax.streaming.loops import Slim
 class Batcher:
     """Serves requests that come and go at any time, in the rows of one cache.
 
-    A step reads at most one piece of one prompt, in a cache of its own, and then appends one token
-    to each row that has a request, or up to ``ahead`` if no prompt can be read. So between two
-    tokens of its own a request waits for at most one piece, of ``piece`` tokens; requests that wait
-    for a row begin in the order they came. Sizes of pieces are powers of two: log2(piece) + 4
-    programs are compiled in all, each once.
+    A step reads pieces of prompts, one prompt after the other, each in a cache of its own, and then
+    appends one token to each row that has a request, or up to ``ahead`` if no prompt can be read.
+    So between two of its tokens, a request waits for at most ``piece`` prompt tokens, where a piece
+    shorter than 16 counts as 16; requests get rows in the order they came. Piece sizes are powers
+    of two: log2(piece) + 5 programs are compiled in all, each once.
 
     A request's tokens depend on nothing but it: not on its row, nor on what else is served. With a
     store that is so up to rounding: where the beginning of a prompt is known, the rest is read in
@@ -46,7 +46,7 @@ class Batcher:
       model: the model; the batcher does not see later changes of its parameters.
       rows: the most requests that are decoded at once.
       max_length: most tokens of a prompt and what follows it.
-      piece: most tokens of a prompt in a step, a power of two.
+      piece: most prompt tokens in a step, a power of two.
       ahead: most tokens per row in a step in which no prompt can be read, 1 or more. They take one
         device call and arrive together; a request that ends or is cancelled among them keeps its
         row until the call returns.
@@ -161,11 +161,7 @@ class Batcher:
             )
         seed = _checks.check_integer("seed", seed, 0)
         limits = Limits(stop_tokens, stop_texts)
-        if limits.stop_tokens:
-            of_stops = min(limits.stop_tokens), max(limits.stop_tokens)
-            _checks.check_ids("stop_tokens", *of_stops, vocab)
-        if limits.stop_texts and self.text_of is None:
-            raise ValueError("stop_texts need a batcher with text_of, the text of token ids")
+        limits.check(vocab, self.text_of)
         _checks.check_function("on_token", on_token, "a token id")
         sampling, scoring = Sampling(temperature, top_k, top_p), Scoring(logprobs, score_prompt)
         request = Request(ids, new, sampling, seed, limits, scoring, on_token)
@@ -193,7 +189,7 @@ class Batcher:
         return Load(len(self._rows), decoding, int(self._reading is not None), waiting)
 
     def step(self) -> bool:
-        """Reads a piece of a prompt, and appends a token in each row.
+        """Reads pieces of prompts, and appends a token to each row.
 
         If the device fails, requests in rows end with its error, and the batcher serves the others.
 
@@ -247,32 +243,45 @@ class Batcher:
         while True:
             self._wake.clear()
             stopping = self._stopping  # before the step: what was submitted until then is served
-            busy = self.step()
-            if not busy:
+            if not self.step():
                 if stopping:
                     return
                 self._wake.wait()
 
     def _read_or_end(self) -> bool:
-        """Reads a piece; what goes wrong with a prompt, such as another store, ends it."""
-        if self._reading is None:
-            with self._lock:
-                if None not in self._rows or not self._waiting:
-                    return False
+        """Reads pieces; an error, such as a store that does not fit, ends its prompt's request."""
+        left, busy = self.piece, False
+        while left > 0 and (reading := self._next_reading()) is not None:
+            busy = True
+            try:
+                reading.begin(self.store)
+                size = reading.next_size(self.piece)
+                if size > left:
+                    break
+                left -= max(size, LEAST)
+                logits = reading.read_piece(self._graph, self._state, self.piece, self.store)
+            except Exception as error:
+                reading.request.end("error", error)
+                self._reading = None
+                continue
+            if logits is not None:
+                self._begin_row(reading, logits)
+        return busy
+
+    def _next_reading(self) -> Reading | None:
+        """The prompt being read, or the next one if a row is free."""
+        with self._lock:
+            if self._reading is None and self._waiting and None in self._rows:
                 self._reading = Reading(self._waiting.popleft(), self._empty)
-        try:
-            logits = self._reading.read_piece(self._graph, self._state, self.piece, self.store)
-        except Exception as error:
-            self._reading.request.end("error", error)
-            self._reading = None
-            return True
-        if logits is not None:
-            (read, self._reading), row = (self._reading, None), self._rows.index(None)
-            self._rows[row] = read.request  # a failure of put ends it with the other rows
-            self._cache = put(self._cache, jnp.int32(row), read.cache, config=self.model.config)
-            token, scores = draw_scored(logits, Draws.of([read.request]))
-            self._add([row], np.asarray(token), _told([read.request], scores))
-        return True
+        return self._reading
+
+    def _begin_row(self, read: Reading, logits: Any) -> None:
+        """Gives a row and the first token to a request whose prompt has been read."""
+        self._reading, row = None, self._rows.index(None)
+        self._rows[row] = read.request  # a failure of put ends it with the other rows
+        self._cache = put(self._cache, jnp.int32(row), read.cache, config=self.model.config)
+        token, scores = draw_scored(logits, Draws.of([read.request]))
+        self._add([row], np.asarray(token), told([read.request], scores))
 
     def _end_rows(self, error: Exception) -> None:
         """Ends the requests in all rows, and empties them for others."""
@@ -309,7 +318,8 @@ class Batcher:
         tokens = np.array([0 if r is None else r.tokens[-1] for r in self._rows], np.int32)
         with self._lock:
             may_read = self._reading is not None or (self._waiting and None in self._rows)
-        left = min(request.max_new_tokens - len(request.tokens) for request in requests)
+        # A row that ends before the last one draws tokens that are discarded.
+        left = max(request.max_new_tokens - len(request.tokens) for request in requests)
         times = 1 if may_read else min(self.ahead, left)
         graph, state = self._steps
         new, scores, self._cache = decode(
@@ -317,9 +327,9 @@ class Batcher:
             graph=graph,
             most=self.ahead,
         )
-        every, told = np.asarray(new), _told(requests, scores)
+        every, wanted = np.asarray(new), told(requests, scores)
         for i in range(times):
-            of_time = None if told is None else jax.tree.map(lambda x, i=i: x[i], told)
+            of_time = None if wanted is None else jax.tree.map(lambda x, i=i: x[i], wanted)
             self._add(list(range(len(self._rows))), every[i], of_time)
         return True
 
@@ -329,18 +339,13 @@ class Batcher:
             request = self._rows[row]
             if request is None:
                 continue
-            if token < 0:
+            if request.is_cancelled:  # maybe by a callback, among several tokens
+                self._leave(row, request)
+            elif token < 0:
                 request.end("error", FloatingPointError("the model's logits are not finite"))
             else:
-                if request.scoring.likely is not None:
-                    assert scores is not None
+                if scores is not None and request.scoring.likely is not None:
                     request.logprobs.append(scores.of(i, request.scoring.likely))
                 request.add(token, self.text_of)
             if request.is_done:
                 self._leave(row, request)
-
-
-def _told(requests: Sequence[Request], scores: Scores) -> Scores | None:
-    """The scores on the host, if a request wants them; else None."""
-    wanted = any(request.scoring.likely is not None for request in requests)
-    return jax.device_get(scores) if wanted else None

@@ -182,11 +182,11 @@ class PrefixStore:
             raise ValueError("give at least one token, got none")
         check_ids("tokens", int(ids.min()), int(ids.max()), model.config.vocab_size)
         _check_cache("empty", empty)
+        step = _longest_segment(model) if every is None else check_integer("every", every)
         empty.check_room((1, len(ids)))
         with self._lock:
             if self._like is not None:  # the caches that are found have the room of these
                 _check_same(_like(empty), self._like)
-        step = _longest_segment(model) if every is None else check_integer("every", every)
         cache, known = self.match(ids)
         if cache is None:
             cache = jax.tree.map(jnp.copy, empty)

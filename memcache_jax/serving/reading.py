@@ -12,6 +12,9 @@ from memcache_jax.serving.prefix_store import PrefixStore
 from memcache_jax.serving.request import Request
 from memcache_jax.serving.scores import read
 
+LEAST = 16
+"""The tokens that a shorter piece counts as, since it takes about as long to read."""
+
 
 class Reading:
     """A request's prompt, and the cache after the tokens read so far.
@@ -26,21 +29,31 @@ class Reading:
         self.request, self.taken = request, 0
         self.cache, self._empty = None, empty
 
+    def begin(self, store: PrefixStore | None) -> None:
+        """Looks up the store's longest prefix of the prompt; has no effect once begun."""
+        if self.cache is not None:
+            return
+        if store is not None and not self.request.scoring.prompt:
+            self.cache, self.taken = store.match(self.request.prompt)
+        if self.cache is None:
+            self.cache = _copied(self._empty)
+        self.request.known = self.taken
+
+    def next_size(self, piece: int) -> int:
+        """The size of the next piece, which depends only on the prompt and its known prefix.
+
+        The largest power of two that does not cross a multiple of ``piece``, so that prompts with
+        the same beginning are cut alike, whether or not the store has a part of them.
+        """
+        left = len(self.request.prompt) - self.taken
+        return 1 << (min(left, piece - self.taken % piece).bit_length() - 1)
+
     def read_piece(
         self, graph: Frame, state: Any, piece: int, store: PrefixStore | None
     ) -> Float[Array, "1 vocab"] | None:
-        """Reads the next piece that the store lacks; returns logits after the prompt's last one."""
+        """Reads the next piece; returns logits after the prompt's last one."""
         prompt, scored = self.request.prompt, self.request.scoring.prompt
-        if self.cache is None:
-            if store is not None and not scored:
-                self.cache, self.taken = store.match(prompt)
-            if self.cache is None:
-                self.cache = jax.tree.map(jnp.copy, self._empty)
-            self.request.known = self.taken
-        left = len(prompt) - self.taken
-        # The largest power of two that does not cross a multiple of ``piece``: so prompts with the
-        # same beginning are cut alike, whether or not the store has a part of them.
-        size = 1 << (min(left, piece - self.taken % piece).bit_length() - 1)
+        left, size = len(prompt) - self.taken, self.next_size(piece)
         begin, self.taken = self.taken, self.taken + size
         args = prompt, begin, self.taken, self.cache
         self.cache, logits, scores = read(state, *args, graph=graph, scored=scored)
@@ -51,3 +64,9 @@ class Reading:
         if store is not None and (self.taken % piece == 0 or size == left):
             store.insert(prompt[: self.taken], self.cache)
         return logits if size == left else None
+
+
+@jax.jit
+def _copied(cache: LanguageModelCache) -> LanguageModelCache:
+    """A copy that can be donated, made by one program."""
+    return jax.tree.map(jnp.copy, cache)

@@ -7,11 +7,12 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 
 from memcache_jax import _checks
 from memcache_jax.generation.sampling import Sampling
-from memcache_jax.serving.scores import Logprob, Scoring
+from memcache_jax.serving.scores import Logprob, Scores, Scoring
 
 Reason = Literal["length", "stop", "cancelled", "error"]
 
@@ -38,6 +39,14 @@ class Limits:
             raise ValueError(f"stop_texts must be texts, not empty, got {_checks.shown(wrong[0])}")
         stops = tuple(_checks.check_integer("a stop token", stop, 0) for stop in self.stop_tokens)
         _checks.set_fields(self, stop_tokens=stops, stop_texts=tuple(self.stop_texts))
+
+    def check(self, vocab: int, text_of: Callable[[list[int]], str] | None) -> None:
+        """Raises ValueError for tokens beyond the vocabulary, or texts without ``text_of``."""
+        if self.stop_tokens:
+            of_stops = min(self.stop_tokens), max(self.stop_tokens)
+            _checks.check_ids("stop_tokens", *of_stops, vocab)
+        if self.stop_texts and text_of is None:
+            raise ValueError("stop_texts need a batcher with text_of, the text of token ids")
 
 
 class Load(NamedTuple):
@@ -204,3 +213,9 @@ class Request:
             wakers = list(self._wakers)
         for wake in wakers:
             wake()
+
+
+def told(requests: Sequence[Request], scores: Scores) -> Scores | None:
+    """The scores on the host, if a request wants them; else None."""
+    wanted = any(request.scoring.likely is not None for request in requests)
+    return jax.device_get(scores) if wanted else None

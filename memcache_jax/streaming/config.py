@@ -112,6 +112,17 @@ class CacheConfig:
         return self.memory.form == "descent" and self.memory.gradient_chunk != 1
 
     @property
+    def in_parts(self) -> bool:
+        """Whether several tokens of a chunk may be kept as factors at once.
+
+        Rewinding into them needs the cache before each, which is known only with one key per state
+        and a record that no token changes.
+        """
+        counts = self.eviction is not None and self.eviction.counts_reads
+        measures = isinstance(self.segmentation, Adaptive) and self.segmentation.by != "keys"
+        return self.defers and not (self.rewind and (self.spans or counts or measures))
+
+    @property
     def composes(self) -> bool:
         """Whether states of several segments follow from the maps of single ones."""
         slots = self.slots

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memcache_jax._typing import Array, Bool, State
+from memcache_jax._typing import Array, Bool, Int, State
 from memcache_jax.engine.finite import spoil
 from memcache_jax.engine.read import keep
 from memcache_jax.engine.types import Rows, Views, Writing
 from memcache_jax.memories import Memory
-from memcache_jax.memories.pending import Pending, no_tokens, settled, with_token
+from memcache_jax.memories.pending import Pending, no_tokens, settled, with_tokens
 from memcache_jax.streaming.in_place import change_rows
 
 
@@ -30,41 +30,54 @@ def emptied(memory: Memory, initial: State, pending: Pending, rows: Bool[Array, 
 
 
 def pending_with(
-    how: Writing, cache: Any, rows: Rows, active: Bool[Array, "b"]
-) -> tuple[Pending, Views]:
-    """Adds one token (b, h, 1, 1, 1, ...) in active rows; also returns the live track's views.
+    how: Writing, cache: Any, rows: Rows, counts: Int[Array, "b"]
+) -> tuple[Pending, Views, Any]:
+    """Adds the first ``counts`` tokens (b, h, 1, 1, n, ...).
 
     A non-finite token makes the shares NaN, and with them later tokens' reads and the state.
+
+    Returns:
+      The pending tokens, the live track's views, and the shares (b, h, tracks, n, ...) after each
+      token, unused past ``counts``.
     """
     deep: Any = how.memory
     place = cache.position % deep.chunk_size  # an inactive row's next token overwrites it
-    token = jax.tree.map(lambda x: x[:, :, 0, 0], rows._replace(bad=None))
+    tokens = jax.tree.map(lambda x: x[:, :, 0, 0], rows._replace(bad=None))
 
-    def of_track(how: Writing, state: State, pending: Pending, place: Array, row: Rows) -> tuple:
-        added = with_token(deep, state, pending, place, row.key, row.value, row.controls)
-        return added[0], keep(deep, how.needs, added[1], row.query)
+    def of_track(
+        how: Writing, state: State, pending: Pending, place: Array, count: Array, row: Rows
+    ) -> tuple:
+        added = with_tokens(deep, state, pending, place, count, row.key, row.value, row.controls)
+        return (added[0], added[2]), keep(deep, how.needs, added[1], row.query)
 
     # The live track alone, without its axis: with an axis of size one XLA may choose another layout
     # for the states and copy them.
-    live = jax.vmap(jax.vmap(functools.partial(of_track, how), (0, 0, None, 0)))
+    live: Any = jax.vmap(jax.vmap(functools.partial(of_track, how), (0, 0, None, None, 0)))
     own = jax.tree.map(lambda x: x[:, :, 0], (cache.state, cache.pending))
-    pending, kept = live(own[0], own[1], place, token)
-    pending = jax.tree.map(lambda x: x[:, :, None], pending)
+    added, kept = live(*own, place, counts, tokens)
+    added = jax.tree.map(lambda x: x[:, :, None], added)
     kept = jax.tree.map(lambda x: x[:, :, None, None], kept)
     if cache.key_sum.shape[2] > 1 and jax.tree.leaves(cache.state)[0].shape[2] > 1:
         one = functools.partial(of_track, how.with_no_reads())
-        tracks = jax.vmap(jax.vmap(jax.vmap(one, (0, 0, None, None)), (0, 0, None, 0)))
+        tracks: Any = jax.vmap(one, (0, 0, None, None, None))
+        tracks = jax.vmap(jax.vmap(tracks, (0, 0, None, None, 0)))
         later = jax.tree.map(lambda x: x[:, :, 1:], (cache.state, cache.pending))
-        others, _ = tracks(later[0], later[1], place, token)
-        pending = jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=2), pending, others)
+        others, _ = tracks(*later, place, counts, tokens)
+        added = jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=2), added, others)
+    pending, each = added
     shares = pending.weights, pending.momentum
     shares, kept = spoil(how.memory, rows, np.array([True]), shares, kept)
-    old = cache.pending.weights, cache.pending.momentum
+    old, active = (cache.pending.weights, cache.pending.momentum), counts > 0
     shares = jax.tree.map(
         lambda new, old: jnp.where(active.reshape(-1, *[1] * (new.ndim - 1)), new, old), shares, old
     )
     pending = pending._replace(weights=shares[0], momentum=shares[1])
-    return pending, kept
+    assert rows.bad is not None
+    lost = jnp.cumsum(rows.bad[:, :, 0, 0], axis=2)[:, :, None] > 0
+    each = jax.tree.map(
+        lambda x: jnp.where(lost.reshape(*lost.shape, *[1] * (x.ndim - 4)), jnp.nan, x), each
+    )
+    return pending, kept, each
 
 
 def settle(memory: Memory, state: State, pending: Pending, complete: Bool[Array, "b"]) -> State:

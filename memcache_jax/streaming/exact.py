@@ -48,14 +48,14 @@ def keeps_tokens(config: Any) -> bool:
 
 
 def remember(
-    cache: Any, tokens: Tokens, bad: Bool[Array, "b h 1 m"], active: Bool[Array, "b"]
+    cache: Any, tokens: Tokens, bad: Bool[Array, "b h 1 m"], counted: Bool[Array, "b *m"]
 ) -> Recent | None:
-    """The recent tokens after (b, h, 1, m, ...) more in active rows."""
+    """The recent tokens after adding those of (b, h, 1, m, ...) that count."""
     if cache.recent is None:
         return None
     size, count = cache.recent.key.shape[2], tokens.key.shape[3]
     place = (cache.position[:, None] + np.arange(count)[None]) % size
-    place = jnp.where(active[:, None], place, size)
+    place = jnp.where(counted, place, size)
 
     def put(kept: Array, new: Array) -> Array:
         of_row = jax.vmap(lambda kept, new, place: kept.at[:, place].set(new, mode="drop"))

@@ -1,5 +1,6 @@
 """The next tokens of a stream."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -15,10 +16,10 @@ from memcache_jax._typing import Array, Bool, Float, Int, Start
 from memcache_jax._varying import alike
 from memcache_jax.adaptive import Adaptive
 from memcache_jax.aggregation import Aggregation
-from memcache_jax.engine.run import exact_chunk, full_controls, widen
+from memcache_jax.engine.run import full_controls, widen
 from memcache_jax.engine.types import Tokens
 from memcache_jax.memories import Memory
-from memcache_jax.segmentation import Segmentation
+from memcache_jax.segmentation import Segmentation, exact_chunk
 from memcache_jax.sharding.division import Division
 from memcache_jax.sharding.layout import check_not_mapped_over
 from memcache_jax.streaming.cache import Cache
@@ -44,10 +45,10 @@ def extend(
 ) -> tuple[Float[Array, "b t h v"], Cache]:
     """Takes the next tokens of a stream, with the outputs that ``memory_caching`` gives them.
 
-    Any split of a sequence into calls gives the outputs of one call over the whole. A call of fewer
-    tokens than a chunk writes them one by one; a longer one writes whole chunks, and the tokens
-    before the first and after the last chunk one by one. It compiles once per number of tokens.
-    Donate the cache, and none of its arrays is copied::
+    Any split of a sequence into calls gives the outputs of one call over the whole. A call writes
+    whole chunks at once and other tokens one by one; deep memories take several tokens of a chunk
+    at once. It compiles once per number of tokens. Donate the cache, and none of its arrays is
+    copied::
 
         step = jax.jit(mc.extend, donate_argnums=0)
 
@@ -138,6 +139,10 @@ def _extend(cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]) -> tuple[Arr
     tokens = widen(**tokens._replace(controls=full)._asdict(), dtype=cache.key_sum.dtype)
     count = tokens.key.shape[2]
     lengths = jnp.minimum(lengths, count)  # traced lengths have not been checked
+    # Outputs of the other tokens are dropped, but gradients would pass through NaN in their reads.
+    counts = (jnp.arange(count)[None] < lengths[:, None])[:, None, :, None]
+    query, connector = (jnp.where(counts, x, 0) for x in (tokens.query, tokens.connector))
+    tokens = tokens._replace(query=query, connector=connector)
 
     block = config.segmentation.size
     chunk = memory.gradient_chunk
@@ -166,13 +171,13 @@ def _taken(
         cache, y = take_piece(cache, tokens, lengths > 0)
         return cache, jnp.where((lengths > 0)[:, None, None, None], y, 0)
     carry = _nothing_taken(cache, tokens, lengths)
-    single = functools.partial(_exhaust, tokens, lengths, chunk, 1)
+    rest = _Steps.of_rest(cache, tokens, lengths, chunk).exhaust
     if not _has_wholes(chunk, cache, count):
-        cache, _, y = single(carry)
+        cache, _, y = rest(carry)
     else:
-        whole = functools.partial(_exhaust, tokens, lengths, chunk, chunk)
+        whole = _Steps(tokens, lengths, chunk, chunk).exhaust
         # The rest of a chunk that was begun, then whole chunks; then what is left.
-        cache, _, y = fori_loop(2, lambda carry: whole(single(carry)), carry)
+        cache, _, y = fori_loop(2, lambda carry: whole(rest(carry)), carry)
     return cache, y
 
 
@@ -187,15 +192,17 @@ def _taken_in_scans(
     """As ``_taken``, in as many steps as any row may need."""
     count = tokens.key.shape[2]
     carry = _nothing_taken(cache, tokens, lengths)
-    single = functools.partial(_advance, tokens, lengths, chunk, 1)
+    rest = _Steps.of_rest(cache, tokens, lengths, chunk)
     if not _has_wholes(chunk, cache, count):
-        cache, _, y = _repeat(single, count, carry)
+        times = 1 + -(-count // chunk) if rest.in_parts else count
+        cache, _, y = _repeat(rest.advance, times, carry)
         return cache, y
-    whole = functools.partial(_advance, tokens, lengths, chunk, chunk)
-    singles = chunk - 1 + cache.config.rewind
+    whole = _Steps(tokens, lengths, chunk, chunk)
+    rewind = cache.config.rewind
+    times = 2 + -(-rewind // chunk) if rest.in_parts else chunk - 1 + rewind
 
     def some(carry: tuple) -> tuple:
-        return _repeat(whole, count // chunk, _repeat(single, singles, carry))
+        return _repeat(whole.advance, count // chunk, _repeat(rest.advance, times, carry))
 
     cache, _, y = _repeat(some, 2, carry)
     return cache, y
@@ -220,59 +227,76 @@ def _repeat(advance: Any, times: int, carry: tuple) -> tuple:
     return lax.scan(lambda carry, _: (advance(carry), None), carry, length=times)[0]
 
 
-def _exhaust(
-    tokens: Tokens, lengths: Int[Array, "b"], chunk: int, size: int, carry: tuple
-) -> tuple[Cache, Array, Array]:
-    """Takes whole chunks, or single tokens, until no row has any left."""
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """Steps that take a call's tokens (b, h, t, ...), of which ``lengths`` count in each row.
 
-    def active(carry: tuple) -> Bool[Array, "b"]:
+    Attributes:
+      tokens: the tokens.
+      lengths: how many count.
+      chunk: tokens in a chunk.
+      size: tokens in a step: ``chunk`` for whole chunks, 1 for single tokens, and at most ``chunk``
+        with ``in_parts``.
+      in_parts: whether rows take all their tokens up to the chunk's end in one step.
+    """
+
+    tokens: Any
+    lengths: Any
+    chunk: int
+    size: int
+    in_parts: bool = False
+
+    @classmethod
+    def of_rest(cls, cache: Cache, tokens: Tokens, lengths: Int[Array, "b"], chunk: int) -> Any:
+        """The steps that take tokens outside whole chunks."""
+        if not cache.config.in_parts:
+            return cls(tokens, lengths, chunk, 1)
+        size = min(tokens.key.shape[2], chunk)
+        # Zeros fill slices that reach past the last token.
+        padded = jax.tree.map(
+            lambda x: jnp.pad(x, [(0, size if axis == 2 else 0) for axis in range(x.ndim)]), tokens
+        )
+        return cls(padded, lengths, chunk, size, True)
+
+    def exhaust(self, carry: tuple) -> tuple[Cache, Array, Array]:
+        """Takes steps until no row has any left."""
+        return while_loop(
+            lambda carry: self._active(carry).any(),
+            lambda carry: self._step(self._active(carry), carry),
+            carry,
+        )
+
+    def advance(self, carry: tuple) -> tuple[Cache, Array, Array]:
+        """Takes a step in the rows that have one."""
+        active = self._active(carry)
+        step = functools.partial(self._step, active)
+        return lax.cond(active.any(), step, lambda carry: carry, carry)
+
+    def _active(self, carry: tuple) -> Bool[Array, "b"]:
+        """The rows that take this step: those at the start of a whole chunk, or the others."""
         cache, done, _ = carry
-        return _active(cache, done, lengths, chunk, size)
+        last = self.lengths - cache.config.rewind
+        whole = (cache.position % self.chunk == 0) & (done + self.chunk <= last)
+        if self.size == self.chunk > 1 and not self.in_parts:
+            return whole
+        return done < self.lengths if self.chunk == 1 else ~whole & (done < self.lengths)
 
-    return while_loop(
-        lambda carry: active(carry).any(),
-        lambda carry: _step(tokens, size, active(carry), carry),
-        carry,
-    )
-
-
-def _advance(
-    tokens: Tokens, lengths: Int[Array, "b"], chunk: int, size: int, carry: tuple
-) -> tuple[Cache, Array, Array]:
-    """Takes a whole chunk in rows that have one, or one token in the others."""
-    cache, done, _ = carry
-    active = _active(cache, done, lengths, chunk, size)
-    return lax.cond(
-        active.any(),
-        functools.partial(_step, tokens, size, active),
-        lambda carry: carry,
-        carry,
-    )
-
-
-def _active(
-    cache: Cache, done: Int[Array, "b"], lengths: Int[Array, "b"], chunk: int, size: int
-) -> Bool[Array, "b"]:
-    """The rows whose next tokens are a whole chunk, or come one by one."""
-    last = lengths - cache.config.rewind
-    whole = (cache.position % chunk == 0) & (done + chunk <= last)
-    if size == chunk and chunk > 1:
-        return whole
-    return done < lengths if chunk == 1 else ~whole & (done < lengths)
-
-
-def _step(
-    tokens: Tokens, size: int, active: Bool[Array, "b"], carry: tuple
-) -> tuple[Cache, Array, Array]:
-    cache, done, y = carry
-    # At a row's end the slice is shifted back; the row is then not active.
-    piece = jax.tree.map(
-        lambda x: jax.vmap(lambda x, begin: lax.dynamic_slice_in_dim(x, begin, size, axis=1))(
-            x, done
-        ),
-        tokens,
-    )
-    cache, out = take_piece(cache, piece, active)
-    place = jnp.where(active, done, y.shape[2])[:, None] + jnp.arange(size)[None]
-    put = jax.vmap(lambda y, out, place: y.at[:, place].set(out, mode="drop"))
-    return cache, done + size * active, put(y, out, place)
+    def _step(self, active: Bool[Array, "b"], carry: tuple) -> tuple[Cache, Array, Array]:
+        cache, done, y = carry
+        # At a row's end the slice of a whole chunk is shifted back; the row is then not active.
+        piece = jax.tree.map(
+            lambda x: jax.vmap(
+                lambda x, begin: lax.dynamic_slice_in_dim(x, begin, self.size, axis=1)
+            )(x, done),
+            self.tokens,
+        )
+        counts = jnp.full_like(done, self.size)
+        if self.in_parts:
+            counts = jnp.minimum(self.lengths - done, self.chunk - cache.position % self.chunk)
+            counts = counts.astype(done.dtype)
+        cache, out = take_piece(cache, piece, active, counts if self.in_parts else None)
+        ahead = jnp.arange(self.size)[None]
+        there = active[:, None] & (ahead < counts[:, None])
+        place = jnp.where(there, done[:, None] + ahead, y.shape[2])
+        put = jax.vmap(lambda y, out, place: y.at[:, place].set(out, mode="drop"))
+        return cache, done + counts * active, put(y, out, place)

@@ -89,8 +89,15 @@ def _one_by_one(change: Callable[..., T], rows: Array, arrays: T, args: tuple, c
         own, its = jax.tree.map(
             lambda x: lax.dynamic_index_in_dim(x, row, keepdims=False), (arrays, args)
         )
-        left, its, alike = lax.optimization_barrier((left, its, common))
-        new = change(own, *its, *alike)
+
+        def changed(carry: tuple[Array, T]) -> tuple[Array, T]:
+            again, own = carry
+            again, taken, alike = lax.optimization_barrier((again, its, common))
+            return jnp.zeros_like(again), change(own, *taken, *alike)
+
+        # This loop of one iteration has read all that the writes below overwrite; otherwise XLA
+        # copies the arrays.
+        _, new = while_loop(lambda carry: carry[0], changed, (left.any(), own))
         arrays = jax.tree.map(
             lambda x, new: lax.dynamic_update_index_in_dim(x, new, row, 0), arrays, new
         )

@@ -13,7 +13,9 @@ from memcache_jax.engine.types import Rows, Tokens, Writing
 from memcache_jax.streaming.slots import Decided
 
 
-def measured(cache: Any, how: Writing, tokens: Tokens, rows: Rows, active: Bool[Array, "b"]) -> Any:
+def measured(
+    cache: Any, how: Writing, tokens: Tokens, rows: Rows, counted: Bool[Array, "b *m"]
+) -> Any:
     """The record with the measures of more tokens (b, h, 1, m, ...), by errors or scores."""
     slots = cache.config.slots
     if not isinstance(slots, Decided) or slots.segmentation.by == "keys":
@@ -29,5 +31,5 @@ def measured(cache: Any, how: Writing, tokens: Tokens, rows: Rows, active: Bool[
         _, errors = jax.vmap(jax.vmap(of_chunk, (0, 0, 0, 0)), (0, 0, None, 0))(*args)
         assert rows.bad is not None
         measures = jnp.where(rows.bad[:, :, 0, 0], jnp.nan, errors).mean(axis=1)
-    measures = jnp.where(active[:, None], measures, 0)
+    measures = jnp.where(counted, measures, 0)
     return slots.measured(cache.record, lax.stop_gradient(measures))

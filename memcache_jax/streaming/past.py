@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from memcache_jax._typing import Array, Bool, Int
+from memcache_jax._typing import Array, Bool, Float, Int
 from memcache_jax.memories.pending import Pending
 from memcache_jax.streaming.in_place import change_if
 from memcache_jax.streaming.rewind import taken_back
@@ -93,6 +94,37 @@ def remember_token(cache: Any, active: Bool[Array, "b"]) -> Past:
     )
 
 
+def remember_tokens(
+    cache: Any, shares: Any, sums: Float[Array, "b h tracks n k"], taken: Int[Array, "b"]
+) -> Past:
+    """As ``remember_token``, for the ``taken`` tokens that rows take of one chunk.
+
+    Args:
+      cache: the cache before these tokens.
+      shares: the pending tokens' shares after each token, (b, h, tracks, n, ...).
+      sums: the sums of keys after each token.
+      taken: how many of the n tokens each row takes.
+    """
+    rings, past = rings_of(cache), cache.past
+    ahead = np.arange(sums.shape[3])[None]
+    # Only the last ones, so that each place gets at most one.
+    there = (ahead < taken[:, None]) & (ahead >= taken[:, None] - cache.config.rewind)
+
+    def each(before: Array, after: Array) -> Array:
+        """The values before each token, (b, n, ...)."""
+        return jnp.moveaxis(jnp.concatenate([before[:, :, :, None], after[:, :, :, :-1]], 3), 3, 1)
+
+    live = jax.tree.map(each, _live(cache), (shares, sums))
+    record = jax.tree.map(
+        lambda x: jnp.broadcast_to(x[:, None], (len(x), ahead.size, *x.shape[1:])), cache.record
+    )
+    at = cache.position[:, None] + ahead, there
+    return past._replace(
+        live=rings.live.put(past.live, live, *at),
+        record=rings.record.put(past.record, record, *at),
+    )
+
+
 def remember_chunk(cache: Any, complete: Bool[Array, "b"]) -> tuple[Past, Bool[Array, "b"]]:
     """Adds complete chunks to the history, before their tokens are written.
 
@@ -101,19 +133,24 @@ def remember_chunk(cache: Any, complete: Bool[Array, "b"]) -> tuple[Past, Bool[A
     """
     past = cache.past
     number = cache.position // cache.config.memory.gradient_chunk
-    kept, args = (past.chunks, complete), (cache.first, _chunk(cache), number)
+    kept, args = (past.chunks, jnp.int32(0)), (cache.first, _chunk(cache), number, complete)
     put = functools.partial(_with_chunks, cache.config)
-    chunks, complete = change_if(put, complete.any(), kept, args)
-    return past._replace(chunks=chunks), complete
+    chunks, times = change_if(put, complete.any(), kept, args)
+    return past._replace(chunks=chunks), complete & (times < 2)
 
 
 def _with_chunks(
-    config: Any, kept: tuple[Any, Array], first: Any, chunk: tuple, number: Int[Array, "b"]
+    config: Any,
+    kept: tuple[Any, Array],
+    first: Any,
+    chunk: tuple,
+    number: Int[Array, "b"],
+    complete: Bool[Array, "b"],
 ) -> tuple[Any, Array]:
-    arrays, complete = kept
+    arrays, times = kept
     rows = jax.tree.map(lambda x: x[:, None], chunk)
     ring = _ring_of_chunks(config, chunk, first)
-    return ring.put(arrays, rows, number[:, None], complete[:, None]), complete
+    return ring.put(arrays, rows, number[:, None], complete[:, None]), times + 1
 
 
 def remember_slots(
@@ -126,15 +163,18 @@ def remember_slots(
     """Adds to the history what a block's end overwrites: slots at ``place``, and those that merge.
 
     Returns:
-      The history, and the places and merge to use in place of the arguments: writes then wait for
-      reads; otherwise XLA would copy the bank.
+      The history, and the places and merge to use instead of the arguments. They depend on how
+      often the loop has run, so that writes wait for its reads; otherwise XLA would copy the bank.
     """
-    of_slots = cache.past[3:]
-    args = cache.first, cache.bank, cache.pooled, block, ended
-    carry = of_slots, place.astype(jnp.int32), merge
+    args = cache.first, cache.bank, cache.pooled, block, ended, place.astype(jnp.int32), merge
+    carry = cache.past[3:], jnp.int32(0)
     again = (storage.made_again for storage in cache.storages)
     put = functools.partial(_with_slots, cache.config, *again)
-    of_slots, place, merge = change_if(put, ended.any(), carry, args)
+    of_slots, times = change_if(put, ended.any(), carry, args)
+    nowhere = cache.config.slots.num_slots
+    place = jnp.where(times < 2, place, nowhere)
+    if merge is not None:
+        merge = merge._replace(into=jnp.where(times < 2, merge.into, nowhere))
     return Past(*cache.past[:3], *of_slots), place, merge
 
 
@@ -142,14 +182,16 @@ def _with_slots(
     config: Any,
     states_of: Callable[[Any], Storage],
     keys_of: Callable[[Any], Storage],
-    kept: tuple,
+    kept: tuple[Any, Array],
     first: Any,
     bank: Any,
     pooled: Any,
     block: Int[Array, "b"],
     ended: Bool[Array, "b"],
-) -> tuple:
-    of_slots, place, merge = kept
+    place: Int[Array, "b tracks"],
+    merge: Any,
+) -> tuple[Any, Array]:
+    of_slots, times = kept
     of_states, of_keys = states_of(first), keys_of(first)
     places = [place]
     if _merges(config):
@@ -164,7 +206,7 @@ def _with_slots(
             _rings_of_slots(config, of_states, of_keys), of_slots, (slots, *held), strict=True
         )
     ]
-    return tuple(put), place, merge
+    return tuple(put), times + 1
 
 
 def rewound(cache: Any, tokens: Int[Array, "b"]) -> Any:
@@ -185,28 +227,59 @@ def rewound(cache: Any, tokens: Int[Array, "b"]) -> Any:
         chunk = config.memory.gradient_chunk
         number = position // chunk
         crossed = moved & (number < cache.position // chunk)
-        chunks = where_rows(crossed, rings.chunks.at(past.chunks, number), _chunk(cache))
+        put_back = functools.partial(_chunks_back, config)
+        args = cache.first, past.chunks, number, crossed
+        chunks = change_if(put_back, crossed.any(), _chunk(cache), args)
         (weights, momentum), key_sum = live
         state, inputs, deltas = chunks
         pending = Pending(inputs, deltas, weights, momentum)
         changes |= dict(state=state, pending=pending, key_sum=key_sum)
     if rings.slots is not None:
-        segment, none = config.segmentation.size, config.slots.num_slots
-
-        def undo(ago: Array, kept: tuple) -> tuple:
-            """Puts back what the end of a block replaced, the last one first."""
-            block = cache.position // segment - 1 - ago
-            undone = moved & (block >= position // segment)
-            slots = jnp.where(undone[:, None], rings.slots.at(past.slots, block), none)
-            held = rings.bank.at(past.bank, block), rings.pooled.at(past.pooled, block)
-            return tuple(
-                storage.put(arrays, rows, slots)
-                for storage, arrays, rows in zip(cache.storages, kept, held, strict=True)
-            )
-
-        bank, pooled = lax.fori_loop(0, rings.slots.size, undo, (cache.bank, cache.pooled))
+        segment = config.segmentation.size
+        blocks = cache.position // segment, position // segment
+        again = (storage.made_again for storage in cache.storages)
+        put_back = functools.partial(_slots_back, config, *again)
+        args = cache.first, past[3:], *blocks, moved
+        undone = (moved & (blocks[1] < blocks[0])).any()
+        bank, pooled = change_if(put_back, undone, (cache.bank, cache.pooled), args)
         changes |= dict(bank=bank, pooled=pooled)
     return dataclasses.replace(cache, **changes)
+
+
+def _chunks_back(
+    config: Any, chunk: tuple, first: Any, chunks: Any, number: Int[Array, "b"], rows: Array
+) -> tuple:
+    """The arrays of ``_chunk``, with those of chunk ``number`` in the marked rows."""
+    ring = _ring_of_chunks(config, chunk, first)
+    return where_rows(rows, ring.at(chunks, number), chunk)
+
+
+def _slots_back(
+    config: Any,
+    states_of: Callable[[Any], Storage],
+    keys_of: Callable[[Any], Storage],
+    held: tuple[Any, Any],
+    first: Any,
+    of_slots: tuple,
+    now: Int[Array, "b"],
+    then: Int[Array, "b"],
+    rows: Bool[Array, "b"],
+) -> tuple[Any, Any]:
+    """The bank and pooled keys, in the marked rows as they were in block ``then``."""
+    storages = states_of(first), keys_of(first)
+    rings = _rings_of_slots(config, *storages)
+
+    def undo(ago: Array, held: tuple) -> tuple:
+        """Puts back what the end of a block replaced, the last one first."""
+        block = now - 1 - ago
+        places, *rows_of = (ring.at(x, block) for ring, x in zip(rings, of_slots, strict=True))
+        slots = jnp.where((rows & (block >= then))[:, None], places, config.slots.num_slots)
+        return tuple(
+            storage.put(arrays, rows, slots)
+            for storage, arrays, rows in zip(storages, held, rows_of, strict=True)
+        )
+
+    return lax.fori_loop(0, rings[0].size, undo, held)
 
 
 def _chunk(cache: Any) -> tuple:

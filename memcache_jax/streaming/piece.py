@@ -35,46 +35,65 @@ from memcache_jax.streaming.cache import Cache
 from memcache_jax.streaming.deferred import emptied, pending_with, reset, settle
 from memcache_jax.streaming.exact import exact_of, matrices_of, remember
 from memcache_jax.streaming.measures import measured
-from memcache_jax.streaming.past import remember_chunk, remember_token
+from memcache_jax.streaming.past import remember_chunk, remember_token, remember_tokens
 from memcache_jax.streaming.spans import check_pooling, span_keys, sums_of
 from memcache_jax.streaming.store import once_read, store
 
 
 def take_piece(
-    cache: Cache, piece: Tokens, active: Bool[Array, "b"]
+    cache: Cache, piece: Tokens, active: Bool[Array, "b"], counts: Int[Array, "b"] | None = None
 ) -> tuple[Cache, Float[Array, "b h m v"]]:
-    """Takes tokens (b, h, m, ...) of one chunk: returns the cache after them, and their outputs."""
+    """Takes tokens (b, h, m, ...) of one chunk: returns the cache after them, and their outputs.
+
+    With ``counts``, active rows take only that many of them, which stay pending.
+    """
     config, slots = cache.config, cache.config.slots
     memory, aggregation, segment = config.memory, config.aggregation, config.segmentation.size
     size = piece.key.shape[2]
+    taken, counted = jnp.where(active, size if counts is None else counts, 0), active[:, None]
+    taken = taken.astype(cache.position.dtype)
+    if counts is not None:
+        counted = jnp.arange(size)[None] < taken[:, None]
     block, into_block = jnp.divmod(cache.position, segment)
+    back, before = config.rewind and (size == 1 or counts is not None), cache
     if config.rewind:
         past = remember_token(cache, active) if size == 1 else cache.past
-        more = jnp.minimum(cache.rewindable + 1, config.rewind) if size == 1 else 0
+        more = jnp.minimum(cache.rewindable + taken, config.rewind) if back else 0
         rewindable = jnp.where(active, more, cache.rewindable)
         cache = dataclasses.replace(cache, past=past, rewindable=rewindable)
-    defers = config.defers and size == 1
-    cache = _restarted(cache, block, into_block)
+    defers = config.defers and (size == 1 or counts is not None)
+    cache = _restarted(cache, block, into_block, active)
 
     tokens, bad = cleaned(jax.tree.map(lambda x: x[:, :, None], piece))
+    key = piece.key
+    if counts is not None:
+        bad &= counted[:, None, None]
+        key = jnp.where(counted[:, None, :, None], key, 0)
     rows = Rows(tokens.query, tokens.key, tokens.value, tokens.controls, bad=bad)
     rows = jax.tree.map(lambda x: x[:, :, None], rows)
     how = Writing(memory, needs_of(aggregation, memory), lambda shape: None, None)
     how = how.with_maps(config.composes)
-    record = measured(cache, how, tokens, rows, active)
-    layout = Piece(cache, block, active)
+    record = measured(cache, how, tokens, rows, counted)
+    layout = Piece(cache, block, taken if defers else None)
     y, ends, selection, _ = run(layout, how, aggregation, Blocks(tokens, None, rows, tokens.key))
     y = y[:, :, 0]
 
-    complete = ended = active & (into_block + size == segment)
+    complete = ended = active & (into_block + taken == segment)
     if config.max_length is not None:
         # Tokens beyond a row's room give NaN, and what they write is dropped.
-        left = (config.max_length - cache.position)[:, None]
-        inside = jnp.arange(size)[None] < left
-        y, complete = jnp.where(inside[:, None, :, None], y, jnp.nan), complete & inside[:, -1]
+        left = config.max_length - cache.position
+        inside = jnp.arange(size)[None] < left[:, None]
+        y, complete = jnp.where(inside[:, None, :, None], y, jnp.nan), complete & (taken <= left)
     keep = functools.partial(_where, active[:, None])
+    sums = cache.key_sum + sums_of(cache, block, key)
+    if back and size > 1:
+        each = cache.key_sum[:, :, :, None] + jnp.cumsum(piece.key, axis=2)[:, :, None]
+        last = jnp.maximum(taken - 1, 0)[:, None, None, None, None]
+        sums = jnp.take_along_axis(each, last, axis=3)[:, :, :, 0]
+        past = remember_tokens(before, ends.transition, each, taken)
+        cache = dataclasses.replace(cache, past=past)
     if defers:
-        cache = _with_pending(cache, ends.state, active, after=y)
+        cache = _with_pending(cache, ends.state, taken, after=y)
     else:
         ends = jax.tree.map(keep, ends, Run(cache.state, cache.transition))
         several = slots.num_tracks > 1 and config.composes
@@ -82,26 +101,28 @@ def take_piece(
         cache = dataclasses.replace(cache, state=state, transition=ends.transition)
     cache = dataclasses.replace(
         cache,
-        position=_checks.advanced(cache.position, size * active),
-        key_sum=keep(cache.key_sum + sums_of(cache, block, piece.key), cache.key_sum),
-        record=slots.count_reads(record, selection, active),
-        recent=remember(cache, tokens, bad, active),
+        position=_checks.advanced(cache.position, taken),
+        key_sum=keep(sums, cache.key_sum),
+        record=slots.count_reads(record, selection, counted),
+        recent=remember(cache, tokens, bad, counted),
     )
-    keeps = ended if config.rewind and size == 1 else None
+    keeps = ended if back else None
     return store(cache, block, complete, after=y, keeps=keeps), y
 
 
-def _restarted(cache: Cache, block: Int[Array, "b"], into_block: Int[Array, "b"]) -> Cache:
-    """The cache after resetting the runs and chunks that begin with a row's next token."""
+def _restarted(
+    cache: Cache, block: Int[Array, "b"], into_block: Int[Array, "b"], active: Bool[Array, "b"]
+) -> Cache:
+    """The cache after resetting the runs and chunks that begin with an active row's next token."""
     config, memory = cache.config, cache.config.memory
-    begins = (into_block == 0)[:, None] & config.slots.begins(cache.record, block)
-    restart = begins if config.start == "independent" else (cache.position == 0)[:, None]
+    begins = (active & (into_block == 0))[:, None] & config.slots.begins(cache.record, block)
+    restart = begins if config.start == "independent" else (active & (cache.position == 0))[:, None]
 
     state, anchor, pending, transition = (
         *(cache.state, cache.anchor, cache.pending),
         cache.transition,
     )
-    anew = cache.position % (memory.gradient_chunk or 1) == 0
+    anew = active & (cache.position % (memory.gradient_chunk or 1) == 0)
     if pending is None:  # each token writes the state anyway, and these selects along with it
         state = _reset(state, restart, cache.initial)
     else:
@@ -128,16 +149,17 @@ def _reset(state: Any, restart: Bool[Array, "b tracks"], initial: Any) -> Any:
     )
 
 
-def _with_pending(cache: Cache, pending: Pending, active: Bool[Array, "b"], after: Array) -> Cache:
-    """The cache with one more token in its chunk, written if that is then complete."""
+def _with_pending(cache: Cache, pending: Pending, taken: Int[Array, "b"], after: Array) -> Cache:
+    """The cache with ``taken`` more tokens in its chunk, written if that is then complete."""
     memory: Any = cache.config.memory
     chunk = memory.chunk_size
-    complete = once_read(after, active & (cache.position % chunk == chunk - 1))
+    complete = once_read(after, (taken > 0) & (cache.position % chunk + taken == chunk))
     cache = dataclasses.replace(cache, pending=pending)
     if cache.config.rewind:
         past, complete = remember_chunk(cache, complete)
         cache = dataclasses.replace(cache, past=past)
-    return dataclasses.replace(cache, state=settle(memory, cache.state, pending, complete))
+    state = settle(memory, cache.state, cache.pending, complete)
+    return dataclasses.replace(cache, state=state)
 
 
 def _followed(memory: Memory, ends: Run, complete: Bool[Array, "b"]) -> State:
@@ -161,22 +183,23 @@ class Piece(Layout):
     Attributes:
       cache: from ``_restarted``.
       block: each row's block of the sequence.
-      active: the rows that take the tokens.
+      counts: how many of the tokens each row takes, if they stay pending; else None.
     """
 
     cache: Cache
     block: Int[Array, "b"]
-    active: Bool[Array, "b"]
+    counts: Int[Array, "b"] | None
 
     def write(self, how: Writing, rows: Rows) -> tuple[Run, Views]:
         """Writes the tokens into all tracks, of which only track 0, the live one, is read.
 
-        If runs compose, the others are updated once the block is complete. A single token of a deep
-        memory stays pending: the runs returned then hold ``Cache.pending`` in place of states.
+        If runs compose, the others are updated once the block is complete. If tokens of a deep
+        memory stay pending, the returned runs hold ``Cache.pending`` instead of states, and the
+        shares after each token instead of maps.
         """
-        if self.cache.config.defers and rows.key.shape[4] == 1:
-            pending, kept = pending_with(how, self.cache, rows, self.active)
-            return Run(pending, None), kept
+        if self.counts is not None:
+            pending, kept, each = pending_with(how, self.cache, rows, self.counts)
+            return Run(pending, each), kept
         chunk = jax.tree.map(lambda x: x[:, :, 0, 0], rows._replace(bad=None))
         states = self.cache.state, self.cache.anchor
 

@@ -59,9 +59,9 @@ class Planned:
         states, distances = (self._row(table, block)[:, None] for table in tables)
         return Candidates(states, distances, keys)
 
-    def count_reads(self, record: Any, selection: Selection, active: Bool[Array, "b"]) -> Any:
-        """The record after the tokens of active rows have read."""
-        del selection, active
+    def count_reads(self, record: Any, selection: Selection, counted: Bool[Array, "b *m"]) -> Any:
+        """The record after the tokens that count have read."""
+        del selection, counted
         return record
 
     def store(
@@ -159,12 +159,12 @@ class Recent:
         counts = segments[:, None]
         return Candidates(slots[:, None], distances[:, None], keys, counts=counts, held=held)
 
-    def count_reads(self, record: Kept, selection: Selection, active: Bool[Array, "b"]) -> Kept:
+    def count_reads(self, record: Kept, selection: Selection, counted: Bool[Array, "b *m"]) -> Kept:
         """Adds up gates if the policy asks for them."""
         if self.eviction is None or not self.eviction.counts_reads:
             return record
-        gates = gates_by_state(selection, self.num_slots).sum(axis=(1, 2, 3))
-        gates = jnp.where(active[:, None], gates, 0)
+        gates = gates_by_state(selection, self.num_slots)
+        gates = jnp.where(counted[:, None, None, :, None], gates, 0).sum(axis=(1, 2, 3))
         return record._replace(gates=record.gates + gates.astype(record.gates.dtype))
 
     def returned(
@@ -271,9 +271,11 @@ class Decided:
         distances = record.segments[:, None, None] - slot
         return Candidates(jnp.where(distances > 0, slot, -1), distances, keys)
 
-    def count_reads(self, record: Ended, selection: Selection, active: Bool[Array, "b"]) -> Ended:
+    def count_reads(
+        self, record: Ended, selection: Selection, counted: Bool[Array, "b *m"]
+    ) -> Ended:
         """Unchanged."""
-        del selection, active
+        del selection, counted
         return record
 
     def tokens(self, record: Ended, block: Int[Array, "b"]) -> Int[Array, "b 1"]:

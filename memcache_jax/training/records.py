@@ -13,6 +13,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from memcache_jax._checks import shown
 from memcache_jax.training.compressed import is_compressed, kind, unpacked
 from memcache_jax.training.parquet import read_row_group, rows_of_groups
 
@@ -263,7 +264,7 @@ def _to_bytes(text: Any) -> bytes:
         return text or b""
     if isinstance(text, str):
         return text.encode("utf-8", errors="replace")  # JSON can hold lone surrogates
-    raise ValueError(f"expected text, got a {type(text).__name__}")
+    raise ValueError(f"expected text, got {shown(text)}")
 
 
 def _share(text: bytes, cut: float, after: bool) -> bytes:

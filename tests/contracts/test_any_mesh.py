@@ -241,7 +241,6 @@ def test_a_shard_map_that_checks_what_varies(name, kind, options):
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_a_model_and_its_stream_in_a_shard_map_that_checks_what_varies():
     model, tokens = model_and_tokens()
     tokens = jnp.asarray(tokens)

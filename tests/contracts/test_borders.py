@@ -158,7 +158,7 @@ _CASES = {f"{by}-{rule}": (by, rule) for by, rule in (*_ERRORS, ("scores", "line
 
 @pytest.mark.parametrize(
     "case",
-    kept_of(_CASES, "errors-titans", fast=["errors-gated_deltanet", "scores-linear"]),
+    kept_of(_CASES, "errors-titans", "errors-gated_deltanet", "scores-linear"),
 )
 @pytest.mark.usefixtures("x64")
 def test_errors_and_scores_decide_alike_on_all_paths(case):

@@ -4,6 +4,7 @@ import collections
 import importlib
 import inspect
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,15 @@ def test_each_turn_has_every_form_and_every_rule_has_its_turn():
     assert set().union(*kept[:5]) == MEMORIES.keys()
     assert set().union(*kept[5:]) == COVER.keys()
     assert rules(0, values=True)[1].values == (MEMORIES["retnet"],)
+
+
+def test_only_cases_are_exhaustive():
+    for file in Path(__file__).parents[1].rglob("test_*.py"):
+        marked = re.search(r"^( *@|pytestmark).*mark\.exhaustive", file.read_text(), re.MULTILINE)
+        assert not marked or "parametrize" in marked[0], (file, marked[0])
+    for all_left_out in (lambda: kept_of(["a"]), lambda: first_kept(0, ["a"])):
+        with pytest.raises(AssertionError, match="make test runs no case"):
+            all_left_out()
 
 
 def contracts():

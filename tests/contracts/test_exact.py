@@ -20,9 +20,9 @@ from tests.cases import (
     make_inputs,
     scheduled,
     value_and_vjp,
-    with_slow,
 )
 from tests.contracts.test_borders import IDS, LENGTH, topics
+from tests.covers import kept_of, product
 from tests.streams import empty, over_time
 
 GRM, SSC = mc.GRM(exact=3), mc.SSC(top_k=1, exact=2)
@@ -71,6 +71,7 @@ def streamed(inputs, memory, case, calls, rewind=(), options=()):
 
 NAMED: dict[str, Any] = dict(zip(("constant", "lengths", "adaptive"), CASES, strict=True))
 NAMED["keys"] = (mc.SSC(1, num_keys=2, exact=2), CONSTANT, "independent")
+RULES, FAST = [*FAMILIES, "vector", "erasing"], [("gated_deltanet", "constant")]
 CALLS = ((0, 19), (19, 20), (20, LENGTH))
 
 
@@ -78,7 +79,7 @@ CALLS = ((0, 19), (19, 20), (20, LENGTH))
 class TestEveryForm:
     """Rules of each form, in float64."""
 
-    @pytest.mark.parametrize("rule", with_slow([*FAMILIES, "vector", "erasing"], "linear"))
+    @pytest.mark.parametrize("rule", kept_of(RULES, "linear", "titans", "vector"))
     def test_reference_documents_and_gradients(self, rule):
         memory = MEMORIES[rule]
         cases = CASES if rule in FAMILIES else CASES[:1]  # a read that ignores the query
@@ -90,15 +91,15 @@ class TestEveryForm:
         )
         assert_close(fast, plain, 1e-9)
 
-    @pytest.mark.parametrize("case", with_slow(NAMED, "constant"))
-    @pytest.mark.parametrize("rule", with_slow([*FAMILIES], "gated_deltanet"))
+    @pytest.mark.parametrize(("rule", "case"), product(FAMILIES, NAMED, turn=1, fast=FAST))
     def test_streams(self, rule, case):
-        inputs = topics(MEMORIES[rule])
-        (wanted,) = run(inputs, MEMORIES[rule], (case,))
-        outputs, _ = streamed(inputs, MEMORIES[rule], case, CALLS)
+        inputs = topics(rule)
+        (wanted,) = run(inputs, rule, (case,))
+        outputs, _ = streamed(inputs, rule, case, CALLS)
         assert_close(jnp.concatenate(outputs, axis=1), wanted, 1e-12)
 
 
+@pytest.mark.slow
 def test_rows_go_back_over_a_segments_end():
     memory = MEMORIES["linear"]
     inputs = topics(memory, np.float32)
@@ -188,6 +189,7 @@ def test_caches_hold_tokens_in_their_dtype():
     assert more == 2 * 2 * (5 * 3 * (8 + 2 * 4) + 8 * 8 * 4)
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_or_comes_later_reaches_no_other_token():
     memory = MEMORIES["gated_deltanet"]
     inputs = topics(memory, np.float32)

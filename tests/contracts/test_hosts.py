@@ -144,7 +144,6 @@ class LinenDecoder(linen.Module):
         return x @ table.T
 
 
-@pytest.mark.exhaustive
 def test_linen_with_rules_scan_remat_and_a_cache():
     model: Any = LinenDecoder()
     mesh = mesh_of(AxisType.Auto)

@@ -231,6 +231,9 @@ def calls():
     )
     yield mc.nn.with_lora, dict(model=model, rank=2, alpha=4.0, rngs=nnx.Rngs(0))
     yield mc.nn.merge_lora, dict(model=model)
+    routed: dict[str, Any] = rule | dict(aggregation=mc.SSC(1))
+    router = mc.nn.MemoryCaching(8, 2, **routed, rngs=rngs)
+    yield mc.nn.with_router_noise, dict(model=router, key=jax.random.key(0), scale=0.5)
     yield (
         mc.Decoder,
         dict(model=model, batch_size=2, max_length=32, temperature=0.5, top_k=3, top_p=0.5)
@@ -351,3 +354,25 @@ def test_calls(every, more_than):
 
     jax.eval_shape(inside)
     tally.check(more_than)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_serving(tmp_path, monkeypatch):
+    """Methods of a batcher and a store, which take a prompt and compute nothing."""
+    monkeypatch.chdir(tmp_path)  # some nonsense is a name of a file
+    model, tally = mc.nn.LanguageModel(language_model_config(), rngs=nnx.Rngs(0)), Tally()
+    batcher = mc.Batcher(model, rows=1, max_length=24, most_waiting=10**6)
+    asked: dict[str, Any] = dict(prompt=[1, 2], max_new_tokens=3, temperature=0.5, top_k=3)
+    asked |= dict(top_p=0.5, seed=1, stop_tokens=(3,), stop_texts=(), logprobs=2)
+    batcher.submit(**asked, score_prompt=True, on_token=print)
+    tally.replace_each(batcher.submit, asked | dict(score_prompt=True, on_token=print))
+    store, empty = mc.PrefixStore(10**6), model.init_cache(1, 24)
+    assert store.insert([], empty)
+    tally.replace_each(store.insert, dict(tokens=[], cache=empty))
+    tally.replace_each(store.match, dict(tokens=[1, 2]))
+    # More tokens than the cache holds: always refused, before anything is compiled.
+    long = dict(model=model, tokens=np.ones(30, int), empty=empty, every=8)
+    tally.replace_each(store.prefill, long)
+    tally.replace_each(store.save, dict(path="no folder/store.npz"))
+    tally.replace_each(mc.PrefixStore.load, dict(path="none.npz", like=empty, max_bytes=10**6))
+    tally.check(more_than=800)

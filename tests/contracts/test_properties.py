@@ -241,7 +241,6 @@ def test_chunks_equal_tokens(name, data, aggregation, implementation):
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 @at_any_shape(6)
 @given(cases(), AGGREGATIONS, st.data())
 def test_any_split_equals_the_whole(case, aggregation, data):
@@ -255,7 +254,6 @@ def test_any_split_equals_the_whole(case, aggregation, data):
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 @at_any_shape(5)
 @given(cases(), AGGREGATIONS)
 def test_gradients_are_those_of_differences(case, aggregation):

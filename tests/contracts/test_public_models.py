@@ -40,7 +40,6 @@ def test_rewind_and_prefixes(family):
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_drafts():
     model = mc.pretrained.load(FOLDER / "qwen3_next")
     prompt = np.tile(np.arange(5), 3)[None]

@@ -16,7 +16,7 @@ from memcache_jax.engine.write import initial_states, write_blocks
 from memcache_jax.kernels import _sweep_plan
 from memcache_jax.kernels._dispatch import interpret_kernels
 from tests.cases import MEMORIES, assert_close, make_inputs, value_and_vjp
-from tests.covers import product
+from tests.covers import exhaustive_unless, product
 
 KERNELS = ("pallas_tpu", "pallas_gpu")
 AFFINE = {name: memory for name, memory in MEMORIES.items() if memory.form == "affine"}
@@ -103,11 +103,11 @@ def test_documents(name, implementation):
     assert_close(got, written(memory, restarts, (*rows, begun), "reference"), 1e-6)
 
 
-def gated_deltanet(rows, implementation, **options):
+def one_segment(rows, implementation, *, name="gated_deltanet", **options):
     """What a sequence of one segment reads, of two chunks and a part of one."""
     return mc.memory_caching(
         **rows,
-        memory=AFFINE["gated_deltanet"],
+        memory=AFFINE[name],
         aggregation=mc.Residual(),
         segmentation=mc.Constant(200),
         implementation=implementation,
@@ -115,29 +115,35 @@ def gated_deltanet(rows, implementation, **options):
     )
 
 
-def tokens(heads, keys, values, dtype, length=150):
-    inputs = make_inputs(
-        AFFINE["gated_deltanet"], length, batch=1, heads=heads, dim=keys, value_dim=values
-    )
+def tokens(heads, keys, values, dtype, length=150, name="gated_deltanet"):
+    inputs = make_inputs(AFFINE[name], length, batch=1, heads=heads, dim=keys, value_dim=values)
     kept = {name: inputs[name] for name in ("query", "key", "value", "controls")}
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), kept)
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-    ("heads", "keys", "values", "dtype", "tolerance"),
+    ("name", "heads", "keys", "values", "dtype", "tolerance"),
     [
-        (3, 32, 24, jnp.bfloat16, 1e-2),
-        pytest.param(1, 96, 128, jnp.bfloat16, 1e-2, marks=pytest.mark.slow),
-        pytest.param(3, 128, 96, jnp.float32, 1e-5, marks=pytest.mark.slow),
+        ("gated_deltanet", 3, 32, 24, jnp.bfloat16, 1e-2),
+        pytest.param("gated_deltanet", 1, 96, 128, jnp.bfloat16, 1e-2, marks=pytest.mark.slow),
+        pytest.param("gated_deltanet", 3, 128, 96, jnp.float32, 1e-5, marks=pytest.mark.slow),
+        pytest.param("ssd", 3, 32, 24, jnp.bfloat16, 1e-2, marks=pytest.mark.slow),
+        pytest.param("retnet", 3, 96, 40, jnp.float32, 1e-5, marks=exhaustive_unless(False)),
+        pytest.param("gla", 3, 40, 24, jnp.bfloat16, 1e-2, marks=exhaustive_unless(False)),
+        pytest.param("linear", 3, 32, 24, jnp.bfloat16, 1e-2, marks=exhaustive_unless(False)),
     ],
 )
-def test_tpu_kernels_make_maps_themselves(heads, keys, values, dtype, tolerance):
-    rows = tokens(heads, keys, values, dtype)
+def test_tpu_kernels_make_maps_themselves(name, heads, keys, values, dtype, tolerance):
+    rows = tokens(heads, keys, values, dtype, name=name)
+
+    def read(rows, implementation):
+        return one_segment(rows, implementation, name=name)
+
     with interpret_kernels():
-        got = value_and_vjp(lambda rows: gated_deltanet(rows, "pallas_tpu"), rows)
+        got = value_and_vjp(lambda rows: read(rows, "pallas_tpu"), rows)
     exact = jax.tree.map(lambda x: x.astype(jnp.float64), rows)
-    wanted = value_and_vjp(lambda rows: gated_deltanet(rows, "reference"), exact)
+    wanted = value_and_vjp(lambda rows: read(rows, "reference"), exact)
     assert got[0].dtype == dtype
     assert_close(got[0], wanted[0], tolerance)
     assert_close(got[1], wanted[1], 2 * tolerance)
@@ -148,7 +154,7 @@ def test_blocks_of_some_heads(monkeypatch):
 
     def both(implementation):
         with interpret_kernels():
-            return value_and_vjp(lambda rows: gated_deltanet(rows, implementation), rows)
+            return value_and_vjp(lambda rows: one_segment(rows, implementation), rows)
 
     monkeypatch.setattr(_sweep_plan, "_of_heads", lambda tree: [5])
     assert_close(both("pallas_tpu"), both("xla"), 1e-5)
@@ -182,7 +188,7 @@ def test_larger_states_take_maps_that_are_made_before():
     def operands(keys, values):
         rows = tokens(4, keys, values, jnp.bfloat16, 400)
         with interpret_kernels():
-            program = jax.make_jaxpr(lambda rows: gated_deltanet(rows, "pallas_tpu"))(rows)
+            program = jax.make_jaxpr(lambda rows: one_segment(rows, "pallas_tpu"))(rows)
         update = next(kernels_of(program.jaxpr))
         return {x.aval.dtype for x in update.invars[1:] if x.aval.shape[-1] >= keys}
 
@@ -197,7 +203,7 @@ def test_what_tpu_kernels_read_and_write(dtype):
     rows = tokens(2, 32, 24, dtype)
 
     def both(rows):
-        y, pull = jax.vjp(lambda rows: gated_deltanet(rows, "pallas_tpu"), rows)
+        y, pull = jax.vjp(lambda rows: one_segment(rows, "pallas_tpu"), rows)
         return pull(y)
 
     with interpret_kernels():
@@ -219,7 +225,7 @@ def test_tokens_reach_tpu_kernels_as_they_lie():
     """Neither copied nor cleaned before: nothing but reshapes and what XLA makes a view of."""
     rows = tokens(2, 32, 24, jnp.bfloat16)
     with interpret_kernels():
-        program = jax.make_jaxpr(lambda rows: gated_deltanet(rows, "pallas_tpu"))(rows)
+        program = jax.make_jaxpr(lambda rows: one_segment(rows, "pallas_tpu"))(rows)
     (call,) = kernels_of(program.jaxpr)
     shapes = [x.aval.shape for x in (*call.invars, *call.outvars)]
     assert shapes.count((1, 3, 64, 2, 32)) == 2

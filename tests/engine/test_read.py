@@ -1,5 +1,7 @@
 """Reads: how states are divided for kernels, and which implementation serves later layers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from memcache_jax.engine.read import bands_of
 from memcache_jax.kernels._dispatch import interpret_kernels
 from memcache_jax.kernels.chunk_update import chunk_update
 from tests.cases import MEMORIES, assert_close, make_inputs, value_and_vjp
+from tests.engine.test_affine import kernels_of
 
 
 def test_a_read_of_ones_own_is_not_divided():
@@ -51,3 +54,33 @@ def test_the_later_layers_of_soups_are_read_by_the_implementation(monkeypatch):
     wanted = outputs("reference")
     assert_close(got[0], wanted[0], 1e-6)
     assert_close(got[1], wanted[1], 2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("aggregation", "dtype", "tolerance"),
+    [(mc.GRM(), jnp.bfloat16, 1e-2), (mc.SSC(top_k=1), jnp.float32, 1e-5)],
+    ids=["grm", "ssc"],
+)
+def test_tpu_kernels_read_states_with_tokens_as_they_come(aggregation, dtype, tolerance):
+    memory = mc.memories.SSD()
+    inputs = make_inputs(memory, 50, batch=2, heads=3, dim=8, dtype=np.float32)
+    inputs = jax.tree.map(lambda x: jnp.asarray(x, dtype), inputs)
+
+    def outputs(inputs, implementation):
+        how = dict(memory=memory, aggregation=aggregation, segmentation=mc.Constant(16))
+        run = functools.partial(mc.memory_caching, **how, implementation=implementation)
+        return value_and_vjp(lambda inputs: run(**inputs), inputs)
+
+    with interpret_kernels():
+        got = outputs(inputs, "pallas_tpu")
+        program = jax.make_jaxpr(lambda xs: outputs(xs, "pallas_tpu"))(inputs)
+    wanted = outputs(jax.tree.map(lambda x: x.astype(jnp.float64), inputs), "reference")
+    assert_close(got[0], wanted[0], tolerance)
+    assert_close(got[1], wanted[1], 2 * tolerance)
+    calls = [call for call in kernels_of(program.jaxpr) if "bank_read" in str(call.params["name"])]
+    arrays = [x.aval for call in calls for x in (*call.invars, *call.outvars)]
+    of_tokens = [x for x in arrays if x.shape == (2, 4, 16, 3, 8)]
+    assert len(of_tokens) == 7  # q, y; q, dy, dq; q, dy
+    assert {x.dtype for x in of_tokens} == {jnp.dtype(dtype)}

@@ -29,7 +29,6 @@ def bench(folder, vocab, *flags):
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_small(tmp_path):
     done = bench(tmp_path, 257, f"--json={tmp_path}/table.json")
     assert done.returncode == 0, done.stderr

@@ -111,6 +111,7 @@ def test_segments_end_at_questions():
         _capacity.draw_questions(1, TRIALS, PAIRS, 7, 4)
 
 
+@pytest.mark.slow
 def test_program(tmp_path):
     config = configs.get_config()
     config.pairs, config.trials, config.questions, config.dim = 32, 2, 8, 8

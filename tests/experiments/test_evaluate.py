@@ -116,7 +116,6 @@ def continuation(model, prompt, count):
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_continuations_are_those_of_generate(lm, model):
     prompts = [TEXT[:k] for k in (5, 31, 1, 12, 20, 30)] + [TEXT * 2]
     whole = [continuation(model, prompt[-(MAX_LENGTH - 20) :], 20) for prompt in prompts]
@@ -282,7 +281,6 @@ metadata: {{context_length: 90}}
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_an_interrupted_run_goes_on(trained_run, tmp_path):
     write_tasks(tmp_path / "tasks")
     output = tmp_path / "results.json"

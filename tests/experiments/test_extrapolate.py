@@ -62,7 +62,6 @@ def config(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_caches_after_the_training_change_what_comes_after_its_length(config, tmp_path):
     with contextlib.closing(Study(tmp_path / "study", config)) as study:
         extrapolate.program(config, study)

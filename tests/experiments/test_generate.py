@@ -1,5 +1,6 @@
 """The command that continues a text with a trained model."""
 
+import re
 import subprocess
 import sys
 
@@ -33,6 +34,7 @@ def test_the_text_is_that_of_the_model(trained_run):
     )
     assert done.stdout == tokenizer.decode(np.asarray(expected[0])) + "\n"
     assert done.stdout.startswith("the c")
+    assert re.fullmatch(r"\d+ tokens, \d+ tokens/s", done.stderr.strip())  # and nothing of Orbax
 
 
 def test_greedy_from_the_cache_is_greedy_by_passing_over_everything(trained_run):

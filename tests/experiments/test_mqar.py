@@ -118,7 +118,6 @@ def test_a_model_learns_and_answers():
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_the_programs(tmp_path):
     from experiments import ablate, mqar
 

@@ -1,6 +1,7 @@
 """What programs tell of flags and configurations that are wrong: one line, and no traceback."""
 
 import sys
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -100,6 +101,17 @@ def test_a_configuration_may_be_a_dict(start):
     assert config.to_dict() == {"steps": 3, "model": {"window": 2}}
 
 
+def test_the_configuration_of_the_file_is_that_without_flags(tmp_path, monkeypatch):
+    file, values = tmp_path / "config.py", flags.FlagValues()
+    file.write_text("def get_config(steps='3'): return {'steps': int(steps), 'seeds': (0,)}")
+    argv = ["program", f"--config={file}:4", "--config.steps=5", "--config.seeds=a"]
+    monkeypatch.setattr(sys, "argv", argv)
+    config = _program.ConfigFlag(values)
+    values(argv)
+    assert config.value.to_dict() == dict(steps=5, seeds=("a",))
+    assert config.of_file().to_dict() == dict(steps=4, seeds=(0,))
+
+
 def test_what_a_program_asks_of_a_configuration_and_is_not_there(monkeypatch, capsys):
     monkeypatch.setattr(app, "run", lambda main, flags_parser: main(["program"]))
     monkeypatch.setattr(_program, "_DEBUG", SimpleNamespace(value=False))
@@ -120,3 +132,17 @@ def test_the_traceback_of_an_error(start, monkeypatch):
 
     with pytest.raises(ValueError, match="to be seen"):
         _program.run(program)
+
+
+@pytest.mark.parametrize("given", ["64,abc", "0", "64,-1", "1.5", "64,,8"])
+def test_a_flag_of_integers(given, monkeypatch):
+    values = flags.FlagValues()
+    monkeypatch.setattr(flags, "DEFINE_list", partial(flags.DEFINE_list, flag_values=values))
+    validator = partial(flags.register_validator, flag_values=values)
+    monkeypatch.setattr(flags, "register_validator", validator)
+    _program.define_integers("lengths", [4096, 65536], "Tokens.")
+    _program.define_integers("starts", None, "Tokens.")
+    values(["program", "--lengths=64,8"])
+    assert (values.lengths, values.starts) == (["64", "8"], None)
+    with pytest.raises(flags.IllegalFlagValueError, match="integers of at least 1"):
+        values(["program", f"--lengths={given}"])

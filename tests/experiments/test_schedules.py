@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from experiments._compilers import GPU, TPUS
-from experiments._schedules import bundles, changes, launches, registers
+from experiments._schedules import bundles, changes, launches, registers, updated
 
 KEPT = json.loads((Path(__file__).parents[2] / "experiments/schedules.json").read_text())
 
@@ -53,6 +53,17 @@ THUNKS = """
     014: kCustomKernel [prev=013 (1) | next=015 (1)] ssc_route_forward grid: [2, 5, 2] \
 threads: [256, 1, 1]  shared_memory: 16512 bytes
 """
+
+
+def test_cases_that_were_not_measured_stay():
+    kept = dict(v5e=dict(compiler="a", kernels=dict(x=1, y=2)), v6e=dict(compiler="a", kernels={}))
+    new = dict(v5e=dict(compiler="a", kernels=dict(y=3)))
+    assert updated(kept, new, ["y"]) == kept | dict(v5e=dict(compiler="a", kernels=dict(x=1, y=3)))
+    assert updated(kept, new, None) == kept | new
+    assert updated({}, new, ["y"]) == new
+    wanted = "v5e come from a, the new ones from b: measure without --only"
+    with pytest.raises(ValueError, match=wanted):
+        updated(kept, dict(v5e=dict(compiler="b", kernels={})), ["y"])
 
 
 def test_bundles_of_loops():

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from experiments import extrapolate, needle, throughput
 from experiments._recall import recall_config
-from experiments._study import Study, check_keys, markdown, mean_and_spread
+from experiments._study import Study, check_keys, check_kinds, markdown, mean_and_spread
 
 CASES = [[dict(name="a", size=n)] for n in (1, 2, 3)]
 
@@ -98,14 +98,48 @@ def test_configurations_have_the_keys_of_their_study():
         check_keys(ConfigDict({"seeds": (0,)}), ("seeds", "steps"))
 
 
+OF_FILE = dict(
+    steps=100, rate=0.1, bounded=True, name="x", seeds=(0, 1), train=((32, 8, 0), (64, 16, 0)),
+    model=dict(size=8), changes=(dict(name="Constant"),), router=None, more=(),
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "name", ["ablate", "extrapolate", "mqar", "needle", "recall", "throughput"]
+    ("change", "wanted"),
+    [
+        (dict(steps=0), "steps must be at least 1, got 0"),
+        (dict(rate=float("nan")), "rate must be a finite number, got nan"),
+        (dict(bounded=2), "bounded must be True or False, got 2"),
+        (dict(name=3), "name must be a string, got 3"),
+        (dict(seeds=3), r"seeds must be a tuple, such as \(0, 1\), got 3"),
+        (dict(seeds=(0, "a")), r"seeds\[1\] must be an integer, got 'a'"),
+        (dict(seeds=(-1,)), r"seeds\[0\] must be at least 1, got -1"),
+        (dict(train=(32, 8)), r"train\[0\] must be a tuple, such as \(64, 16, 0\), got 32"),
+        (dict(train=((32, 8),)), r"train\[0\] must be like \(64, 16, 0\), got \(32, 8\)"),
+        (dict(train=((32, None, 0),)), r"train\[0\] must be an integer, got None"),
+        (dict(model=dict(size=1.5)), "model.size must be an integer, got 1.5"),
+    ],
+)
+def test_values_are_of_the_kinds_of_the_file(change, wanted):
+    with pytest.raises(ValueError, match=f"^{wanted}$"):
+        check_kinds(ConfigDict(OF_FILE | change), ConfigDict(OF_FILE))
+
+
+def test_what_a_file_leaves_open_may_be_anything():
+    free = dict(seeds=(0, 7, 7), rate=1, changes=(dict(name="Lengths"),), router=3, more=("a",))
+    check_kinds(ConfigDict(OF_FILE | free), ConfigDict(OF_FILE))
+    check_kinds(ConfigDict(OF_FILE), ConfigDict(OF_FILE))
+
+
+@pytest.mark.parametrize(
+    "name", ["ablate", "extrapolate", "mqar", "needle", "recall", "routers", "throughput"]
 )
 def test_every_configuration_in_the_folder_has_the_keys_of_its_program(name):
     keys = {
         "ablate": (*recall_config(), "changes"),
         "extrapolate": extrapolate.KEYS,
         "needle": needle.needle_config().keys(),
+        "routers": (*recall_config(), "variants"),
         "throughput": throughput.KEYS,
     }
     check_keys(

@@ -108,7 +108,6 @@ def test_a_cache_of_a_language_model_and_none_agree():
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_bounded_memory():
     model = language_model()
     options: dict[str, Any] = dict(temperature=0, cache=dict(max_segments=1, policy="drop_oldest"))

@@ -78,7 +78,6 @@ def test_near_and_far():
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_layers_that_shift_and_turn():
     keys = recurrent.Path(2, 4, shift=True, conv_width=3)
     shifted = recurrent.RecurrentMixer(
@@ -90,7 +89,6 @@ def test_layers_that_shift_and_turn():
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_titans_without_convolutions():
     titans = mc.memories.Titans(chunk_size=4, expansion=1)
     go_back(

@@ -70,7 +70,6 @@ def test_a_draft_that_is_right_saves_calls():
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_calls_of_sampled_tokens():
     model, tokens = language_model(), prompts()
     _, calls = rounds(model, mc.DraftModel(model, 4), tokens, 21, Sampling(0.7, top_p=0.9))
@@ -80,7 +79,6 @@ def test_calls_of_sampled_tokens():
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_bounded_memory():
     model, tokens = language_model(), prompts()
     options: dict[str, Any] = dict(temperature=0, cache=dict(max_segments=1, policy="drop_oldest"))

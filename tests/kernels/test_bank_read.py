@@ -140,6 +140,39 @@ def test_tiles_of_rows_and_chunks_of_states(monkeypatch, tiles, reads):
     compare_case(implementation, (reads, "matrix", 1, 150, 8, 8, "float32"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("heads", "reads"), [(16, RAGGED), (3, READS["each row its own"])], ids=["8 of 16", "1 of 3"]
+)
+def test_heads_that_tpu_kernels_do_not_hold_at_once(monkeypatch, heads, reads):
+    sizes = {"rows": 128, "bank_bytes": 2**12}
+    monkeypatch.setitem(_table.TABLE, "bank_read/pallas_tpu", {"default": sizes})
+    case = (reads, "matrix", heads, 150, 8, 8, "float32")
+    bank, query, _ = make_case(*case)
+    states, most = bank[0].shape[2], 2**20
+    monkeypatch.setattr(tpu, "vmem_left", lambda needed: max(heads // 2 * most - needed, 0))
+    monkeypatch.setattr(tpu, "tile_bytes", lambda shape: most // (4 * states + 20))
+    together, chunk, _ = tpu._plan(bank, query, 3, 128, 2**12)
+    assert (together, chunk) == ((8, states) if heads == 16 else (1, 1))
+    compare_case("pallas_tpu", case)
+
+
+def test_tpu_kernels_read_and_write_rows_in_the_dtype_of_the_query():
+    bank, query, gates = make_case(RAGGED, "matrix", 2, 5, 16, 16, "float32")
+    narrow = query.astype(jnp.bfloat16)
+    read = operation("matrix", RAGGED)
+    with runnable("pallas_tpu"):
+        y, gradients = value_and_vjp(
+            lambda *xs: read(*xs, implementation="pallas_tpu"), bank, narrow, gates
+        )
+    assert y.dtype == gradients[1].dtype == jnp.bfloat16
+    assert gradients[0][0].dtype == gradients[2].dtype == jnp.float32
+    exact = bank, narrow.astype(jnp.float32), gates
+    wanted = value_and_vjp(lambda *xs: read(*xs, implementation="reference"), *exact)
+    assert_close(y, wanted[0], 1e-2)
+    assert_close(gradients, wanted[1], 2e-2)
+
+
 @pytest.mark.parametrize(
     ("implementation", "name"), product(["xla", *KERNELS], ["ragged", "each row its own"], turn=1)
 )
@@ -180,7 +213,7 @@ def test_a_wrong_pair_is_seen(monkeypatch, implementation, error):
 def test_no_two_cores_write_one_block(monkeypatch):
     def run(batch):
         reads = mc.Constant(1).plan(3).reads
-        arrays = make_case(reads, "matrix", 1, 5, 4, 4, "float32", batch)
+        arrays = make_case(reads, "matrix", 2, 5, 4, 4, "float32", batch)
         read = operation("matrix", reads)
         return finds_races(
             lambda *xs: value_and_vjp(lambda *xs: read(*xs, implementation="pallas_tpu"), *xs),

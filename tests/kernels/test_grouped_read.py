@@ -10,8 +10,14 @@ from memcache_jax.kernels import _table, _tpu
 from memcache_jax.kernels._triton import lowered_for_gpu
 from memcache_jax.kernels.grouped_read import _blocks, grouped_read, tpu
 from tests.cases import SCHEDULES, assert_close, normals, scheduled, value_and_vjp
-from tests.covers import first_kept, product
-from tests.kernels.interpreters import KERNELS, all_parallel, compare_to_reference, finds_races
+from tests.covers import first_kept, kept_of, product
+from tests.kernels.interpreters import (
+    KERNELS,
+    all_parallel,
+    compare_to_reference,
+    finds_races,
+    runnable,
+)
 
 MEMORIES = {
     "matrix": (mc.memories.LinearAttention(), [(4, 4)]),
@@ -91,6 +97,7 @@ def make_case(rows, choices, states, heads, k, v, memory, dtype):
     normal, lead = normals(1, np.float32), (2, heads)
     bank = tuple(normal(*lead, states, *shape) * shape[0] ** -0.5 for shape in shapes)
     arrays = bank, normal(*lead, 3, rows, k), normal(*lead, 3, rows, choices)
+    arrays[2][:, :, 1, 0] = 0.0  # a gate of zero has a gradient too
     # The last of several states is chosen by none.
     draw = np.random.default_rng(2).integers(-1, max(states - 1, 1), arrays[2].shape)
     for matrix in bank:
@@ -103,6 +110,12 @@ def make_case(rows, choices, states, heads, k, v, memory, dtype):
         return grouped_read(read, bank, query, gates, chosen, **options)
 
     return operation, arrays
+
+
+@pytest.fixture
+def sorted_rows(monkeypatch):
+    """Makes TPU kernels sort rows by state even if there are few states."""
+    monkeypatch.setattr(tpu, "_MOST_STATES", 0)
 
 
 def compare_case(implementation, case):
@@ -121,7 +134,33 @@ def test_kernels_equal_reference(implementation, case):
     compare_case(implementation, case)
 
 
+@pytest.mark.usefixtures("sorted_rows")
+@pytest.mark.parametrize("case", kept_of(CASES, "matrix", "bfloat16", fast=["matrix"]))
+def test_tpu_kernels_of_sorted_rows_equal_reference(case):
+    compare_case("pallas_tpu", case)
+
+
+def test_which_tpu_kernels_sort():
+    def kernel(k, states):
+        rows, chosen = (1, 2, 1, 100), jnp.zeros((1, 2, 1, 100, 2), jnp.int32)
+        shapes = (1, 2, states, k, k), (*rows, k), (*rows, 2)
+        bank, *arrays = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+        read = MEMORIES["matrix"][0].read
+        with runnable("pallas_tpu"):
+            program = jax.make_jaxpr(
+                lambda bank, query, gates: grouped_read(
+                    read, bank, query, gates, chosen, implementation="pallas_tpu"
+                )
+            )
+            return "bank_read" if "bank_read" in str(program((bank,), *arrays)) else "grouped_read"
+
+    # More states than 16 times the choices, and more than the memory holds.
+    assert [kernel(8, 32), kernel(8, 33)] == ["bank_read", "grouped_read"]
+    assert [kernel(512, 4), kernel(512, 32)] == ["bank_read", "grouped_read"]
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("sorted_rows")
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_several_blocks_of_a_state(monkeypatch, implementation):
     sizes = {**_table.TABLE[f"grouped_read/{implementation}"]["default"], "rows": 16}
@@ -129,6 +168,7 @@ def test_several_blocks_of_a_state(monkeypatch, implementation):
     compare_case(implementation, (29, 2, 4, 1, 4, 4, "matrix", "float32"))
 
 
+@pytest.mark.usefixtures("sorted_rows")
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_a_wrong_state_is_seen(monkeypatch, implementation):
@@ -148,6 +188,7 @@ def test_float32_where_integers_have_64_bits(implementation):
     compare_case(implementation, CASES["matrix"])
 
 
+@pytest.mark.usefixtures("sorted_rows")
 @pytest.mark.slow
 def test_units_are_read_in_parts_where_scalar_memory_is_small(monkeypatch):
     case = CASES["matrix"]
@@ -165,6 +206,7 @@ def test_units_are_read_in_parts_where_scalar_memory_is_small(monkeypatch):
         operation(*arrays, implementation="pallas_tpu")
 
 
+@pytest.mark.usefixtures("sorted_rows")
 @pytest.mark.slow
 def test_no_two_cores_write_one_block(monkeypatch):
     operation, arrays = make_case(3, 2, 2, 1, 4, 4, "matrix", "float32")

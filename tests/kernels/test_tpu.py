@@ -18,7 +18,6 @@ from experiments._kernel_cases import is_chosen
 from experiments._schedules import changes
 from experiments._tpu_cases import tpu_cases
 from memcache_jax.kernels.bank_read import bank_read
-from tests.covers import first_kept, kept_of
 
 pytestmark = pytest.mark.usefixtures("every_platform")
 
@@ -32,7 +31,7 @@ KERNELS = {
 }
 STEPS = {
     "titans_grm": ("chunk_update", "bank_read"),
-    "gated_delta_net_ssc": ("affine_update", "ssc_route", "grouped_read"),
+    "gated_delta_net_ssc": ("affine_update", "ssc_route", "bank_read"),
     "kda_grm": ("affine_update", "bank_read"),
 }
 # What other chips than the first compile: each case is compiled for two, each kernel for all.
@@ -60,9 +59,10 @@ def printed(module, *arguments):
     return run.stdout.splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.tpu
 @needs_libtpu
-@pytest.mark.parametrize("chip", kept_of([*TPUS]))
+@pytest.mark.parametrize("chip", [*TPUS])
 def test_kernels_compile_to_the_schedules_that_were_kept(chip, tmp_path):
     file = tmp_path / "figures.json"
     only = ONLY.get(chip, ())
@@ -86,9 +86,10 @@ def test_kernels_compile_to_the_schedules_that_were_kept(chip, tmp_path):
     assert not changes(found["kernels"], before, tolerance=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.tpu
 @needs_libtpu
-@pytest.mark.parametrize("chip", kept_of([*TPUS], "v5p", "v6e"))
+@pytest.mark.parametrize("chip", [*TPUS])
 def test_train_steps_compile(chip):
     module = "tests.kernels.compile_train_step"
     lines = [line.split() for line in printed(module, TPUS[chip], *MODELS[chip])]
@@ -101,18 +102,12 @@ def test_train_steps_compile(chip):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.tpu
 @needs_libtpu
 @pytest.mark.parametrize(
     ("chip", "shape"),
-    first_kept(
-        0,
-        dict(
-            v5p=("v5p", "KDA SSC"),
-            v6e=("v6e", "GatedDeltaNet SSC h=3 k=96"),
-            v5e=("v5e", "Titans Soup"),
-        ),
-    ),
+    [("v5p", "KDA SSC"), ("v6e", "GatedDeltaNet SSC h=3 k=96"), ("v5e", "Titans Soup")],
 )
 def test_odd_shapes_compile(chip, shape):
     (line,) = printed("experiments.schedules", "--shapes", f"--chips={chip}", f"--only={shape}")
@@ -148,9 +143,10 @@ def test_a_precision_that_kernels_lack_becomes_float32():
     every[0].lower(lowering_platforms=("tpu",))
 
 
+@pytest.mark.slow
 @pytest.mark.tpu
 @needs_libtpu
-@pytest.mark.parametrize("chip", kept_of(["v5e", "v6e"]))
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_maps_of_chunks_stay_on_the_chip(chip):
     lines = [line.split() for line in printed("tests.kernels.compile_traffic", chip)]
     passed = {name: float(number) for name, number in lines}

@@ -93,3 +93,14 @@ def test_the_caches_of_a_list_go_back():
     assert_close(again[:, :3], hidden[:, 6:], 1e-5)
     with pytest.raises(ValueError, match=r"at most \[0, 0\] tokens"):
         back.rewind(np.array([1, 0]))
+
+
+def test_a_cache_apart_and_together():
+    model = language_model("memory", "attention", num_layers=4)
+    leaves, structure = jax.tree.flatten(model.init_cache(2, 12))
+    cache = jax.tree.unflatten(structure, [x + i for i, x in enumerate(leaves)])
+    apart = unrolled.unrolled_cache(model.config, cache)
+    again = unrolled.stacked_cache(model.config, apart, cache.max_length)
+    assert jax.tree.structure(again) == structure
+    for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(cache), strict=True):
+        np.testing.assert_array_equal(one, other)

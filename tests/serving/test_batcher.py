@@ -185,6 +185,22 @@ def test_several_tokens_in_one_step():
     assert fewer < steps
 
 
+@pytest.mark.slow
+def test_a_callback_that_cancels_among_several_tokens():
+    served, counts = batcher(ahead=4), []
+
+    def cancel(_):
+        if len(requests[1].tokens) == 2:
+            counts.append([len(request.tokens) for request in requests])
+            for request in requests:
+                request.cancel()
+
+    requests = [served.submit(ids(i, 6), 17, on_token=cancel) for i in (1, 2)]
+    served.run()
+    assert [request.finish_reason for request in requests] == ["cancelled"] * 2
+    assert [[len(request.tokens) for request in requests]] == counts
+
+
 def test_a_device_that_fails_once(monkeypatch):
     """Requests in rows get its error; those that wait are served, as if nothing had been."""
     served, calls = batcher(), []

@@ -328,7 +328,6 @@ async def wave(url, plans):
 
 
 @pytest.mark.skipif(not STATM.exists(), reason="reads its memory as Linux tells it")
-@pytest.mark.exhaustive
 def test_five_hundred_streams(served):
     url, server = served
     rng = random.Random(0)

@@ -112,6 +112,28 @@ def test_rows_end_where_positions_do(memory):
         empty(inputs, memory, *plan, max_length=2**31)
 
 
+@pytest.mark.slow
+def test_gradients_do_not_depend_on_tokens_that_do_not_count():
+    memory, lengths = mc.memories.Titans(chunk_size=4, depth=1), jnp.array([3, 6])
+    inputs = make_inputs(memory, 6, heads=1, dim=2)
+    weights = jax.tree.map(jnp.asarray, inputs.pop("weights"))
+    rule: dict[str, Any] = dict(memory=memory, aggregation=mc.Residual())
+    counts = np.arange(6)[None] < lengths[:, None]
+
+    @jax.jit
+    @jax.grad
+    def gradient(inputs, other):
+        def padded(x):
+            return jnp.where(counts.reshape(2, 6, *[1] * (x.ndim - 2)), x, other)
+
+        cache = mc.init_cache(
+            *(2, 1, 2, 2), weights=weights, **rule, segmentation=mc.Constant(8), max_length=8
+        )
+        return mc.extend(cache, **jax.tree.map(padded, inputs), lengths=lengths)[0].sum()
+
+    jax.tree.map(np.testing.assert_array_equal, gradient(inputs, np.nan), gradient(inputs, 0.0))
+
+
 def test_a_step_costs_the_same_however_many_segments_are_cached():
     from experiments._flops import count_flops
 

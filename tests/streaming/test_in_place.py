@@ -1,6 +1,7 @@
 """Changes in loops: those of selections, forward and backward."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,23 @@ def test_marked_rows_change_and_no_others(way):
     wanted = jnp.where(ROWS[:, None], x * y + z[:1], x)
     np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-6)
     np.testing.assert_array_equal(run(jnp.zeros(4, bool), x, (y,), (z[0],)), x)
+
+
+def test_no_array_is_copied_for_a_row():
+    """Each row's new values depend on all of its arrays, which are written in place."""
+
+    def change(arrays, factor):
+        weights, momentum = arrays
+        product = weights @ factor
+        return weights + momentum - product, momentum + product
+
+    def run(rows, arrays, factors):
+        return in_place._one_by_one(change, rows, arrays, (factors,), ())
+
+    x = jnp.zeros((4, 8, 8))
+    text = str(jax.jit(run, donate_argnums=1).lower(ROWS, (x, x), x).compile().as_text())
+    assert "f32[4,8,8]" in text
+    assert not re.search(r"= f32\[4,8,8\]\S* copy\(", text)
 
 
 def test_derivatives():

@@ -95,7 +95,6 @@ def losses(workdir):
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_two_processes_die_and_go_on_as_one_and_as_two(config, tmp_path, compilation_folder):
     cache, config.data.streams = compilation_folder, 2
     train(config, tmp_path / "whole")

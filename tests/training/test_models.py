@@ -84,7 +84,11 @@ def test_a_new_rule_is_found(monkeypatch):
         ),
         ("memory", {"name": "Memory"}, "model.memory.name must be one of"),
         ("memory", {"chunk_size": 8}, "model.memory.name must be one of .*got None"),
-        ("memory", {"name": "Titans", "top_k": 4}, "arguments chunk_size, depth, .*got top_k"),
+        (
+            "memory",
+            {"name": "Titans", "top_k": 4},
+            "arguments chunk_size, degree, depth, .*got top_k",
+        ),
         ("memory", {"name": "Titans", "depth": 3}, "depth 1 or 2, got depth=3"),
         ("memory", {"name": "Titans", "chunk_size": "8"}, "model.memory: cannot make Titans"),
         ("aggregation", {"name": "Sum"}, "model.aggregation.name must be one of GRM.*Residual"),

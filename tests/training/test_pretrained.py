@@ -146,7 +146,6 @@ def test_a_run_is_exported_and_written_as_its_library_does(config, tmp_path, tun
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_a_run_of_mixers_side_by_side_in_bfloat16(config, tmp_path):
     import ml_dtypes
     from safetensors.numpy import load_file, save_file
@@ -178,7 +177,6 @@ def test_a_run_of_mixers_side_by_side_in_bfloat16(config, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_a_run_that_goes_on_does_so_bit_for_bit(config, tmp_path, monkeypatch):
     from memcache_jax.training import loop
 

@@ -53,7 +53,7 @@ def test_jsonl_blank_empty_and_null_lines_are_no_documents(tmp_path):
     [
         ('{"content": "x"}', "expected an object with the field 'text'"),
         ('["text"]', "expected an object with the field 'text'"),
-        ('{"text": 3}', "expected text, got a int"),
+        ('{"text": 3}', "expected text, got 3"),
         ('{"text": "x"', "line 4: Expecting"),
         (b'{"text": "\xff"}', "line 4: 'utf-8' codec"),
     ],
