@@ -28,6 +28,8 @@ from memcache_jax.kernels.bands import blind_where_gates_are_zero
 from memcache_jax.kernels.bank_read.tpu import bank_read, holds_all_states
 from memcache_jax.kernels.grouped_read._blocks import by_kernels, most_blocks
 
+_MOST_STATES = 16  # per choice for the bank read: more products, but no sorted rows to move
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
@@ -75,9 +77,6 @@ def grouped_read(
         lambda rows: _Kernels(read, rows, row.shape[-1], vmem), rows, bank, query, gates, states
     )
     return y.astype(row.dtype)
-
-
-_MOST_STATES = 16  # per choice for the bank read: more products, but no sorted rows to move
 
 
 def _read_all(

@@ -1,21 +1,17 @@
 """Speculative decoding: a draft proposes tokens, and the model takes those it would have drawn."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
-from memcache_jax._typing import Array, Bool, Float, Int
+from memcache_jax._typing import Array, Float, Int
 from memcache_jax.generation.drafts import merge
 from memcache_jax.generation.sampling import probabilities, sample
 from memcache_jax.nn.unrolled import cache_for, for_steps
-from memcache_jax.streaming.loops import while_loop
-
-T = TypeVar("T")
+from memcache_jax.streaming.loops import once_if, while_loop
 
 
 @functools.partial(
@@ -84,7 +80,7 @@ def speculate(
         none: Any = jax.eval_shape(lambda: read(given, past)[1])
         done, several = (past, jnp.zeros(none.shape, none.dtype)), (proposed > 0).any()
         for chosen, which in ((several, given), (~several, last)):
-            done = _once(chosen, lambda done, which: read(which, done[0]), done, which)
+            done = once_if(chosen, lambda done, which: read(which, done[0]), done, which)
         ahead, wanted = done
         kept, next_token = accept(of_model, tokens, chances, wanted, proposed)
         stays = jnp.minimum(kept, proposed)  # -1 in rows that have ended
@@ -95,7 +91,7 @@ def speculate(
             return stepping.extend(given, before[0], stays + 1)[1]
 
         before = (past,) if past.rewindable is None else ()
-        past = _once((stays < proposed).any(), back, ahead, before)
+        past = once_if((stays < proposed).any(), back, ahead, before)
         draft_past = proposer.keep(draft_past, jnp.maximum(most - kept, 0))
         drawn = _put(jnp.pad(tokens, ((0, 0), (0, 1))), kept, next_token[:, None], kept * 0 + 1)
         # What follows a stop token does not count.
@@ -121,20 +117,6 @@ def _cache_back(net: Any, rows: int, size: int, tokens: int, options: dict[str, 
         )
     except ValueError:  # the other options have been checked
         return net.init_cache(rows, size, **options)
-
-
-def _once(condition: Bool[Array, ""], change: Callable[[T, Any], T], first: T, args: Any) -> T:
-    """``change(first, args)`` if the condition holds, else ``first``.
-
-    A loop of at most one iteration, since ``lax.cond`` would copy the cache that it returns.
-    """
-
-    def changed(carry: tuple) -> tuple:
-        # The barrier keeps XLA from hoisting the loop-invariant work.
-        left, its = lax.optimization_barrier((carry[0], args))
-        return jnp.zeros_like(left), change(carry[1], its)
-
-    return while_loop(lambda carry: carry[0], changed, (condition, first))[1]
 
 
 def accept(

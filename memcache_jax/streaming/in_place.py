@@ -16,7 +16,7 @@ from jax import lax
 
 from memcache_jax._typing import Array, Bool
 from memcache_jax.sharding.layout import auto_axes, explicit_axes
-from memcache_jax.streaming.loops import Slim, while_loop
+from memcache_jax.streaming.loops import Slim, once_if, while_loop
 
 T = TypeVar("T")
 
@@ -31,14 +31,9 @@ def change_if(
     """
 
     def in_loop(condition: Array, arrays: T, args: tuple) -> T:
-        slim = Slim.of(args)
-
-        def changed(carry: tuple[Array, T]) -> tuple[Array, T]:
-            left, arrays = carry
-            _, its = lax.optimization_barrier((left, slim))
-            return jnp.zeros_like(left), change(arrays, *its.full())
-
-        return while_loop(lambda carry: carry[0], changed, (condition, arrays))[1]
+        return once_if(
+            condition, lambda arrays, its: change(arrays, *its.full()), arrays, Slim.of(args)
+        )
 
     always = functools.partial(_always, change)
     return _by_platform(always, in_loop, condition, arrays, args)
@@ -89,15 +84,9 @@ def _one_by_one(change: Callable[..., T], rows: Array, arrays: T, args: tuple, c
         own, its = jax.tree.map(
             lambda x: lax.dynamic_index_in_dim(x, row, keepdims=False), (arrays, args)
         )
-
-        def changed(carry: tuple[Array, T]) -> tuple[Array, T]:
-            again, own = carry
-            again, taken, alike = lax.optimization_barrier((again, its, common))
-            return jnp.zeros_like(again), change(own, *taken, *alike)
-
-        # This loop of one iteration has read all that the writes below overwrite; otherwise XLA
-        # copies the arrays.
-        _, new = while_loop(lambda carry: carry[0], changed, (left.any(), own))
+        # This loop reads all that the writes below overwrite before they begin; with a plain call
+        # XLA copies the arrays.
+        new = once_if(left.any(), lambda own, its: change(own, *its), own, (*its, *common))
         arrays = jax.tree.map(
             lambda x, new: lax.dynamic_update_index_in_dim(x, new, row, 0), arrays, new
         )

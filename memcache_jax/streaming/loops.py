@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from memcache_jax._typing import Array
+from memcache_jax._typing import Array, Bool
 from memcache_jax.sharding.layout import explicit_axes
 
 T = TypeVar("T")
@@ -66,6 +66,20 @@ def fori_loop(times: int, body: Callable[[T], T], first: T) -> T:
     """As ``lax.fori_loop`` from 0, of a body without the loop index."""
     begin = jnp.int32(0), first
     return while_loop(lambda c: c[0] < times, lambda c: (c[0] + 1, body(c[1])), begin)[1]
+
+
+def once_if(condition: Bool[Array, ""], change: Callable[[T, Any], T], first: T, args: Any) -> T:
+    """``change(first, args)`` if the condition holds, else ``first``.
+
+    A loop of at most one iteration, since ``lax.cond`` would copy what it passes on unchanged.
+    """
+
+    def changed(carry: tuple[Array, T]) -> tuple[Array, T]:
+        # The barrier keeps XLA from hoisting the loop-invariant work.
+        left, its = lax.optimization_barrier((carry[0], args))
+        return jnp.zeros_like(left), change(carry[1], its)
+
+    return while_loop(lambda carry: carry[0], changed, (condition, first))[1]
 
 
 def _ones(x: Array) -> tuple[int, ...]:

@@ -85,13 +85,14 @@ def take_piece(
         inside = jnp.arange(size)[None] < left[:, None]
         y, complete = jnp.where(inside[:, None, :, None], y, jnp.nan), complete & (taken <= left)
     keep = functools.partial(_where, active[:, None])
-    sums = cache.key_sum + sums_of(cache, block, key)
     if back and size > 1:
         each = cache.key_sum[:, :, :, None] + jnp.cumsum(piece.key, axis=2)[:, :, None]
         last = jnp.maximum(taken - 1, 0)[:, None, None, None, None]
         sums = jnp.take_along_axis(each, last, axis=3)[:, :, :, 0]
         past = remember_tokens(before, ends.transition, each, taken)
         cache = dataclasses.replace(cache, past=past)
+    else:
+        sums = cache.key_sum + sums_of(cache, block, key)
     if defers:
         cache = _with_pending(cache, ends.state, taken, after=y)
     else:
