@@ -26,7 +26,7 @@ from memcache_jax.nn.groups import check_states, leaders
 from memcache_jax.nn.lora import LoRA
 from memcache_jax.nn.memory_caching import MemoryCaching, check_layer
 from memcache_jax.nn.norms import Norm
-from memcache_jax.nn.parallel import ParallelMixer, changed
+from memcache_jax.nn.parallel import changed, side_by_side
 from memcache_jax.nn.recurrent import RecurrentMixer
 from memcache_jax.segmentation import Constant, Segmentation
 
@@ -160,10 +160,12 @@ def _check_shared_values(mixers: tuple[Mixer, ...]) -> None:
     """Raises ValueError where a layer mixes in values that no layer before it shares."""
     shared = None
     for mixer in mixers:
-        if isinstance(mixer, ParallelMixer):
-            beside = [m for m in (mixer.left, mixer.right) if isinstance(m, RecurrentMixer)]
-            if any(m.value.first is not None or m.shares_values for m in beside):
-                raise ValueError("mixers side by side can neither share values nor mix them in")
+        for name, part in side_by_side(mixer).items():
+            within = name and isinstance(part, RecurrentMixer)
+            if within and (part.value.first is not None or part.shares_values):
+                raise ValueError(
+                    f"{name} of {type(mixer).__name__} can neither share values nor mix them in"
+                )
         if not isinstance(mixer, RecurrentMixer):
             continue
         size = mixer.value.heads * mixer.value.dim
@@ -307,7 +309,7 @@ class LanguageModelConfig:
         return next((mixer.value.heads * mixer.value.dim for mixer in shared), None)
 
     def with_mixers(self, change: Callable[[Mixer], Mixer]) -> "LanguageModelConfig":
-        """The configuration with each mixer changed, also those that run side by side."""
+        """The configuration with each mixer changed, also those that are parts of others."""
         if self.blocks is None:
             mixers = tuple(changed(mixer, change) for mixer in self.mixers)
             return dataclasses.replace(self, mixers=mixers)

@@ -5,7 +5,7 @@ from typing import Any
 
 from memcache_jax._checks import check_choice
 from memcache_jax.aggregation import Aggregation
-from memcache_jax.nn.parallel import ParallelMixer
+from memcache_jax.nn.parallel import side_by_side
 from memcache_jax.segmentation import Constant, Segmentation
 
 
@@ -30,9 +30,11 @@ def leaders(mixers: Sequence[Any]) -> dict[int, int]:
     """
     found, last = {}, None
     for number, mixer in enumerate(mixers):
-        beside = (mixer.left, mixer.right) if isinstance(mixer, ParallelMixer) else ()
-        if any(getattr(one, "states", "own") != "own" for one in beside):
-            raise ValueError("mixers side by side need states='own', got states='previous'")
+        for name, part in side_by_side(mixer).items():
+            if name and getattr(part, "states", "own") != "own":
+                raise ValueError(
+                    f"{name} of {type(mixer).__name__} needs states='own', got states='previous'"
+                )
         states = getattr(mixer, "states", None)
         if states == "own":
             last = number

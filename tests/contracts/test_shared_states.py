@@ -141,7 +141,7 @@ def test_refusals():
         model_of(OWN, dataclasses.replace(OTHER, start="checkpoint"))
     with pytest.raises(ValueError, match="needs gates that tell states apart"):
         model_of(*(dataclasses.replace(x, aggregation=mc.Residual()) for x in (OWN, OTHER)))
-    with pytest.raises(ValueError, match="mixers side by side need states='own', got"):
+    with pytest.raises(ValueError, match="right of ParallelMixer needs states='own', got"):
         model_of(OWN, mc.nn.ParallelMixer(OWN, OTHER))
     changes: tuple[dict[str, Any], ...] = (
         *(dict(segmentation=mc.Logarithmic(4)), dict(aggregation=mc.GRM(exact=1))),
