@@ -278,7 +278,9 @@ def _scores_of_spans(
 
     each = Candidates(
         numbers.reshape(*states.shape[:-1], -1),
-        xp.repeat(candidates.distances, num_keys, axis=-1),
+        (np if isinstance(candidates.distances, np.ndarray) else jnp).repeat(
+            candidates.distances, num_keys, axis=-1
+        ),
         lambda _: Keys(keys.live, flat(keys.states), flat(keys.slots)),
         held=None if held is None else jnp.repeat(held, num_keys, axis=-1),
     )
