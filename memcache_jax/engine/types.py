@@ -215,10 +215,12 @@ class CachedStates(NamedTuple):
     Attributes:
       matrices: those of all states, as in ``read.ArrayBank``.
       pooled: their pooled keys.
+      chosen: what each token chose, ``choice_of``; None of aggregations other than ``SSC``.
     """
 
     matrices: Any
     pooled: Float[Array, "b h states k"]
+    chosen: Float[Array, "b t h u"] | None = None
 
 
 class Beside(NamedTuple):

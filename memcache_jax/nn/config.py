@@ -62,13 +62,20 @@ class MemoryCachingMixer:
     repetition of ``LanguageModelConfig.mixers``, or of a pattern of its ``blocks``. A stream then
     caches states for one layer of each group.
 
+    With ``connector="previous"`` too, ``SSC`` reads the states i that the other layer chose for the
+    same token and head, with its gates, the live memory's among them::
+
+        y_t = gamma_t M_t(q_t) + sum_i gamma_i M_i(q_t)
+
+    So the layers share one router: the others score nothing, and the router learns from them too.
+
     Raises:
-      ValueError: as ``MemoryCaching``, and with ``states="previous"`` for other segments than
-        ``Constant``, ``exact`` tokens or several keys per state. The model's configuration refuses
-        a group without a first layer or with unlike ones, and aggregations for which a stream keeps
-        one sum of all states, such as ``Residual``; ``init_cache`` refuses a policy other
-        than ``"error"``, ``rewind`` and ``keep_ends``; calls refuse ``implementation="reference"``
-        and meshes that divide time.
+      ValueError: as ``MemoryCaching``; with ``connector="previous"`` without ``SSC`` or for
+        ``states="own"``; with ``states="previous"`` for other segments than ``Constant``, ``exact``
+        tokens or several keys per state. The model's configuration refuses a group without a first
+        layer or with unlike ones, and aggregations for which a stream keeps one sum of all states,
+        such as ``Residual``; ``init_cache`` refuses a policy other than ``"error"``, ``rewind`` and
+        ``keep_ends``; calls refuse ``implementation="reference"`` and meshes that divide time.
 
     Example:
       >>> import dataclasses, memcache_jax as mc
@@ -83,7 +90,7 @@ class MemoryCachingMixer:
     aggregation: Aggregation = GRM()
     segmentation: Segmentation = Constant(256)
     start: Start = "independent"
-    connector: Literal["learned", "query"] = "learned"
+    connector: Literal["learned", "query", "previous"] = "learned"
     distances: int = 64
     bounded: bool = True
     states: Literal["own", "previous"] = "own"
@@ -96,7 +103,7 @@ class MemoryCachingMixer:
             *(self.implementation, self.exchange),
         )
         check_flag("bounded", self.bounded)
-        check_states(self.states, self.aggregation, self.segmentation)
+        check_states(self.states, self.connector, self.aggregation, self.segmentation)
         set_fields(self, distances=check_integer("distances", self.distances, 2))
 
     def build(self, in_features: int, num_heads: int, **options: Any) -> MemoryCaching:

@@ -146,5 +146,3 @@ def test_refusals():
     for changes in wrong:
         with pytest.raises(ValueError, match=next(iter(changes))):
             mc.nn.MemoryAsContextMixer(MEMORY, **changes)
-    with pytest.raises(ValueError, match="takes no mask"):
-        layer().attention(jnp.ones((1, 4, 16)), mask=np.eye(4, dtype=bool))
