@@ -197,15 +197,21 @@ def hidden_of(
         return model.hidden(tokens)
     rows, length = tokens.shape
     sizes = [getattr(getattr(mixer, "segmentation", None), "size", 0) for mixer in _mixers(model)]
-    pieces = tokens.reshape(rows, -1, math.gcd(length, *sizes))
+    piece = math.gcd(*sizes) or length
+    whole = length // piece * piece
+    pieces = tokens[:, :whole].reshape(rows, -1, piece)
 
     def step(stream: Any, piece: Array) -> tuple[Any, Array]:
         hidden, stream = model.extend(piece, stream)
         return stream, hidden
 
     empty = model.init_cache(rows, length, **cache)
-    hidden = jax.lax.scan(step, empty, jnp.moveaxis(pieces, 1, 0))[1]
-    return jnp.moveaxis(hidden, 0, 1).reshape(rows, length, -1)
+    stream, hidden = jax.lax.scan(step, empty, jnp.moveaxis(pieces, 1, 0))
+    hidden = jnp.moveaxis(hidden, 0, 1).reshape(rows, whole, -1)
+    if whole < length:
+        rest, _ = model.extend(tokens[:, whole:], stream)
+        hidden = jnp.concatenate([hidden, rest], axis=1)
+    return hidden
 
 
 def _mixers(model: LanguageModel) -> list[Any]:
