@@ -155,6 +155,8 @@ class OnePass(Layout):
         elif self.carries or not plan.spans_segments.any():
             last = plan.buckets[:, 1] - 1
             some = slice(len(last)) if np.array_equal(last, np.arange(len(last))) else last
+            if how.implementation == "pallas_tpu" and isinstance(some, slice) and not self.longest:
+                some = slice(None)  # kernels read states where they lie: to leave one out is a copy
             states = jax.tree.map(lambda x: x[:, :, some], ends.state)
         else:
             states = bucket_states(how, ends, blocks.rows, plan)
