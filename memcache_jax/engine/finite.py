@@ -45,11 +45,12 @@ def with_finite_writes(tokens: Any) -> Any:
 
 def as_they_came(rows: Rows) -> Rows:
     """The rows before cleaning, in bfloat16 or in the cleaned rows' dtype, without documents."""
-    return jax.tree.map(
-        lambda x, wide: x if x.dtype == jnp.bfloat16 else x.astype(wide.dtype),
-        rows.came,
-        rows._replace(begun=None, bad=None, came=None),
-    )
+    return jax.tree.map(narrow, rows.came, rows._replace(begun=None, bad=None, came=None))
+
+
+def narrow(x: Array, wide: Array) -> Array:
+    """An array as it came if in bfloat16, which kernels read, or else in another's dtype."""
+    return x if x.dtype == jnp.bfloat16 else x.astype(wide.dtype)
 
 
 def reading_queries(how: Writing, blocks: Blocks) -> Float[Array, "b h n c k"]:
