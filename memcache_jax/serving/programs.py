@@ -19,6 +19,8 @@ from memcache_jax.serving.request import Request
 from memcache_jax.serving.scores import Scores, scores_if
 from memcache_jax.streaming.loops import Slim, while_loop
 
+_DTYPES: Any = np.int32, np.uint32, np.int32, np.float32, np.int32, np.float32, bool
+
 
 class Draws(NamedTuple):
     """How each row's next token is drawn, on the device.
@@ -44,24 +46,16 @@ class Draws(NamedTuple):
     @classmethod
     def none(cls, rows: int) -> "Draws":
         """Those of rows without requests."""
-        numbers = 0, np.uint32(0), 0, 0.0, 0, 1.0, False
-        dtypes: Any = np.int32, np.uint32, np.int32, np.float32, np.int32, np.float32, bool
-        arrays: Any = [np.full(rows, x, dtype) for x, dtype in zip(numbers, dtypes, strict=True)]
+        arrays: Any = (np.zeros(rows, dtype) for dtype in _DTYPES)
         return cls(*arrays)
 
     @classmethod
     def of(cls, request: Request) -> "Draws":
         """Those of a row whose request has no token yet."""
         how, scored = request.sampling, request.scoring.likely is not None
-        given = dict(
-            seed=request.seed,
-            temperature=how.temperature,
-            top_k=how.top_k or 0,
-            top_p=how.top_p,
-            scored=scored,
-        )
-        none = cls.none(1)
-        return none._replace(**{k: np.full_like(getattr(none, k), x) for k, x in given.items()})
+        values = 0, request.seed, 0, how.temperature, how.top_k or 0, how.top_p, scored
+        arrays: Any = (np.array([x], dtype) for x, dtype in zip(values, _DTYPES, strict=True))
+        return cls(*arrays)
 
     def after(self, tokens: Int[Array, "b"], rows: Bool[Array, "b"] | bool = True) -> "Draws":
         """Those after these tokens, in the marked rows."""

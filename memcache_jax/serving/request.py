@@ -55,7 +55,7 @@ class Load(NamedTuple):
 
     Attributes:
       rows: those that it decodes at most.
-      decoding: those in rows.
+      decoding: those that have a row, or whose last tokens are being drawn.
       reading: those whose prompt is being read, at most one.
       waiting: those that have not begun.
     """
