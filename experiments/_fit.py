@@ -197,7 +197,7 @@ def hidden_of(
         return model.hidden(tokens)
     rows, length = tokens.shape
     sizes = [getattr(getattr(mixer, "segmentation", None), "size", 0) for mixer in _mixers(model)]
-    piece = math.gcd(*sizes) or length
+    piece = min(math.gcd(*sizes) or length, length)
     whole = length // piece * piece
     pieces = tokens[:, :whole].reshape(rows, -1, piece)
 

@@ -34,11 +34,13 @@ class ContextAttention(Attention):
     ) -> None:
         super().__init__(in_features, num_heads, window=window, rngs=rngs, **options)
         self.in_features = 2 * in_features
-        init = partitioned(jax.nn.initializers.normal(0.02), None, "heads", None)
-        shape = num_persistent, num_heads, self.head_dim
-        self.persistent_key, self.persistent_value = (
-            nnx.Param(init(rngs.params(), shape, self.param_dtype)) for _ in range(2)
-        )
+        self.num_persistent = num_persistent
+        if num_persistent:  # Orbax saves no empty arrays
+            init = partitioned(jax.nn.initializers.normal(0.02), None, "heads", None)
+            shape = num_persistent, num_heads, self.head_dim
+            self.persistent_key, self.persistent_value = (
+                nnx.Param(init(rngs.params(), shape, self.param_dtype)) for _ in range(2)
+            )
 
     def _whole(
         self,
@@ -75,6 +77,9 @@ class ContextAttention(Attention):
         return [rows[0], *pairs], division
 
     def _persistent(self) -> tuple[Array, Array]:
+        if not self.num_persistent:
+            none = jnp.zeros((0, self.num_heads, self.head_dim), self.param_dtype)
+            return none, none
         return self.persistent_key[...], self.persistent_value[...]
 
     def _turn(

@@ -339,4 +339,4 @@ class MemoryLayer(LayerParts):
     def _followed(self) -> FollowingSSC:
         """The aggregation of a layer that follows another's choice."""
         aggregation: Any = self.aggregation
-        return FollowingSSC(**vars(aggregation))
+        return FollowingSSC(**vars(aggregation) | dict(router=None))

@@ -113,6 +113,15 @@ def test_streams_read_no_state_of_later_tokens():
     np.testing.assert_allclose(y, wanted, atol=1e-12)
 
 
+def test_followers_need_no_tree():
+    """The first layer alone searches it."""
+    tree = mc.SSC(2, router=mc.Tree(2, 1))
+    model = model_of(*(dataclasses.replace(x, aggregation=tree) for x in (OWN, FOLLOWER)))
+    cache, tokens = model.init_cache(2, LENGTH), tokens_of()
+    (hidden, _), whole = jax.eval_shape(lambda: (model.extend(tokens, cache), model(tokens)))
+    assert hidden.shape[:2] == whole.shape[:2] == tokens.shape
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_documents():
