@@ -17,6 +17,7 @@ from flax import nnx
 
 from memcache_jax._typing import Array, Bool, Float, Int
 from memcache_jax.nn import LanguageModel, LanguageModelConfig, RouterLoss, with_router_noise
+from memcache_jax.nn.parallel import side_by_side
 from memcache_jax.training.optimizer import decays
 
 
@@ -215,7 +216,8 @@ def hidden_of(
 
 
 def _mixers(model: LanguageModel) -> list[Any]:
-    return [block.mixer for blocks, _ in model.config.stacks for block in blocks]
+    mixers = [block.mixer for blocks, _ in model.config.stacks for block in blocks]
+    return [part for mixer in mixers for part in side_by_side(mixer).values()]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
