@@ -29,7 +29,7 @@ def get_config() -> Any:
     config.steps = 1000
     config.seeds = (0, 1, 2)
     config.at_once, config.workers = 3, 2
-    config.parts = ("recall",)
+    config.parts = ("recall", "needles", "text")
     config.target, config.settled = "256/64", 0.05
     config.against, config.unbounded = "attention", ("attention",)
     constant = {"name": "Constant"}  # gets the smallest size that keeps within the bytes
@@ -46,6 +46,15 @@ def get_config() -> Any:
                 "cache": {"cache_dtype": "int8"},
                 "segmentation": constant,
             },
+            "4 keys, int8 cache": {
+                "aggregation": {"name": "GRM", "num_keys": 4},
+                "cache": {"cache_dtype": "int8"},
+                "segmentation": constant,
+            },
+            "no caches": {
+                "aggregation": {"name": "Residual"},
+                "segmentation": {"name": "Constant", "size": 2**30},
+            },
             "SSC, k = 2": {"aggregation": {"name": "SSC", "top_k": 2}},
             "4 keys": {"aggregation": {"name": "GRM", "num_keys": 4}, "segmentation": constant},
             "2 exact tokens": {
@@ -55,10 +64,11 @@ def get_config() -> Any:
         }
     )
     needles = config.needles = needle_config()
-    needles.lengths, needles.depths, needles.test_examples = (1024, 2048), 3, 32
-    needles.steps, needles.workers = 400, 2
+    needles.lengths, needles.depths, needles.test_examples = (1024, 2048, 4096), 3, 16
+    needles.steps, needles.seeds = 400, (0, 1, 2)
+    needles.at_once, needles.workers = 3, 2
     text = config.text = extrapolate.get_config("cpu")
-    text.seeds, text.training.steps = (0,), 200
+    text.seeds, text.training.steps = (0, 1, 2), 200
     # The first model's mixer, and attention with positions.
     text.first = ConfigDict(
         {

@@ -28,7 +28,7 @@ GPU = "h200"
 _CUDA = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
 KERNEL = re.compile(
-    "(?:affine_update|bank_read|chunk_update|deep_update|grouped_read|ssc_route)_(?:back|for)ward(?:_[a-z]+)*"
+    "(?:affine_update|bank_read|chunk_update|deep_update|grouped_read|relevance|ssc_route)_(?:back|for)ward(?:_[a-z]+)*"
 )
 """The name of a kernel inside the names that compilers give it."""
 

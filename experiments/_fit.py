@@ -17,6 +17,7 @@ from flax import nnx
 
 from memcache_jax._typing import Array, Bool, Float, Int
 from memcache_jax.nn import LanguageModel, LanguageModelConfig, RouterLoss, with_router_noise
+from memcache_jax.nn.parallel import side_by_side
 from memcache_jax.training.optimizer import decays
 
 
@@ -197,19 +198,26 @@ def hidden_of(
         return model.hidden(tokens)
     rows, length = tokens.shape
     sizes = [getattr(getattr(mixer, "segmentation", None), "size", 0) for mixer in _mixers(model)]
-    pieces = tokens.reshape(rows, -1, math.gcd(length, *sizes))
+    piece = min(math.gcd(*sizes) or length, length)
+    whole = length // piece * piece
+    pieces = tokens[:, :whole].reshape(rows, -1, piece)
 
     def step(stream: Any, piece: Array) -> tuple[Any, Array]:
         hidden, stream = model.extend(piece, stream)
         return stream, hidden
 
     empty = model.init_cache(rows, length, **cache)
-    hidden = jax.lax.scan(step, empty, jnp.moveaxis(pieces, 1, 0))[1]
-    return jnp.moveaxis(hidden, 0, 1).reshape(rows, length, -1)
+    stream, hidden = jax.lax.scan(step, empty, jnp.moveaxis(pieces, 1, 0))
+    hidden = jnp.moveaxis(hidden, 0, 1).reshape(rows, whole, -1)
+    if whole < length:
+        rest, _ = model.extend(tokens[:, whole:], stream)
+        hidden = jnp.concatenate([hidden, rest], axis=1)
+    return hidden
 
 
 def _mixers(model: LanguageModel) -> list[Any]:
-    return [block.mixer for blocks, _ in model.config.stacks for block in blocks]
+    mixers = [block.mixer for blocks, _ in model.config.stacks for block in blocks]
+    return [part for mixer in mixers for part in side_by_side(mixer).values()]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -1,5 +1,6 @@
 """Programs to compile for TPUs: every kernel, forward and backward, with little around it."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,11 @@ import memcache_jax as mc
 from memcache_jax.engine.read import blind_where_gates_are_zero
 from memcache_jax.kernels.affine_update import AffineChunk, affine_update
 from memcache_jax.kernels.bank_read import bank_read
-from memcache_jax.kernels.chunk_update import chunk_update
+from memcache_jax.kernels.chunk_update import Edges, chunk_update
 from memcache_jax.kernels.grouped_read import tpu as grouped_read
+from memcache_jax.kernels.relevance import relevance
 from memcache_jax.kernels.ssc_route import ssc_route
+from memcache_jax.memories.deep_chunk import DeepState
 
 _BLOCKS, _ROWS, _K, _TOP_K = 64, 256, 128, 4
 _READS = mc.Constant(_ROWS).plan(_BLOCKS * _ROWS).reads
@@ -42,7 +45,9 @@ def tpu_cases() -> dict[str, tuple[Callable[..., Any], tuple]]:
         ),
         "affine_update, decay": _affine(64, erases=False),
         "affine_update, delta": _affine(128, erases=True),
+        "relevance": (_with_vjp(_relevance), _shapes(*[(16, 512, _K)] * 2, dtype=jnp.bfloat16)),
         "chunk_update, Titans": _titans(128),
+        "chunk_update, Titans by heads": _titans_by_heads(),
         "chunk_update, largest": _titans(256),
     }
 
@@ -87,6 +92,10 @@ def _route(connector: Any, pooled: Any, online: Any) -> Any:
     return ssc_route(connector, pooled, online, _READS, _TOP_K, implementation="pallas_tpu")[:2]
 
 
+def _relevance(connector: Any, key: Any) -> Any:
+    return relevance(connector, key, pooling="mean", implementation="pallas_tpu")
+
+
 def _units(*shape: int) -> Any:
     """Returns a shape with eight memories."""
     return jax.ShapeDtypeStruct((8, *shape), jnp.float32)
@@ -113,15 +122,7 @@ def _affine(keys: int, *, erases: bool) -> tuple[Callable[..., Any], tuple]:
 
 def _titans(keys: int) -> tuple[Callable[..., Any], tuple]:
     memory = mc.memories.Titans(chunk_size=_M)
-
-    def chunk(state: Any, rows: Any) -> Any:
-        query, key, value, controls = rows
-        end, view = memory.write(state, state, key, value, controls)
-        return end, memory.read_online(view, query)
-
-    def update(state: Any, rows: Any) -> Any:
-        return chunk_update(chunk, state, rows, batch_dims=1, implementation="pallas_tpu")
-
+    update = functools.partial(_write_and_read, memory, batch_dims=1)
     shapes = memory.weight_shapes(keys, keys)
     weights = {name: jnp.zeros(size) for name, size in shapes.items()}
     state = jax.eval_shape(lambda: memory.init(weights, keys, keys, jnp.float32))
@@ -130,3 +131,38 @@ def _titans(keys: int) -> tuple[Callable[..., Any], tuple]:
         {name: _units(_CHUNKS, _M) for name in memory.controls},
     )
     return _with_vjp(update), (jax.tree.map(lambda x: _units(*x.shape), state), rows)
+
+
+def _titans_by_heads() -> tuple[Callable[..., Any], tuple]:
+    """Two runs of eight heads, which share initial weights; tokens in bfloat16, heads inside."""
+    memory = mc.memories.Titans(chunk_size=_M)
+    batch = (1, 8, 2)
+
+    def at_rest(weights: Any) -> DeepState:
+        return DeepState(weights, jax.tree.map(jnp.zeros_like, weights))
+
+    def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    rows = (
+        *[array(*batch, _CHUNKS, _M, _K)] * 3,
+        {name: array(*batch, _CHUNKS, _M) for name in memory.controls},
+    )
+    update = functools.partial(
+        *(_write_and_read, memory),
+        batch_dims=3,
+        late=(True, *jax.tree.map(lambda x: False, rows[1:])),
+        edges=Edges(at_rest, lambda state: state.weights),
+    )
+    shapes = memory.weight_shapes(_K, _K).values()
+    weights = tuple(array(1, 8, 1, *size[::-1], dtype=jnp.float32) for size in shapes)
+    return _with_vjp(update), (weights, rows)
+
+
+def _write_and_read(memory: Any, state: Any, rows: Any, **options: Any) -> Any:
+    def chunk(state: Any, rows: Any) -> Any:
+        query, key, value, controls = jax.tree.map(lambda x: x.astype(jnp.float32), rows)
+        end, view = memory.write(state, state, key, value, controls)
+        return end, memory.read_online(view, query).astype(rows[0].dtype)
+
+    return chunk_update(chunk, state, rows, implementation="pallas_tpu", **options)

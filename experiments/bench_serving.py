@@ -7,7 +7,8 @@ table has the median of the rounds, and processor seconds, the least of the roun
 on the machine disturbs less; below each part are ratios of both.
 
 - ``rows``: requests in the rows of an ``mc.Batcher``, beside as many calls of ``mc.generate`` one
-  after the other, and beside one call with all rows.
+  after the other, and beside one call with all rows. For decoding alone, the time that two new
+  tokens take is subtracted in each round, and the medians of what is left are compared.
 - ``prefix``: the first token after a prompt of which an ``mc.PrefixStore`` knows 90 %, beside one
   that it does not know.
 - ``draft``: greedy decoding with ``mc.NGrams`` beside plain decoding, and whether tokens are equal.
@@ -19,6 +20,7 @@ a trained model's, which favors drafts.
 
 import argparse
 import json
+import operator
 import statistics
 import time
 from collections.abc import Callable
@@ -30,13 +32,14 @@ from absl import flags
 from experiments._program import ConfigFlag, run
 
 FLAGS = flags.FLAGS
+_PARTS = ["rows", "prefix", "draft"]
 _CONFIG = ConfigFlag()
 flags.DEFINE_string("workdir", None, "A training run, whose model is timed.")
-flags.DEFINE_multi_enum("parts", ["rows", "prefix", "draft"], ["rows", "prefix", "draft"], "What.")
+flags.DEFINE_multi_enum("parts", _PARTS, _PARTS, "What.")
 flags.DEFINE_integer("rows", 16, "Requests at once.", 2)
 flags.DEFINE_integer("ahead", 4, "Tokens of a row in a call of the batcher.", 1)
 flags.DEFINE_integer("prompt", 64, "Tokens of a request's prompt.", 1)
-flags.DEFINE_integer("new", 128, "New tokens of a request.", 2)
+flags.DEFINE_integer("new", 128, "New tokens of a request.", 3)
 flags.DEFINE_integer("long", 1280, "Tokens of the prompt whose beginning is known.", 20)
 flags.DEFINE_integer("rounds", 3, "Timed rounds.", 1)
 flags.DEFINE_string("json", None, "File to write the table to.")
@@ -73,23 +76,23 @@ def code(tokens: int, begin: int = 0) -> Any:
     return np.resize(np.frombuffer(text[begin:], np.uint8), tokens).astype(np.int32)
 
 
-def rows(model: Any) -> dict[str, Callable[[], Any]]:
-    """What decodes all requests, by name."""
+def rows(model: Any, new: int) -> dict[str, Callable[[], Any]]:
+    """What reads prompts and decodes so many tokens of all requests, by name."""
     import numpy as np
 
     import memcache_jax as mc
 
     prompts = np.stack([code(FLAGS.prompt, 1000 * row) for row in range(FLAGS.rows)])
     sizes: dict[str, Any] = dict(rows=FLAGS.rows, ahead=FLAGS.ahead)
-    batcher = mc.Batcher(model, max_length=FLAGS.prompt + FLAGS.new, **sizes)
+    batcher = mc.Batcher(model, max_length=FLAGS.prompt + new, **sizes)
 
     def of_batcher() -> list:
-        requests = [batcher.submit(prompt, FLAGS.new) for prompt in prompts]
+        requests = [batcher.submit(prompt, new) for prompt in prompts]
         batcher.run()
         return [request.tokens for request in requests]
 
     def at_once(prompts: Any) -> list:
-        tokens = mc.generate(model, prompts, FLAGS.new, temperature=0)
+        tokens = mc.generate(model, prompts, new, temperature=0)
         return np.asarray(tokens)[:, FLAGS.prompt :].tolist()
 
     return {
@@ -133,9 +136,6 @@ def draft(model: Any) -> dict[str, Callable[[], Any]]:
     return {"n-grams": lambda: decode(mc.NGrams()), "plain": lambda: decode(None)}
 
 
-PARTS = dict(rows=rows, prefix=prefix, draft=draft)
-
-
 def in_turn(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, Any]]:
     """The times of each, and what it returned first."""
     found: dict[str, dict[str, Any]] = {
@@ -151,27 +151,44 @@ def in_turn(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, d
     return found
 
 
+def times_of(part: str, model: Any) -> dict[str, dict[str, tuple[float, float]]]:
+    """Seconds and processor seconds by name, of the part and of decoding alone."""
+    made = dict(prefix=prefix, draft=draft)
+    functions = rows(model, FLAGS.new) if part == "rows" else made[part](model)
+    of_two = rows(model, 2) if part == "rows" else {}
+    shorter = {f"{name}, 2 tokens": function for name, function in of_two.items()}
+    times = in_turn(functions | shorter, FLAGS.rounds)
+    if part != "prefix":
+        first, *others = (times[name]["result"] for name in functions)
+        print(f"equal tokens: {all(other == first for other in others)}", flush=True)
+
+    def of_decoding(name: str, key: str) -> float:
+        both = times[name][key], times[f"{name}, 2 tokens"][key]
+        return statistics.median(map(operator.sub, *both))
+
+    whole = {
+        name: (statistics.median(times[name]["seconds"]), min(times[name]["processor"]))
+        for name in functions
+    }
+    alone = {
+        name: (of_decoding(name, "seconds"), of_decoding(name, "processor")) for name in of_two
+    }
+    return {part: whole} | ({"decoding alone": alone} if alone else {})
+
+
 def main() -> None:
     """Times all parts."""
     model, table = read_model(), []
     for part in FLAGS.parts:
-        times = in_turn(PARTS[part](model), FLAGS.rounds)
-        lines = {
-            name: (statistics.median(one["seconds"]), min(one["processor"]))
-            for name, one in times.items()
-        }
-        print(f"\n{part:28} {'seconds':>10} {'processor':>10}")
-        for name, (seconds, processor) in lines.items():
-            print(f"{name:28} {seconds:10.3f} {processor:10.3f}")
-        (first, own), *others = lines.items()
-        for name, other in others:
-            ratios = [b / a for a, b in zip(own, other, strict=True)]
-            print(f"{first + ' : ' + name:28} {ratios[0]:9.2f}x {ratios[1]:9.2f}x", flush=True)
-        results = [one["result"] for one in times.values()]
-        if part != "prefix":
-            print(f"equal tokens: {all(result == results[0] for result in results)}", flush=True)
-        for name, (seconds, processor) in lines.items():
-            table.append(dict(part=part, name=name, seconds=seconds, processor=processor))
+        for title, lines in times_of(part, model).items():
+            print(f"\n{title:28} {'seconds':>10} {'processor':>10}")
+            for name, (seconds, processor) in lines.items():
+                print(f"{name:28} {seconds:10.3f} {processor:10.3f}")
+                table.append(dict(part=title, name=name, seconds=seconds, processor=processor))
+            (first, own), *others = lines.items()
+            for name, other in others:
+                ratios = [b / a for a, b in zip(own, other, strict=True)]
+                print(f"{first + ' : ' + name:28} {ratios[0]:9.2f}x {ratios[1]:9.2f}x", flush=True)
     if FLAGS.json:
         Path(FLAGS.json).write_text(json.dumps(table, indent=2))
 

@@ -121,8 +121,9 @@ def plan(config: Any, topology: str, *, quick: bool = False) -> dict[str, Any]:
             "train step": train_step.lower(target, tokens),
             "evaluation": eval_step.lower(target.whole, tokens, mask),
         }
-        begin, programs = time.perf_counter(), []
+        programs, seconds = [], {}
         for name, each in lowered.items():
+            begin = time.perf_counter()
             try:
                 programs.append(each.compile(compiler_options=_effort(quick)))
             except jax.errors.JaxRuntimeError as e:
@@ -130,8 +131,9 @@ def plan(config: Any, topology: str, *, quick: bool = False) -> dict[str, Any]:
                     raise
                 report["overflow"] = f"{name}: {_first_lines(str(e))}"
                 return report
+            seconds[name] = time.perf_counter() - begin
         compiled, evaluation = programs
-        report["compile_seconds"] = time.perf_counter() - begin
+        report["compile_seconds"] = seconds
     report |= memory_of(compiled)
     # While it runs, the optimizer's state is there too.
     report["evaluation"] = memory_of(evaluation)
@@ -227,7 +229,10 @@ def describe(config: Any, report: dict[str, Any]) -> str:
     if report["hbm"] is not None:
         peak = max(report["peak_bytes"], report["evaluation"]["peak_bytes"])
         lines.append(f"left                {gib(report['hbm'] - peak)}")
-    lines.append(f"compiled in         {report['compile_seconds']:8.1f} s")
+    lines += [
+        f"{name + ' compiled':20}{seconds:8.1f} s"
+        for name, seconds in report["compile_seconds"].items()
+    ]
     if "unlisted" in report:
         lines += ["", f"Collectives cannot be listed: {report['unlisted']}"]
         return "\n".join(lines)

@@ -9,12 +9,10 @@ program holds a single state for each head, the carried one. Rows are (units, ch
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -23,8 +21,8 @@ from memcache_jax.kernels._sweep_blocks import (
     fill,
     is_inside,
     load,
-    mapped,
     reshaped,
+    scratch,
     shaped,
     specs,
     state_shapes,
@@ -32,181 +30,156 @@ from memcache_jax.kernels._sweep_blocks import (
     wide,
 )
 from memcache_jax.kernels._sweep_plan import Sweep
+from memcache_jax.kernels._sweep_visits import Visits, fill_at, rows_at, turn, turn_back
 from memcache_jax.kernels._tpu import tpu_call
+from memcache_jax.kernels.chunk_update.edges import Edges
 
 _ALL, _ONE = slice(None), 1
 
 
-class _Steps(NamedTuple):
-    """The steps of a group: loads, the visits of each head, and stores."""
-
-    length: int
-    heads: int
-    visits: int
-
-    @property
-    def number(self) -> int:
-        return 2 * self.length + self.heads * self.visits
-
-    def loads(self, s: Any) -> Any:
-        """The chunk of the group that step s transposes into VMEM, or the last one."""
-        return jnp.minimum(s, self.length - 1)
-
-    def head(self, s: Any) -> Any:
-        """The head that step s visits, or the nearest."""
-        head = lax.div(s - np.int32(self.length), np.int32(self.visits))
-        return jnp.clip(head, 0, self.heads - 1)
-
-    def visit(self, s: Any) -> Any:
-        """Which visit of the head it is, or the nearest."""
-        return jnp.clip(s - self.length - self.head(s) * self.visits, 0, self.visits - 1)
-
-    def stores(self, s: Any) -> Any:
-        """The chunk whose results step s transposes back, or the first one."""
-        return jnp.clip(s - self.length - self.heads * self.visits, 0, self.length - 1)
-
-    def when(self, s: Any, load: Callable, visit: Callable, store: Callable) -> None:
-        """Calls the action of step s, with its chunk, or its head and visit."""
-        visited = self.length + self.heads * self.visits
-        pl.when(s < self.length)(lambda: load(self.loads(s)))
-        pl.when((s >= self.length) & (s < visited))(lambda: visit(self.head(s), self.visit(s)))
-        pl.when(s >= visited)(lambda: store(self.stores(s)))
-
-
 def forward(
-    sweep: Sweep, step: Step, state: Any, rows: Any, y: Any, *, starts: bool = True
+    sweep: Sweep, step: Step, edges: Edges, given: Any, rows: Any, y: Any, *, starts: bool = True
 ) -> tuple[Any, Any, Any]:
-    """As ``_sweep.forward``."""
-    apart = units_first(rows)
-    units, chunks = jax.tree.leaves(apart)[0].shape[:2]
-    steps = _Steps(sweep.group, sweep.together, sweep.group)
-    groups, heads, every = chunks // sweep.group, sweep.together, np.int32(sweep.every)
-    of_runs, of_groups = (
-        jax.tree.map(lambda x, n=n: shaped(x, (units, n, *x.shape[1:])), state)
-        for n in (groups // sweep.every, groups)
-    )
+    """Returns what is left of the last states, the outputs, and the states that groups start from.
+
+    Args:
+      sweep: how the work is divided.
+      step: runs one chunk of some memories.
+      edges: how states begin and end.
+      given: what memories begin with, (units, ...) or of fewer units, see ``Visits``.
+      rows: as for ``_sweep.forward``.
+      y: as for ``_sweep.forward``.
+      starts: whether to write the states that groups start from; if not, None takes their place.
+    """
+    apart, visits = units_first(rows), Visits.of(sweep, given, rows, 1)
+    state = _per_unit(edges.begin, given, visits.units)
+    ends = _per_unit(edges.finish, state, visits.units)
+    of_groups = jax.tree.map(lambda x: shaped(x, (len(x), visits.groups, *x.shape[1:])), state)
     of_groups = of_groups if starts else None
 
-    def unit(i: Any, s: Any) -> Any:
-        return i * heads + steps.head(s)
+    def in_order(j: Any, c: Any) -> Any:
+        return j * visits.length + c
 
-    def at_first(i: Any, j: Any, s: Any) -> tuple:  # the states are read in the first group alone
-        return (jnp.where(j == 0, unit(i, s), i * heads + heads - 1),)
+    def of_rows(turns: Callable, tree: Any) -> Any:
+        return visits.of_rows(turns, in_order, tree, in_order)
 
-    def at_end(i: Any, j: Any, s: Any) -> tuple:
-        ends = lax.rem(j, every) == every - 1
-        return jnp.where(ends, unit(i, s), i * heads), lax.div(j, every)
+    def kernel(given_refs, rows_refs, y_refs, end_refs, start_refs, carried, turned, y_turned):
+        j, s = pl.program_id(2), pl.program_id(3)
 
-    of_rows = functools.partial(_of_rows, steps, steps.loads, lambda j, v: j * sweep.group + v)
-
-    def kernel(state_refs, rows_refs, y_refs, end_refs, start_refs, carried, turned, y_turned):
-        j, s = pl.program_id(1), pl.program_id(2)
-
-        def visit(head: Any, visit: Any) -> None:
+        def visit(head: Any, c: Any) -> None:
             at = pl.ds(head, 1)
 
-            @pl.when((visit == 0) & (j == 0))
+            @pl.when((c == 0) & (j == 0))
             def _():
-                fill(carried, load(state_refs, state, 1, _ALL), at)
+                fill(carried, edges.begin(load(given_refs, given, 1, visits.at(head))), at)
 
             before = load(carried, state, 1, at)
             if starts:
 
-                @pl.when(visit == 0)
+                @pl.when(c == 0)
                 def _():
                     fill(start_refs, before, _ALL)
 
-            after, outputs = step(before, _rows_at(rows_refs, apart, turned, visit, head))
-            _fill_at(y_turned, jax.tree.leaves(outputs), visit, head)
+            after, outputs = step(before, rows_at(rows_refs, apart, turned, c, head))
+            fill_at(y_turned, jax.tree.leaves(outputs), c, head)
             fill(carried, after, at)
 
-            @pl.when((visit == steps.visits - 1) & (lax.rem(j, every) == every - 1))
+            @pl.when((c == visits.length - 1) & (j == visits.groups - 1))
             def _():
-                fill(end_refs, after, _ALL)
+                fill(end_refs, edges.finish(after), _ALL)
 
-        steps.when(
+        visits.when(
             s,
-            functools.partial(_turn, rows_refs, turned),
+            functools.partial(turn, rows_refs, turned),
             visit,
-            functools.partial(_turn_back, y_refs, y_turned),
+            functools.partial(turn_back, y_refs, y_turned),
         )
 
-    out, ends, first = tpu_call(
+    out, last, first = tpu_call(
         kernel,
-        grid=(units // heads, groups, steps.number),
-        in_specs=[specs(_ONE, 1, at_first, state), of_rows(rows)],
+        grid=visits.grid,
+        in_specs=[visits.of_given(visits.in_first, given), of_rows(visits.loads, rows)],
         out_specs=[
-            _of_rows(steps, steps.stores, lambda j, v: j * sweep.group + v, y),
-            specs(_ONE, 2, at_end, of_runs),
-            specs(_ONE, 2, lambda i, j, s: (unit(i, s), j), of_groups),
+            of_rows(visits.stores, y),
+            specs(_ONE, 1, visits.in_last, ends),
+            specs(_ONE, 2, lambda p, n, j, s: (visits.unit(p, n, s), j), of_groups),
         ],
-        out_shape=[wide(y, 2), wide(of_runs, 2), wide(of_groups, 2)],
-        scratch_shapes=[_carried(heads, state), _turned(steps, rows), _turned(steps, y)],
+        out_shape=[wide(y, 2), wide(ends, 1), wide(of_groups, 2)],
+        scratch_shapes=[
+            scratch(state_shapes(visits.heads, state)),
+            *(visits.turned(rows), visits.turned(y)),
+        ],
         name=f"{sweep.name}_forward",
-        dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+        dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
         vmem_bytes=sweep.forward_bytes,
-    )(wide(state, 1), wide(rows, 2))
-    return reshaped(ends, of_runs), reshaped(out, y), reshaped(first, of_groups)
+    )(wide(given, 1), wide(rows, 2))
+    return reshaped(last, ends), reshaped(out, y), reshaped(first, of_groups)
 
 
 def backward(
-    sweep: Sweep, step: Step, pull: Pull, starts: Any, rows: Any, d_ends: Any, d_y: Any
+    sweep: Sweep,
+    step: Step,
+    pull: Pull,
+    edges: Edges,
+    given: Any,
+    starts: Any,
+    rows: Any,
+    d_ends: Any,
+    d_y: Any,
 ) -> tuple[Any, Any]:
-    """As ``_sweep.backward``; each head is carried through a group and then back through it."""
-    apart, length, heads = units_first(rows), sweep.group, sweep.together
-    units, chunks = jax.tree.leaves(apart)[0].shape[:2]
-    groups, every = chunks // length, np.int32(sweep.every)
-    steps = _Steps(length, heads, 2 * length)
-    state = jax.tree.map(lambda x: shaped(x, (units, *x.shape[2:])), starts)
+    """Returns the cotangents of ``given`` and of the rows.
 
-    def unit(i: Any, s: Any) -> Any:
-        return i * heads + steps.head(s)
+    Each head is carried through a group and then back through it.
 
-    def at_end(i: Any, j: Any, s: Any) -> tuple:  # read where a run ends, the first of its groups
-        begins = lax.rem(j, every) == 0
-        head = jnp.where(begins, unit(i, s), i * heads + heads - 1)
-        return head, lax.div(groups - 1 - j, every)
+    Args:
+      sweep: as for ``forward``.
+      step: as for ``forward``.
+      pull: its pullback.
+      edges: as for ``forward``.
+      given: as for ``forward``.
+      starts: the states that groups start from; None for a single group.
+      rows: as for ``forward``.
+      d_ends: cotangents of what is left of the last states.
+      d_y: cotangents of the outputs.
+    """
+    apart, visits = units_first(rows), Visits.of(sweep, given, rows, 2)
+    length, last = visits.length, visits.groups - 1
+    state = _per_unit(edges.begin, given, visits.units)
 
-    def at_first(i: Any, j: Any, s: Any) -> tuple:
-        return (jnp.where(j == groups - 1, unit(i, s), i * heads),)
+    def in_order(j: Any, c: Any) -> Any:
+        return (last - j) * length + c
 
     def both_ways(j: Any, v: Any) -> Any:
-        return (groups - 1 - j) * length + jnp.minimum(v, 2 * length - 1 - v)
+        return in_order(j, jnp.minimum(v, 2 * length - 1 - v))
 
     def in_reverse(j: Any, v: Any) -> Any:
-        return (groups - 1 - j) * length + jnp.minimum(length - 1, 2 * length - 1 - v)
-
-    def in_order(j: Any, v: Any) -> Any:
-        return (groups - 1 - j) * length + v
-
-    def of_rows(chunk: Callable, turns: Callable, tree: Any) -> Any:
-        return _of_rows(steps, turns, chunk, tree, in_order)
+        return in_order(j, jnp.minimum(length - 1, 2 * length - 1 - v))
 
     def kernel(
-        start_refs, rows_refs, d_end_refs, d_y_refs, d_rows_refs, d_state_refs,
+        start_refs, rows_refs, d_end_refs, d_y_refs, d_rows_refs, d_given_refs,
         carried, d_carried, many, turned, d_y_turned,
     ):  # fmt: skip
-        j, s = pl.program_id(1), pl.program_id(2)
+        n, j, s = (pl.program_id(axis) for axis in (1, 2, 3))
 
         def load_chunk(c: Any) -> None:
-            _turn(rows_refs, turned, c)
-            _turn(d_y_refs, d_y_turned, c)
+            turn(rows_refs, turned, c)
+            turn(d_y_refs, d_y_turned, c)
 
         def visit(head: Any, v: Any) -> None:
             at, c = pl.ds(head, 1), jnp.minimum(v, 2 * length - 1 - v)
 
             @pl.when(v == 0)
             def _():
-                fill(carried, load(start_refs, starts, 2, _ALL), _ALL)
+                if starts is None:
+                    first = edges.begin(load(start_refs, given, 1, visits.at(head)))
+                else:
+                    first = load(start_refs, starts, 2, _ALL)
+                fill(carried, first, _ALL)
 
             @pl.when((v == 0) & (j == 0))
             def _():
-                fill(d_carried, jax.tree.map(jnp.zeros_like, load(carried, state, 1, _ALL)), at)
-
-            @pl.when((v == 0) & (lax.rem(j, every) == 0))
-            def _():
-                d_before, d_end = load(d_carried, state, 1, at), load(d_end_refs, d_ends, 2, _ALL)
-                fill(d_carried, jax.tree.map(jnp.add, d_before, d_end), at)
+                d_end = load(d_end_refs, d_ends, 1, _ALL)
+                fill(d_carried, edges.pull_finish(_of_one(state), d_end), at)
 
             @pl.when(v < length)
             def _():
@@ -216,109 +189,84 @@ def backward(
             @pl.when(v < length - 1)
             def _():
                 before = load(carried, state, 1, _ALL)
-                fill(carried, step(before, _rows_at(rows_refs, apart, turned, c, head))[0], _ALL)
+                fill(carried, step(before, rows_at(rows_refs, apart, turned, c, head))[0], _ALL)
 
             @pl.when(v >= length)
             def _():
-                d_after, d_rows = pull(
+                d_before, d_rows = pull(
                     load(jax.tree.map(lambda ref: ref.at[c], many), state, 1, _ALL),
-                    _rows_at(rows_refs, apart, turned, c, head),
+                    rows_at(rows_refs, apart, turned, c, head),
                     load(d_carried, state, 1, at),
-                    _rows_at(d_y_refs, units_first(d_y), d_y_turned, c, head),
+                    rows_at(d_y_refs, units_first(d_y), d_y_turned, c, head),
                 )
-                fill(d_carried, d_after, at)
-                fill(d_state_refs, d_after, _ALL)
+                fill(d_carried, d_before, at)
                 refs = jax.tree.leaves(d_rows_refs, is_leaf=is_inside)
                 pairs = list(zip(refs, jax.tree.leaves(d_rows), strict=True))
                 # The tokens of this chunk are not read again: their cotangents take their place.
-                _fill_at(turned, [d for ref, d in pairs if is_inside(ref)], c, head)
+                fill_at(turned, [d for ref, d in pairs if is_inside(ref)], c, head)
                 plain = [(ref, d) for ref, d in pairs if not is_inside(ref)]
                 fill([ref for ref, _ in plain], [d for _, d in plain], _ALL)
 
-        steps.when(s, load_chunk, visit, functools.partial(_turn_back, d_rows_refs, turned))
+            @pl.when((v == 2 * length - 1) & (j == last))
+            def _():
+                d_first = edges.pull_begin(_of_one(given), load(d_carried, state, 1, at))
 
-    many = jax.tree.map(
-        lambda x: pltpu.VMEM((length, *x.shape), x.dtype), state_shapes(_ONE, state)
-    )
-    d_rows, d_state = tpu_call(
+                def add(ref: Any, d: Any) -> None:
+                    place = (visits.at(head), ...)
+                    block = d.reshape(1, *ref.shape[1:])
+                    ref[place] = (
+                        block if visits.runs == 1 else jnp.where(n == 0, block, ref[place] + block)
+                    )
+
+                jax.tree.map(add, d_given_refs, d_first)
+
+        visits.when(s, load_chunk, visit, functools.partial(turn_back, d_rows_refs, turned))
+
+    def at_start(p: Any, n: Any, j: Any, s: Any) -> tuple:
+        return visits.unit(p, n, s), last - j
+
+    def of_rows(chunk: Callable, turns: Callable, tree: Any) -> Any:
+        return visits.of_rows(turns, chunk, tree, in_order)
+
+    of_start = specs(_ONE, 2, at_start, starts)
+    if starts is None:
+        of_start = visits.of_given(lambda *place: at_start(*place)[:1], given)
+    one = state_shapes(_ONE, state)
+    many = jax.tree.map(lambda x: pltpu.VMEM((length, *x.shape), x.dtype), one)
+    d_rows, d_given = tpu_call(
         kernel,
-        grid=(units // heads, groups, steps.number),
+        grid=visits.grid,
         in_specs=[
-            specs(_ONE, 2, lambda i, j, s: (unit(i, s), groups - 1 - j), starts),
-            of_rows(both_ways, steps.loads, rows),
-            specs(_ONE, 2, at_end, d_ends),
-            of_rows(in_reverse, steps.loads, d_y),
+            of_start,
+            of_rows(both_ways, visits.loads, rows),
+            specs(_ONE, 1, visits.in_first, d_ends),
+            of_rows(in_reverse, visits.loads, d_y),
         ],
-        out_specs=[of_rows(in_reverse, steps.stores, rows), specs(_ONE, 1, at_first, state)],
-        out_shape=[wide(rows, 2), wide(state, 1)],
+        out_specs=[
+            of_rows(in_reverse, visits.stores, rows),
+            visits.of_given(visits.in_last, given),
+        ],
+        out_shape=[wide(rows, 2), wide(given, 1)],
         scratch_shapes=[
-            *(_carried(_ONE, state), _carried(heads, state), many),
-            *(_turned(steps, rows), _turned(steps, d_y)),
+            *(scratch(one), scratch(state_shapes(visits.heads, state)), many),
+            *(visits.turned(rows), visits.turned(d_y)),
         ],
         name=f"{sweep.name}_backward",
-        dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+        dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"),
         vmem_bytes=sweep.backward_bytes,
-    )(wide(starts, 2), wide(rows, 2), wide(d_ends, 2), wide(d_y, 2))
-    return reshaped(d_state, state), reshaped(d_rows, rows)
+    )(
+        wide(given, 1) if starts is None else wide(starts, 2),
+        *(wide(rows, 2), wide(d_ends, 1), wide(d_y, 2)),
+    )
+    return reshaped(d_given, given), reshaped(d_rows, rows)
 
 
-def _of_rows(
-    steps: _Steps, turns: Callable, chunk: Callable, tree: Any, in_order: Callable | None = None
-) -> Any:
-    """Blocks of one chunk: of all heads where a step ``turns`` it, or of the head of a visit."""
-
-    def of(x: Any) -> Any:
-        if is_inside(x):
-            place = in_order or chunk
-            return specs(steps.heads, 2, lambda i, j, s: (i, place(j, turns(s))), x)
-
-        def index(i: Any, j: Any, s: Any) -> tuple:
-            return i * steps.heads + steps.head(s), chunk(j, steps.visit(s))
-
-        return specs(_ONE, 2, index, x)
-
-    return mapped(of, tree)
+def _of_one(tree: Any) -> Any:
+    """The shapes of one unit's arrays."""
+    return jax.tree.map(lambda x: shaped(x, (1, *x.shape[1:])), tree)
 
 
-def _carried(heads: int, state: Any) -> Any:
-    return jax.tree.map(lambda x: pltpu.VMEM(x.shape, x.dtype), state_shapes(heads, state))
-
-
-def _turned(steps: _Steps, tree: Any) -> list:
-    """Vector memory (length, heads, m, k) for each array with heads inside."""
-    arrays = [x.heads for x in jax.tree.leaves(tree, is_leaf=is_inside) if is_inside(x)]
-    return [
-        pltpu.VMEM((steps.length, steps.heads, x.shape[2], x.shape[4]), x.dtype) for x in arrays
-    ]
-
-
-def _inside(refs: Any) -> list:
-    return [x.heads for x in jax.tree.leaves(refs, is_leaf=is_inside) if is_inside(x)]
-
-
-def _turn(refs: Any, turned: list, c: Any) -> None:
-    """Transposes blocks with heads inside into a chunk's place in VMEM."""
-    for ref, into in zip(_inside(refs), turned, strict=True):
-        into[c] = jnp.swapaxes(ref[0, 0].astype(jnp.float32), 0, 1).astype(into.dtype)
-
-
-def _turn_back(refs: Any, turned: list, c: Any) -> None:
-    """Transposes a chunk back into blocks with heads inside."""
-    for ref, of in zip(_inside(refs), turned, strict=True):
-        ref[0, 0] = jnp.swapaxes(of[c].astype(jnp.float32), 0, 1).astype(ref.dtype)
-
-
-def _rows_at(refs: Any, like: Any, turned: list, c: Any, head: Any) -> Any:
-    """The rows (1, ...) of a head in a chunk, in float32."""
-    each = iter(turned)
-
-    def of(ref: Any, x: Any) -> Any:
-        block = next(each)[c, pl.ds(head, 1)] if is_inside(ref) else ref[...]
-        return block.reshape(1, *x.shape[2:]).astype(jnp.float32)
-
-    return mapped(of, refs, like)
-
-
-def _fill_at(turned: list, arrays: list, c: Any, head: Any) -> None:
-    for ref, x in zip(turned, arrays, strict=True):
-        ref[c, pl.ds(head, 1)] = x.astype(ref.dtype)
+def _per_unit(edge: Callable[[Any], Any], tree: Any, units: int) -> Any:
+    """Shapes (units, ...) of what a map of ``Edges`` returns."""
+    shapes = jax.eval_shape(edge, _of_one(tree))
+    return jax.tree.map(lambda x: shaped(x, (units, *x.shape[1:])), shapes)

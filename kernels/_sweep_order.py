@@ -19,9 +19,9 @@ class Order:
         self.batch = batch
 
     def of_units(self, x: Array) -> Array:
-        """From (*batch, ...) to (units, ...)."""
-        x = self._heads_to(x, 1, len(self.batch) - 1)
-        return x.reshape(math.prod(self.batch), *x.shape[len(self.batch) :])
+        """From (*batch, ...) to (units, ...); axes of the batch may be 1."""
+        x, dims = self._heads_to(x, 1, len(self.batch) - 1), len(self.batch)
+        return x.reshape(math.prod(x.shape[:dims]), *x.shape[dims:])
 
     def of_batch(self, x: Array) -> Array:
         """From (units, ...) to (*batch, ...)."""

@@ -84,8 +84,12 @@ def plan(name: str, state: Any, rows: Any, y: Any, keep: int, blocks: Blocks) ->
     return chosen
 
 
-def plan_heads(name: str, state: Any, rows: Any, y: Any, keep: int, blocks: Blocks) -> Sweep:
+def plan_heads(
+    name: str, state: Any, given: Any, rows: Any, y: Any, keep: int, blocks: Blocks
+) -> Sweep:
     """``plan`` for ``_sweep_heads``: the longest groups that fit, then the most heads.
+
+    What memories begin with, ``given``, has fewer units than ``state`` where they share it.
 
     Raises:
       CannotServeError: if the forward or the backward pass does not fit into VMEM.
@@ -94,13 +98,15 @@ def plan_heads(name: str, state: Any, rows: Any, y: Any, keep: int, blocks: Bloc
     leaves = jax.tree.leaves((rows, y), is_leaf=is_inside)
     widest = max(x.heads.dtype.itemsize for x in leaves if is_inside(x))
     work = min(blocks.state_work * of_state, blocks.row_work * of_rows)
+    shared = len(jax.tree.leaves(given)[0]) < len(jax.tree.leaves(state)[0])
 
     def of(heads: int, group: int) -> Sweep:
+        first = 2 * _tiles(given, 1) * (heads if shared else 1)
         # Tokens of a group, transposed, and blocks of one chunk, double-buffered, one in float32.
         rows, y = (heads * x * widest // 4 for x in (of_rows, of_y))
         tokens = group * (rows + y) + 4 * rows + 2 * y + heads * 2 * max(of_rows, of_y)
-        forward = (heads + 6) * of_state + work + tokens
-        backward = (heads + group + 7) * of_state + work + tokens
+        forward = (heads + 4) * of_state + first + work + tokens
+        backward = (heads + group + 5) * of_state + 2 * first + work + tokens
         return Sweep(name, heads, 1, group, keep // group, forward, backward)
 
     def fits(sweep: Sweep) -> bool:

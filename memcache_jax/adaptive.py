@@ -111,7 +111,8 @@ class Adaptive(Segmentation):
         bucket = np.arange(self.most_states(length))
         reads = np.where((bucket + 1) * step <= blocks[:, None], bucket[None], -1)
         buckets = np.stack([bucket, bucket + 1], axis=1) * step
-        return ReadPlan(self.size, buckets, reads, blocks // step * step)
+        most = np.full(len(blocks), self.max // self.size)
+        return ReadPlan(self.size, buckets, reads, blocks // step * step, most)
 
     def most_states(self, length: int) -> int:
         """The most states that a token of such a sequence can read."""

@@ -224,8 +224,11 @@ class GRM(Aggregation):
       num_keys: P pooled keys per state, one for each of P equal spans of its tokens. A state's
         relevance is that of its best-matching key, max_j <u_t, p_ij>, so that gates find facts that
         a single mean key would hide. The live memory has the spans begun so far. P must divide the
-        size of ``Constant`` or ``Logarithmic`` segments; the paper has P = 1. Each cached state
-        takes k (P - 1) more numbers. For P > 1 states are selected by XLA, not by a kernel.
+        size of ``Constant`` or ``Logarithmic`` segments, or the greatest common divisor of
+        ``Lengths``. Segments of ``Adaptive`` have spans of ``max / P`` tokens, a whole number of
+        blocks, the last one perhaps shorter: so a shorter segment has fewer keys. The paper has
+        P = 1. Each cached state takes k (P - 1) more numbers. For P > 1 states are selected by XLA,
+        not by a kernel.
       exact: r, the tokens kept beside each cached state: those of its segment and document for
         which the error of the cached state, |v - M(k)|^2, is largest. Each token is read as one
         more state, with its key as the pooled key and its value as the read::

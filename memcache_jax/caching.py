@@ -11,10 +11,11 @@ from memcache_jax.adaptive import Adaptive
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.engine.exact import check_keeps
 from memcache_jax.engine.one_pass import one_pass
+from memcache_jax.engine.spans import check_num_keys
 from memcache_jax.engine.types import CachedStates, Tokens
 from memcache_jax.kernels._platform import check_platform
 from memcache_jax.memories import Memory
-from memcache_jax.segmentation import Constant, Logarithmic, Segmentation
+from memcache_jax.segmentation import Constant, Segmentation
 from memcache_jax.sharding.division import Division
 from memcache_jax.sharding.memory_caching import over_mesh
 
@@ -196,14 +197,7 @@ def check_configuration(
     ):
         if not isinstance(got, wanted):
             raise ValueError(f"{what} must be an object such as {example}, got {shown(got)}")
-    count = aggregation.num_keys
-    if count > 1 and (
-        not isinstance(segmentation, (Constant, Logarithmic)) or segmentation.size % count
-    ):
-        raise ValueError(
-            f"num_keys={count} needs Constant or Logarithmic segments of a size that it divides, "
-            f"got {segmentation}"
-        )
+    check_num_keys(aggregation.num_keys, segmentation)
     if memory.gradient_chunk and segmentation.size % memory.gradient_chunk:
         raise ValueError(
             f"the chunk size of {type(memory).__name__}, {memory.gradient_chunk}, must divide the "

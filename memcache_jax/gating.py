@@ -181,8 +181,10 @@ class ContentGate(Gate):
     ) -> tuple[Float[Array, "b h n c r"], Float[Array, "b h n c"]]:
         """Products of all connectors with all keys, NaN where a key is not finite."""
         keys = candidates.keys(pooling)
-        cached = _products(connector, keys, candidates)
-        return cached, keys.live_scores(connector)
+        at_once = None if keys.at_once is None else keys.at_once(connector)
+        if at_once is not None:
+            return at_once
+        return _products(connector, keys, candidates), keys.live_scores(connector)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,7 +280,9 @@ def _scores_of_spans(
 
     each = Candidates(
         numbers.reshape(*states.shape[:-1], -1),
-        xp.repeat(candidates.distances, num_keys, axis=-1),
+        (np if isinstance(candidates.distances, np.ndarray) else jnp).repeat(
+            candidates.distances, num_keys, axis=-1
+        ),
         lambda _: Keys(keys.live, flat(keys.states), flat(keys.slots)),
         held=None if held is None else jnp.repeat(held, num_keys, axis=-1),
     )

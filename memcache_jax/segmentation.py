@@ -23,17 +23,22 @@ class ReadPlan:
       buckets: (buckets, 2) first block of each bucket, and the block after its last.
       reads: (blocks, r) the buckets that each block reads, oldest first, padded with -1.
       first: (blocks,) the first block of the segment that each block lies in.
+      segment_blocks: (blocks,) the most blocks that this segment may have, also beyond the
+        sequence, for ``num_keys`` above 1; None for one each.
     """
 
     block_size: int
     buckets: np.ndarray
     reads: np.ndarray
     first: np.ndarray
+    segment_blocks: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         set_fields(self, block_size=check_integer("block_size", self.block_size))
-        for name in ("buckets", "reads", "first"):
+        for name in ("buckets", "reads", "first", "segment_blocks"):
             array = getattr(self, name)
+            if name == "segment_blocks" and array is None:
+                continue
             if not (isinstance(array, np.ndarray) and np.issubdtype(array.dtype, np.integer)):
                 raise ValueError(f"{name} must be a NumPy array of integers, got {shown(array)}")
         blocks, count = len(self.first), len(self.buckets)
@@ -43,6 +48,9 @@ class ReadPlan:
                 f"buckets, reads and first must be (buckets, 2), (blocks, r) and (blocks,), got "
                 f"{', '.join(map(str, shapes))}"
             )
+        sizes = self.segment_blocks
+        if sizes is not None and (sizes.shape != (blocks,) or np.any(sizes < 1)):
+            raise ValueError(f"segment_blocks must be {blocks} numbers above 0, got {sizes}")
         begin, end = self.buckets.T
         if np.any(begin < 0) or np.any(end <= begin) or np.any(end > blocks):
             raise ValueError(
@@ -256,7 +264,8 @@ class Lengths(Segmentation):
         blocks = np.arange(count)
         segment = np.searchsorted(borders, blocks, side="right") - 1
         buckets = list(zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True))
-        return ReadPlan.of(self.size, [buckets[:s] for s in segment], borders[segment])
+        plan = ReadPlan.of(self.size, [buckets[:s] for s in segment], borders[segment])
+        return dataclasses.replace(plan, segment_blocks=np.diff(borders)[segment])
 
 
 def exact_chunk(block: int, length: int, most: int) -> int:

@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from memcache_jax.kernels._dispatch import choose, implementations
+from memcache_jax.kernels.chunk_update.edges import Edges
 
 _IMPLEMENTATIONS = implementations("chunk_update", "reference", "xla", "pallas_tpu", "pallas_gpu")
 
@@ -16,6 +19,7 @@ def chunk_update(
     batch_dims: int,
     implementation: str | None = None,
     late: Any = None,
+    edges: Edges | None = None,
 ) -> tuple[Any, Any]:
     """Carries memories through their chunks: state_{i+1}, y_i = chunk(state_i, rows_i).
 
@@ -29,6 +33,8 @@ def chunk_update(
       late: given if the second axis of the batch is heads and rows (m, k) are tokens, which kernels
         may then read with heads inside: a tree of booleans like the rows, true for those that no
         later state depends on.
+      edges: makes the first states from ``state``, of which axes of the batch after the second may
+        then be 1 to stand for all, and what is returned of the last ones.
 
     Returns:
       The last states (*batch, ...) and the outputs (*batch, chunks, ...).
@@ -40,5 +46,9 @@ def chunk_update(
     """
     update = choose("chunk_update", _IMPLEMENTATIONS, implementation)
     if implementation == "pallas_tpu":
-        return update(chunk, state, rows, batch_dims, late)
-    return update(chunk, state, rows, batch_dims)
+        return update(chunk, state, rows, batch_dims, late, edges or Edges())
+    if edges is None:
+        return update(chunk, state, rows, batch_dims)
+    first = edges.first(state, jax.tree.leaves(rows)[0].shape[:batch_dims])
+    ends, y = update(chunk, first, rows, batch_dims)
+    return edges.finish(ends), y

@@ -1,6 +1,7 @@
 """Segments whose borders the tokens decide: where they lie, and the states that blocks may read."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,8 @@ from memcache_jax.engine.documents import (
     slot_keys,
 )
 from memcache_jax.engine.measures import Measure, by_keys, by_scores
-from memcache_jax.engine.types import Candidates, Keys
+from memcache_jax.engine.spans import decided_span_keys
+from memcache_jax.engine.types import Candidates, Keys, SpanKeys
 from memcache_jax.segmentation import ReadPlan
 
 
@@ -180,6 +182,14 @@ def adaptive_candidates(
         of_row = jax.vmap(of_head, in_axes=(0, 0, None, None, None))
         return jax.vmap(of_row)(key, *sums, segment, borders.last)
 
+    def spans(pooling: str, num_keys: int) -> SpanKeys:
+        assert plan.segment_blocks is not None
+        size = int(plan.segment_blocks[0]) // num_keys
+        of_head = functools.partial(decided_span_keys, whole, size, pooling, num_keys)
+        of_row = jax.vmap(of_head, in_axes=(0, 0, None, None, None))
+        live, ended, seen, states = jax.vmap(of_row)(key, *sums, segment, borders.last)
+        return SpanKeys(live, ended, seen[:, 0], states=states)
+
     of_states = jnp.take_along_axis(borders.before, borders.last, axis=1)
     distances = jnp.maximum(borders.before[:, :, None] - of_states[:, None], 1)
     seen = (borders.last[:, None] < np.arange(count)[None, :, None])[:, :, None]
@@ -191,5 +201,6 @@ def adaptive_candidates(
         distances,
         keys,
         same_document=seen if len(plan.buckets) else None,
+        spans=spans,
         log_counts=borders.log_counts,
     )

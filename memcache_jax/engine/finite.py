@@ -14,6 +14,7 @@ from jax import lax
 
 from memcache_jax._typing import Array, Bool, Float, State
 from memcache_jax.engine.types import Blocks, Rows, Tokens, Views, Writing
+from memcache_jax.kernels.decay import running_sum
 from memcache_jax.memories import Memory
 from memcache_jax.memories.base import Run
 
@@ -44,11 +45,12 @@ def with_finite_writes(tokens: Any) -> Any:
 
 def as_they_came(rows: Rows) -> Rows:
     """The rows before cleaning, in bfloat16 or in the cleaned rows' dtype, without documents."""
-    return jax.tree.map(
-        lambda x, wide: x if x.dtype == jnp.bfloat16 else x.astype(wide.dtype),
-        rows.came,
-        rows._replace(begun=None, bad=None, came=None),
-    )
+    return jax.tree.map(narrow, rows.came, rows._replace(begun=None, bad=None, came=None))
+
+
+def narrow(x: Array, wide: Array) -> Array:
+    """An array as it came if in bfloat16, which kernels read, or else in another's dtype."""
+    return x if x.dtype == jnp.bfloat16 else x.astype(wide.dtype)
 
 
 def reading_queries(how: Writing, blocks: Blocks) -> Float[Array, "b h n c k"]:
@@ -108,6 +110,23 @@ def spoilt(
         before = jnp.pad(by_block[..., :-1], ((0, 0), (0, 0), (1, 0)))
         lost |= (before & ~restarts[None, None])[..., None]
     return lost.reshape(bad.shape)
+
+
+def spoilt_in_chunk(rows: Rows, before: Float[Array, ""]) -> Float[Array, "m"]:
+    """``spoilt`` of the rows (m, ...) of a chunk as they came, as positive numbers.
+
+    Args:
+      rows: the rows.
+      before: positive if the state before the chunk is spoilt, else zero.
+    """
+    bad, same = jnp.zeros(len(rows.key), jnp.float32), None
+    for name, x in dict(key=rows.key, value=rows.value, **rows.controls).items():
+        broken = jnp.where(_is_fine(name, x), 0, jnp.ones_like(bad, shape=x.shape))
+        bad = jnp.maximum(bad, broken.max(axis=tuple(range(1, x.ndim))) if x.ndim > 1 else broken)
+    if rows.begun is not None:
+        same = rows.begun[:, None] == rows.begun[None]
+        before = jnp.where(rows.begun == 0, before, 0)
+    return before + running_sum(bad, same)
 
 
 def _since_the_last(

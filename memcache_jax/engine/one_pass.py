@@ -8,6 +8,7 @@ from jax import lax
 from memcache_jax._typing import Array, Implementation, Int, Start
 from memcache_jax.adaptive import Adaptive
 from memcache_jax.aggregation import Aggregation
+from memcache_jax.choice import choice_of
 from memcache_jax.engine import reference, reference_borders
 from memcache_jax.engine.borders import Borders, find_borders, relaxed, straight_through
 from memcache_jax.engine.documents import count_documents
@@ -27,6 +28,7 @@ from memcache_jax.engine.run import (
 from memcache_jax.engine.types import CachedStates, Tokens, Writing
 from memcache_jax.memories import Memory
 from memcache_jax.segmentation import Segmentation
+from memcache_jax.sparse import SSC
 
 
 def one_pass(
@@ -82,13 +84,17 @@ def one_pass(
         blocks = cut_for(memory, tokens, document, plan, length)
         more = None if learned is None else OnePass(learned[0], carries, learned[1])
         layout = OnePass(plan, carries, borders, longest, more)
-        y, _, _, (bank, candidates) = run(layout, how, aggregation, blocks, given)
+        y, _, selection, (bank, candidates) = run(layout, how, aggregation, blocks, given)
         y = y.reshape(*y.shape[:2], -1, y.shape[-1])[:, :, :length]
         if hands_on:
             assert isinstance(bank, ArrayBank)
             pooled: Any = candidates.keys(aggregation.pooling).states
-            y = jnp.moveaxis(y, 1, 2).astype(value.dtype)
-            return y, CachedStates(bank.matrices, pooled)
+            y, chosen = jnp.moveaxis(y, 1, 2).astype(value.dtype), None
+            if isinstance(aggregation, SSC):
+                chosen = choice_of(selection, aggregation.top_k)
+                chosen = chosen.reshape(*chosen.shape[:2], -1, chosen.shape[-1])[:, :, :length]
+                chosen = jnp.moveaxis(chosen, 1, 2)
+            return y, CachedStates(bank.matrices, pooled, chosen)
     return jnp.moveaxis(y, 1, 2).astype(value.dtype)
 
 

@@ -110,7 +110,7 @@ def _one_head(
         return jnp.where(unknown, jnp.nan, key[chosen]), value[chosen], there[chosen]
 
     def spans(first: Array, after: Array, until: Array, of: Array) -> tuple[Array, Array]:
-        """Pooled keys of equal spans of [first, after) before ``until``, and which have tokens."""
+        """Pooled keys of equal spans of [first, after), of tokens before ``until``; which exist."""
         size = (after - first) // aggregation.num_keys
         begins = first + size * jnp.arange(aggregation.num_keys)
         ends = jnp.minimum(begins + size, until)
@@ -133,7 +133,12 @@ def _one_head(
         bank = memory.matrices(_last_states(run, first, after - first, initial))
     owner = document[last]
     buckets = jnp.asarray(first), jnp.asarray(after)
-    pooled = jax.vmap(jax.vmap(spans))(*buckets, buckets[1], owner)
+    whole = buckets[1]
+    if borders is not None:  # whose segments also begin with documents
+        begun = jax.vmap(jax.vmap(lambda of: jnp.argmax(document == of)))(owner)
+        buckets = jnp.maximum(first, begun // segment * segment), after
+        whole = buckets[0] + where.segment_blocks[0] * segment
+    pooled = jax.vmap(jax.vmap(spans))(buckets[0], whole, buckets[1], owner)
     exact = jax.vmap(jax.vmap(worst))(bank, *buckets, owner) if longest else None
 
     def read(t: Array) -> Array:
@@ -148,7 +153,11 @@ def _one_head(
 
         own = memory.matrices(jax.tree.map(lambda x: x[t], live))
         begins = jnp.asarray(where.first)[t // segment] * segment
+        if borders is not None:
+            begins = jnp.maximum(begins, jnp.argmax(document == document[t]) // segment * segment)
         ends = jnp.maximum(begins + segment, t + 1)
+        if where.segment_blocks is not None:
+            ends = begins + jnp.asarray(where.segment_blocks)[t // segment] * segment
         here = spans(begins, ends, t + 1, document[t])
         keys, known = (_joined(seen(x), y) for x, y in zip(pooled, here, strict=True))
         distances = jnp.append(jnp.asarray(where.distances)[t // segment - begun], 0)
@@ -181,6 +190,7 @@ class _Plan(NamedTuple):
     num_blocks: int
     block_size: int
     first: Any
+    segment_blocks: Any
     buckets: Any
     reads: Any
     distances: Any
@@ -189,7 +199,7 @@ class _Plan(NamedTuple):
 
 def _planned(plan: ReadPlan) -> _Plan:
     """The plan of all rows."""
-    given = plan.first, plan.buckets, plan.reads, plan.distances
+    given = plan.first, plan.segment_blocks, plan.buckets, plan.reads, plan.distances
     return _Plan(plan.num_blocks, plan.block_size, *given, None)
 
 
@@ -201,7 +211,8 @@ def _decided(plan: ReadPlan, borders: Any) -> _Plan:
     buckets = jnp.stack([first[last], last + 1], axis=1) if len(last) else plan.buckets
     reads = jnp.where(last[None] < block[:, None], slot[None], -1)
     distances = jnp.maximum(before[:, None] - before[last][None], 1)
-    return _Plan(plan.num_blocks, plan.block_size, first, buckets, reads, distances, log_counts)
+    given = first, plan.segment_blocks, buckets, reads, distances
+    return _Plan(plan.num_blocks, plan.block_size, *given, log_counts)
 
 
 def _joined(rows: Array, row: Array) -> Array:

@@ -1,6 +1,7 @@
 """One call: its tokens cut into blocks, then write, bank, select and read, over a layout."""
 
 import abc
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from memcache_jax.engine.borders import (
 )
 from memcache_jax.engine.documents import begun_in_chunk, document_candidates
 from memcache_jax.engine.exact import exact_of_blocks
-from memcache_jax.engine.finite import cleaned, reading_queries
+from memcache_jax.engine.finite import cleaned, narrow, reading_queries
 from memcache_jax.engine.read import ArrayBank, Bank, Live
 from memcache_jax.engine.spans import document_span_keys, span_keys
 from memcache_jax.engine.types import (
@@ -39,7 +40,9 @@ from memcache_jax.engine.types import (
     Writing,
 )
 from memcache_jax.engine.write import initial_states, write_blocks
-from memcache_jax.gating import pooled_keys, running_keys, running_scores
+from memcache_jax.gating import in_order, pooled_keys, running_keys, running_scores
+from memcache_jax.kernels._dispatch import CannotServeError
+from memcache_jax.kernels.relevance import relevance
 from memcache_jax.memories import Memory
 from memcache_jax.memories.base import Run
 from memcache_jax.segmentation import ReadPlan, exact_chunk
@@ -155,6 +158,8 @@ class OnePass(Layout):
         elif self.carries or not plan.spans_segments.any():
             last = plan.buckets[:, 1] - 1
             some = slice(len(last)) if np.array_equal(last, np.arange(len(last))) else last
+            if how.implementation == "pallas_tpu" and isinstance(some, slice) and not self.longest:
+                some = slice(None)  # kernels read states where they lie: to leave one out is a copy
             states = jax.tree.map(lambda x: x[:, :, some], ends.state)
         else:
             states = bucket_states(how, ends, blocks.rows, plan)
@@ -213,15 +218,45 @@ def candidates_in(plan: ReadPlan, blocks: Blocks, implementation: str | None = N
     """The buckets that a plan's blocks may read, within each token's document if there are any."""
     keys, document = (blocks.tokens.key, blocks.pooled), blocks.document
     if document is None:
-        return candidates_of(plan, *keys, implementation)
+        candidates = candidates_of(plan, *keys, implementation)
+        if implementation != "pallas_tpu" or blocks.came is None or not _of_segments(plan):
+            return candidates
+
+        def with_products(pooling: str) -> Keys:
+            at_once = functools.partial(_products_at_once, blocks, pooling)
+            return candidates.keys(pooling)._replace(at_once=at_once)
+
+        return candidates._replace(keys=with_products)
     spans = functools.partial(document_span_keys, plan, *keys, document)
     return document_candidates(plan, *keys, document)._replace(spans=spans)
+
+
+def _of_segments(plan: ReadPlan) -> bool:
+    """Whether blocks are segments, and buckets are all of them but the last, in order."""
+    count = plan.num_blocks - 1
+    buckets = np.arange(count)[:, None] + np.arange(2)[None]
+    return np.array_equal(plan.buckets, buckets) and in_order(plan.reads, count)
+
+
+def _products_at_once(
+    blocks: Blocks, pooling: str, connector: Float[Array, "b h n c u"]
+) -> tuple[Float[Array, "b h n c r"], Float[Array, "b h n c"]] | None:
+    """``Keys.at_once`` by a kernel that reads connectors and keys in their own dtype."""
+    came, wide = blocks.came, blocks.tokens
+    if connector is not wide.connector:
+        return None
+    with contextlib.suppress(CannotServeError):
+        rows = narrow(came.connector, wide.connector), narrow(came.key, wide.key)
+        return relevance(*rows, pooling=pooling, implementation="pallas_tpu")
+    return None
 
 
 def with_pooled(candidates: Candidates, pooled: Float[Array, "b h states k"]) -> Candidates:
     """The candidates, with ``pooled`` in place of the states' own keys."""
     own = candidates.keys
-    return candidates._replace(keys=lambda pooling: own(pooling)._replace(states=pooled))
+    return candidates._replace(
+        keys=lambda pooling: own(pooling)._replace(states=pooled, at_once=None)
+    )
 
 
 def candidates_of(
@@ -354,4 +389,5 @@ def cut(
 
     rows = rows_of(widened(tokens))._replace(begun=in_chunks(begun), bad=in_chunks(bad))
     rows = rows._replace(came=rows_of(raw) if came else None)
-    return Blocks(widened(tokens), document, rows, raw.key.astype(dtype))
+    pooled = raw.key.astype(dtype)
+    return Blocks(widened(tokens), document, rows, pooled, raw if came else None)

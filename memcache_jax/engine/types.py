@@ -50,12 +50,14 @@ class Blocks(NamedTuple):
       rows: the same tokens chunk by chunk.
       pooled: the keys to pool for cached states, as they came: the gate of a state is unknown if
         one of its keys is not finite.
+      came: the tokens as they came, in their own dtype, for kernels; else None.
     """
 
     tokens: Tokens
     document: Int[Array, "b n c"] | None
     rows: Rows
     pooled: Float[Array, "b h n c k"]
+    came: Any = None
 
 
 class Carry(NamedTuple):
@@ -113,12 +115,15 @@ class Keys(NamedTuple):
       slots: of cached states by slot, in place of ``states``, where they depend on the block.
       products: computes the products of connectors with ``live``, for programs that need nothing
         else of ``live``; None to multiply by ``live``.
+      at_once: computes the products of connectors with ``states`` and ``live``, or returns None for
+        connectors that are not those of the call; None where each is multiplied by itself.
     """
 
     live: Float[Array, "b h n c k"]
     states: Float[Array, "b h states k"] | None = None
     slots: Float[Array, "b h n r k"] | None = None
     products: Callable[[Array], Array] | None = None
+    at_once: Callable[[Array], tuple[Array, Array] | None] | None = None
 
     def live_scores(self, connector: Float[Array, "b h n c k"]) -> Float[Array, "b h n c"]:
         """The products of connectors with the keys of the live memory."""
@@ -215,10 +220,12 @@ class CachedStates(NamedTuple):
     Attributes:
       matrices: those of all states, as in ``read.ArrayBank``.
       pooled: their pooled keys.
+      chosen: what each token chose, ``choice_of``; None of aggregations other than ``SSC``.
     """
 
     matrices: Any
     pooled: Float[Array, "b h states k"]
+    chosen: Float[Array, "b t h u"] | None = None
 
 
 class Beside(NamedTuple):

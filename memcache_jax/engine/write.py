@@ -9,18 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from memcache_jax._typing import Array, Bool, Controls, State
+from memcache_jax._typing import Array, Bool, Controls, Matrices, State
 from memcache_jax._varying import vary, varying
 from memcache_jax.engine.affine import write_affine
 from memcache_jax.engine.descent import option_reasons, write_descent
-from memcache_jax.engine.finite import as_they_came, spoil, with_finite_writes
+from memcache_jax.engine.finite import as_they_came, spoil, spoilt_in_chunk, with_finite_writes
 from memcache_jax.engine.read import keep
 from memcache_jax.engine.types import Carry, Rows, Views, Writing
 from memcache_jax.kernels._dispatch import check_served
-from memcache_jax.kernels.chunk_update import chunk_update
+from memcache_jax.kernels.chunk_update import Edges, chunk_update
 from memcache_jax.memories import DeepMemory, Memory
 from memcache_jax.memories.affine import MAP_PRECISION
 from memcache_jax.memories.base import Run, first_of_documents
+from memcache_jax.memories.deep_chunk import DeepState
 
 SMALL_STATE, SMALL_CHUNK = 32 * 32, 32
 
@@ -56,6 +57,9 @@ def write_blocks(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> t
     Returns:
       The runs up to the end of each block (b, h, n, ...), and what was kept of its chunks.
     """
+    deep = how.memory.form == "descent" and how.implementation == "pallas_tpu"
+    if deep and rows.came is not None:
+        return write_as_they_came(how, rows, restarts)
     run, kept = _write_finite(how, rows, restarts)
     state, kept = spoil(how.memory, rows, restarts, run.state, kept)
     return run._replace(state=state), kept
@@ -66,15 +70,10 @@ def _write_finite(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> 
     memory, implementation = how.memory, how.implementation
     if memory.form == "affine" and set(how.needs) <= {"reads"} and _gains(how, rows, restarts):
         return write_at_once(how, rows, restarts)
-    came, rows = rows.came, rows._replace(bad=None, came=None)
+    rows = rows._replace(bad=None, came=None)
     if memory.form == "descent" and implementation == "pallas_gpu":
         ends, kept = write_descent(how, *chunk_writer(how, rows), rows, restarts)
         return Run(ends, None), kept
-    if memory.form == "descent" and implementation == "pallas_tpu":
-        if isinstance(memory, DeepMemory):
-            check_served("chunk_update", implementation, option_reasons(memory))
-        if came is not None:
-            return write_as_they_came(how, rows._replace(came=came), restarts)
     return write_in_turn(how, rows, restarts)
 
 
@@ -116,18 +115,49 @@ def write_in_turn(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> 
 def write_as_they_came(
     how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]
 ) -> tuple[Run, Views]:
-    """``write_in_turn`` by kernels that read ``rows.came`` in its dtype and clean it themselves."""
+    """``write_blocks`` by kernels that read ``rows.came`` in its dtype.
+
+    They also clean it; a spoilt state is NaN between chunks. Where all blocks begin anew, states
+    come without momentum, which nothing reads.
+    """
+    assert isinstance(how.memory, DeepMemory)
+    check_served("chunk_update", "pallas_tpu", option_reasons(how.memory))
     came = as_they_came(rows)._replace(begun=rows.begun)
     narrow, wide = jnp.result_type(came.query, came.key, came.value), rows.key.dtype
     write, start = chunk_writer(how, rows)
 
     def clean_write(carry: Carry, came: Rows) -> tuple[Carry, Views]:
+        some = carry.state.weights[0][0, 0]
+        before = jnp.where(jnp.isnan(some), jnp.ones_like(some), 0)
+        lost = spoilt_in_chunk(came, before)
+        state = jax.tree.map(lambda x: jnp.where(before > 0, 0, x), carry.state)
         finite = jax.tree.map(lambda x: x.astype(wide), with_finite_writes(came))
-        carry, kept = write(carry, finite)
-        return carry, {n: x.astype(narrow) if n == "reads" else x for n, x in kept.items()}
+        carry, kept = write(carry._replace(state=state), finite)
+        state = jax.tree.map(lambda x: jnp.where(lost[-1] > 0, jnp.nan, x), carry.state)
+        if "reads" in kept:
+            kept["reads"] = jnp.where(lost[:, None] > 0, jnp.nan, kept["reads"]).astype(narrow)
+        if kept.keys() - {"reads"}:
+            kept["spoilt"] = lost
+        return carry._replace(state=state), kept
 
-    carry, kept = _carried(clean_write, start, came, restarts, how.implementation)
-    return Run(carry.state, carry.transition), kept
+    if not restarts.all():
+        carry, kept = _carried(clean_write, start, came, restarts, how.implementation)
+        return Run(carry.state, None), kept
+    first = start((*rows.key.shape[:2], 1))
+
+    def begin(weights: Matrices) -> Carry:
+        momentum = jax.tree.map(jnp.zeros_like, weights) if first.state.momentum else ()
+        state = DeepState(weights, momentum)
+        return Carry(state, None if first.initial is None else state)
+
+    weights, kept = chunk_update(
+        *(clean_write, first.state.weights, came),
+        batch_dims=3,
+        implementation=how.implementation,
+        late=_late(came),
+        edges=Edges(begin, lambda carry: carry.state.weights),
+    )
+    return Run(DeepState(weights), None), kept
 
 
 def transitions(how: Writing, rows: Rows, restarts: Bool[np.ndarray, "n"]) -> Any:
@@ -148,8 +178,7 @@ def _carried(
     implementation: str | None,
 ) -> tuple[Any, Any]:
     """What blocks hand on, (b, h, n, ...), and what was kept of their chunks."""
-    late = jax.tree.map(lambda x: False, rows)._replace(query=True)
-    update = functools.partial(chunk_update, write, implementation=implementation, late=late)
+    update = functools.partial(chunk_update, write, implementation=implementation, late=_late(rows))
     batch, heads, blocks = rows.key.shape[:3]
     if restarts.all():
         return update(start((batch, heads, blocks)), rows, batch_dims=3)
@@ -164,6 +193,11 @@ def _carried(
     rows = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), rows)
     _, out = lax.scan(block, first, (jnp.asarray(restarts), rows))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), out)
+
+
+def _late(rows: Rows) -> Rows:
+    """The rows that no later state depends on, for ``chunk_update``."""
+    return jax.tree.map(lambda x: False, rows)._replace(query=True)
 
 
 def _identity(memory: Memory, rows: Rows, shape: tuple[int, ...]) -> Any:

@@ -19,7 +19,7 @@ class Draft(abc.ABC):
     """What proposes ``tokens`` next tokens of each row.
 
     Attributes:
-      tokens: how many are proposed, and verified in one call of the model.
+      tokens: how many are proposed at most, and verified in one call of the model.
     """
 
     tokens: int
@@ -76,7 +76,8 @@ class NGrams(Draft):
     where text repeats itself: code, quotations, edits.
 
     Attributes:
-      tokens: most tokens that are proposed.
+      tokens: most tokens that are proposed. With 15, two calls take a chunk of 32 tokens of a deep
+        memory.
       longest: how many tokens before a place are compared.
       shortest: how many must be the same, by default 3, or ``longest`` where that is less. Raise it
         where proposals are rarely kept.
@@ -85,7 +86,7 @@ class NGrams(Draft):
       ValueError: for numbers below 1, or a ``shortest`` above ``longest``.
     """
 
-    tokens: int = 8
+    tokens: int = 15
     longest: int = 8
     shortest: int | None = None
 

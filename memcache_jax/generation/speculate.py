@@ -11,6 +11,7 @@ from memcache_jax._typing import Array, Float, Int
 from memcache_jax.generation.drafts import merge
 from memcache_jax.generation.sampling import probabilities, sample
 from memcache_jax.nn.unrolled import cache_for, for_steps
+from memcache_jax.streaming.cache import Cache
 from memcache_jax.streaming.loops import once_if, while_loop
 
 
@@ -46,6 +47,7 @@ def speculate(
     net: Any = nnx.merge(model, state)
     proposer, vocab = merge(draft, drafts), net.config.vocab_size
     empty = _cache_back(net, len(prompt), size, proposer.tokens, dict(cache))
+    sizes, chunk = _call_sizes(proposer.tokens + 1), _chunk_of(empty, proposer.tokens + 1)
     hidden, past = net.extend(prompt, empty, lengths)
     stepping = for_steps(net)
     past = cache_for(stepping, past)
@@ -64,7 +66,10 @@ def speculate(
         known, new, ended, past, draft_past, step = carry
         count, left = lengths + new, max_new_tokens - new
         # So many proposed tokens count; the last new token is drawn, and not taken.
-        most = jnp.where(ended | (left < 1), -1, jnp.minimum(proposer.tokens, left - 1))
+        most = jnp.minimum(proposer.tokens, left - 1)
+        if chunk is not None:
+            most = jnp.minimum(most, chunk - 1 - (count - 1) % chunk)
+        most = jnp.where(ended | (left < 1), -1, most)
         of_draft, of_model = jax.random.split(jax.random.fold_in(key, step))
         args = known, count, most, of_draft, numbers, vocab
         tokens, chances, proposed, draft_past = proposer.propose(draft_past, *args, **sampling)
@@ -78,9 +83,10 @@ def speculate(
             return after, jnp.pad(wanted, ((0, 0), (0, beyond), (0, 0)))
 
         none: Any = jax.eval_shape(lambda: read(given, past)[1])
-        done, several = (past, jnp.zeros(none.shape, none.dtype)), (proposed > 0).any()
-        for chosen, which in ((several, given), (~several, last)):
-            done = once_if(chosen, lambda done, which: read(which, done[0]), done, which)
+        done, taken = (past, jnp.zeros(none.shape, none.dtype)), 1 + proposed.max()
+        for smaller, size_of_call in zip((0, *sizes), sizes, strict=False):
+            chosen, its = (smaller < taken) & (taken <= size_of_call), given[:, :size_of_call]
+            done = once_if(chosen, lambda done, its: read(its, done[0]), done, its)
         ahead, wanted = done
         kept, next_token = accept(of_model, tokens, chances, wanted, proposed)
         stays = jnp.minimum(kept, proposed)  # -1 in rows that have ended
@@ -107,6 +113,22 @@ def speculate(
     known, new, _, _, _, step = while_loop(unfinished, verify, carry)
     place = lengths[:, None] + jnp.minimum(jnp.arange(size)[None], new[:, None] - 1)
     return jnp.take_along_axis(known, place, axis=1), step - 1
+
+
+def _call_sizes(most: int) -> tuple[int, ...]:
+    """Sizes of calls, in tokens: one without proposed tokens, of half of them, and of all."""
+    return (1, most) if most < 8 else (1, most // 2, most)
+
+
+def _chunk_of(cache: Any, tokens: int) -> int | None:
+    """The size of chunks that a call of so many tokens should stay in; None for any.
+
+    A deep memory takes tokens of one chunk at once, and those of the next one after them.
+    """
+    caches = jax.tree.leaves(cache, is_leaf=lambda x: isinstance(x, Cache))
+    configs = [x.config for x in caches if isinstance(x, Cache) and x.config.in_parts]
+    chunks = [config.memory.gradient_chunk or 1 for config in configs]
+    return min((chunk for chunk in chunks if chunk >= tokens), default=None)
 
 
 def _cache_back(net: Any, rows: int, size: int, tokens: int, options: dict[str, Any]) -> Any:

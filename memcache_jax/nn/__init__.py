@@ -17,6 +17,7 @@ from memcache_jax.nn.language_model import LanguageModel
 from memcache_jax.nn.latent_attention import LatentAttention, LatentAttentionMixer
 from memcache_jax.nn.lora import LoRA
 from memcache_jax.nn.loss import CrossEntropy, TokenScores, cross_entropy, token_scores
+from memcache_jax.nn.memory_as_context import MemoryAsContext, MemoryAsContextMixer
 from memcache_jax.nn.memory_caching import MemoryCaching
 from memcache_jax.nn.norms import Norm
 from memcache_jax.nn.parallel import Parallel, ParallelMixer
@@ -42,6 +43,8 @@ __all__ = [
     "LatentAttention",
     "LatentAttentionMixer",
     "LoRA",
+    "MemoryAsContext",
+    "MemoryAsContextMixer",
     "MemoryCaching",
     "MemoryCachingMixer",
     "Mixer",

@@ -195,16 +195,18 @@ def _same(document: Int[Array, "b t"], other: Int[Array, "b s"]) -> Bool[Array, 
 def attend_stream(
     cache: AttentionCache,
     query: Float[Array, "b t h k"],
-    key: Float[Array, "b t g k"],
-    value: Float[Array, "b t g k"] | None,
+    key: Float[Array, "b t g kk"],
+    value: Float[Array, "b t g kk"] | None,
     lengths: Int[Array, "b"],
+    persistent: tuple[Array, Array] | None = None,
     *,
     window: int | None,
     turn: Turn,
 ) -> tuple[Float[Array, "b t h k"], AttentionCache]:
     """Attention of the next tokens to the past and to themselves; the cache after them.
 
-    Without values, keys are what is read.
+    Without values, keys are what is read. With ``persistent`` keys and values, as in
+    ``attend_window``, windows do not slide, but begin at multiples of ``window``.
     """
     (batch, length), past = query.shape[:2], cache.key.shape[-2]
     past = past if window is None else window - 1  # of which more are kept, to go back
@@ -235,9 +237,13 @@ def attend_stream(
         older = cache.key.shape[-2] - past
         keys, values = joined[0][:, :, older:], joined[-1][:, :, older:]
         before = jnp.minimum(cache.position, past)
-        if block_size(window, length) < length:
+        if persistent is not None or block_size(window, length) < length:
             near, nearby = (jnp.moveaxis(x, 1, 2).astype(query.dtype) for x in (keys, values))
-            y = attend_window(query, near, nearby, before, window=window)
+            number = None
+            if persistent is not None:
+                number = (cache.position[:, None] + jnp.arange(-past, length)[None]) // window
+            how: dict[str, Any] = dict(window=window, persistent=persistent)
+            y = attend_window(query, near, nearby, before, number, **how)
         else:
             there = jnp.arange(past + length)[None]
             ago = past + jnp.arange(length)[:, None] - there

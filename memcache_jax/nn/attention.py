@@ -212,7 +212,7 @@ class Attention(nnx.Module):
         x: Float[Array, "b t d"],
         cache: AttentionCache,
         lengths: Int[Array, "b"] | None = None,
-    ) -> tuple[Float[Array, "b t d"], AttentionCache]:
+    ) -> tuple[Float[Array, "b t out"], AttentionCache]:
         """Continues a stream: its outputs are those of one call on the whole sequence.
 
         Args:
@@ -242,13 +242,16 @@ class Attention(nnx.Module):
         lengths = jnp.full(len(x), length, jnp.int32) if lengths is None else jnp.asarray(lengths)
         (query, key, value), division, kept = self._next_rows(x, (cache.position, "b"))
         extend = functools.partial(attend_stream, window=self.window, turn=self._turn)
-        args = cache, query, key, value, lengths
+        persistent = self._persistent()
+        args = cache, query, key, value, lengths, persistent
         if division is None:
             y, cache = extend(*args)
         else:
             row, of_cache = "b . h .", cache.letters()
             of_key = row if "h" in cache.axes.get("key", "") else "b . . ."
-            letters = of_cache, row, of_key, None if value is None else of_key, "b"
+            of_value = None if value is None else of_key
+            of_persistent = None if persistent is None else (". h .", ". h .")
+            letters = of_cache, row, of_key, of_value, "b", of_persistent
             y, cache = division.run(extend, args, letters, (row, of_cache))
         return self._next_output(x, y, kept), cache
 
@@ -261,6 +264,10 @@ class Attention(nnx.Module):
     def _kept_shape(self) -> tuple[int, int]:
         """Heads and channels of what a stream keeps of a token."""
         return self.num_kv_heads, self.head_dim
+
+    def _persistent(self) -> tuple[Array, Array] | None:
+        """Keys and values that all tokens see, (p, h, k)."""
+        return None
 
     def _next_rows(
         self, x: Float[Array, "b t d"], *others: tuple[Any, str]

@@ -12,7 +12,7 @@ from memcache_jax import _checks
 from memcache_jax._typing import Array, Bool, Float, Int
 from memcache_jax.engine.types import CachedStates
 from memcache_jax.nn.config import BlockConfig, LanguageModelConfig
-from memcache_jax.nn.groups import leaders
+from memcache_jax.nn.groups import call_in_group, extend_in_group, leaders
 from memcache_jax.nn.layer_cache import LayerCache
 from memcache_jax.nn.recurrent import Recurrent
 from memcache_jax.sharding.layout import like
@@ -121,6 +121,7 @@ class Block(nnx.Module):
         )
         self.config = block
         self.in_group = False  # whether its mixer shares cached states with others
+        self.is_followed = False  # whether others also read what it chooses
         self.mixer_norm = block.norm.build(config.features, **options)
         self.mixer = block.mixer.build(
             config.features, config.num_heads, head_dim=config.head_dim, **options
@@ -148,7 +149,7 @@ class Block(nnx.Module):
             y, values = mixer.call_in_model(given, document_ids, between.values)
             between = between._replace(values=values)
         elif self.in_group:
-            y, states = mixer.call_in_group(given, document_ids, states)
+            y, states = call_in_group(mixer, given, document_ids, states)
         else:
             y = mixer(given, *documents)
         x = _laid(x + self._residual(y, self.mixer_norm), x)
@@ -192,27 +193,31 @@ class Block(nnx.Module):
 
     def extend(
         self, between: Between, cache: Any, lengths: Int[Array, "b"] | None, source: Any = None
-    ) -> tuple[Between, Any]:
-        """Applies both to the next tokens of a stream; returns the next cache too.
+    ) -> tuple[Between, Any, Any]:
+        """Applies both to the next tokens of a stream; returns the next cache too, and a choice.
 
-        ``source`` is the cache of the block whose states the mixer reads, None if it has its own.
+        ``source`` is the cache of the block whose states the mixer reads, and what it chose; None
+        if it has its own.
         """
         mixer: Any = self.mixer
-        x = stream_of(between)
+        x, chosen = stream_of(between), None
         of_mixer = cache.mixer if self._mlp_shifts else cache
         given: Any = self.mixer_input(x)
         if isinstance(between, Hidden) and isinstance(mixer, Recurrent):
             args = given, of_mixer, lengths, between.values
             y, of_mixer, values = mixer.extend_in_model(*args)
             between = between._replace(values=like(between.values, values))
-        elif source is not None:
-            source = source.mixer if isinstance(source, BlockCache) else source
-            y, of_mixer = mixer.extend_in_group(given, of_mixer, lengths, source.memory)
+        elif self.in_group:
+            if source is not None:
+                of_source = source[0].mixer if isinstance(source[0], BlockCache) else source[0]
+                source = of_source.memory, source[1]
+            args = mixer, given, of_mixer, lengths, source, self.is_followed
+            y, of_mixer, chosen = extend_in_group(*args)
         else:
             y, of_mixer = mixer.extend(given, of_mixer, lengths)
         x = like(x, x + self._residual(y, self.mixer_norm))
         if self.config.mlp is None:
-            return _with_stream(between, x), of_mixer
+            return _with_stream(between, x), of_mixer, chosen
         mlp: Any = self.mlp
         if not self._mlp_shifts:
             y, cache = mlp(self._input(x, self.mlp_norm)), of_mixer
@@ -232,7 +237,8 @@ class Block(nnx.Module):
                 every = num_ends(config), config.segmentation.size
                 ends = tails_at_ends(next_rows, cache.ends, *every, *places, **where)
             cache = cache.replace(mixer=of_mixer, tail=tail, past=past, ends=ends)
-        return _with_stream(between, like(x, x + self._residual(y, self.mlp_norm))), cache
+        x = like(x, x + self._residual(y, self.mlp_norm))
+        return _with_stream(between, x), cache, chosen
 
 
 def _with_stream(between: Between, x: Float[Array, "b t d"]) -> Between:
@@ -254,6 +260,9 @@ class Period(nnx.Module):
         self.leaders = tuple(leaders([block.mixer for block in blocks]).items())
         for number in {number for pair in self.leaders for number in pair}:
             self.blocks[number].in_group = True
+        for number, leader in self.leaders:
+            follower: Any = self.blocks[number].mixer
+            self.blocks[leader].is_followed |= follower.follows
         if config.lora is not None:
             config.lora.attach(self, rngs=rngs)
 
@@ -273,6 +282,6 @@ class Period(nnx.Module):
         new, leaders = [], dict(self.leaders)
         for number, (block, cache) in enumerate(zip(self.blocks, caches, strict=True)):
             source = new[leaders[number]] if number in leaders else None
-            x, cache = block.extend(x, cache, lengths, source)
-            new.append(cache)
-        return x, new
+            x, *of_block = block.extend(x, cache, lengths, source)
+            new.append(of_block)
+        return x, [cache for cache, _ in new]

@@ -26,7 +26,7 @@ from memcache_jax.nn.groups import check_states, leaders
 from memcache_jax.nn.lora import LoRA
 from memcache_jax.nn.memory_caching import MemoryCaching, check_layer
 from memcache_jax.nn.norms import Norm
-from memcache_jax.nn.parallel import ParallelMixer, changed
+from memcache_jax.nn.parallel import changed, side_by_side
 from memcache_jax.nn.recurrent import RecurrentMixer
 from memcache_jax.segmentation import Constant, Segmentation
 
@@ -62,13 +62,20 @@ class MemoryCachingMixer:
     repetition of ``LanguageModelConfig.mixers``, or of a pattern of its ``blocks``. A stream then
     caches states for one layer of each group.
 
+    With ``connector="previous"`` too, ``SSC`` reads the states i that the other layer chose for the
+    same token and head, with its gates, the live memory's among them::
+
+        y_t = gamma_t M_t(q_t) + sum_i gamma_i M_i(q_t)
+
+    So the layers share one router: the others score nothing, and the router learns from them too.
+
     Raises:
-      ValueError: as ``MemoryCaching``, and with ``states="previous"`` for other segments than
-        ``Constant``, ``exact`` tokens or several keys per state. The model's configuration refuses
-        a group without a first layer or with unlike ones, and aggregations for which a stream keeps
-        one sum of all states, such as ``Residual``; ``init_cache`` refuses a policy other
-        than ``"error"``, ``rewind`` and ``keep_ends``; calls refuse ``implementation="reference"``
-        and meshes that divide time.
+      ValueError: as ``MemoryCaching``; with ``connector="previous"`` without ``SSC`` or for
+        ``states="own"``; with ``states="previous"`` for other segments than ``Constant``, ``exact``
+        tokens or several keys per state. The model's configuration refuses a group without a first
+        layer or with unlike ones, and aggregations for which a stream keeps one sum of all states,
+        such as ``Residual``; ``init_cache`` refuses a policy other than ``"error"``, ``rewind`` and
+        ``keep_ends``; calls refuse ``implementation="reference"`` and meshes that divide time.
 
     Example:
       >>> import dataclasses, memcache_jax as mc
@@ -83,7 +90,7 @@ class MemoryCachingMixer:
     aggregation: Aggregation = GRM()
     segmentation: Segmentation = Constant(256)
     start: Start = "independent"
-    connector: Literal["learned", "query"] = "learned"
+    connector: Literal["learned", "query", "previous"] = "learned"
     distances: int = 64
     bounded: bool = True
     states: Literal["own", "previous"] = "own"
@@ -96,7 +103,7 @@ class MemoryCachingMixer:
             *(self.implementation, self.exchange),
         )
         check_flag("bounded", self.bounded)
-        check_states(self.states, self.aggregation, self.segmentation)
+        check_states(self.states, self.connector, self.aggregation, self.segmentation)
         set_fields(self, distances=check_integer("distances", self.distances, 2))
 
     def build(self, in_features: int, num_heads: int, **options: Any) -> MemoryCaching:
@@ -160,10 +167,12 @@ def _check_shared_values(mixers: tuple[Mixer, ...]) -> None:
     """Raises ValueError where a layer mixes in values that no layer before it shares."""
     shared = None
     for mixer in mixers:
-        if isinstance(mixer, ParallelMixer):
-            beside = [m for m in (mixer.left, mixer.right) if isinstance(m, RecurrentMixer)]
-            if any(m.value.first is not None or m.shares_values for m in beside):
-                raise ValueError("mixers side by side can neither share values nor mix them in")
+        for name, part in side_by_side(mixer).items():
+            within = name and isinstance(part, RecurrentMixer)
+            if within and (part.value.first is not None or part.shares_values):
+                raise ValueError(
+                    f"{name} of {type(mixer).__name__} can neither share values nor mix them in"
+                )
         if not isinstance(mixer, RecurrentMixer):
             continue
         size = mixer.value.heads * mixer.value.dim
@@ -307,7 +316,7 @@ class LanguageModelConfig:
         return next((mixer.value.heads * mixer.value.dim for mixer in shared), None)
 
     def with_mixers(self, change: Callable[[Mixer], Mixer]) -> "LanguageModelConfig":
-        """The configuration with each mixer changed, also those that run side by side."""
+        """The configuration with each mixer changed, also those that are parts of others."""
         if self.blocks is None:
             mixers = tuple(changed(mixer, change) for mixer in self.mixers)
             return dataclasses.replace(self, mixers=mixers)

@@ -32,6 +32,7 @@ class LayerParts(nnx.Module):
       param_dtype: dtype of the parameters.
       states: ``"own"``, or ``"previous"`` to read the cached states of the nearest earlier layer of
         a model that has its own.
+      follows: whether it also reads what that layer chose, in place of a connector.
     """
 
     in_features: int
@@ -47,6 +48,7 @@ class LayerParts(nnx.Module):
     dtype: DTypeLike | None
     param_dtype: DTypeLike
     states: Literal["own", "previous"] = "own"
+    follows: bool = False
 
     def _tokens(
         self, x: Float[Array, "b t d"], document_ids: Int[Array, "b t"] | None, first: Any

@@ -30,7 +30,7 @@ def check_layer(
 ) -> None:
     """Raises ValueError for arguments of ``MemoryCaching`` that no layer can have."""
     check_configuration(memory, aggregation, segmentation, start, implementation)
-    _checks.check_choice("connector", connector, ("learned", "query"))
+    _checks.check_choice("connector", connector, ("learned", "query", "previous"))
     _checks.check_choice("exchange", exchange, get_args(Exchange))
 
 
@@ -52,7 +52,7 @@ class MemoryCaching(Projections):
       head_dim: key and value dimension of a head; ``in_features // num_heads`` by default.
       start: what a segment's memory begins with, ``"independent"`` or ``"checkpoint"``.
       connector: what content gates compare with pooled keys: a ``"learned"`` map of the input, or
-        the ``"query"``.
+        the ``"query"``; or ``"previous"``, see ``MemoryCachingMixer``.
       distances: for position gates, the number of distances that have their own logit.
       conv_width: taps of the convolution.
       bounded: whether a deep memory without a ``max_step_norm`` gets one of 1, so that no input,
@@ -99,7 +99,7 @@ class MemoryCaching(Projections):
         segmentation: Segmentation,
         head_dim: int | None = None,
         start: Start = "independent",
-        connector: Literal["learned", "query"] = "learned",
+        connector: Literal["learned", "query", "previous"] = "learned",
         distances: int = 64,
         conv_width: int = 4,
         bounded: bool = True,
@@ -113,7 +113,7 @@ class MemoryCaching(Projections):
         **host: Unpack[HostOptions],
     ) -> None:
         check_layer(memory, aggregation, segmentation, start, connector, implementation, exchange)
-        check_states(states, aggregation, segmentation)
+        check_states(states, connector, aggregation, segmentation)
         _checks.check_instance("rngs", rngs, nnx.Rngs, "nnx.Rngs, such as nnx.Rngs(0)")
         memory = memory.bounded() if _checks.check_flag("bounded", bounded) else memory
         distances = _checks.check_integer("distances", distances, 2)
@@ -140,7 +140,7 @@ class MemoryCaching(Projections):
             )
             self.segmentation = segmentation
             learn_borders(self, rngs)
-        self.states = states
+        self.states, self.follows = states, connector == "previous"
         self.start: Start = start
         self.implementation: Implementation | None = implementation
         self.exchange: Exchange = exchange

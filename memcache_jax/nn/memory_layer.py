@@ -13,6 +13,7 @@ from memcache_jax import _checks
 from memcache_jax._typing import Array, Float, Int
 from memcache_jax.adaptive import Adaptive
 from memcache_jax.caching import in_group
+from memcache_jax.choice import FollowingSSC
 from memcache_jax.engine.gates import gates_of_tokens
 from memcache_jax.engine.types import CachedStates
 from memcache_jax.nn.borders import with_border
@@ -21,8 +22,9 @@ from memcache_jax.nn.layer_cache import LayerCache
 from memcache_jax.nn.layer_parts import LayerParts
 from memcache_jax.nn.routers import noisy, sow_load
 from memcache_jax.sharding.division import Division
-from memcache_jax.streaming import Cache, check_options, extend, init_cache
+from memcache_jax.streaming import Cache, check_options, init_cache
 from memcache_jax.streaming.borders import check_keeps_ends, num_ends
+from memcache_jax.streaming.extend import extend_in_group
 from memcache_jax.streaming.protocol import placed
 from memcache_jax.streaming.ring import Ring
 from memcache_jax.streaming.tails import next_tails, tails_at_ends
@@ -106,29 +108,6 @@ class MemoryLayer(LayerParts):
                 "only in the blocks of a LanguageModel"
             )
 
-    def call_in_group(
-        self,
-        x: Float[Array, "b t d"],
-        document_ids: Int[Array, "b t"] | None,
-        states: CachedStates | None,
-    ) -> tuple[Float[Array, "b t d"], CachedStates | None]:
-        """As a call, in a group of layers that read the cached states of its first.
-
-        Takes these states unless the layer caches its own, and returns them.
-        """
-        if 0 in x.shape[:2]:
-            return self._mix(x, document_ids, None)[0], states
-        share = dict(given=states) if self.states == "previous" else dict(hands_on=True)
-        y, _, made = self._mix(x, document_ids, None, share)
-        return y, states if made is None else made
-
-    def extend_in_group(
-        self, x: Float[Array, "b t d"], cache: LayerCache, lengths: Any, source: Cache
-    ) -> tuple[Float[Array, "b t d"], LayerCache]:
-        """As ``extend``, reading the states of another layer's cache, after the same tokens."""
-        y, cache, _ = self._mix_next(x, cache, lengths, None, source)
-        return y, cache
-
     def _mix(
         self,
         x: Float[Array, "b t d"],
@@ -146,6 +125,9 @@ class MemoryLayer(LayerParts):
         tokens, kept = self._tokens(wide, document_ids, first)
         tokens = noisy(self, tokens)
         given = share.get("given")
+        if given is not None:
+            tokens |= {"connector": given.chosen} if self.follows else {}
+            share = dict(given=given._replace(chosen=None))
         sow_load(self, tokens, document_ids, None if given is None else given.pooled)
         made = in_group(
             **with_border(self, tokens, wide),
@@ -294,8 +276,7 @@ class MemoryLayer(LayerParts):
             room, or for another layer's cache.
         """
         self._check_own()
-        y, cache, _ = self._mix_next(x, cache, lengths, None)
-        return y, cache
+        return self._mix_next(x, cache, lengths, None)[:2]
 
     def _mix_next(
         self,
@@ -303,9 +284,13 @@ class MemoryLayer(LayerParts):
         cache: LayerCache,
         lengths: Any,
         first: Any,
-        source: Cache | None = None,
-    ) -> tuple[Float[Array, "b t d"], LayerCache, Any]:
-        """As ``extend``, and what ``_next_tokens`` kept for the output."""
+        source: tuple[Cache, Array | None] | None = None,
+        hands_on: bool = False,
+    ) -> tuple[Float[Array, "b t d"], LayerCache, Any, Array | None]:
+        """As ``extend``, what ``_next_tokens`` kept for the output, and the choice of SSC.
+
+        ``source`` and ``hands_on`` are those of ``groups.extend_in_group``.
+        """
         _checks.check_input(x, self.in_features)
         _checks.check_cache(cache, LayerCache, (self.num_heads, self.head_dim))
         x = x if self.dtype is None else x.astype(self.dtype)
@@ -324,23 +309,34 @@ class MemoryLayer(LayerParts):
         )
         every = num_ends(config), config.segmentation.size
         ends = tails_at_ends(next_tokens, cache.ends, *every, *places, **where)
-        y, memory = extend(
-            cache.memory if source is None else cache.memory.borrowing(source),
+        memory = cache.memory
+        if source is not None:
+            memory = memory.borrowing(source[0])
+            tokens |= {"connector": source[1]} if self.follows else {}
+        y, memory, chosen = extend_in_group(
+            memory,
             **with_border(self, tokens, x),
             lengths=lengths,
             **self._rules,
             weights=self._initial_weights(),
+            hands_on=hands_on,
         )
         # Weights come with every call: a cache that took them too would copy them for each token.
         memory = memory.replace(initial=cache.memory.initial)
         cache = LayerCache(memory, tails, past, cache.first, ends)
-        return self._output(x, y, kept), cache, kept
+        return self._output(x, y, kept), cache, kept, chosen
 
     @property
     def _rules(self) -> dict[str, Any]:
         return dict(
             memory=self.memory,
-            aggregation=self.aggregation,
+            aggregation=self._followed if self.follows else self.aggregation,
             segmentation=self.segmentation,
             start=self.start,
         )
+
+    @property
+    def _followed(self) -> FollowingSSC:
+        """The aggregation of a layer that follows another's choice."""
+        aggregation: Any = self.aggregation
+        return FollowingSSC(**vars(aggregation) | dict(router=None))

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -31,14 +31,10 @@ class ParallelMixer:
     left_scale: float = 1.0
     right_scale: float = 1.0
 
+    parts: ClassVar[tuple[str, ...]] = ("left", "right")
+
     def __post_init__(self) -> None:
-        for name in ("left", "right"):
-            mixer = getattr(self, name)
-            if isinstance(mixer, type) or not hasattr(mixer, "build"):
-                raise ValueError(
-                    f"{name} must be a mixer such as mc.nn.AttentionMixer(), got "
-                    f"{_checks.shown(mixer)}"
-                )
+        check_parts(self)
         _checks.check_fields(self, numbers=("left_scale", "right_scale"))
 
     def build(self, in_features: int, num_heads: int, **options: Any) -> "Parallel":
@@ -143,21 +139,39 @@ class Parallel(nnx.Module):
         return left + (right if self.right_scale == 1 else self.right_scale * right)
 
 
+def parts_of(mixer: Any) -> dict[str, Any]:
+    """The mixers that a mixer consists of, by the names of its layers; none of most."""
+    return {name: getattr(mixer, name) for name in getattr(mixer, "parts", ())}
+
+
+def check_parts(mixer: Any) -> None:
+    """Raises ValueError for parts that are no mixers."""
+    for name, part in parts_of(mixer).items():
+        if isinstance(part, type) or not hasattr(part, "build"):
+            raise ValueError(
+                f"{name} must be a mixer such as mc.nn.AttentionMixer(), got {_checks.shown(part)}"
+            )
+
+
 def changed(mixer: Any, change: Callable[[Any], Any]) -> Any:
-    """The mixer with a change, of each of both where two run side by side."""
-    if not isinstance(mixer, ParallelMixer):
+    """The mixer with a change, of each of its parts where it has some."""
+    parts = parts_of(mixer)
+    if not parts:
         return change(mixer)
-    both = dict(left=changed(mixer.left, change), right=changed(mixer.right, change))
-    return dataclasses.replace(mixer, **both)
+    new = {name: changed(part, change) for name, part in parts.items()}
+    return dataclasses.replace(mixer, **new)
 
 
 def side_by_side(mixer: Any, name: str = "") -> dict[str, Any]:
-    """The mixers that run side by side by their names, ``"left"`` and ``"right"``; "" for one.
+    """The mixers that a mixer consists of by their names, such as ``"left"``; "" for one.
 
     Those within another have its name before theirs, as ``"left.right"``.
     """
-    if not isinstance(mixer, ParallelMixer):
+    parts = parts_of(mixer)
+    if not parts:
         return {name: mixer}
-    name = f"{name}." if name else ""
-    left, right = (side_by_side(getattr(mixer, x), f"{name}{x}") for x in ("left", "right"))
-    return left | right
+    before = f"{name}." if name else ""
+    found: dict[str, Any] = {}
+    for each, part in parts.items():
+        found |= side_by_side(part, before + each)
+    return found

@@ -32,7 +32,7 @@ class Projections(MemoryLayer):
         memory: Memory,
         aggregation: Aggregation,
         head_dim: int,
-        connector: Literal["learned", "query"],
+        connector: Literal["learned", "query", "previous"],
         distances: int,
         conv_width: int,
         dtype: DTypeLike | None,
@@ -64,7 +64,7 @@ class Projections(MemoryLayer):
             copies["bias_init"] = copy_of(self.query.bias)
         self.key = linear(inner, **options_of.inputs | copies)
         self.key_conv = conv(copy_of(self.query_conv.kernel))
-        wanted = aggregation.relevance.connector
+        wanted = None if connector == "previous" else aggregation.relevance.connector
         if wanted == "distances":
             self.connector = linear(num_heads * distances)
         elif wanted == "key":
@@ -150,7 +150,7 @@ class Projections(MemoryLayer):
 
         query, key = l2_normalize(heads(query)), l2_normalize(heads(key))
         connector = None
-        wanted = self.aggregation.relevance.connector
+        wanted = None if self.follows else self.aggregation.relevance.connector
         if wanted == "distances":
             connector = heads(self.connector(x))
         elif wanted == "key":

@@ -90,7 +90,9 @@ def with_router_noise(model: Model, key: Array, scale: float) -> Model:
 
 def _routes(part: Any) -> bool:
     aggregation = getattr(part, "aggregation", None)
-    return isinstance(aggregation, SSC) and aggregation.relevance.connector == "key"
+    if not isinstance(aggregation, SSC) or getattr(part, "follows", False):
+        return False
+    return aggregation.relevance.connector == "key"
 
 
 def noisy(layer: Any, tokens: dict[str, Any]) -> dict[str, Any]:

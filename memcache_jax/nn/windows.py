@@ -14,23 +14,29 @@ _LEAST = 64  # queries in a block: smaller products take longer
 
 
 def block_size(window: int, length: int) -> int:
-    """Queries that are attended to at once; ``length``, all, where blocks would save nothing."""
-    block = max(window, _LEAST)
+    """Queries that are attended to at once; ``length``, all, where blocks would save nothing.
+
+    A block is whole windows.
+    """
+    block = window * -(-_LEAST // window)
     return block if length > 2 * block else length
 
 
 def attend_window(
     query: Float[Array, "b t h k"],
-    key: Float[Array, "b s g k"],
-    value: Float[Array, "b s g k"],
+    key: Float[Array, "b s g kk"],
+    value: Float[Array, "b s g kk"],
     before: Int[Array, "_"],
-    document: Int[Array, "b s"] | None = None,
+    document: Int[Array, "_ s"] | None = None,
     mask: Bool[Array, "_ _ t s"] | None = None,
     *,
     window: int,
     implementation: Any = None,
+    persistent: tuple[Float[Array, "p g k"], Float[Array, "p g k"]] | None = None,
 ) -> Float[Array, "b t h k"]:
     """Attention of each token to itself and those before it, within ``window`` and its document.
+
+    A token may have several keys and values in a head, side by side along the last axis.
 
     Args:
       query: of t tokens.
@@ -41,6 +47,7 @@ def attend_window(
       mask: takes away more.
       window: how many tokens a token sees.
       implementation: of ``jax.nn.dot_product_attention``.
+      persistent: keys and values that all tokens see.
     """
     length, past = query.shape[1], key.shape[1] - query.shape[1]
     block = block_size(window, length)
@@ -65,10 +72,13 @@ def attend_window(
         if mask is not None:
             rows = lax.dynamic_slice_in_dim(mask, begin, block, axis=2)
             seen &= lax.dynamic_slice_in_dim(rows, begin, past + block, axis=3)
+        lost = spoilt.by_mask(seen, bad)
+        if persistent is not None:
+            key, value, seen = _with_persistent(query, key, value, seen, persistent)
         y = jax.nn.dot_product_attention(
             query, key, value, mask=seen, implementation=implementation
         )
-        return jnp.where(spoilt.by_mask(seen, bad)[..., None], jnp.nan, y)
+        return jnp.where(lost[..., None], jnp.nan, y)
 
     if count == 1:
         return attend(begins[0], query, key, value, bad)
@@ -76,6 +86,25 @@ def attend_window(
     rows = (_overlapping(x, past, block) for x in (key, value, bad))
     y = jax.vmap(attend, in_axes=(0, 1, 1, 1, 1), out_axes=1)(begins, query, *rows)
     return y.reshape(y.shape[0], count * block, *y.shape[3:])[:, :length]
+
+
+def _with_persistent(
+    query: Float[Array, "b t h k"],
+    key: Float[Array, "b s g kk"],
+    value: Float[Array, "b s g kk"],
+    seen: Bool[Array, "_ 1 t s"],
+    persistent: tuple[Float[Array, "p g k"], Float[Array, "p g k"]],
+) -> tuple[Float[Array, "b ps g k"], Float[Array, "b ps g k"], Bool[Array, "_ 1 t ps"]]:
+    """Keys and values one after the other, persistent ones first, and which queries see them."""
+    several = key.shape[-1] // query.shape[-1]
+
+    def joined(always: Array, rows: Array) -> Array:
+        always = jnp.broadcast_to(always.astype(rows.dtype), (len(rows), *always.shape))
+        return jnp.concatenate([always, *jnp.split(rows, several, axis=-1)], axis=1)
+
+    first = jnp.ones((*seen.shape[:3], len(persistent[0])), bool)
+    seen = jnp.concatenate([first, *[seen] * several], axis=3)
+    return joined(persistent[0], key), joined(persistent[1], value), seen
 
 
 def _overlapping(

@@ -17,10 +17,10 @@ from memcache_jax.nn import LanguageModel
 from memcache_jax.nn.unrolled import for_steps
 from memcache_jax.serving.ids import Ids, as_ids
 from memcache_jax.serving.prefix_store import PrefixStore
-from memcache_jax.serving.programs import Draws, decode, draw_scored, on_device_of, put
+from memcache_jax.serving.programs import Draws, begin, decode, on_device_of, whole_on_mesh_of
 from memcache_jax.serving.reading import LEAST, Reading
-from memcache_jax.serving.request import Limits, Load, Request, told
-from memcache_jax.serving.scores import Scores, Scoring
+from memcache_jax.serving.request import Call, Limits, Load, Request
+from memcache_jax.serving.scores import Scoring
 from memcache_jax.streaming.loops import Slim
 
 
@@ -29,9 +29,10 @@ class Batcher:
 
     A step reads pieces of prompts, one prompt after the other, each in a cache of its own, and then
     appends one token to each row that has a request, or up to ``ahead`` if no prompt can be read.
-    So between two of its tokens, a request waits for at most ``piece`` prompt tokens, where a piece
-    shorter than 16 counts as 16; requests get rows in the order they came. Piece sizes are powers
-    of two: log2(piece) + 5 programs are compiled in all, each once.
+    While the device does so, the step gives out the tokens of the one before. So between two of its
+    tokens, a request waits for at most ``piece`` prompt tokens, where a piece shorter than 16
+    counts as 16; requests get rows in the order they came. Piece sizes are powers of two:
+    log2(piece) + 4 programs are compiled in all, each once.
 
     A request's tokens depend on nothing but it: not on its row, nor on what else is served. With a
     store that is so up to rounding: where the beginning of a prompt is known, the rest is read in
@@ -48,8 +49,7 @@ class Batcher:
       max_length: most tokens of a prompt and what follows it.
       piece: most prompt tokens in a step, a power of two.
       ahead: most tokens per row in a step in which no prompt can be read, 1 or more. They take one
-        device call and arrive together; a request that ends or is cancelled among them keeps its
-        row until the call returns.
+        device call and arrive together; what a row draws after its request's end is discarded.
       most_waiting: most requests that wait for a row; more are refused.
       store: where beginnings of prompts are looked up, and prompts' caches inserted.
       text_of: the text of token ids, for ``stop_texts``.
@@ -99,13 +99,17 @@ class Batcher:
         self._empty = on_device_of(self._state, model.init_cache(1, max_length, **options))
         steps: Any = model if "sharding" in options else for_steps(model)
         self._steps = apart(steps)
-        self._new_cache = lambda: Slim.of(
-            on_device_of(self._state, steps.init_cache(rows, max_length, **options))
+        self._new_rows = lambda: (
+            on_device_of(self._state, jax.tree.map(jnp.asarray, Draws.none(rows))),
+            Slim.of(on_device_of(self._state, steps.init_cache(rows, max_length, **options))),
         )
-        self._cache = self._new_cache()
+        self._draws, self._cache = self._new_rows()
+        self._whole = whole_on_mesh_of(self._state, self._cache)
         if self._empty.max_length is not None:  # policies that make no room may have less
             self.max_length = min(max_length, self._empty.max_length)
         self._rows: list[Request | None] = [None] * rows
+        self._left = [0] * rows  # tokens that each row's request still needs
+        self._calls: collections.deque[Call] = collections.deque()  # whose tokens nobody has read
         self._waiting: collections.deque[Request] = collections.deque()
         self._reading: Reading | None = None
         self._lock, self._wake = threading.Lock(), threading.Event()
@@ -136,7 +140,7 @@ class Batcher:
           temperature: as for ``generate``, like the next two; 0 takes the most likely token.
           top_k: samples from this many most likely tokens.
           top_p: samples from the most likely tokens that have this probability together.
-          seed: of what is drawn: equal requests with equal seeds get equal tokens.
+          seed: of what is drawn, below 2^32: equal requests with equal seeds get equal tokens.
           stop_tokens: ids that end it.
           stop_texts: texts that end it.
           logprobs: gives the log-probability of each new token, and of this many of the most
@@ -159,7 +163,7 @@ class Batcher:
                 f"a prompt of {len(ids)} and max_new_tokens={new} are more than the batcher's "
                 f"max_length={self.max_length}"
             )
-        seed = _checks.check_integer("seed", seed, 0)
+        seed = _checks.check_integer("seed", seed, 0, most=2**32 - 1)
         limits = Limits(stop_tokens, stop_texts)
         limits.check(vocab, self.text_of)
         _checks.check_function("on_token", on_token, "a token id")
@@ -185,11 +189,10 @@ class Batcher:
         """How many requests it has."""
         with self._lock:
             waiting = len(self._waiting)
-        decoding = sum(request is not None for request in self._rows)
-        return Load(len(self._rows), decoding, int(self._reading is not None), waiting)
+        return Load(len(self._rows), len(self._decoding()), int(self._reading is not None), waiting)
 
     def step(self) -> bool:
-        """Reads pieces of prompts, and appends a token to each row.
+        """Reads pieces of prompts, asks for a token of each row, and gives out earlier ones.
 
         If the device fails, requests in rows end with its error, and the batcher serves the others.
 
@@ -198,10 +201,17 @@ class Batcher:
         """
         self._end_cancelled()
         try:
-            return self._read_or_end() | self._decode()
+            busy = self._read_or_end()
+            # The device computes these tokens while the host gives out those before them.
+            later = int(self._decode())
+            busy |= bool(self._calls)
+            while len(self._calls) > later:
+                self._calls[0].give(self.text_of)
+                self._calls.popleft()
         except Exception as error:  # of the device: what the rows held may be lost
             self._end_rows(error)
             return True
+        return busy
 
     def run(self) -> None:
         """Takes steps until no request is left."""
@@ -209,8 +219,6 @@ class Batcher:
             pass
 
     def __enter__(self) -> "Batcher":
-        if self._died is not None:  # the cache may be half written
-            self._cache = self._new_cache()
         self._stopping, self._died = False, None
         self._thread = threading.Thread(target=self._serve_or_end, daemon=True)
         self._thread.start()
@@ -232,11 +240,10 @@ class Batcher:
             with self._lock:
                 waiting, self._waiting = self._waiting, collections.deque()
                 self._died = cause
-            reading = [] if self._reading is None else [self._reading.request]
-            for request in (*self._rows, *reading, *waiting):
-                if request is not None and not request.is_done:
-                    request.end("error", cause)
-            self._rows, self._reading = [None] * len(self._rows), None
+            reading, self._reading = self._reading, None
+            for request in (*waiting, *([] if reading is None else [reading.request])):
+                request.end("error", cause)
+            self._end_rows(cause)
             raise
 
     def _serve(self) -> None:
@@ -277,75 +284,72 @@ class Batcher:
 
     def _begin_row(self, read: Reading, logits: Any) -> None:
         """Gives a row and the first token to a request whose prompt has been read."""
-        self._reading, row = None, self._rows.index(None)
-        self._rows[row] = read.request  # a failure of put ends it with the other rows
-        self._cache = put(self._cache, jnp.int32(row), read.cache, config=self.model.config)
-        token, scores = draw_scored(logits, Draws.of([read.request]))
-        self._add([row], np.asarray(token), told([read.request], scores))
+        request, row = read.request, self._rows.index(None)
+        # A failure of the device ends it with the other rows.
+        self._reading, self._rows[row] = None, request
+        own, draws = self._placed(Draws.of(request)), self._placed(self._draws)
+        tokens, scores, self._draws, self._cache = begin(
+            *(logits, np.int32(row), own, read.cache, draws, self._cache),
+            config=self.model.config,
+        )
+        self._calls.append(Call([request], 1, tokens, scores))
+        self._left[row] = request.max_new_tokens
+        self._count(1, [row])
+
+    def _placed(self, draws: Draws) -> Draws:
+        """Laid out alike on a mesh whatever made them: other layouts would compile again."""
+        return draws if self._whole is None else jax.device_put(draws, self._whole)
+
+    def _count(self, times: int, rows: list[int]) -> None:
+        """Counts tokens that have been asked for; who needs no more leaves the row to others."""
+        for row in rows:
+            self._left[row] -= times
+            if self._left[row] <= 0:
+                self._rows[row] = None
+
+    def _decoding(self) -> list[Request]:
+        """The requests that have a row, or tokens to come."""
+        held = [self._rows, *(call.requests for call in tuple(self._calls))]
+        found = dict.fromkeys(request for requests in held for request in requests)
+        return [request for request in found if request is not None and not request.is_done]
 
     def _end_rows(self, error: Exception) -> None:
-        """Ends the requests in all rows, and empties them for others."""
-        for row, request in enumerate(self._rows):
-            if request is not None:
-                request.end("error", error)
-                self._leave(row, request)
-        self._cache = self._new_cache()
+        """Ends the requests in all rows, and empties them for others: they may be half written."""
+        for request in self._decoding():
+            request.end("error", error)
+        self._rows = [None] * len(self._rows)
+        self._calls.clear()
+        self._draws, self._cache = self._new_rows()
 
     def _end_cancelled(self) -> None:
-        for row, request in enumerate(self._rows):
-            if request is not None and request.is_cancelled:
-                self._leave(row, request)
+        """Ends what has been cancelled, and frees the rows of all requests that have ended."""
         if self._reading is not None and self._reading.request.is_cancelled:
             self._reading.request.end("cancelled")
             self._reading = None
         with self._lock:
             gone = [request for request in self._waiting if request.is_cancelled]
             self._waiting = collections.deque(r for r in self._waiting if not r.is_cancelled)
+        gone += [request for request in self._decoding() if request.is_cancelled]
         for request in gone:
             request.end("cancelled")
-
-    def _leave(self, row: int, request: Request) -> None:
-        self._rows[row] = None
-        if not request.is_done:
-            request.end("cancelled")
+        self._rows = [None if r is None or r.is_done else r for r in self._rows]
 
     def _decode(self) -> bool:
         """Appends each row's last token and draws the next, up to ``ahead`` times in one call."""
-        requests = [request for request in self._rows if request is not None]
-        if not requests:
-            return False
         active = np.array([request is not None for request in self._rows])
-        tokens = np.array([0 if r is None else r.tokens[-1] for r in self._rows], np.int32)
+        if not active.any():
+            return False
         with self._lock:
             may_read = self._reading is not None or (self._waiting and None in self._rows)
+        rows = np.flatnonzero(active).tolist()
         # A row that ends before the last one draws tokens that are discarded.
-        left = max(request.max_new_tokens - len(request.tokens) for request in requests)
-        times = 1 if may_read else min(self.ahead, left)
+        times = 1 if may_read else min(self.ahead, max(self._left[row] for row in rows))
         graph, state = self._steps
-        new, scores, self._cache = decode(
-            *(state, tokens, active, Draws.of(self._rows), np.int32(times), self._cache),
+        tokens, scores, self._draws, self._cache = decode(
+            *(state, active, np.int32(times), self._placed(self._draws), self._cache),
             graph=graph,
             most=self.ahead,
         )
-        every, wanted = np.asarray(new), told(requests, scores)
-        for i in range(times):
-            of_time = None if wanted is None else jax.tree.map(lambda x, i=i: x[i], wanted)
-            self._add(list(range(len(self._rows))), every[i], of_time)
+        self._calls.append(Call(list(self._rows), times, tokens, scores))
+        self._count(times, rows)
         return True
-
-    def _add(self, rows: list[int], tokens: np.ndarray, scores: Scores | None) -> None:
-        """Gives the requests in these rows a token each."""
-        for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
-            request = self._rows[row]
-            if request is None:
-                continue
-            if request.is_cancelled:  # maybe by a callback, among several tokens
-                self._leave(row, request)
-            elif token < 0:
-                request.end("error", FloatingPointError("the model's logits are not finite"))
-            else:
-                if scores is not None and request.scoring.likely is not None:
-                    request.logprobs.append(scores.of(i, request.scoring.likely))
-                request.add(token, self.text_of)
-            if request.is_done:
-                self._leave(row, request)

@@ -1,13 +1,13 @@
 """The compiled parts of a ``Batcher``: a token for every row, and a piece of one prompt."""
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from memcache_jax._typing import Array, Bool, Float, Int
 from memcache_jax.generation.apart import Frame
@@ -19,11 +19,14 @@ from memcache_jax.serving.request import Request
 from memcache_jax.serving.scores import Scores, scores_if
 from memcache_jax.streaming.loops import Slim, while_loop
 
+_DTYPES: Any = np.int32, np.uint32, np.int32, np.float32, np.int32, np.float32, bool
+
 
 class Draws(NamedTuple):
-    """How each row's next token is drawn.
+    """How each row's next token is drawn, on the device.
 
     Attributes:
+      last: the token drawn last, which the cache does not have yet.
       seed: the request's.
       drawn: tokens drawn before.
       temperature: 0 for the most likely token.
@@ -32,6 +35,7 @@ class Draws(NamedTuple):
       scored: whether to tell how likely tokens are.
     """
 
+    last: Int[Array, "b"]
     seed: Int[Array, "b"]
     drawn: Int[Array, "b"]
     temperature: Float[Array, "b"]
@@ -40,83 +44,102 @@ class Draws(NamedTuple):
     scored: Bool[Array, "b"]
 
     @classmethod
-    def of(cls, requests: Sequence[Request | None]) -> "Draws":
-        """Those of each row's request."""
-
-        def of_row(request: Request | None) -> tuple:
-            if request is None:
-                return 0, 0, 0.0, 0, 1.0, False
-            how, drawn = request.sampling, len(request.tokens)
-            scored = request.scoring.likely is not None
-            return request.seed, drawn, how.temperature, how.top_k or 0, how.top_p, scored
-
-        columns = zip(*map(of_row, requests), strict=True)
-        dtypes: Any = np.uint32, np.int32, np.float32, np.int32, np.float32, bool
-        arrays: Any = [np.array(x, dtype) for x, dtype in zip(columns, dtypes, strict=True)]
+    def none(cls, rows: int) -> "Draws":
+        """Those of rows without requests."""
+        arrays: Any = (np.zeros(rows, dtype) for dtype in _DTYPES)
         return cls(*arrays)
+
+    @classmethod
+    def of(cls, request: Request) -> "Draws":
+        """Those of a row whose request has no token yet."""
+        how, scored = request.sampling, request.scoring.likely is not None
+        values = 0, request.seed, 0, how.temperature, how.top_k or 0, how.top_p, scored
+        arrays: Any = (np.array([x], dtype) for x, dtype in zip(values, _DTYPES, strict=True))
+        return cls(*arrays)
+
+    def after(self, tokens: Int[Array, "b"], rows: Bool[Array, "b"] | bool = True) -> "Draws":
+        """Those after these tokens, in the marked rows."""
+        last = jnp.where(rows, jnp.maximum(tokens, 0), self.last)
+        return self._replace(last=last, drawn=self.drawn + jnp.where(rows, 1, 0))
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "most"), donate_argnames="cache")
 def decode(
     state: Any,
-    tokens: Int[Array, "b"],
     active: Bool[Array, "b"],
-    draws: Draws,
     times: Int[Array, ""],
+    draws: Draws,
     cache: Slim,
     *,
     graph: Frame,
     most: int,
-) -> tuple[Int[Array, "most b"], Scores, Slim]:
-    """Appends to the active rows their given tokens, and then those that it draws.
+) -> tuple[Int[Array, "most b"], Scores, Draws, Slim]:
+    """Appends to the active rows their last tokens, and draws the next, ``times`` times.
 
-    Returns the next ``times`` tokens, in arrays of ``most``, their scores (most, b, ...), and the
-    cache.
+    Returns these tokens, in arrays of ``most``, their scores (most, b, ...), and what the next call
+    takes.
     """
     model, lengths = graph.merge(state), active.astype(jnp.int32)
 
-    def step(tokens: Array, drawn: Array | int, cache: Any) -> tuple:
-        cache, logits = extend_logits(model, tokens[:, None], cache, lengths)
-        return *draw_scored(logits, draws._replace(drawn=draws.drawn + drawn)), cache
+    def step(draws: Draws, cache: Any) -> tuple:
+        cache, logits = extend_logits(model, draws.last[:, None], cache, lengths)
+        temperature, scored = jnp.where(active, draws.temperature, 0), active & draws.scored
+        new = draw_scored(logits, draws._replace(temperature=temperature, scored=scored))
+        return new, draws.after(new[0], active), cache
 
     if most == 1:
-        *new, after = step(tokens, 0, cache.full())
-        return *jax.tree.map(lambda x: x[None], tuple(new)), Slim.of(after)
+        new, draws, after = step(draws, cache.full())
+        return *jax.tree.map(lambda x: x[None], new), draws, Slim.of(after)
 
     def next_tokens(carry: tuple) -> tuple:
-        i, tokens, every, cache = carry
-        *new, cache = step(tokens, i, cache)
-        every = jax.tree.map(lambda kept, x: kept.at[i].set(x), every, tuple(new))
-        return i + 1, jnp.maximum(new[0], 0), every, cache
+        i, every, draws, cache = carry
+        new, draws, cache = step(draws, cache)
+        every = jax.tree.map(lambda kept, x: kept.at[i].set(x), every, new)
+        return i + 1, every, draws, cache
 
-    shapes: Any = jax.eval_shape(lambda: step(tokens, 0, cache.full())[:2])
+    shapes: Any = jax.eval_shape(lambda: step(draws, cache.full())[0])
     every = jax.tree.map(lambda x: jnp.zeros((most, *x.shape), x.dtype), shapes)
-    first = jnp.int32(0), tokens, every, cache.full()
-    _, _, every, after = while_loop(lambda carry: carry[0] < times, next_tokens, first)
-    return *every, Slim.of(after)
+    first = jnp.int32(0), every, draws, cache.full()
+    _, every, draws, after = while_loop(lambda carry: carry[0] < times, next_tokens, first)
+    return *every, draws, Slim.of(after)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def begin(
+    logits: Float[Array, "1 vocab"],
+    row: Int[Array, ""],
+    own: Draws,
+    other: Any,
+    draws: Draws,
+    cache: Slim,
+    *,
+    config: LanguageModelConfig,
+) -> tuple[Int[Array, "1 1"], Scores, Draws, Slim]:
+    """Gives a row to a request whose prompt has been read into ``other``, a cache of one row.
+
+    Returns as ``decode``, with the token that the prompt's logits give.
+    """
+    new = draw_scored(logits, own)
+    rows = cache.full()
+    if isinstance(rows, UnrolledCache):
+        other = unrolled_cache(config, other)
+    draws = jax.tree.map(
+        lambda x, one: lax.dynamic_update_slice(x, one, (row,)), draws, own.after(new[0])
+    )
+    return *jax.tree.map(lambda x: x[None], new), draws, Slim.of(rows.put(row, other))
+
+
 def draw_scored(logits: Float[Array, "b vocab"], draws: Draws) -> tuple[Int[Array, "b"], Scores]:
     """As ``draw``, and the tokens' scores if any row wants them."""
     tokens = draw(logits, draws)
     return tokens, scores_if(draws.scored.any(), lambda: logits, tokens)
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def put(cache: Slim, row: Array, other: Any, *, config: LanguageModelConfig) -> Slim:
-    """Puts a cache of one row, which a prompt has been read into, in place of a row."""
-    rows = cache.full()
-    if isinstance(rows, UnrolledCache):
-        other = unrolled_cache(config, other)
-    return Slim.of(rows.put(row, other))
-
-
 def draw(logits: Float[Array, "b vocab"], draws: Draws) -> Int[Array, "b"]:
     """A token of each row, which depends on nothing but it; -1 where logits are not finite."""
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     rows = scaled(logits, draws.temperature[:, None])
-    limited = (draws.top_k > 0) | (draws.top_p < 1)
+    limited = (draws.temperature > 0) & ((draws.top_k > 0) | (draws.top_p < 1))
 
     def one(row: Array, of_row: Draws) -> Array:
         key = jax.random.fold_in(jax.random.key(of_row.seed), of_row.drawn)
@@ -156,3 +179,10 @@ def on_device_of(state: Any, cache: Any) -> Any:
         return cache
     device = next(iter(place))
     return jax.tree.map(lambda x: x if x.committed else jax.device_put(x, device), cache)
+
+
+def whole_on_mesh_of(*arrays: Any) -> NamedSharding | None:
+    """Where arrays lie whole on each device of the mesh of others; None without one."""
+    places = [x.sharding for x in jax.tree.leaves(arrays)]
+    meshes = [x.mesh for x in places if isinstance(x, NamedSharding) and x.mesh.size > 1]
+    return NamedSharding(meshes[0], PartitionSpec()) if meshes else None

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from memcache_jax import _checks
+from memcache_jax._typing import Array, Int
 from memcache_jax.generation.sampling import Sampling
 from memcache_jax.serving.scores import Logprob, Scores, Scoring
 
@@ -54,7 +55,7 @@ class Load(NamedTuple):
 
     Attributes:
       rows: those that it decodes at most.
-      decoding: those in rows.
+      decoding: those that have a row, or whose last tokens are being drawn.
       reading: those whose prompt is being read, at most one.
       waiting: those that have not begun.
     """
@@ -215,7 +216,36 @@ class Request:
             wake()
 
 
-def told(requests: Sequence[Request], scores: Scores) -> Scores | None:
-    """The scores on the host, if a request wants them; else None."""
-    wanted = any(request.scoring.likely is not None for request in requests)
-    return jax.device_get(scores) if wanted else None
+class Call(NamedTuple):
+    """Tokens of several requests, which the device may still be drawing.
+
+    Attributes:
+      requests: whose they are; None where a row has none.
+      times: how many each gets.
+      tokens: the tokens, (times or more, requests); -1 where logits are not finite.
+      scores: how likely they are.
+    """
+
+    requests: list[Request | None]
+    times: int
+    tokens: Int[Array, "n b"]
+    scores: Scores
+
+    def give(self, text_of: Callable[[list[int]], str] | None) -> None:
+        """Waits for the tokens, and gives them to the requests that have not ended."""
+        scored = any(r is not None and r.scoring.likely is not None for r in self.requests)
+        tokens, scores = jax.device_get((self.tokens, self.scores if scored else None))
+        for i, of_time in enumerate(tokens[: self.times].tolist()):
+            for row, (request, token) in enumerate(zip(self.requests, of_time, strict=True)):
+                if request is None or request.is_done:
+                    continue
+                if request.is_cancelled:  # maybe by a callback, among several tokens
+                    request.end("cancelled")
+                elif token < 0:
+                    request.end("error", FloatingPointError("the model's logits are not finite"))
+                else:
+                    likely = request.scoring.likely
+                    if likely is not None:
+                        now = jax.tree.map(lambda x, i=i: x[i], scores)
+                        request.logprobs.append(now.of(row, likely))
+                    request.add(token, text_of)

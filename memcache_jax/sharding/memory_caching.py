@@ -68,7 +68,8 @@ def over_mesh(
                 "layers that share cached states need whole sequences on each device (seq = 1), "
                 f"got {parts} parts"
             )
-        made = (row, "b h") if hands_on else row
+        of_states: Any = "b h", "b h", row if isinstance(aggregation, SSC) else None
+        made = (row, CachedStates(*of_states)) if hands_on else row
 
         def shared(*args: Any) -> Any:
             check_not_mapped_over()

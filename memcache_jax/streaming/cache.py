@@ -148,7 +148,8 @@ class Cache(MixerCache):
 
         Tokens read the states of segments that ended before their own.
         """
-        assert self.config == dataclasses.replace(other.config, borrows=True)
+        changes = dict(borrows=True, aggregation=self.config.aggregation)
+        assert self.config == dataclasses.replace(other.config, **changes)
         return dataclasses.replace(
             self, record=other.record, bank=other.bank, pooled=other.pooled, first=other.first
         )

@@ -91,6 +91,37 @@ def extend(
       >>> bool(abs(rest - whole[:, 90:]).max() < 1e-4)
       True
     """
+    arguments: dict[str, Any] = dict(
+        controls=controls,
+        border=border,
+        lengths=lengths,
+        memory=memory,
+        weights=weights,
+        aggregation=aggregation,
+        segmentation=segmentation,
+        start=start,
+    )
+    return extend_in_group(cache, query, key, value, connector, **arguments)[:2]
+
+
+def extend_in_group(
+    cache: Cache,
+    query: Array,
+    key: Array,
+    value: Array,
+    connector: Array | None = None,
+    *,
+    controls: Mapping[str, Array] | None = None,
+    border: Array | None = None,
+    lengths: Any = None,
+    memory: Memory | None = None,
+    weights: Mapping[str, Array] | None = None,
+    aggregation: Aggregation | None = None,
+    segmentation: Segmentation | None = None,
+    start: Start | None = None,
+    hands_on: bool = False,
+) -> tuple[Array, Cache, Array | None]:
+    """As ``extend``; also returns what each token chose, if SSC ``hands_on`` that."""
     _checks.check_instance("cache", cache, Cache, "what mc.init_cache or mc.extend returns")
     config = cache.config
     config.check_same(
@@ -117,7 +148,7 @@ def extend(
     rows = ((x, "b . h .") for x in (query, key, value, connector))
     division = Division.of(*rows, (cache.position, "b"), (cache.key_sum, "b h"))
     if division is None:
-        return compiled(_extend, cache, tokens, counts)
+        return compiled(_extend, cache, tokens, counts, hands_on=hands_on)
     # On the host a row's heads lie side by side, and all decide together where segments end.
     if config.placement == "host" or isinstance(config.segmentation, Adaptive):
         division = division.whole("h")
@@ -128,10 +159,14 @@ def extend(
     of_cache = cache.letters()
     of_border = None if border is None else "b . h"
     letters = of_cache, Tokens(row, row, row, row, of_controls, of_border), "b"
-    return division.run(_extend, (cache, tokens, counts), letters, (row, of_cache.alone()))
+    run, out = functools.partial(_extend, hands_on=hands_on), (row, of_cache.alone(), None)
+    out = (*out[:2], row) if hands_on else out
+    return division.run(run, (cache, tokens, counts), letters, out)
 
 
-def _extend(cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]) -> tuple[Array, Cache]:
+def _extend(
+    cache: Cache, tokens: Tokens, lengths: Int[Array, "b"], hands_on: bool = False
+) -> tuple[Array, Cache, Array | None]:
     """``extend`` on one device."""
     check_not_mapped_over()
     config, memory, value = cache.config, cache.config.memory, tokens.value
@@ -149,28 +184,30 @@ def _extend(cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]) -> tuple[Arr
     if chunk is None:
         chunk = exact_chunk(block, config.max_length or 2 * block, memory.largest_chunk)
     start = cache.position
-    cache, y = _taken(chunk, cache, tokens, lengths)
+    cache, (y, chosen) = _taken(chunk, hands_on, cache, tokens, lengths)
     # At the largest position nothing advances: the call's remaining tokens are not taken.
     token, room = jnp.arange(count)[None], _checks.LARGEST - start[:, None]
     beyond = (token >= room) & (token < lengths[:, None])
     y = jnp.where(beyond[:, None, :, None], jnp.nan, y)
-    return jnp.moveaxis(y, 1, 2).astype(value.dtype), cache.alone()
+    y = jnp.moveaxis(y, 1, 2).astype(value.dtype)
+    return y, cache.alone(), None if chosen is None else jnp.moveaxis(chosen, 1, 2)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _taken(
-    chunk: int, cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]
-) -> tuple[Cache, Float[Array, "b h t v"]]:
-    """The cache after so many tokens (b, h, t, ...) of each row, and their outputs.
+    chunk: int, hands_on: bool, cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]
+) -> tuple[Cache, tuple[Float[Array, "b h t v"], Float[Array, "b h t u"] | None]]:
+    """The cache after so many tokens (b, h, t, ...) of each row, and as ``take_piece``.
 
     Loops run while any row needs them, and change the cache in place. They have no reverse mode:
     derivatives are those of ``_taken_in_scans``.
     """
     count = tokens.key.shape[2]
     if count == 1:
-        cache, y = take_piece(cache, tokens, lengths > 0)
-        return cache, jnp.where((lengths > 0)[:, None, None, None], y, 0)
-    carry = _nothing_taken(cache, tokens, lengths)
+        cache, y = take_piece(cache, tokens, lengths > 0, hands_on=hands_on)
+        taken = (lengths > 0)[:, None, None, None]
+        return cache, jax.tree.map(lambda y: jnp.where(taken, y, 0), y)
+    carry = _nothing_taken(cache, tokens, lengths, hands_on)
     rest = _Steps.of_rest(cache, tokens, lengths, chunk).exhaust
     if not _has_wholes(chunk, cache, count):
         cache, _, y = rest(carry)
@@ -182,16 +219,16 @@ def _taken(
 
 
 @_taken.defjvp
-def _(chunk: int, primals: tuple, tangents: tuple) -> tuple:
-    return jax.jvp(functools.partial(_taken_in_scans, chunk), primals, tangents)
+def _(chunk: int, hands_on: bool, primals: tuple, tangents: tuple) -> tuple:
+    return jax.jvp(functools.partial(_taken_in_scans, chunk, hands_on), primals, tangents)
 
 
 def _taken_in_scans(
-    chunk: int, cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]
-) -> tuple[Cache, Float[Array, "b h t v"]]:
+    chunk: int, hands_on: bool, cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]
+) -> tuple[Cache, tuple[Float[Array, "b h t v"], Float[Array, "b h t u"] | None]]:
     """As ``_taken``, in as many steps as any row may need."""
     count = tokens.key.shape[2]
-    carry = _nothing_taken(cache, tokens, lengths)
+    carry = _nothing_taken(cache, tokens, lengths, hands_on)
     rest = _Steps.of_rest(cache, tokens, lengths, chunk)
     if not _has_wholes(chunk, cache, count):
         times = 1 + -(-count // chunk) if rest.in_parts else count
@@ -214,11 +251,15 @@ def _has_wholes(chunk: int, cache: Cache, count: int) -> bool:
 
 
 def _nothing_taken(
-    cache: Cache, tokens: Tokens, lengths: Int[Array, "b"]
-) -> tuple[Cache, Array, Array]:
-    batch, heads, count = tokens.key.shape[:3]
-    shape = batch, heads, count, tokens.value.shape[-1]
-    return cache, jnp.zeros_like(lengths, jnp.int32), jnp.zeros_like(cache.key_sum, shape=shape)
+    cache: Cache, tokens: Tokens, lengths: Int[Array, "b"], hands_on: bool
+) -> tuple[Cache, Array, tuple[Array, Array | None]]:
+    def zeros(width: int) -> Array:
+        return jnp.zeros_like(cache.key_sum, shape=(*tokens.key.shape[:3], width))
+
+    aggregation: Any = cache.config.aggregation
+    chosen = zeros(2 * aggregation.top_k + 1) if hands_on else None
+    y = zeros(tokens.value.shape[-1]), chosen
+    return cache, jnp.zeros_like(lengths, jnp.int32), y
 
 
 def _repeat(advance: Any, times: int, carry: tuple) -> tuple:
@@ -258,7 +299,7 @@ class _Steps:
         )
         return cls(padded, lengths, chunk, size, True)
 
-    def exhaust(self, carry: tuple) -> tuple[Cache, Array, Array]:
+    def exhaust(self, carry: tuple) -> tuple:
         """Takes steps until no row has any left."""
         return while_loop(
             lambda carry: self._active(carry).any(),
@@ -266,7 +307,7 @@ class _Steps:
             carry,
         )
 
-    def advance(self, carry: tuple) -> tuple[Cache, Array, Array]:
+    def advance(self, carry: tuple) -> tuple:
         """Takes a step in the rows that have one."""
         active = self._active(carry)
         step = functools.partial(self._step, active)
@@ -281,7 +322,7 @@ class _Steps:
             return whole
         return done < self.lengths if self.chunk == 1 else ~whole & (done < self.lengths)
 
-    def _step(self, active: Bool[Array, "b"], carry: tuple) -> tuple[Cache, Array, Array]:
+    def _step(self, active: Bool[Array, "b"], carry: tuple) -> tuple:
         cache, done, y = carry
         # At a row's end the slice of a whole chunk is shifted back; the row is then not active.
         piece = jax.tree.map(
@@ -294,9 +335,11 @@ class _Steps:
         if self.in_parts:
             counts = jnp.minimum(self.lengths - done, self.chunk - cache.position % self.chunk)
             counts = counts.astype(done.dtype)
-        cache, out = take_piece(cache, piece, active, counts if self.in_parts else None)
+        hands_on, given = y[1] is not None, counts if self.in_parts else None
+        cache, out = take_piece(cache, piece, active, given, hands_on)
         ahead = jnp.arange(self.size)[None]
         there = active[:, None] & (ahead < counts[:, None])
-        place = jnp.where(there, done[:, None] + ahead, y.shape[2])
+        place = jnp.where(there, done[:, None] + ahead, y[0].shape[2])
         put = jax.vmap(lambda y, out, place: y.at[:, place].set(out, mode="drop"))
-        return cache, done + counts * active, put(y, out, place)
+        y = jax.tree.map(lambda y, out: put(y, out, place), y, out)
+        return cache, done + counts * active, y

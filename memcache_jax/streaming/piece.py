@@ -11,6 +11,7 @@ from jax import lax
 
 from memcache_jax import _checks
 from memcache_jax._typing import Array, Bool, Float, Int, State
+from memcache_jax.choice import choice_of
 from memcache_jax.engine.finite import cleaned, composed, spoil
 from memcache_jax.engine.read import ArrayBank, Bank
 from memcache_jax.engine.run import Layout, needs_of, run
@@ -30,6 +31,7 @@ from memcache_jax.engine.write import extended, write_chunk
 from memcache_jax.memories import Memory
 from memcache_jax.memories.base import Run
 from memcache_jax.memories.pending import Pending
+from memcache_jax.sparse import SSC
 from memcache_jax.streaming import storage
 from memcache_jax.streaming.cache import Cache
 from memcache_jax.streaming.deferred import emptied, pending_with, reset, settle
@@ -41,11 +43,18 @@ from memcache_jax.streaming.store import once_read, store
 
 
 def take_piece(
-    cache: Cache, piece: Tokens, active: Bool[Array, "b"], counts: Int[Array, "b"] | None = None
-) -> tuple[Cache, Float[Array, "b h m v"]]:
-    """Takes tokens (b, h, m, ...) of one chunk: returns the cache after them, and their outputs.
+    cache: Cache,
+    piece: Tokens,
+    active: Bool[Array, "b"],
+    counts: Int[Array, "b"] | None = None,
+    hands_on: bool = False,
+) -> tuple[Cache, tuple[Float[Array, "b h m v"], Float[Array, "b h m u"] | None]]:
+    """Takes tokens (b, h, m, ...) of one chunk.
 
     With ``counts``, active rows take only that many of them, which stay pending.
+
+    Returns:
+      The cache after them; and their outputs, with what they chose if SSC ``hands_on`` that.
     """
     config, slots = cache.config, cache.config.slots
     memory, aggregation, segment = config.memory, config.aggregation, config.segmentation.size
@@ -76,7 +85,10 @@ def take_piece(
     record = measured(cache, how, tokens, rows, counted)
     layout = Piece(cache, block, taken if defers else None)
     y, ends, selection, _ = run(layout, how, aggregation, Blocks(tokens, None, rows, tokens.key))
-    y = y[:, :, 0]
+    y, chosen = y[:, :, 0], None
+    if hands_on:
+        assert isinstance(aggregation, SSC)
+        chosen = choice_of(selection, aggregation.top_k)[:, :, 0]
 
     complete = ended = active & (into_block + taken == segment)
     if config.max_length is not None:
@@ -108,7 +120,7 @@ def take_piece(
         recent=remember(cache, tokens, bad, counted),
     )
     keeps = ended if back else None
-    return store(cache, block, complete, after=y, keeps=keeps), y
+    return store(cache, block, complete, after=y, keeps=keeps), (y, chosen)
 
 
 def _restarted(

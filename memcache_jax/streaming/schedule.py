@@ -25,6 +25,7 @@ class Schedule:
       distances: (blocks, r) as a plan's.
       first: (blocks,) as a plan's.
       num_slots: slots in all.
+      segment_blocks: (blocks,) as a plan's.
     """
 
     begins: np.ndarray
@@ -34,6 +35,7 @@ class Schedule:
     distances: np.ndarray
     first: np.ndarray
     num_slots: int
+    segment_blocks: np.ndarray | None
 
     @functools.cached_property
     def held(self) -> np.ndarray:
@@ -51,14 +53,15 @@ class Schedule:
     def runs(self) -> tuple[np.ndarray, np.ndarray]:
         """(blocks, tracks) the first block and the length of the run that a block lies in.
 
-        Blocks must be segments. Where a track has no run, the numbers are arbitrary.
+        Where a track has no run, the numbers are arbitrary.
         """
         count = len(self.begins)
         block = np.arange(count)[:, None]
         begin = np.maximum.accumulate(np.where(self.begins, block, 0), axis=0)
         after = np.where(self.stores >= 0, block + 1, count)
         length = np.minimum.accumulate(after[::-1], axis=0)[::-1] - begin
-        length[:, 0] = 1  # some segments are never stored alone
+        # Some segments are never stored alone.
+        length[:, 0] = 1 if self.segment_blocks is None else self.segment_blocks
         return begin, length
 
 
@@ -83,7 +86,8 @@ def make_schedule(segmentation: Segmentation, length: int) -> Schedule:
     tokens[after - 1, track] = (after - plan.buckets[:, 0]) * plan.block_size
     reads = np.where(plan.visible, np.append(slot, -1)[plan.reads], -1)
     num_slots = int(1 + slot.max(initial=-1))
-    return Schedule(begins, stores, tokens, reads, plan.distances, plan.first, num_slots)
+    tables = begins, stores, tokens, reads, plan.distances, plan.first
+    return Schedule(*tables, num_slots, plan.segment_blocks)
 
 
 def _places(begin: np.ndarray, end: np.ndarray) -> np.ndarray:

@@ -98,8 +98,9 @@ class Planned:
         """Number of tokens of each state that ends with the block."""
         return self._row(self.schedule.tokens, block)
 
-    def runs(self, block: Int[Array, "b"]) -> tuple[Array, Array]:
-        """The first block and the length of the runs (b, tracks) that the block lies in."""
+    def runs(self, record: Any, block: Int[Array, "b"]) -> tuple[Array, Any]:
+        """The first block of the runs (b, tracks) that the block lies in, and their most blocks."""
+        del record
         begin, length = (self._row(table, block) for table in self.schedule.runs)
         return begin, length
 
@@ -184,6 +185,10 @@ class Recent:
     def tokens(self, record: Any, block: Int[Array, "b"]) -> Int[Array, "b 1"]:
         """A segment's."""
         return jnp.full((len(block), 1), self.size)
+
+    def runs(self, record: Any, block: Int[Array, "b"]) -> tuple[Array, Any]:
+        """The block itself."""
+        return block[:, None], np.ones((1, 1), int)
 
     def store(
         self,
@@ -282,6 +287,12 @@ class Decided:
         """Those of the live segment up to the block's end."""
         return ((block + 1 - record.first) * self.segmentation.size)[:, None]
 
+    def runs(self, record: Ended, block: Int[Array, "b"]) -> tuple[Array, Any]:
+        """The live segment."""
+        del block
+        most = self.segmentation.max // self.segmentation.size
+        return record.first[:, None], np.full((1, 1), most)
+
     def store(
         self,
         record: Ended,
@@ -291,7 +302,7 @@ class Decided:
     ) -> tuple[Ended, Int[Array, "b 1"], Merge | None]:
         """The next slot if the segment ends with the block."""
         if record.own is None:
-            total = key_sum[:, :, 0]
+            total = key_sum.reshape(*key_sum.shape[:2], -1, key_sum.shape[-1]).sum(axis=2)
             own = total - record.before
         else:
             own = record.own / self.segmentation.size

@@ -18,6 +18,7 @@ from memcache_jax.streaming.exact import with_worst
 from memcache_jax.streaming.in_place import change_if
 from memcache_jax.streaming.maps import compose, maps_of
 from memcache_jax.streaming.past import remember_slots
+from memcache_jax.streaming.spans import pooled_of
 
 
 def once_read(after: Array, rows: Bool[Array, "b"]) -> Bool[Array, "b"]:
@@ -48,16 +49,10 @@ def store(
     if keeps is not None:
         past, place, merge = remember_slots(cache, block, keeps, place, merge)
         cache = dataclasses.replace(cache, past=past)
-    states, pooled = cache.state, cache.key_sum
+    states, pooled = cache.state, pooled_of(before, block)
     if config.start == "checkpoint":  # all tracks have the same state
         shape = pooled.shape[:3]
         states = jax.tree.map(lambda x: jnp.broadcast_to(x, (*shape, *x.shape[3:])), states)
-    if config.aggregation.pooling == "mean":
-        tokens = slots.tokens(cache.record, block)
-        if config.spans:
-            # A track without a state has fewer tokens than keys.
-            tokens = jnp.maximum(tokens // config.aggregation.num_keys, 1)
-        pooled /= tokens.astype(pooled.dtype).reshape(len(tokens), 1, -1, *[1] * (pooled.ndim - 3))
     pooled = jnp.where(jnp.isfinite(pooled), pooled, jnp.nan)  # as in one pass: gates are unknown
     states = with_worst(before, config.memory.matrices(states), block, ends)
     if config.keeps_maps:

@@ -155,7 +155,7 @@ def default_config() -> Config:
     # Whether deep memories bound their steps (`max_step_norm`). If not set: as isolate_documents.
     config.model.bounded = config_dict.placeholder(bool)
     config.model.exchange = "gather"  # of states between parts of a sequence, or "ring"
-    config.model.window = 256  # tokens seen by sliding-window attention
+    config.model.window = 256  # tokens that windowed attention sees, also with a memory as context
     config.model.rope_base = 10_000.0  # of attention's rotary embeddings
 
     config.data = ConfigDict()

@@ -11,7 +11,13 @@ from ml_collections import ConfigDict
 import memcache_jax as mc
 from memcache_jax._checks import check_choice, check_instance
 from memcache_jax.memories import Memory
-from memcache_jax.nn import AttentionMixer, LanguageModelConfig, MemoryCachingMixer, Mixer
+from memcache_jax.nn import (
+    AttentionMixer,
+    LanguageModelConfig,
+    MemoryAsContextMixer,
+    MemoryCachingMixer,
+    Mixer,
+)
 from memcache_jax.training.config import Config, check_keys, default_config
 
 # Keys that are fields of ``LanguageModelConfig``.
@@ -24,8 +30,8 @@ _LATER = (
     *("keep_states", "offload_states", "connector", "distances", "bounded", "implementation"),
     "exchange",
 )
-# The second is a memory-caching mixer with ``states="previous"``.
-MIXERS = ("memory_caching", "previous_states", "attention", "sliding_window")
+# The second is a memory-caching mixer with ``states="previous"``, the third has one as its memory.
+MIXERS = ("memory_caching", "previous_states", "memory_as_context", "attention", "sliding_window")
 # Keys that are fields of every mixer with caches, and those of ``MemoryCachingMixer``.
 _CACHES = ("start", "implementation", "exchange")
 _LAYER = (*_CACHES, "connector", "distances")
@@ -66,8 +72,12 @@ def model_options(model: LanguageModelConfig) -> Config:
     options.dtype = jnp.dtype(model.dtype).name
     names = []
     for mixer in model.mixers:
+        kind = "memory_caching"
+        if isinstance(mixer, MemoryAsContextMixer):
+            kind, mixer, context = "memory_as_context", mixer.memory, mixer
+            options.window, options.rope_base = context.window, context.rope_base
         if isinstance(mixer, MemoryCachingMixer):
-            names.append("memory_caching" if mixer.states == "own" else "previous_states")
+            names.append(kind if mixer.states == "own" else "previous_states")
             for name in _LAYER:
                 options[name] = getattr(mixer, name)
             options.bounded = mixer.bounded
@@ -128,6 +138,9 @@ def _mixer(name: str, options: Config) -> Mixer:
         return AttentionMixer(rope_base=options["rope_base"])
     if name == "sliding_window":
         return AttentionMixer(window=options["window"], rope_base=options["rope_base"])
+    if name == "memory_as_context":
+        memory = _mixer("memory_caching", options)
+        return MemoryAsContextMixer(memory, options["window"], rope_base=options["rope_base"])
     return MemoryCachingMixer(
         memory=_build("memory", options, _concrete(mc.memories, Memory)),
         **caches(options),

@@ -474,13 +474,20 @@ def test_a_cache_of_the_core_lies_as_it_is_told():
 )
 @pytest.mark.parametrize(
     "name",
-    kept_of(["gated_deltanet", "titans", "attention"], "gated_deltanet", fast=["attention"]),
+    kept_of(
+        ["gated_deltanet", "titans", "attention", "memory as context"],
+        "gated_deltanet",
+        fast=["attention"],
+    ),
 )
 def test_nothing_gathers_a_batch(name, kind, rules):
     mixer = mc.nn.AttentionMixer()
     if name != "attention":
         kinds = mc.SSC(top_k=2) if name == "gated_deltanet" else mc.GRM()
-        mixer = mc.nn.MemoryCachingMixer(MEMORIES[name], kinds, mc.Constant(4))
+        memory = MEMORIES["ssd" if name == "memory as context" else name]
+        mixer = mc.nn.MemoryCachingMixer(memory, kinds, mc.Constant(4))
+    if name == "memory as context":
+        mixer = mc.nn.MemoryAsContextMixer(mixer, window=4)
     graph, state = nnx.split(mixer.build(16, 2, rngs=nnx.Rngs(0)))
     mesh = mesh_of((8,), ("dp",), kind)
 

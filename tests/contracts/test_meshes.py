@@ -23,8 +23,11 @@ MIXERS = {
     ),
     "swla log_linear": mc.nn.MemoryCachingMixer(mc.memories.SWLA(), mc.GRM(), mc.Logarithmic(4)),
     "transformer": mc.nn.AttentionMixer(),
+    "memory as context": mc.nn.MemoryAsContextMixer(
+        mc.nn.MemoryCachingMixer(mc.memories.SSD(), mc.GRM(), mc.Constant(4)), window=8
+    ),
 }
-TITANS, DELTA, LOG, _ = MIXERS
+TITANS, DELTA, LOG, *_ = MIXERS
 # Attention's; of the others each has some, for what divides rows and heads is the same for all.
 SHAPES = ((1, 2, 2, 2), (1, 1, 8, 1), (1, 1, 1, 8), (2, 2, 2, 1))
 # A rate of one: the change of a parameter is its gradient.
@@ -110,11 +113,19 @@ def test_every_mesh_gives_the_gradient_of_one_device(name, shape):
     assert_same(got, on_one_device(name, jnp.float64), 1e-10)
 
 
-@pytest.mark.parametrize("shape", first_kept(2, [(shape,) for shape in SHAPES]), ids=str)
-def test_every_mesh_gives_the_gradient_of_attention(shape):
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        *first_kept(2, [("transformer", shape) for shape in SHAPES]),
+        # Of eight parts of a sequence each is half a window, of two it is whole windows.
+        *first_kept(1, [("memory as context", shape) for shape in ((1, 1, 8, 1), (1, 2, 2, 2))]),
+    ],
+    ids=str,
+)
+def test_every_mesh_gives_the_gradient_of_attention(name, shape):
     """In float32, in which JAX has its softmax."""
-    got = on_mesh("transformer", jnp.float32, shape)
-    assert_same(got, on_one_device("transformer", jnp.float32), 1e-5)
+    got = on_mesh(name, jnp.float32, shape)
+    assert_same(got, on_one_device(name, jnp.float32), 1e-5)
 
 
 @pytest.mark.usefixtures("x64")
@@ -142,6 +153,7 @@ def test_parts_of_a_batch_give_the_same_gradient():
             ("transformer", (1, 1, 8, 1)),
             (DELTA, (1, 1, 8, 1)),
             ("transformer", (1, 2, 2, 2)),
+            ("memory as context", (1, 2, 2, 2)),
         ],
     ),
     ids=str,

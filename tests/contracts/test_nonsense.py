@@ -112,6 +112,7 @@ def constructors():
     latent = mc.nn.LatentAttentionMixer(2, 4, 2, 4, 8)
     yield mc.nn.LatentAttentionMixer, vars(latent)
     yield mc.nn.ParallelMixer, vars(mc.nn.ParallelMixer(latent, mc.nn.AttentionMixer()))
+    yield mc.nn.MemoryAsContextMixer, vars(mc.nn.MemoryAsContextMixer(latent))
     yield mc.nn.GroupedAttentionMixer, vars(mc.nn.GroupedAttentionMixer(4, 2, 8))
     yield mc.nn.BlockConfig, vars(mc.nn.BlockConfig(mc.nn.AttentionMixer(), mc.nn.GatedMLP(8)))
     yield parts.Path, vars(path)

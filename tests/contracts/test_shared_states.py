@@ -16,6 +16,7 @@ from tests.cases import MEMORIES, make_inputs
 
 OWN = mc.nn.MemoryCachingMixer(mc.memories.GatedDeltaNet(), mc.SSC(2), mc.Constant(4))
 OTHER = dataclasses.replace(OWN, states="previous")
+FOLLOWER = dataclasses.replace(OTHER, connector="previous")
 LENGTH = 23
 WIDE: Any = dict(dtype=jnp.float64, param_dtype=jnp.float64)
 
@@ -62,9 +63,17 @@ def test_the_equation_and_its_gradients():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
-def test_streams_are_one_pass_in_fewer_bytes(scan):
-    model, tokens = model_of(OWN, OTHER, scan_layers=scan, **WIDE), tokens_of()
+@pytest.mark.parametrize(
+    ("other", "scan"),
+    [
+        (OTHER, True),
+        (FOLLOWER, True),
+        pytest.param(FOLLOWER, False, marks=pytest.mark.exhaustive),
+    ],
+    ids=["states", "choice", "choice, no scan"],
+)
+def test_streams_are_one_pass_in_fewer_bytes(other, scan):
+    model, tokens = model_of(OWN, other, scan_layers=scan, **WIDE), tokens_of()
     wanted, outputs = jax.jit(model.hidden)(tokens), []
     extend, cache = jax.jit(model.extend), model.init_cache(2, LENGTH)
     own = model_of(OWN, **WIDE).init_cache(2, LENGTH)
@@ -104,10 +113,19 @@ def test_streams_read_no_state_of_later_tokens():
     np.testing.assert_allclose(y, wanted, atol=1e-12)
 
 
+def test_followers_need_no_tree():
+    """The first layer alone searches it."""
+    tree = mc.SSC(2, router=mc.Tree(2, 1))
+    model = model_of(*(dataclasses.replace(x, aggregation=tree) for x in (OWN, FOLLOWER)))
+    cache, tokens = model.init_cache(2, LENGTH), tokens_of()
+    (hidden, _), whole = jax.eval_shape(lambda: (model.extend(tokens, cache), model(tokens)))
+    assert hidden.shape[:2] == whole.shape[:2] == tokens.shape
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_documents():
-    model, tokens = model_of(OWN, OTHER, **WIDE), tokens_of()
+    model, tokens = model_of(OWN, OTHER, FOLLOWER, OTHER, **WIDE), tokens_of()
     both = model.hidden(tokens, jnp.asarray([[0] * 8 + [1] * 15] * 2))
     np.testing.assert_allclose(both[:, :8], model.hidden(tokens[:, :8]), atol=1e-10)
     np.testing.assert_allclose(both[:, 8:], model.hidden(tokens[:, 8:]), atol=1e-10)
@@ -116,7 +134,7 @@ def test_documents():
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_meshes_and_training():
-    model, tokens = model_of(OWN, OTHER, remat=True, **WIDE), tokens_of(24)
+    model, tokens = model_of(OWN, OTHER, FOLLOWER, OTHER, remat=True, **WIDE), tokens_of(24)
     graph, state = nnx.split(model)
 
     def loss(state, tokens):
@@ -141,8 +159,11 @@ def test_refusals():
         model_of(OWN, dataclasses.replace(OTHER, start="checkpoint"))
     with pytest.raises(ValueError, match="needs gates that tell states apart"):
         model_of(*(dataclasses.replace(x, aggregation=mc.Residual()) for x in (OWN, OTHER)))
-    with pytest.raises(ValueError, match="mixers side by side need states='own', got"):
+    with pytest.raises(ValueError, match="right of ParallelMixer needs states='own', got"):
         model_of(OWN, mc.nn.ParallelMixer(OWN, OTHER))
+    for wrong in (dict(states="own"), dict(aggregation=mc.GRM())):
+        with pytest.raises(ValueError, match="connector='previous' is what SSC chose"):
+            dataclasses.replace(FOLLOWER, **wrong)
     changes: tuple[dict[str, Any], ...] = (
         *(dict(segmentation=mc.Logarithmic(4)), dict(aggregation=mc.GRM(exact=1))),
     )

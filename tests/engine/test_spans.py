@@ -16,12 +16,21 @@ from memcache_jax.engine.gates import gates_of_tokens
 from memcache_jax.kernels._dispatch import interpret_kernels
 from memcache_jax.training import model_options
 from tests.cases import MEMORIES, SEGMENTATIONS, assert_close, make_inputs, normals
+from tests.covers import kept_of
 from tests.streams import empty, over_time, streamed, whole
 
 LENGTH, SIZE = 22, 4
 # Documents that begin within spans, on their borders, and with a segment.
 IDS = np.array([[0] * 5 + [1] * 2 + [2] * 5 + [3] * 10, [0] * 11 + [4] * 7 + [0] * 4])
 SSC = mc.SSC(top_k=2, num_keys=2)
+# Segments of several blocks: with spans of half a block and more, and of whole blocks.
+SEVERAL = {
+    "lengths": mc.Lengths((4, 8, 6, 4)),
+    "adaptive": mc.Adaptive(4, 8, 0.9, block=2),
+    "by errors": mc.Adaptive(4, 8, block=4, by="errors"),
+    "by scores": mc.Adaptive(4, 8, block=2, by="scores"),
+}
+CASES = {name: make(SIZE) for name, make in SEGMENTATIONS.items()} | SEVERAL
 
 
 def relevance_by_hand(key, connector, num_keys):
@@ -74,7 +83,7 @@ def outputs_and_gradients(inputs, mask, ids, plan, implementation=None):
             **inputs,
             memory=MEMORIES["linear"],
             aggregation=SSC,
-            segmentation=SEGMENTATIONS[segmentation](SIZE),
+            segmentation=CASES[segmentation],
             start=start,
             document_ids=ids,
             implementation=implementation,
@@ -88,13 +97,15 @@ def outputs_and_gradients(inputs, mask, ids, plan, implementation=None):
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("ids", [None, IDS], ids=["one document", "documents"])
-@pytest.mark.parametrize("segmentation", SEGMENTATIONS)
+@pytest.mark.parametrize("segmentation", kept_of([*CASES], *SEGMENTATIONS, "lengths", "adaptive"))
 def test_fast_path_and_what_is_not_read(segmentation, ids):
     """Equal to the recurrence, with gradients; what is of a later token or another document is not.
 
     Neither numbers that are not finite nor their gradients reach what does not read them.
     """
     inputs = make_inputs(MEMORIES["linear"], LENGTH, heads=1)
+    if segmentation == "by scores":
+        inputs["border"] = normals(1, np.float64)(2, LENGTH, 1)
     every = np.ones((2, LENGTH), bool)
     run = functools.partial(outputs_and_gradients, ids=ids, plan=(segmentation, "independent"))
     y, gradients = run(inputs, every)
@@ -125,8 +136,10 @@ def test_fast_path_and_what_is_not_read(segmentation, ids):
         ("titans", mc.Soup(num_keys=4), mc.Constant(8), "independent"),
         ("linear", mc.SSC(top_k=2, num_keys=2, pooling="sum"), mc.Logarithmic(4), "independent"),
         ("linear", mc.GRM(num_keys=2), mc.Logarithmic(4), "checkpoint"),
+        ("linear", SSC, mc.Lengths((4, 8, 6, 4, 10, 8)), "checkpoint"),
+        ("titans", SSC, mc.Adaptive(4, 16, 0.9, block=4), "independent"),
     ],
-    ids=["constant", "logarithmic", "checkpoint"],
+    ids=["constant", "logarithmic", "checkpoint", "lengths", "adaptive"],
 )
 def test_streams(memory, aggregation, segmentation, start):
     rule = MEMORIES[memory]
@@ -172,6 +185,33 @@ def test_streams_go_back_and_merge():
         _, cache = extend(cache, **tokens(begin, begin + 4))
     means = inputs["key"][0, :8, 0].reshape(2, 2, 2, -1).mean(axis=2)
     assert_close(cache.pooled[0, 0, 0], means.mean(axis=0), 1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+def test_streams_of_adaptive_segments_go_back():
+    memory = MEMORIES["linear"]
+    inputs = make_inputs(memory, 19, batch=1, heads=1)
+    case = memory, mc.GRM(num_keys=2), mc.Adaptive(4, 8, 0.9, block=2)
+    extend = jax.jit(mc.extend)
+    first, last = (over_time(inputs, memory, lambda x, b=b: x[:, b:17]) for b in (0, 10))
+    y, cache = extend(empty(inputs, *case, rewind=8), **first)
+    again, _ = extend(cache.rewind(np.array([7])), **last)
+    assert_close(again, y[:, 10:], 1e-12)
+
+
+@pytest.mark.slow
+def test_spans_of_equal_segments_are_those_of_constant_ones():
+    normal = normals(0, np.float32)
+    tokens = jnp.asarray(normal(1, LENGTH, 1, 6)), jnp.asarray(2 * normal(1, LENGTH, 1, 6))
+
+    def gates(segmentation):
+        run = functools.partial(gates_of_tokens, aggregation=SSC, segmentation=segmentation)
+        return jax.jit(run)(*tokens)
+
+    wanted = gates(mc.Constant(8))
+    for segmentation in (mc.Lengths((8, 8, 8)), mc.Adaptive(4, 8, 2.0)):
+        assert_close(gates(segmentation)[..., np.array([0, 1, -1])], wanted, 1e-6)
 
 
 @pytest.mark.slow
@@ -233,7 +273,7 @@ def test_kernels_read_what_is_selected():
 
 
 def test_what_has_one_key():
-    for segmentation in (mc.Constant(9), mc.Lengths((4, 8)), mc.Adaptive(4, 8)):
+    for segmentation in (mc.Constant(9), mc.Lengths((3, 6)), mc.Adaptive(4, 12)):
         with pytest.raises(ValueError, match="num_keys=2 needs Constant or Logarithmic segments"):
             mc.nn.MemoryCachingMixer(MEMORIES["linear"], SSC, segmentation)
     for gate in ("uniform", "position"):

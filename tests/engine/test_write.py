@@ -1,6 +1,8 @@
 """Blocks written in turn, all at once, and as maps: equality, and the precision of products."""
 
+import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +18,8 @@ from memcache_jax.engine.write import (
     write_in_turn,
 )
 from memcache_jax.kernels._dispatch import interpret_kernels
-from tests.cases import MEMORIES, assert_close, value_and_vjp
-from tests.covers import kept_of, rules
+from tests.cases import MEMORIES, assert_close, make_inputs, value_and_vjp
+from tests.covers import first_kept, kept_of, rules
 from tests.engine.test_affine import AFFINE, initial_of, kernels_of, make_rows
 
 ALL, HIGHEST = np.array([True, True]), "(Precision.HIGHEST, Precision.HIGHEST)"
@@ -64,6 +66,36 @@ def test_tpu_kernels_of_deep_memories_read_tokens_as_they_come():
         assert {x.dtype for x in of_tokens} == {jnp.dtype("bfloat16")}
         states = [x for x in arrays if x.dtype == jnp.float32]
         assert {x.shape[-2:] for x in states} == {(dim, dim)}
+
+
+@pytest.mark.parametrize("documents", first_kept(1, [True, False]))
+def test_kernels_of_deep_memories_keep_spoilt_tokens_apart(documents):
+    """Outputs and gradients are those of clean rows with NaN put in afterwards."""
+    memory = MEMORIES["titans_depth1"]
+    inputs = make_inputs(memory, 22, heads=2, dtype=np.float32)
+    del inputs["connector"]
+    inputs["value"][0, 5, 0, 1], inputs["key"][1, 13, 1, 2] = np.nan, np.inf
+    inputs["controls"]["eta"][1, 2, 0] = np.nan
+    ids = jnp.repeat(jnp.array([0, 1, 2]), np.array([9, 5, 8]))[None].repeat(2, axis=0)
+    how: Any = dict(memory=memory, aggregation=mc.Residual(), segmentation=mc.Constant(8))
+    how["document_ids"] = ids if documents else None
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(implementation, inputs):
+        y, pull = jax.vjp(
+            lambda inputs: mc.memory_caching(**inputs, **how, implementation=implementation), inputs
+        )
+        return y, pull(jnp.where(jnp.isnan(y), 0, jnp.cos(y)))
+
+    with interpret_kernels():
+        got = both("pallas_tpu", inputs)
+    wanted = both("xla", inputs)
+    jax.tree.map(
+        np.testing.assert_array_equal, *(jax.tree.map(jnp.isnan, x) for x in (got, wanted))
+    )
+    got, wanted = jax.tree.map(jnp.nan_to_num, (got, wanted))
+    assert_close(got[0], wanted[0], 1e-6)
+    assert_close(got[1], wanted[1], 2e-6)
 
 
 @pytest.mark.parametrize("memory", rules(1, "gated_deltanet", among=AFFINE, values=True))

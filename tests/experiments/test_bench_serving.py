@@ -34,7 +34,7 @@ def test_small(tmp_path):
     assert done.returncode == 0, done.stderr
     table = json.loads((tmp_path / "table.json").read_text())
     assert [row["name"] for row in table] == [
-        *("batcher", "one after the other", "one call"),
+        *("batcher", "one after the other", "one call") * 2,
         *("known", "cold", "n-grams", "plain"),
     ]
     for row in table:

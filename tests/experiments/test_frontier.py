@@ -89,6 +89,8 @@ def test_models_with_a_cache_are_tested_as_streams(config):
     np.testing.assert_allclose(exact, one_pass, atol=1e-5)
     np.testing.assert_allclose(rounded[:, :8], one_pass[:, :8], atol=1e-5)
     assert 1e-3 < np.abs(rounded - one_pass)[:, 8:].max() < 0.5
+    short = jax.eval_shape(lambda: hidden_of(model, tokens[:, :5], {"cache_dtype": "int8"}))
+    assert short.shape == one_pass[:, :5].shape  # within the first segment
 
 
 def recall_of(cases):

@@ -63,7 +63,7 @@ def start(monkeypatch, tmp_path, capsys, unchecked):
         "steps = None": "steps must be an integer, got None",
         "optimizer.b1 = float('inf')": "optimizer.b1 must be a finite number, got inf",
         "model.dtype = 'float8'": "model.dtype must be one of ['float32', 'bfloat16'], got",
-        "model.mixers = ('mamba',)": "model.mixers must be of attention, memory_caching",
+        "model.mixers = ('mamba',)": "model.mixers must be of attention, memory_as_context",
         "model.memory = default_config().data": "model.memory.name must be one of DLA, DeltaNet",
         "model.window = -1; config.model.mixers = ('sliding_window',)": "window must be at least 1",
         "model.rope_base = 0.; config.model.mixers = ('attention',)": "rope_base must be a finite",

@@ -114,7 +114,8 @@ def test_figures_are_kept_of_every_kernel_and_chip():
         for way in ("forward", "backward"):
             found = {kernel.split(f"_{way}")[0] for kernel in kernels if f"_{way}" in kernel}
             # On a GPU the chunked update is the affine one or the deep one.
-            assert found == operations | {"deep_update" if chip == GPU else "chunk_update"}
+            others = {"deep_update"} if chip == GPU else {"chunk_update", "relevance"}
+            assert found == operations | others
 
 
 @pytest.mark.slow

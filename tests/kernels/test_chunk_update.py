@@ -1,6 +1,7 @@
 """Every implementation of the chunked update against the reference, forward and backward."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ import memcache_jax as mc
 from memcache_jax.engine import read
 from memcache_jax.kernels import _table
 from memcache_jax.kernels._dispatch import interpret_kernels
-from memcache_jax.kernels.chunk_update import chunk_update
+from memcache_jax.kernels.chunk_update import Edges, chunk_update
+from memcache_jax.memories.deep_chunk import DeepState
 from tests.cases import (
     FAMILIES,
     MEMORIES,
@@ -123,7 +125,7 @@ def of_heads(memory, dtype, batch, chunks, keys=8, rows=4):
     return jax.tree.map(lambda x: x.astype(jnp.float32), states), given
 
 
-def carried(memory, implementation, states, given):
+def carried(memory, implementation, states, given, inside=True, edges=None):
     """Titans through chunks whose kernels read heads inside; queries are late."""
 
     def chunk(state, given):
@@ -131,10 +133,9 @@ def carried(memory, implementation, states, given):
         end, view = memory.write(state, state, key, value, controls)
         return end, memory.read_online(view, query).astype(given[0].dtype)
 
-    late = (True, *jax.tree.map(lambda x: False, given[1:]))
-    return chunk_update(
-        *(chunk, states, given), batch_dims=2, implementation=implementation, late=late
-    )
+    late = (True, *jax.tree.map(lambda x: False, given[1:])) if inside else None
+    how: Any = dict(implementation=implementation, late=late, edges=edges)
+    return chunk_update(chunk, states, given, batch_dims=given[0].ndim - 3, **how)
 
 
 @pytest.mark.parametrize(
@@ -163,11 +164,54 @@ def test_tpu_with_heads_inside(monkeypatch, depth, dtype, group):
     assert_close(got[1], wanted[1], 2 * tolerance)
 
 
+def at_rest(weights):
+    return DeepState(weights, jax.tree.map(jnp.zeros_like, weights))
+
+
+AT_REST = Edges(at_rest, lambda state: state.weights)
+"""Weights alone are given and returned."""
+
+
+def of_runs(memory, batch, chunks):
+    """As ``of_heads``, with weights alone, which the runs of each row and head share."""
+    states, given = of_heads(memory, jnp.float32, batch, chunks)
+    return jax.tree.map(lambda x: x[:, :, :1], states.weights), given
+
+
+@pytest.mark.parametrize(
+    ("inside", "group"),
+    first_kept(
+        2,
+        {
+            "one group": (True, 2),
+            "some groups": (True, 1),
+            "units apart": (False, 2),
+        },
+    ),
+)
+def test_runs_that_share_what_they_begin_with(monkeypatch, inside, group):
+    memory = mc.memories.Titans(chunk_size=4, depth=1)
+    weights, given = of_runs(memory, (2, 2, 3), 2)
+    weights = jax.tree.map(lambda x: x * jnp.arange(1.0, 3).reshape(2, 1, 1, 1, 1), weights)
+    sizes = {**_table.TABLE["chunk_update/pallas_tpu"]["default"], "group": group}
+    monkeypatch.setitem(_table.TABLE, "chunk_update/pallas_tpu", {"default": sizes})
+
+    def both(implementation):
+        run = functools.partial(carried, memory, implementation, inside=inside, edges=AT_REST)
+        with interpret_kernels():
+            return value_and_vjp(run, weights, given)
+
+    got, wanted = both("pallas_tpu"), both("reference")
+    assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, wanted)
+    assert_close(got[0], wanted[0], 1e-6)
+    assert_close(got[1], wanted[1], 2e-6)
+
+
 @pytest.mark.slow
 def test_no_races_with_heads_inside():
     memory = mc.memories.Titans(chunk_size=4, depth=1)
-    arrays = of_heads(memory, jnp.float32, (2, 2), 2)
-    run = functools.partial(carried, memory, "pallas_tpu")
+    run = functools.partial(carried, memory, "pallas_tpu", edges=AT_REST)
+    arrays = of_runs(memory, (2, 2, 2), 2)
     assert not finds_races(functools.partial(value_and_vjp, run), *arrays)
 
 

@@ -25,19 +25,20 @@ ROOT = Path(__file__).parents[2]
 KERNELS = {
     "bank_read": ("forward", "backward_rows", "backward_bank"),
     "grouped_read": ("forward", "backward"),
+    "relevance": ("forward", "backward"),
     "ssc_route": ("forward", "backward"),
     "chunk_update": ("forward", "backward"),
     "affine_update": ("forward", "backward"),
 }
 STEPS = {
-    "titans_grm": ("chunk_update", "bank_read"),
+    "titans_grm": ("chunk_update", "relevance", "bank_read"),
     "gated_delta_net_ssc": ("affine_update", "ssc_route", "bank_read"),
-    "kda_grm": ("affine_update", "bank_read"),
+    "kda_grm": ("affine_update", "relevance", "bank_read"),
 }
 # What other chips than the first compile: each case is compiled for two, each kernel for all.
 ONLY = {
-    "v5p": ("largest", "decay", "grouped_read", "ssc_route"),
-    "v6e": ("documents", "delta", "Titans", "grouped_read", "ssc_route"),
+    "v5p": ("largest", "decay", "grouped_read", "relevance", "ssc_route"),
+    "v6e": ("documents", "delta", "Titans", "grouped_read", "relevance", "ssc_route"),
 }
 MODELS = {"v5e": (*STEPS,), "v5p": ("titans_grm",), "v6e": ("gated_delta_net_ssc",)}
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import memcache_jax as mc
 from memcache_jax.serving.programs import decode
@@ -201,25 +203,60 @@ def test_a_callback_that_cancels_among_several_tokens():
     assert [[len(request.tokens) for request in requests]] == counts
 
 
-def test_a_device_that_fails_once(monkeypatch):
+@pytest.mark.parametrize("when", ["at once", "later"])
+def test_a_device_that_fails_once(monkeypatch, when):
     """Requests in rows get its error; those that wait are served, as if nothing had been."""
     served, calls = batcher(), []
 
     def decode_but_once(*args, **options):
         calls.append(None)
-        if len(calls) == 7:
-            jax.tree.map(lambda x: x.delete(), args[-1])  # as after a call that was given it
-            raise OSError("the device has gone")
-        return decode(*args, **options)
+        if len(calls) != 7:
+            return decode(*args, **options)
+        if when == "later":
+            tokens, *others = decode(*args, **options)
+            tokens.delete()
+            return tokens, *others
+        jax.tree.map(lambda x: x.delete(), args[-1])  # as after a call that was given it
+        raise RuntimeError("the device has been deleted")
 
     monkeypatch.setattr("memcache_jax.serving.batcher.decode", decode_but_once)
     requests = [served.submit(ids(1, 6), 9) for _ in range(5)]
     served.run()
     for request in requests[:3]:
-        with pytest.raises(OSError, match="the device has gone"):
+        with pytest.raises(RuntimeError, match="has been deleted"):
             request.result()
     assert [len(request.tokens) for request in requests[3:]] == [9, 9]
     assert requests[3].tokens == requests[4].tokens
+
+
+def test_a_row_is_free_once_its_last_token_is_asked_for():
+    """The next request begins while the device draws that token; a step gives a token of each."""
+    served, seen = batcher(rows=1), []
+    requests = [served.submit(ids(1, 4), 3) for _ in range(2)]
+    while served.step():
+        seen.append(tuple(len(request.tokens) for request in requests))
+    # The first prompt; two tokens that are asked for a step before; the second prompt among them.
+    assert seen == [(1, 0), (2, 0), (3, 1), (3, 2), (3, 3)]
+    assert served.load == (1, 0, 0, 0)
+
+
+@pytest.mark.slow
+def test_rows_on_a_mesh():
+    """One program for all steps, wherever XLA leaves what a step returns."""
+    plain, mesh = batcher(), jax.make_mesh((3,), ("data",), (jax.sharding.AxisType.Auto,))
+    graph, state = nnx.split(model())
+    everywhere = nnx.merge(graph, jax.device_put(state, NamedSharding(mesh, P())))
+    program: Any = decode
+    with jax.set_mesh(mesh):
+        divided = batcher(model=everywhere, cache=dict(sharding=P("data")))
+        tokens, before = [], program._cache_size()
+        for served in (divided, plain):
+            requests = [served.submit(ids(i, 4), 5, temperature=i, seed=i) for i in range(4)]
+            served.run()
+            tokens.append([request.tokens for request in requests])
+            if served is divided:
+                assert program._cache_size() == before + 1
+    assert tokens[0] == tokens[1]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -283,6 +320,7 @@ def test_what_is_refused():
         lambda: served.submit([1] * 20, 5): "20 and max_new_tokens=5 .* max_length=24",
         lambda: served.submit([1], 2, temperature=-1): "temperature must be",
         lambda: served.submit([1], 2, seed=-1): "seed must be at least 0",
+        lambda: served.submit([1], 2, seed=2**32): "seed must be at most 4294967295",
         lambda: served.submit([1], 2, logprobs=21): "logprobs must be at most 20, got 21",
         lambda: served.submit([1], 2, score_prompt=True): "score_prompt needs logprobs",
         lambda: served.submit([1], 2, on_token=one): "on_token must be a function of a token id",

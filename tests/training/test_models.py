@@ -42,6 +42,10 @@ def test_routers_and_states_of_another_layer_are_described():
     assert own == dataclasses.replace(own, aggregation=mc.SSC(router=mc.Tree(beam=2)))
     assert other == dataclasses.replace(own, states="previous")
     assert model_config(model_options(model)) == model
+    config.model.mixers = ("memory_as_context", "sliding_window")
+    model = model_config(config.model)
+    assert model.mixers[0] == mc.nn.MemoryAsContextMixer(own, config.model.window)
+    assert model_config(model_options(model)) == model
 
 
 def test_bfloat16():

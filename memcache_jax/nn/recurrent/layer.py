@@ -217,7 +217,7 @@ class Recurrent(MemoryLayer):
         self, x: Float[Array, "b t d"], cache: LayerCache, lengths: Any, first: Array
     ) -> tuple[Float[Array, "b t d"], LayerCache, Array]:
         """As ``extend``, within such a model."""
-        y, cache, kept = self._mix_next(x, cache, lengths, first)
+        y, cache, kept, _ = self._mix_next(x, cache, lengths, first)
         return y, cache, kept.values if self.shares_values else first
 
     def _tokens(
