@@ -57,7 +57,7 @@ class MemoryAsContext(nnx.Module):
 
     The memory is a layer of its own, with any write rule, aggregation and segmentation, so that h_t
     also reads its cached states. Keys and values of h and x are made by the same maps, and h_j and
-    x_j have the same rotary position, which counts from the window's begin. Persistent tokens are
+    x_j have the same rotary position, counted from the start of the window. Persistent tokens are
     learned keys and values without a position. Where documents are packed, windows end at multiples
     of W in the row, as segments do at those of C, and with each document.
 
@@ -106,9 +106,7 @@ class MemoryAsContext(nnx.Module):
         self, batch_size: int, max_length: int | None = None, **options: Any
     ) -> ParallelCache:
         """Returns an empty cache for ``extend``, of the memory and of the last window."""
-        mixers: tuple[Any, Any] = self.memory, self.attention
-        caches = (mixer.init_cache(batch_size, max_length, **options) for mixer in mixers)
-        return ParallelCache(*caches)
+        return ParallelCache.of((self.memory, self.attention), batch_size, max_length, **options)
 
     def extend(
         self, x: Float[Array, "b t d"], cache: ParallelCache, lengths: Any = None

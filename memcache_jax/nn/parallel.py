@@ -57,6 +57,11 @@ class ParallelCache(MixerCache):
         """Number of rows."""
         return self.left.batch_size
 
+    @classmethod
+    def of(cls, layers: tuple[Any, Any], *sizes: Any, **options: Any) -> "ParallelCache":
+        """Empty caches of two layers, of what their ``init_cache`` takes."""
+        return cls(*(layer.init_cache(*sizes, **options) for layer in layers))
+
     @property
     def position(self) -> Array:
         """Tokens taken so far by each row, (b,)."""
@@ -120,9 +125,7 @@ class Parallel(nnx.Module):
         self, batch_size: int, max_length: int | None = None, **options: Any
     ) -> ParallelCache:
         """Returns an empty cache for ``extend``, of both mixers."""
-        mixers: tuple[Any, Any] = self.left, self.right
-        caches = (mixer.init_cache(batch_size, max_length, **options) for mixer in mixers)
-        return ParallelCache(*caches)
+        return ParallelCache.of((self.left, self.right), batch_size, max_length, **options)
 
     def extend(
         self, x: Float[Array, "b t d"], cache: ParallelCache, lengths: Any = None

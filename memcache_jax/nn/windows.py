@@ -13,12 +13,12 @@ from memcache_jax.nn import spoilt
 _LEAST = 64  # queries in a block: smaller products take longer
 
 
-def block_size(window: int, length: int) -> int:
+def block_size(window: int, length: int, whole: bool = False) -> int:
     """Queries that are attended to at once; ``length``, all, where blocks would save nothing.
 
-    A block is whole windows.
+    With ``whole``, blocks are whole windows.
     """
-    block = window * -(-_LEAST // window)
+    block = window * -(-_LEAST // window) if whole else max(window, _LEAST)
     return block if length > 2 * block else length
 
 
@@ -50,7 +50,7 @@ def attend_window(
       persistent: keys and values that all tokens see.
     """
     length, past = query.shape[1], key.shape[1] - query.shape[1]
-    block = block_size(window, length)
+    block = block_size(window, length, whole=not past)  # without a past, windows do not slide
     count = -(-length // block)
     fill = count * block - length
     query, key, value = (_padded(x, 1, 0, fill) for x in (query, key, value))
