@@ -18,6 +18,7 @@ from memcache_jax._typing import Array, Float, Int, Matrices
 from memcache_jax.kernels._dispatch import for_each_unit
 
 _FEW_ROWS = 256  # fewer are not read at once
+_FEW_READS = 4096  # so many rows of results are made at once
 
 
 def bank_read(
@@ -36,8 +37,8 @@ def bank_read(
     if not reads.shape[-1]:
         return jnp.zeros_like(query, row.dtype, (*query.shape[:3], *row.shape))
     static = isinstance(reads, np.ndarray)
-    if static and query.shape[2:4] == (1, 1):
-        return _read_by_token(read, bank, query, gates, reads)
+    if static and len(reads) == 1 and query.shape[3] * reads.shape[1] <= _FEW_READS:
+        return _read_at_once(read, bank, query, gates, reads)
     num_states = jax.tree.leaves(bank)[0].shape[2]
     if static:
         groups = _pair_groups(reads, num_states)
@@ -99,22 +100,22 @@ def bank_read(
     return gated_read(groups, bank, query, gates)
 
 
-def _read_by_token(
+def _read_at_once(
     read: Callable[..., Array],
     bank: Matrices,
-    query: Float[Array, "b h 1 1 k"],
-    gates: Float[Array, "b h 1 1 r"],
+    query: Float[Array, "b h 1 c k"],
+    gates: Float[Array, "b h 1 c r"],
     reads: np.ndarray,
-) -> Float[Array, "b h 1 1 v"]:
-    """Reads all states at once: for one token the backward pass keeps little."""
+) -> Float[Array, "b h 1 c v"]:
+    """Reads all states of one block at once: for few tokens the backward pass keeps little."""
     (real,) = np.nonzero(reads[0] >= 0)
     states = reads[0, real]
     if not np.array_equal(states, np.arange(jax.tree.leaves(bank)[0].shape[2])):
         bank = jax.tree.map(lambda matrix: matrix[:, :, states], bank)
 
     def unit(bank, query, gates):
-        rows = jnp.broadcast_to(query[0], (len(states), *query.shape[1:]))
-        return jax.vmap(read)(bank, rows, gates[0, :, real]).sum(axis=0)[None]
+        of_states = jax.vmap(read, (0, None, 1))
+        return of_states(bank, query[0], gates[0][:, real]).sum(axis=0)[None]
 
     return jax.vmap(jax.vmap(unit))(bank, query, gates)
 

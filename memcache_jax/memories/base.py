@@ -20,6 +20,7 @@ is a step of gradient descent on a small network; ``DeepMemory``.
 
 _STATED = (
     *("form", "merges", "erases", "reads_query", "accumulates", "zeros_add_nothing", "on_chip"),
+    "takes_padding",
 )
 
 
@@ -73,6 +74,11 @@ class Memory(abc.ABC):
     on_chip: ClassVar[bool] = False
     """Whether kernels for TPUs may trace ``affine`` of an affine memory, so that the maps of chunks
     never leave the chip. If not, all maps are made first, and pass through HBM.
+    """
+
+    takes_padding: ClassVar[bool] = False
+    """Whether zeros, in controls too, may fill a chunk of a rule that is exact for any chunk; see
+    ``without_padding``. If not, streams take tokens that do not fill a chunk one by one.
     """
 
     depth: int = 1
@@ -187,6 +193,26 @@ class Memory(abc.ABC):
           counts: which of these tokens belong to the chunk; fewer if a document began in it.
         """
         del anchor, controls, counts
+        return state
+
+    def without_padding(
+        self,
+        state: State,
+        key: Float[Array, "m k"],
+        value: Float[Array, "m v"],
+        count: Int[Array, ""],
+    ) -> State:
+        """The state after the first ``count`` tokens of a chunk whose others were zeros.
+
+        This default serves memories that a token of zeros, in controls too, leaves as they are.
+
+        Args:
+          state: the state after the whole chunk.
+          key: as for ``write``, and so are the values.
+          value: see key.
+          count: how many tokens come before the zeros, 1 or more.
+        """
+        del key, value, count
         return state
 
     def write_documents(

@@ -41,6 +41,8 @@ class Correction(NamedTuple):
 class DeltaMemory(MatrixMemory):
     """Memories whose tokens erase and write at one place, the key."""
 
+    takes_padding: ClassVar[bool] = True
+
     @abc.abstractmethod
     def correction(
         self, key: Float[Array, "*m k"], value: Float[Array, "*m v"], controls: Controls

@@ -27,6 +27,7 @@ READS = {
     "constant": mc.Constant(4).plan(4 * 6).reads,
     "two blocks": mc.Constant(4).plan(8).reads,
     "one block": mc.Constant(4).plan(4).reads,
+    "one block, few tokens": np.array([[2, -1, 0]]),
     "ragged": RAGGED,
     "each row its own": jnp.stack([RAGGED, RAGGED[::-1]]),
 }
@@ -48,7 +49,10 @@ def make(memory, reads, dtype):
     return memory, (bank, jnp.asarray(query), jnp.asarray(gates))
 
 
-@pytest.mark.parametrize("reads", kept_of(READS, "constant", "each row its own", fast=["ragged"]))
+@pytest.mark.parametrize(
+    "reads",
+    kept_of(READS, "constant", "one block, few tokens", "each row its own", fast=["ragged"]),
+)
 @pytest.mark.parametrize(
     ("memory", "precision"), [("matrix", "float64"), ("deep", "float64"), ("matrix", "float32")]
 )
