@@ -123,11 +123,12 @@ def _call_sizes(most: int) -> tuple[int, ...]:
 def _chunk_of(cache: Any, tokens: int) -> int | None:
     """The size of chunks that a call of so many tokens should stay in; None for any.
 
-    A memory takes tokens of one chunk at once, and those of the next one after them.
+    A deep memory takes tokens of one chunk at once, and those of the next one after them.
     """
     caches = jax.tree.leaves(cache, is_leaf=lambda x: isinstance(x, Cache))
     configs = [x.config for x in caches if isinstance(x, Cache) and x.config.in_parts]
-    return min((x.chunk for x in configs if x.chunk >= tokens), default=None)
+    chunks = [config.memory.gradient_chunk or 1 for config in configs]
+    return min((chunk for chunk in chunks if chunk >= tokens), default=None)
 
 
 def _cache_back(net: Any, rows: int, size: int, tokens: int, options: dict[str, Any]) -> Any:

@@ -1,13 +1,16 @@
 """The states in the slots of a cache, as the engine reads them."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from memcache_jax._typing import Array, Float
+from memcache_jax._typing import Array, Bool, Float, Int
 from memcache_jax.engine.read import ArrayBank, Bank
 from memcache_jax.engine.types import OfBlocks, OfTokens, Selection
 from memcache_jax.memories import Memory
@@ -15,52 +18,91 @@ from memcache_jax.streaming import storage
 from memcache_jax.streaming.cache import Cache
 from memcache_jax.streaming.exact import matrices_of
 
+_MANY = 8
+"""Slots from which on it pays to read the first quarter apart from all."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SlotBank(Bank):
-    """The states in a cache's slots; reads in ``dtype`` unpack only those that they need.
+    """The states in a cache's slots.
 
-    The others of a row are zero where not all have ``ended``, (b, slots), before its tokens.
+    Attributes:
+      memory: the rule.
+      cache: what holds them.
+      dtype: in which they are read.
+      filled: all slots from this one on are empty in every row.
+      ended: which states of a row, (b, slots), there were before its tokens; others are read as
+        zeros. None for all.
     """
 
     memory: Memory
     cache: Cache
     dtype: Any
-    ended: Any = None
+    filled: Int[Array, ""]
+    ended: Bool[Array, "b slots"] | None = None
 
     def read(
         self, query: Float[Array, "b h n c k"], selection: Selection
     ) -> Float[Array, "b h n c v"]:
-        """Reads all slots, or copies of the states that each token selects."""
-        bank, near, rows = self._near(query, selection)
-        y = bank.read(rows, near)
-        return y.reshape(*query.shape[:-1], y.shape[-1])
+        """Reads the filled slots, or copies of the states that each token selects."""
+        return self._read(lambda bank, *args: bank.read(*args), query, selection)
 
     def read_layer(
         self, layer: int, x: Float[Array, "b h n c in"], selection: Selection
     ) -> Float[Array, "b h n c out"]:
         """As ``read``, for one layer."""
-        bank, near, rows = self._near(x, selection)
-        y = bank.read_layer(layer, rows, near)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return self._read(lambda bank, *args: bank.read_layer(layer, *args), x, selection)
+
+    def _read(
+        self, read: Callable[..., Array], x: Float[Array, "b h n c in"], selection: Selection
+    ) -> Float[Array, "b h n c out"]:
+        """``read(bank, rows, selection)`` by the rows x, of a bank of states that they need."""
+        config, size = self.cache.config, x.shape[3]
+        slots = config.slots.num_slots
+        few = isinstance(selection, OfTokens) and size * selection.states.shape[-1] < slots
+        if config.placement == "host" or few:
+            bank, near, rows = self._near(x, selection)
+            y = read(bank, rows, near)
+            return y.reshape(*x.shape[:-1], y.shape[-1])
+
+        def of_first(count: int) -> Array:
+            return read(*self._first(count, x, selection))
+
+        def nothing() -> Array:
+            like = jax.eval_shape(lambda: of_first(slots))
+            return jnp.zeros_like(x, like.dtype, like.shape)
+
+        counts = [slots // 4, slots] if slots >= _MANY else [slots]
+        branches = [nothing, *(functools.partial(of_first, count) for count in counts)]
+        enough = sum((self.filled > count).astype(jnp.int32) for count in (0, *counts[:-1]))
+        # A GPU waits longer for the host to choose than it takes to read empty slots.
+        return lax.platform_dependent(
+            cuda=branches[-1], rocm=branches[-1], default=lambda: lax.switch(enough, branches)
+        )
+
+    def _first(
+        self, count: int, x: Array, selection: Selection
+    ) -> tuple[ArrayBank, Array, Selection]:
+        """The bank of the first slots, and the rows and selection that read it."""
+        every = self.cache.storages[0].all(matrices_of(self.cache))
+        matrices = storage.unpack(jax.tree.map(lambda x: x[:, :, :count], every), self.dtype)
+        if self.ended is not None:
+            ended = self.ended[:, None, :count, None, None]
+            matrices = jax.tree.map(lambda x: jnp.where(ended, x, 0), matrices)
+        if isinstance(selection, OfBlocks) and isinstance(selection.states, np.ndarray):
+            states, gates = selection.states[..., :count], selection.gates[..., :count]
+            selection = selection._replace(states=states, gates=gates)
+        return ArrayBank(self.memory, matrices, None), x, selection
 
     def _near(self, x: Array, selection: Selection) -> tuple[ArrayBank, Selection, Array]:
-        """An unpacked bank, and the selection and rows that read it."""
+        """A bank of copies, and the selection and rows that read it."""
         cache, (batch, heads, _, size) = self.cache, x.shape[:4]
-        stored, slots = cache.storages[0], cache.config.slots.num_slots
-        few = isinstance(selection, OfTokens) and size * selection.states.shape[-1] < slots
-        if cache.config.placement == "device" and not few:
-            matrices = storage.unpack(stored.all(matrices_of(cache)), self.dtype)
-            if self.ended is not None:
-                ended = self.ended[:, None, :, None, None]
-                matrices = jax.tree.map(lambda x: jnp.where(ended, x, 0), matrices)
-            return ArrayBank(self.memory, matrices, None), selection, x
         states = jnp.asarray(selection.states)
         if isinstance(selection, OfBlocks):
             states = jnp.where(selection.gates != 0, states[:, None, :, None], -1)
         # Each token becomes a block of its own, with its states side by side.
         states = states.reshape(batch, heads, -1)
-        near = stored.take(matrices_of(cache), jnp.maximum(states, 0))
+        near = cache.storages[0].take(matrices_of(cache), jnp.maximum(states, 0))
         matrices = storage.unpack(near, self.dtype)
         # A slot that is not read may hold NaN, and its gate of zero would not hide it.
         matrices = jax.tree.map(lambda m: jnp.where(states[..., None, None] >= 0, m, 0), matrices)

@@ -283,7 +283,7 @@ class Piece(Layout):
             # The other layer may have taken later tokens; slot i has the state of segment i.
             assert candidates.counts is not None
             assert candidates.held is not None
-            ended = np.arange(slots.num_slots)[None] < self.block[:, None]
+            ended = jnp.arange(slots.num_slots)[None] < self.block[:, None]
             counts = jnp.where(ended[:, None], candidates.counts, 0)
             candidates = candidates._replace(counts=counts, held=candidates.held & ended)
         spans = functools.partial(span_keys, cache, key)
@@ -291,7 +291,11 @@ class Piece(Layout):
         if config.tree is not None:
             nodes = functools.partial(cache.storages[1].take, cache.pooled)
             candidates = candidates._replace(nodes=nodes)
-        return SlotBank(how.memory, cache, key.dtype, ended), candidates
+        there = jnp.asarray(candidates.states) >= 0
+        if candidates.counts is not None:
+            there &= candidates.counts > 0
+        filled = jnp.max(jnp.where(there, candidates.states, -1), initial=-1) + 1
+        return SlotBank(how.memory, cache, key.dtype, filled, ended), candidates
 
 
 def _without_padding(memory: Memory, states: State, chunk: Rows, counts: Int[Array, "b"]) -> State:
