@@ -1,7 +1,6 @@
 """The states in the slots of a cache, as the engine reads them."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,16 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from memcache_jax._typing import Array, Bool, Float, Int
+from memcache_jax._typing import Array, Bool, Float
 from memcache_jax.engine.read import ArrayBank, Bank
 from memcache_jax.engine.types import OfBlocks, OfTokens, Selection
 from memcache_jax.memories import Memory
 from memcache_jax.streaming import storage
 from memcache_jax.streaming.cache import Cache
 from memcache_jax.streaming.exact import matrices_of
-
-_MANY = 8
-"""Slots from which on it pays to read the first quarter apart from all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +26,7 @@ class SlotBank(Bank):
       memory: the rule.
       cache: what holds them.
       dtype: in which they are read.
-      filled: all slots from this one on are empty in every row.
+      any_state: whether any slot of any row holds a state.
       ended: which states of a row, (b, slots), there were before its tokens; others are read as
         zeros. None for all.
     """
@@ -38,13 +34,13 @@ class SlotBank(Bank):
     memory: Memory
     cache: Cache
     dtype: Any
-    filled: Int[Array, ""]
+    any_state: Bool[Array, ""]
     ended: Bool[Array, "b slots"] | None = None
 
     def read(
         self, query: Float[Array, "b h n c k"], selection: Selection
     ) -> Float[Array, "b h n c v"]:
-        """Reads the filled slots, or copies of the states that each token selects."""
+        """Reads all slots if any holds a state, or copies of the states that tokens select."""
         return self._read(lambda bank, *args: bank.read(*args), query, selection)
 
     def read_layer(
@@ -65,34 +61,27 @@ class SlotBank(Bank):
             y = read(bank, rows, near)
             return y.reshape(*x.shape[:-1], y.shape[-1])
 
-        def of_first(count: int) -> Array:
-            return read(*self._first(count, x, selection))
+        def every() -> Array:
+            return read(self._all(), x, selection)
 
         def nothing() -> Array:
-            like = jax.eval_shape(lambda: of_first(slots))
+            like = jax.eval_shape(every)
             return jnp.zeros_like(x, like.dtype, like.shape)
 
-        counts = [slots // 4, slots] if slots >= _MANY else [slots]
-        branches = [nothing, *(functools.partial(of_first, count) for count in counts)]
-        enough = sum((self.filled > count).astype(jnp.int32) for count in (0, *counts[:-1]))
-        # A GPU waits longer for the host to choose than it takes to read empty slots.
+        # A GPU waits longer for the host to choose than it takes to read. The choice leaves the
+        # rounding of rows alone: gates of empty slots are zero.
         return lax.platform_dependent(
-            cuda=branches[-1], rocm=branches[-1], default=lambda: lax.switch(enough, branches)
+            cuda=every, rocm=every, default=lambda: lax.cond(self.any_state, every, nothing)
         )
 
-    def _first(
-        self, count: int, x: Array, selection: Selection
-    ) -> tuple[ArrayBank, Array, Selection]:
-        """The bank of the first slots, and the rows and selection that read it."""
-        every = self.cache.storages[0].all(matrices_of(self.cache))
-        matrices = storage.unpack(jax.tree.map(lambda x: x[:, :, :count], every), self.dtype)
+    def _all(self) -> ArrayBank:
+        """An unpacked bank of all slots."""
+        matrices = self.cache.storages[0].all(matrices_of(self.cache))
+        matrices = storage.unpack(matrices, self.dtype)
         if self.ended is not None:
-            ended = self.ended[:, None, :count, None, None]
+            ended = self.ended[:, None, :, None, None]
             matrices = jax.tree.map(lambda x: jnp.where(ended, x, 0), matrices)
-        if isinstance(selection, OfBlocks) and isinstance(selection.states, np.ndarray):
-            states, gates = selection.states[..., :count], selection.gates[..., :count]
-            selection = selection._replace(states=states, gates=gates)
-        return ArrayBank(self.memory, matrices, None), x, selection
+        return ArrayBank(self.memory, matrices, None)
 
     def _near(self, x: Array, selection: Selection) -> tuple[ArrayBank, Selection, Array]:
         """A bank of copies, and the selection and rows that read it."""

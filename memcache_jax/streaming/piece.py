@@ -294,8 +294,7 @@ class Piece(Layout):
         there = jnp.asarray(candidates.states) >= 0
         if candidates.counts is not None:
             there &= candidates.counts > 0
-        filled = jnp.max(jnp.where(there, candidates.states, -1), initial=-1) + 1
-        return SlotBank(how.memory, cache, key.dtype, filled, ended), candidates
+        return SlotBank(how.memory, cache, key.dtype, there.any(), ended), candidates
 
 
 def _without_padding(memory: Memory, states: State, chunk: Rows, counts: Int[Array, "b"]) -> State:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import memcache_jax as mc
@@ -20,27 +21,40 @@ from tests.streams import empty, over_time, whole
         pytest.param("residual", mc.Logarithmic(4), marks=pytest.mark.slow),
     ],
 )
-def test_only_the_first_slots_are_read_while_the_others_are_empty(monkeypatch, kind, plan):
-    """None, a quarter, or all; and the outputs are those of one pass."""
-    counts, first = [], SlotBank._first
+def test_slots_are_read_once_a_row_has_a_state(monkeypatch, kind, plan):
+    """And the outputs are those of one pass."""
+    reads, every = [], SlotBank._all
 
-    def counted(bank, count, *args):
-        jax.debug.callback(lambda: counts.append(count))
-        return first(bank, count, *args)
+    def counted(bank):
+        jax.debug.callback(lambda: reads.append(1))
+        return every(bank)
 
-    monkeypatch.setattr(SlotBank, "_first", counted)
+    monkeypatch.setattr(SlotBank, "_all", counted)
     memory, kind = MEMORIES["titans"], KINDS[kind]
-    inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 36, heads=1))
-    cache, step = empty(inputs, memory, kind, plan), jax.jit(mc.extend)
-    slots = cache.config.slots.num_slots
-    outputs, read = [], []
-    for t in range(36):
+    inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 12, heads=1))
+    step, outputs, read = jax.jit(mc.extend), [], []
+    cache = empty(inputs, memory, kind, plan, segments=3)
+    for t in range(12):
         y, cache = step(cache, **over_time(inputs, memory, lambda x, t=t: x[:, t : t + 1]))
         jax.effects_barrier()
         outputs.append(y)
-        read.append(max(counts, default=0))
-        counts.clear()
-    if plan == mc.Constant(4):
-        assert read == [0] * 4 + [2] * 8 + [8] * 24
-    assert sorted(set(read)) == ([0, slots // 4, slots] if slots >= 8 else [0, slots])
+        read.append(bool(reads))
+        reads.clear()
+    first = read.index(True)
+    assert first == 4 or isinstance(plan, mc.Adaptive)
+    assert read == [False] * first + [True] * (12 - first)
     assert_close(jnp.concatenate(outputs, 1), whole(inputs, memory, kind, plan), 1e-12)
+
+
+def test_a_row_without_states_does_not_see_those_of_others():
+    """To the last bit: it reads no slots alone, and all of them beside another row."""
+    memory, kind, plan = MEMORIES["gated_deltanet"], mc.GRM(), mc.Constant(4)
+    inputs = jax.tree.map(jnp.asarray, make_inputs(memory, 40, batch=2, dtype=np.float32))
+    cache, step = empty(inputs, memory, kind, plan), jax.jit(mc.extend)
+
+    def outputs(lengths):
+        _, before = step(cache, **inputs, lengths=jnp.array(lengths))
+        part = over_time(inputs, memory, lambda x: x[:, :3])
+        return np.asarray(step(before, **part)[0])
+
+    np.testing.assert_array_equal(outputs([0, 0])[0], outputs([0, 37])[0])
