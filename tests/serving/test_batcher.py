@@ -1,6 +1,7 @@
 """The batcher: requests of all kinds side by side get what they would get alone."""
 
 import asyncio
+import itertools
 import queue
 from typing import Any
 
@@ -122,6 +123,14 @@ def test_ends_of_requests():
     assert requests["waiting"].tokens == []
     with pytest.raises(OSError, match="the client has gone"):
         requests["failed"].result()
+
+
+def test_a_request_that_is_cancelled_while_the_waiting_are_looked_through(monkeypatch):
+    served, looks = batcher(), itertools.count()
+    request = served.submit(ids(1, 6), 20)
+    monkeypatch.setattr(type(request), "is_cancelled", property(lambda _: next(looks) > 0))
+    served.run()
+    assert request.finish_reason == "cancelled"
 
 
 @pytest.mark.slow
