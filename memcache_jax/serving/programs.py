@@ -101,7 +101,12 @@ def decode(
         return i + 1, every, draws, cache
 
     shapes: Any = jax.eval_shape(lambda: step(draws, cache.full())[0])
-    every = jax.tree.map(lambda x: jnp.zeros((most, *x.shape), x.dtype), shapes)
+
+    def zeros(x: Any) -> Array:  # on the mesh of the cache, if it has one
+        make = functools.partial(jnp.zeros, (most, *x.shape), x.dtype)
+        return by_compiler(lambda _: make(), position, axes=())
+
+    every = jax.tree.map(zeros, shapes)
     first = jnp.int32(0), every, draws, cache.full()
     _, every, draws, after = while_loop(lambda carry: carry[0] < times, next_tokens, first)
     return *every, draws, Slim.of(after)
