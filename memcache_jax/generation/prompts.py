@@ -10,6 +10,7 @@ from jax.core import Tracer
 
 from memcache_jax._checks import as_numpy, check_ids, shown
 from memcache_jax._typing import Array, Int
+from memcache_jax.nn.parallel import side_by_side
 from memcache_jax.segmentation import Segmentation
 
 _SMALLEST_BUFFER = 64
@@ -27,10 +28,16 @@ def buffer_size(tokens: int, most: int | None = None) -> int:
 
 def longest(model: Any) -> int | None:
     """Returns how many tokens the segments of a model's layers hold; None for any number."""
-    mixers = getattr(getattr(model, "config", None), "mixers", ())
-    parts = [getattr(mixer, "segmentation", None) for mixer in mixers]
-    limits = [part.longest for part in parts if isinstance(part, Segmentation)]
+    limits = [part.longest for part in segmentations(model)]
     return min((limit for limit in limits if limit is not None), default=None)
+
+
+def segmentations(model: Any) -> list[Segmentation]:
+    """Those of a model's layers, and of the parts of layers that consist of several."""
+    mixers = getattr(getattr(model, "config", None), "mixers", ())
+    parts = (part for mixer in mixers for part in side_by_side(mixer).values())
+    found = (getattr(part, "segmentation", None) for part in parts)
+    return [part for part in found if isinstance(part, Segmentation)]
 
 
 def check_prompt(prompt: jax.typing.ArrayLike, model: Any) -> Int[Array, "b t"]:

@@ -103,9 +103,13 @@ class Memory(abc.ABC):
             raise TypeError(
                 f"{cls.__name__}: form must be one of {get_args(Form)}, got {cls.form!r}"
             )
-        if cls.form != "scan" and not cls.fixed:
-            raise TypeError(f"form={cls.form!r} needs AffineMemory or DeepMemory as base of {cls}")
-        kept = owner_of(cls, "fixed").__mro__
+        owner = owner_of(cls, "fixed")
+        if cls.form not in ("scan", owner.form):
+            raise TypeError(
+                f"{cls.__name__}: form={cls.form!r} needs a base of that form, AffineMemory for "
+                f"'affine' and DeepMemory for 'descent', got {owner.__name__}"
+            )
+        kept = owner.__mro__
         own = [name for name in cls.fixed if owner_of(cls, name) not in kept]
         if own and cls.form != "scan":
             raise TypeError(

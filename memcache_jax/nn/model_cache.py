@@ -11,6 +11,7 @@ from jax import lax
 
 from memcache_jax import _checks
 from memcache_jax._typing import Array, Bool, Int
+from memcache_jax.sharding.layout import axes_of, by_compiler
 from memcache_jax.streaming.protocol import count_bytes, short_repr, take_rows, zero_rows
 from memcache_jax.streaming.rewind import taken_back, taken_back_from
 
@@ -150,17 +151,18 @@ class LanguageModelCache:
 
 def put_row(letters: Any, cache: Any, row: jax.typing.ArrayLike, other: Any) -> Any:
     """The cache with the one row of another in place of a row, by the letters of its axes."""
+    row = jnp.asarray(row)
 
     def update(axes: str, rows: Any, new: Any) -> Any:
         names = axes.split()
         if "b" not in names:
             return rows
         axis = names.index("b")
-        return jax.tree.map(
-            lambda x, y: lax.dynamic_update_slice_in_dim(x, y, row * y.shape[axis], axis),
-            rows,
-            new,
-        )
+
+        def put(x: Array, y: Array, row: Array) -> Array:
+            return lax.dynamic_update_slice_in_dim(x, y, row * y.shape[axis], axis)
+
+        return jax.tree.map(lambda x, y: by_compiler(put, x, y, row, axes=axes_of(x)), rows, new)
 
     if len(other.position) != 1 or jax.tree.structure(other) != jax.tree.structure(cache):
         raise ValueError(
