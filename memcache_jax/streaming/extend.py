@@ -235,7 +235,7 @@ def _taken_in_scans(
         cache, _, y = _repeat(rest.advance, times, carry)
         return cache, y
     whole = _Steps(tokens, lengths, chunk, chunk)
-    rewind = cache.config.rewind
+    rewind = cache.config.goes_back
     times = 2 + -(-rewind // chunk) if rest.in_parts else chunk - 1 + rewind
 
     def some(carry: tuple) -> tuple:
@@ -247,7 +247,7 @@ def _taken_in_scans(
 
 def _has_wholes(chunk: int, cache: Cache, count: int) -> bool:
     """Whether a row may take a whole chunk: the last tokens, to be taken back, are never in one."""
-    return chunk > 1 and count >= chunk + cache.config.rewind
+    return chunk > 1 and count >= chunk + cache.config.goes_back
 
 
 def _nothing_taken(
@@ -316,7 +316,7 @@ class _Steps:
     def _active(self, carry: tuple) -> Bool[Array, "b"]:
         """The rows that take this step: those at the start of a whole chunk, or the others."""
         cache, done, _ = carry
-        last = self.lengths - cache.config.rewind
+        last = self.lengths - cache.config.goes_back
         whole = (cache.position % self.chunk == 0) & (done + self.chunk <= last)
         if self.size == self.chunk > 1 and not self.in_parts:
             return whole
