@@ -40,8 +40,10 @@ def segmentations(model: Any) -> list[Segmentation]:
     return [part for part in found if isinstance(part, Segmentation)]
 
 
-def check_prompt(prompt: jax.typing.ArrayLike, model: Any) -> Int[Array, "b t"]:
-    """Returns the prompt as int32, or raises ValueError."""
+def check_prompt(
+    prompt: jax.typing.ArrayLike, model: Any
+) -> Int[np.ndarray, "b t"] | Int[Array, "b t"]:
+    """Returns the prompt (b, t) as int32, on the host unless it is traced, or raises ValueError."""
     traced = isinstance(prompt, Tracer)
     array: Any = prompt if traced else as_numpy("prompt", prompt)
     shape, dtype = array.shape, array.dtype
@@ -51,10 +53,10 @@ def check_prompt(prompt: jax.typing.ArrayLike, model: Any) -> Int[Array, "b t"]:
         raise ValueError(f"prompt must not be empty, got shape {shape}")
     if not traced:
         check_ids("prompt", int(array.min()), int(array.max()), _vocabulary(model))
-    return jnp.asarray(array.astype(jnp.int32))
+    return array.astype(jnp.int32)
 
 
-def check_stop(stop_token: int | Sequence[int] | None, model: Any) -> Int[Array, "stops"]:
+def check_stop(stop_token: int | Sequence[int] | None, model: Any) -> Int[np.ndarray, "stops"]:
     """Returns the tokens that end a row, or raises ValueError.
 
     They are filled up with -1, which is no token, so that few numbers of them are compiled.
@@ -66,7 +68,7 @@ def check_stop(stop_token: int | Sequence[int] | None, model: Any) -> Int[Array,
         check_ids("stop_token", int(stops.min()), int(stops.max()), _vocabulary(model))
     size = max(_SMALLEST_STOPS, 1 << (stops.size - 1).bit_length())
     stops = np.pad(stops.reshape(-1), (0, size - stops.size), constant_values=-1)
-    return jnp.asarray(stops, jnp.int32)
+    return stops.astype(np.int32)
 
 
 def _vocabulary(model: Any) -> int:

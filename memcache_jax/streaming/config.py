@@ -47,6 +47,7 @@ class CacheConfig:
       placement: where they are kept.
       rewind: by how many tokens a row can go back.
       borrows: whether the layer reads another layer's states, so that this cache holds none.
+      stays: whether no row goes back into the tokens of the next calls, in spite of ``rewind``.
     """
 
     memory: Memory
@@ -60,6 +61,7 @@ class CacheConfig:
     placement: storage.Placement
     rewind: int = 0
     borrows: bool = False
+    stays: bool = False
 
     def __post_init__(self) -> None:
         fewest = 0 if isinstance(self.policy, str) and self.policy == "error" else 1
@@ -81,6 +83,11 @@ class CacheConfig:
     def eviction(self) -> Eviction | None:
         """The policy itself where ``policy`` is its name."""
         return POLICIES[self.policy] if isinstance(self.policy, str) else self.policy
+
+    @property
+    def goes_back(self) -> int:
+        """By how many tokens a row can go back into the tokens of the next calls."""
+        return 0 if self.stays else self.rewind
 
     @property
     def slots(self) -> Slots:
@@ -129,7 +136,9 @@ class CacheConfig:
         fills = self.memory.gradient_chunk is None and self.memory.takes_padding
         counts = self.eviction is not None and self.eviction.counts_reads
         measures = isinstance(self.segmentation, Adaptive) and self.segmentation.by != "keys"
-        return (self.defers or fills) and not (self.rewind and (self.spans or counts or measures))
+        return (self.defers or fills) and not (
+            self.goes_back and (self.spans or counts or measures)
+        )
 
     @property
     def composes(self) -> bool:

@@ -67,9 +67,9 @@ def take_piece(
         counted = jnp.arange(size)[None] < taken[:, None]
         piece = _without_writes(piece, ~counted)
     block, into_block = jnp.divmod(cache.position, segment)
-    back, before = config.rewind and (size == 1 or counts is not None), cache
+    back, before = config.goes_back and (size == 1 or counts is not None), cache
     if config.rewind:
-        past = remember_token(cache, active) if size == 1 else cache.past
+        past = remember_token(cache, active) if back and size == 1 else cache.past
         more = jnp.minimum(cache.rewindable + taken, config.rewind) if back else 0
         rewindable = jnp.where(active, more, cache.rewindable)
         cache = dataclasses.replace(cache, past=past, rewindable=rewindable)
@@ -189,7 +189,7 @@ def _with_pending(cache: Cache, pending: Pending, taken: Int[Array, "b"], after:
     chunk = memory.chunk_size
     complete = once_read(after, (taken > 0) & (cache.position % chunk + taken == chunk))
     cache = dataclasses.replace(cache, pending=pending)
-    if cache.config.rewind:
+    if cache.config.goes_back:
         past, complete = remember_chunk(cache, complete)
         cache = dataclasses.replace(cache, past=past)
     state = settle(memory, cache.state, cache.pending, complete)

@@ -57,7 +57,7 @@ def _taken_in_scans(
         cache, _, y = _repeat(rest.advance, times, carry)
         return cache, y
     whole = _Steps.of_wholes(cache, tokens, lengths)
-    rewind = cache.config.rewind
+    rewind = cache.config.goes_back
     times = 2 + -(-rewind // chunk) if rest.in_parts else chunk - 1 + rewind
 
     def some(carry: tuple) -> tuple:
@@ -74,8 +74,8 @@ def _has_wholes(cache: Cache, count: int) -> bool:
     keeps nothing more of a part than of a whole chunk.
     """
     config = cache.config
-    same = config.in_parts and not config.defers and not config.rewind
-    return config.chunk > 1 and not same and count >= config.chunk + config.rewind
+    same = config.in_parts and not config.defers and not config.goes_back
+    return config.chunk > 1 and not same and count >= config.chunk + config.goes_back
 
 
 def _nothing_taken(
@@ -153,7 +153,7 @@ class _Steps:
     def _active(self, carry: tuple) -> Bool[Array, "b"]:
         """The rows that take this step: those at the start of a whole chunk, or the others."""
         cache, done, _ = carry
-        last = self.lengths - cache.config.rewind
+        last = self.lengths - cache.config.goes_back
         whole = (cache.position % self.chunk == 0) & (done + self.chunk <= last)
         if self.size == self.chunk > 1 and not self.in_parts:
             return whole
