@@ -114,8 +114,9 @@ def _read_at_once(
         bank = jax.tree.map(lambda matrix: matrix[:, :, states], bank)
 
     def unit(bank, query, gates):
-        of_states = jax.vmap(read, (0, None, 1))
-        return of_states(bank, query[0], gates[0][:, real]).sum(axis=0)[None]
+        # The same rows for each state: with one axis less XLA transposes the states.
+        rows = jnp.broadcast_to(query[0], (len(states), *query.shape[1:]))
+        return jax.vmap(read, (0, 0, 1))(bank, rows, gates[0][:, real]).sum(axis=0)[None]
 
     return jax.vmap(jax.vmap(unit))(bank, query, gates)
 

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from memcache_jax._typing import Array, Bool, Float
 from memcache_jax.engine.read import ArrayBank, Bank
@@ -26,7 +25,6 @@ class SlotBank(Bank):
       memory: the rule.
       cache: what holds them.
       dtype: in which they are read.
-      any_state: whether any slot of any row holds a state.
       ended: which states of a row, (b, slots), there were before its tokens; others are read as
         zeros. None for all.
     """
@@ -34,13 +32,12 @@ class SlotBank(Bank):
     memory: Memory
     cache: Cache
     dtype: Any
-    any_state: Bool[Array, ""]
     ended: Bool[Array, "b slots"] | None = None
 
     def read(
         self, query: Float[Array, "b h n c k"], selection: Selection
     ) -> Float[Array, "b h n c v"]:
-        """Reads all slots if any holds a state, or copies of the states that tokens select."""
+        """Reads all slots, or copies of the states that each token selects."""
         return self._read(lambda bank, *args: bank.read(*args), query, selection)
 
     def read_layer(
@@ -61,27 +58,11 @@ class SlotBank(Bank):
             y = read(bank, rows, near)
             return y.reshape(*x.shape[:-1], y.shape[-1])
 
-        def every() -> Array:
-            return read(self._all(), x, selection)
-
-        def nothing() -> Array:
-            like = jax.eval_shape(every)
-            return jnp.zeros_like(x, like.dtype, like.shape)
-
-        # A GPU waits longer for the host to choose than it takes to read. The choice leaves the
-        # rounding of rows alone: gates of empty slots are zero.
-        return lax.platform_dependent(
-            cuda=every, rocm=every, default=lambda: lax.cond(self.any_state, every, nothing)
-        )
-
-    def _all(self) -> ArrayBank:
-        """An unpacked bank of all slots."""
-        matrices = self.cache.storages[0].all(matrices_of(self.cache))
-        matrices = storage.unpack(matrices, self.dtype)
+        matrices = storage.unpack(self.cache.storages[0].all(matrices_of(self.cache)), self.dtype)
         if self.ended is not None:
             ended = self.ended[:, None, :, None, None]
             matrices = jax.tree.map(lambda x: jnp.where(ended, x, 0), matrices)
-        return ArrayBank(self.memory, matrices, None)
+        return read(ArrayBank(self.memory, matrices, None), x, selection)
 
     def _near(self, x: Array, selection: Selection) -> tuple[ArrayBank, Selection, Array]:
         """A bank of copies, and the selection and rows that read it."""

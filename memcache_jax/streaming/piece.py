@@ -291,10 +291,7 @@ class Piece(Layout):
         if config.tree is not None:
             nodes = functools.partial(cache.storages[1].take, cache.pooled)
             candidates = candidates._replace(nodes=nodes)
-        there = jnp.asarray(candidates.states) >= 0
-        if candidates.counts is not None:
-            there &= candidates.counts > 0
-        return SlotBank(how.memory, cache, key.dtype, there.any(), ended), candidates
+        return SlotBank(how.memory, cache, key.dtype, ended), candidates
 
 
 def _without_padding(memory: Memory, states: State, chunk: Rows, counts: Int[Array, "b"]) -> State:
