@@ -18,7 +18,7 @@ from memcache_jax._typing import Array, Float, Int, Matrices
 from memcache_jax.kernels._dispatch import for_each_unit
 
 _FEW_ROWS = 256  # fewer are not read at once
-_FEW_READS = 4096  # so many rows of results are made at once
+_SHARE = 4  # the bank is so many times larger than what is made at once
 
 
 def bank_read(
@@ -37,8 +37,11 @@ def bank_read(
     if not reads.shape[-1]:
         return jnp.zeros_like(query, row.dtype, (*query.shape[:3], *row.shape))
     static = isinstance(reads, np.ndarray)
-    if static and len(reads) == 1 and query.shape[3] * reads.shape[1] <= _FEW_READS:
-        return _read_at_once(read, bank, query, gates, reads)
+    count, few = query.shape[3], False
+    if isinstance(reads, np.ndarray) and len(reads) == 1:
+        if count == 1:
+            return _read_at_once(read, bank, query, gates, reads)
+        few = _SHARE * count <= min(matrix.shape[-2] for matrix in jax.tree.leaves(bank))
     num_states = jax.tree.leaves(bank)[0].shape[2]
     if static:
         groups = _pair_groups(reads, num_states)
@@ -88,6 +91,9 @@ def bank_read(
 
     @jax.custom_vjp
     def gated_read(groups, bank, query, gates):
+        if few:
+            assert isinstance(reads, np.ndarray)
+            return _read_at_once(read, bank, query, gates, reads)
         return for_each(forward_unit, groups, bank, query, gates)
 
     def forward(groups, bank, query, gates):
@@ -107,7 +113,7 @@ def _read_at_once(
     gates: Float[Array, "b h 1 c r"],
     reads: np.ndarray,
 ) -> Float[Array, "b h 1 c v"]:
-    """Reads all states of one block at once: for few tokens the backward pass keeps little."""
+    """Reads all states of one block at once; the backward pass of one token keeps little."""
     (real,) = np.nonzero(reads[0] >= 0)
     states = reads[0, real]
     if not np.array_equal(states, np.arange(jax.tree.leaves(bank)[0].shape[2])):

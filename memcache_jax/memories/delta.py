@@ -41,8 +41,6 @@ class Correction(NamedTuple):
 class DeltaMemory(MatrixMemory):
     """Memories whose tokens erase and write at one place, the key."""
 
-    takes_padding: ClassVar[bool] = True
-
     @abc.abstractmethod
     def correction(
         self, key: Float[Array, "*m k"], value: Float[Array, "*m v"], controls: Controls
@@ -138,6 +136,7 @@ class DeltaNet(_BetaMemory):
     """
 
     on_chip: ClassVar[bool] = True
+    takes_padding: ClassVar[bool] = True
 
     @property
     def controls(self) -> Mapping[str, Control]:
@@ -163,6 +162,7 @@ class GatedDeltaNet(_BetaMemory):
     """
 
     on_chip: ClassVar[bool] = True
+    takes_padding: ClassVar[bool] = True
 
     @property
     def controls(self) -> Mapping[str, Control]:
@@ -188,6 +188,7 @@ class KDA(_BetaMemory):
 
     largest_chunk: ClassVar[int] = 32
     on_chip: ClassVar[bool] = True
+    takes_padding: ClassVar[bool] = True
 
     @property
     def controls(self) -> Mapping[str, Control]:
@@ -214,6 +215,7 @@ class GDN2(DeltaMemory):
 
     largest_chunk: ClassVar[int] = 32
     on_chip: ClassVar[bool] = True
+    takes_padding: ClassVar[bool] = True
 
     @property
     def controls(self) -> Mapping[str, Control]:

@@ -96,7 +96,6 @@ class ScalarDecayMemory(MatrixMemory):
     """Matrix memories with one decay per token: M_t = alpha_t M_{t-1} + lam_t v_t k_t^T."""
 
     erases: ClassVar[bool] = False
-    takes_padding: ClassVar[bool] = True
 
     @abc.abstractmethod
     def coefficients(self, controls: Controls, ones: Float[Array, "*m"]) -> tuple[Array, Array]:
@@ -131,6 +130,7 @@ class LinearAttention(ScalarDecayMemory):
     """
 
     on_chip: ClassVar[bool] = True
+    takes_padding: ClassVar[bool] = True
 
     def coefficients(self, controls: Controls, ones: Float[Array, "*m"]) -> tuple[Array, Array]:
         """No decay but where documents begin, every token as it is."""
@@ -162,6 +162,7 @@ class RetNet(ScalarDecayMemory):
     """
 
     on_chip: ClassVar[bool] = True
+    takes_padding: ClassVar[bool] = True
 
     @property
     def controls(self) -> Mapping[str, Control]:
@@ -193,6 +194,7 @@ class SSD(ScalarDecayMemory):
     """
 
     on_chip: ClassVar[bool] = True
+    takes_padding: ClassVar[bool] = True
 
     @property
     def controls(self) -> Mapping[str, Control]:

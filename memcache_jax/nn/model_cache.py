@@ -75,7 +75,9 @@ class LanguageModelCache:
     def rewindable(self) -> Array | None:
         """By how many tokens each row can go back, (b,); None where none can."""
         of_layers: list[Any] = [getattr(cache, "rewindable", None) for cache in self.layers]
-        return None if any(one is None for one in of_layers) else of_layers[0][0]
+        if any(one is None for one in of_layers):
+            return None
+        return functools.reduce(jnp.minimum, (one[0] for one in of_layers))
 
     def rewind(self, tokens: jax.typing.ArrayLike) -> "LanguageModelCache":
         """Returns the cache as if the last ``tokens`` (b,) of each row had never come.

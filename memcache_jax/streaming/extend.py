@@ -41,10 +41,10 @@ def extend(
 ) -> tuple[Float[Array, "b t h v"], Cache]:
     """Takes the next tokens of a stream, with the outputs that ``memory_caching`` gives them.
 
-    Any split of a sequence into calls gives the outputs of one call over the whole. A call writes
-    whole chunks at once and other tokens one by one; deep memories take several tokens of a chunk
-    at once. It compiles once per number of tokens. Donate the cache, and none of its arrays is
-    copied::
+    Any split of a sequence into calls gives the outputs of one call over the whole. A call takes
+    the tokens of a chunk at once; a rule of your own takes those that do not fill a chunk one by
+    one, unless it states ``takes_padding``. It compiles once per number of tokens. Donate the
+    cache, and none of its arrays is copied::
 
         step = jax.jit(mc.extend, donate_argnums=0)
 
