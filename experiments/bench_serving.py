@@ -11,6 +11,8 @@ on the machine disturbs less; below each part are ratios of both.
   tokens take is subtracted in each round, and the medians of what is left are compared.
 - ``prefix``: the first token after a prompt of which an ``mc.PrefixStore`` knows 90 %, beside one
   that it does not know.
+- ``verify``: ``--verify`` more tokens after ``--long`` in one call, as drafts are verified, beside
+  as many calls of one token. Both then rewind the cache.
 - ``draft``: greedy decoding with ``mc.NGrams`` beside plain decoding, and whether tokens are equal.
 
 Prompts are Python code, that of the standard library, as bytes. Without ``--workdir``, the folder
@@ -19,6 +21,7 @@ a trained model's, which favors drafts.
 """
 
 import argparse
+import functools
 import json
 import operator
 import statistics
@@ -32,7 +35,7 @@ from absl import flags
 from experiments._program import ConfigFlag, run
 
 FLAGS = flags.FLAGS
-_PARTS = ["rows", "prefix", "draft"]
+_PARTS = ["rows", "prefix", "verify", "draft"]
 _CONFIG = ConfigFlag()
 flags.DEFINE_string("workdir", None, "A training run, whose model is timed.")
 flags.DEFINE_multi_enum("parts", _PARTS, _PARTS, "What.")
@@ -41,6 +44,7 @@ flags.DEFINE_integer("ahead", 4, "Tokens of a row in a call of the batcher.", 1)
 flags.DEFINE_integer("prompt", 64, "Tokens of a request's prompt.", 1)
 flags.DEFINE_integer("new", 128, "New tokens of a request.", 3)
 flags.DEFINE_integer("long", 1280, "Tokens of the prompt whose beginning is known.", 20)
+flags.DEFINE_integer("verify", 8, "Tokens that one call takes.", 2)
 flags.DEFINE_integer("rounds", 3, "Timed rounds.", 1)
 flags.DEFINE_string("json", None, "File to write the table to.")
 
@@ -121,6 +125,39 @@ def prefix(model: Any) -> dict[str, Callable[[], Any]]:
     return {"known": lambda: read(known), "cold": lambda: read(mc.PrefixStore(1 << 32))}
 
 
+def verify(model: Any) -> dict[str, Callable[[], Any]]:
+    """What takes the same tokens and goes back, by name; each returns the next token."""
+    import jax
+    from flax import nnx
+
+    from memcache_jax.nn.unrolled import for_steps
+    from memcache_jax.streaming.loops import Slim
+
+    model = for_steps(model)
+    graph, state = nnx.split(model)
+    count = FLAGS.verify
+    tokens = code(FLAGS.long + count)[None]
+
+    @functools.partial(jax.jit, donate_argnames="cache")
+    def extend(state: Any, tokens: Any, cache: Slim) -> tuple[Any, Slim]:
+        model = nnx.merge(graph, state)
+        hidden, after = model.extend(tokens, cache.full(), None)
+        return model.logits(hidden[:, -1]).argmax(), Slim.of(after)
+
+    back = jax.jit(lambda cache: Slim.of(cache.full().rewind(count)), donate_argnums=0)
+    empty = Slim.of(model.init_cache(1, tokens.shape[1], rewind=count))
+    caches = [extend(state, tokens[:, :-count], empty)[1]]
+
+    def take(size: int) -> int:
+        cache, last = caches.pop(), None
+        for begin in range(FLAGS.long, tokens.shape[1], size):
+            last, cache = extend(state, tokens[:, begin : begin + size], cache)
+        caches.append(back(cache))
+        return int(last)  # pyright: ignore[reportArgumentType]
+
+    return {"one call": lambda: take(count), "one by one": lambda: take(1)}
+
+
 def draft(model: Any) -> dict[str, Callable[[], Any]]:
     """What decodes one row greedily, by name."""
     import numpy as np
@@ -153,7 +190,7 @@ def in_turn(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, d
 
 def times_of(part: str, model: Any) -> dict[str, dict[str, tuple[float, float]]]:
     """Seconds and processor seconds by name, of the part and of decoding alone."""
-    made = dict(prefix=prefix, draft=draft)
+    made = dict(prefix=prefix, verify=verify, draft=draft)
     functions = rows(model, FLAGS.new) if part == "rows" else made[part](model)
     of_two = rows(model, 2) if part == "rows" else {}
     shorter = {f"{name}, 2 tokens": function for name, function in of_two.items()}

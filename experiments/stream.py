@@ -5,12 +5,12 @@
 Runs two small models with memory caching, one with a router's top-k over equal segments (SSC) and
 one with logarithmic buckets, and a Transformer with a KV cache up to ``--attention`` tokens. The
 history is random bytes, taken in long pieces. At powers of two, it times the next tokens one by one
-and takes the median of ``--rounds``. A cache's arrays have their full size from the start, so that
-a step costs the same everywhere; "made for" is the step of an empty cache sized for that position
-only. Both alternate with the step of the cache sized for the first position, and the ratios to it
-are robust to changes in the machine's speed. Memory is the process's peak resident set since the
-previous position, with programs and all caches (Linux only). Nothing is trained: time and bytes do
-not depend on the parameters.
+and takes the median of ``--rounds``. A cache's arrays have their full size from the start; "made
+for" is the step of a cache sized for that position only, after as many tokens. Both alternate with
+the step of the cache sized for the first position, and the ratios to it are robust to changes in
+the machine's speed. Memory is the process's peak resident set since the previous position, with
+programs and all caches (Linux only). Nothing is trained: time and bytes do not depend on the
+parameters.
 """
 
 import json
@@ -99,6 +99,11 @@ class Stream:
         self.position += count
         return time.perf_counter() - begin
 
+    def take_until(self, position: int) -> None:
+        """Takes random tokens in pieces."""
+        while self.position < position:
+            self.take(min(FLAGS.piece, position - self.position))
+
 
 def token_times(*streams: Stream) -> list[float]:
     """Returns the median milliseconds of each stream's next token; streams take turns."""
@@ -133,9 +138,9 @@ def measure(name: str, mixer: Any, length: int) -> list[dict[str, Any]]:
     begin = time.perf_counter()
     for wanted, own in zip(positions(length), fitted, strict=True):
         knows_peak = forget_peak()
-        while stream.position < wanted:
-            stream.take(min(FLAGS.piece, wanted - stream.position))
+        stream.take_until(wanted)
         peak = peak_bytes() if knows_peak else None
+        own.take_until(wanted)
         in_time, made_for, first = token_times(stream, own, fitted[0])
         row: dict[str, Any] = dict(
             model=name,
@@ -209,7 +214,7 @@ def program() -> None:
         print(
             f"{name}: compared with a cache made for {FLAGS.first:,} tokens, the next token takes "
             f"{one:.2f} times as long after {last['position']:,} tokens, and {other:.2f} times as "
-            "long in an empty cache made for that many"
+            "long in a cache made for that many"
         )
     print(f"written: {workdir / 'stream.json'}, {workdir / 'stream.png'}")
 

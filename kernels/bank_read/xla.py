@@ -18,6 +18,7 @@ from memcache_jax._typing import Array, Float, Int, Matrices
 from memcache_jax.kernels._dispatch import for_each_unit
 
 _FEW_ROWS = 256  # fewer are not read at once
+_SHARE = 4  # the bank is so many times larger than what is made at once
 
 
 def bank_read(
@@ -36,8 +37,11 @@ def bank_read(
     if not reads.shape[-1]:
         return jnp.zeros_like(query, row.dtype, (*query.shape[:3], *row.shape))
     static = isinstance(reads, np.ndarray)
-    if static and query.shape[2:4] == (1, 1):
-        return _read_by_token(read, bank, query, gates, reads)
+    count, few = query.shape[3], False
+    if isinstance(reads, np.ndarray) and len(reads) == 1:
+        if count == 1:
+            return _read_at_once(read, bank, query, gates, reads)
+        few = _SHARE * count <= min(matrix.shape[-2] for matrix in jax.tree.leaves(bank))
     num_states = jax.tree.leaves(bank)[0].shape[2]
     if static:
         groups = _pair_groups(reads, num_states)
@@ -87,6 +91,9 @@ def bank_read(
 
     @jax.custom_vjp
     def gated_read(groups, bank, query, gates):
+        if few:
+            assert isinstance(reads, np.ndarray)
+            return _read_at_once(read, bank, query, gates, reads)
         return for_each(forward_unit, groups, bank, query, gates)
 
     def forward(groups, bank, query, gates):
@@ -99,22 +106,23 @@ def bank_read(
     return gated_read(groups, bank, query, gates)
 
 
-def _read_by_token(
+def _read_at_once(
     read: Callable[..., Array],
     bank: Matrices,
-    query: Float[Array, "b h 1 1 k"],
-    gates: Float[Array, "b h 1 1 r"],
+    query: Float[Array, "b h 1 c k"],
+    gates: Float[Array, "b h 1 c r"],
     reads: np.ndarray,
-) -> Float[Array, "b h 1 1 v"]:
-    """Reads all states at once: for one token the backward pass keeps little."""
+) -> Float[Array, "b h 1 c v"]:
+    """Reads all states of one block at once; the backward pass of one token keeps little."""
     (real,) = np.nonzero(reads[0] >= 0)
     states = reads[0, real]
     if not np.array_equal(states, np.arange(jax.tree.leaves(bank)[0].shape[2])):
         bank = jax.tree.map(lambda matrix: matrix[:, :, states], bank)
 
     def unit(bank, query, gates):
+        # The same rows for each state: with one axis less XLA transposes the states.
         rows = jnp.broadcast_to(query[0], (len(states), *query.shape[1:]))
-        return jax.vmap(read)(bank, rows, gates[0, :, real]).sum(axis=0)[None]
+        return jax.vmap(read, (0, 0, 1))(bank, rows, gates[0][:, real]).sum(axis=0)[None]
 
     return jax.vmap(jax.vmap(unit))(bank, query, gates)
 

@@ -63,10 +63,8 @@ def one_pass(
         if segmentation.by == "scores":
             learned = relaxed(segmentation, borders, widened(tokens).border)
     if implementation == "reference":
-        if given is not None or hands_on:
-            raise ValueError(
-                "layers that share cached states need another implementation than 'reference'"
-            )
+        assert given is None
+        assert not hands_on  # layers that do are refused
         rules: dict[str, Any] = dict(memory=memory, aggregation=aggregation, start=start)
         wide = widened(tokens), weights
         y = reference.memory_caching(*wide, document, borders, plan=plan, longest=longest, **rules)

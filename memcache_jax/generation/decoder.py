@@ -118,7 +118,7 @@ class Decoder:
         lengths = check_lengths(lengths, tokens.shape, least)
         position = self._check_room(tokens.shape, lengths)
         padding = buffer_size(tokens.shape[1], longest(self._model)) - tokens.shape[1]
-        tokens, counts = jnp.pad(tokens, ((0, 0), (0, padding))), jnp.asarray(lengths, jnp.int32)
+        tokens, counts = np.pad(tokens, ((0, 0), (0, padding))), jnp.asarray(lengths, jnp.int32)
         args = self._state, tokens, counts, self.cache
         self._cache, logits = extend_in_place(*args, graph=self._graph)
         if self._logits is not None:

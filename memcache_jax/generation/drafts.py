@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import lax
 
 from memcache_jax._checks import check_instance, check_integer, set_fields
 from memcache_jax._typing import Array, Float, Int
+from memcache_jax.generation.apart import Frame, apart
+from memcache_jax.generation.prefill import prefill
 from memcache_jax.generation.sampling import probabilities, sample
 from memcache_jax.nn import LanguageModel
 
@@ -172,13 +173,13 @@ class DraftModel(Draft):
 
     def split(self) -> tuple[Any, Any]:
         """As ``Draft.split``."""
-        graph, state = nnx.split(self.model)
-        return _Graph(graph, self.tokens), state
+        frame, arrays = apart(self.model)
+        return _Graph(frame, self.tokens), arrays
 
     def start(self, prompt: Int[Array, "b t"], lengths: Int[Array, "b"], size: int) -> Any:
         """As ``Draft.start``."""
         cache = self.model.init_cache(len(prompt), size, rewind=self.tokens)
-        return self.model.extend(prompt, cache, lengths)[1]
+        return prefill(self.model, prompt, cache, lengths)[1]
 
     def propose(
         self,
@@ -215,12 +216,12 @@ class DraftModel(Draft):
 class _Graph:
     """A ``DraftModel`` without its arrays."""
 
-    graph: Any
+    frame: Frame
     tokens: int
 
 
 def merge(draft: Any, state: Any) -> Draft:
     """The draft of these parts, as ``Draft.split`` returns them."""
     if isinstance(draft, _Graph):
-        return DraftModel(nnx.merge(draft.graph, state), draft.tokens)
+        return DraftModel(draft.frame.merge(state), draft.tokens)
     return draft

@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from memcache_jax._checks import check_instance, check_integer, check_lengths, check_mapping, shown
 from memcache_jax._typing import Array, Float, Int
-from memcache_jax.generation.apart import Frame
+from memcache_jax.generation.apart import Frame, apart
 from memcache_jax.generation.drafts import Draft
 from memcache_jax.generation.prompts import buffer_size, check_prompt, check_stop, longest
 from memcache_jax.generation.sampling import Sampling, sample
@@ -84,21 +85,20 @@ def generate(
     if not callable(model):
         raise ValueError(f"model must be a module or a function of tokens, got {shown(model)}")
     tokens = check_prompt(prompt, model)
-    counts = jnp.asarray(check_lengths(lengths, tokens.shape, least=1), jnp.int32)
+    counts = check_lengths(lengths, tokens.shape, least=1).astype(np.int32)
     max_new_tokens = check_integer("max_new_tokens", max_new_tokens)
     sampling = Sampling(temperature, top_k, top_p)
     key = sampling.check_key(key)
     stops = check_stop(stop_token, model)
-    length = tokens.shape[1]
-    total = length + max_new_tokens
-    most = longest(model)
-    size = buffer_size(total - 1, most)  # the last token is drawn, but not appended
+    length, most = tokens.shape[1], longest(model)
+    size = buffer_size(length + max_new_tokens - 1, most)  # the last token is not appended
     options = check_mapping("cache", cache)
     if cache is not None:
         _check_cache(model, options, len(tokens), size, int(counts.max()), max_new_tokens)
-    padding = buffer_size(length, most) - length
-    graph, state = nnx.split(model) if isinstance(model, nnx.Module) else (model, None)
-    padded = jnp.pad(tokens, ((0, 0), (0, padding)))
+    # What runs outside of programs is on the host: there a new array takes no time.
+    xp: Any = np if isinstance(tokens, np.ndarray) else jnp
+    padded = xp.pad(tokens, ((0, 0), (0, buffer_size(length, most) - length)))
+    graph, state = apart(model) if isinstance(model, nnx.Module) else (model, ())
     numbers = key, sampling.numbers, stops, max_new_tokens
     how: dict[str, Any] = dict(size=size, model=graph, cache=tuple(sorted(options.items())))
     if draft is None:
@@ -108,13 +108,22 @@ def generate(
         kind, arrays = draft.split()
         how |= dict(draft=kind, **sampling.static)
         new, _ = speculate(padded, counts, state, arrays, *numbers, **how)
-    result = jnp.pad(tokens, ((0, 0), (0, max_new_tokens)))
-    if lengths is not None:
-        result = jnp.where(jnp.arange(total)[None] < counts[:, None], result, 0)
-    place = counts[:, None] + jnp.arange(max_new_tokens)[None]
-    return jax.vmap(lambda row, place, new: row.at[place].set(new))(
-        result, place, new[:, :max_new_tokens]
-    )
+    return _followed(tokens, counts, new, max_new_tokens=max_new_tokens)
+
+
+@functools.partial(jax.jit, static_argnames="max_new_tokens")
+def _followed(
+    tokens: Int[Array, "b t"],
+    counts: Int[Array, "b"],
+    new: Int[Array, "b size"],
+    *,
+    max_new_tokens: int,
+) -> Int[Array, "b total"]:
+    """Each row's first ``counts`` tokens, the new ones, and zeros."""
+    ahead = jnp.arange(tokens.shape[1] + max_new_tokens)[None] - counts[:, None]
+    place = jnp.clip(ahead, 0, max_new_tokens - 1)
+    after = jnp.where(ahead < max_new_tokens, jnp.take_along_axis(new, place, axis=1), 0)
+    return jnp.where(ahead < 0, jnp.pad(tokens, ((0, 0), (0, max_new_tokens))), after)
 
 
 def _check_draft(draft: Any, model: Any) -> None:
@@ -164,7 +173,7 @@ def _continue(
     **sampling: Any,
 ) -> Int[Array, "b size"]:
     """Returns the new tokens of each row."""
-    model = model if state is None else nnx.merge(model, state)
+    model = model.merge(state) if isinstance(model, Frame) else model
     kind = _Cached(model, dict(cache)) if isinstance(model, LanguageModel) else _Uncached(model)
 
     def draw(step: Any, logits: Array, last: Array, finished: Array) -> tuple[Array, Array]:

@@ -10,6 +10,7 @@ from jax.core import Tracer
 
 from memcache_jax._checks import as_numpy, check_ids, shown
 from memcache_jax._typing import Array, Int
+from memcache_jax.nn.parallel import side_by_side
 from memcache_jax.segmentation import Segmentation
 
 _SMALLEST_BUFFER = 64
@@ -27,14 +28,22 @@ def buffer_size(tokens: int, most: int | None = None) -> int:
 
 def longest(model: Any) -> int | None:
     """Returns how many tokens the segments of a model's layers hold; None for any number."""
-    mixers = getattr(getattr(model, "config", None), "mixers", ())
-    parts = [getattr(mixer, "segmentation", None) for mixer in mixers]
-    limits = [part.longest for part in parts if isinstance(part, Segmentation)]
+    limits = [part.longest for part in segmentations(model)]
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def check_prompt(prompt: jax.typing.ArrayLike, model: Any) -> Int[Array, "b t"]:
-    """Returns the prompt as int32, or raises ValueError."""
+def segmentations(model: Any) -> list[Segmentation]:
+    """Those of a model's layers, and of the parts of layers that consist of several."""
+    mixers = getattr(getattr(model, "config", None), "mixers", ())
+    parts = (part for mixer in mixers for part in side_by_side(mixer).values())
+    found = (getattr(part, "segmentation", None) for part in parts)
+    return [part for part in found if isinstance(part, Segmentation)]
+
+
+def check_prompt(
+    prompt: jax.typing.ArrayLike, model: Any
+) -> Int[np.ndarray, "b t"] | Int[Array, "b t"]:
+    """Returns the prompt (b, t) as int32, on the host unless it is traced, or raises ValueError."""
     traced = isinstance(prompt, Tracer)
     array: Any = prompt if traced else as_numpy("prompt", prompt)
     shape, dtype = array.shape, array.dtype
@@ -44,10 +53,10 @@ def check_prompt(prompt: jax.typing.ArrayLike, model: Any) -> Int[Array, "b t"]:
         raise ValueError(f"prompt must not be empty, got shape {shape}")
     if not traced:
         check_ids("prompt", int(array.min()), int(array.max()), _vocabulary(model))
-    return jnp.asarray(array.astype(jnp.int32))
+    return array.astype(jnp.int32)
 
 
-def check_stop(stop_token: int | Sequence[int] | None, model: Any) -> Int[Array, "stops"]:
+def check_stop(stop_token: int | Sequence[int] | None, model: Any) -> Int[np.ndarray, "stops"]:
     """Returns the tokens that end a row, or raises ValueError.
 
     They are filled up with -1, which is no token, so that few numbers of them are compiled.
@@ -59,7 +68,7 @@ def check_stop(stop_token: int | Sequence[int] | None, model: Any) -> Int[Array,
         check_ids("stop_token", int(stops.min()), int(stops.max()), _vocabulary(model))
     size = max(_SMALLEST_STOPS, 1 << (stops.size - 1).bit_length())
     stops = np.pad(stops.reshape(-1), (0, size - stops.size), constant_values=-1)
-    return jnp.asarray(stops, jnp.int32)
+    return stops.astype(np.int32)
 
 
 def _vocabulary(model: Any) -> int:

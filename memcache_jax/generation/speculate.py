@@ -5,10 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from memcache_jax._typing import Array, Float, Int
+from memcache_jax.generation.apart import Frame
 from memcache_jax.generation.drafts import merge
+from memcache_jax.generation.prefill import prefill
 from memcache_jax.generation.sampling import probabilities, sample
 from memcache_jax.nn.unrolled import cache_for, for_steps
 from memcache_jax.streaming.cache import Cache
@@ -29,7 +30,7 @@ def speculate(
     max_new_tokens: Int[Array, ""],
     *,
     size: int,
-    model: Any,
+    model: Frame,
     cache: tuple[tuple[str, Any], ...],
     draft: Any,
     **sampling: Any,
@@ -44,11 +45,11 @@ def speculate(
     proposed are rewound; if a layer cannot rewind, a second call reads the kept tokens from the
     previous cache.
     """
-    net: Any = nnx.merge(model, state)
+    net: Any = model.merge(state)
     proposer, vocab = merge(draft, drafts), net.config.vocab_size
     empty = _cache_back(net, len(prompt), size, proposer.tokens, dict(cache))
     sizes, chunk = _call_sizes(proposer.tokens + 1), _chunk_of(empty, proposer.tokens + 1)
-    hidden, past = net.extend(prompt, empty, lengths)
+    hidden, past = prefill(net, prompt, empty, lengths)
     stepping = for_steps(net)
     past = cache_for(stepping, past)
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]

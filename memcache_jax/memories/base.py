@@ -20,6 +20,7 @@ is a step of gradient descent on a small network; ``DeepMemory``.
 
 _STATED = (
     *("form", "merges", "erases", "reads_query", "accumulates", "zeros_add_nothing", "on_chip"),
+    "takes_padding",
 )
 
 
@@ -75,6 +76,11 @@ class Memory(abc.ABC):
     never leave the chip. If not, all maps are made first, and pass through HBM.
     """
 
+    takes_padding: ClassVar[bool] = False
+    """Whether zeros, in controls too, may fill a chunk of a rule that is exact for any chunk; see
+    ``without_padding``. If not, streams take tokens that do not fill a chunk one by one.
+    """
+
     depth: int = 1
     """Layers that a read passes through one after the other."""
 
@@ -97,9 +103,13 @@ class Memory(abc.ABC):
             raise TypeError(
                 f"{cls.__name__}: form must be one of {get_args(Form)}, got {cls.form!r}"
             )
-        if cls.form != "scan" and not cls.fixed:
-            raise TypeError(f"form={cls.form!r} needs AffineMemory or DeepMemory as base of {cls}")
-        kept = owner_of(cls, "fixed").__mro__
+        owner = owner_of(cls, "fixed")
+        if cls.form not in ("scan", owner.form):
+            raise TypeError(
+                f"{cls.__name__}: form={cls.form!r} needs a base of that form, AffineMemory for "
+                f"'affine' and DeepMemory for 'descent', got {owner.__name__}"
+            )
+        kept = owner.__mro__
         own = [name for name in cls.fixed if owner_of(cls, name) not in kept]
         if own and cls.form != "scan":
             raise TypeError(
@@ -187,6 +197,26 @@ class Memory(abc.ABC):
           counts: which of these tokens belong to the chunk; fewer if a document began in it.
         """
         del anchor, controls, counts
+        return state
+
+    def without_padding(
+        self,
+        state: State,
+        key: Float[Array, "m k"],
+        value: Float[Array, "m v"],
+        count: Int[Array, ""],
+    ) -> State:
+        """The state after the first ``count`` tokens of a chunk whose others were zeros.
+
+        This default serves memories that a token of zeros, in controls too, leaves as they are.
+
+        Args:
+          state: the state after the whole chunk.
+          key: as for ``write``, and so are the values.
+          value: see key.
+          count: how many tokens come before the zeros, 1 or more.
+        """
+        del key, value, count
         return state
 
     def write_documents(

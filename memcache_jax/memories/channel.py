@@ -87,6 +87,7 @@ class GLA(MatrixMemory):
 
     erases: ClassVar[bool] = False
     on_chip: ClassVar[bool] = True
+    takes_padding: ClassVar[bool] = True
     largest_chunk: ClassVar[int] = 32
 
     @property

@@ -136,6 +136,7 @@ class DeltaNet(_BetaMemory):
     """
 
     on_chip: ClassVar[bool] = True
+    takes_padding: ClassVar[bool] = True
 
     @property
     def controls(self) -> Mapping[str, Control]:
@@ -161,6 +162,7 @@ class GatedDeltaNet(_BetaMemory):
     """
 
     on_chip: ClassVar[bool] = True
+    takes_padding: ClassVar[bool] = True
 
     @property
     def controls(self) -> Mapping[str, Control]:
@@ -186,6 +188,7 @@ class KDA(_BetaMemory):
 
     largest_chunk: ClassVar[int] = 32
     on_chip: ClassVar[bool] = True
+    takes_padding: ClassVar[bool] = True
 
     @property
     def controls(self) -> Mapping[str, Control]:
@@ -212,6 +215,7 @@ class GDN2(DeltaMemory):
 
     largest_chunk: ClassVar[int] = 32
     on_chip: ClassVar[bool] = True
+    takes_padding: ClassVar[bool] = True
 
     @property
     def controls(self) -> Mapping[str, Control]:

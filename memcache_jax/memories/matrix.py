@@ -130,6 +130,7 @@ class LinearAttention(ScalarDecayMemory):
     """
 
     on_chip: ClassVar[bool] = True
+    takes_padding: ClassVar[bool] = True
 
     def coefficients(self, controls: Controls, ones: Float[Array, "*m"]) -> tuple[Array, Array]:
         """No decay but where documents begin, every token as it is."""
@@ -161,6 +162,7 @@ class RetNet(ScalarDecayMemory):
     """
 
     on_chip: ClassVar[bool] = True
+    takes_padding: ClassVar[bool] = True
 
     @property
     def controls(self) -> Mapping[str, Control]:
@@ -192,6 +194,7 @@ class SSD(ScalarDecayMemory):
     """
 
     on_chip: ClassVar[bool] = True
+    takes_padding: ClassVar[bool] = True
 
     @property
     def controls(self) -> Mapping[str, Control]:

@@ -38,6 +38,7 @@ class RWKV7(MatrixMemory):
 
     largest_chunk: ClassVar[int] = 32
     on_chip: ClassVar[bool] = True
+    takes_padding: ClassVar[bool] = True
 
     @property
     def controls(self) -> Mapping[str, Control]:

@@ -35,6 +35,7 @@ class Vector(Memory):
 
     reads_query: ClassVar[bool] = False
     accumulates: ClassVar[bool] = False
+    takes_padding: ClassVar[bool] = True
 
     def init(
         self, weights: Mapping[str, Array], key_dim: int, value_dim: int, dtype: Any
@@ -52,6 +53,11 @@ class Vector(Memory):
         """Takes the last value; the chunk is its values."""
         del state, anchor, key, controls
         return VectorState(value[-1]), value
+
+    def without_padding(self, state, key, value, count) -> VectorState:
+        """The last value before the zeros."""
+        del state, key
+        return VectorState(value[count - 1])
 
     def forgetting(self, controls: Controls, begins: Bool[Array, "m"]) -> Controls:
         """Nothing to do: every token forgets."""

@@ -53,6 +53,7 @@ class SWLA(MatrixMemory):
     """
 
     erases: ClassVar[bool] = False
+    takes_padding: ClassVar[bool] = True
 
     @property
     def controls(self) -> Mapping[str, Control]:
@@ -91,6 +92,10 @@ class SWLA(MatrixMemory):
             value=jnp.concatenate([state.value[None], value]),
         )
         return WindowState(chunk.end(), key[-1], value[-1]), chunk
+
+    def without_padding(self, state, key, value, count) -> WindowState:
+        """The same matrix, and the last token before the zeros."""
+        return state._replace(key=key[count - 1], value=value[count - 1])
 
     def carried(self, key: Float[Array, "m k"], value: Float[Array, "m v"]) -> WindowState:
         """A zero matrix and the last token."""

@@ -72,10 +72,10 @@ class MemoryCachingMixer:
     Raises:
       ValueError: as ``MemoryCaching``; with ``connector="previous"`` without ``SSC`` or for
         ``states="own"``; with ``states="previous"`` for other segments than ``Constant``, ``exact``
-        tokens or several keys per state. The model's configuration refuses a group without a first
-        layer or with unlike ones, and aggregations for which a stream keeps one sum of all states,
-        such as ``Residual``; ``init_cache`` refuses a policy other than ``"error"``, ``rewind`` and
-        ``keep_ends``; calls refuse ``implementation="reference"`` and meshes that divide time.
+        tokens, several keys per state, or ``implementation="reference"``. The model's configuration
+        refuses a group without a first layer or with unlike ones, and aggregations for which a
+        stream keeps one sum of all states, such as ``Residual``; ``init_cache`` refuses a policy
+        other than ``"error"``, ``rewind`` and ``keep_ends``; calls refuse meshes that divide time.
 
     Example:
       >>> import dataclasses, memcache_jax as mc
@@ -103,7 +103,9 @@ class MemoryCachingMixer:
             *(self.implementation, self.exchange),
         )
         check_flag("bounded", self.bounded)
-        check_states(self.states, self.connector, self.aggregation, self.segmentation)
+        check_states(
+            self.states, self.connector, self.aggregation, self.segmentation, self.implementation
+        )
         set_fields(self, distances=check_integer("distances", self.distances, 2))
 
     def build(self, in_features: int, num_heads: int, **options: Any) -> MemoryCaching:

@@ -15,7 +15,11 @@ from memcache_jax.streaming import Cache
 
 
 def check_states(
-    states: Any, connector: Any, aggregation: Aggregation, segmentation: Segmentation
+    states: Any,
+    connector: Any,
+    aggregation: Aggregation,
+    segmentation: Segmentation,
+    implementation: Any = None,
 ) -> None:
     """Raises ValueError for states, or a choice of them, that no layer can read."""
     check_choice("states", states, ("own", "previous"))
@@ -33,6 +37,7 @@ def check_states(
             "states='previous' needs Constant segments, exact=0 and num_keys=1, got "
             f"{segmentation} and {aggregation}"
         )
+    _check_implementation(implementation)
 
 
 def leaders(mixers: Sequence[Any]) -> dict[int, int]:
@@ -71,8 +76,17 @@ def leaders(mixers: Sequence[Any]) -> dict[int, int]:
                 raise ValueError(
                     f"layers that share states need the same {name}, got {own}, {other}"
                 )
+        _check_implementation(getattr(mixers[last], "implementation", None))
         found[number] = last
     return found
+
+
+def _check_implementation(implementation: Any) -> None:
+    """Raises ValueError for one that keeps no states which another layer could read."""
+    if implementation == "reference":
+        raise ValueError(
+            "layers that share cached states need another implementation than 'reference'"
+        )
 
 
 def call_in_group(

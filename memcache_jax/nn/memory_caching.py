@@ -113,7 +113,7 @@ class MemoryCaching(Projections):
         **host: Unpack[HostOptions],
     ) -> None:
         check_layer(memory, aggregation, segmentation, start, connector, implementation, exchange)
-        check_states(states, connector, aggregation, segmentation)
+        check_states(states, connector, aggregation, segmentation, implementation)
         _checks.check_instance("rngs", rngs, nnx.Rngs, "nnx.Rngs, such as nnx.Rngs(0)")
         memory = memory.bounded() if _checks.check_flag("bounded", bounded) else memory
         distances = _checks.check_integer("distances", distances, 2)

@@ -11,6 +11,7 @@ from jax import lax
 
 from memcache_jax import _checks
 from memcache_jax._typing import Array, Bool, Int
+from memcache_jax.sharding.layout import axes_of, by_compiler
 from memcache_jax.streaming.protocol import count_bytes, short_repr, take_rows, zero_rows
 from memcache_jax.streaming.rewind import taken_back, taken_back_from
 
@@ -74,7 +75,9 @@ class LanguageModelCache:
     def rewindable(self) -> Array | None:
         """By how many tokens each row can go back, (b,); None where none can."""
         of_layers: list[Any] = [getattr(cache, "rewindable", None) for cache in self.layers]
-        return None if any(one is None for one in of_layers) else of_layers[0][0]
+        if any(one is None for one in of_layers):
+            return None
+        return functools.reduce(jnp.minimum, (one[0] for one in of_layers))
 
     def rewind(self, tokens: jax.typing.ArrayLike) -> "LanguageModelCache":
         """Returns the cache as if the last ``tokens`` (b,) of each row had never come.
@@ -150,17 +153,18 @@ class LanguageModelCache:
 
 def put_row(letters: Any, cache: Any, row: jax.typing.ArrayLike, other: Any) -> Any:
     """The cache with the one row of another in place of a row, by the letters of its axes."""
+    row = jnp.asarray(row)
 
     def update(axes: str, rows: Any, new: Any) -> Any:
         names = axes.split()
         if "b" not in names:
             return rows
         axis = names.index("b")
-        return jax.tree.map(
-            lambda x, y: lax.dynamic_update_slice_in_dim(x, y, row * y.shape[axis], axis),
-            rows,
-            new,
-        )
+
+        def put(x: Array, y: Array, row: Array) -> Array:
+            return lax.dynamic_update_slice_in_dim(x, y, row * y.shape[axis], axis)
+
+        return jax.tree.map(lambda x, y: by_compiler(put, x, y, row, axes=axes_of(x)), rows, new)
 
     if len(other.position) != 1 or jax.tree.structure(other) != jax.tree.structure(cache):
         raise ValueError(

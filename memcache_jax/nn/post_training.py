@@ -1,7 +1,7 @@
 """Memory caching for a model trained without it."""
 
 import dataclasses
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from flax import nnx
 
@@ -15,6 +15,7 @@ from memcache_jax.nn.parallel import changed
 from memcache_jax.nn.recurrent import Recurrent, RecurrentMixer
 from memcache_jax.nn.tuning import grown
 from memcache_jax.segmentation import Segmentation
+from memcache_jax.sparse import SSC
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -73,6 +74,8 @@ def with_memory_caching(
                 f"the model was trained with gate={trained.gate!r} and lacks the parameters for "
                 f'{aggregation}; gate="uniform" needs none'
             )
+        if getattr(layer, "states", "own") == "previous":
+            _check_reads(layer, aggregation)
         layer.aggregation, layer.segmentation = aggregation, segmentation
 
     def cached(mixer: Mixer) -> Mixer:
@@ -92,3 +95,14 @@ def with_memory_caching(
     wanted = {tuple(path) for path, _ in nnx.to_flat_state(abstract_model(new.config)[1])}
     # New connectors are zero, whatever the key.
     return new if wanted <= there else grown(new, new.config, nnx.Rngs(0))
+
+
+def _check_reads(layer: Any, aggregation: Aggregation) -> None:
+    """Raises ValueError unless a layer with ``states="previous"`` can read states so."""
+    if layer.follows:
+        fits, wanted = type(aggregation) is SSC, "connector='previous', which needs SSC"
+    else:
+        fits = not aggregation.merges_exactly(layer.memory)
+        wanted = "states='previous', which needs gates that tell states apart, such as GRM()"
+    if not fits:
+        raise ValueError(f"the model has layers with {wanted}; got {aggregation}")

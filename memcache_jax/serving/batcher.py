@@ -327,8 +327,10 @@ class Batcher:
             self._reading.request.end("cancelled")
             self._reading = None
         with self._lock:
-            gone = [request for request in self._waiting if request.is_cancelled]
-            self._waiting = collections.deque(r for r in self._waiting if not r.is_cancelled)
+            # Asked once: another thread may cancel one in between.
+            marked = [(request, request.is_cancelled) for request in self._waiting]
+            self._waiting = collections.deque(request for request, is_gone in marked if not is_gone)
+        gone = [request for request, is_gone in marked if is_gone]
         gone += [request for request in self._decoding() if request.is_cancelled]
         for request in gone:
             request.end("cancelled")

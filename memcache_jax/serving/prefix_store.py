@@ -17,10 +17,9 @@ from memcache_jax._typing import Array, Float
 from memcache_jax.adaptive import Adaptive
 from memcache_jax.generation.apart import apart
 from memcache_jax.generation.generate import extend_in_place
-from memcache_jax.generation.prompts import buffer_size, longest
+from memcache_jax.generation.prompts import buffer_size, longest, segmentations
 from memcache_jax.nn import LanguageModel
 from memcache_jax.nn.model_cache import LanguageModelCache
-from memcache_jax.segmentation import Segmentation
 from memcache_jax.serving.ids import Ids, as_ids, key_of, keys_of
 from memcache_jax.serving.pieces import Pieces, Split, axis_of, join, split
 
@@ -319,8 +318,7 @@ def _check_same(got: _Like, wanted: _Like) -> None:
 
 
 def _longest_segment(model: LanguageModel) -> int:
-    parts = [getattr(mixer, "segmentation", None) for mixer in model.config.mixers]
-    found = [part for part in parts if isinstance(part, Segmentation)]
+    found = segmentations(model)
     return max(
         (part.max if isinstance(part, Adaptive) else part.size for part in found), default=256
     )

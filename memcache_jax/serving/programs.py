@@ -17,6 +17,7 @@ from memcache_jax.nn import LanguageModelConfig
 from memcache_jax.nn.unrolled import UnrolledCache, unrolled_cache
 from memcache_jax.serving.request import Request
 from memcache_jax.serving.scores import Scores, scores_if
+from memcache_jax.sharding.layout import axes_of, by_compiler, like
 from memcache_jax.streaming.loops import Slim, while_loop
 
 _DTYPES: Any = np.int32, np.uint32, np.int32, np.float32, np.int32, np.float32, bool
@@ -79,7 +80,9 @@ def decode(
     Returns these tokens, in arrays of ``most``, their scores (most, b, ...), and what the next call
     takes.
     """
-    model, lengths = graph.merge(state), active.astype(jnp.int32)
+    model, position = graph.merge(state), cache.full().position
+    active, draws = jax.tree.map(lambda x: like(position, x), (active, draws))
+    lengths = active.astype(jnp.int32)
 
     def step(draws: Draws, cache: Any) -> tuple:
         cache, logits = extend_logits(model, draws.last[:, None], cache, lengths)
@@ -94,11 +97,16 @@ def decode(
     def next_tokens(carry: tuple) -> tuple:
         i, every, draws, cache = carry
         new, draws, cache = step(draws, cache)
-        every = jax.tree.map(lambda kept, x: kept.at[i].set(x), every, new)
+        every = jax.tree.map(lambda kept, x: kept.at[i].set(like(kept[0], x)), every, new)
         return i + 1, every, draws, cache
 
     shapes: Any = jax.eval_shape(lambda: step(draws, cache.full())[0])
-    every = jax.tree.map(lambda x: jnp.zeros((most, *x.shape), x.dtype), shapes)
+
+    def zeros(x: Any) -> Array:  # on the mesh of the cache, if it has one
+        make = functools.partial(jnp.zeros, (most, *x.shape), x.dtype)
+        return by_compiler(lambda _: make(), position, axes=())
+
+    every = jax.tree.map(zeros, shapes)
     first = jnp.int32(0), every, draws, cache.full()
     _, every, draws, after = while_loop(lambda carry: carry[0] < times, next_tokens, first)
     return *every, draws, Slim.of(after)
@@ -131,8 +139,13 @@ def begin(
 
 def draw_scored(logits: Float[Array, "b vocab"], draws: Draws) -> tuple[Int[Array, "b"], Scores]:
     """As ``draw``, and the tokens' scores if any row wants them."""
-    tokens = draw(logits, draws)
-    return tokens, scores_if(draws.scored.any(), lambda: logits, tokens)
+
+    def drawn(logits: Array, *of_draws: Array) -> tuple[Array, Scores]:
+        draws = Draws(*of_draws)
+        tokens = draw(logits, draws)
+        return tokens, scores_if(draws.scored.any(), lambda: logits, tokens)
+
+    return by_compiler(drawn, logits, *draws, axes=axes_of(logits)[:1])
 
 
 def draw(logits: Float[Array, "b vocab"], draws: Draws) -> Int[Array, "b"]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 from jax.core import Tracer
@@ -12,6 +12,8 @@ from memcache_jax._typing import Array
 
 MeshAxes: TypeAlias = tuple[str, ...]
 """The axes of a mesh that divide one axis of an array, the outermost first."""
+
+T = TypeVar("T")
 
 
 def as_axes(entry: Any) -> MeshAxes:
@@ -96,8 +98,11 @@ def like(x: Array, y: Array) -> Array:
     return jax.sharding.reshard(y, NamedSharding(mesh, as_spec(axes_of(x))))
 
 
-def by_compiler(f: Callable[..., Array], *args: Array, axes: Sequence[MeshAxes]) -> Array:
-    """Returns ``f(*args)``, which the compiler divides as it will, laid out over Explicit axes."""
+def by_compiler(f: Callable[..., T], *args: Array, axes: Sequence[MeshAxes]) -> T:
+    """Returns ``f(*args)``, which the compiler divides as it will, laid out over Explicit axes.
+
+    If it is a tree of arrays, ``axes`` are the first ones of each.
+    """
     mesh = context_mesh(*args)
     if mesh is None or not explicit_axes(mesh):
         return f(*args)

@@ -271,8 +271,8 @@ def init_cache(
       rewind: W, by how many tokens ``Cache.rewind`` takes a row back. It costs the memory of W live
         states and their buckets (for a deep memory with chunks, of the states and factors of the
         chunks that W tokens touch), and of one cached state for every segment's end among W tokens.
-        Each token writes the live state once, and calls of more tokens than a chunk write the last
-        W one by one. Going back copies one live state.
+        Each token writes the live state once; calls of more tokens than a chunk take the last W up
+        to a chunk at once, but write their states one by one. Going back copies one live state.
       sharding: how rows, and then heads, are divided over a mesh: ``P("data")`` or
         ``P("data", "model")``. By default ``extend`` lays the cache out as the tokens it gets.
 

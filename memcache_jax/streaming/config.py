@@ -13,7 +13,7 @@ from memcache_jax.adaptive import Adaptive
 from memcache_jax.aggregation import Aggregation
 from memcache_jax.caching import check_configuration
 from memcache_jax.memories import Memory
-from memcache_jax.segmentation import Constant, Segmentation
+from memcache_jax.segmentation import Constant, Segmentation, exact_chunk
 from memcache_jax.sparse import SSC
 from memcache_jax.streaming import storage
 from memcache_jax.streaming.eviction import POLICIES, Eviction
@@ -47,6 +47,7 @@ class CacheConfig:
       placement: where they are kept.
       rewind: by how many tokens a row can go back.
       borrows: whether the layer reads another layer's states, so that this cache holds none.
+      stays: whether no row goes back into the tokens of the next calls, in spite of ``rewind``.
     """
 
     memory: Memory
@@ -60,6 +61,7 @@ class CacheConfig:
     placement: storage.Placement
     rewind: int = 0
     borrows: bool = False
+    stays: bool = False
 
     def __post_init__(self) -> None:
         fewest = 0 if isinstance(self.policy, str) and self.policy == "error" else 1
@@ -81,6 +83,11 @@ class CacheConfig:
     def eviction(self) -> Eviction | None:
         """The policy itself where ``policy`` is its name."""
         return POLICIES[self.policy] if isinstance(self.policy, str) else self.policy
+
+    @property
+    def goes_back(self) -> int:
+        """By how many tokens a row can go back into the tokens of the next calls."""
+        return 0 if self.stays else self.rewind
 
     @property
     def slots(self) -> Slots:
@@ -107,20 +114,31 @@ class CacheConfig:
         return tree if tree is not None and tree.levels(self.slots.num_slots) else None
 
     @property
+    def chunk(self) -> int:
+        """Tokens that are written at once at most; chunks begin at multiples of it."""
+        memory, block = self.memory, self.segmentation.size
+        if memory.gradient_chunk is not None:
+            return memory.gradient_chunk
+        return exact_chunk(block, self.max_length or 2 * block, memory.largest_chunk)
+
+    @property
     def defers(self) -> bool:
         """Whether single tokens are kept as factors, and written once their chunk is complete."""
         return self.memory.form == "descent" and self.memory.gradient_chunk != 1
 
     @property
     def in_parts(self) -> bool:
-        """Whether several tokens of a chunk may be kept as factors at once.
+        """Whether several tokens of a chunk may be taken at once, by each row as many as it has.
 
         Rewinding into them needs the cache before each, which is known only with one key per state
         and a record that no token changes.
         """
+        fills = self.memory.gradient_chunk is None and self.memory.takes_padding
         counts = self.eviction is not None and self.eviction.counts_reads
         measures = isinstance(self.segmentation, Adaptive) and self.segmentation.by != "keys"
-        return self.defers and not (self.rewind and (self.spans or counts or measures))
+        return (self.defers or fills) and not (
+            self.goes_back and (self.spans or counts or measures)
+        )
 
     @property
     def composes(self) -> bool:

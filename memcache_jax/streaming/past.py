@@ -16,8 +16,10 @@ import numpy as np
 from jax import lax
 
 from memcache_jax._typing import Array, Bool, Float, Int
+from memcache_jax.memories.base import Run
 from memcache_jax.memories.pending import Pending
 from memcache_jax.streaming.in_place import change_if
+from memcache_jax.streaming.loops import Slim
 from memcache_jax.streaming.rewind import taken_back
 from memcache_jax.streaming.ring import Ring, where_rows
 from memcache_jax.streaming.storage import Storage
@@ -105,24 +107,76 @@ def remember_tokens(
       sums: the sums of keys after each token.
       taken: how many of the n tokens each row takes.
     """
-    rings, past = rings_of(cache), cache.past
-    ahead = np.arange(sums.shape[3])[None]
+    at = _places(cache, sums.shape[3], taken)
+    live = jax.tree.map(_before_each, _live(cache), (shares, sums))
+    return _with_record(cache, rings_of(cache).live.put(cache.past.live, live, *at), *at)
+
+
+def remember_writes(
+    cache: Any,
+    run: Run,
+    write: Callable[[Run, Array], Run],
+    sums: Float[Array, "b h tracks n k"],
+    taken: Int[Array, "b"],
+) -> tuple[Run, Past]:
+    """As ``remember_tokens``, for states, which are therefore written once per token.
+
+    Args:
+      cache: the cache before these tokens.
+      run: its runs, some reset, as the first token continues them.
+      write: the runs after one more token, that of an index.
+      sums: as for ``remember_tokens``.
+      taken: as for ``remember_tokens``.
+
+    Returns:
+      The runs after these tokens, and the history.
+    """
+    ring, (*of_runs, of_sums) = rings_of(cache).live, cache.past.live
+    at = position, there = _places(cache, sums.shape[3], taken)
+
+    def put(of_runs: Any, run: Run, i: Any) -> Any:
+        before = jax.tree.map(lambda x: x[:, None], [run.state, None, run.transition])
+        its = (lax.dynamic_slice_in_dim(x, i, 1, axis=1) for x in at)
+        return ring.put(of_runs, before, *its)
+
+    def token(i: Array, carry: Slim) -> Slim:
+        run, of_runs = carry.full()
+        of_runs = put(of_runs, run, i)
+        return Slim.of((where_rows(i < taken, write(run, i), run), of_runs))
+
+    # A first token's history has the runs that it resets.
+    of_runs = put(of_runs, Run(cache.state, cache.transition), 0)
+    first = where_rows(taken > 0, write(run, jnp.int32(0)), run)
+    carry = lax.fori_loop(1, sums.shape[3], token, Slim.of((first, of_runs)))
+    run, of_runs = carry.full()
+    before = _before_each(cache.key_sum, sums)
+    live = *of_runs, ring.put(of_sums, before, position, there)
+    return run, _with_record(cache, live, *at)
+
+
+def _places(
+    cache: Any, count: int, taken: Int[Array, "b"]
+) -> tuple[Int[Array, "b n"], Bool[Array, "b n"]]:
+    """The positions of so many tokens, and of which of them the history keeps what was before."""
+    ahead = np.arange(count)[None]
     # Only the last ones, so that each place gets at most one.
     there = (ahead < taken[:, None]) & (ahead >= taken[:, None] - cache.config.rewind)
+    return cache.position[:, None] + ahead, there
 
-    def each(before: Array, after: Array) -> Array:
-        """The values before each token, (b, n, ...)."""
-        return jnp.moveaxis(jnp.concatenate([before[:, :, :, None], after[:, :, :, :-1]], 3), 3, 1)
 
-    live = jax.tree.map(each, _live(cache), (shares, sums))
+def _before_each(before: Array, after: Array) -> Array:
+    """The values before each token, (b, n, ...), from those before and after, (b, h, ...)."""
+    return jnp.moveaxis(jnp.concatenate([before[:, :, :, None], after[:, :, :, :-1]], 3), 3, 1)
+
+
+def _with_record(cache: Any, live: Any, position: Array, there: Array) -> Past:
+    """The history with these arrays, and the record, which no token between has changed."""
+    count, past = position.shape[1], cache.past
     record = jax.tree.map(
-        lambda x: jnp.broadcast_to(x[:, None], (len(x), ahead.size, *x.shape[1:])), cache.record
+        lambda x: jnp.broadcast_to(x[:, None], (len(x), count, *x.shape[1:])), cache.record
     )
-    at = cache.position[:, None] + ahead, there
-    return past._replace(
-        live=rings.live.put(past.live, live, *at),
-        record=rings.record.put(past.record, record, *at),
-    )
+    record = rings_of(cache).record.put(past.record, record, position, there)
+    return past._replace(live=live, record=record)
 
 
 def remember_chunk(cache: Any, complete: Bool[Array, "b"]) -> tuple[Past, Bool[Array, "b"]]:

@@ -13,16 +13,13 @@ from memcache_jax import _checks
 from memcache_jax._typing import Array, Bool, Float, Int, State
 from memcache_jax.choice import choice_of
 from memcache_jax.engine.finite import cleaned, composed, spoil
-from memcache_jax.engine.read import ArrayBank, Bank
+from memcache_jax.engine.read import Bank
 from memcache_jax.engine.run import Layout, needs_of, run
 from memcache_jax.engine.types import (
     Blocks,
     Candidates,
     Keys,
-    OfBlocks,
-    OfTokens,
     Rows,
-    Selection,
     Tokens,
     Views,
     Writing,
@@ -32,12 +29,17 @@ from memcache_jax.memories import Memory
 from memcache_jax.memories.base import Run
 from memcache_jax.memories.pending import Pending
 from memcache_jax.sparse import SSC
-from memcache_jax.streaming import storage
+from memcache_jax.streaming.bank import SlotBank
 from memcache_jax.streaming.cache import Cache
 from memcache_jax.streaming.deferred import emptied, pending_with, reset, settle
-from memcache_jax.streaming.exact import exact_of, matrices_of, remember
+from memcache_jax.streaming.exact import exact_of, remember
 from memcache_jax.streaming.measures import measured
-from memcache_jax.streaming.past import remember_chunk, remember_token, remember_tokens
+from memcache_jax.streaming.past import (
+    remember_chunk,
+    remember_token,
+    remember_tokens,
+    remember_writes,
+)
 from memcache_jax.streaming.spans import check_pooling, span_keys, sums_of
 from memcache_jax.streaming.store import once_read, store
 
@@ -51,7 +53,7 @@ def take_piece(
 ) -> tuple[Cache, tuple[Float[Array, "b h m v"], Float[Array, "b h m u"] | None]]:
     """Takes tokens (b, h, m, ...) of one chunk.
 
-    With ``counts``, active rows take only that many of them, which stay pending.
+    With ``counts``, active rows take only that many of them. Those of deep memories stay pending.
 
     Returns:
       The cache after them; and their outputs, with what they chose if SSC ``hands_on`` that.
@@ -63,10 +65,11 @@ def take_piece(
     taken = taken.astype(cache.position.dtype)
     if counts is not None:
         counted = jnp.arange(size)[None] < taken[:, None]
+        piece = _without_writes(piece, ~counted)
     block, into_block = jnp.divmod(cache.position, segment)
-    back, before = config.rewind and (size == 1 or counts is not None), cache
+    back, before = config.goes_back and (size == 1 or counts is not None), cache
     if config.rewind:
-        past = remember_token(cache, active) if size == 1 else cache.past
+        past = remember_token(cache, active) if back and size == 1 else cache.past
         more = jnp.minimum(cache.rewindable + taken, config.rewind) if back else 0
         rewindable = jnp.where(active, more, cache.rewindable)
         cache = dataclasses.replace(cache, past=past, rewindable=rewindable)
@@ -74,16 +77,12 @@ def take_piece(
     cache = _restarted(cache, block, into_block, active)
 
     tokens, bad = cleaned(jax.tree.map(lambda x: x[:, :, None], piece))
-    key = piece.key
-    if counts is not None:
-        bad &= counted[:, None, None]
-        key = jnp.where(counted[:, None, :, None], key, 0)
     rows = Rows(tokens.query, tokens.key, tokens.value, tokens.controls, bad=bad)
     rows = jax.tree.map(lambda x: x[:, :, None], rows)
     how = Writing(memory, needs_of(aggregation, memory), lambda shape: None, None)
     how = how.with_maps(config.composes)
     record = measured(cache, how, tokens, rows, counted)
-    layout = Piece(cache, block, taken if defers else None)
+    layout = Piece(cache, block, taken if defers or counts is not None else None)
     y, ends, selection, _ = run(layout, how, aggregation, Blocks(tokens, None, rows, tokens.key))
     y, chosen = y[:, :, 0], None
     if hands_on:
@@ -101,10 +100,15 @@ def take_piece(
         each = cache.key_sum[:, :, :, None] + jnp.cumsum(piece.key, axis=2)[:, :, None]
         last = jnp.maximum(taken - 1, 0)[:, None, None, None, None]
         sums = jnp.take_along_axis(each, last, axis=3)[:, :, :, 0]
-        past = remember_tokens(before, ends.transition, each, taken)
+        if defers:
+            past = remember_tokens(before, ends.transition, each, taken)
+        else:
+            write = functools.partial(_with_token, layout, how.with_no_reads(), rows)
+            run_before = Run(cache.state, cache.transition)
+            ends, past = remember_writes(before, run_before, write, each, taken)
         cache = dataclasses.replace(cache, past=past)
     else:
-        sums = cache.key_sum + sums_of(cache, block, key)
+        sums = cache.key_sum + sums_of(cache, block, piece.key)
     if defers:
         cache = _with_pending(cache, ends.state, taken, after=y)
     else:
@@ -121,6 +125,23 @@ def take_piece(
     )
     keeps = ended if back else None
     return store(cache, block, complete, after=y, keeps=keeps), (y, chosen)
+
+
+def _without_writes(tokens: Tokens, others: Bool[Array, "b m"]) -> Tokens:
+    """Tokens (b, h, m, ...) with zeros in place of keys, values and controls of the marked ones."""
+
+    def clean(x: Array) -> Array:
+        return jnp.where(others.reshape(len(x), 1, -1, *[1] * (x.ndim - 3)), 0, x)
+
+    written = jax.tree.map(clean, (tokens.key, tokens.value, tokens.controls))
+    return tokens._replace(**dict(zip(("key", "value", "controls"), written, strict=True)))
+
+
+def _with_token(layout: "Piece", how: Writing, rows: Rows, run: Run, i: Array) -> Run:
+    """The cache's runs after token i of rows (b, h, 1, 1, m, ...)."""
+    cache = dataclasses.replace(layout.cache, state=run.state, transition=run.transition)
+    token = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i, 1, axis=4), rows)
+    return dataclasses.replace(layout, cache=cache, counts=None).write(how, token)[0]
 
 
 def _restarted(
@@ -168,7 +189,7 @@ def _with_pending(cache: Cache, pending: Pending, taken: Int[Array, "b"], after:
     chunk = memory.chunk_size
     complete = once_read(after, (taken > 0) & (cache.position % chunk + taken == chunk))
     cache = dataclasses.replace(cache, pending=pending)
-    if cache.config.rewind:
+    if cache.config.goes_back:
         past, complete = remember_chunk(cache, complete)
         cache = dataclasses.replace(cache, past=past)
     state = settle(memory, cache.state, cache.pending, complete)
@@ -196,7 +217,8 @@ class Piece(Layout):
     Attributes:
       cache: from ``_restarted``.
       block: each row's block of the sequence.
-      counts: how many of the tokens each row takes, if they stay pending; else None.
+      counts: how many of the tokens each row takes, if they are not a whole chunk or stay pending;
+        the others are zeros. Else None.
     """
 
     cache: Cache
@@ -210,7 +232,7 @@ class Piece(Layout):
         memory stay pending, the returned runs hold ``Cache.pending`` instead of states, and the
         shares after each token instead of maps.
         """
-        if self.counts is not None:
+        if self.cache.config.defers and self.counts is not None:
             pending, kept, each = pending_with(how, self.cache, rows, self.counts)
             return Run(pending, each), kept
         chunk = jax.tree.map(lambda x: x[:, :, 0, 0], rows._replace(bad=None))
@@ -232,6 +254,8 @@ class Piece(Layout):
             tracks = jax.vmap(functools.partial(write, how.with_no_reads()), in_axes=(0, 0, None))
             later, _ = jax.vmap(jax.vmap(tracks))(later, anchors, chunk)
         ends = jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=2), ends, later)
+        if self.counts is not None:
+            ends = _without_padding(how.memory, ends, chunk, self.counts)
         kept = jax.tree.map(lambda x: x[:, :, None, None], kept)
         ends, kept = spoil(how.memory, rows, np.array([True]), ends, kept)
         return Run(ends, transition), kept
@@ -259,7 +283,7 @@ class Piece(Layout):
             # The other layer may have taken later tokens; slot i has the state of segment i.
             assert candidates.counts is not None
             assert candidates.held is not None
-            ended = np.arange(slots.num_slots)[None] < self.block[:, None]
+            ended = jnp.arange(slots.num_slots)[None] < self.block[:, None]
             counts = jnp.where(ended[:, None], candidates.counts, 0)
             candidates = candidates._replace(counts=counts, held=candidates.held & ended)
         spans = functools.partial(span_keys, cache, key)
@@ -270,58 +294,11 @@ class Piece(Layout):
         return SlotBank(how.memory, cache, key.dtype, ended), candidates
 
 
-@dataclasses.dataclass(frozen=True)
-class SlotBank(Bank):
-    """The states in a cache's slots; reads in ``dtype`` unpack only those that they need.
-
-    The others of a row are zero where not all have ``ended``, (b, slots), before its tokens.
-    """
-
-    memory: Memory
-    cache: Cache
-    dtype: Any
-    ended: Any = None
-
-    def read(
-        self, query: Float[Array, "b h n c k"], selection: Selection
-    ) -> Float[Array, "b h n c v"]:
-        """Reads all slots, or copies of the states that each token selects."""
-        bank, near, rows = self._near(query, selection)
-        y = bank.read(rows, near)
-        return y.reshape(*query.shape[:-1], y.shape[-1])
-
-    def read_layer(
-        self, layer: int, x: Float[Array, "b h n c in"], selection: Selection
-    ) -> Float[Array, "b h n c out"]:
-        """As ``read``, for one layer."""
-        bank, near, rows = self._near(x, selection)
-        y = bank.read_layer(layer, rows, near)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
-
-    def _near(self, x: Array, selection: Selection) -> tuple[ArrayBank, Selection, Array]:
-        """An unpacked bank, and the selection and rows that read it."""
-        cache, (batch, heads, _, size) = self.cache, x.shape[:4]
-        stored, slots = cache.storages[0], cache.config.slots.num_slots
-        few = isinstance(selection, OfTokens) and size * selection.states.shape[-1] < slots
-        if cache.config.placement == "device" and not few:
-            matrices = storage.unpack(stored.all(matrices_of(cache)), self.dtype)
-            if self.ended is not None:
-                ended = self.ended[:, None, :, None, None]
-                matrices = jax.tree.map(lambda x: jnp.where(ended, x, 0), matrices)
-            return ArrayBank(self.memory, matrices, None), selection, x
-        states = jnp.asarray(selection.states)
-        if isinstance(selection, OfBlocks):
-            states = jnp.where(selection.gates != 0, states[:, None, :, None], -1)
-        # Each token becomes a block of its own, with its states side by side.
-        states = states.reshape(batch, heads, -1)
-        near = stored.take(matrices_of(cache), jnp.maximum(states, 0))
-        matrices = storage.unpack(near, self.dtype)
-        # A slot that is not read may hold NaN, and its gate of zero would not hide it.
-        matrices = jax.tree.map(lambda m: jnp.where(states[..., None, None] >= 0, m, 0), matrices)
-        each = np.arange(states.shape[-1]).reshape(1, size, -1)
-        gates, live = selection.gates[:, :, 0, :, None], selection.live[:, :, 0, :, None]
-        rows = x[:, :, 0, :, None]
-        return ArrayBank(self.memory, matrices, None), OfBlocks(each, gates, live), rows
+def _without_padding(memory: Memory, states: State, chunk: Rows, counts: Int[Array, "b"]) -> State:
+    """States (b, h, tracks, ...) after the first tokens of (b, h, m, ...), so many of each row."""
+    of_tracks = jax.vmap(memory.without_padding, (0, None, None, None))
+    of_rows = jax.vmap(jax.vmap(of_tracks, (0, 0, 0, None)))
+    return of_rows(states, chunk.key, chunk.value, counts)
 
 
 def _where(rows: Bool[Array, "b ..."], new: Array, old: Array) -> Array:

@@ -7,6 +7,7 @@ import pytest
 from memcache_jax.engine.read import bands_of
 from tests.cases import MEMORIES, assert_close, one_head, with_slow
 
+PADDED = {name: memory for name, memory in MEMORIES.items() if memory.takes_padding}
 every_memory = pytest.mark.parametrize("memory", with_slow(MEMORIES, "linear"))
 
 
@@ -52,6 +53,33 @@ def test_write_equals_steps(memory):
         return got, wanted
 
     got, wanted = both(anchor, tokens)
+    assert_close(got, wanted, 1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("memory", with_slow(PADDED, "swla"))
+def test_zeros_may_fill_a_chunk(memory):
+    """The state, the run's map and the reads of the tokens that zeros follow."""
+    before, *tokens = one_head(memory, 6)
+    runs = memory.merges and not memory.weight_shapes(4, 4)
+
+    @jax.jit
+    def both(before, tokens):
+        got, wanted = [], []
+        for count in (1, 4, 6):
+            zero = jax.tree.map(lambda x, n=count: x.at[n:].set(0), tokens)
+            some = jax.tree.map(lambda x, n=count: x[:n], tokens)
+            end, y = write_and_read(memory, before, before, *zero)
+            key, value = zero[:2]
+            end = memory.without_padding(end, key, value, jnp.int32(count))
+            got.append((end, y[:count]))
+            wanted.append(write_and_read(memory, before, before, *some))
+            for found, its in ((got, zero), (wanted, some)) if runs else ():
+                identity = memory.identity(key.shape[1], key.dtype)
+                found.append(memory.extended(identity, *its[:3]))
+        return got, wanted
+
+    got, wanted = both(before, tokens)
     assert_close(got, wanted, 1e-12)
 
 

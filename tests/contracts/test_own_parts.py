@@ -322,10 +322,15 @@ def test_a_finished_rule_states_its_form_and_a_class_from_it_states_its_own():
         class Misspelt(mc.memories.SSD):
             form: Any = "affin"
 
-    with pytest.raises(TypeError, match="needs AffineMemory or DeepMemory"):
+    with pytest.raises(TypeError, match=r"form='affine' needs .* AffineMemory .*, got Memory"):
 
         class Rootless(mc.memories.Vector):
             form = "affine"
+
+    with pytest.raises(TypeError, match=r"'descent' needs .* DeepMemory for .*, got AffineMemory"):
+
+        class Shallow(mc.memories.SSD):
+            form = "descent"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -170,6 +170,10 @@ def test_refusals():
     for wrong in changes:
         with pytest.raises(ValueError, match="states='previous' needs Constant segments, exact=0"):
             dataclasses.replace(OTHER, **wrong)
+    with pytest.raises(ValueError, match="another implementation than 'reference'"):
+        dataclasses.replace(OTHER, implementation="reference")
+    with pytest.raises(ValueError, match="another implementation than 'reference'"):
+        model_of(dataclasses.replace(OWN, implementation="reference"), OTHER)
     model = model_of(OWN, OTHER)
     refused: tuple[dict[str, Any], ...] = dict(rewind=2), dict(policy="drop_oldest", max_segments=2)
     for options in refused:

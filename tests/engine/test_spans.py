@@ -16,7 +16,7 @@ from memcache_jax.engine.gates import gates_of_tokens
 from memcache_jax.kernels._dispatch import interpret_kernels
 from memcache_jax.training import model_options
 from tests.cases import MEMORIES, SEGMENTATIONS, assert_close, make_inputs, normals
-from tests.covers import kept_of
+from tests.covers import product
 from tests.streams import empty, over_time, streamed, whole
 
 LENGTH, SIZE = 22, 4
@@ -96,8 +96,9 @@ def outputs_and_gradients(inputs, mask, ids, plan, implementation=None):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("ids", [None, IDS], ids=["one document", "documents"])
-@pytest.mark.parametrize("segmentation", kept_of([*CASES], *SEGMENTATIONS, "lengths", "adaptive"))
+@pytest.mark.parametrize(
+    ("segmentation", "ids"), product([*CASES], {"one document": None, "documents": IDS}, turn=1)
+)
 def test_fast_path_and_what_is_not_read(segmentation, ids):
     """Equal to the recurrence, with gradients; what is of a later token or another document is not.
 

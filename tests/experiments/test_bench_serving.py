@@ -35,11 +35,11 @@ def test_small(tmp_path):
     table = json.loads((tmp_path / "table.json").read_text())
     assert [row["name"] for row in table] == [
         *("batcher", "one after the other", "one call") * 2,
-        *("known", "cold", "n-grams", "plain"),
+        *("known", "cold", "one call", "one by one", "n-grams", "plain"),
     ]
     for row in table:
         assert f"{row['name']:28} {row['seconds']:10.3f} {row['processor']:10.3f}" in done.stdout
-    assert done.stdout.count("equal tokens: True") == 2
+    assert done.stdout.count("equal tokens: True") == 3
     small = bench(tmp_path, 99)
     assert small.returncode == 1
     assert "error: prompts are bytes, got a vocabulary of 99" in small.stderr

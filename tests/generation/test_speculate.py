@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import memcache_jax as mc
+from memcache_jax.generation.apart import apart
 from memcache_jax.generation.prompts import check_stop
 from memcache_jax.generation.sampling import Sampling
 from memcache_jax.generation.speculate import accept, speculate
@@ -25,13 +26,13 @@ def smaller():
 
 def rounds(model, draft, tokens, new, sampling):
     """The new tokens, and the calls of the model after the prompt."""
-    graph, state = nnx.split(model)
+    frame, state = apart(model)
     kind, arrays = draft.split()
     return speculate(
         *(tokens, jnp.full(len(tokens), tokens.shape[1]), state, arrays, jax.random.key(0)),
         *(sampling.numbers, check_stop(None, model), new),
         size=64,
-        model=graph,
+        model=frame,
         cache=(),
         draft=kind,
         **sampling.static,

@@ -11,7 +11,7 @@ import memcache_jax as mc
 from memcache_jax.engine.read import blind_where_gates_are_zero
 from memcache_jax.kernels import _table
 from memcache_jax.kernels._triton import lowered_for_gpu
-from memcache_jax.kernels.bank_read import _shared, bank_read, gpu, tpu
+from memcache_jax.kernels.bank_read import _shared, bank_read, gpu, tpu, xla
 from tests.cases import SCHEDULES, assert_close, normals, scheduled, value_and_vjp
 from tests.covers import first_kept, kept_of, product
 from tests.kernels.interpreters import (
@@ -27,6 +27,7 @@ READS = {
     "constant": mc.Constant(4).plan(4 * 6).reads,
     "two blocks": mc.Constant(4).plan(8).reads,
     "one block": mc.Constant(4).plan(4).reads,
+    "one block, few tokens": np.array([[2, -1, 0]]),
     "ragged": RAGGED,
     "each row its own": jnp.stack([RAGGED, RAGGED[::-1]]),
 }
@@ -48,11 +49,16 @@ def make(memory, reads, dtype):
     return memory, (bank, jnp.asarray(query), jnp.asarray(gates))
 
 
-@pytest.mark.parametrize("reads", kept_of(READS, "constant", "each row its own", fast=["ragged"]))
+@pytest.mark.parametrize(
+    "reads",
+    kept_of(READS, "constant", "one block, few tokens", "each row its own", fast=["ragged"]),
+)
 @pytest.mark.parametrize(
     ("memory", "precision"), [("matrix", "float64"), ("deep", "float64"), ("matrix", "float32")]
 )
-def test_xla_equals_reference(memory, reads, precision):
+def test_xla_equals_reference(memory, reads, precision, monkeypatch):
+    if reads is READS["one block, few tokens"]:
+        monkeypatch.setattr(xla, "_SHARE", 0)  # five tokens are few
     with jax.enable_x64(precision == "float64"):
         tolerance = 1e-12 if precision == "float64" else 1e-6
         memory, arguments = make(memory, reads, jnp.dtype(precision))

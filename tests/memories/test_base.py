@@ -11,6 +11,12 @@ import pytest
 import memcache_jax as mc
 from tests.cases import assert_close, make_inputs
 
+RULES = [
+    *(mc.memories.LinearAttention(), mc.memories.RetNet(), mc.memories.SSD(), mc.memories.SWLA()),
+    *(mc.memories.GLA(), mc.memories.DeltaNet(), mc.memories.GatedDeltaNet(), mc.memories.KDA()),
+    *(mc.memories.GDN2(), mc.memories.RWKV7(), mc.memories.Vector(), mc.memories.Titans()),
+]
+
 
 class Doubled(mc.memories.SSD):
     def forward(self, apply, query, gate=None):
@@ -39,6 +45,16 @@ def test_kernels_trace_the_maps_of_finished_rules_alone():
 
     assert mc.memories.GatedDeltaNet.on_chip
     assert not Own.on_chip
+
+
+def test_zeros_fill_chunks_of_finished_rules_alone():
+    class Own(mc.memories.GatedDeltaNet):
+        pass
+
+    exact = [rule for rule in RULES if rule.gradient_chunk is None]
+    assert len(exact) == 11
+    assert all(rule.takes_padding for rule in exact)
+    assert not Own.takes_padding
 
 
 @pytest.mark.slow

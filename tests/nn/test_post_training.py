@@ -1,5 +1,8 @@
 """Caches for a model that was trained without them."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,3 +86,22 @@ def test_errors():
         mc.nn.with_memory_caching(trained, segmentation=mc.Constant(6))
     with pytest.raises(ValueError, match="Linear has no layer of memory caching"):
         mc.nn.with_memory_caching(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), segmentation=mc.Constant(6))
+
+
+def test_layers_that_read_the_states_of_others():
+    def grouped(**follower):
+        own = mc.nn.MemoryCachingMixer(MEMORIES["linear"], mc.SSC(1), mc.Constant(16))
+        mixers = own, dataclasses.replace(own, states="previous", **follower)
+        config = mc.nn.LanguageModelConfig(19, 2, features=16, num_heads=2, mixers=mixers)
+        return mc.nn.LanguageModel(config, rngs=nnx.Rngs(0))
+
+    model = grouped()
+    to: dict[str, Any] = dict(segmentation=mc.Constant(8))
+    longer = mc.nn.with_memory_caching(model, aggregation=mc.GRM(), **to)
+    _, follower = longer.config.mixers
+    assert isinstance(follower, mc.nn.MemoryCachingMixer)
+    assert (follower.aggregation, follower.segmentation) == (mc.GRM(), mc.Constant(8))
+    with pytest.raises(ValueError, match=r"layers with states='previous', which needs .*uniform"):
+        mc.nn.with_memory_caching(model, **to)
+    with pytest.raises(ValueError, match=r"layers with connector='previous', which needs SSC; got"):
+        mc.nn.with_memory_caching(grouped(connector="previous"), aggregation=mc.GRM(), **to)

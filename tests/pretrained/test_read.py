@@ -13,7 +13,7 @@ from flax.core.spmd import logical_axis_rules
 from jax.sharding import AxisType, NamedSharding
 
 import memcache_jax as mc
-from tests.cases import assert_close, with_slow
+from tests.cases import assert_close
 from tests.covers import kept_of, product
 
 FOLDERS = Path(__file__).parents[1] / "data" / "pretrained"
@@ -71,7 +71,7 @@ def test_a_stream_of_a_prompt_and_single_tokens_gives_the_same_logits(name):
     assert_close(stream(model, tokens), wanted, 2e-5)
 
 
-@pytest.mark.parametrize("name", with_slow(NAMES, "mamba2"))
+@pytest.mark.parametrize("name", kept_of(NAMES, *OTHERS, fast=["mamba2"]))
 def test_what_is_saved_is_what_was_read(name, tmp_path):
     from safetensors.numpy import load_file
 

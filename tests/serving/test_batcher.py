@@ -1,6 +1,8 @@
 """The batcher: requests of all kinds side by side get what they would get alone."""
 
 import asyncio
+import contextlib
+import itertools
 import queue
 from typing import Any
 
@@ -124,6 +126,14 @@ def test_ends_of_requests():
         requests["failed"].result()
 
 
+def test_a_request_that_is_cancelled_while_the_waiting_are_looked_through(monkeypatch):
+    served, looks = batcher(), itertools.count()
+    request = served.submit(ids(1, 6), 20)
+    monkeypatch.setattr(type(request), "is_cancelled", property(lambda _: next(looks) > 0))
+    served.run()
+    assert request.finish_reason == "cancelled"
+
+
 @pytest.mark.slow
 def test_not_a_number_hurts_one_request():
     served = batcher(model=spoilt())
@@ -241,22 +251,27 @@ def test_a_row_is_free_once_its_last_token_is_asked_for():
 
 
 @pytest.mark.slow
-def test_rows_on_a_mesh():
+@pytest.mark.parametrize(("kind", "ahead"), [("Auto", 1), ("Explicit", 1), ("Explicit", 2)])
+def test_rows_on_a_mesh(kind, ahead):
     """One program for all steps, wherever XLA leaves what a step returns."""
-    plain, mesh = batcher(), jax.make_mesh((3,), ("data",), (jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((3,), ("data",), (jax.sharding.AxisType[kind],))
     graph, state = nnx.split(model())
     everywhere = nnx.merge(graph, jax.device_put(state, NamedSharding(mesh, P())))
+
+    def tokens(served):
+        requests = [served.submit(ids(i, 4), 5, temperature=i, seed=i) for i in range(4)]
+        served.run()
+        return [request.result() for request in requests]
+
     program: Any = decode
-    with jax.set_mesh(mesh):
-        divided = batcher(model=everywhere, cache=dict(sharding=P("data")))
-        tokens, before = [], program._cache_size()
-        for served in (divided, plain):
-            requests = [served.submit(ids(i, 4), 5, temperature=i, seed=i) for i in range(4)]
-            served.run()
-            tokens.append([request.tokens for request in requests])
-            if served is divided:
-                assert program._cache_size() == before + 1
-    assert tokens[0] == tokens[1]
+    # Explicit axes are in arrays' types, so that threads need no context.
+    with jax.set_mesh(mesh) if ahead == 1 else contextlib.nullcontext():
+        rows = NamedSharding(mesh, P("data"))
+        divided = batcher(model=everywhere, ahead=ahead, cache=dict(sharding=rows))
+        before = program._cache_size()
+        found = tokens(divided)
+        assert program._cache_size() == before + 1
+    assert found == tokens(batcher())
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
