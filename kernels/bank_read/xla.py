@@ -18,7 +18,7 @@ from memcache_jax._typing import Array, Float, Int, Matrices
 from memcache_jax.kernels._dispatch import for_each_unit
 
 _FEW_ROWS = 256  # fewer are not read at once
-_SHARE = 4  # the bank is so many times larger than what is made at once
+_SHARE = 4  # what a read at once makes is at most the bank's size over this
 
 
 def bank_read(

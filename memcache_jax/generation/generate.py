@@ -95,7 +95,7 @@ def generate(
     options = check_mapping("cache", cache)
     if cache is not None:
         _check_cache(model, options, len(tokens), size, int(counts.max()), max_new_tokens)
-    # What runs outside of programs is on the host: there a new array takes no time.
+    # NumPy, unless the prompt is traced: each operation of jax.numpy would dispatch a program.
     xp: Any = np if isinstance(tokens, np.ndarray) else jnp
     padded = xp.pad(tokens, ((0, 0), (0, buffer_size(length, most) - length)))
     graph, state = apart(model) if isinstance(model, nnx.Module) else (model, ())

@@ -15,8 +15,8 @@ def prefill(
 ) -> tuple[Float[Array, "b t d"], Any]:
     """As ``model.extend``, for tokens into which no row goes back.
 
-    Going back into tokens needs the states before each. Without, a prompt takes no longer than in a
-    cache without ``rewind``. Rows go back into the tokens of later calls.
+    The cache then keeps no state before each token, which going back would need, and a prompt takes
+    no longer than in a cache without ``rewind``. Rows can go back into the tokens of later calls.
     """
     hidden, cache = model.extend(prompt, _with(cache, stays=True), lengths)
     return hidden, _with(cache, stays=False)
